@@ -1,0 +1,62 @@
+"""`gigapath VERB ...`: finds the verb's module and runs it; nothing heavy is imported before that."""
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+import gigapath
+
+# verb -> (module under gigapath.cli, one line of help). A module offers `add_arguments(parser)` and
+# `run(namespace) -> exit status`.
+VERBS: dict[str, tuple[str, str]] = {}
+
+EXIT_FAILED_SLIDES = 3
+EXIT_STOPPED = 75
+
+
+def build_parser(verb: str | None) -> argparse.ArgumentParser:
+    """The parser of `gigapath`; only the chosen verb's module is imported."""
+    parser = argparse.ArgumentParser(
+        prog="gigapath",
+        description="Prov-GigaPath: whole-slide images to tiles, tile embeddings and slide embeddings. "
+        "For research use only.",
+    )
+    parser.add_argument("--version", action="version", version=f"gigapath {gigapath.__version__}")
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB")
+    for name, (module, line) in VERBS.items():
+        sub = verbs.add_parser(name, help=line, description=line, allow_abbrev=False)
+        if name == verb:
+            importlib.import_module(f"gigapath.cli.{module}").add_arguments(sub)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb. Exit status: 0 done, 3 some slides failed, 75 stopped by a signal, 1 nothing could start,
+    2 the arguments are off.
+
+    Every error a user can cause ends here as one sentence; set GIGAPATH_DEBUG=1 to see where it came from.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    verb = next((word for word in arguments if not word.startswith("-")), None)
+    parser = build_parser(verb)
+    namespace = parser.parse_args(arguments)
+    if namespace.verb is None:
+        parser.print_help()
+        return 0
+    module = importlib.import_module(f"gigapath.cli.{VERBS[namespace.verb][0]}")
+    try:
+        return int(module.run(namespace))
+    except (ValueError, OSError, ImportError) as error:
+        if os.environ.get("GIGAPATH_DEBUG"):
+            raise
+        print(f"gigapath {namespace.verb}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"gigapath {namespace.verb}: stopped.", file=sys.stderr)
+        return EXIT_STOPPED
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""LongNet: a transformer encoder with dilated attention. Needs torch alone."""

@@ -1,0 +1,83 @@
+"""Options: one frozen dataclass per verb, beside its owner, is the one source of the command line.
+
+A field declared with `option(...)` carries its help text and its bounds; `gigapath.cli.arguments` turns the fields
+into arguments, and `to_dict` is what is written next to the outputs.
+"""
+
+import dataclasses
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+_BOUNDS: dict[str, tuple[Callable[[Any, Any], bool], str]] = {
+    "above": (operator.gt, "a value above"),
+    "at_least": (operator.ge, "at least"),
+    "at_most": (operator.le, "at most"),
+}
+
+
+def option(
+    default: Any,
+    help: str,
+    *,
+    choices: Sequence[str] | None = None,
+    metavar: str | None = None,
+    above: float | None = None,
+    at_least: float | None = None,
+    at_most: float | None = None,
+) -> Any:
+    """Declare a dataclass field that is also a command-line option.
+
+    Args:
+        default: the value when the option is not given; for a flag, False.
+        help: one line for `--help`, with the unit.
+        choices: the allowed words, or None.
+        metavar: the placeholder in `--help`.
+        above: the value must be greater than this.
+        at_least: the value must not be smaller than this.
+        at_most: the value must not be greater than this.
+    """
+    metadata = {
+        "help": help,
+        "choices": tuple(choices) if choices else None,
+        "metavar": metavar,
+        "above": above,
+        "at_least": at_least,
+        "at_most": at_most,
+    }
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def check_options(options: Any) -> None:
+    """Raise ValueError with the option's name where a value lies outside what its field allows; call it in
+    `__post_init__`."""
+    for field in dataclasses.fields(options):
+        value = getattr(options, field.name)
+        if value is None:
+            continue
+        flag = "--" + field.name.replace("_", "-")
+        choices = field.metadata.get("choices")
+        if choices and value not in choices:
+            raise ValueError(f"{flag}: expected one of {', '.join(choices)}, got {value!r}.")
+        for bound, (holds, words) in _BOUNDS.items():
+            limit = field.metadata.get(bound)
+            if limit is not None and not holds(value, limit):  # NaN fails every comparison, and so every bound
+                raise ValueError(f"{flag}: expected {words} {limit:g}, got {value!r}.")
+
+
+def to_dict(options: Any) -> dict[str, Any]:
+    """The options as plain JSON values, tuples as lists."""
+    return {
+        name: list(value) if isinstance(value, tuple) else value for name, value in dataclasses.asdict(options).items()
+    }
+
+
+def from_dict(cls: type[T], values: Mapping[str, Any]) -> T:
+    """The options `cls` from a mapping; an unknown key raises ValueError with the keys that exist."""
+    fields = {field.name for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    unknown = sorted(set(values) - fields)
+    if unknown:
+        raise ValueError(f"{cls.__name__}: unknown option {', '.join(unknown)}. Known: {', '.join(sorted(fields))}.")
+    return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})

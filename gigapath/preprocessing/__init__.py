@@ -1,0 +1,1 @@
+"""From a slide file to tiles: open, find tissue, lay the grid, read. No torch in here."""

@@ -1,0 +1,73 @@
+"""The folder listing is the architecture: imports go down only, and the cheap parts stay cheap."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "gigapath"
+
+# A module may import modules of its own layer's unit (folder) and of layers below, never sideways or up.
+LAYERS = [
+    {"options", "files"},
+    {"features", "weights", "longnet", "pos_embed"},
+    {"preprocessing", "slide_encoder", "metrics"},
+    {"tile_encoder", "classification_head", "torchscale"},
+    {"cohort", "encoding"},
+    {"pipeline", "linear_probe", "finetune"},
+    {"verify", "bench"},
+    {"cli"},
+]
+RANK = {unit: rank for rank, units in enumerate(LAYERS) for unit in units}
+WITHOUT_TORCH = {"options", "files", "features", "preprocessing", "cohort"}
+
+
+def unit_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imported_modules(path: Path) -> set[str]:
+    """Full names of everything that a file imports, at the top or inside functions."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import; write the full name"
+            names.add(node.module or "")
+            names.update(f"{node.module}.{alias.name}" for alias in node.names)
+    return names
+
+
+def source_files() -> list[Path]:
+    return sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
+
+
+@pytest.mark.parametrize("path", source_files(), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_go_down_only(path: Path) -> None:
+    unit = unit_of(path)
+    assert unit in RANK, f"{unit} has no layer: say where it belongs"
+    for name in imported_modules(path):
+        parts = name.split(".")
+        if parts[0] != "gigapath" or len(parts) < 2 or parts[1] not in RANK:
+            continue
+        assert parts[1] == unit or RANK[parts[1]] < RANK[unit], f"{unit} imports {name}, which is not below it"
+
+
+@pytest.mark.parametrize("path", source_files(), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_slide_side_never_imports_torch(path: Path) -> None:
+    if unit_of(path) in WITHOUT_TORCH:
+        heavy = {name.split(".")[0] for name in imported_modules(path)} & {"torch", "timm", "torchvision"}
+        assert not heavy, f"{path} imports {heavy}"
+
+
+@pytest.mark.parametrize("statement", ["import gigapath", "from gigapath.cli.main import main; main(['--version'])"])
+def test_light_entry_points_import_nothing_heavy(statement: str) -> None:
+    code = (
+        f"import sys\ntry:\n    exec({statement!r})\nexcept SystemExit:\n    pass\n"
+        "print(sorted({'torch', 'timm', 'numpy', 'h5py', 'openslide'} & set(sys.modules)))"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert out.splitlines()[-1] == "[]"
