@@ -1,0 +1,226 @@
+"""Tiles, tile embeddings and slide embeddings: frozen dataclasses of numpy arrays, checked when they are made.
+
+N tiles of a slide, D width of an embedding, K quality measures. Coordinates are (x, y). A cell is a tile's place
+(column, row) in the slide encoder's grid: neighbours are one cell apart.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gigapath.files import safe_name
+
+# Raised only when the numbers in the files change; reuse compares this, not the package's version.
+NUMERICS_VERSION = 1
+
+Attrs = Mapping[str, Any]
+Array = NDArray[Any]
+
+# What a tile's coordinates in another tool's file are measured in.
+FRAMES = {
+    "level0": "level-0 pixels",
+    "um": "micrometres",
+    "unstated": "pixels of a level that the file does not state",
+}
+
+
+class FeatureFileError(ValueError):
+    """A feature file is not what it should be; the message is one sentence that names the file."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class Tiles:
+    """What the tiling stage knows of a slide.
+
+    Attributes:
+        slide_id: the slide's name in every output.
+        coords_level0: (N, 2) int64, top-left (x, y) in absolute OpenSlide level-0 pixels, sorted by (y, x).
+        cells: (N, 2) int32, (column, row) from the grid's anchor, no two alike:
+            `coords_level0 = anchor + cells * tile_size_level0`.
+        tissue_fraction: (N,) float32 in 0 to 1.
+        section: (N,) int32, connected piece of tissue counted from 1; 0 is none.
+        qc: (N, K) float32, one column per name in `qc_names`.
+        qc_names: what the columns of `qc` measure.
+        level: the pyramid level that is read.
+        read_size: (w, h) pixels read at that level, resampled to `tile_size` where they differ.
+        tile_size: pixels of a tile's side as the tile encoder gets it.
+        tile_size_level0: the pitch (x, y), whole level-0 pixels.
+        mpp: effective microns per pixel of a tile at `tile_size`.
+        attrs: everything else that is recorded at the file's root. Names with a meaning here, all optional:
+            `slide_size` (W, H) and `level_size` (w, h) in pixels, `level_downsample`, `objective_power`; they become
+            attributes that TRIDENT and CLAM know.
+    """
+
+    slide_id: str
+    coords_level0: Array
+    cells: Array
+    tissue_fraction: Array
+    section: Array
+    qc: Array
+    qc_names: tuple[str, ...]
+    level: int
+    read_size: tuple[int, int]
+    tile_size: int
+    tile_size_level0: tuple[int, int]
+    mpp: float
+    attrs: Attrs = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        safe_name(self.slide_id)
+        count = len(self.coords_level0)
+        _cast(self, "coords_level0", np.int64, (count, 2))
+        _cast(self, "cells", np.int32, (count, 2))
+        _cast(self, "tissue_fraction", np.float32, (count,))
+        _cast(self, "section", np.int32, (count,))
+        _cast(self, "qc", np.float32, (count, len(self.qc_names)))
+        pitch = np.asarray(self.tile_size_level0)
+        if pitch.shape != (2,) or pitch.dtype.kind not in "iu" or (pitch < 1).any():
+            raise ValueError(
+                f"Tiles {self.slide_id}: expected two whole, positive tile_size_level0, got {self.tile_size_level0!r}."
+            )
+        if count == 0:
+            return
+        x, y = self.coords_level0.T
+        if not ((np.diff(y) > 0) | ((np.diff(y) == 0) & (np.diff(x) > 0))).all():
+            raise ValueError(f"Tiles {self.slide_id}: expected coordinates sorted by (y, x), each once.")
+        anchors = self.coords_level0 - self.cells.astype(np.int64) * pitch
+        if (anchors != anchors[0]).any():
+            raise ValueError(
+                f"Tiles {self.slide_id}: expected every corner at anchor + cell * pitch, got one that is not."
+            )
+
+    def __len__(self) -> int:
+        return len(self.coords_level0)
+
+    def take(self, indices: Array) -> "Tiles":
+        """The tiles at `indices` (or where a boolean mask is True), which must keep their order."""
+        names = ("coords_level0", "cells", "tissue_fraction", "section", "qc")
+        return dataclasses.replace(self, **{name: getattr(self, name)[indices] for name in names})
+
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class TileEmbeddings:
+    """The tile embeddings of a slide, from our file or another tool's, in row-major order of their cells.
+
+    Attributes:
+        slide_id: the slide's name.
+        features: (N, D) float32 or float16, as stored.
+        coords: (N, 2) top-left (x, y) as the file has them, int64 or float64, in the unit that `frame` names.
+        frame: a key of FRAMES.
+        cells: (N, 2) int32 (column, row), or None where the caller did without them.
+        tile_size_level0: the step between neighbouring tiles in the unit of `coords`, or None where it is not known
+            (x and y averaged where they differ).
+        tissue_fraction: (N,) float32, or None.
+        section: (N,) int32, or None.
+        qc: (N, K) float32, or None.
+        qc_names: what the columns of `qc` measure.
+        attrs: what the file says of itself, root and datasets together.
+        source: the tool that wrote the file: "gigapath", "trident", "clam", "stamp", "slide2vec", "mussel",
+            "published" (features and float coordinates without attributes) or "unknown".
+        encoder: the tile encoder that the file names, or None.
+        reordered: True where the file had the tiles in another order.
+    """
+
+    slide_id: str
+    features: Array
+    coords: Array
+    frame: str = "level0"
+    cells: Array | None = None
+    tile_size_level0: float | None = None
+    tissue_fraction: Array | None = None
+    section: Array | None = None
+    qc: Array | None = None
+    qc_names: tuple[str, ...] = ()
+    attrs: Attrs = dataclasses.field(default_factory=dict)
+    source: str = "gigapath"
+    encoder: str | None = None
+    reordered: bool = False
+
+    def __post_init__(self) -> None:
+        if self.frame not in FRAMES:
+            raise ValueError(f"TileEmbeddings: expected a frame of {', '.join(FRAMES)}, got {self.frame!r}.")
+        count = len(self.features)
+        if self.features.ndim != 2:
+            raise ValueError(f"TileEmbeddings: expected features (N, D), got {self.features.shape}.")
+        _check(self, "coords", (count, 2))
+        _check(self, "cells", (count, 2))
+        _check(self, "tissue_fraction", (count,))
+        _check(self, "section", (count,))
+        _check(self, "qc", (count, len(self.qc_names)))
+
+    def __len__(self) -> int:
+        return len(self.features)
+
+    @property
+    def embed_dim(self) -> int:
+        """D, the width of an embedding."""
+        return int(self.features.shape[1])
+
+    @property
+    def coords_level0(self) -> Array:
+        """(N, 2) top-left (x, y) in level-0 pixels; ValueError where the file measures in something else."""
+        if self.frame != "level0":
+            raise ValueError(
+                f"{self.slide_id}: expected coordinates in level-0 pixels, got {FRAMES[self.frame]} ({self.source})."
+            )
+        return self.coords
+
+    def encoder_coords(self, tile_size: int = 256) -> Array:
+        """(N, 2) int64, `cells * tile_size`: what the slide encoder takes."""
+        if self.cells is None:
+            raise ValueError(f"{self.slide_id}: the cells of its tiles are not known; read the file with cells.")
+        return self.cells.astype(np.int64) * tile_size
+
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class SlideEmbeddings:
+    """The embeddings of one slide.
+
+    Attributes:
+        slide_id: the slide's name.
+        tile_mean: (1, in_chans) float32, the plain mean of its tile embeddings.
+        states_mean: (depth + 1, D) float32, state i mean-pooled over the tiles, or None without a slide encoder.
+        states_class: (depth + 1, D) float32, the class token of state i, or None.
+        default_mean: (1, D) float32, the encoder's default output with mean pooling, or None.
+        default_class: (1, D) float32, with the class token, or None.
+        attrs: what is recorded at the file's root; `trained` is False where weights are random.
+    """
+
+    slide_id: str
+    tile_mean: Array
+    states_mean: Array | None = None
+    states_class: Array | None = None
+    default_mean: Array | None = None
+    default_class: Array | None = None
+    attrs: Attrs = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        safe_name(self.slide_id)
+        for name in ("tile_mean", "default_mean", "default_class"):
+            value = getattr(self, name)
+            if value is not None:
+                _cast(self, name, np.float32, (1, np.asarray(value).shape[-1]))
+        for name in ("states_mean", "states_class"):
+            value = getattr(self, name)
+            if value is not None:
+                _cast(self, name, np.float32, np.asarray(value).shape[-2:])
+
+
+def _cast(owner: Any, name: str, dtype: Any, shape: tuple[int, ...]) -> None:
+    """Give a frozen dataclass's array its type; another shape or a value that the type can't hold raises."""
+    value = np.asarray(getattr(owner, name))
+    if value.shape != shape:
+        raise ValueError(f"{type(owner).__name__} {owner.slide_id}: expected {name} {shape}, got {value.shape}.")
+    cast = value.astype(dtype, copy=False)
+    if value.dtype.kind in "iuf" and np.dtype(dtype).kind == "i" and not np.array_equal(cast, value):
+        raise ValueError(f"{type(owner).__name__} {owner.slide_id}: expected {name} of whole {np.dtype(dtype)} values.")
+    object.__setattr__(owner, name, cast)
+
+
+def _check(owner: Any, name: str, shape: tuple[int, ...]) -> None:
+    value = getattr(owner, name)
+    if value is not None and np.asarray(value).shape != shape:
+        raise ValueError(f"{type(owner).__name__} {owner.slide_id}: expected {name} {shape}, got {value.shape}.")

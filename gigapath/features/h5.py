@@ -1,0 +1,248 @@
+"""Opening, checking and writing h5 files: without file locks, one sentence for what is wrong, whole or not at all.
+
+HDF5 itself does not survive a failing disk: after a failed write its file can be neither closed nor forgotten, and
+the process dies at exit. So our files reach the disk through `_Disk`, which keeps the first error for us to raise and
+lets HDF5 believe that all went well.
+"""
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+
+from gigapath.features.data import Array, FeatureFileError
+from gigapath.files import discard, open_temporary, output_error, publish
+
+
+@contextlib.contextmanager
+def open_h5(path: Path | str) -> Iterator[h5py.File]:
+    """Open an h5 file for reading; whatever HDF5 finds wrong with it, then or later, becomes one sentence.
+
+    Raises:
+        FileNotFoundError: no such file.
+        FeatureFileError: not an h5 file, or one that can't be read to the end.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file.")
+    try:
+        file = h5py.File(path, "r", locking=False)
+    except PermissionError:
+        raise
+    except (OSError, RuntimeError) as error:
+        raise FeatureFileError(f"{path.name}: expected an HDF5 file, {_what_it_is(path, error)}.") from error
+    with file:
+        try:
+            yield file
+        except (FeatureFileError, FileNotFoundError, PermissionError):
+            raise
+        except (OSError, RuntimeError, KeyError, ValueError, TypeError, OverflowError, MemoryError) as error:
+            raise FeatureFileError(
+                f"{path.name}: could not be read to the end ({_first_line(error)}). Make it again or fetch it anew."
+            ) from error
+
+
+def _what_it_is(path: Path, error: Exception) -> str:
+    with path.open("rb") as file:
+        start = file.read(8)
+    if not start:
+        return "got an empty one. Make it again"
+    if start != b"\x89HDF\r\n\x1a\n":
+        return f"got something else (it begins with {start!r}). Name a feature file"
+    if "truncated" in str(error):
+        return "got a truncated one. Make it again or fetch it anew"
+    return f"got a damaged one ({_first_line(error)}). Make it again or fetch it anew"
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().strip("'\"").splitlines()[0][:160] if str(error).strip() else type(error).__name__
+
+
+def read_dataset(file: h5py.File, name: str) -> Array:
+    """A top-level dataset as an array; a missing one, or one that claims more than the file holds, is an error."""
+    path = Path(file.filename)
+    found = file.get(name)
+    if not isinstance(found, h5py.Dataset):
+        held = ", ".join(sorted(file)) or "nothing"
+        raise FeatureFileError(f"{path.name}: expected a dataset {name!r}, got {held}. Name a feature file.")
+    size = found.dtype.itemsize * int(np.prod(found.shape, dtype=object))
+    if found.chunks is None and size > path.stat().st_size:
+        raise FeatureFileError(f"{path.name}: its dataset {name!r} is cut short. Make it again or fetch it anew.")
+    return np.asarray(found[()])
+
+
+def read_attrs(item: Any) -> dict[str, Any]:
+    """The attributes of a file or dataset as plain values: text as str, numbers as Python numbers, arrays as tuples;
+    "None" as TRIDENT and we write it is None."""
+    return {str(name): plain_value(item.attrs[name]) for name in item.attrs}
+
+
+def plain_value(value: Any) -> Any:
+    """A value read from an h5 attribute as plain Python."""
+    if isinstance(value, h5py.Empty):
+        return None
+    if isinstance(value, bytes):
+        value = value.decode("utf-8", "replace")
+    if isinstance(value, np.ndarray):
+        return tuple(plain_value(item) for item in value.tolist())
+    if isinstance(value, np.generic):
+        return value.item()
+    return None if value == "None" else value
+
+
+def write_attrs(item: Any, attrs: Mapping[str, Any]) -> None:
+    """Write attributes: None as "None", a dict as JSON, a tuple or list as an array; other objects are refused."""
+    for name, value in attrs.items():
+        if value is None:
+            stored: Any = "None"
+        elif isinstance(value, Mapping):
+            stored = json.dumps(dict(value), sort_keys=True)
+        elif isinstance(value, list | tuple):
+            stored = _array_value(name, value)
+        elif isinstance(value, str | bool | int | float | np.ndarray | np.generic):
+            stored = value
+        else:
+            raise ValueError(f"attribute {name}: expected text, numbers or a dict, got {type(value).__name__}.")
+        item.attrs[name] = stored
+
+
+def _array_value(name: str, value: list[Any] | tuple[Any, ...]) -> Any:
+    if not value:
+        return h5py.Empty("f8")
+    if all(isinstance(entry, str) for entry in value):
+        return np.array(value, dtype=h5py.string_dtype())
+    array = np.asarray(value)
+    if array.dtype.kind not in "biuf":
+        raise ValueError(f"attribute {name}: expected all text or all numbers, got {value!r}.")
+    return array
+
+
+class _Disk:
+    """A file for h5py to write to. The first failed write is kept in `error`, everything after it is dropped."""
+
+    def __init__(self, descriptor: int) -> None:
+        self.error: OSError | None = None
+        self._descriptor = descriptor
+        self._position = 0
+
+    def write(self, block: Any) -> int:
+        data = memoryview(block).cast("B")
+        done = 0
+        while self.error is None and done < len(data):
+            try:
+                done += os.pwrite(self._descriptor, data[done:], self._position + done)
+            except OSError as error:
+                self.error = error
+        self._position += len(data)
+        return len(data)
+
+    def read(self, size: int) -> bytes:
+        data = os.pread(self._descriptor, size, self._position)
+        self._position += len(data)
+        return data
+
+    def readinto(self, block: Any) -> int:
+        data = memoryview(block).cast("B")
+        held = os.pread(self._descriptor, len(data), self._position)
+        data[: len(held)] = held
+        self._position += len(held)
+        return len(held)
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        start = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: os.fstat(self._descriptor).st_size}[whence]
+        self._position = start + offset
+        return self._position
+
+    def tell(self) -> int:
+        return self._position
+
+    def truncate(self, size: int | None = None) -> int:
+        size = self._position if size is None else size
+        if self.error is None:
+            try:
+                os.ftruncate(self._descriptor, size)
+            except OSError as error:
+                self.error = error
+        return size
+
+    def flush(self) -> None:
+        """Nothing is held back here; the one fsync comes when the file is whole."""
+
+
+class H5Writer:
+    """An h5 file being made: `with H5Writer(path) as writer`, fill `writer.file`, and it takes its name on exit.
+
+    `complete = True` is written at the root after everything else; then the file is flushed, opened again and its
+    datasets compared with what was made, and renamed. On any error nothing of it is left, and a file that had the name
+    before stays. `check` raises where the disk has failed since; call it after a large write.
+
+    Raises:
+        gigapath.files.OutputError: the disk is full, read-only, ...
+    """
+
+    file: h5py.File
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
+
+    def __enter__(self) -> "H5Writer":
+        self._temporary, self._descriptor = open_temporary(self.path)
+        try:
+            self._disk = _Disk(self._descriptor)
+            self.file = h5py.File(self._disk, "w")
+        except BaseException:
+            self._release()
+            raise
+        return self
+
+    def check(self) -> None:
+        """Raise the disk's first error, if there was one."""
+        if self._disk.error is not None:
+            raise output_error(self.path, self._disk.error) from self._disk.error
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: Any) -> None:
+        try:
+            if kind is not None:
+                with contextlib.suppress(OSError, RuntimeError):
+                    self.file.close()
+                return
+            made = {name: (dataset.shape, dataset.dtype) for name, dataset in self.file.items()}
+            self.file.flush()
+            self.file.attrs["complete"] = True
+            self.file.close()
+            self.check()
+            try:
+                os.fsync(self._descriptor)
+                self._close_descriptor()
+            except OSError as problem:
+                raise output_error(self.path, problem) from problem
+            self._verify(made)
+            publish(self._temporary, self.path)
+        finally:
+            self._release()
+
+    def _verify(self, made: dict[str, tuple[tuple[int, ...], Any]]) -> None:
+        with open_h5(self._temporary) as file:
+            found = {name: (dataset.shape, dataset.dtype) for name, dataset in file.items()}
+            if found != made or not is_complete(file):
+                raise FeatureFileError(f"{self.path.name}: what was written does not read back. Check the disk.")
+
+    def _close_descriptor(self) -> None:
+        descriptor, self._descriptor = self._descriptor, -1
+        if descriptor >= 0:
+            os.close(descriptor)
+
+    def _release(self) -> None:
+        with contextlib.suppress(OSError):
+            self._close_descriptor()
+        discard(self._temporary)
+
+
+def is_complete(file: h5py.File) -> bool:
+    """True where one of our files was finished."""
+    return bool(file.attrs.get("complete", False))

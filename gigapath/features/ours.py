@@ -1,0 +1,264 @@
+"""Our files: tiles, tile embeddings, slide embeddings. TRIDENT, CLAM and the published fine-tuning script read the
+second as it is: top-level datasets of at least one axis, no groups."""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+
+import gigapath
+from gigapath.features.data import (
+    NUMERICS_VERSION,
+    Array,
+    Attrs,
+    FeatureFileError,
+    SlideEmbeddings,
+    Tiles,
+)
+from gigapath.features.h5 import H5Writer, is_complete, open_h5, read_attrs, read_dataset, write_attrs
+
+_STATES = ("states_mean", "states_class", "default_mean", "default_class", "tile_mean")
+_TILE_FIELDS = ("level", "read_size", "tile_size", "tile_size_level0", "mpp")
+# Written by this module, so no business of `attrs`.
+_OWN_ATTRS = frozenset({"slide_id", "stage", "complete", "package_version", "implementation", *_TILE_FIELDS})
+
+
+def write_tiles(path: Path | str, tiles: Tiles) -> None:
+    """Write the tiling stage's file of one slide, whole or not at all."""
+    with H5Writer(path) as writer:
+        attrs = {"numerics_version": NUMERICS_VERSION, **tiles.attrs, **_geometry(tiles)}
+        _write_root(writer.file, "tiles", tiles.slide_id, attrs)
+        _write_places(writer.file, tiles)
+
+
+def read_tiles(path: Path | str) -> Tiles:
+    """Read a file of `write_tiles`.
+
+    Raises:
+        FeatureFileError: another kind of file, or one that is not complete.
+    """
+    with open_ours(path, "tiles") as file:
+        attrs = read_attrs(file)
+        qc = file["qc"]
+        missing = [name for name in ("slide_id", *_TILE_FIELDS) if attrs.get(name) is None]
+        if missing:
+            raise FeatureFileError(
+                f"{Path(path).name}: its attributes lack {', '.join(missing)}. Tile the slide again."
+            )
+        return Tiles(
+            slide_id=attrs["slide_id"],
+            coords_level0=read_dataset(file, "coords"),
+            cells=read_dataset(file, "cells"),
+            tissue_fraction=read_dataset(file, "tissue_fraction"),
+            section=read_dataset(file, "section"),
+            qc=read_dataset(file, "qc"),
+            qc_names=tuple(read_attrs(qc).get("names") or ()),
+            attrs={name: value for name, value in attrs.items() if name not in _OWN_ATTRS},
+            **{name: attrs[name] for name in _TILE_FIELDS},
+        )
+
+
+class TileEmbeddingsWriter:
+    """Streams the embeddings of one slide into its file, which takes its name when every tile has arrived.
+
+    Memory does not grow with the slide; a killed process leaves a `.partial` and nothing else.
+
+    ```python
+    with TileEmbeddingsWriter(path, tiles, embed_dim=1536, attrs={"encoder": "gigapath", ...}) as writer:
+        writer.write(0, block)  # (n, D), any order, each tile once
+    ```
+
+    Args:
+        path: where the file goes.
+        tiles: the tiles that the embeddings belong to, in their order.
+        embed_dim: D.
+        dtype: "float32", or "float16" for half the size.
+        attrs: the encoder's part of the root attributes (`encoder`, `weights_sha256`, `transform`, `precision`,
+            `batch_shape`, `device`, ...), beside those of `tiles`.
+
+    Raises:
+        gigapath.files.OutputError: the disk is full, read-only, ...
+        ValueError: blocks of another width, embeddings that are not finite as stored, tiles missing at the end.
+    """
+
+    def __init__(
+        self,
+        path: Path | str,
+        tiles: Tiles,
+        *,
+        embed_dim: int,
+        dtype: str = "float32",
+        attrs: Attrs | None = None,
+    ) -> None:
+        if dtype not in ("float32", "float16"):
+            raise ValueError(f"TileEmbeddingsWriter: expected dtype float32 or float16, got {dtype!r}.")
+        self._tiles = tiles
+        self._dtype = np.dtype(dtype)
+        self._embed_dim = embed_dim
+        self._attrs = dict(attrs or {})
+        self._written = np.zeros(len(tiles), dtype=bool)
+        self._h5 = H5Writer(path)
+
+    def __enter__(self) -> "TileEmbeddingsWriter":
+        self._h5.__enter__()
+        try:
+            file, tiles = self._h5.file, self._tiles
+            versions = {
+                "tiles_numerics_version": tiles.attrs.get("numerics_version", NUMERICS_VERSION),
+                "numerics_version": NUMERICS_VERSION,
+            }
+            attrs = {**tiles.attrs, **versions, **self._attrs, **_geometry(tiles)}
+            _write_root(file, "features", tiles.slide_id, attrs)
+            _write_places(file, tiles)
+            self._features = file.create_dataset("features", (len(tiles), self._embed_dim), self._dtype)
+            names = {"name": tiles.slide_id, "savetodir": None, "encoder": self._attrs.get("encoder")}
+            write_attrs(self._features, names)
+            self._h5.check()
+        except BaseException as error:
+            self._h5.__exit__(type(error), error, error.__traceback__)
+            raise
+        return self
+
+    def write(self, start: int, block: Array) -> None:
+        """Store the embeddings of the tiles `start` to `start + len(block)`.
+
+        Args:
+            start: index of the first tile.
+            block: (n, D) floats.
+        """
+        stop = start + len(block)
+        who = f"embeddings of {self._tiles.slide_id}"
+        if block.ndim != 2 or block.shape[1] != self._embed_dim or start < 0 or stop > len(self._tiles):
+            raise ValueError(
+                f"{who}: expected a block (n, {self._embed_dim}) within {len(self._tiles)} tiles, "
+                f"got {block.shape} at {start}."
+            )
+        with np.errstate(over="ignore"):
+            stored = np.asarray(block).astype(self._dtype, copy=False)
+        finite = np.isfinite(stored).all(axis=1)
+        if not finite.all():
+            tile = start + int(np.argmin(finite))
+            raise ValueError(
+                f"{who}: expected finite values, got NaN or infinity in tile {tile} as {self._dtype}. "
+                "Try --precision fp32 and --store float32."
+            )
+        self._features[start:stop] = stored
+        self._written[start:stop] = True
+        self._h5.check()
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: Any) -> None:
+        if kind is None and not self._written.all():
+            missing = ValueError(
+                f"embeddings of {self._tiles.slide_id}: expected {len(self._tiles)} tiles, "
+                f"got {int(self._written.sum())}; nothing was kept."
+            )
+            self._h5.__exit__(ValueError, missing, None)
+            raise missing
+        self._h5.__exit__(kind, error, traceback)
+
+
+def write_slide(path: Path | str, embeddings: SlideEmbeddings) -> None:
+    """Write the embeddings of one slide, whole or not at all."""
+    with H5Writer(path) as writer:
+        attrs = {"numerics_version": NUMERICS_VERSION, **embeddings.attrs}
+        _write_root(writer.file, "slide", embeddings.slide_id, attrs)
+        for name in _STATES:
+            value = getattr(embeddings, name)
+            if value is not None:
+                writer.file.create_dataset(name, data=value)
+
+
+def read_slide(path: Path | str) -> SlideEmbeddings:
+    """Read a file of `write_slide`.
+
+    Raises:
+        FeatureFileError: another kind of file, or one that is not complete.
+    """
+    with open_ours(path, "slide") as file:
+        attrs = read_attrs(file)
+        arrays = {name: read_dataset(file, name) for name in _STATES if name in file or name == "tile_mean"}
+        kept = {name: value for name, value in attrs.items() if name not in _OWN_ATTRS}
+        return SlideEmbeddings(slide_id=str(attrs.get("slide_id")), attrs=kept, **arrays)
+
+
+def stage_of(file: h5py.File) -> str | None:
+    """The stage that one of our files belongs to ("tiles", "features", "slide"), None for other tools' files."""
+    stage = read_attrs(file).get("stage")
+    ours = "numerics_version" in file.attrs and "implementation" in file.attrs
+    return str(stage) if ours and stage else None
+
+
+@contextlib.contextmanager
+def open_ours(path: Path | str, stage: str) -> Iterator[h5py.File]:
+    """Open one of our files of a given stage; another tool's, another stage's or an incomplete one is an error."""
+    with open_h5(path) as file:
+        found = stage_of(file)
+        if found != stage:
+            held = f"one of stage {found!r}" if found else "another tool's"
+            raise FeatureFileError(f"{Path(path).name}: expected a file of our stage {stage!r}, got {held}.")
+        if not is_complete(file):
+            raise FeatureFileError(f"{Path(path).name}: it was never finished. Make it again.")
+        yield file
+
+
+def _geometry(tiles: Tiles) -> dict[str, Any]:
+    return {name: getattr(tiles, name) for name in _TILE_FIELDS}
+
+
+def _write_root(file: h5py.File, stage: str, slide_id: str, attrs: Attrs) -> None:
+    own = {
+        "slide_id": slide_id,
+        "stage": stage,
+        "package_version": gigapath.__version__,
+        "implementation": gigapath.__implementation__,
+    }
+    write_attrs(file, {**attrs, **own})
+
+
+def _write_places(file: h5py.File, tiles: Tiles) -> None:
+    """The datasets of both the tiles' and the features' file, with the attributes that TRIDENT and CLAM look for."""
+    coords = file.create_dataset("coords", data=tiles.coords_level0)
+    write_attrs(coords, {**_trident_attrs(tiles), **_clam_attrs(tiles)})
+    file.create_dataset("cells", data=tiles.cells)
+    file.create_dataset("tissue_fraction", data=tiles.tissue_fraction)
+    file.create_dataset("section", data=tiles.section)
+    qc = file.create_dataset("qc", data=tiles.qc)
+    write_attrs(qc, {"names": tiles.qc_names})
+
+
+def _trident_attrs(tiles: Tiles) -> dict[str, Any]:
+    """TRIDENT's nine. It knows one step for both axes: the mean where x and y differ, whole either way."""
+    width, height = tiles.attrs.get("slide_size", (None, None))
+    power = tiles.attrs.get("objective_power")
+    nominal = nominal_magnification(tiles.mpp)
+    level0 = nominal_magnification(tiles.mpp * tiles.tile_size / tiles.tile_size_level0[0])
+    return {
+        "patch_size": tiles.tile_size,
+        "patch_size_level0": round(sum(tiles.tile_size_level0) / 2),
+        "level0_magnification": power if power is not None else level0,
+        "target_magnification": nominal,
+        "overlap": 0,
+        "name": tiles.slide_id,
+        "savetodir": None,  # a path: outputs hold none
+        "level0_width": width,
+        "level0_height": height,
+    }
+
+
+def _clam_attrs(tiles: Tiles) -> dict[str, Any]:
+    """CLAM reads `patch_size` pixels of `patch_level`: true only where a level was read without resampling."""
+    downsample, size = tiles.attrs.get("level_downsample"), tiles.attrs.get("level_size")
+    if tiles.read_size != (tiles.tile_size, tiles.tile_size) or downsample is None or size is None:
+        return {}
+    factors = np.broadcast_to(np.asarray(downsample, dtype=np.float64), (2,))
+    return {"patch_level": tiles.level, "downsample": factors, "level_dim": np.asarray(size, dtype=np.int64)}
+
+
+def nominal_magnification(mpp: float) -> float:
+    """The objective power that a scanner would name for this resolution: 10 / mpp on the scale 1.25, 2.5, ..., 80."""
+    powers = 1.25 * 2.0 ** np.arange(7)
+    nearest = float(powers[np.abs(np.log2(powers * mpp / 10)).argmin()])
+    return int(nearest) if nearest.is_integer() else nearest

@@ -1,0 +1,267 @@
+"""Files that are whole or absent: a temporary name in the same folder, flushed, renamed; one sentence when the disk
+says no; names that stay inside the output folder; checksums.
+
+A killed process leaves at most a `<name>.<token>.partial` beside the file it was writing. The next writer of the same
+name removes it once its process is known to be gone.
+"""
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import re
+import secrets
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+PARTIAL_SUFFIX = ".partial"
+
+# A file name holds 255 bytes on common file systems; the slide's share leaves room for suffixes and `.partial`.
+MAX_NAME_BYTES = 180
+
+# A partial file of another machine is taken for abandoned after this long without a write.
+ABANDONED_SECONDS = 24 * 3600.0
+
+_MEND = {
+    errno.ENOSPC: "the disk is full. Free some space and run the same command again: finished files are kept",
+    errno.EDQUOT: "the disk quota is used up. Free some space and run the same command again: finished files are kept",
+    errno.EFBIG: "it would grow past the largest file allowed here. Raise the limit (`ulimit -f`) or write elsewhere",
+    errno.EROFS: "the file system is read-only. Choose another output folder",
+    errno.EACCES: "permission denied. Choose another output folder, or ask its owner for the right to write",
+    errno.EPERM: "permission denied. Choose another output folder, or ask its owner for the right to write",
+    errno.EIO: "the disk reports an input/output error. Check the disk, then run the same command again",
+}
+_STOPS_RUN = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS})
+
+# Temporary files that this process is writing now: never taken for abandoned.
+_LIVE: set[str] = set()
+
+
+class OutputError(OSError):
+    """An output could not be written; the message is one sentence that names the file and what to do.
+
+    `errno` holds the system's code. `stops_run` is True where the next file would meet the same end (a full disk, a
+    used-up quota, a read-only file system), so that a run over many slides stops there.
+    """
+
+    def __init__(self, message: str, code: int | None = None) -> None:
+        super().__init__(message)
+        self.errno = code
+
+    def __reduce__(self) -> tuple[Any, ...]:  # an OSError forgets `errno` on its way between processes
+        return type(self), (str(self), self.errno)
+
+    @property
+    def stops_run(self) -> bool:
+        """True where going on with other files is pointless."""
+        return self.errno in _STOPS_RUN
+
+
+def output_error(path: Path, error: OSError) -> OutputError:
+    """The one sentence for a failed write of `path`; folders above its own are left out of it, since errors are
+    stored beside the results and paths are private."""
+    code = error.errno
+    reason = _MEND.get(code) if code is not None else None
+    if reason is None:
+        reason = f"{error.strerror or error}. Check the output folder"
+    return OutputError(f"{path.parent.name}/{path.name} could not be written: {reason}.", code)
+
+
+@contextlib.contextmanager
+def atomic_file(path: Path | str, *, mode: int = 0o666) -> Iterator[Path]:
+    """Give a temporary path in the folder of `path`; on success it is flushed to disk and takes the name `path`, on
+    any error it is removed and whatever `path` was before stays.
+
+    The folder is made where it is missing. The temporary file exists (empty) on entry and ends in `.partial`: a
+    library that goes by the suffix needs the format named.
+
+    Args:
+        path: where the file goes.
+        mode: permissions before the umask; 0o600 for what only the user may read.
+
+    Raises:
+        OutputError: the file could not be made, written, flushed or renamed.
+    """
+    path = Path(path)
+    temporary = _create_temporary(path, mode)
+    try:
+        try:
+            yield temporary
+        except OutputError:
+            raise
+        except OSError as error:
+            # Errors of the caller's own reading pass through: only what a write can raise, or what names our file.
+            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or error.filename == os.fspath(temporary):
+                raise output_error(path, error) from error
+            raise
+        try:
+            descriptor = os.open(temporary, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+        except OSError as error:
+            raise output_error(path, error) from error
+        publish(temporary, path)
+    finally:
+        discard(temporary)
+
+
+def write_bytes_atomic(path: Path | str, content: bytes, *, mode: int = 0o666) -> None:
+    """Write a whole file at once, or not at all."""
+    with atomic_file(path, mode=mode) as temporary:
+        temporary.write_bytes(content)
+
+
+def write_text_atomic(path: Path | str, text: str, *, mode: int = 0o666) -> None:
+    """Write a whole UTF-8 text at once, or not at all; line ends stay as they are."""
+    write_bytes_atomic(path, text.encode("utf-8"), mode=mode)
+
+
+def write_json_atomic(path: Path | str, value: Any, *, mode: int = 0o666) -> None:
+    """Write JSON, readable (two spaces, keys in the order given), with a final line end. NaN and infinity raise
+    ValueError: they are not JSON."""
+    write_text_atomic(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n", mode=mode)
+
+
+def open_temporary(path: Path, *, mode: int = 0o666) -> tuple[Path, int]:
+    """Make the temporary file of `path` and open it for reading and writing.
+
+    For a writer that flushes by itself; it ends with `publish` on success, and always with `discard`.
+
+    Returns:
+        the temporary path and an open file descriptor, which the caller closes.
+    """
+    temporary = _create_temporary(path, mode)
+    try:
+        return temporary, os.open(temporary, os.O_RDWR)
+    except OSError as error:
+        discard(temporary)
+        raise output_error(path, error) from error
+
+
+def publish(temporary: Path, path: Path) -> None:
+    """Give the finished, flushed temporary file its name, and make the name itself durable."""
+    try:
+        temporary.replace(path)
+    except OSError as error:
+        raise output_error(path, error) from error
+    # Not every file system can flush a folder; the file itself is safe already.
+    with contextlib.suppress(OSError):
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def discard(temporary: Path) -> None:
+    """Remove a temporary file if it is still there."""
+    _LIVE.discard(os.fspath(temporary))
+    with contextlib.suppress(OSError):
+        temporary.unlink(missing_ok=True)
+
+
+def _create_temporary(path: Path, mode: int) -> Path:
+    temporary = path.with_name(f"{path.name}.{_machine()}-{os.getpid()}-{secrets.token_hex(3)}{PARTIAL_SUFFIX}")
+    _LIVE.add(os.fspath(temporary))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # Plain open: the umask and a setgid folder apply, as they would not with tempfile's mode 0600.
+        os.close(os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL, mode))
+    except OSError as error:
+        _LIVE.discard(os.fspath(temporary))
+        raise output_error(path, error) from error
+    _remove_abandoned(path)
+    return temporary
+
+
+def _remove_abandoned(path: Path) -> None:
+    """Remove what killed writers of `path` left behind, never what a living one is writing."""
+    pattern = re.compile(re.escape(path.name) + r"\.([0-9a-f]{8})-(\d+)-[0-9a-f]{6}" + re.escape(PARTIAL_SUFFIX))
+    with contextlib.suppress(OSError), os.scandir(path.parent) as entries:
+        for entry in entries:
+            match = pattern.fullmatch(entry.name)
+            if match is None or os.fspath(path.with_name(entry.name)) in _LIVE:
+                continue
+            with contextlib.suppress(OSError):
+                if match[1] == _machine():
+                    gone = int(match[2]) == os.getpid() or not _is_running(int(match[2]))
+                else:
+                    gone = time.time() - entry.stat().st_mtime > ABANDONED_SECONDS
+                if gone:
+                    os.unlink(entry.path)  # noqa: PTH108
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # it runs, but belongs to somebody else
+        return True
+    return True
+
+
+_machine_token: str | None = None
+
+
+def _machine() -> str:
+    """Eight hex digits for this machine and process-number space; no name can be read from them."""
+    global _machine_token
+    if _machine_token is None:
+        try:
+            space = os.stat("/proc/self/ns/pid").st_ino  # noqa: PTH116
+        except OSError:  # no /proc: the host alone
+            space = 0
+        _machine_token = hashlib.sha256(f"{socket.gethostname()} {space}".encode()).hexdigest()[:8]
+    return _machine_token
+
+
+def safe_name(slide_id: str) -> str:
+    """Check that a slide's id can be a file name, and return it unchanged.
+
+    Ids are never altered: what would leave the output folder, hide in it or break a table raises ValueError.
+    """
+    problem = None
+    if not slide_id or slide_id != slide_id.strip():
+        problem = "a name that is not empty and has no space at its ends"
+    elif slide_id in (".", "..") or "/" in slide_id or "\\" in slide_id:
+        problem = "a name without slashes"
+    elif any(ord(character) < 32 or ord(character) == 127 for character in slide_id):
+        problem = "a name without control characters such as line ends"
+    else:
+        try:
+            if len(slide_id.encode("utf-8")) > MAX_NAME_BYTES:
+                problem = f"at most {MAX_NAME_BYTES} bytes"
+        except UnicodeEncodeError:
+            problem = "a name in valid UTF-8"
+    if problem is not None:
+        shown = slide_id if len(slide_id) <= 60 else slide_id[:60] + "..."
+        raise ValueError(f"slide id: expected {problem}, got {shown!r}. Give slide_id in a manifest.")
+    return slide_id
+
+
+def sha256_of(path: Path | str) -> str:
+    """SHA-256 of a file's bytes, in hex; read in pieces."""
+    digest = hashlib.sha256()
+    _feed(digest, Path(path))
+    return digest.hexdigest()
+
+
+def git_blob_id(path: Path | str) -> str:
+    """The id that git gives to a file of these bytes: SHA-1 over `blob <size>\\0` and the content."""
+    path = Path(path)
+    digest = hashlib.sha1(f"blob {path.stat().st_size}\0".encode(), usedforsecurity=False)
+    _feed(digest, path)
+    return digest.hexdigest()
+
+
+def _feed(digest: Any, path: Path) -> None:
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
