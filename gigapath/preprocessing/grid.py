@@ -1,0 +1,167 @@
+"""The grid of tiles on a slide: which level is read, how many pixels, and where tile (i, j) lies.
+
+Tile (i, j), column i and row j, has its corner at exactly anchor + (i, j) * pitch in level-0 pixels, and its cell in
+the slide encoder's grid is (i, j): pitch and anchor are whole numbers, so every tool that divides finds the same cell.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from gigapath.preprocessing.slide import Mpp, SlideError
+
+UPSAMPLING_LIMIT = 1.3
+HALF_PIXEL = 0.5  # what a tile may lack of its side before a level counts as too coarse
+READ_PIXELS = 2**26  # no tile is made from more pixels than this
+
+
+class SlideGeometry(Protocol):
+    """What the grid needs to know of a slide (`gigapath.preprocessing.slide.Slide` is one)."""
+
+    @property
+    def slide_id(self) -> str: ...
+    @property
+    def mpp(self) -> Mpp: ...
+    @property
+    def bounds(self) -> tuple[int, int, int, int]: ...
+    @property
+    def level_dimensions(self) -> tuple[tuple[int, int], ...]: ...
+    @property
+    def level_downsamples(self) -> tuple[float, ...]: ...
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Where tiles can lie on a slide; pairs are (x, y), or (columns, rows).
+
+    Attributes:
+        anchor: level-0 corner of tile (0, 0).
+        pitch: whole level-0 pixels from a tile to the next.
+        level: the level that is read.
+        read_size: pixels of that level that make one tile; resampled where they are not tile_size.
+        tile_size: side of a tile as an encoder gets it, in pixels.
+        mpp: effective microns per pixel of a tile along x and y.
+        columns: whole tiles that fit from left to right.
+        rows: whole tiles that fit from top to bottom.
+        upsampled: how much coarser the slide is than the target, or 1.0 where nothing is invented.
+    """
+
+    anchor: tuple[int, int]
+    pitch: tuple[int, int]
+    level: int
+    read_size: tuple[int, int]
+    tile_size: int
+    mpp: tuple[float, float]
+    columns: int
+    rows: int
+    upsampled: float = 1.0
+
+    @property
+    def resampled(self) -> bool:
+        """Whether tiles are not the level's own pixels."""
+        return self.read_size != (self.tile_size, self.tile_size)
+
+    def corners(self, cells: npt.NDArray[np.integer]) -> npt.NDArray[np.int64]:
+        """Level-0 corners (N, 2) of the cells (N, 2), both (x, y)."""
+        return np.asarray(self.anchor, np.int64) + cells.astype(np.int64) * np.asarray(self.pitch, np.int64)
+
+    def cells(self, coords_level0: npt.NDArray[np.integer]) -> npt.NDArray[np.int32]:
+        """Cells (N, 2) in which the level-0 points (N, 2) lie; the inverse of `corners` on corners."""
+        offset = coords_level0.astype(np.int64) - np.asarray(self.anchor, np.int64)
+        return np.floor_divide(offset, np.asarray(self.pitch, np.int64)).astype(np.int32)
+
+
+def plan_grid(
+    slide: SlideGeometry,
+    *,
+    mpp: float = 0.5,
+    tile_size: int = 256,
+    tolerance: float = 0.02,
+    allow_upsampling: bool = False,
+) -> Grid:
+    """The grid of whole tiles within the slide's bounds.
+
+    A level within `tolerance` of `mpp` is used pixel for pixel. Else the tile is resampled from the coarsest level
+    that lacks at most half a pixel of its side. A slide coarser than that is upsampled, up to 1.3 times.
+
+    Args:
+        slide: the slide's size, scale and levels.
+        mpp: microns per pixel that a tile should have.
+        tile_size: side of a tile in pixels.
+        tolerance: share by which a level's scale may differ and still be used as it is.
+        allow_upsampling: upsample beyond 1.3 times too.
+
+    Raises:
+        SlideError: the slide is too coarse for `mpp`, or one tile would need an absurd number of pixels.
+    """
+    own = np.array([slide.mpp.x, slide.mpp.y])
+    downsamples = slide.level_downsamples
+    wanted = tile_size * mpp / own  # (2,) level-0 pixels of one tile, fractional
+
+    def misfit(level: int) -> float:
+        return float(np.abs(own * downsamples[level] / mpp - 1).max())
+
+    def lacks(level: int) -> float:
+        return float((tile_size - wanted / downsamples[level]).max())
+
+    levels = range(len(downsamples))
+    closest = min(levels, key=misfit)
+    fine_enough = [level for level in levels if lacks(level) <= HALF_PIXEL]
+    upsampled = 1.0
+    if misfit(closest) <= tolerance:
+        level, read_size = closest, np.array([tile_size, tile_size])
+    else:
+        if not fine_enough:
+            upsampled = float(own.max() / mpp)
+            _check_upsampling(slide, mpp, upsampled, allow_upsampling)
+        level = max(fine_enough, key=lambda index: downsamples[index], default=0)
+        read_size = np.maximum(1, np.rint(wanted / downsamples[level]).astype(int))
+    if math.prod(read_size.tolist()) > READ_PIXELS:
+        raise SlideError(
+            f"slide {slide.slide_id!r}: expected a level near {mpp:g} microns per pixel, got "
+            f"{own[0] * downsamples[level]:g} as the coarsest fine enough; one tile would take "
+            f"{read_size[0]} x {read_size[1]} pixels. Choose a smaller --mpp, or give the slide a pyramid."
+        )
+    pitch = np.maximum(1, np.rint(read_size * _nominal(downsamples[level], int(read_size.max()))).astype(int))
+    left, top, width, height = slide.bounds
+    effective = pitch * own / tile_size
+    return Grid(
+        anchor=(left, top),
+        pitch=(int(pitch[0]), int(pitch[1])),
+        level=level,
+        read_size=(int(read_size[0]), int(read_size[1])),
+        tile_size=tile_size,
+        mpp=(float(effective[0]), float(effective[1])),
+        columns=_whole_tiles(slide, 0, left, width, int(pitch[0]), int(read_size[0]), level),
+        rows=_whole_tiles(slide, 1, top, height, int(pitch[1]), int(read_size[1]), level),
+        upsampled=upsampled,
+    )
+
+
+def _nominal(downsample: float, read_size: int) -> float:
+    """The whole downsample that a level was made with, where its rounded sizes shift a tile by half a pixel at most."""
+    whole = round(downsample)
+    return whole if read_size * abs(downsample / whole - 1) <= HALF_PIXEL else downsample
+
+
+def _check_upsampling(slide: SlideGeometry, mpp: float, factor: float, allowed: bool) -> None:
+    if factor > UPSAMPLING_LIMIT * (1 + 1e-9) and not allowed:
+        raise SlideError(
+            f"slide {slide.slide_id!r}: expected at most {UPSAMPLING_LIMIT * mpp:g} microns per pixel for tiles at "
+            f"{mpp:g}, got {slide.mpp.mean:g} (upsampled {factor:.2f} times). Choose a larger --mpp, or say "
+            "--allow-upsampling."
+        )
+
+
+def _whole_tiles(slide: SlideGeometry, axis: int, start: int, extent: int, pitch: int, read: int, level: int) -> int:
+    """Tiles along one axis that lie inside the bounds, and whose pixels the level holds: levels are rounded down, so
+    the last tile may miss pixels there that level 0 has."""
+    downsample = slide.level_downsamples[level]
+    room = slide.level_dimensions[level][axis] + HALF_PIXEL - read - start / downsample
+    if level == 0:
+        room = slide.level_dimensions[0][axis] - read - start
+    held = math.floor(room * downsample / pitch + 1e-9) + 1 if room >= 0 else 0
+    return max(0, min(extent // pitch, held))

@@ -1,0 +1,420 @@
+"""Open a whole-slide image: its size, its scale and its provenance, read where it lies.
+
+Frames: `level0` coordinates are OpenSlide's absolute level-0 pixels, (x, y) from the slide's top-left corner. Sizes are
+(width, height); arrays are (H, W, 3) uint8 RGB. Label and macro images are never opened.
+"""
+
+import math
+import re
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from types import TracebackType
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+import openslide
+import PIL.Image
+
+UInt8Array = npt.NDArray[np.uint8]
+
+# A file name loses the first of these that it ends in; the rest is the slide's id.
+SLIDE_SUFFIXES = (
+    *(".ome.tiff", ".ome.tif", ".svs", ".tiff", ".tif", ".ndpi", ".mrxs", ".scn", ".svslide", ".bif", ".vms", ".vmu"),
+    *(".dcm", ".czi", ".jpeg", ".jpg", ".png"),
+)
+
+PLAUSIBLE_MPP = (0.08, 4.0)
+OBJECTIVE_MARGIN = 0.35  # share by which mpp may differ from 10 / objective power
+SAME_SCALE = 0.02  # x and y this close are one scale, averaged
+OVERVIEW_MPP = 8.0
+OVERVIEW_SIDE = 8192  # no overview grows beyond this many pixels a side
+BAND_PIXELS = 4_000_000  # pixels of a level read at once for the overview
+PLAIN_IMAGE_PIXELS = 89_000_000  # a plain image is decoded whole; Pillow itself warns from here on
+PLAIN_IMAGE_MODES = ("RGB", "RGBA", "L", "LA", "P", "CMYK", "YCbCr")
+
+# What leaves a slide's header: numbers as numbers, words only where they have the form of a scanner's model name.
+_NUMBERS = (
+    *("openslide.mpp-x", "openslide.mpp-y", "openslide.objective-power"),
+    *("openslide.bounds-x", "openslide.bounds-y", "openslide.bounds-width", "openslide.bounds-height"),
+)
+_SCANNERS = {
+    "aperio.ScannerType": r"GT ?450( ?DX)?|AT2( DX)?|CS2|LV1|VERSA ?\d*",
+    "hamamatsu.Product": r"C\d{4,5}(-\d{1,3})?",
+    "tiff.Model": r"C\d{4,5}(-\d{1,3})?|NanoZoomer( [A-Z]{1,3}\d{0,3})?",
+    "leica.device-model": r"Leica SCN\d{3}( ?F)?|SCN\d{3}( ?F)?|Versa ?\d{0,3}",
+    "ventana.ScannerModel": r"iScan (Coreo|HT)|VENTANA DP ?\d{3}",
+    "philips.DICOM_MANUFACTURERS_MODEL_NAME": r"UFS Scanner|IntelliSite( Ultra Fast Scanner)?|SG ?\d{2,3}",
+    "mirax.NONHIERLAYER_1_SECTION.SCANNER_HARDWARE_VERSION": r"\d{1,3}(\.\d{1,3}){0,3}",
+}
+
+
+class SlideError(ValueError):
+    """What is wrong with one slide, in one sentence that holds no path; a job records it and goes on."""
+
+
+@dataclass(frozen=True)
+class Mpp:
+    """Microns per pixel of level 0 along x and y, and where the figures come from."""
+
+    x: float
+    y: float
+    source: str
+
+    @property
+    def mean(self) -> float:
+        """One figure for sums and estimates; tiles keep each axis' own scale."""
+        return (self.x + self.y) / 2
+
+
+@dataclass(frozen=True)
+class Overview:
+    """The slide within its bounds at low power.
+
+    Attributes:
+        image: (h, w, 3) RGB, white where the slide holds nothing.
+        opaque: (h, w), True where the slide holds pixels.
+        origin_level0: (x, y) of the top-left corner.
+        scale: (sx, sy) level-0 pixels per overview pixel, fractional.
+        mpp: microns per overview pixel, mean of x and y.
+    """
+
+    image: UInt8Array
+    opaque: npt.NDArray[np.bool_]
+    origin_level0: tuple[int, int]
+    scale: tuple[float, float]
+    mpp: float
+
+
+def slide_id_of(path: str | Path) -> str:
+    """The file name without its recognised suffix, whatever the case of the suffix."""
+    name = Path(path).name
+    suffix = next((end for end in SLIDE_SUFFIXES if name.lower().endswith(end) and len(name) > len(end)), "")
+    return name[: len(name) - len(suffix)]
+
+
+def open_slide(
+    path: str | Path,
+    *,
+    slide_id: str | None = None,
+    slide_mpp: float | None = None,
+    mpp_source: str = "--slide-mpp",
+    mpp_from_objective: bool = False,
+) -> "Slide":
+    """Open a slide in place with OpenSlide, or a plain JPEG or PNG as a slide of one level.
+
+    Args:
+        path: a slide file.
+        slide_id: the slide's name in every output; the file name without its suffix when None.
+        slide_mpp: microns per level-0 pixel that override what the file says, unchecked but for being positive.
+        mpp_source: where `slide_mpp` comes from, for the record ("manifest" or the option's name).
+        mpp_from_objective: take 10 / objective power where the file gives no scale.
+
+    Raises:
+        FileNotFoundError: nothing lies there.
+        SlideError: it is no slide, or a broken one.
+    """
+    path = Path(path)
+    slide_id = slide_id_of(path) if slide_id is None else slide_id
+    if slide_mpp is not None and not (math.isfinite(slide_mpp) and slide_mpp > 0):
+        raise ValueError(f"{mpp_source}: expected microns per pixel above 0, got {slide_mpp!r}.")
+    override = None if slide_mpp is None else Mpp(slide_mpp, slide_mpp, mpp_source)
+    return Slide(path, _open_handle(path, slide_id), slide_id, override, mpp_from_objective)
+
+
+class Slide:
+    """An open slide; use it as a context manager. Reads from several threads at once are safe.
+
+    Attributes:
+        path: where it lies; never written to an output.
+        slide_id: its name in every output.
+        vendor: OpenSlide's word for the format, "plain-image" for JPEG and PNG.
+        dimensions: (W, H) of level 0.
+        level_dimensions: (w, h) of each level, finest first.
+        level_downsamples: OpenSlide's downsample of each level.
+        bounds: (x, y, w, h) in level-0 pixels of what was scanned; the whole slide where the file names no bounds.
+        properties: the allow-listed header entries; nothing else of the header leaves this class.
+        objective_power: the magnification that the file states, or None.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        handle: openslide.AbstractSlide,
+        slide_id: str,
+        override: Mpp | None,
+        mpp_from_objective: bool,
+    ) -> None:
+        self._handle = handle
+        self._plain = isinstance(handle, openslide.ImageSlide)
+        self._plain_lock = threading.Lock()  # Pillow decodes on first use, which is not safe from two threads
+        self._override = override
+        self._mpp_from_objective = mpp_from_objective
+        self.path = path
+        self.slide_id = slide_id
+        header: Mapping[str, str] = handle.properties
+        self.vendor = "plain-image" if self._plain else str(header.get("openslide.vendor", "unknown"))
+        self.dimensions: tuple[int, int] = handle.dimensions
+        self.level_dimensions: tuple[tuple[int, int], ...] = tuple(handle.level_dimensions)
+        self.level_downsamples: tuple[float, ...] = tuple(handle.level_downsamples)
+        self.properties = _allowed(header)
+        self.objective_power = _number(header, "openslide.objective-power")
+        self.stated_mpp = _stated_mpp(header)
+        self.bounds = self._find_bounds()
+
+    def __enter__(self) -> "Slide":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the file."""
+        self._handle.close()
+
+    @property
+    def scanner(self) -> str | None:
+        """The scanner's model where the file gives it in a known form."""
+        return next((str(self.properties[name]) for name in _SCANNERS if name in self.properties), None)
+
+    @cached_property
+    def mpp(self) -> Mpp:
+        """Microns per level-0 pixel: the override, else what the file states, else from the objective if allowed.
+
+        x and y within 2 % are averaged, else each keeps its own.
+
+        Raises:
+            SlideError: there is no figure, or it is implausible for brightfield.
+        """
+        if self._override is not None:
+            return self._override
+        if self.stated_mpp is not None:
+            mpp = self.stated_mpp
+            self._check_plausible(mpp)
+        elif self._mpp_from_objective and self.objective_power is not None:
+            mpp = Mpp(10 / self.objective_power, 10 / self.objective_power, "objective power")
+            self._check_plausible(mpp)
+        else:
+            power = self.objective_power
+            way = "" if power is None else f" or take 10 / objective power ({power:g}) with --mpp-from-objective"
+            raise SlideError(
+                f"slide {self.slide_id!r}: expected microns per pixel in the file, got none. "
+                f"State them with --slide-mpp{way}."
+            )
+        if abs(mpp.x - mpp.y) <= SAME_SCALE * mpp.mean:
+            return Mpp(mpp.mean, mpp.mean, mpp.source)
+        return mpp
+
+    def read(self, x: int, y: int, level: int, width: int, height: int) -> UInt8Array:
+        """Pixels of one level, on white where the slide holds nothing.
+
+        Args:
+            x: left edge in level-0 pixels.
+            y: top edge in level-0 pixels.
+            level: the level that is read.
+            width: pixels of that level.
+            height: pixels of that level.
+
+        Returns:
+            (height, width, 3) RGB.
+
+        Raises:
+            SlideError: these pixels can't be decoded. OpenSlide then refuses every later read of this slide.
+        """
+        return _on_white(self._read_rgba(x, y, level, width, height))
+
+    def overview(self, mpp: float = OVERVIEW_MPP) -> Overview:
+        """The bounds at about `mpp` microns a pixel, or at the slide's own scale where that is coarser.
+
+        The coarsest level that is fine enough is read in bands and averaged over area: memory does not depend on
+        the level read, and the result not on the bands.
+        """
+        own = self.mpp
+        left, top, width, height = self.bounds
+        wanted = max(mpp, own.x, own.y, max(width * own.x, height * own.y) / OVERVIEW_SIDE)
+        size = max(1, round(width * own.x / wanted)), max(1, round(height * own.y / wanted))
+        fine = [i for i, d in enumerate(self.level_downsamples) if max(own.x, own.y) * d <= wanted * (1 + SAME_SCALE)]
+        level = fine[-1] if fine else 0
+        image, alpha = self._averaged(level, size)
+        scale = width / size[0], height / size[1]
+        return Overview(
+            image=image,
+            opaque=alpha >= 128,
+            origin_level0=(left, top),
+            scale=scale,
+            mpp=(scale[0] * own.x + scale[1] * own.y) / 2,
+        )
+
+    def _averaged(self, level: int, size: tuple[int, int]) -> tuple[UInt8Array, UInt8Array]:
+        """The bounds at `level`, each output pixel the mean of the area it covers: RGB (h, w, 3) and alpha (h, w)."""
+        left, top, width, height = self.bounds
+        downsample = self.level_downsamples[level]
+        level_size = self.level_dimensions[level]
+        # The last column and row of a level may hang over the slide's edge; what the level lacks is not read.
+        columns = max(1, min(round(width / downsample), level_size[0] - int(left / downsample)))
+        rows = max(1, min(round(height / downsample), level_size[1] - int(top / downsample)))
+        out = np.empty((size[1], size[0], 4), np.uint8)
+        step = max(rows / size[1], 1.0)  # rows of the level per output row
+        band = max(1, int(BAND_PIXELS / (columns * step)))
+        for first in range(0, size[1], band):
+            last = min(first + band, size[1])
+            start, stop = int(first * step), min(rows, math.ceil(last * step))
+            pixels = self._read_rgba(left, top + round(start * downsample), level, columns, max(1, stop - start))
+            pixels = np.dstack([_on_white(pixels), pixels[..., 3]])
+            narrow = cv2.resize(pixels, (size[0], len(pixels)), interpolation=cv2.INTER_AREA)
+            weights = _area_weights(first * step - start, last - first, len(pixels), step)
+            block = weights @ narrow.reshape(len(narrow), -1).astype(np.float32)
+            out[first:last] = np.rint(block).reshape(last - first, size[0], 4)
+        return out[..., :3].copy(), out[..., 3].copy()
+
+    def _read_rgba(self, x: int, y: int, level: int, width: int, height: int) -> UInt8Array:
+        """(height, width, 4) RGBA as OpenSlide gives it."""
+        try:
+            if self._plain:
+                with self._plain_lock:
+                    return np.asarray(self._handle.read_region((x, y), level, (width, height)))
+            return np.asarray(self._handle.read_region((x, y), level, (width, height)))
+        except (openslide.OpenSlideError, OSError, SyntaxError) as error:  # Pillow: SyntaxError for a broken PNG
+            raise SlideError(
+                f"slide {self.slide_id!r}: expected {width} x {height} readable pixels at x {x}, y {y} of level "
+                f"{level}, got an error from the decoder. The file is damaged or cut short: copy it again."
+            ) from error
+
+    def _find_bounds(self) -> tuple[int, int, int, int]:
+        """(x, y, w, h) of the scanned area, cut to the slide."""
+        width, height = self.dimensions
+        named = [self.properties.get(f"openslide.bounds-{part}") for part in ("x", "y", "width", "height")]
+        if any(value is None for value in named):
+            return 0, 0, width, height
+        x, y, w, h = (int(float(value)) for value in named if value is not None)
+        left, top, right, bottom = max(0, x), max(0, y), min(width, x + w), min(height, y + h)
+        if right <= left or bottom <= top:
+            raise SlideError(
+                f"slide {self.slide_id!r}: expected bounds inside {width} x {height} pixels, got x {x}, y {y}, "
+                f"{w} x {h}. The header contradicts itself: convert the slide again."
+            )
+        return left, top, right - left, bottom - top
+
+    def _check_plausible(self, mpp: Mpp) -> None:
+        """Raise SlideError where brightfield scanners don't work at this scale or the objective contradicts it."""
+        low, high = PLAUSIBLE_MPP
+        stated = f"{mpp.x:g}" if mpp.x == mpp.y else f"{mpp.x:g} x {mpp.y:g}"
+        if not (low <= min(mpp.x, mpp.y) and max(mpp.x, mpp.y) <= high):
+            raise SlideError(
+                f"slide {self.slide_id!r}: expected {low:g} to {high:g} microns per pixel, got {stated} from "
+                f"{mpp.source}. State the right value with --slide-mpp."
+            )
+        if self.objective_power is None:
+            return
+        nominal = 10 / self.objective_power
+        if max(abs(value / nominal - 1) for value in (mpp.x, mpp.y)) > OBJECTIVE_MARGIN:
+            raise SlideError(
+                f"slide {self.slide_id!r}: expected about {nominal:g} microns per pixel for an objective power of "
+                f"{self.objective_power:g}, got {stated} from {mpp.source}. State the right value with --slide-mpp."
+            )
+
+
+def _open_handle(path: Path, slide_id: str) -> openslide.AbstractSlide:
+    """OpenSlide's handle, or Pillow's behind OpenSlide's plain-image class for JPEG and PNG."""
+    who = f"slide {slide_id!r}"
+    try:
+        if path.is_dir():
+            raise SlideError(f"{who}: expected a slide file, got a folder. Name the slides in it, or a list of them.")
+        if path.exists() and not path.is_file():  # opening a pipe would wait for ever
+            raise SlideError(f"{who}: expected a slide file, got a pipe or a device. Name a regular file.")
+        with path.open("rb") as file:
+            if not file.read(1):
+                raise SlideError(f"{who}: expected a slide file, got an empty one. Copy it again.")
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{who}: expected a slide file, got none of the name {path.name!r}.") from error
+    except OSError as error:
+        raise SlideError(f"{who}: expected a readable file, got {error.strerror!r}. Check who may read it.") from error
+    try:
+        return openslide.OpenSlide(str(path))
+    except openslide.OpenSlideUnsupportedFormatError as error:
+        unsupported: Exception = error
+    except openslide.OpenSlideError as error:
+        raise SlideError(
+            f"{who}: expected a whole slide, got one that OpenSlide knows but can't open. "
+            "It is damaged, cut short, or lacks the files that belong to it: copy it again with all its parts."
+        ) from error
+    try:
+        # Only these two: of a TIFF, Pillow would take the first page, whatever it shows.
+        with PIL.Image.open(path, formats=("JPEG", "PNG")) as image:
+            pixels, mode = image.width * image.height, image.mode
+    except PIL.Image.DecompressionBombError:
+        pixels, mode = PLAIN_IMAGE_PIXELS + 1, ""
+    except (PIL.UnidentifiedImageError, OSError, SyntaxError):
+        raise SlideError(
+            f"{who}: expected a slide that OpenSlide reads, or a JPEG or PNG image, got another format or a file "
+            "cut short. Convert it to a tiled TIFF, or copy it again with all its parts."
+        ) from unsupported
+    if pixels > PLAIN_IMAGE_PIXELS:
+        raise SlideError(
+            f"{who}: expected a plain image of at most {PLAIN_IMAGE_PIXELS // 1_000_000} megapixels, got a larger one. "
+            "Convert it to a tiled pyramid (vips tiffsave --tile --pyramid)."
+        )
+    if mode not in PLAIN_IMAGE_MODES:
+        raise SlideError(f"{who}: expected 8-bit colours or greys, got mode {mode!r}. Convert it to 8-bit RGB.")
+    return openslide.ImageSlide(str(path))
+
+
+def _number(header: Mapping[str, str], name: str) -> float | None:
+    """A header entry as a positive finite number, or None."""
+    try:
+        value = float(header[name])
+    except (KeyError, ValueError):
+        return None
+    return value if math.isfinite(value) and value > 0 else None
+
+
+def _stated_mpp(header: Mapping[str, str]) -> Mpp | None:
+    """What the file says of its scale: OpenSlide's figures, else the TIFF tags per centimetre or inch."""
+    x, y = _number(header, "openslide.mpp-x"), _number(header, "openslide.mpp-y")
+    if x is not None and y is not None:
+        return Mpp(x, y, "openslide.mpp")
+    x, y = _number(header, "tiff.XResolution"), _number(header, "tiff.YResolution")
+    microns = {"centimeter": 10_000, "inch": 25_400}.get(header.get("tiff.ResolutionUnit", ""))
+    if x is not None and y is not None and microns is not None:
+        return Mpp(microns / x, microns / y, "TIFF resolution tags")
+    return None
+
+
+def _allowed(header: Mapping[str, str]) -> dict[str, str | float]:
+    """The entries that may reach outputs."""
+    kept: dict[str, str | float] = {}
+    for name in _NUMBERS:
+        try:
+            value = float(header[name])
+        except (KeyError, ValueError):
+            continue
+        if math.isfinite(value):
+            kept[name] = value
+    for name, form in _SCANNERS.items():
+        model = header.get(name, "").strip()
+        if re.fullmatch(form, model):
+            kept[name] = model
+    return kept
+
+
+def _on_white(rgba: UInt8Array) -> UInt8Array:
+    """(h, w, 4) RGBA, not premultiplied, laid on white: (h, w, 3)."""
+    alpha = rgba[..., 3]
+    if alpha.min() == 255:
+        return np.ascontiguousarray(rgba[..., :3])
+    weight = alpha[..., None].astype(np.uint16)
+    return ((rgba[..., :3] * weight + 255 * (255 - weight) + 127) // 255).astype(np.uint8)
+
+
+def _area_weights(offset: float, n_out: int, n_in: int, step: float) -> npt.NDArray[np.float32]:
+    """Share of each input row in each output row, (n_out, n_in): output row i covers [i, i + 1) * step + offset."""
+    edges = offset + np.arange(n_out)[:, None] * step
+    row = np.arange(n_in)[None, :]
+    share = np.clip(np.minimum(edges + step, row + 1) - np.maximum(edges, row), 0, 1)
+    weights: npt.NDArray[np.float32] = (share / share.sum(1, keepdims=True)).astype(np.float32)
+    return weights

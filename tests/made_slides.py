@@ -1,0 +1,89 @@
+"""Small pyramids for tests: real files that OpenSlide opens, never square, tissue off the diagonal, mpp stated."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+import tifffile
+
+UInt8Array = npt.NDArray[np.uint8]
+
+_LEICA = "http://www.leica-microsystems.com/scn/2010/10/01"
+
+
+def paint_tissue(width: int, height: int, *, mpp: float = 0.5, seed: int = 0) -> UInt8Array:
+    """A white field with two pieces of pink and purple tissue, left of the middle and at the lower right; (H, W, 3).
+
+    The picture is drawn in shares of the field, with texture down to single pixels: the same field at another `mpp`
+    shows the same tissue. No two tiles look alike.
+    """
+    rng = np.random.default_rng(seed)
+    image = np.full((height, width, 3), (243, 241, 244), np.uint8)
+    pieces = np.zeros((height, width), np.uint8)
+    for centre, axes, angle in (((0.30, 0.42), (0.20, 0.30), 15), ((0.76, 0.68), (0.14, 0.20), -25)):
+        middle = round(centre[0] * width), round(centre[1] * height)
+        cv2.ellipse(pieces, middle, (round(axes[0] * width), round(axes[1] * height)), angle, 0, 360, 1, -1)
+    coarse = rng.random((max(2, round(height * mpp / 20)), max(2, round(width * mpp / 20))), np.float32)
+    density = cv2.resize(coarse, (width, height), interpolation=cv2.INTER_CUBIC)[..., None]
+    tissue = (1 - density) * np.float32((226, 160, 196)) + density * np.float32((120, 70, 150))
+    tissue += rng.normal(0, 6, (height, width, 1)).astype(np.float32)
+    inside = pieces.astype(bool)
+    image[inside] = np.clip(tissue, 0, 255).astype(np.uint8)[inside]
+    noise = rng.integers(-2, 3, (height, width, 1), np.int16)
+    return np.clip(image + noise, 0, 255).astype(np.uint8)
+
+
+def write_pyramid(
+    path: Path,
+    image: UInt8Array,
+    *,
+    mpp: tuple[float, float] | None,
+    steps: Sequence[int] = (1, 2, 4),
+    tile: int = 240,
+    compression: str | None = "jpeg",
+    aperio: bool = False,
+    objective: float | None = None,
+    description: str = "",
+) -> Path:
+    """Write `image` (H, W, 3) as a tiled TIFF with one level per downsample in `steps`.
+
+    Args:
+        path: .tif, or .svs with `aperio`.
+        image: level 0.
+        mpp: microns per pixel along x and y, in the resolution tags; None leaves them out. With `aperio` the header
+            takes the mean.
+        steps: downsample of each level, first 1; the levels' sizes are rounded down, as scanners do.
+        tile: side of the TIFF's own tiles, a multiple of 16.
+        compression: "jpeg" or None.
+        aperio: write an Aperio header, which also holds `objective`.
+        objective: objective power for the Aperio header.
+        description: text put into the ImageDescription, for tests of what must not leak.
+    """
+    height, width = image.shape[:2]
+    text = description
+    if aperio:
+        fields = [f"Aperio Image Library v12.0\r\n{width}x{height} (240x240) JPEG/RGB Q=90 {description}"]
+        fields += [] if objective is None else [f"AppMag = {objective:g}"]
+        fields += [] if mpp is None else [f"MPP = {sum(mpp) / 2:.6f}"]
+        text = "|".join(fields)
+    with tifffile.TiffWriter(path) as file:
+        for index, step in enumerate(steps):
+            level = image
+            if step > 1:
+                level = cv2.resize(image, (width // step, height // step), interpolation=cv2.INTER_AREA)
+            resolution = (1, 1) if mpp is None else (1e4 / (mpp[0] * step), 1e4 / (mpp[1] * step))
+            file.write(
+                level,
+                photometric="rgb",
+                tile=(tile, tile),
+                compression=compression,
+                resolution=resolution,
+                resolutionunit="NONE" if mpp is None else "CENTIMETER",
+                subfiletype=0 if index == 0 or aperio else 1,
+                description=text or None,
+                metadata=None,
+                software=False,
+            )
+    return path
