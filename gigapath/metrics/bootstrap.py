@@ -1,0 +1,213 @@
+"""Intervals by the bootstrap: whole groups are drawn, class by class, with a seed; undefined replicates are counted.
+
+An interval covers the sampling of the test set for one fitted model. The spread over seeds and over splits is another
+thing and stands apart.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from gigapath.metrics.scores import FloatArray, IntArray, Predictions, Scorer
+
+REPLICATES = 2000
+LEVEL = 0.95
+BLOCK_ENTRIES = 2_000_000  # weights held at once: 16 MB, and a few times that while a curve is summed
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A score, its percentile interval, and in how many replicates it was not defined; NaN = not defined."""
+
+    value: float
+    low: float
+    high: float
+    undefined: int
+
+    def __str__(self) -> str:
+        if math.isnan(self.value):
+            return "not defined"
+        if math.isnan(self.low):
+            return f"{self.value:.4f}"
+        return f"{self.value:.4f} [{self.low:.4f}, {self.high:.4f}]"
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The scores of one set of predictions.
+
+    Args:
+        estimates: name -> estimate.
+        rows: number of rows.
+        units: number of units that were drawn: groups, or rows where there are none.
+        prevalence: class name -> share of the rows.
+        covers: what the intervals stand for, in words.
+        notes: sentences on what was not defined.
+    """
+
+    estimates: dict[str, Estimate]
+    rows: int
+    units: int
+    prevalence: dict[str, float]
+    covers: str
+    notes: tuple[str, ...]
+
+    def __getitem__(self, name: str) -> Estimate:
+        return self.estimates[name]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values; NaN becomes None."""
+        return {
+            "scores": {name: _json(estimate) for name, estimate in self.estimates.items()},
+            "rows": self.rows,
+            "units": self.units,
+            "prevalence": self.prevalence,
+            "intervals": self.covers,
+            "notes": list(self.notes),
+        }
+
+
+def evaluate(predictions: Predictions, *, replicates: int = REPLICATES, seed: int = 0) -> Evaluation:
+    """Scores with bootstrap intervals.
+
+    Args:
+        predictions: truth and probabilities, with groups where rows belong together.
+        replicates: number of bootstrap replicates; 0 gives the scores alone.
+        seed: of the draws; the same seed draws the same rows for every model on the same set.
+    """
+    scorer = Scorer(predictions)
+    values = scorer.plain()
+    drawn = _replicate_scores([scorer], predictions, replicates, seed)[0]
+    groups = predictions.groups
+    units = len(predictions.truth) if groups is None else len(np.unique(groups))
+    return Evaluation(
+        estimates=_estimates(scorer.names, values, drawn),
+        rows=len(predictions.truth),
+        units=units,
+        prevalence=_prevalence(predictions),
+        covers=_covers(predictions, replicates, seed),
+        notes=_notes(predictions),
+    )
+
+
+def paired_difference(
+    first: Predictions, second: Predictions, *, replicates: int = REPLICATES, seed: int = 0
+) -> dict[str, Estimate]:
+    """Scores of the first minus scores of the second on the same rows, with intervals from the same draws."""
+    if not np.array_equal(first.truth, second.truth):
+        raise ValueError("paired_difference: expected the same rows with the same truth in the same order.")
+    scorers = [Scorer(first), Scorer(second)]
+    if scorers[0].names != scorers[1].names:
+        raise ValueError("paired_difference: expected the same classes for both.")
+    plain = [scorer.plain() for scorer in scorers]
+    drawn = _replicate_scores(scorers, first, replicates, seed)
+    values = {name: plain[0][name] - plain[1][name] for name in scorers[0].names}
+    return _estimates(scorers[0].names, values, drawn[0] - drawn[1])
+
+
+def bootstrap_weights(
+    truth: npt.NDArray[np.integer], groups: npt.NDArray[np.generic] | None, *, replicates: int, seed: int
+) -> Iterator[FloatArray]:
+    """Blocks (R, N) of how often each row was drawn, `replicates` rows of weights in all.
+
+    Units are groups, or rows where `groups` is None. Units are drawn with replacement within strata: those of one
+    class among themselves; units that hold several classes form a stratum of their own. Multi-label truth is not
+    stratified. The draws do not depend on the block size.
+    """
+    unit_of_row, strata = _units(np.asarray(truth), groups)
+    generators = [np.random.default_rng([seed, number]) for number in range(len(strata))]
+    unit_count = sum(len(stratum) for stratum in strata)
+    block = max(1, BLOCK_ENTRIES // len(unit_of_row))
+    for start in range(0, replicates, block):
+        rows = min(block, replicates - start)
+        counts = np.zeros((rows, unit_count))
+        for stratum, generator in zip(strata, generators, strict=True):
+            draws = generator.integers(0, len(stratum), size=(rows, len(stratum)))
+            draws += np.arange(rows)[:, None] * len(stratum)
+            drawn = np.bincount(draws.ravel(), minlength=rows * len(stratum)).reshape(rows, len(stratum))
+            counts[:, stratum] = drawn
+        yield counts if groups is None else counts[:, unit_of_row]
+
+
+def _units(
+    truth: npt.NDArray[np.integer], groups: npt.NDArray[np.generic] | None
+) -> tuple[IntArray, list[npt.NDArray[np.intp]]]:
+    """(unit of each row, units of each stratum)."""
+    if groups is None:
+        unit_of_row = np.arange(len(truth))
+        stratum_of_unit = truth if truth.ndim == 1 else np.zeros(len(truth), dtype=np.int64)
+    else:
+        _, unit_of_row = np.unique(groups, return_inverse=True)
+        units = int(unit_of_row.max()) + 1
+        stratum_of_unit = np.zeros(units, dtype=np.int64)
+        if truth.ndim == 1:
+            lowest = np.full(units, np.iinfo(np.int64).max)
+            highest = np.full(units, -1)
+            np.minimum.at(lowest, unit_of_row, truth)
+            np.maximum.at(highest, unit_of_row, truth)
+            stratum_of_unit = np.where(lowest == highest, lowest, -1)
+    return unit_of_row, [np.flatnonzero(stratum_of_unit == stratum) for stratum in np.unique(stratum_of_unit)]
+
+
+def _replicate_scores(scorers: list[Scorer], predictions: Predictions, replicates: int, seed: int) -> list[FloatArray]:
+    """For each scorer the scores (replicates, names) under the same draws."""
+    drawn: list[list[FloatArray]] = [[np.empty((0, len(scorer.names)))] for scorer in scorers]
+    for weights in bootstrap_weights(predictions.truth, predictions.groups, replicates=replicates, seed=seed):
+        for scorer, blocks in zip(scorers, drawn, strict=True):
+            blocks.append(scorer(weights))
+    return [np.concatenate(blocks) for blocks in drawn]
+
+
+def _estimates(names: tuple[str, ...], values: dict[str, float], drawn: FloatArray) -> dict[str, Estimate]:
+    estimates = {}
+    for column, name in enumerate(names):
+        defined = drawn[~np.isnan(drawn[:, column]), column]
+        tail = (1 - LEVEL) / 2
+        low, high = np.quantile(defined, [tail, 1 - tail]) if len(defined) else (np.nan, np.nan)
+        estimates[name] = Estimate(values[name], float(low), float(high), len(drawn) - len(defined))
+    return estimates
+
+
+def _prevalence(predictions: Predictions) -> dict[str, float]:
+    truth = np.asarray(predictions.truth)
+    if predictions.multi_label:
+        shares = truth.mean(axis=0)
+    else:
+        shares = np.bincount(truth, minlength=len(predictions.class_names)) / len(truth)
+    return dict(zip(predictions.class_names, shares.tolist(), strict=True))
+
+
+def _covers(predictions: Predictions, replicates: int, seed: int) -> str:
+    if replicates == 0:
+        return "none"
+    unit = "rows" if predictions.groups is None else "groups"
+    stratified = "" if predictions.multi_label else ", stratified by class"
+    models = "of one fitted model" if predictions.folds is None else "of the fitted models, scored within each fold"
+    return (
+        f"{LEVEL:.0%} percentile bootstrap over {unit}{stratified}, {replicates} replicates, seed {seed}: "
+        f"the sampling of the test set {models}, not the spread over seeds or splits"
+    )
+
+
+def _notes(predictions: Predictions) -> tuple[str, ...]:
+    """What is not defined on these rows, in sentences."""
+    notes = []
+    truth = np.asarray(predictions.truth)
+    for index, name in enumerate(predictions.class_names):
+        positive = int((truth[:, index] == 1).sum() if predictions.multi_label else (truth == index).sum())
+        if positive == 0:
+            notes.append(f"class {name} has no row: its AUROC and AUPRC are not defined and left out of means")
+        elif positive == len(truth):
+            notes.append(f"class {name} has every row: its AUROC is not defined and left out of means")
+    return tuple(notes)
+
+
+def _json(estimate: Estimate) -> dict[str, float | int | None]:
+    return {
+        key: None if isinstance(value, float) and math.isnan(value) else value
+        for key, value in asdict(estimate).items()
+    }

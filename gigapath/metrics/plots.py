@@ -1,0 +1,123 @@
+"""Pictures of scores as PNG bytes; the caller writes them. Colours are those of Okabe and Ito, told apart by all."""
+
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from gigapath.metrics.scores import FloatArray, IntArray
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+STYLES = ("-", "--", "-.", ":")
+MAX_NAMED_CLASSES = 20  # above this a confusion matrix is drawn without numbers in its cells
+
+
+def plotting_available() -> bool:
+    """Whether matplotlib is installed; it comes with the extra `train`."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+def draw_confusion(counts: IntArray, class_names: Sequence[str], *, title: str) -> bytes:
+    """A confusion matrix: shade = share of the true class, number = rows; counts (C, C), row = true class."""
+    classes = len(class_names)
+    side = min(3.4 + 0.55 * classes, 14.0)
+    figure, axes = _figure(side + 0.8, side)
+    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    image = axes.imshow(shares, cmap="cividis", vmin=0, vmax=1)
+    axes.set_xticks(
+        range(classes), class_names, rotation=45 if classes > 3 else 0, ha="right" if classes > 3 else "center"
+    )
+    axes.set_yticks(range(classes), class_names)
+    axes.set_xlabel("predicted class")
+    axes.set_ylabel("true class")
+    axes.set_title(title)
+    if classes <= MAX_NAMED_CLASSES:
+        for row in range(classes):
+            for column in range(classes):
+                ink = "black" if shares[row, column] > 0.55 else "white"
+                text = (
+                    f"{counts[row, column]:,}\n{shares[row, column]:.0%}"
+                    if classes <= 8
+                    else f"{counts[row, column]:,}"
+                )
+                axes.text(column, row, text, ha="center", va="center", color=ink, fontsize=11 if classes <= 8 else 7)
+    figure.colorbar(image, ax=axes, label="share of the true class", fraction=0.046, pad=0.04)
+    return _png(figure)
+
+
+def draw_curves(
+    panels: Mapping[str, Mapping[str, tuple[Sequence[float] | FloatArray, Sequence[float] | FloatArray]]],
+    *,
+    x_label: str,
+    title: str,
+    mark: tuple[float, str] | None = None,
+) -> bytes:
+    """Curves over one x axis, one panel below the other.
+
+    Args:
+        panels: y label -> {name of the line: (x, y)}.
+        x_label: what x is, with its unit.
+        title: of the whole picture.
+        mark: (x, words) of a vertical line through all panels.
+    """
+    figure, axes = _figure(7.0, 1.0 + 2.4 * len(panels), rows=len(panels))
+    all_axes = [axes] if len(panels) == 1 else list(axes)
+    for ax, (y_label, lines) in zip(all_axes, panels.items(), strict=True):
+        for index, (name, (x, y)) in enumerate(lines.items()):
+            ax.plot(
+                x,
+                y,
+                label=name,
+                color=COLOURS[index % len(COLOURS)],
+                linestyle=STYLES[(index // len(COLOURS)) % len(STYLES)],
+                linewidth=1.6,
+                marker="o" if len(x) == 1 else None,
+            )
+        if mark is not None:
+            ax.axvline(mark[0], color="0.45", linewidth=1, linestyle=":", label=mark[1])
+        ax.set_ylabel(y_label)
+        ax.grid(color="0.9")
+        ax.set_axisbelow(True)
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.legend(frameon=False, fontsize=9)
+    all_axes[-1].set_xlabel(x_label)
+    all_axes[0].set_title(title)
+    return _png(figure)
+
+
+def draw_intervals(rows: Mapping[str, tuple[float, float, float]], *, x_label: str, title: str) -> bytes:
+    """Values with intervals, one line per name: name -> (value, low, high)."""
+    figure, axes = _figure(7.0, 1.4 + 0.45 * len(rows))
+    for position, (value, low, high) in enumerate(rows.values()):
+        axes.plot([low, high], [position, position], color=COLOURS[0], linewidth=2, solid_capstyle="butt")
+        axes.plot([value], [position], color=COLOURS[1], marker="D", markersize=6, linestyle="")
+    axes.set_yticks(range(len(rows)), list(rows))
+    axes.invert_yaxis()
+    axes.set_ylim(len(rows) - 0.4, -0.6)
+    axes.set_xlabel(x_label)
+    axes.set_title(title)
+    axes.grid(axis="x", color="0.9")
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    return _png(figure)
+
+
+def _figure(width: float, height: float, rows: int = 1) -> tuple[Any, Any]:
+    """A figure with its axes, without pyplot's process-wide state; inches."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("matplotlib: not installed. Pictures need it: pip install 'gigapath[train]'.") from error
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.subplots(rows, 1, sharex=True)
+
+
+def _png(figure: Any) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=130, bbox_inches="tight", metadata={"Software": None})
+    return buffer.getvalue()

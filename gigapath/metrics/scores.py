@@ -1,0 +1,255 @@
+"""Scores as functions of row weights, so that one preparation serves the point estimate and every bootstrap replicate.
+
+Legend: N rows, C classes (or labels of a multi-label task), R replicates, T thresholds. A weight says how often a row
+was drawn; the plain score is the one with all weights 1.
+"""
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import numpy.typing as npt
+
+FloatArray = npt.NDArray[np.float64]
+IntArray = npt.NDArray[np.int64]
+
+CALIBRATION_BINS = 15  # equal widths between 0 and 1, of the confidence in the predicted class
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """What a model said of a set of rows, and what was true.
+
+    Args:
+        truth: (N,) class index 0 .. C-1; for a multi-label task (N, C) of 0 and 1.
+        probabilities: (N, C) in [0, 1]; rows sum to 1, but for a multi-label task.
+        class_names: C names; of a binary task the second is the positive class.
+        groups: (N,) patient or slide of each row, any values; None where every row stands for itself.
+        folds: (N,) which fitted model a row was predicted by; scores are taken within a fold and averaged, never
+            over rows of different models. None = one model.
+        ordinal: the classes are grades, so quadratic-weighted kappa is among the scores.
+    """
+
+    truth: npt.NDArray[np.integer]
+    probabilities: npt.NDArray[np.floating]
+    class_names: tuple[str, ...]
+    groups: npt.NDArray[np.generic] | None = None
+    folds: npt.NDArray[np.integer] | None = None
+    ordinal: bool = False
+
+    def __post_init__(self) -> None:
+        truth, probabilities = np.asarray(self.truth), np.asarray(self.probabilities)
+        rows, classes = len(truth), len(self.class_names)
+        if rows == 0:
+            raise ValueError("Predictions: expected at least one row, got none.")
+        if probabilities.shape != (rows, classes):
+            raise ValueError(
+                f"Predictions: expected probabilities of shape ({rows}, {classes}), got {probabilities.shape}."
+            )
+        if not np.isfinite(probabilities).all():
+            row = int(np.flatnonzero(~np.isfinite(probabilities).all(axis=1))[0])
+            raise ValueError(f"Predictions: expected finite probabilities, got {probabilities[row]} in row {row}.")
+        if truth.ndim == 2 and truth.shape != (rows, classes):
+            raise ValueError(f"Predictions: expected truth of shape ({rows}, {classes}), got {truth.shape}.")
+        limit = 1 if truth.ndim == 2 else classes - 1
+        if truth.min() < 0 or truth.max() > limit:
+            raise ValueError(f"Predictions: expected truth between 0 and {limit}, got {truth.min()} to {truth.max()}.")
+        for name in ("groups", "folds"):
+            column = getattr(self, name)
+            if column is not None and len(column) != rows:
+                raise ValueError(f"Predictions: expected {name} of length {rows}, got {len(column)}.")
+
+    @property
+    def multi_label(self) -> bool:
+        """True where a row can have several labels."""
+        return np.ndim(self.truth) == 2
+
+    @property
+    def predicted(self) -> IntArray:
+        """The most probable class of each row, (N,); the first of equals."""
+        return np.asarray(np.argmax(self.probabilities, axis=1), dtype=np.int64)
+
+    def rows(self, chosen: npt.NDArray[np.generic]) -> "Predictions":
+        """The same for some rows, given by a mask or by indices."""
+        return replace(
+            self,
+            truth=np.asarray(self.truth)[chosen],
+            probabilities=np.asarray(self.probabilities)[chosen],
+            groups=None if self.groups is None else np.asarray(self.groups)[chosen],
+            folds=None if self.folds is None else np.asarray(self.folds)[chosen],
+        )
+
+
+class Scorer:
+    """Everything about a set of predictions that does not depend on the weights, prepared once.
+
+    `names` lists the scores in the order of the columns that `__call__` returns.
+    """
+
+    def __init__(self, predictions: Predictions) -> None:
+        if predictions.folds is None:
+            parts = [(np.arange(len(predictions.truth)), predictions)]
+        else:
+            folds = np.asarray(predictions.folds)
+            members = [np.flatnonzero(folds == fold) for fold in np.unique(folds)]
+            parts = [(rows, replace(predictions.rows(rows), folds=None)) for rows in members]
+        part_type = _MultiLabelScores if predictions.multi_label else _ClassScores
+        self._parts = [(rows, part_type(part)) for rows, part in parts]
+        self._whole = predictions.folds is None
+        self.names: tuple[str, ...] = self._parts[0][1].names
+
+    def __call__(self, weights: FloatArray) -> FloatArray:
+        """Scores (R, len(names)) of R weightings (R, N), NaN where a score is not defined; with folds, the mean over
+        the folds in which it is."""
+        if self._whole:
+            return self._parts[0][1](weights)
+        values = np.stack([part(weights[:, rows]) for rows, part in self._parts])  # (folds, R, scores)
+        defined = ~np.isnan(values)
+        total = np.where(defined, values, 0.0).sum(axis=0)
+        return _divide(total, defined.sum(axis=0))
+
+    def plain(self) -> dict[str, float]:
+        """The scores with all weights 1."""
+        rows = sum(len(rows) for rows, _ in self._parts)
+        return dict(zip(self.names, self(np.ones((1, rows)))[0].tolist(), strict=True))
+
+
+class _ClassScores:
+    """Scores of one model on a task with one class a row; definitions are scikit-learn's."""
+
+    def __init__(self, predictions: Predictions) -> None:
+        truth, predicted = np.asarray(predictions.truth), predictions.predicted
+        probabilities = np.asarray(predictions.probabilities, dtype=np.float64)
+        classes = np.arange(len(predictions.class_names))
+        self.is_true = (truth[:, None] == classes).astype(np.float64)  # (N, C)
+        self.is_predicted = (predicted[:, None] == classes).astype(np.float64)
+        self.is_hit = self.is_true * self.is_predicted
+        self.squared_step = ((truth - predicted) ** 2).astype(np.float64)  # (N,), for kappa
+        # Of a binary task Brier's score is the positive class's squared error, half the sum over both classes.
+        self.brier = ((probabilities - self.is_true) ** 2).sum(axis=1) / (2 if len(classes) == 2 else 1)
+        confidence = probabilities[np.arange(len(truth)), predicted]
+        bins = np.minimum((confidence * CALIBRATION_BINS).astype(int), CALIBRATION_BINS - 1)
+        self.gap = np.zeros((len(truth), CALIBRATION_BINS))  # confidence - correctness, in the row's bin
+        self.gap[np.arange(len(truth)), bins] = confidence - (truth == predicted)
+        # A binary task has one curve, the positive class's.
+        self.curve_classes = classes[1:] if len(classes) == 2 else classes
+        self.curves = [_Curve(truth == c, probabilities[:, c]) for c in self.curve_classes]
+        self.ordinal = predictions.ordinal
+        self.squared_steps = (classes[:, None] - classes[None, :]) ** 2.0
+        names = ["accuracy", "balanced_accuracy", "f1_weighted", "precision_macro", "recall_macro", "auroc", "auprc"]
+        names += ["brier", "ece"] + (["kappa_quadratic"] if self.ordinal else [])
+        if len(self.curves) > 1:
+            names += [f"{score}:{predictions.class_names[c]}" for score in ("auroc", "auprc") for c in classes]
+        self.names = tuple(names)
+
+    def __call__(self, weights: FloatArray) -> FloatArray:
+        total = weights.sum(axis=1)
+        true, predicted, hits = (weights @ table for table in (self.is_true, self.is_predicted, self.is_hit))  # (R, C)
+        recall, precision = _divide(hits, true), _divide(hits, predicted)
+        f1 = _divide(2 * hits, true + predicted)
+        # Macro means run over the classes that occur, as truth or as prediction; a class never predicted has
+        # precision 0, a class that never is true recall 0.
+        occurs = (true + predicted) > 0
+        precision_macro = _mean_where(np.nan_to_num(precision), occurs)
+        recall_macro = _mean_where(np.nan_to_num(recall), occurs)
+        curves = np.stack([curve(weights) for curve in self.curves], axis=1)  # (R, curves, 2)
+        auroc, auprc = (_mean_where(curves[:, :, k], ~np.isnan(curves[:, :, k])) for k in (0, 1))
+        columns = [
+            _divide(hits.sum(axis=1), total),
+            _mean_where(recall, true > 0),
+            _divide((np.nan_to_num(f1) * true).sum(axis=1), total),
+            precision_macro,
+            recall_macro,
+            auroc,
+            auprc,
+            _divide(weights @ self.brier, total),
+            _divide(np.abs(weights @ self.gap).sum(axis=1), total),
+        ]
+        if self.ordinal:
+            # 1 - observed / expected squared steps; with all classes of the task, present or not.
+            expected = _divide(np.einsum("ri,ij,rj->r", true, self.squared_steps, predicted), total)
+            columns.append(1 - _divide(weights @ self.squared_step, expected))
+        if len(self.curves) > 1:
+            columns += [*curves[:, :, 0].T, *curves[:, :, 1].T]
+        return np.stack(columns, axis=1)
+
+
+class _MultiLabelScores:
+    """Scores of one model on a task with several labels a row; a label is predicted above 0.5."""
+
+    def __init__(self, predictions: Predictions) -> None:
+        truth = np.asarray(predictions.truth) == 1
+        probabilities = np.asarray(predictions.probabilities, dtype=np.float64)
+        self.correct = (truth == (probabilities > 0.5)).mean(axis=1)
+        self.brier = ((probabilities - truth) ** 2).mean(axis=1)
+        entry_rows = np.repeat(np.arange(len(truth)), truth.shape[1])
+        self.micro = _Curve(truth.ravel(), probabilities.ravel(), rows=entry_rows)
+        self.curves = [_Curve(truth[:, c], probabilities[:, c]) for c in range(truth.shape[1])]
+        names = ["accuracy", "auroc", "auprc", "auroc_micro", "auprc_micro", "brier"]
+        names += [f"{score}:{name}" for score in ("auroc", "auprc") for name in predictions.class_names]
+        self.names = tuple(names)
+
+    def __call__(self, weights: FloatArray) -> FloatArray:
+        total = weights.sum(axis=1)
+        curves = np.stack([curve(weights) for curve in self.curves], axis=1)  # (R, C, 2)
+        micro = self.micro(weights)
+        auroc, auprc = (_mean_where(curves[:, :, k], ~np.isnan(curves[:, :, k])) for k in (0, 1))
+        columns = [_divide(weights @ self.correct, total), auroc, auprc, micro[:, 0], micro[:, 1]]
+        columns += [_divide(weights @ self.brier, total), *curves[:, :, 0].T, *curves[:, :, 1].T]
+        return np.stack(columns, axis=1)
+
+
+class _Curve:
+    """Area under the ROC curve (ties count half) and average precision of one class against the rest.
+
+    Args:
+        positive: (M,) bool.
+        scores: (M,), higher = more likely positive.
+        rows: (M,) which row's weight an entry has; None = its own.
+    """
+
+    def __init__(self, positive: npt.NDArray[np.bool_], scores: FloatArray, rows: IntArray | None = None) -> None:
+        order = np.argsort(-scores, kind="stable")
+        falling = scores[order]
+        self.rows = order if rows is None else rows[order]
+        self.positive = positive[order].astype(np.float64)
+        self.starts = np.flatnonzero(np.concatenate([[True], falling[1:] != falling[:-1]]))
+        self.tied = len(self.starts) < len(falling)
+
+    def __call__(self, weights: FloatArray) -> FloatArray:
+        """(R, 2): AUROC and average precision for weights (R, N); NaN where a side has no weight."""
+        everyone = weights[:, self.rows]
+        positives = everyone * self.positive
+        if self.tied:
+            everyone = np.add.reduceat(everyone, self.starts, axis=1)  # (R, T)
+            positives = np.add.reduceat(positives, self.starts, axis=1)
+        above = np.cumsum(everyone, axis=1)
+        hits = np.cumsum(positives, axis=1)
+        negatives = np.subtract(everyone, positives, out=everyone)
+        # A negative is beaten by the positives above it, and half by those on its threshold.
+        wins = np.einsum("rt,rt->r", negatives, hits - 0.5 * positives)
+        precision = np.divide(hits, above, out=above, where=above > 0)
+        average_precision = np.einsum("rt,rt->r", positives, precision)
+        positive_total = hits[:, -1]
+        negative_total = negatives.sum(axis=1)
+        return np.stack(
+            [_divide(wins, positive_total * negative_total), _divide(average_precision, positive_total)], axis=1
+        )
+
+
+def confusion_matrix(predictions: Predictions) -> IntArray:
+    """Counts (C, C): row = true class, column = predicted class."""
+    classes = len(predictions.class_names)
+    cells = np.asarray(predictions.truth) * classes + predictions.predicted
+    return np.bincount(cells, minlength=classes * classes).reshape(classes, classes).astype(np.int64)
+
+
+def _divide(numerator: FloatArray, denominator: npt.NDArray[np.generic]) -> FloatArray:
+    """The quotient, NaN where the denominator is 0."""
+    out = np.full(np.shape(numerator), np.nan)
+    np.divide(numerator, denominator, out=out, where=np.asarray(denominator) != 0)
+    return out
+
+
+def _mean_where(values: FloatArray, where: npt.NDArray[np.bool_]) -> FloatArray:
+    """Mean over the last axis of the entries that count, NaN where none does."""
+    return _divide(np.where(where, values, 0.0).sum(axis=-1), where.sum(axis=-1))

@@ -1,0 +1,281 @@
+"""Scores against scikit-learn, weights against repeated rows, intervals against what they promise."""
+
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn import metrics as sk
+
+from gigapath.metrics import (
+    Predictions,
+    Scorer,
+    average_by_group,
+    calibration_slope,
+    confusion_matrix,
+    evaluate,
+    evaluate_by_site,
+    paired_difference,
+    prior_probabilities,
+    site_probabilities,
+)
+from gigapath.metrics import bootstrap as bootstrap_module
+from gigapath.metrics.bootstrap import bootstrap_weights
+
+
+def made(rows: int, classes: int, seed: int = 0, *, decimals: int | None = None, signal: float = 1.0) -> Predictions:
+    """Predictions with some skill; rounding makes ties."""
+    generator = np.random.default_rng(seed)
+    truth = generator.integers(0, classes, rows)
+    logits = generator.normal(size=(rows, classes)) + signal * np.eye(classes)[truth]
+    probabilities = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+    if decimals is not None:
+        probabilities = np.round(probabilities, decimals)
+    return Predictions(truth, probabilities, tuple(f"class {c}" for c in range(classes)))
+
+
+@pytest.mark.parametrize("classes", [2, 3, 6])
+@pytest.mark.parametrize("decimals", [None, 1])
+def test_scores_equal_scikit_learn(classes: int, decimals: int | None) -> None:
+    predictions = made(401, classes, decimals=decimals)
+    predictions = Predictions(predictions.truth, predictions.probabilities, predictions.class_names, ordinal=True)
+    truth, said, chosen = predictions.truth, predictions.probabilities, predictions.predicted
+    ours = Scorer(predictions).plain()
+    one_hot = np.eye(classes)[truth]
+    curves = range(1, 2) if classes == 2 else range(classes)
+    expected = {
+        "accuracy": sk.accuracy_score(truth, chosen),
+        "balanced_accuracy": sk.balanced_accuracy_score(truth, chosen),
+        "f1_weighted": sk.f1_score(truth, chosen, average="weighted"),
+        "precision_macro": sk.precision_score(truth, chosen, average="macro", zero_division=0),
+        "recall_macro": sk.recall_score(truth, chosen, average="macro", zero_division=0),
+        "auroc": np.mean([sk.roc_auc_score(one_hot[:, c], said[:, c]) for c in curves]),
+        "auprc": np.mean([sk.average_precision_score(one_hot[:, c], said[:, c]) for c in curves]),
+        "kappa_quadratic": sk.cohen_kappa_score(truth, chosen, weights="quadratic", labels=range(classes)),
+        "brier": ((said - one_hot) ** 2).sum(axis=1).mean() / (2 if classes == 2 else 1),
+    }
+    for name, value in expected.items():
+        assert ours[name] == pytest.approx(value, abs=1e-12), name
+    assert np.array_equal(confusion_matrix(predictions), sk.confusion_matrix(truth, chosen))
+
+
+def test_scores_with_a_class_missing_equal_scikit_learn_and_say_so() -> None:
+    predictions = made(200, 3).rows(made(200, 3).truth != 2)
+    with pytest.warns(UserWarning, match="y_pred contains classes not in y_true"):
+        balanced = sk.balanced_accuracy_score(predictions.truth, predictions.predicted)
+    evaluation = evaluate(predictions, replicates=20)
+    assert evaluation["balanced_accuracy"].value == pytest.approx(balanced, abs=1e-12)
+    assert evaluation["f1_weighted"].value == pytest.approx(
+        sk.f1_score(predictions.truth, predictions.predicted, average="weighted"), abs=1e-12
+    )
+    assert np.isnan(evaluation["auroc:class 2"].value) and evaluation["auroc:class 2"].undefined == 20
+    one_hot = np.eye(3)[predictions.truth]
+    expected = np.mean([sk.roc_auc_score(one_hot[:, c], predictions.probabilities[:, c]) for c in (0, 1)])
+    assert evaluation["auroc"].value == pytest.approx(expected, abs=1e-12)
+    assert evaluation.notes == ("class class 2 has no row: its AUROC and AUPRC are not defined and left out of means",)
+    assert json.loads(json.dumps(evaluation.to_dict(), allow_nan=False))["scores"]["auroc:class 2"]["value"] is None
+
+
+def test_expected_calibration_error_of_a_made_case() -> None:
+    # Two rows say 0.9 and one is right, two say 0.6 and both are right: (2 |0.9 - 0.5| + 2 |0.6 - 1|) / 4.
+    said = np.array([[0.1, 0.9], [0.1, 0.9], [0.4, 0.6], [0.4, 0.6]])
+    assert Scorer(Predictions(np.array([1, 0, 1, 1]), said, ("a", "b"))).plain()["ece"] == pytest.approx(0.4)
+
+
+def test_multi_label_scores_equal_scikit_learn() -> None:
+    generator = np.random.default_rng(3)
+    truth = generator.integers(0, 2, (300, 5))
+    said = np.round(np.clip(generator.normal(0.4 + 0.2 * truth, 0.2), 0, 1), 2)
+    ours = Scorer(Predictions(truth, said, tuple("abcde"))).plain()
+    assert ours["auroc"] == pytest.approx(sk.roc_auc_score(truth, said, average="macro"), abs=1e-12)
+    assert ours["auroc_micro"] == pytest.approx(sk.roc_auc_score(truth, said, average="micro"), abs=1e-12)
+    assert ours["auprc"] == pytest.approx(sk.average_precision_score(truth, said, average="macro"), abs=1e-12)
+    assert ours["auprc_micro"] == pytest.approx(sk.average_precision_score(truth, said, average="micro"), abs=1e-12)
+    assert ours["auroc:c"] == pytest.approx(sk.roc_auc_score(truth[:, 2], said[:, 2]), abs=1e-12)
+
+
+@settings(derandomize=True, deadline=None, max_examples=50)
+@given(
+    st.integers(2, 4).flatmap(
+        lambda classes: st.lists(
+            st.tuples(st.integers(0, classes - 1), st.integers(0, 3), *[st.integers(0, 3)] * classes),
+            min_size=1,
+            max_size=12,
+        )
+    )
+)
+def test_weights_equal_repeated_rows(rows: list[tuple[int, ...]]) -> None:
+    table = np.array(rows)
+    truth, weights, said = table[:, 0], table[:, 1], table[:, 2:] / 3
+    names = tuple("abcd"[: said.shape[1]])
+    weighted = dict(
+        zip(
+            Scorer(Predictions(truth, said, names, ordinal=True)).names,
+            Scorer(Predictions(truth, said, names, ordinal=True))(weights[None].astype(float))[0],
+            strict=True,
+        )
+    )
+    if weights.sum() == 0:
+        assert np.isnan(weighted["accuracy"])
+        return
+    repeated = Scorer(Predictions(truth.repeat(weights), said.repeat(weights, axis=0), names, ordinal=True)).plain()
+    for name, value in repeated.items():
+        assert weighted[name] == pytest.approx(value, abs=1e-12, nan_ok=True), name
+
+
+def test_bootstrap_draws_whole_groups_and_keeps_the_classes() -> None:
+    truth = np.array([0, 0, 0, 1, 1, 1, 0, 1])
+    groups = np.array(["p1", "p1", "p2", "p3", "p3", "p4", "p5", "p5"])  # p5 holds both classes
+    weights = np.concatenate(list(bootstrap_weights(truth, groups, replicates=400, seed=1)))
+    assert weights.shape == (400, 8)
+    for first, second in ((0, 1), (3, 4), (6, 7)):
+        assert np.array_equal(weights[:, first], weights[:, second])
+    assert np.array_equal(weights[:, 0] + weights[:, 2], np.full(400, 2.0))  # p1, p2: two draws of the class-0 units
+    assert np.array_equal(weights[:, 3] + weights[:, 5], np.full(400, 2.0))
+    assert np.array_equal(weights[:, 6], np.ones(400))
+    assert len(np.unique(weights[:, 0])) == 3
+
+
+def test_bootstrap_does_not_depend_on_the_block_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    truth = np.arange(30) % 3
+    whole = np.concatenate(list(bootstrap_weights(truth, None, replicates=50, seed=2)))
+    monkeypatch.setattr(bootstrap_module, "BLOCK_ENTRIES", 70)
+    blocks = list(bootstrap_weights(truth, None, replicates=50, seed=2))
+    assert len(blocks) == 25 and np.array_equal(np.concatenate(blocks), whole)
+    assert not np.array_equal(whole, np.concatenate(list(bootstrap_weights(truth, None, replicates=50, seed=3))))
+
+
+def test_interval_of_accuracy_is_the_binomial_one() -> None:
+    truth = np.zeros(400, dtype=int)
+    truth[200:] = 1
+    right = np.arange(400) % 5 > 0  # 0.8 in both classes
+    said = np.where((truth == 1) == right, 0.9, 0.1)
+    accuracy = evaluate(Predictions(truth, np.stack([1 - said, said], axis=1), ("a", "b")))["accuracy"]
+    half = 1.96 * np.sqrt(0.8 * 0.2 / 400)
+    assert accuracy.value == pytest.approx(0.8)
+    assert accuracy.low == pytest.approx(0.8 - half, abs=0.006)
+    assert accuracy.high == pytest.approx(0.8 + half, abs=0.006)
+
+
+def test_clustered_interval_is_wider_when_rows_of_a_group_agree() -> None:
+    predictions = made(40, 2, seed=4)
+    doubled = [np.repeat(column, 10, axis=0) for column in (predictions.truth, predictions.probabilities)]
+    groups = np.repeat(np.arange(40), 10)
+    single = evaluate(predictions, seed=5)
+    clustered = evaluate(Predictions(*doubled, ("a", "b"), groups=groups), seed=5)
+    pretended = evaluate(Predictions(*doubled, ("a", "b")), seed=5)
+    assert clustered["auroc"].low == pytest.approx(single["auroc"].low, abs=1e-12)
+    assert clustered["auroc"].high == pytest.approx(single["auroc"].high, abs=1e-12)
+    width = clustered["auroc"].high - clustered["auroc"].low
+    assert width > 2 * (pretended["auroc"].high - pretended["auroc"].low)
+    assert clustered.units == 40 and clustered.rows == 400
+    assert "groups" in clustered.covers and "rows" in pretended.covers
+
+
+def test_undefined_replicates_are_counted() -> None:
+    truth = np.array([[1, 0], [0, 1], [0, 1], [0, 0]])  # labels are not stratified: the one positive may be missed
+    predictions = Predictions(truth, np.linspace(0.1, 0.8, 8).reshape(4, 2), ("a", "b"))
+    drawn = np.concatenate(list(bootstrap_weights(truth, None, replicates=200, seed=0)))
+    missed = int(((drawn[:, 0] == 0) | (drawn[:, 0] == 4)).sum())
+    evaluation = evaluate(predictions, replicates=200)
+    assert evaluation["auroc:a"].undefined == missed > 0
+    assert evaluation["accuracy"].undefined == 0
+
+
+def test_scores_with_folds_are_means_within_folds() -> None:
+    first, second = made(80, 2, seed=6), made(60, 2, seed=7)
+    # The second model's probabilities are shifted: pooled AUROC falls, the mean within folds does not.
+    shifted = np.stack([1 - second.probabilities[:, 1] / 4, second.probabilities[:, 1] / 4], axis=1)
+    together = Predictions(
+        np.concatenate([first.truth, second.truth]),
+        np.concatenate([first.probabilities, shifted]),
+        ("a", "b"),
+        folds=np.repeat([0, 1], [80, 60]),
+    )
+    expected = np.mean([Scorer(first).plain()["auroc"], Scorer(second).plain()["auroc"]])
+    assert evaluate(together, replicates=0)["auroc"].value == pytest.approx(expected, abs=1e-12)
+    assert "within each fold" in evaluate(together, replicates=1).covers
+
+
+def test_paired_difference_is_zero_for_equals_and_tight_for_alikes() -> None:
+    predictions = made(300, 2, seed=8)
+    same = paired_difference(predictions, predictions, replicates=100)["auroc"]
+    assert (same.value, same.low, same.high) == (0.0, 0.0, 0.0)
+    noise = np.clip(predictions.probabilities[:, 1] + 0.05 * np.random.default_rng(0).normal(size=300), 0, 1)
+    other = Predictions(predictions.truth, np.stack([1 - noise, noise], axis=1), predictions.class_names)
+    difference = paired_difference(predictions, other)["auroc"]
+    alone = evaluate(predictions)["auroc"]
+    assert difference.value == pytest.approx(alone.value - evaluate(other, replicates=0)["auroc"].value)
+    assert difference.high - difference.low < (alone.high - alone.low) / 2
+    with pytest.raises(ValueError, match="same rows"):
+        paired_difference(predictions, made(300, 2, seed=9))
+
+
+@pytest.mark.parametrize("slope", [0.5, 1.0, 2.0])
+@pytest.mark.parametrize("classes", [2, 3])
+def test_calibration_slope_finds_the_planted_one(slope: float, classes: int) -> None:
+    generator = np.random.default_rng(10)
+    logits = generator.normal(size=(40_000, classes))
+    said, real = (np.exp(scale * logits) for scale in (1.0, slope))
+    real /= real.sum(axis=1, keepdims=True)
+    truth = (generator.random(40_000)[:, None] > np.cumsum(real, axis=1)).sum(axis=1)
+    predictions = Predictions(truth, said / said.sum(axis=1, keepdims=True), tuple("abc"[:classes]))
+    assert calibration_slope(predictions) == pytest.approx(slope, rel=0.04)
+
+
+def test_calibration_slope_is_not_defined_where_classes_separate() -> None:
+    said = np.array([[0.9, 0.1], [0.8, 0.2], [0.3, 0.7], [0.1, 0.9]])
+    assert np.isnan(calibration_slope(Predictions(np.array([0, 0, 1, 1]), said, ("a", "b"))))
+    assert np.isnan(calibration_slope(Predictions(np.array([1, 1, 1, 1]), said, ("a", "b"))))
+
+
+def test_average_by_group_averages_a_patients_slides() -> None:
+    said = np.array([[0.2, 0.8], [0.6, 0.4], [0.1, 0.9], [0.7, 0.3]])
+    predictions = Predictions(np.array([1, 1, 1, 0]), said, ("a", "b"), groups=np.array(["x", "x", "y", "z"]))
+    averaged = average_by_group(predictions)
+    assert averaged.groups is not None and averaged.groups.tolist() == ["x", "y", "z"]
+    assert averaged.truth.tolist() == [1, 1, 0]
+    assert np.allclose(averaged.probabilities[:, 1], [0.6, 0.9, 0.3])
+    mixed = Predictions(np.array([1, 0, 1, 0]), said, ("a", "b"), groups=predictions.groups)
+    with pytest.raises(ValueError, match="several in x"):
+        average_by_group(mixed)
+
+
+def test_average_by_group_keeps_folds_apart() -> None:
+    said = np.array([[0.2, 0.8], [0.6, 0.4], [0.1, 0.9], [0.7, 0.3]])
+    predictions = Predictions(
+        np.array([1, 1, 1, 1]), said, ("a", "b"), groups=np.array(["x"] * 4), folds=np.array([0, 0, 1, 1])
+    )
+    averaged = average_by_group(predictions)
+    assert averaged.folds is not None and averaged.folds.tolist() == [0, 1]
+    assert np.allclose(averaged.probabilities[:, 1], [0.6, 0.6])
+
+
+def test_site_alone_scores_what_the_site_knows() -> None:
+    generator = np.random.default_rng(11)
+    sites = generator.choice(["here", "there"], 4000)
+    truth = (generator.random(4000) < np.where(sites == "here", 0.8, 0.3)).astype(int)
+    said = site_probabilities(truth[:2000], sites[:2000], sites[2000:], 2)
+    by_site = Predictions(truth[2000:], said, ("a", "b"))
+    assert evaluate(by_site, replicates=0)["accuracy"].value == pytest.approx(0.75, abs=0.03)
+    nothing = Predictions(truth[2000:], prior_probabilities(truth[:2000], 2000, 2), ("a", "b"))
+    assert evaluate(nothing, replicates=0)["auroc"].value == 0.5
+    unknown = site_probabilities(truth[:2000], sites[:2000], np.array(["elsewhere"]), 2)
+    assert unknown[0].tolist() == pytest.approx(prior_probabilities(truth[:2000], 1, 2)[0].tolist())
+    per_site = evaluate_by_site(by_site, sites[2000:], replicates=0)
+    assert list(per_site) == ["here", "there"] and per_site["here"].rows == int((sites[2000:] == "here").sum())
+
+
+@pytest.mark.parametrize(
+    ("truth", "said", "message"),
+    [
+        ([], np.empty((0, 2)), "at least one row"),
+        ([0, 1], [[0.5, 0.5]], r"shape \(2, 2\), got \(1, 2\)"),
+        ([0, 1], [[0.5, 0.5], [np.nan, 0.5]], "finite probabilities.*row 1"),
+        ([0, 2], [[0.5, 0.5], [0.5, 0.5]], "truth between 0 and 1, got 0 to 2"),
+    ],
+)
+def test_predictions_refuse_what_makes_no_sense(truth: list[int], said: object, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Predictions(np.array(truth, dtype=int), np.array(said), ("a", "b"))
