@@ -1,0 +1,204 @@
+"""From what a user names (slide files, folders, manifests) to the list of slides, each with one id."""
+
+import csv
+import math
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from gigapath.cohort.dicom import series_uid
+from gigapath.files import safe_name
+from gigapath.preprocessing.slide import SLIDE_SUFFIXES, slide_id_of
+
+# A PNG in a folder of slides is a mask or a preview more often than a slide: it is taken when named, not when found.
+_FOUND_SUFFIXES = tuple(suffix for suffix in SLIDE_SUFFIXES if suffix != ".png")
+_JPEG_SUFFIXES = (".jpeg", ".jpg")
+_MANIFEST_SUFFIXES = (".csv", ".tsv")
+_KNOWN_COLUMNS = ("path", "slide_id", "mpp", "mask", "md5")
+
+
+@dataclass(frozen=True)
+class SlideEntry:
+    """One slide of a cohort.
+
+    Attributes:
+        slide_id: the name of everything that is written about the slide.
+        path: the slide's file; of a DICOM series its largest file.
+        mpp: microns per level-0 pixel that the manifest states, or None.
+        mask: the tissue mask that the manifest names, or None.
+        md5: what the manifest says the file's MD5 is, or "".
+        columns: the manifest's other columns (patient_id, site, stain, ...), carried through as they are.
+    """
+
+    slide_id: str
+    path: Path
+    mpp: float | None = None
+    mask: Path | None = None
+    md5: str = ""
+    columns: Mapping[str, str] = field(default_factory=dict)
+
+
+def find_slides(inputs: Sequence[str | Path], *, exclude: Path | None = None) -> list[SlideEntry]:
+    """The slides that `inputs` name, in that order; within a folder by path.
+
+    A folder is searched with its subfolders; data folders of .mrxs slides, hidden folders and folders that this
+    package wrote are not entered. The files of one DICOM series are one slide. A slide that two inputs name is taken
+    once.
+
+    Args:
+        inputs: slide files, folders of them, manifests (.csv or .tsv with a column `path`).
+        exclude: a folder that is not searched: the run's own output.
+
+    Raises:
+        FileNotFoundError: an input doesn't exist.
+        ValueError: there is no slide, a manifest is off, or two slides share an id (both are named).
+    """
+    entries: list[SlideEntry] = []
+    paths = [Path(name) for name in inputs]
+    for path in paths:
+        if not path.exists():
+            raise FileNotFoundError(f"no such slide, folder or manifest: {path}")
+    named = set(_one_of_each_series(path for path in paths if path.is_file()))
+    for path in paths:
+        if path.is_dir():
+            found = [SlideEntry(slide_id_of(file), file) for file in _slides_in(path, exclude)]
+            if not found:
+                known = " ".join(suffix[1:] for suffix in _FOUND_SUFFIXES)
+                raise ValueError(f"{path}: expected a folder with slides, found none. Recognised: {known}.")
+            entries += found
+        elif path.suffix.lower() in _MANIFEST_SUFFIXES:
+            entries += read_manifest(path)
+        elif path in named:
+            entries.append(SlideEntry(slide_id_of(path), path))
+    entries = list(_each_once(entries))
+    _check_ids(entries)
+    return entries
+
+
+def read_manifest(path: Path) -> list[SlideEntry]:
+    """The rows of a manifest: `path`, optional `slide_id, mpp, mask, md5`, others carried through.
+
+    Relative paths are relative to the manifest. A path may be a folder that holds one slide (a DICOM series). A file
+    that doesn't exist is left to the run, which records it and goes on with the others.
+
+    Raises:
+        ValueError: no column `path`, a row without a path, an mpp that is no positive number; the row is named.
+    """
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        try:
+            rows = list(csv.reader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ","))
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise ValueError(f"{path}: expected a CSV table in UTF-8, but {error}.") from None
+    header = [name.strip() for name in rows[0]] if rows else []
+    if "path" not in header or len(set(header)) != len(header):
+        raise ValueError(f"{path}: expected a header with one column `path`, got {', '.join(header) or 'nothing'}.")
+    entries = []
+    for number, cells in enumerate(rows[1:], start=2):
+        if not any(cell.strip() for cell in cells):
+            continue
+        if len(cells) > len(header):
+            raise ValueError(f"{path}: row {number} has {len(cells)} cells under {len(header)} columns.")
+        row = {name: cell.strip() for name, cell in zip(header, cells, strict=False)}
+        if not row["path"]:
+            raise ValueError(f"{path}: row {number} has no path.")
+        entries.append(_entry_of(row, path.parent, where=f"{path}: row {number}"))
+    if not entries:
+        raise ValueError(f"{path}: expected rows with slides, got none.")
+    return entries
+
+
+def _entry_of(row: Mapping[str, str], folder: Path, *, where: str) -> SlideEntry:
+    slide = folder / row["path"]
+    if slide.is_dir():
+        found = _slides_in(slide, None)
+        if len(found) != 1:
+            raise ValueError(f"{where}: expected one slide in the folder {slide}, found {len(found)}.")
+        slide = found[0]
+    return SlideEntry(
+        slide_id=row.get("slide_id") or slide_id_of(slide),
+        path=slide,
+        mpp=_mpp_of(row.get("mpp", ""), where),
+        mask=folder / row["mask"] if row.get("mask") else None,
+        md5=row.get("md5", "").lower(),
+        columns={name: cell for name, cell in row.items() if name not in _KNOWN_COLUMNS},
+    )
+
+
+def _mpp_of(cell: str, where: str) -> float | None:
+    if not cell:
+        return None
+    try:
+        mpp = float(cell)
+    except ValueError:
+        mpp = math.nan
+    if not 0 < mpp < math.inf:
+        raise ValueError(f"{where}: expected mpp in microns per pixel, got {cell!r}.")
+    return mpp
+
+
+def _slides_in(folder: Path, exclude: Path | None) -> list[Path]:
+    """Slide files below `folder`, sorted; one file for each DICOM series."""
+    found = []
+    seen = set()
+    excluded = exclude.resolve() if exclude is not None and exclude.exists() else None
+    for top, subfolders, files in os.walk(folder, followlinks=True):
+        here = Path(top).resolve()
+        if here in seen or here == excluded or _is_output(here, files, subfolders):  # a link back up ends here too
+            subfolders.clear()
+            continue
+        seen.add(here)
+        names = {name.lower() for name in files}
+        subfolders[:] = sorted(
+            name for name in subfolders if not name.startswith(".") and f"{name.lower()}.mrxs" not in names
+        )
+        # A .vms slide keeps its pixels in JPEG files beside it.
+        keeps_jpegs = any(name.endswith((".vms", ".vmu")) for name in names)
+        for name in files:
+            part = keeps_jpegs and name.lower().endswith(_JPEG_SUFFIXES)
+            if name.lower().endswith(_FOUND_SUFFIXES) and not part and not name.startswith("."):
+                found.append(Path(top, name))
+    return sorted(_one_of_each_series(found))
+
+
+def _is_output(folder: Path, files: Iterable[str], subfolders: Iterable[str]) -> bool:
+    """Whether this package wrote `folder`: its previews are no slides."""
+    return "slides.csv" in files and {"runs", "private"} <= set(subfolders)
+
+
+def _one_of_each_series(paths: Iterable[Path]) -> Iterator[Path]:
+    """DICOM files of one series become its largest file, which is the full resolution and never a label."""
+    series: dict[tuple[Path, str], list[Path]] = {}
+    for path in paths:
+        uid = series_uid(path) if path.suffix.lower() == ".dcm" else None
+        if uid is None:
+            yield path
+        else:
+            series.setdefault((path.parent, uid), []).append(path)
+    for files in series.values():
+        yield min(files, key=lambda file: (-file.stat().st_size, file.name))
+
+
+def _each_once(entries: Iterable[SlideEntry]) -> Iterator[SlideEntry]:
+    """Drop an entry that repeats an earlier one's file and id: a folder and a file in it, both named."""
+    seen = set()
+    for entry in entries:
+        key = (entry.path.resolve(), entry.slide_id)
+        if key not in seen:
+            seen.add(key)
+            yield entry
+
+
+def _check_ids(entries: Iterable[SlideEntry]) -> None:
+    owners: dict[str, SlideEntry] = {}
+    for entry in entries:
+        try:
+            safe_name(entry.slide_id)
+        except ValueError as error:
+            raise ValueError(f"{entry.path}: {error}") from None
+        if entry.slide_id in owners:
+            raise ValueError(
+                f"two slides have the id {entry.slide_id!r}: {owners[entry.slide_id].path} and {entry.path}. "
+                "Give them different ones in a manifest (columns path, slide_id)."
+            )
+        owners[entry.slide_id] = entry

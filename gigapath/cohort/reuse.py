@@ -1,0 +1,85 @@
+"""What was computed before and still holds: results are told apart by everything that their numbers depend on."""
+
+import hashlib
+import json
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+from gigapath.cohort.status import Status, read_status, read_statuses
+from gigapath.features import FeatureFileError
+from gigapath.features.h5 import is_complete, open_h5
+
+# What must be one within a folder, or the results can't be compared with each other.
+NUMERICS = ("weights_sha256", "precision", "device", "batch_shape", "reader", "filter", "numerics_version")
+
+
+def digest(identity: Mapping[str, Any]) -> str:
+    """A short name for an identity: what a later stage records of an earlier one."""
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def finished(folder: Path, slide_id: str, identity: Mapping[str, Any], *, allow_mixed: bool = False) -> Status | None:
+    """The status of a finished result that equals what this run would compute, or None.
+
+    The result's own file is opened: a status beside a missing or cut-off file counts for nothing.
+
+    Args:
+        folder: the stage's folder.
+        slide_id: the slide.
+        identity: what the result would depend on in this run.
+        allow_mixed: take results that differ in `NUMERICS` alone.
+    """
+    status = read_status(folder, slide_id)
+    if status is None or not status.finished:
+        return None
+    ignored = NUMERICS if allow_mixed else ()
+    if _without(status.identity, ignored) != _without(identity, ignored):
+        return None
+    without_file = status.stage == "slides" and status.status == "no_tissue"
+    return status if without_file or _is_whole(folder / f"{slide_id}.h5") else None
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What differs between two identities, as "precision fp16 -> fp32"."""
+    names = sorted(name for name in {*before, *now} if before.get(name) != now.get(name))
+    return [f"{name} {_show(before.get(name))} -> {_show(now.get(name))}" for name in names]
+
+
+def check_unmixed(folder: Path, identity: Mapping[str, Any], slide_ids: Collection[str]) -> None:
+    """Refuse a folder that would hold results of different numerics after this run.
+
+    Results of this run's own slides don't count: they are redone where they differ.
+
+    Raises:
+        ValueError: names what differs and the ways to go on.
+    """
+    for slide_id, status in read_statuses(folder).items():
+        if slide_id in slide_ids or not status.finished:
+            continue
+        changed = differences(_only(status.identity), _only(identity))
+        if changed:
+            raise ValueError(
+                f"{folder.name}: expected results of one kind, but those of {slide_id!r} differ from this run's: "
+                f"{'; '.join(changed)}. Use another --out, the same settings, or --allow-mixed."
+            )
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        with open_h5(path) as file:
+            return is_complete(file)
+    except (FeatureFileError, OSError):
+        return False
+
+
+def _only(identity: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: identity[name] for name in NUMERICS if name in identity}
+
+
+def _without(identity: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:
+    return {name: value for name, value in identity.items() if name not in names}
+
+
+def _show(value: Any) -> str:
+    return str(value)[:12] if value is not None else "none"

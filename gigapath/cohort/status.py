@@ -1,0 +1,137 @@
+"""The truth of a run: one small status file beside each result; `slides.csv` is derived from them."""
+
+import csv
+import dataclasses
+import io
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from gigapath.files import write_json_atomic, write_text_atomic
+
+STATES = ("done", "no_tissue", "failed", "stopped", "todo")
+FINISHED = ("done", "no_tissue")
+STAGES = ("tiles", "features", "slides")
+SLIDES_CSV = "slides.csv"
+_FIRST_COLUMNS = ("slide_id", "status", "tiles", "seconds", "tiles/s", "error")
+_STAGE_TITLES = {"tiles": "tile", "features": "embed", "slides": "slide_embed"}
+
+
+@dataclass(frozen=True)
+class Status:
+    """What became of one slide in one stage.
+
+    Attributes:
+        slide_id: the slide.
+        stage: "tiles", "features" or "slides".
+        status: done | no_tissue | failed | stopped.
+        tiles: how many tiles the stage worked on.
+        seconds: wall time of the stage.
+        error: one sentence on what went wrong, or "".
+        warnings: sentences on what to look at.
+        identity: everything that the numbers depend on; results are reused where it is equal.
+        numerics_version: the version of the code's numbers.
+        facts: provenance columns of slides.csv: plain numbers and words, no paths.
+        columns: the manifest's columns, carried through.
+    """
+
+    slide_id: str
+    stage: str
+    status: str
+    tiles: int = 0
+    seconds: float = 0.0
+    error: str = ""
+    warnings: tuple[str, ...] = ()
+    identity: Mapping[str, Any] = field(default_factory=dict)
+    numerics_version: int = 0
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    columns: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def finished(self) -> bool:
+        """Whether nothing is left to do for this slide in this stage."""
+        return self.status in FINISHED
+
+
+def status_path(folder: Path, slide_id: str) -> Path:
+    """Where a stage's folder keeps the status of a slide: beside the result."""
+    return folder / f"{slide_id}.json"
+
+
+def write_status(folder: Path, status: Status) -> None:
+    """Write a slide's status file, whole or not at all."""
+    write_json_atomic(status_path(folder, status.slide_id), dataclasses.asdict(status))
+
+
+def read_status(folder: Path, slide_id: str) -> Status | None:
+    """The status of a slide, or None where there is none that can be read: then the slide is to do."""
+    try:
+        values = json.loads(status_path(folder, slide_id).read_text(encoding="utf-8"))
+        known = {name.name for name in dataclasses.fields(Status)}
+        status = Status(**{name: value for name, value in values.items() if name in known})
+    except (OSError, ValueError, TypeError, AttributeError):
+        return None
+    if status.slide_id != slide_id or status.status not in STATES:
+        return None
+    return dataclasses.replace(status, warnings=tuple(status.warnings))
+
+
+def read_statuses(folder: Path) -> dict[str, Status]:
+    """slide_id -> status of everything in a stage's folder."""
+    names = sorted(path.name.removesuffix(".json") for path in folder.glob("*.json")) if folder.is_dir() else []
+    return {name: status for name in names if (status := read_status(folder, name)) is not None}
+
+
+def write_slides_csv(out: Path, stages: Sequence[Path], slide_ids: Iterable[str] = ()) -> list[dict[str, Any]]:
+    """Derive `slides.csv` from the status files of the stages' folders.
+
+    Args:
+        out: the run's folder.
+        stages: the folders of the stages that a slide goes through, in order.
+        slide_ids: slides that must have a row even if nothing was done for them yet.
+
+    Returns:
+        the rows, by column.
+    """
+    statuses = [read_statuses(folder) for folder in stages]
+    ids = list(dict.fromkeys([*slide_ids, *(slide_id for stage in statuses for slide_id in stage)]))
+    rows = [_row_of(slide_id, [stage.get(slide_id) for stage in statuses]) for slide_id in sorted(ids)]
+    columns = list(dict.fromkeys([*_FIRST_COLUMNS, *(name for row in rows for name in row)]))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_text_atomic(out / SLIDES_CSV, text.getvalue())
+    return rows
+
+
+def _row_of(slide_id: str, stages: Sequence[Status | None]) -> dict[str, Any]:
+    """One slide's row: the first stage that is not finished says how the slide stands."""
+    seen = [status for status in stages if status is not None]
+    unfinished = [status for status in stages if status is None or not status.finished]
+    if unfinished:
+        overall, error = (unfinished[0].status, unfinished[0].error) if unfinished[0] else ("todo", "")
+    else:
+        overall, error = ("no_tissue" if any(status.status == "no_tissue" for status in seen) else "done"), ""
+    tiles = max((status.tiles for status in seen), default=0)
+    seconds = sum(status.seconds for status in seen)
+    # The rate is that of the stage that reads and encodes the tiles, where the slide came that far.
+    pace = next((status for status in reversed(seen) if status.stage != "slides" and status.finished), None)
+    row: dict[str, Any] = {
+        "slide_id": slide_id,
+        "status": overall,
+        "tiles": tiles,
+        "seconds": round(seconds, 3),
+        "tiles/s": round(pace.tiles / pace.seconds, 2) if pace is not None and pace.seconds > 0 else "",
+        "error": error,
+    }
+    for status in seen:
+        row.update({name: value for name, value in status.columns.items() if name not in row})
+    for status in seen:
+        row[f"seconds_{_STAGE_TITLES[status.stage]}"] = round(status.seconds, 3)
+        row.update(status.facts)
+    row["warnings"] = " ".join(dict.fromkeys(warning for status in seen for warning in status.warnings))
+    row["numerics_version"] = max((status.numerics_version for status in seen), default="")
+    return row

@@ -1,0 +1,357 @@
+"""Cohorts: finding slides and their ids, status files and slides.csv, reuse, run records, privacy of paths."""
+
+import csv
+import json
+import os
+import signal
+import struct
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from gigapath.cohort.dicom import series_uid
+from gigapath.cohort.manifest import SlideEntry, find_slides, read_manifest
+from gigapath.cohort.privacy import record_paths, recorded_paths, redact, without_paths
+from gigapath.cohort.record import RunRecord
+from gigapath.cohort.reuse import check_unmixed, digest, finished
+from gigapath.cohort.status import Status, read_status, status_path, write_slides_csv, write_status
+from gigapath.cohort.stopping import StopFlag, Stopped
+from gigapath.features import Tiles, write_tiles
+from gigapath.files import OutputError
+
+
+def touch(path: Path, content: bytes = b"x") -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+    return path
+
+
+def ids_in(*inputs: Path) -> list[str]:
+    return [entry.slide_id for entry in find_slides(list(inputs))]
+
+
+def test_find_slides_searches_folders_in_order_of_paths(tmp_path: Path) -> None:
+    for name in ("b/two.SVS", "a/one.ome.tiff", "three.ndpi", "notes.txt", ".hidden/four.svs", ".five.svs", "p.jpeg"):
+        touch(tmp_path / name)
+    assert ids_in(tmp_path) == ["one", "two", "p", "three"]
+
+
+@pytest.mark.parametrize(
+    ("name", "slide_id"),
+    [("a.svs", "a"), ("a.b.TIFF", "a.b"), ("a.ome.tif", "a"), ("with space.mrxs", "with space"), ("a.xyz", "a.xyz")],
+)
+def test_find_slides_takes_the_id_from_the_file_name_without_its_suffix(
+    tmp_path: Path, name: str, slide_id: str
+) -> None:
+    assert ids_in(touch(tmp_path / name)) == [slide_id]
+
+
+def test_find_slides_stops_on_two_slides_of_one_id_and_names_both(tmp_path: Path) -> None:
+    first, second = touch(tmp_path / "x" / "a.svs"), touch(tmp_path / "y" / "a.tif")
+    with pytest.raises(ValueError, match="two slides have the id 'a'") as error:
+        find_slides([tmp_path])
+    assert str(first) in str(error.value)
+    assert str(second) in str(error.value)
+
+
+def test_find_slides_takes_a_slide_named_twice_once(tmp_path: Path) -> None:
+    slide = touch(tmp_path / "a.svs")
+    assert ids_in(slide, tmp_path, slide) == ["a"]
+
+
+def test_find_slides_does_not_enter_data_folders_of_mrxs_slides(tmp_path: Path) -> None:
+    touch(tmp_path / "case.mrxs")
+    touch(tmp_path / "case" / "Data0000.tif")
+    touch(tmp_path / "other" / "b.svs")
+    assert ids_in(tmp_path) == ["case", "b"]
+
+
+def test_find_slides_leaves_out_jpegs_that_belong_to_a_vms_slide(tmp_path: Path) -> None:
+    touch(tmp_path / "case.vms")
+    touch(tmp_path / "case-0.jpg")
+    assert ids_in(tmp_path) == ["case"]
+
+
+def test_find_slides_ends_in_a_loop_of_links_and_skips_outputs(tmp_path: Path) -> None:
+    touch(tmp_path / "a" / "one.svs")
+    (tmp_path / "a" / "up").symlink_to(tmp_path)
+    out = tmp_path / "out"
+    touch(out / "previews" / "one.jpg")
+    assert [entry.slide_id for entry in find_slides([tmp_path], exclude=out)] == ["one"]
+    touch(out / "slides.csv")
+    (out / "runs").mkdir()
+    (out / "private").mkdir()
+    assert ids_in(tmp_path) == ["one"], "a folder that an earlier run wrote"
+
+
+def test_find_slides_names_what_is_missing_or_empty(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"no such slide, folder or manifest: .*nothing\.svs"):
+        find_slides([tmp_path / "nothing.svs"])
+    with pytest.raises(ValueError, match="expected a folder with slides, found none"):
+        find_slides([tmp_path])
+
+
+@pytest.mark.parametrize("slide_id", ["../up", "a/b", "", " ", "a\\b", "x" * 300, ".."])
+def test_find_slides_refuses_ids_that_leave_the_output_folder(tmp_path: Path, slide_id: str) -> None:
+    with pytest.raises(ValueError, match="slide id: expected"):
+        from gigapath.cohort import manifest
+
+        manifest._check_ids([SlideEntry(slide_id, tmp_path / "a.svs")])
+
+
+def test_read_manifest_carries_columns_and_resolves_paths_beside_it(tmp_path: Path) -> None:
+    touch(tmp_path / "slides" / "a.svs")
+    text = (
+        "\ufeffpath, slide_id,mpp,mask,patient_id,site\n"
+        "slides/a.svs,A1,0.25,masks/a.geojson,P7,north\n"
+        "\n"
+        "gone.svs,,,,P8,\n"
+    )
+    manifest = touch(tmp_path / "cohort.csv", text.encode())
+    first, second = find_slides([manifest])
+    assert first == SlideEntry(
+        "A1",
+        tmp_path / "slides/a.svs",
+        0.25,
+        tmp_path / "masks/a.geojson",
+        columns={"patient_id": "P7", "site": "north"},
+    )
+    assert (second.slide_id, second.path, second.mpp, second.mask) == ("gone", tmp_path / "gone.svs", None, None)
+
+
+def test_read_manifest_takes_a_folder_that_holds_one_slide(tmp_path: Path) -> None:
+    touch(tmp_path / "series" / "1.dcm", dicom("1.2.3"))
+    touch(tmp_path / "series" / "2.dcm", dicom("1.2.3", extra=100))
+    manifest = touch(tmp_path / "cohort.csv", b"path,slide_id\nseries,case\n")
+    (entry,) = read_manifest(manifest)
+    assert (entry.slide_id, entry.path.name) == ("case", "2.dcm")
+    touch(tmp_path / "series" / "3.dcm", dicom("9.9"))
+    with pytest.raises(ValueError, match="row 2: expected one slide in the folder .*, found 2"):
+        read_manifest(manifest)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "one column `path`"),
+        ("slide,mpp\na,1\n", "one column `path`, got slide, mpp"),
+        ("path\n", "expected rows with slides"),
+        ("path,mpp\na.svs,zero\n", "row 2: expected mpp in microns per pixel, got 'zero'"),
+        ("path,mpp\nb.svs,1\na.svs,-1\n", "row 3: expected mpp"),
+        ("path,mpp\na.svs,nan\n", "row 2: expected mpp"),
+        ("path,mpp\n,1\n", "row 2 has no path"),
+        ("path\na,b\n", "row 2 has 2 cells under 1 columns"),
+    ],
+)
+def test_read_manifest_names_the_row_that_is_off(tmp_path: Path, text: str, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        read_manifest(touch(tmp_path / "cohort.csv", text.encode()))
+
+
+def element(tag: tuple[int, int], vr: bytes, value: bytes, *, explicit: bool = True) -> bytes:
+    value += b"\0" * (len(value) % 2)
+    if not explicit:
+        return struct.pack("<HHI", *tag, len(value)) + value
+    return struct.pack("<HH", *tag) + vr + struct.pack("<H", len(value)) + value
+
+
+def dicom(uid: str, *, explicit: bool = True, extra: int = 0) -> bytes:
+    """A DICOM header whose series comes after a sequence of undefined length that names another series."""
+    syntax = b"1.2.840.10008.1.2.1" if explicit else b"1.2.840.10008.1.2"
+    other = element((0x20, 0xE), b"UI", b"6.6.6", explicit=explicit)
+    item = struct.pack("<HHI", 0xFFFE, 0xE000, 0xFFFFFFFF) + other + struct.pack("<HHI", 0xFFFE, 0xE00D, 0)
+    sequence = item + struct.pack("<HHI", 0xFFFE, 0xE0DD, 0)
+    head = struct.pack("<HH", 0x8, 0x1115) + (b"SQ\0\0" if explicit else b"") + struct.pack("<I", 0xFFFFFFFF)
+    return (
+        b"\0" * 128
+        + b"DICM"
+        + element((0x2, 0x10), b"UI", syntax)
+        + element((0x8, 0x60), b"CS", b"SM", explicit=explicit)
+        + head
+        + sequence
+        + element((0x20, 0xE), b"UI", uid.encode(), explicit=explicit)
+        + b"\0" * extra
+    )
+
+
+@pytest.mark.parametrize("explicit", [True, False])
+def test_series_uid_walks_past_sequences(tmp_path: Path, explicit: bool) -> None:
+    assert series_uid(touch(tmp_path / "a.dcm", dicom("1.2.34", explicit=explicit))) == "1.2.34"
+
+
+def test_series_uid_is_none_where_the_header_does_not_say(tmp_path: Path) -> None:
+    whole = dicom("1.2.34")
+    assert series_uid(tmp_path / "missing.dcm") is None
+    for stop in (0, 50, 131, 140, 160, 200, 230):
+        assert series_uid(touch(tmp_path / "cut.dcm", whole[:stop])) is None
+
+
+def test_find_slides_takes_a_dicom_series_as_one_slide(tmp_path: Path) -> None:
+    touch(tmp_path / "1.dcm", dicom("1.1"))
+    touch(tmp_path / "2.dcm", dicom("1.1", extra=500))
+    touch(tmp_path / "3.dcm", dicom("2.2"))
+    touch(tmp_path / "4.dcm", b"no header")
+    assert ids_in(tmp_path) == ["2", "3", "4"]
+    assert ids_in(tmp_path / "1.dcm", tmp_path / "2.dcm") == ["2"]
+
+
+def test_status_round_trips_and_a_broken_file_counts_as_none(tmp_path: Path) -> None:
+    status = Status("a", "tiles", "done", tiles=3, seconds=0.5, warnings=("look",), identity={"mpp": 0.5})
+    write_status(tmp_path, status)
+    assert read_status(tmp_path, "a") == status
+    for broken in ("", "[]", "{}", '{"slide_id": "b", "stage": "tiles", "status": "done"}', '{"slide_id": "a"'):
+        status_path(tmp_path, "a").write_text(broken)
+        assert read_status(tmp_path, "a") is None
+
+
+def test_slides_csv_says_how_each_slide_stands(tmp_path: Path) -> None:
+    tiles, features = tmp_path / "tiles", tmp_path / "features_x"
+    write_status(tiles, Status("a", "tiles", "done", 10, 1.0, facts={"vendor": "aperio"}, columns={"site": "n"}))
+    write_status(features, Status("a", "features", "done", 10, 4.0, warnings=("slow",)))
+    write_status(tiles, Status("b", "tiles", "failed", error="it broke, badly"))
+    write_status(tiles, Status("c", "tiles", "no_tissue"))
+    write_status(features, Status("c", "features", "no_tissue"))
+    write_status(tiles, Status("d", "tiles", "done", 5, 1.0))
+    write_status(features, Status("d", "features", "stopped"))
+    write_slides_csv(tmp_path, [tiles, features], ["e"])
+    with (tmp_path / "slides.csv").open() as file:
+        rows = {row["slide_id"]: row for row in csv.DictReader(file)}
+    assert {name: row["status"] for name, row in rows.items()} == {
+        "a": "done",
+        "b": "failed",
+        "c": "no_tissue",
+        "d": "stopped",
+        "e": "todo",
+    }
+    a = rows["a"]
+    assert (a["tiles"], a["seconds"], a["tiles/s"], a["site"], a["vendor"]) == ("10", "5.0", "2.5", "n", "aperio")
+    assert (a["warnings"], a["seconds_tile"], a["seconds_embed"]) == ("slow", "1.0", "4.0")
+    assert rows["b"]["error"] == "it broke, badly"
+    assert list(a)[:6] == ["slide_id", "status", "tiles", "seconds", "tiles/s", "error"]
+
+
+def some_tiles(slide_id: str = "a") -> Tiles:
+    return Tiles(
+        slide_id=slide_id,
+        coords_level0=np.array([[0, 0], [256, 0]]),
+        cells=np.array([[0, 0], [1, 0]]),
+        tissue_fraction=np.ones(2),
+        section=np.ones(2, np.int32),
+        qc=np.zeros((2, 0)),
+        qc_names=(),
+        level=0,
+        read_size=(256, 256),
+        tile_size=256,
+        tile_size_level0=(256, 256),
+        mpp=0.5,
+    )
+
+
+def test_finished_wants_equal_identity_and_a_whole_file(tmp_path: Path) -> None:
+    identity = {"mpp": 0.5, "precision": "fp32"}
+    write_status(tmp_path, Status("a", "tiles", "done", 2, identity=identity))
+    assert finished(tmp_path, "a", identity) is None, "there is no result"
+    write_tiles(tmp_path / "a.h5", some_tiles())
+    assert finished(tmp_path, "a", identity) is not None
+    assert finished(tmp_path, "a", {**identity, "mpp": 0.25}) is None
+    assert finished(tmp_path, "a", {**identity, "precision": "fp16"}) is None
+    assert finished(tmp_path, "a", {**identity, "precision": "fp16"}, allow_mixed=True) is not None
+    assert finished(tmp_path, "a", {**identity, "mpp": 0.25}, allow_mixed=True) is None
+    content = (tmp_path / "a.h5").read_bytes()
+    (tmp_path / "a.h5").write_bytes(content[: len(content) // 2])
+    assert finished(tmp_path, "a", identity) is None, "the result is cut off"
+
+
+def test_finished_takes_no_failed_slide_and_no_tissue_without_a_slide_file(tmp_path: Path) -> None:
+    write_status(tmp_path, Status("a", "slides", "failed"))
+    assert finished(tmp_path, "a", {}) is None
+    write_status(tmp_path, Status("a", "slides", "no_tissue"))
+    assert finished(tmp_path, "a", {}) is not None
+
+
+def test_check_unmixed_refuses_other_slides_of_other_numerics(tmp_path: Path) -> None:
+    write_status(tmp_path, Status("a", "features", "done", identity={"precision": "fp16", "mpp": 1}))
+    check_unmixed(tmp_path, {"precision": "fp32"}, {"a"})
+    check_unmixed(tmp_path, {"precision": "fp16", "mpp": 2}, {"b"})
+    with pytest.raises(ValueError, match=r"'a' there differs from this run: precision fp16 -> fp32\..*--allow-mixed"):
+        check_unmixed(tmp_path, {"precision": "fp32"}, {"b"})
+
+
+def test_digest_does_not_depend_on_the_order_of_keys() -> None:
+    assert digest({"a": 1, "b": 2}) == digest({"b": 2, "a": 1}) != digest({"a": 1, "b": 3})
+
+
+def test_paths_are_recorded_for_their_owner_only_and_merged(tmp_path: Path) -> None:
+    record_paths(tmp_path, [SlideEntry("a", Path("/x/a.svs"), 0.5), SlideEntry("b", Path("/x/b.svs"))])
+    record_paths(tmp_path, [SlideEntry("b", Path("/y/b.svs"), mask=Path("/y/b.png"))])
+    assert (tmp_path / "private" / "paths.csv").stat().st_mode & 0o777 == 0o600
+    assert recorded_paths(tmp_path) == [
+        SlideEntry("a", Path("/x/a.svs"), 0.5),
+        SlideEntry("b", Path("/y/b.svs"), mask=Path("/y/b.png")),
+    ]
+
+
+def test_run_records_are_added_never_overwritten_and_hold_no_path(tmp_path: Path) -> None:
+    slide = touch(tmp_path / "CANARY" / "a.svs")
+    out = tmp_path / "out"
+    for verb in ("tile", "embed"):
+        record = RunRecord(
+            out, verb, {"tissue": str(slide), "mpp": 0.5}, ["gigapath", verb, str(slide), f"--out={out}"]
+        )
+        record.start([SlideEntry("a", slide)])
+        record.facts["device"] = "cpu"
+        record.end("done", {"done": 1})
+    files = sorted((out / "runs").glob("*.json"))
+    assert len(files) == 2
+    for file in files:
+        content = json.loads(file.read_text())
+        assert "CANARY" not in file.read_text()
+        assert content["command"][0] == "gigapath"
+        assert content["command"][2:] == ["<path>", "--out=<path>"]
+        assert content["options"] == {"tissue": "<path>", "mpp": 0.5}
+        assert (content["outcome"], content["counts"], content["facts"]) == ("done", {"done": 1}, {"device": "cpu"})
+        assert content["versions"]["implementation"] == "gigapath-open"
+        private = out / "private" / file.name
+        assert "CANARY" in private.read_text()
+        assert private.stat().st_mode & 0o777 == 0o600
+
+
+def test_record_of_an_unwritable_folder_is_one_sentence(tmp_path: Path) -> None:
+    blocker = touch(tmp_path / "file")
+    with pytest.raises(OutputError, match="could not be written"):
+        RunRecord(blocker / "out", "tile", {}).start([])
+
+
+def test_without_paths_leaves_ids_and_words(tmp_path: Path) -> None:
+    entry = SlideEntry("s1", tmp_path / "JANE DOE" / "scan 7.svs", mask=tmp_path / "m" / "mask.png")
+    text = (
+        f"{entry.path}: broken; scan 7.svs at 3 tiles/s, {entry.mask} and {entry.path.parent}/x, /etc/secret/file; "
+        "see https://example.org/a/b"
+    )
+    cleaned = without_paths(text, entry)
+    assert cleaned == ("s1: broken; s1 at 3 tiles/s, s1 and <folder>/x, <path>; see https://example.org/a/b")
+
+
+def test_redact_knows_names_of_models_from_paths(tmp_path: Path) -> None:
+    weights = touch(tmp_path / "w.pth")
+    assert redact(["hf_hub:a/b", "timm:resnet18", str(weights), 0.5, {"x": "../up"}]) == [
+        "hf_hub:a/b",
+        "timm:resnet18",
+        "<path>",
+        0.5,
+        {"x": "<path>"},
+    ]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
+def test_stop_flag_turns_signals_into_a_stop_between_batches(name: str) -> None:
+    before = signal.getsignal(getattr(signal, name))
+    with StopFlag() as stop:
+        stop.check()
+        os.kill(os.getpid(), getattr(signal, name))
+        with pytest.raises(Stopped, match=name):
+            stop.check()
+    assert signal.getsignal(getattr(signal, name)) is before
