@@ -128,7 +128,7 @@ def test_read_manifest_takes_a_folder_that_holds_one_slide(tmp_path: Path) -> No
     (entry,) = read_manifest(manifest)
     assert (entry.slide_id, entry.path.name) == ("case", "2.dcm")
     touch(tmp_path / "series" / "3.dcm", dicom("9.9"))
-    with pytest.raises(ValueError, match="row 2: expected one slide in the folder .*, found 2"):
+    with pytest.raises(ValueError, match=r"row 2: expected one slide in the folder .*, found 2"):
         read_manifest(manifest)
 
 
@@ -275,7 +275,7 @@ def test_check_unmixed_refuses_other_slides_of_other_numerics(tmp_path: Path) ->
     write_status(tmp_path, Status("a", "features", "done", identity={"precision": "fp16", "mpp": 1}))
     check_unmixed(tmp_path, {"precision": "fp32"}, {"a"})
     check_unmixed(tmp_path, {"precision": "fp16", "mpp": 2}, {"b"})
-    with pytest.raises(ValueError, match=r"'a' there differs from this run: precision fp16 -> fp32\..*--allow-mixed"):
+    with pytest.raises(ValueError, match=r"'a' differ from this run's: precision fp16 -> fp32\..*--allow-mixed"):
         check_unmixed(tmp_path, {"precision": "fp32"}, {"b"})
 
 
@@ -297,9 +297,7 @@ def test_run_records_are_added_never_overwritten_and_hold_no_path(tmp_path: Path
     slide = touch(tmp_path / "CANARY" / "a.svs")
     out = tmp_path / "out"
     for verb in ("tile", "embed"):
-        record = RunRecord(
-            out, verb, {"tissue": str(slide), "mpp": 0.5}, ["gigapath", verb, str(slide), f"--out={out}"]
-        )
+        record = RunRecord(out, verb, {"tissue": str(slide), "mpp": 0.5}, [str(slide), f"--out={out}"])
         record.start([SlideEntry("a", slide)])
         record.facts["device"] = "cpu"
         record.end("done", {"done": 1})
@@ -308,8 +306,7 @@ def test_run_records_are_added_never_overwritten_and_hold_no_path(tmp_path: Path
     for file in files:
         content = json.loads(file.read_text())
         assert "CANARY" not in file.read_text()
-        assert content["command"][0] == "gigapath"
-        assert content["command"][2:] == ["<path>", "--out=<path>"]
+        assert content["command"] == ["gigapath", content["verb"], "<path>", "--out=<path>"]
         assert content["options"] == {"tissue": "<path>", "mpp": 0.5}
         assert (content["outcome"], content["counts"], content["facts"]) == ("done", {"done": 1}, {"device": "cpu"})
         assert content["versions"]["implementation"] == "gigapath-open"
