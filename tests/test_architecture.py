@@ -12,6 +12,7 @@ PACKAGE = Path(__file__).parent.parent / "gigapath"
 # A module may import modules of its own layer's unit (folder) and of layers below, never sideways or up.
 LAYERS = [
     {"options", "files"},
+    {"downloads"},
     {"features", "weights", "longnet", "pos_embed"},
     {"preprocessing", "slide_encoder", "metrics"},
     {"tile_encoder", "classification_head", "torchscale"},
@@ -21,7 +22,7 @@ LAYERS = [
     {"cli"},
 ]
 RANK = {unit: rank for rank, units in enumerate(LAYERS) for unit in units}
-WITHOUT_TORCH = {"options", "files", "features", "preprocessing", "cohort"}
+WITHOUT_TORCH = {"options", "files", "features", "preprocessing", "cohort", "downloads"}
 
 
 def unit_of(path: Path) -> str:
