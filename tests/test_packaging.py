@@ -179,6 +179,10 @@ def test_verbs_and_modules_load_without_the_extras() -> None:
     """The base install answers every `--help` without torch, and its modules load with no extra installed."""
     base = {import_name(line) for line in PROJECT["dependencies"]}
     blocked = {import_name(line) for lines in EXTRAS.values() for line in lines} - base - {"pytest"}
+    modules = [
+        ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+        for path in sorted((ROOT / "gigapath").rglob("*.py"))
+    ]
     code = f"""
 import importlib, sys
 sys.modules.update(dict.fromkeys({sorted(blocked)!r}))
@@ -186,8 +190,8 @@ from gigapath.cli.main import VERBS, build_parser
 for verb in VERBS:
     build_parser(verb)
 assert not {{"torch", "timm"}} & set(sys.modules), "a verb's options load torch or timm"
-for name in {[p.stem for p in sorted((ROOT / "gigapath").glob("*.py")) if p.stem != "__init__"]!r}:
-    importlib.import_module("gigapath." + name)
+for name in {modules!r}:
+    importlib.import_module(name)
 """
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-2000:]
