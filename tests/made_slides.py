@@ -42,10 +42,11 @@ def write_pyramid(
     mpp: tuple[float, float] | None,
     steps: Sequence[int] = (1, 2, 4),
     tile: int = 240,
-    compression: str | None = "jpeg",
+    compression: str = "jpeg",
     aperio: bool = False,
     objective: float | None = None,
     description: str = "",
+    label: UInt8Array | None = None,
 ) -> Path:
     """Write `image` (H, W, 3) as a tiled TIFF with one level per downsample in `steps`.
 
@@ -56,10 +57,11 @@ def write_pyramid(
             takes the mean.
         steps: downsample of each level, first 1; the levels' sizes are rounded down, as scanners do.
         tile: side of the TIFF's own tiles, a multiple of 16.
-        compression: "jpeg" or None.
+        compression: "jpeg", or "deflate" for pixels kept to the last bit.
         aperio: write an Aperio header, which also holds `objective`.
         objective: objective power for the Aperio header.
         description: text put into the ImageDescription, for tests of what must not leak.
+        label: (h, w, 3) picture of the paper label, with `aperio`.
     """
     height, width = image.shape[:2]
     text = description
@@ -83,6 +85,57 @@ def write_pyramid(
                 resolutionunit="NONE" if mpp is None else "CENTIMETER",
                 subfiletype=0 if index == 0 or aperio else 1,
                 description=text or None,
+                metadata=None,
+                software=False,
+            )
+        if label is not None:
+            text = f"Aperio Image Library v12.0\r\nlabel {label.shape[1]}x{label.shape[0]} {description}"
+            file.write(label, photometric="rgb", subfiletype=1, description=text, metadata=None, software=False)
+    return path
+
+
+def write_scn(
+    path: Path,
+    image: UInt8Array,
+    *,
+    canvas: tuple[int, int],
+    offset: tuple[int, int],
+    mpp: float,
+    steps: Sequence[int] = (1, 2, 4),
+    objective: float = 20,
+    tile: int = 240,
+) -> Path:
+    """Write `image` as a Leica slide: it lies at `offset` (x, y) on a transparent `canvas` (w, h), in level-0 pixels.
+
+    OpenSlide gives the scanned area as its bounds. The sides of `image` should divide by every step.
+    """
+    height, width = image.shape[:2]
+    nm = round(mpp * 1000)
+    dimensions = "".join(
+        f'<dimension sizeX="{width // step}" sizeY="{height // step}" r="{index}" ifd="{index}"/>'
+        for index, step in enumerate(steps)
+    )
+    text = (
+        f'<?xml version="1.0"?><scn xmlns="{_LEICA}"><collection sizeX="{canvas[0] * nm}" sizeY="{canvas[1] * nm}">'
+        f'<image><device model="Leica SCN400" version="1"/><pixels>{dimensions}</pixels>'
+        f'<view sizeX="{width * nm}" sizeY="{height * nm}" offsetX="{offset[0] * nm}" offsetY="{offset[1] * nm}"/>'
+        f"<scanSettings><objectiveSettings><objective>{objective:g}</objective></objectiveSettings>"
+        "<illuminationSettings><illuminationSource>brightfield</illuminationSource></illuminationSettings>"
+        "</scanSettings></image></collection></scn>"
+    )
+    with tifffile.TiffWriter(path, bigtiff=True) as file:
+        for index, step in enumerate(steps):
+            level = image
+            if step > 1:
+                level = cv2.resize(image, (width // step, height // step), interpolation=cv2.INTER_AREA)
+            file.write(
+                level,
+                photometric="rgb",
+                tile=(tile, tile),
+                compression="jpeg",
+                resolution=(1e4 / (mpp * step), 1e4 / (mpp * step)),
+                resolutionunit="CENTIMETER",
+                description=text if index == 0 else None,
                 metadata=None,
                 software=False,
             )

@@ -1,0 +1,139 @@
+"""Tiles from a slide as pixels: one named filter, always in order, through threads or in the caller.
+
+B tiles of a batch, T side of a tile. The pixels depend on the tile alone: not on workers, prefetch or batch size.
+"""
+
+import itertools
+import threading
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+
+from gigapath.features import Tiles
+from gigapath.preprocessing.slide import Slide, SlideError
+
+UInt8Array = npt.NDArray[np.uint8]
+
+READER = "openslide"
+
+_Batch = tuple[int, UInt8Array, "list[Future[None]]"]
+
+
+def filter_name(read_size: tuple[int, int], tile_size: int) -> str:
+    """What `resample` does to tiles of `read_size` (w, h) pixels, for the record."""
+    if read_size == (tile_size, tile_size):
+        return "none"
+    shrinks, grows = max(read_size) > tile_size, min(read_size) < tile_size
+    return "+".join(["cv2-area"] * shrinks + ["cv2-cubic"] * grows)
+
+
+def resample(pixels: UInt8Array, size: tuple[int, int]) -> UInt8Array:
+    """Pixels (h, w, 3) at another size (w, h): the mean over the area covered where it shrinks, cubic where it grows.
+
+    The only resampling of tiles in this package. OpenCV spreads a resize over threads of its own where none of them
+    is busy; the result is the same, and the process-wide switch for it is left alone.
+    """
+    height, width = pixels.shape[:2]
+    shrunk = min(width, size[0]), min(height, size[1])
+    out = pixels if shrunk == (width, height) else cv2.resize(pixels, shrunk, interpolation=cv2.INTER_AREA)
+    out = out if shrunk == size else cv2.resize(out, size, interpolation=cv2.INTER_CUBIC)
+    return out.astype(np.uint8, copy=False)
+
+
+def read_tile(slide: Slide, tiles: Tiles, index: int) -> UInt8Array:
+    """Pixels (T, T, 3) of one tile.
+
+    Raises:
+        SlideError: they can't be read; names the slide and the tile.
+    """
+    x, y = (int(value) for value in tiles.coords_level0[index])
+    try:
+        pixels = slide.read(x, y, tiles.level, *tiles.read_size)
+    except SlideError as error:
+        raise SlideError(
+            f"slide {tiles.slide_id!r}: tile {index} of {len(tiles)} (x {x}, y {y}, level {tiles.level}) can't be "
+            "decoded. The file is damaged or cut short: copy it again."
+        ) from error
+    return resample(pixels, (tiles.tile_size, tiles.tile_size))
+
+
+def iter_tiles(
+    slide: Slide, tiles: Tiles, *, batch_size: int, workers: int = 0, prefetch: int = 2, start: int = 0
+) -> Iterator[tuple[int, UInt8Array]]:
+    """Yield (index of the first tile, pixels (n, T, T, 3)) in the order of `tiles`; the last batch may be smaller.
+
+    Close the iterator, or run it to its end, and no thread is left; the first error in a thread is raised here.
+
+    Args:
+        slide: the open slide; it must stay open while this runs.
+        tiles: which tiles, and how they are read.
+        batch_size: B, tiles per batch.
+        workers: threads that read; 0 reads in the caller, one batch at a time.
+        prefetch: batches that are read ahead of the one in the caller's hands; bounds memory.
+        start: index of the first tile to read.
+    """
+    if batch_size < 1:
+        raise ValueError(f"iter_tiles: expected a batch size of at least 1, got {batch_size!r}.")
+    if workers < 0 or prefetch < 0:
+        raise ValueError(f"iter_tiles: expected workers and prefetch of at least 0, got {workers!r}, {prefetch!r}.")
+    firsts = range(start, len(tiles), batch_size)
+    if workers == 0:
+        return _read_here(slide, tiles, firsts)
+    return _read_ahead(slide, tiles, firsts, workers, prefetch)
+
+
+def _read_here(slide: Slide, tiles: Tiles, firsts: range) -> Iterator[tuple[int, UInt8Array]]:
+    for first in firsts:
+        batch = _empty_batch(tiles, first, firsts.step)
+        for row in range(len(batch)):
+            batch[row] = read_tile(slide, tiles, first + row)
+        yield first, batch
+
+
+def _read_ahead(
+    slide: Slide, tiles: Tiles, firsts: range, workers: int, prefetch: int
+) -> Iterator[tuple[int, UInt8Array]]:
+    stop = threading.Event()
+    failures: list[SlideError] = []  # the first is the cause: OpenSlide refuses every read after it
+
+    def fill(batch: UInt8Array, first: int, rows: range) -> None:
+        for row in rows:
+            if stop.is_set():
+                return
+            try:
+                batch[row] = read_tile(slide, tiles, first + row)
+            except SlideError as error:
+                failures.append(error)
+                stop.set()
+
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="tile-reader")
+    queue: deque[_Batch] = deque()
+    ahead = iter(firsts)
+    try:
+        while True:
+            for first in itertools.islice(ahead, prefetch + 1 - len(queue)):
+                batch = _empty_batch(tiles, first, firsts.step)
+                # Runs of neighbours share the slide's compressed blocks, so each thread gets one run of the batch.
+                ends = np.linspace(0, len(batch), min(workers, len(batch)) + 1).astype(int).tolist()
+                runs = [range(a, b) for a, b in itertools.pairwise(ends)]
+                queue.append((first, batch, [pool.submit(fill, batch, first, run) for run in runs]))
+            if not queue:
+                return
+            first, batch, jobs = queue.popleft()
+            for job in jobs:
+                job.result()
+            if failures:
+                raise failures[0]
+            yield first, batch
+    finally:
+        stop.set()
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _empty_batch(tiles: Tiles, first: int, batch_size: int) -> UInt8Array:
+    n = min(batch_size, len(tiles) - first)
+    return np.empty((n, tiles.tile_size, tiles.tile_size, 3), np.uint8)

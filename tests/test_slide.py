@@ -1,0 +1,260 @@
+"""Opening slides: scale and its source, bounds, overview, and one sentence for everything that is no slide."""
+
+import os
+from pathlib import Path
+
+import cv2
+import numpy as np
+import openslide
+import PIL.Image
+import pytest
+import tifffile
+from made_slides import paint_tissue, write_pyramid, write_scn
+
+from gigapath.preprocessing import slide as slide_module
+from gigapath.preprocessing.slide import SlideError, open_slide, slide_id_of
+
+
+@pytest.mark.parametrize(
+    ("name", "slide_id"),
+    [
+        ("a/TCGA-05-4244-01Z-00-DX1.d4ff32cd.svs", "TCGA-05-4244-01Z-00-DX1.d4ff32cd"),
+        ("CMU-1.NDPI", "CMU-1"),
+        ("x.ome.tiff", "x"),
+        ("x.tar", "x.tar"),
+        (".svs", ".svs"),
+    ],
+)
+def test_slide_id_is_the_name_without_its_recognised_suffix(name: str, slide_id: str) -> None:
+    assert slide_id_of(name) == slide_id
+
+
+def test_slide_states_its_size_scale_and_levels(tmp_path: Path) -> None:
+    path = write_pyramid(tmp_path / "a.svs", paint_tissue(903, 610), mpp=(0.25, 0.25), aperio=True, objective=40)
+    with open_slide(path) as slide:
+        assert (slide.slide_id, slide.vendor) == ("a", "aperio")
+        assert (slide.dimensions, slide.bounds) == ((903, 610), (0, 0, 903, 610))
+        assert slide.level_dimensions == ((903, 610), (451, 305), (225, 152))
+        assert slide.objective_power == 40
+        assert (slide.mpp.x, slide.mpp.y, slide.mpp.source) == (0.25, 0.25, "openslide.mpp")
+
+
+def test_mpp_from_resolution_tags_in_centimetres_and_inches(tmp_path: Path) -> None:
+    image = paint_tissue(500, 400)
+    for unit, microns in (("CENTIMETER", 10_000), ("INCH", 25_400)):
+        path = tmp_path / f"{unit}.tif"
+        tifffile.imwrite(
+            path, image, photometric="rgb", tile=(240, 240), metadata=None, resolutionunit=unit,
+            resolution=(microns / 0.25, microns / 0.3),
+        )  # fmt: skip
+        with open_slide(path) as slide:
+            assert (slide.mpp.x, slide.mpp.y) == pytest.approx((0.25, 0.3), rel=1e-6)
+
+
+def test_mpp_falls_back_on_tags_where_openslide_gives_none() -> None:
+    header = {"tiff.XResolution": "101600", "tiff.YResolution": "50800", "tiff.ResolutionUnit": "inch"}
+    stated = slide_module._stated_mpp(header)
+    assert stated is not None
+    assert (stated.x, stated.y, stated.source) == (0.25, 0.5, "TIFF resolution tags")
+    assert slide_module._stated_mpp({**header, "tiff.ResolutionUnit": "none"}) is None
+    assert slide_module._stated_mpp({**header, "openslide.mpp-x": "nan", "openslide.mpp-y": "0"}) == stated
+
+
+def test_missing_mpp_names_the_ways_on(tmp_path: Path) -> None:
+    path = write_pyramid(tmp_path / "none.svs", paint_tissue(500, 400), mpp=None, aperio=True, objective=20)
+    with open_slide(path) as slide, pytest.raises(SlideError, match=r"'none'.*--slide-mpp.*--mpp-from-objective"):
+        _ = slide.mpp
+    with open_slide(path, mpp_from_objective=True) as slide:
+        assert (slide.mpp.x, slide.mpp.source) == (0.5, "objective power")
+    with open_slide(path, slide_mpp=0.3, mpp_source="manifest", mpp_from_objective=True) as slide:
+        assert (slide.mpp.x, slide.mpp.y, slide.mpp.source) == (0.3, 0.3, "manifest")
+
+
+@pytest.mark.parametrize(
+    ("mpp", "objective", "words"),
+    [
+        (0.07, None, "0.08 to 4"),
+        (4.1, None, "0.08 to 4"),
+        (0.34, 40, "objective power of 40"),
+        (0.16, 40, "objective power of 40"),
+    ],
+)
+def test_implausible_mpp_is_refused_and_overridden(
+    tmp_path: Path, mpp: float, objective: float | None, words: str
+) -> None:
+    path = write_pyramid(tmp_path / "odd.svs", paint_tissue(500, 400), mpp=(mpp, mpp), aperio=True, objective=objective)
+    with open_slide(path) as slide, pytest.raises(SlideError, match=f"'odd'.*{words}.*{mpp}.*--slide-mpp"):
+        _ = slide.mpp
+    with open_slide(path, slide_mpp=mpp) as slide:
+        assert slide.mpp.source == "--slide-mpp"
+
+
+@pytest.mark.parametrize(("mpp", "objective"), [(0.33, 40), (0.17, 40), (0.08, None), (4.0, None)])
+def test_plausible_mpp_passes(tmp_path: Path, mpp: float, objective: float | None) -> None:
+    path = write_pyramid(tmp_path / "a.svs", paint_tissue(500, 400), mpp=(mpp, mpp), aperio=True, objective=objective)
+    with open_slide(path) as slide:
+        assert slide.mpp.x == pytest.approx(mpp)
+
+
+def test_x_and_y_are_averaged_only_where_they_agree(tmp_path: Path) -> None:
+    image = paint_tissue(500, 400)
+    with open_slide(write_pyramid(tmp_path / "near.tif", image, mpp=(0.25, 0.254))) as slide:
+        assert slide.mpp.x == slide.mpp.y == pytest.approx(0.252)
+    with open_slide(write_pyramid(tmp_path / "apart.tif", image, mpp=(0.25, 0.27))) as slide:
+        assert (slide.mpp.x, slide.mpp.y) == pytest.approx((0.25, 0.27))
+
+
+@pytest.mark.parametrize("value", [0, -1.0, float("nan"), float("inf")])
+def test_an_override_must_be_a_scale(tmp_path: Path, value: float) -> None:
+    with pytest.raises(ValueError, match="--slide-mpp: expected microns per pixel above 0"):
+        open_slide(tmp_path / "a.svs", slide_mpp=value)
+
+
+def test_bounds_are_where_the_slide_was_scanned(tmp_path: Path) -> None:
+    image = paint_tissue(2400, 1600)
+    path = write_scn(tmp_path / "b.scn", image, canvas=(5000, 4000), offset=(1000, 700), mpp=0.5)
+    with open_slide(path) as slide:
+        assert (slide.dimensions, slide.bounds) == ((5000, 4000), (1000, 700, 2400, 1600))
+        assert slide.scanner == "Leica SCN400"
+        overview = slide.overview()
+        outside = slide.read(100, 100, 0, 30, 20)
+        corner = slide.read(1000, 700, 0, 40, 30)
+    assert outside.shape == (20, 30, 3)
+    assert (outside == 255).all()  # transparent is laid on white
+    assert np.abs(corner.astype(int) - image[:30, :40]).max() < 12  # JPEG
+    assert overview.origin_level0 == (1000, 700)
+    assert overview.image.shape == (100, 150, 3)
+    assert overview.opaque.all()
+
+
+@pytest.mark.parametrize("steps", [(1,), (1, 2, 4), (1, 4, 16)])
+@pytest.mark.parametrize("band_pixels", [4_000_000, 60_000])
+def test_overview_is_the_mean_over_area(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, steps: tuple[int, ...], band_pixels: int
+) -> None:
+    monkeypatch.setattr(slide_module, "BAND_PIXELS", band_pixels)
+    image = paint_tissue(2311, 1507, mpp=0.25)
+    path = write_pyramid(tmp_path / "a.tif", image, mpp=(0.25, 0.25), steps=steps, compression="deflate")
+    with open_slide(path) as slide:
+        overview = slide.overview()
+    h, w = overview.image.shape[:2]
+    assert (w, h) == (72, 47)
+    assert overview.mpp == pytest.approx(8, rel=0.01)
+    assert (overview.scale[0] * w, overview.scale[1] * h) == pytest.approx((2311, 1507))
+    expected = cv2.resize(image, (w, h), interpolation=cv2.INTER_AREA).astype(int)
+    difference = np.abs(overview.image - expected)
+    assert difference.max() <= (1 if steps == (1,) else 12)  # the last column of a level hangs over the edge
+    assert difference.mean() < 1
+    assert expected.std() > 20
+
+
+def test_overview_is_never_finer_than_the_slide(tmp_path: Path) -> None:
+    image = paint_tissue(300, 200)
+    path = write_pyramid(tmp_path / "a.tif", image, mpp=(20, 20), steps=(1,), compression="deflate")
+    with open_slide(path, slide_mpp=20) as slide:
+        overview = slide.overview()
+    assert np.array_equal(overview.image, image)
+    assert (overview.scale, overview.mpp) == ((1, 1), 20)
+
+
+def test_plain_images_open_as_slides_of_one_level(tmp_path: Path) -> None:
+    image = paint_tissue(700, 500)
+    PIL.Image.fromarray(image).save(tmp_path / "a.png")
+    with open_slide(tmp_path / "a.png", slide_mpp=0.5) as slide:
+        assert (slide.vendor, slide.level_dimensions) == ("plain-image", ((700, 500),))
+        assert np.array_equal(slide.read(100, 50, 0, 60, 40), image[50:90, 100:160])
+    with open_slide(tmp_path / "a.png") as slide, pytest.raises(SlideError, match="--slide-mpp"):
+        slide.overview()
+
+
+def test_large_or_deep_plain_images_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    PIL.Image.fromarray(np.zeros((30, 40), np.uint16)).save(tmp_path / "deep.png")
+    with pytest.raises(SlideError, match="8-bit"):
+        open_slide(tmp_path / "deep.png")
+    PIL.Image.new("RGB", (40, 30)).save(tmp_path / "large.png")
+    monkeypatch.setattr(slide_module, "PLAIN_IMAGE_PIXELS", 1000)
+    with pytest.raises(SlideError, match="tiled pyramid"):
+        open_slide(tmp_path / "large.png")
+
+
+def test_what_is_no_slide_gets_one_sentence_without_its_folder(tmp_path: Path) -> None:
+    folder = tmp_path / "canary"
+    folder.mkdir()
+    whole = write_pyramid(folder / "whole.svs", paint_tissue(900, 600), mpp=(0.5, 0.5), aperio=True).read_bytes()
+    PIL.Image.fromarray(paint_tissue(60, 50)).save(folder / "page.tiff")  # not tiled: Pillow could, OpenSlide can't
+    bad = {
+        "text.svs": b"this is no slide",
+        "empty.svs": b"",
+        "cut.svs": whole[: len(whole) // 2],
+        "page.tiff": (folder / "page.tiff").read_bytes(),
+        "mirax.mrxs": (folder / "page.tiff").read_bytes(),
+        "half.jpeg": b"\xff\xd8\xff\xe0\x00\x10JFIF",
+        "new\nline.svs": b"x",
+    }
+    for name, content in bad.items():
+        (folder / name).write_bytes(content)
+    (folder / "folder.svs").mkdir()
+    os.mkfifo(folder / "pipe.svs")
+    (folder / "loop.svs").symlink_to(folder / "loop.svs")
+    for name in [*bad, "folder.svs", "pipe.svs", "loop.svs"]:
+        with pytest.raises(SlideError, match="expected") as caught:
+            open_slide(folder / name)
+        assert str(caught.value).startswith(f"slide {slide_id_of(name)!r}: "), name
+        assert "canary" not in str(caught.value)
+        assert "\n" not in str(caught.value)
+    with pytest.raises(FileNotFoundError, match=r"'none'.*none of the name 'none\.svs'"):
+        open_slide(folder / "none.svs")
+
+
+def test_an_unreadable_file_gets_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    (tmp_path / "a.svs").write_bytes(b"x")
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(SlideError, match=r"'Permission denied'.*who may read"):
+        open_slide(tmp_path / "a.svs")
+
+
+def test_only_allow_listed_properties_leave_the_header(tmp_path: Path) -> None:
+    canary = "CANARY-7f3a"
+    label = np.full((60, 80, 3), 7, np.uint8)
+    path = write_pyramid(
+        tmp_path / "a.svs", paint_tissue(500, 400), mpp=(0.5, 0.5), aperio=True, description=canary, label=label
+    )
+    with open_slide(path) as slide:
+        assert canary in slide._handle.properties["tiff.ImageDescription"]  # the test plants what it looks for
+        assert "label" in slide._handle.associated_images
+        assert canary not in repr(slide.properties)
+        assert set(slide.properties) == {"openslide.mpp-x", "openslide.mpp-y"}
+    header = {"tiff.Model": canary, "hamamatsu.Product": "C13220-01", "openslide.objective-power": canary}
+    assert slide_module._allowed(header) == {"hamamatsu.Product": "C13220-01"}
+
+
+def test_label_and_macro_are_never_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(self: openslide.AbstractSlide) -> None:
+        raise AssertionError("associated images were asked for")
+
+    monkeypatch.setattr(openslide.OpenSlide, "associated_images", property(refuse))
+    label = np.full((60, 80, 3), 7, np.uint8)
+    path = write_pyramid(tmp_path / "a.svs", paint_tissue(900, 600), mpp=(0.5, 0.5), aperio=True, label=label)
+    with open_slide(path) as slide:
+        assert slide.overview().image.min() > 40  # the label is nearly black
+        slide.read(0, 0, 2, 100, 100)
+
+
+def test_real_headers_are_read_as_they_are(shared: Path) -> None:
+    folder = shared / "data" / "slides"
+    with open_slide(folder / "CMU-1-Small-Region.svs") as slide:
+        assert (slide.dimensions, slide.mpp.x, slide.objective_power) == ((2220, 2967), 0.499, 20)
+    with open_slide(folder / "fluorescence-dapi.ndpi") as slide:
+        assert slide.scanner == "C9600-12"
+        assert slide.mpp.x == pytest.approx(0.228, abs=0.001)
+    for name in ("TCGA-CR-7395-no-mpp.svs", "ink.jpeg", "plain.jpeg"):
+        with (
+            open_slide(folder / name) as slide,
+            pytest.raises(SlideError, match=r"got none\. State them with --slide-mpp"),
+        ):
+            _ = slide.mpp
+    with open_slide(folder / "low-power.dcm") as slide, pytest.raises(SlideError, match=r"28\.969.*--slide-mpp"):
+        _ = slide.mpp
