@@ -8,16 +8,24 @@ from gigapath.features.data import (
     TileEmbeddings,
     Tiles,
 )
+from gigapath.features.names import EmbeddingName, parse_embedding
 from gigapath.features.ours import TileEmbeddingsWriter, read_slide, read_tiles, write_slide, write_tiles
+from gigapath.features.reading import read_features
+from gigapath.features.tables import export_table, read_slides
 
 __all__ = [
     "NUMERICS_VERSION",
+    "EmbeddingName",
     "FeatureFileError",
     "SlideEmbeddings",
     "TileEmbeddings",
     "TileEmbeddingsWriter",
     "Tiles",
+    "export_table",
+    "parse_embedding",
+    "read_features",
     "read_slide",
+    "read_slides",
     "read_tiles",
     "write_slide",
     "write_tiles",

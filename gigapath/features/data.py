@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from gigapath.features.names import parse_embedding
 from gigapath.files import safe_name
 
 # Raised only when the numbers in the files change; reuse compares this, not the package's version.
@@ -207,6 +208,24 @@ class SlideEmbeddings:
             value = getattr(self, name)
             if value is not None:
                 _cast(self, name, np.float32, np.asarray(value).shape[-2:])
+
+    def select(self, name: str) -> Array:
+        """The embedding of that name (`gigapath.features.names`) as (D,) float32; ValueError where this slide has no
+        such one."""
+        wanted = parse_embedding(name)
+        if wanted.kind == "tile-mean":
+            return np.asarray(self.tile_mean[0])
+        held = getattr(self, ("default_" if wanted.kind == "default" else "states_") + wanted.pooling)
+        if held is None:
+            raise ValueError(f"{self.slide_id}: it holds no {wanted}; without a slide encoder take tile-mean.")
+        if wanted.kind == "default":
+            return np.asarray(held[0])
+        if wanted.kind == "all-states":
+            return np.asarray(held.reshape(-1))
+        state = len(held) - 1 if wanted.state is None else wanted.state
+        if state >= len(held):
+            raise ValueError(f"{self.slide_id}: expected a state of 0 to {len(held) - 1}, got {wanted}.")
+        return np.asarray(held[state])
 
 
 def _cast(owner: Any, name: str, dtype: Any, shape: tuple[int, ...]) -> None:

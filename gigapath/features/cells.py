@@ -1,0 +1,96 @@
+"""From tile coordinates to cells of the slide encoder's grid."""
+
+import numpy as np
+
+from gigapath.features.data import Array, FeatureFileError
+
+OPTION = "--tile-size-level0"
+
+
+def cells_of(coords: Array, step: tuple[float, float], *, who: str) -> Array:
+    """The cells `round(coords / step)` of tiles, neighbours one apart.
+
+    Where all tiles lie on one grid of that step, wherever it starts, its phase is taken out before rounding, so that
+    corners rounded to whole pixels, or a grid that starts half a step in, cannot put two neighbours into one cell.
+
+    Args:
+        coords: (N, 2) top-left (x, y), any unit.
+        step: distance between neighbouring tiles (x, y) in that unit.
+        who: the file, for errors.
+
+    Returns:
+        (N, 2) int32 (column, row).
+
+    Raises:
+        FeatureFileError: coordinates that are not finite, a step that is not positive, two tiles on one cell.
+    """
+    pitch = np.asarray(step, dtype=np.float64)
+    if pitch.shape != (2,) or not (np.isfinite(pitch) & (pitch > 0)).all():
+        raise FeatureFileError(f"{who}: expected a positive step between tiles, got {step!r}. State it with {OPTION}.")
+    places = np.asarray(coords, dtype=np.float64)
+    finite = np.isfinite(places).all(axis=1)
+    if not finite.all():
+        row = int(np.argmin(finite))
+        raise FeatureFileError(f"{who}: expected finite coordinates, got {places[row].tolist()} in row {row}.")
+    if len(places) == 0:
+        return np.zeros((0, 2), np.int32)
+    origin = places.min(axis=0)
+    steps = (places - origin) / pitch
+    on_one_grid = bool((np.abs(steps - np.rint(steps)) * pitch <= np.maximum(1.0, 1e-3 * pitch)).all())
+    cells = np.rint(steps) + _round(origin / pitch) if on_one_grid else _round(places / pitch)
+    if np.abs(cells).max() >= 2**31:
+        raise FeatureFileError(f"{who}: its coordinates are too far out for a step of {pitch.tolist()}.")
+    whole = cells.astype(np.int32)
+    twin = _first_twin(whole)
+    if twin is not None:
+        first, second = (places[row].tolist() for row in twin)
+        seen = observed_step(places)
+        hint = f" Its tiles lie {seen:g} apart." if seen else ""
+        raise FeatureFileError(
+            f"{who}: two tiles fall on one cell at a step of {pitch[0]:g} x {pitch[1]:g} ({first} and {second}).{hint} "
+            f"State the distance between neighbouring tiles with {OPTION}, or tile again without overlap."
+        )
+    return whole
+
+
+def observed_step(coords: Array) -> float | None:
+    """The smallest distance between two columns or two rows of tiles: a hint for messages, never a silent choice.
+
+    Differences of up to one unit are rounding, not columns; None where there is only one tile or column.
+    """
+    gaps = [np.diff(np.unique(np.asarray(coords, dtype=np.float64)[:, axis])) for axis in (0, 1)]
+    distances = np.concatenate([gap[gap > 1] for gap in gaps])
+    return float(distances.min()) if len(distances) else None
+
+
+def row_major(cells: Array) -> Array | None:
+    """The order that sorts cells by (row, column), or None where they are sorted already."""
+    keys = _keys(cells)
+    if (np.diff(keys) > 0).all():
+        return None
+    return np.argsort(keys, kind="stable")
+
+
+def _round(values: Array) -> Array:
+    """To the nearest whole number, halves up: numpy's halves-to-even would join neighbours."""
+    return np.asarray(np.floor(values + 0.5))
+
+
+def _keys(cells: Array) -> Array:
+    """(N,) int64 that order cells by (row, column)."""
+    if len(cells) == 0:
+        return np.zeros(0, np.int64)
+    low = cells.min(axis=0).astype(np.int64)
+    columns, rows = (cells.astype(np.int64) - low).T
+    return np.asarray(rows * (columns.max() + 1) + columns)
+
+
+def _first_twin(cells: Array) -> tuple[int, int] | None:
+    """The rows of the first two equal cells, or None."""
+    keys = _keys(cells)
+    order = np.argsort(keys, kind="stable")
+    same = np.flatnonzero(np.diff(keys[order]) == 0)
+    if len(same) == 0:
+        return None
+    first, second = sorted((int(order[same[0]]), int(order[same[0] + 1])))
+    return first, second

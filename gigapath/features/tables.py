@@ -1,0 +1,184 @@
+"""Slide vectors of a whole run: one matrix, one table."""
+
+import csv
+import io
+import json
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gigapath.features.data import Array, FeatureFileError, SlideEmbeddings
+from gigapath.features.names import parse_embedding
+from gigapath.features.ours import read_slide
+from gigapath.files import atomic_file, write_bytes_atomic
+
+# What must be equal throughout a folder for its vectors to be comparable.
+SAME_THROUGHOUT = (
+    "numerics_version",
+    "tiles_numerics_version",
+    "encoder",
+    "weights_sha256",
+    "slide_encoder",
+    "slide_weights_sha256",
+    "transform",
+    "precision",
+    "reader",
+    "filter",
+    "trained",
+)
+
+TABLE_FORMATS = (".parquet", ".csv", ".npz")
+
+
+def find_slide_folder(folder: Path | str) -> Path:
+    """The folder of slide embeddings: `folder` itself, or the one `slides_*` folder of a run.
+
+    Raises:
+        FileNotFoundError: no such folder, or none with slide embeddings in it.
+        ValueError: several slide encoders; the message lists them.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder}: no such folder.")
+    if folder.name.startswith("slides_"):
+        return folder
+    found = sorted(path for path in folder.glob("slides_*") if path.is_dir() and any(path.glob("*.h5")))
+    if len(found) > 1:
+        names = ", ".join(path.name for path in found)
+        raise ValueError(f"{folder}: expected the embeddings of one slide encoder, got {names}. Name one of them.")
+    if found:
+        return found[0]
+    if any(folder.glob("*.h5")):
+        return folder
+    raise FileNotFoundError(f"{folder}: no slide embeddings (slides_*/*.h5) in it. Run gigapath embed first.")
+
+
+def read_slides(
+    folder: Path | str, embedding: str = "default", *, allow_mixed: bool = False
+) -> tuple[list[str], Array]:
+    """Read one embedding of every slide.
+
+    Args:
+        folder: the output folder of a run, or one of its `slides_*` folders.
+        embedding: a name of `gigapath.features.names`; runs without a slide encoder have `tile-mean` alone.
+        allow_mixed: take slides of different encoders, precisions or numerics together.
+
+    Returns:
+        slide ids, sorted, and their vectors (S, D) float32 in that order.
+
+    Raises:
+        FileNotFoundError: no such folder, or no slide embeddings in it.
+        ValueError: mixed numerics, two files of one slide, a slide without that embedding.
+    """
+    ids, vectors, slides = _gather(folder, embedding, allow_mixed=allow_mixed)
+    if parse_embedding(embedding).kind != "tile-mean" and slides[0].attrs.get("trained") is False:
+        warnings.warn(f"{Path(folder).name}: these vectors come from an untrained slide encoder.", stacklevel=2)
+    return ids, vectors
+
+
+def export_table(
+    folder: Path | str, to: Path | str, *, embedding: str = "default", allow_mixed: bool = False
+) -> tuple[int, int]:
+    """Write one embedding of every slide as one table, whole or not at all.
+
+    Columns: `slide_id`, `embedding` (its name), `trained` (False where weights are random), `e0` ... An npz holds
+    `slide_ids`, `vectors` (S, D) float32, and `attrs`, JSON of what all slides have in common.
+
+    Args:
+        folder: as for `read_slides`.
+        to: a file ending in .parquet, .csv or .npz.
+        embedding: as for `read_slides`.
+        allow_mixed: as for `read_slides`.
+
+    Returns:
+        slides, width.
+
+    Raises:
+        ImportError: parquet without pandas and pyarrow.
+    """
+    to = Path(to)
+    if to.suffix not in TABLE_FORMATS:
+        raise ValueError(f"--to: expected a file ending in {', '.join(TABLE_FORMATS)}, got {to.name!r}.")
+    ids, vectors, slides = _gather(folder, embedding, allow_mixed=allow_mixed)
+    name = str(parse_embedding(embedding))
+    trained = ["" if (value := slide.attrs.get("trained")) is None else bool(value) for slide in slides]
+    if to.suffix == ".csv":
+        _write_csv(to, ids, vectors, name, trained)
+    elif to.suffix == ".npz":
+        attrs = {"embedding": name, **_in_common(slides)}
+        buffer = io.BytesIO()
+        np.savez(buffer, slide_ids=np.array(ids), vectors=vectors, attrs=np.array(json.dumps(attrs, sort_keys=True)))
+        write_bytes_atomic(to, buffer.getvalue())
+    else:
+        _write_parquet(to, ids, vectors, name, trained)
+    return vectors.shape[0], vectors.shape[1]
+
+
+def _gather(folder: Path | str, embedding: str, *, allow_mixed: bool) -> tuple[list[str], Array, list[SlideEmbeddings]]:
+    parse_embedding(embedding)
+    folder = find_slide_folder(folder)
+    files = sorted(folder.glob("*.h5"))
+    if not files:
+        raise FileNotFoundError(f"{folder}: no slide embeddings (*.h5) in it.")
+    slides: dict[str, SlideEmbeddings] = {}
+    for file in files:
+        slide = read_slide(file)
+        if slide.slide_id in slides:
+            raise ValueError(f"{folder.name}: two files of slide {slide.slide_id!r}. Remove one.")
+        slides[slide.slide_id] = slide
+    ordered = [slides[slide_id] for slide_id in sorted(slides)]
+    _refuse_mixed(ordered, folder, allow_mixed)
+    vectors = [slide.select(embedding) for slide in ordered]
+    widths = sorted({len(vector) for vector in vectors})
+    if len(widths) > 1:
+        raise FeatureFileError(f"{folder.name}: expected vectors of one width, got {', '.join(map(str, widths))}.")
+    return [slide.slide_id for slide in ordered], np.stack(vectors), ordered
+
+
+def _refuse_mixed(slides: Sequence[SlideEmbeddings], folder: Path, allow_mixed: bool) -> None:
+    for name in SAME_THROUGHOUT:
+        values: dict[str, str] = {}
+        for slide in slides:
+            values.setdefault(str(slide.attrs.get(name)), slide.slide_id)
+        if len(values) > 1:
+            shown = ", ".join(f"{value} ({slide_id})" for value, slide_id in list(values.items())[:3])
+            text = f"{folder.name}: its slides differ in {name}: {shown}."
+            if not allow_mixed:
+                raise ValueError(f"{text} Embed them alike, or pass --allow-mixed.")
+            warnings.warn(text, stacklevel=4)
+
+
+def _in_common(slides: Sequence[SlideEmbeddings]) -> dict[str, Any]:
+    first = slides[0].attrs
+    return {
+        name: first[name]
+        for name in first
+        if all(slide.attrs.get(name) == first[name] for slide in slides) and not isinstance(first[name], np.ndarray)
+    }
+
+
+def _write_csv(to: Path, ids: Sequence[str], vectors: Array, name: str, trained: Sequence[Any]) -> None:
+    with atomic_file(to) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
+        rows = csv.writer(file, lineterminator="\n")
+        rows.writerow(["slide_id", "embedding", "trained", *(f"e{i}" for i in range(vectors.shape[1]))])
+        for slide_id, vector, mark in zip(ids, vectors, trained, strict=True):
+            # Nine digits give back every float32.
+            rows.writerow([slide_id, name, mark, *(f"{value:.9g}" for value in vector.tolist())])
+
+
+def _write_parquet(to: Path, ids: Sequence[str], vectors: Array, name: str, trained: Sequence[Any]) -> None:
+    try:
+        import pandas
+        import pyarrow  # type: ignore[import-untyped]  # noqa: F401
+    except ImportError as error:
+        raise ImportError("export to .parquet: install pandas and pyarrow, or write .csv or .npz.") from error
+    table = pandas.DataFrame(vectors, columns=[f"e{i}" for i in range(vectors.shape[1])])
+    table.insert(0, "trained", [None if mark == "" else mark for mark in trained])
+    table.insert(0, "embedding", name)
+    table.insert(0, "slide_id", list(ids))
+    buffer = io.BytesIO()
+    table.to_parquet(buffer, index=False)
+    write_bytes_atomic(to, buffer.getvalue())
