@@ -71,6 +71,15 @@ def output_error(path: Path, error: OSError) -> OutputError:
     return OutputError(f"{path.parent.name}/{path.name} could not be written: {reason}.", code)
 
 
+def is_write_error(error: OSError, temporary: Path) -> bool:
+    """True for an error of writing `temporary`, False for one of whatever else was read meanwhile: what only a write
+    can raise, or a refusal that names our file or none."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
+        return True
+    named = error.filename is None or error.filename == os.fspath(temporary)
+    return named and error.errno in (errno.EACCES, errno.EPERM)
+
+
 @contextlib.contextmanager
 def atomic_file(path: Path | str, *, mode: int = 0o666) -> Iterator[Path]:
     """Give a temporary path in the folder of `path`; on success it is flushed to disk and takes the name `path`, on
@@ -94,8 +103,7 @@ def atomic_file(path: Path | str, *, mode: int = 0o666) -> Iterator[Path]:
         except OutputError:
             raise
         except OSError as error:
-            # Errors of the caller's own reading pass through: only what a write can raise, or what names our file.
-            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or error.filename == os.fspath(temporary):
+            if is_write_error(error, temporary):
                 raise output_error(path, error) from error
             raise
         try:
@@ -114,7 +122,10 @@ def atomic_file(path: Path | str, *, mode: int = 0o666) -> Iterator[Path]:
 def write_bytes_atomic(path: Path | str, content: bytes, *, mode: int = 0o666) -> None:
     """Write a whole file at once, or not at all."""
     with atomic_file(path, mode=mode) as temporary:
-        temporary.write_bytes(content)
+        try:
+            temporary.write_bytes(content)
+        except OSError as error:
+            raise output_error(Path(path), error) from error
 
 
 def write_text_atomic(path: Path | str, text: str, *, mode: int = 0o666) -> None:
@@ -174,7 +185,7 @@ def _create_temporary(path: Path, mode: int) -> Path:
         # Plain open: the umask and a setgid folder apply, as they would not with tempfile's mode 0600.
         os.close(os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL, mode))
     except OSError as error:
-        _LIVE.discard(os.fspath(temporary))
+        discard(temporary)
         raise output_error(path, error) from error
     _remove_abandoned(path)
     return temporary

@@ -16,7 +16,7 @@ import h5py
 import numpy as np
 
 from gigapath.features.data import Array, FeatureFileError
-from gigapath.files import discard, open_temporary, output_error, publish
+from gigapath.files import OutputError, discard, is_write_error, open_temporary, output_error, publish
 
 
 @contextlib.contextmanager
@@ -207,18 +207,23 @@ class H5Writer:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: Any) -> None:
         try:
-            if kind is not None:
+            if error is not None:
                 with contextlib.suppress(OSError, RuntimeError):
                     self.file.close()
+                self.check()  # whatever came after the disk's error came of it
+                if isinstance(error, OSError) and is_write_error(error, self._temporary):
+                    raise output_error(self.path, error) from error
                 return
             made = {name: (dataset.shape, dataset.dtype) for name, dataset in self.file.items()}
-            self.file.flush()
-            self.file.attrs["complete"] = True
-            self.file.close()
-            self.check()
             try:
+                self.file.flush()
+                self.file.attrs["complete"] = True
+                self.file.close()
+                self.check()
                 os.fsync(self._descriptor)
                 self._close_descriptor()
+            except OutputError:
+                raise
             except OSError as problem:
                 raise output_error(self.path, problem) from problem
             self._verify(made)

@@ -1,0 +1,613 @@
+"""Our files: what is written comes back, other tools read it as it is, and a failing disk leaves nothing."""
+
+import dataclasses
+import errno
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import pytest
+from feature_files import CELLS, make_features, make_tiles
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import gigapath
+from gigapath.features import (
+    NUMERICS_VERSION,
+    FeatureFileError,
+    SlideEmbeddings,
+    TileEmbeddingsWriter,
+    Tiles,
+    export_table,
+    parse_embedding,
+    read_features,
+    read_slide,
+    read_slides,
+    read_tiles,
+    write_slide,
+    write_tiles,
+)
+from gigapath.features.ours import nominal_magnification
+from gigapath.files import OutputError
+
+FEATURES = make_features()
+ATTRS = {
+    "encoder": "standin",
+    "weights_sha256": "0" * 64,
+    "precision": "fp32",
+    "batch_shape": (32, 3, 224, 224),
+    "device": "cpu",
+}
+EMPTY = np.zeros((0, 2), np.int32)
+
+
+def write_ours(path: Path, tiles: Tiles | None = None, features: np.ndarray = FEATURES, **options: Any) -> Path:
+    tiles = make_tiles() if tiles is None else tiles
+    with TileEmbeddingsWriter(path, tiles, embed_dim=features.shape[1], **{"attrs": ATTRS, **options}) as writer:
+        for start in range(0, len(features), 3):
+            writer.write(start, features[start : start + 3])
+    return path
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+# What is written comes back
+
+
+def test_tiles_round_trip(tmp_path: Path) -> None:
+    tiles = make_tiles()
+    write_tiles(tmp_path / "a.h5", tiles)
+    found = read_tiles(tmp_path / "a.h5")
+    for field in dataclasses.fields(Tiles):
+        expected, value = getattr(tiles, field.name), getattr(found, field.name)
+        if isinstance(expected, np.ndarray):
+            assert np.array_equal(value, expected) and value.dtype == expected.dtype, field.name
+        elif field.name != "attrs":
+            assert value == expected and type(value) is type(expected), field.name
+    assert found.attrs == {**tiles.attrs, "numerics_version": NUMERICS_VERSION}
+
+
+def test_tiles_of_a_slide_without_tissue_round_trip(tmp_path: Path) -> None:
+    write_tiles(tmp_path / "a.h5", make_tiles(cells=EMPTY, qc=np.zeros((0, 0)), qc_names=()))
+    found = read_tiles(tmp_path / "a.h5")
+    assert len(found) == 0 and found.coords_level0.shape == (0, 2) and found.qc.shape == (0, 0)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_embeddings_round_trip(dtype: str, tmp_path: Path) -> None:
+    tiles = make_tiles()
+    found = read_features(write_ours(tmp_path / "a.h5", tiles, dtype=dtype))
+    assert found.features.dtype == dtype
+    assert np.array_equal(found.features, FEATURES.astype(dtype))
+    assert found.source == "gigapath" and found.encoder == "standin" and found.slide_id == "slide-1"
+    assert np.array_equal(found.coords_level0, tiles.coords_level0) and found.coords.dtype == np.int64
+    assert found.cells is not None and np.array_equal(found.cells, CELLS)
+    assert found.tissue_fraction is not None and np.array_equal(found.tissue_fraction, tiles.tissue_fraction)
+    assert found.section is not None and np.array_equal(found.section, tiles.section)
+    assert found.qc is not None and np.array_equal(found.qc, tiles.qc) and found.qc_names == ("focus", "pen_hue")
+    assert found.tile_size_level0 == 512
+    assert found.attrs["batch_shape"] == (32, 3, 224, 224) and found.attrs["tissue_threshold"] is None
+
+
+def test_slide_embeddings_round_trip(tmp_path: Path) -> None:
+    slide = make_slide("s")
+    write_slide(tmp_path / "s.h5", slide)
+    found = read_slide(tmp_path / "s.h5")
+    for name in ("states_mean", "states_class", "default_mean", "default_class", "tile_mean"):
+        assert np.array_equal(getattr(found, name), getattr(slide, name))
+    assert found.attrs["trained"] is True and found.attrs["slide_encoder"] == "gigapath"
+    write_slide(tmp_path / "m.h5", SlideEmbeddings(slide_id="m", tile_mean=np.ones((1, 4))))
+    mean = read_slide(tmp_path / "m.h5")
+    assert mean.states_mean is None and mean.default_class is None and mean.tile_mean.shape == (1, 4)
+
+
+def test_root_attributes_say_what_made_the_file(tmp_path: Path) -> None:
+    tiles = make_tiles()
+    older = dataclasses.replace(tiles, attrs={**tiles.attrs, "numerics_version": 0})
+    with h5py.File(write_ours(tmp_path / "a.h5", older)) as file:
+        assert file.attrs["implementation"] == gigapath.__implementation__
+        assert file.attrs["package_version"] == gigapath.__version__
+        assert file.attrs["numerics_version"] == NUMERICS_VERSION
+        assert file.attrs["tiles_numerics_version"] == 0
+        assert file.attrs["slide_id"] == "slide-1" and file.attrs["mpp"] == 0.5 and file.attrs["level"] == 1
+        assert list(file.attrs["tile_size_level0"]) == [512, 512] and list(file.attrs["read_size"]) == [256, 256]
+        assert file.attrs["tissue_threshold"] == "None"
+        assert file.attrs["complete"]
+
+
+def test_equal_input_gives_equal_bytes_whatever_the_blocks(tmp_path: Path) -> None:
+    def digest(path: Path) -> str:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+
+    first = digest(write_ours(tmp_path / "a.h5"))
+    with TileEmbeddingsWriter(tmp_path / "b.h5", make_tiles(), embed_dim=6, attrs=ATTRS) as writer:
+        writer.write(5, FEATURES[5:])
+        writer.write(0, FEATURES[:5])
+    assert digest(tmp_path / "b.h5") == first
+    assert digest(write_ours(tmp_path / "c.h5", features=FEATURES + 1)) != first
+
+
+# Other tools read it as it is
+
+
+def test_published_script_reads_every_dataset(tmp_path: Path) -> None:
+    for tiles, features in ((make_tiles(), FEATURES), (make_tiles(cells=EMPTY), FEATURES[:0])):
+        with h5py.File(write_ours(tmp_path / "a.h5", tiles, features), "r") as file:
+            assets = {name: file[name][:] for name in file}  # as the published dataset does, on every top-level name
+        assert np.array_equal(assets["features"], features)
+        assert assets["coords"].shape == (len(features), 2)
+
+
+def test_trident_finds_its_nine_attributes(tmp_path: Path) -> None:
+    with h5py.File(write_ours(tmp_path / "a.h5"), "r") as file:
+        coords, features = dict(file["coords"].attrs), dict(file["features"].attrs)
+        assert file["coords"].dtype == np.int64
+    expected = {
+        "patch_size": 256,
+        "patch_size_level0": 512,
+        "level0_magnification": 40,
+        "target_magnification": 20,
+        "overlap": 0,
+        "name": "slide-1",
+        "savetodir": "None",
+        "level0_width": 6000,
+        "level0_height": 4000,
+    }
+    assert {name: coords[name] for name in expected} == expected
+    assert features == {"name": "slide-1", "savetodir": "None", "encoder": "standin"}
+    # Its slide encoder divides level-0 coordinates by patch_size_level0.
+    assert np.array_equal(make_tiles().coords_level0 // coords["patch_size_level0"], CELLS)
+
+
+def test_trident_attributes_without_facts_are_none(tmp_path: Path) -> None:
+    tiles = make_tiles(attrs={}, mpp=0.499, tile_size_level0=(256, 256), coords_level0=CELLS * 256)
+    with h5py.File(write_ours(tmp_path / "a.h5", tiles), "r") as file:
+        coords = dict(file["coords"].attrs)
+    assert coords["level0_width"] == "None" and coords["level0_height"] == "None"
+    assert coords["level0_magnification"] == 20 and coords["target_magnification"] == 20
+
+
+@pytest.mark.parametrize(
+    ("mpp", "power"), [(0.2265, 40), (0.2431, 40), (0.499, 20), (1.0, 10), (8.0, 1.25), (0.12, 80)]
+)
+def test_nominal_magnification(mpp: float, power: float) -> None:
+    assert nominal_magnification(mpp) == power
+
+
+def test_clam_reads_the_level_that_was_read_and_no_other(tmp_path: Path) -> None:
+    with h5py.File(write_ours(tmp_path / "a.h5"), "r") as file:
+        attrs = dict(file["coords"].attrs)
+    # CLAM reads patch_size pixels of patch_level at each coordinate.
+    assert (attrs["patch_level"], attrs["patch_size"]) == (1, 256)
+    assert np.array_equal(attrs["downsample"] * attrs["patch_size"], [512, 512])
+    assert list(attrs["level_dim"]) == [3000, 2000]
+    resampled = make_tiles(level=0, read_size=(512, 512))
+    with h5py.File(write_ours(tmp_path / "b.h5", resampled), "r") as file:
+        assert not {"patch_level", "downsample", "level_dim"} & set(file["coords"].attrs)
+
+
+def test_features_are_stored_contiguously(tmp_path: Path) -> None:
+    with h5py.File(write_ours(tmp_path / "a.h5"), "r") as file:
+        assert file["features"].chunks is None and file["features"].compression is None
+        assert set(file) == {"features", "coords", "cells", "tissue_fraction", "section", "qc"}
+        assert all(isinstance(file[name], h5py.Dataset) and file[name].ndim > 0 for name in file)
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"coords_level0": CELLS[::-1] * 512, "cells": CELLS[::-1]}, "sorted by"),
+        ({"coords_level0": CELLS * 512 + np.arange(8)[:, None]}, "anchor"),
+        ({"section": np.ones(7, int)}, "section"),
+        ({"tile_size_level0": (512.5, 512)}, "whole, positive"),
+        ({"tile_size_level0": (0, 512)}, "whole, positive"),
+        ({"coords_level0": CELLS * 512 + 0.5}, "whole int64"),
+        ({"qc_names": ("focus",)}, "qc"),
+        ({"slide_id": "../x"}, "without slashes"),
+    ],
+)
+def test_tiles_that_contradict_themselves_are_refused(change: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        make_tiles(**change)
+
+
+def test_take_keeps_the_tiles_asked_for() -> None:
+    tiles = make_tiles()
+    some = tiles.take(tiles.tissue_fraction > 0.5)
+    assert 0 < len(some) < len(tiles) and (some.tissue_fraction > 0.5).all()
+    assert np.array_equal(some.coords_level0, some.cells.astype(np.int64) * 512)
+
+
+@pytest.mark.parametrize(
+    ("block", "start", "words"),
+    [
+        (FEATURES[:, :5], 0, r"expected a block \(n, 6\)"),
+        (FEATURES[0], 0, r"expected a block"),
+        (FEATURES, 1, "within 8 tiles"),
+        (FEATURES[:1], -1, "within 8 tiles"),
+        (np.where(np.isin(FEATURES, FEATURES[2, 3]), np.nan, FEATURES), 0, "NaN or infinity in tile 2"),
+    ],
+)
+def test_writer_refuses_what_does_not_belong(block: np.ndarray, start: int, words: str, tmp_path: Path) -> None:
+    with (
+        pytest.raises(ValueError, match=words),
+        TileEmbeddingsWriter(tmp_path / "a.h5", make_tiles(), embed_dim=6) as writer,
+    ):
+        writer.write(start, block)
+    assert names(tmp_path) == []
+
+
+def test_writer_refuses_values_that_float16_cannot_hold(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="as float16"):
+        write_ours(tmp_path / "a.h5", features=FEATURES * 1e6, dtype="float16")
+    with pytest.raises(ValueError, match="expected dtype float32 or float16"):
+        write_ours(tmp_path / "a.h5", dtype="float64")
+    assert names(tmp_path) == []
+
+
+def test_missing_tiles_leave_no_file(tmp_path: Path) -> None:
+    with (
+        pytest.raises(ValueError, match="expected 8 tiles, got 7"),
+        TileEmbeddingsWriter(tmp_path / "a.h5", make_tiles(), embed_dim=6) as writer,
+    ):
+        writer.write(0, FEATURES[:7])
+    assert names(tmp_path) == []
+
+
+def test_unfinished_file_is_not_read(tmp_path: Path) -> None:
+    path = write_ours(tmp_path / "a.h5")
+    with h5py.File(path, "r+") as file:
+        file.attrs["complete"] = False
+    with pytest.raises(FeatureFileError, match=r"a\.h5: it was never finished"):
+        read_features(path)
+    write_tiles(path, make_tiles())
+    with h5py.File(path, "r+") as file:
+        del file.attrs["complete"]
+    with pytest.raises(FeatureFileError, match="never finished"):
+        read_tiles(path)
+
+
+def test_other_stages_and_other_tools_are_told_apart(tmp_path: Path) -> None:
+    path = write_ours(tmp_path / "a.h5")
+    with pytest.raises(FeatureFileError, match="expected a file of our stage 'tiles', got one of stage 'features'"):
+        read_tiles(path)
+    with pytest.raises(FeatureFileError, match="expected a file of our stage 'slide'"):
+        read_slide(path)
+    with h5py.File(tmp_path / "b.h5", "w") as file:
+        file["coords"] = CELLS
+    with pytest.raises(FeatureFileError, match="got another tool's"):
+        read_tiles(tmp_path / "b.h5")
+
+
+def test_disordered_cells_in_our_file_are_an_error(tmp_path: Path) -> None:
+    path = write_ours(tmp_path / "a.h5")
+    with h5py.File(path, "r+") as file:
+        file["cells"][0] = CELLS[1]
+    with pytest.raises(FeatureFileError, match="row-major"):
+        read_features(path)
+
+
+def test_attributes_of_unknown_kinds_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="attribute where"):
+        write_ours(tmp_path / "a.h5", attrs={"where": Path("/secret")})
+    assert names(tmp_path) == []
+
+
+# A failing disk
+
+
+def at_call(number: int, code: int, plain: Callable[..., Any]) -> Callable[..., Any]:
+    """`plain`, refused from its `number`-th call on."""
+    calls = 0
+
+    def call(*args: Any, **options: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls >= number:
+            raise OSError(code, os.strerror(code))
+        return plain(*args, **options)
+
+    return call
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES])
+@pytest.mark.parametrize(
+    ("call", "number"),
+    [
+        ("pwrite", 1),
+        ("pwrite", 2),
+        ("pwrite", 4),
+        ("ftruncate", 1),
+        ("fsync", 1),
+        ("close", 1),
+        ("close", 2),
+        ("replace", 1),
+    ],
+)
+def test_failing_disk_gives_one_sentence_and_leaves_nothing(
+    call: str, number: int, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "features_standin"
+    write_ours(folder / "old.h5")
+    before = (folder / "old.h5").read_bytes()
+    monkeypatch.setattr(os, call, at_call(number, code, getattr(os, call)))
+    with pytest.raises(OutputError) as caught:
+        write_ours(folder / "old.h5", features=FEATURES + 1)
+    monkeypatch.undo()
+    assert str(caught.value).startswith("features_standin/old.h5 could not be written: ")
+    assert caught.value.errno == code
+    assert names(folder) == ["old.h5"] and (folder / "old.h5").read_bytes() == before
+    write_ours(folder / "old.h5", features=FEATURES + 1)  # nothing of the failure lingers
+    assert np.array_equal(read_features(folder / "old.h5").features, FEATURES + 1)
+
+
+def test_failing_h5py_call_gives_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(h5py.Dataset, "__setitem__", at_call(1, errno.ENOSPC, h5py.Dataset.__setitem__))
+    with pytest.raises(OutputError, match="the disk is full"):
+        write_ours(tmp_path / "a.h5")
+    assert names(tmp_path) == []
+
+
+def test_error_of_the_caller_passes_through_and_leaves_nothing(tmp_path: Path) -> None:
+    with (
+        pytest.raises(FileNotFoundError),
+        TileEmbeddingsWriter(tmp_path / "a.h5", make_tiles(), embed_dim=6) as writer,
+    ):
+        writer.write(0, FEATURES)
+        (tmp_path / "slide.svs").read_bytes()
+    assert names(tmp_path) == []
+
+
+CHILD = """
+    import resource, sys
+    sys.path.insert(0, {tests!r})
+    from pathlib import Path
+    import numpy as np
+    from feature_files import make_tiles
+    from gigapath.features import TileEmbeddingsWriter
+    cells = np.stack(np.divmod(np.arange(4000), 50)[::-1], axis=1)
+    tiles = make_tiles(cells=cells)
+    resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))
+    sentences = []
+    for attempt in range(2):
+        try:
+            with TileEmbeddingsWriter({path!r}, tiles, embed_dim=64) as writer:
+                for start in range(0, 4000, 500):
+                    writer.write(start, np.ones((500, 64), np.float32))
+        except OSError as error:
+            sentences.append(f"{{type(error).__name__}}: {{error}}")
+    print(len(sentences), sentences[0])
+"""
+
+
+def run_child(code: str, **values: Any) -> subprocess.CompletedProcess[str]:
+    tests = Path(__file__).parent
+    text = textwrap.dedent(code).format(tests=str(tests), **values)
+    return subprocess.run([sys.executable, "-c", text], cwd=tests.parent, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize("limit", [1000, 300_000])
+def test_file_size_limit_gives_one_sentence_and_a_clean_exit(limit: int, tmp_path: Path) -> None:
+    """HDF5 by itself crashes the process at exit after such a failure."""
+    done = run_child(CHILD, limit=limit, path=str(tmp_path / "out" / "a.h5"))
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    assert done.stdout.startswith("2 OutputError: out/a.h5 could not be written: it would grow past the largest file")
+    assert names(tmp_path / "out") == []
+
+
+KILLED = """
+    import os, sys
+    sys.path.insert(0, {tests!r})
+    from feature_files import make_features, make_tiles
+    from gigapath.features import TileEmbeddingsWriter
+    with TileEmbeddingsWriter({path!r}, make_tiles(), embed_dim=6) as writer:
+        writer.write(0, make_features()[:5])
+        os._exit(9)
+"""
+
+
+def test_killed_run_leaves_only_a_partial_and_the_next_one_clears_it(tmp_path: Path) -> None:
+    assert run_child(KILLED, path=str(tmp_path / "a.h5")).returncode == 9
+    assert [name.endswith(".partial") for name in names(tmp_path)] == [True]
+    write_ours(tmp_path / "a.h5")
+    assert names(tmp_path) == ["a.h5"]
+
+
+MEMORY = """
+    import resource, sys
+    sys.path.insert(0, {tests!r})
+    import numpy as np
+    from feature_files import make_tiles
+    from gigapath.features import TileEmbeddingsWriter
+    cells = np.stack(np.divmod(np.arange(20_000), 200)[::-1], axis=1)
+    tiles = make_tiles(cells=cells)
+    block = np.ones((500, 1536), np.float32)
+    peaks = []
+    with TileEmbeddingsWriter({path!r}, tiles, embed_dim=1536) as writer:
+        for start in range(0, 20_000, 500):
+            writer.write(start, block)
+            peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peaks[1])
+"""
+
+
+def test_memory_does_not_grow_with_the_slide(tmp_path: Path) -> None:
+    done = run_child(MEMORY, path=str(tmp_path / "a.h5"))
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) < 10_000  # kB, for a file of 123 MB
+
+
+# Names of embeddings, tables
+
+
+def make_slide(slide_id: str, depth: int = 12, width: int = 3, **changes: Any) -> SlideEmbeddings:
+    states = np.arange((depth + 1) * width, dtype=np.float32).reshape(depth + 1, width)
+    fields: dict[str, Any] = {
+        "slide_id": slide_id,
+        "tile_mean": np.full((1, 4), 0.5),
+        "states_mean": states,
+        "states_class": -states,
+        "default_mean": np.full((1, width), 7.0),
+        "default_class": np.full((1, width), -7.0),
+        "attrs": {"trained": True, "slide_encoder": "gigapath", "encoder": "gigapath", "precision": "fp32"},
+    }
+    return SlideEmbeddings(**{**fields, **changes})
+
+
+@pytest.mark.parametrize(
+    ("name", "canonical", "expected"),
+    [
+        ("default", "default:mean", [7, 7, 7]),
+        ("default:class", "default:class", [-7, -7, -7]),
+        ("state:0", "state:0:mean", [0, 1, 2]),
+        ("state:11:class", "state:11:class", [-33, -34, -35]),
+        ("last-state", "last-state:mean", [36, 37, 38]),
+        ("tile-mean", "tile-mean", [0.5] * 4),
+        ("trident", "state:11:mean", [33, 34, 35]),
+        ("published-demo", "last-state:class", [-36, -37, -38]),
+        ("all-states", "all-states:mean", list(range(39))),
+    ],
+)
+def test_named_embedding_is_selected(name: str, canonical: str, expected: list[float]) -> None:
+    assert str(parse_embedding(name)) == canonical
+    assert parse_embedding(canonical) == parse_embedding(name)
+    assert make_slide("s").select(name).tolist() == expected
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "",
+        "mean",
+        "state",
+        "state:",
+        "state:x",
+        "state:-1",
+        "state:1:max",
+        "state:1:mean:x",
+        "default:",
+        "tile-mean:mean",
+        "last-state:3",
+        "STATE:1",
+        "default_mean",
+        "state:²",
+    ],
+)
+def test_unknown_names_are_refused_with_those_that_exist(name: str) -> None:
+    with pytest.raises(ValueError, match="expected default, state:I, last-state or all-states"):
+        parse_embedding(name)
+
+
+def test_absent_embeddings_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"expected a state of 0 to 12, got state:13:mean"):
+        make_slide("s").select("state:13")
+    bare = SlideEmbeddings(slide_id="s", tile_mean=np.ones((1, 4)))
+    with pytest.raises(ValueError, match="holds no default:mean; without a slide encoder take tile-mean"):
+        bare.select("default")
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    folder = tmp_path / "run"
+    for number, slide_id in enumerate(["b", "a", "c,d"]):
+        slide = make_slide(slide_id, default_mean=np.full((1, 3), number / 3))
+        write_slide(folder / "slides_gigapath__gigapath" / f"{slide_id}.h5", slide)
+    return folder
+
+
+def test_read_slides_gives_ids_and_vectors_in_order(run: Path) -> None:
+    for folder in (run, run / "slides_gigapath__gigapath"):
+        ids, vectors = gigapath.read_slides(folder)
+        assert ids == ["a", "b", "c,d"]
+        assert vectors.dtype == np.float32 and np.array_equal(vectors, np.float32([[1 / 3] * 3, [0] * 3, [2 / 3] * 3]))
+    assert read_slides(run, "all-states:class")[1].shape == (3, 39)
+
+
+def test_read_slides_refuses_mixed_runs_unless_told(run: Path) -> None:
+    odd = make_slide(
+        "z", attrs={"trained": True, "slide_encoder": "gigapath", "encoder": "gigapath", "precision": "bf16"}
+    )
+    write_slide(run / "slides_gigapath__gigapath" / "z.h5", odd)
+    with pytest.raises(ValueError, match=r"differ in precision: fp32 \(a\), bf16 \(z\)\..*--allow-mixed"):
+        read_slides(run)
+    with pytest.warns(UserWarning, match="differ in precision"):
+        ids, _ = read_slides(run, allow_mixed=True)
+    assert ids == ["a", "b", "c,d", "z"]
+
+
+def test_read_slides_says_what_it_did_not_find(run: Path, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="no such folder"):
+        read_slides(tmp_path / "none")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match="no slide embeddings"):
+        read_slides(tmp_path / "empty")
+    write_slide(run / "slides_mean__gigapath" / "a.h5", make_slide("a"))
+    with pytest.raises(ValueError, match="got slides_gigapath__gigapath, slides_mean__gigapath"):
+        read_slides(run)
+    write_slide(run / "slides_mean__gigapath" / "copy.h5", make_slide("a"))
+    with pytest.raises(ValueError, match="two files of slide 'a'"):
+        read_slides(run / "slides_mean__gigapath")
+
+
+def test_untrained_vectors_are_called_so(tmp_path: Path) -> None:
+    attrs = {"trained": False, "slide_encoder": "gigapath"}
+    write_slide(tmp_path / "slides_x" / "a.h5", make_slide("a", attrs=attrs))
+    with pytest.warns(UserWarning, match="untrained slide encoder"):
+        read_slides(tmp_path)
+    export_table(tmp_path, tmp_path / "t.csv")
+    assert (tmp_path / "t.csv").read_text().splitlines()[1].startswith("a,default:mean,False,")
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".npz", ".parquet"])
+def test_exported_tables_hold_the_same_vectors(suffix: str, run: Path, tmp_path: Path) -> None:
+    ids, vectors = read_slides(run)
+    to = tmp_path / "new" / f"table{suffix}"
+    assert export_table(run, to) == (3, 3)
+    if suffix == ".npz":
+        with np.load(to, allow_pickle=False) as table:
+            assert table["slide_ids"].tolist() == ids and np.array_equal(table["vectors"], vectors)
+            attrs = json.loads(str(table["attrs"]))
+        assert attrs["embedding"] == "default:mean" and attrs["trained"] is True
+        return
+    pandas = pytest.importorskip("pandas")
+    table = pandas.read_csv(to) if suffix == ".csv" else pandas.read_parquet(to)
+    assert list(table.columns) == ["slide_id", "embedding", "trained", "e0", "e1", "e2"]
+    assert table["slide_id"].tolist() == ids
+    assert set(table["embedding"]) == {"default:mean"} and table["trained"].all()
+    assert np.array_equal(table[["e0", "e1", "e2"]].to_numpy(np.float32), vectors)
+    assert names(to.parent) == [to.name]
+
+
+def test_export_says_what_parquet_needs(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(ImportError, match="install pandas and pyarrow"):
+        export_table(run, tmp_path / "t.parquet")
+    with pytest.raises(ValueError, match=r"--to: expected a file ending in \.parquet, \.csv, \.npz, got 't\.xls'"):
+        export_table(run, tmp_path / "t.xls")
+    assert names(tmp_path) == ["run"]
+
+
+@settings(derandomize=True, deadline=None, max_examples=50)
+@given(
+    values=st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=1, max_size=8),
+)
+def test_csv_gives_back_every_float32(values: list[float], tmp_path_factory: pytest.TempPathFactory) -> None:
+    folder = tmp_path_factory.mktemp("csv")
+    write_slide(folder / "slides_x" / "a.h5", SlideEmbeddings(slide_id="a", tile_mean=np.float32([values])))
+    export_table(folder, folder / "t.csv", embedding="tile-mean")
+    cells = (folder / "t.csv").read_text().splitlines()[1].split(",")[3:]
+    assert [float(np.float32(cell)) for cell in cells] == values

@@ -1,0 +1,255 @@
+"""Files are whole or absent, whatever the disk or the process does."""
+
+import errno
+import json
+import os
+import pickle
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gigapath import files
+from gigapath.files import (
+    OutputError,
+    atomic_file,
+    git_blob_id,
+    safe_name,
+    sha256_of,
+    write_bytes_atomic,
+    write_json_atomic,
+    write_text_atomic,
+)
+
+CODES = [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES]
+
+
+def failing(code: int, path_index: int | None = None) -> Callable[..., int]:
+    """A system call that the disk refuses; with `path_index`, naming the file as the system does."""
+
+    def call(*args: object, **options: object) -> int:
+        named = () if path_index is None else (os.fspath(args[path_index]),)  # type: ignore[call-overload]
+        raise OSError(code, os.strerror(code), *named)
+
+    return call
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_atomic_file_shows_nothing_before_it_is_whole(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "table.csv"
+    with atomic_file(path) as temporary:
+        assert temporary.parent == path.parent and temporary.name.startswith("table.csv.")
+        assert temporary.suffix == ".partial"
+        temporary.write_text("a")
+        assert not path.exists()
+    assert path.read_text() == "a" and names(path.parent) == ["table.csv"]
+
+
+def test_atomic_file_keeps_the_old_content_on_any_error(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("old")
+    with pytest.raises(RuntimeError, match="mine"), atomic_file(path) as temporary:
+        temporary.write_text("half")
+        raise RuntimeError("mine")
+    assert path.read_text() == "old" and names(tmp_path) == ["a.txt"]
+
+
+@pytest.mark.parametrize("code", CODES)
+@pytest.mark.parametrize("call", ["open", "fsync", "close", "replace", "write"])
+def test_refused_system_call_gives_one_sentence_and_leaves_nothing(
+    call: str, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "out" / "a.json"
+    write_json_atomic(path, {"old": 1})
+    if call == "write":
+        monkeypatch.setattr(Path, "write_bytes", failing(code))
+    elif call == "replace":  # pathlib calls this one
+        monkeypatch.setattr(os, "replace", failing(code))
+    else:
+        monkeypatch.setattr(files.os, call, failing(code, 0 if call == "open" else None))
+    with pytest.raises(OutputError) as caught:
+        write_json_atomic(path, {"new": 2})
+    monkeypatch.undo()
+    message = str(caught.value)
+    assert message.startswith("out/a.json could not be written: ") and message.endswith(".") and "\n" not in message
+    assert str(tmp_path) not in message
+    assert caught.value.errno == code
+    assert caught.value.stops_run == (code != errno.EACCES)
+    assert json.loads(path.read_text()) == {"old": 1} and names(path.parent) == ["a.json"]
+
+
+def test_folder_that_cannot_be_made_gives_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "taken").write_text("a file")
+    with pytest.raises(OutputError, match=r"could not be written: .*Check the output folder"):
+        write_text_atomic(tmp_path / "taken" / "sub" / "a.txt", "a")
+
+
+def test_errors_of_the_callers_own_reading_pass_through(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError), atomic_file(tmp_path / "a"):
+        (tmp_path / "slide.svs").read_bytes()
+    error = PermissionError(errno.EACCES, "denied", "slide.svs")
+    with pytest.raises(PermissionError) as caught, atomic_file(tmp_path / "a"):
+        raise error
+    assert caught.value is error and names(tmp_path) == []
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
+def test_full_disk_in_the_callers_own_writing_is_told(code: int, tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match="a could not be written: the disk"), atomic_file(tmp_path / "a"):
+        raise OSError(code, os.strerror(code))
+    assert names(tmp_path) == []
+
+
+def test_output_error_travels_between_processes() -> None:
+    error = pickle.loads(pickle.dumps(OutputError("out/a could not be written.", errno.EDQUOT)))
+    assert (str(error), error.errno, error.stops_run) == ("out/a could not be written.", errno.EDQUOT, True)
+
+
+@pytest.mark.parametrize(("umask", "expected"), [(0o007, 0o660), (0o022, 0o644), (0o077, 0o600)])
+def test_permissions_follow_the_umask(umask: int, expected: int, tmp_path: Path) -> None:
+    before = os.umask(umask)
+    try:
+        write_text_atomic(tmp_path / "a", "a")
+        write_text_atomic(tmp_path / "private", "a", mode=0o600)
+    finally:
+        os.umask(before)
+    assert (tmp_path / "a").stat().st_mode & 0o777 == expected
+    assert (tmp_path / "private").stat().st_mode & 0o777 == 0o600 & ~umask
+
+
+def test_files_take_the_group_of_a_setgid_folder(tmp_path: Path) -> None:
+    group = next((group for group in os.getgroups() if group != os.getgid()), None)
+    if group is None and os.geteuid() != 0:
+        pytest.skip("this user has one group only")
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    os.chown(shared, -1, 12345 if group is None else group)
+    shared.chmod(0o2770)
+    write_text_atomic(shared / "a", "a")
+    assert (shared / "a").stat().st_gid == shared.stat().st_gid
+
+
+def partial_of(path: Path, machine: str, pid: int, age: float = 0.0) -> Path:
+    left = path.with_name(f"{path.name}.{machine}-{pid}-abcdef.partial")
+    left.write_text("left")
+    stamp = left.stat().st_mtime - age
+    os.utime(left, (stamp, stamp))
+    return left
+
+
+def test_partials_of_dead_writers_go_and_those_of_living_ones_stay(tmp_path: Path) -> None:
+    path = tmp_path / "a.h5"
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    here = files._machine()
+    gone = [
+        partial_of(path, here, dead.pid),
+        partial_of(path, here, os.getpid()),  # of an earlier process with our number
+        partial_of(path, "0" * 8, 1, age=2 * files.ABANDONED_SECONDS),
+    ]
+    kept = [
+        partial_of(path, here, os.getppid()),
+        partial_of(path, "0" * 8, 1, age=60.0).rename(tmp_path / "a.h5.00000000-2-abcdef.partial"),
+        partial_of(tmp_path / "other.h5", here, dead.pid),
+        tmp_path / "a.h5.mine.partial",
+    ]
+    kept[-1].write_text("not ours")
+    with atomic_file(path) as first, atomic_file(path) as second:
+        assert first.exists() and second.exists() and first != second
+        assert not any(left.exists() for left in gone)
+        assert all(left.exists() for left in kept)
+        second.write_text("2")
+        first.write_text("1")
+    assert path.read_text() == "1"  # the outer one was renamed last
+    assert names(tmp_path) == sorted(["a.h5", *(left.name for left in kept)])
+
+
+def test_killed_writer_leaves_a_partial_and_no_file(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    code = f"""
+        import os
+        from gigapath.files import atomic_file
+        with atomic_file({str(path)!r}) as temporary:
+            temporary.write_text("half")
+            os._exit(9)
+    """
+    root = Path(files.__file__).parent.parent
+    child = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], cwd=root, check=False)
+    assert child.returncode == 9
+    assert [name.endswith(".partial") for name in names(tmp_path)] == [True]
+    write_text_atomic(path, "whole")
+    assert names(tmp_path) == ["a.txt"] and path.read_text() == "whole"
+
+
+def test_write_json_is_readable_and_strict(tmp_path: Path) -> None:
+    write_json_atomic(tmp_path / "a.json", {"name": "Präparat", "values": [1, None]})
+    text = (tmp_path / "a.json").read_text(encoding="utf-8")
+    assert "Präparat" in text and text.endswith("}\n") and json.loads(text) == {"name": "Präparat", "values": [1, None]}
+    with pytest.raises(ValueError, match="JSON"):
+        write_json_atomic(tmp_path / "a.json", {"value": float("nan")})
+    assert (tmp_path / "a.json").read_text(encoding="utf-8") == text
+
+
+@pytest.mark.parametrize("name", ["CMU-1", "a b", "Präparat.2", "x" * 180, "..a", "-x", "TCGA-05.0f1e"])
+def test_safe_name_returns_ids_unchanged(name: str) -> None:
+    assert safe_name(name) == name
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "",
+        ".",
+        "..",
+        "../a",
+        "a/b",
+        "/etc/passwd",
+        "a\\b",
+        "a\nb",
+        "a\0b",
+        "\x7f",
+        " a",
+        "a ",
+        "x" * 181,
+        "\udcff",
+        "ü" * 91,
+    ],
+)
+def test_safe_name_refuses_what_would_leave_the_folder_or_break_a_table(name: str) -> None:
+    with pytest.raises(ValueError, match=r"^slide id: expected .*Give slide_id in a manifest\.$") as caught:
+        safe_name(name)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 300
+
+
+@settings(derandomize=True, deadline=None, max_examples=200)
+@given(name=st.text(max_size=40))
+def test_safe_name_either_refuses_or_stays_in_the_folder(name: str) -> None:
+    try:
+        path = Path("out") / f"{safe_name(name)}.h5"
+    except ValueError:
+        return
+    assert path.parent == Path("out") and Path(os.path.normpath(path)).parent == Path("out")
+
+
+def test_checksums_are_those_of_sha256sum_and_git(tmp_path: Path) -> None:
+    path = tmp_path / "a"
+    path.write_bytes(b"what is up, doc?")
+    assert git_blob_id(path) == "bd9dbf5aae1a3862dd1526723246b20206e5fc37"  # the example of git's own book
+    path.write_bytes(b"abc")
+    assert sha256_of(path) == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"  # FIPS 180-2
+    path.write_bytes(b"")
+    assert git_blob_id(path) == "e69de29bb2d1d6434b8b29ae775ad8c2e48c5391"
+
+
+def test_large_content_goes_through_whole(tmp_path: Path) -> None:
+    content = bytes(range(256)) * 20_000
+    write_bytes_atomic(tmp_path / "a", content)
+    assert (tmp_path / "a").read_bytes() == content

@@ -1,0 +1,364 @@
+"""Reading other tools' files: the same slide written as each of them would, read back to the same cells."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import pytest
+from feature_files import (
+    CELLS,
+    make_features,
+    make_tiles,
+    shuffled,
+    write_clam,
+    write_h5,
+    write_mussel,
+    write_published,
+    write_slide2vec,
+    write_stamp,
+    write_trident,
+)
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gigapath.features import FeatureFileError, TileEmbeddingsWriter, read_features, write_tiles
+from gigapath.features.cells import cells_of, observed_step, row_major
+
+ORDER = shuffled(len(CELLS))
+FEATURES = make_features()
+
+
+@pytest.fixture(params=["trident", "clam", "stamp", "mussel", "published", "slide2vec"])
+def foreign(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[str, Path, dict[str, Any]]:
+    """(tool, its file of the made slide in an order of its own, what has to be stated to read it)."""
+    if request.param == "slide2vec":
+        return "slide2vec", write_slide2vec(tmp_path, FEATURES, order=ORDER), {}
+    write = {
+        "trident": write_trident,
+        "clam": write_clam,
+        "stamp": write_stamp,
+        "mussel": write_mussel,
+        "published": write_published,
+    }[request.param]
+    stated = {"tile_size_level0": 256} if request.param == "published" else {}
+    return request.param, write(tmp_path, FEATURES[ORDER], CELLS[ORDER]), stated
+
+
+def test_read_features_gives_every_tool_the_same_cells_and_order(foreign: tuple[str, Path, dict[str, Any]]) -> None:
+    tool, path, stated = foreign
+    found = read_features(path, **stated)
+    assert found.source == tool
+    assert found.slide_id == "slide-1"
+    assert found.cells is not None and found.cells.dtype == np.int32
+    assert np.array_equal(found.cells - found.cells.min(axis=0), CELLS - CELLS.min(axis=0))
+    if tool != "mussel":  # its grid starts at the tissue
+        assert np.array_equal(found.cells, CELLS)
+        assert np.array_equal(found.encoder_coords(), CELLS.astype(np.int64) * 256)
+    expected = FEATURES.astype(np.float16) if tool == "stamp" else FEATURES
+    assert found.features.dtype == expected.dtype
+    assert np.array_equal(found.features, expected)
+    assert found.reordered
+    assert found.frame == {"stamp": "um", "published": "unstated"}.get(tool, "level0")
+    assert found.encoder == {"slide2vec": "prov-gigapath", "trident": "gigapath", "stamp": "gigapath"}.get(tool)
+
+
+def test_read_features_in_the_order_of_the_file(foreign: tuple[str, Path, dict[str, Any]]) -> None:
+    _, path, stated = foreign
+    found = read_features(path, order="file", **stated)
+    assert not found.reordered
+    assert np.array_equal(found.features.astype(np.float32), FEATURES[ORDER].astype(found.features.dtype))
+    corner = CELLS.min(axis=0)
+    assert found.cells is not None
+    assert np.array_equal(found.cells - found.cells.min(axis=0), (CELLS - corner)[ORDER])
+
+
+def test_read_features_keeps_coordinates_in_their_own_unit(tmp_path: Path) -> None:
+    stamp = read_features(write_stamp(tmp_path, FEATURES))
+    assert np.array_equal(stamp.coords, CELLS * 256.0)
+    assert stamp.tile_size_level0 == 256.0
+    with pytest.raises(ValueError, match="level-0 pixels, got micrometres"):
+        _ = stamp.coords_level0
+    trident = read_features(write_trident(tmp_path, FEATURES))
+    assert np.array_equal(trident.coords_level0, CELLS.astype(np.int64) * 512)
+
+
+@pytest.mark.parametrize("write", [write_published, lambda *a: write_clam(*a, patches=False)])
+def test_unstated_step_is_an_error_that_names_the_option(write: Any, tmp_path: Path) -> None:
+    path = write(tmp_path, FEATURES)
+    with pytest.raises(FeatureFileError, match=r"slide-1\.h5: .*--tile-size-level0.*the closest lie \d+ apart"):
+        read_features(path)
+    without = read_features(path, cells=False)
+    assert without.cells is None and np.array_equal(without.features, FEATURES)
+    with pytest.raises(ValueError, match="cells of its tiles are not known"):
+        without.encoder_coords()
+
+
+def test_stated_step_must_agree_with_the_file(tmp_path: Path) -> None:
+    path = write_trident(tmp_path, FEATURES)
+    assert np.array_equal(read_features(path, tile_size_level0=512).cells, CELLS)
+    with pytest.raises(FeatureFileError, match=r"lie 512 apart, --tile-size-level0 says 256"):
+        read_features(path, tile_size_level0=256)
+    ours = tmp_path / "ours.h5"
+    with TileEmbeddingsWriter(ours, make_tiles(), embed_dim=6) as writer:
+        writer.write(0, FEATURES)
+    with pytest.raises(FeatureFileError, match=r"lie 512 apart"):
+        read_features(ours, tile_size_level0=256)
+
+
+def test_overlapping_tiles_are_not_read_silently(tmp_path: Path) -> None:
+    path = write_trident(tmp_path, FEATURES, overlap=64)
+    with pytest.raises(FeatureFileError, match=r"overlap by 64 pixels.*--tile-size-level0"):
+        read_features(path)
+    assert np.array_equal(read_features(path, tile_size_level0=512).cells, CELLS)
+
+
+def test_two_tiles_on_one_cell_are_an_error_of_the_file(tmp_path: Path) -> None:
+    path = write_trident(tmp_path, FEATURES, patch_size_level0=1024)
+    with pytest.raises(FeatureFileError, match=r"two tiles fall on one cell.*lie 512 apart.*--tile-size-level0"):
+        read_features(path)
+
+
+def test_trident_fractional_size_and_none_attributes(tmp_path: Path) -> None:
+    pitch = 256 * 0.5 / 0.2431
+    coords = np.rint(CELLS * pitch).astype(np.int64)
+    attrs = {"patch_size": 256, "patch_size_level0": pitch, "overlap": 0, "savetodir": "None"}
+    path = write_h5(tmp_path / "a.h5", {"features": FEATURES, "coords": coords}, {"coords": attrs})
+    found = read_features(path)
+    assert np.array_equal(found.cells, CELLS)
+    assert found.attrs["savetodir"] is None
+
+
+def test_trident_empty_slide_has_no_tiles(tmp_path: Path) -> None:
+    path = write_trident(tmp_path, np.zeros((0, 6), np.float32), np.zeros((0, 2)))
+    found = read_features(path)
+    assert found.features.shape == (0, 6) and found.cells is not None and found.cells.shape == (0, 2)
+
+
+def test_clam_step_from_every_way_it_is_written(tmp_path: Path) -> None:
+    def patches(**attrs: Any) -> Path:
+        return write_h5(tmp_path / "p" / "slide-1.h5", {"coords": CELLS.astype(np.int64) * 512}, {"coords": attrs})
+
+    path = write_clam(tmp_path, FEATURES, patches=False)
+    for attrs in (
+        {"patch_size": 256, "patch_level": 1, "downsample": 2.0},
+        {"patch_size": 256, "patch_level": 1, "downsample": np.array([2.0, 2.0]), "custom_downsample": 2},
+        {"patch_size": 512, "patch_level": 0},
+    ):
+        assert np.array_equal(read_features(path, coordinates=patches(**attrs)).cells, CELLS)
+    with pytest.raises(FeatureFileError, match="--tile-size-level0"):
+        read_features(path, coordinates=patches(patch_size=256, patch_level=1))
+
+
+def test_clam_fork_with_a_leading_axis(tmp_path: Path) -> None:
+    path = write_clam(tmp_path, FEATURES[None])
+    assert np.array_equal(read_features(path).features, FEATURES)
+
+
+def test_clam_coordinates_of_another_slide_are_refused(tmp_path: Path) -> None:
+    path = write_clam(tmp_path, FEATURES)
+    write_h5(tmp_path / "patches" / "slide-1.h5", {"coords": CELLS * 512 + 1}, {"coords": {"patch_size": 512}})
+    with pytest.raises(FeatureFileError, match="coordinates differ"):
+        read_features(path)
+
+
+@pytest.mark.parametrize(
+    ("root", "scale"),
+    [({"unit": "um", "tile_size": 256.0}, 256.0), ({"unit": "px", "tile_size": 224}, 224.0)],
+)
+def test_stamp_of_earlier_versions(root: dict[str, Any], scale: float, tmp_path: Path) -> None:
+    coords = (CELLS * scale).astype(np.float32)
+    path = write_h5(tmp_path / "a.h5", {"feats": FEATURES.astype(np.float16), "coords": coords}, {"": root})
+    assert np.array_equal(read_features(path).cells, CELLS)
+
+
+def test_stamp_slide_features_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(FeatureFileError, match="feat_type 'slide'"):
+        read_features(write_stamp(tmp_path, FEATURES, feat_type="slide"))
+
+
+def test_slide2vec_pt_goes_through_the_reader_it_is_given(tmp_path: Path) -> None:
+    path = write_slide2vec(tmp_path, FEATURES, order=np.arange(len(FEATURES))).with_suffix(".pt")
+    path.write_bytes(b"stands for a tensor")
+    with pytest.raises(FeatureFileError, match=r"slide-1\.pt.*needs torch"):
+        read_features(path)
+    found = read_features(path, read_tensor=lambda given: FEATURES if given == path else FEATURES[:0])
+    assert np.array_equal(found.features, FEATURES) and np.array_equal(found.cells, CELLS)
+
+
+def test_slide2vec_matches_tiles_by_index_or_refuses(tmp_path: Path) -> None:
+    path = write_slide2vec(tmp_path, FEATURES, order=ORDER)
+    fractions = read_features(path).tissue_fraction
+    assert fractions is not None and np.allclose(fractions, np.linspace(0.2, 1.0, len(CELLS)))
+    np.savez(path, features=FEATURES, tile_index=np.arange(len(FEATURES)) + 1)
+    with pytest.raises(FeatureFileError, match="tile_index does not match"):
+        read_features(path)
+    (tmp_path / "tiles" / "slide-1.coordinates.npz").unlink()
+    with pytest.raises(FileNotFoundError, match=r"coordinates of slide-1\.npz"):
+        read_features(path)
+
+
+def test_slide2vec_with_overlap_needs_its_step(tmp_path: Path) -> None:
+    path = write_slide2vec(tmp_path, FEATURES, order=ORDER)
+    (tmp_path / "tiles" / "slide-1.coordinates.meta.json").write_text(json.dumps({"overlap": 0.5}))
+    with pytest.raises(FeatureFileError, match="--tile-size-level0"):
+        read_features(path)
+
+
+def bad(tmp_path: Path, **datasets: np.ndarray) -> Path:
+    return write_h5(
+        tmp_path / "bad.h5", datasets, {"coords": {"patch_size_level0": 512}} if "coords" in datasets else {}
+    )
+
+
+COORDS = CELLS.astype(np.int64) * 512
+
+
+@pytest.mark.parametrize(
+    ("datasets", "words"),
+    [
+        ({"features": FEATURES}, "expected datasets 'features' and 'coords', got features"),
+        ({"vectors": FEATURES}, "expected datasets 'features' and 'coords', got vectors"),
+        ({"features": FEATURES[0], "coords": COORDS}, "got one slide vector"),
+        ({"features": FEATURES, "coords": COORDS[1:]}, r"expected coords \(8, 2\)"),
+        ({"features": FEATURES, "coords": np.hstack([COORDS, COORDS])}, r"expected coords \(8, 2\)"),
+        ({"features": FEATURES.astype(np.int32), "coords": COORDS}, "of floats"),
+        ({"features": FEATURES.reshape(2, 4, 6), "coords": COORDS}, "of floats"),
+        ({"features": np.where(FEATURES > 1.5, np.nan, FEATURES), "coords": COORDS}, "NaN or infinity in row"),
+        ({"features": FEATURES, "coords": np.where(COORDS == 512, np.nan, COORDS)}, "finite coordinates"),
+        ({"features": FEATURES, "coords": COORDS * 2**40}, "too far out"),
+    ],
+)
+def test_bad_file_gives_one_sentence_that_names_it(datasets: dict[str, np.ndarray], words: str, tmp_path: Path) -> None:
+    path = bad(tmp_path, **datasets)
+    with pytest.raises(FeatureFileError, match=words) as caught:
+        read_features(path)
+    assert str(caught.value).startswith("bad.h5: ") and "\n" not in str(caught.value)
+    assert str(tmp_path) not in str(caught.value)  # errors are stored beside the results; paths are private
+
+
+def test_another_width_is_refused(tmp_path: Path) -> None:
+    path = write_trident(tmp_path, FEATURES)
+    assert read_features(path, embed_dim=6).embed_dim == 6
+    with pytest.raises(FeatureFileError, match="expected embeddings of width 1536, got 6"):
+        read_features(path, embed_dim=1536)
+
+
+def test_nan_is_named_by_its_row(tmp_path: Path) -> None:
+    features = np.zeros((5000, 2), np.float32)
+    features[4711, 1] = np.inf
+    cells = np.stack(np.divmod(np.arange(5000), 100)[::-1], axis=1)
+    with pytest.raises(FeatureFileError, match="row 4711"):
+        read_features(write_trident(tmp_path, features, cells))
+
+
+@pytest.mark.parametrize("share", [0.0, 0.001, 0.1, 0.5, 0.999])
+def test_truncated_file_gives_one_sentence(share: float, tmp_path: Path) -> None:
+    path = write_trident(tmp_path, make_features(8, 4000))
+    content = path.read_bytes()
+    path.write_bytes(content[: int(len(content) * share)])
+    with pytest.raises(FeatureFileError, match=r"^slide-1\.h5: .*(empty|truncated|something else|damaged)"):
+        read_features(path)
+
+
+@pytest.mark.parametrize("content", [b"slide_id,label\n", b"\x89HDF\r\n\x1a\n" + b"\0" * 500])
+@pytest.mark.parametrize("name", ["a.h5", "a.npz"])
+def test_other_content_gives_one_sentence(content: bytes, name: str, tmp_path: Path) -> None:
+    (tmp_path / "tiles").mkdir()
+    path = tmp_path / "features" / name
+    path.parent.mkdir()
+    path.write_bytes(content)
+    with pytest.raises(FeatureFileError, match=f"^{name}: expected an"):
+        read_features(path)
+
+
+def test_missing_file_and_folder(tmp_path: Path) -> None:
+    for path in (tmp_path / "none.h5", tmp_path / "none.npz", tmp_path):
+        with pytest.raises(FileNotFoundError, match="no such file"):
+            read_features(path)
+
+
+def test_tiles_file_is_not_taken_for_embeddings(tmp_path: Path) -> None:
+    write_tiles(tmp_path / "slide-1.h5", make_tiles())
+    with pytest.raises(FeatureFileError, match="expected a file of our stage 'features', got one of stage 'tiles'"):
+        read_features(tmp_path / "slide-1.h5")
+
+
+def test_pickled_npz_is_not_run(tmp_path: Path) -> None:
+    path = write_slide2vec(tmp_path, FEATURES, order=ORDER)
+    np.savez(path, features=np.array([{"a": 1}], dtype=object))
+    with pytest.raises(FeatureFileError, match=r"slide-1\.npz"):
+        read_features(path)
+
+
+@settings(derandomize=True, deadline=None, max_examples=50)
+@given(
+    step=st.floats(2.0, 3000.0),
+    start=st.tuples(st.floats(0, 1e5), st.floats(0, 1e5)),
+    columns=st.integers(1, 1000),
+    whole=st.booleans(),
+)
+def test_cells_of_a_grid_are_its_columns_wherever_it_starts(
+    step: float, start: tuple[float, float], columns: int, whole: bool
+) -> None:
+    cells = np.stack([np.arange(columns), 7 + np.arange(columns) % 3], axis=1)
+    coords = cells * step + np.asarray(start)
+    if whole:
+        coords = np.rint(coords)
+    found = cells_of(coords, (step, step), who="made.h5")
+    assert np.array_equal(found - found[0], cells - cells[0])
+    assert np.abs(found[0] - coords[0] / step).max() <= 0.5 + 1 / step
+
+
+@settings(derandomize=True, deadline=None, max_examples=50)
+@given(st.lists(st.tuples(st.integers(0, 40), st.integers(0, 40)), max_size=60, unique=True))
+def test_cells_are_rounded_and_sorted_by_row(places: list[tuple[int, int]]) -> None:
+    cells = np.array(places, dtype=np.int64).reshape(-1, 2)
+    found = cells_of(cells * 256, (256.0, 256.0), who="made.h5")
+    assert np.array_equal(found, np.rint(cells * 256 / 256))
+    order = row_major(found)
+    if order is not None:
+        found = found[order]
+    assert found.tolist() == sorted(cells.tolist(), key=lambda cell: (cell[1], cell[0]))
+
+
+def test_cells_of_several_grids_are_rounded_from_the_corner() -> None:
+    coords = np.array([[0, 0], [100, 512], [612, 512], [1300, 1024]])
+    assert cells_of(coords, (512.0, 512.0), who="a.h5").tolist() == [[0, 0], [0, 1], [1, 1], [3, 2]]
+
+
+def test_observed_step_ignores_rounding_and_single_tiles() -> None:
+    assert observed_step(np.array([[5, 5]])) is None
+    assert observed_step(np.array([[0, 0], [513, 1], [1025, 0]])) == 512
+
+
+@settings(derandomize=True, deadline=None, max_examples=50)
+@given(data=st.data())
+def test_damaged_bytes_never_crash_the_reader(data: st.DataObject, tmp_path_factory: pytest.TempPathFactory) -> None:
+    folder = tmp_path_factory.mktemp("fuzz")
+    content = bytearray(write_trident(folder, FEATURES).read_bytes())
+    for _ in range(data.draw(st.integers(1, 8))):
+        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+    path = folder / "fuzzed.h5"
+    path.write_bytes(content)
+    try:
+        found = read_features(path)
+    except FeatureFileError as error:
+        assert "fuzzed.h5" in str(error)
+    else:
+        assert found.features.ndim == 2
+
+
+def test_reading_takes_no_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    plain = h5py.File
+
+    def opened(*args: Any, **options: Any) -> h5py.File:
+        asked.append(options.get("locking"))
+        return plain(*args, **options)
+
+    path = write_trident(tmp_path, FEATURES)
+    monkeypatch.setattr(h5py, "File", opened)
+    read_features(path)
+    assert asked and set(asked) == {False}
