@@ -1,0 +1,109 @@
+"""Pen on the cover slip, ink on the margins, black fill: told from tissue by colour and by where they lie.
+
+Ink on tissue stays tissue: a surgeon's ink, a pen stroke across a section, pigment. Ink on glass goes.
+"""
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from gigapath.preprocessing import stain
+
+BoolImage = NDArray[np.bool_]
+
+FILL_LEVEL = 5  # no channel above this: the black that software fills unscanned fields with
+
+# Green to blue pens: green above red, which no haematoxylin is, and strongly coloured.
+PEN_GREEN_OVER_RED = 8
+PEN_SATURATION = 0.4
+# Bright red pens; blood is darker or leans to orange.
+RED_LEVEL = 180
+RED_SATURATION = 0.75
+RED_SPREAD = 0.08  # of green against blue
+# The faint edge of a stroke: the same hue, near the stroke.
+SKIRT_SATURATION = 0.12
+SKIRT_UM = 40.0
+SOFT_PIXELS = 2  # pixels beside a stroke are mixtures, whatever their colour
+
+BRIDGE_UM = 300.0  # ink with tissue on both sides within this lies on tissue
+LINING = 8.0  # contact squared over area: ink this stretched out along tissue lines its margin
+LINING_UM = 200.0
+
+
+def pen_pixels(image: NDArray[np.uint8], mpp: float) -> BoolImage:
+    """Pen-coloured pixels, the faint edges of strokes, and the mixed pixels beside them.
+
+    Args:
+        image: (h, w, 3) RGB.
+        mpp: microns per pixel, for the width of the edges.
+    """
+    red, green, blue = (image[..., channel].astype(np.int16) for channel in range(3))
+    brightest, darkest = stain.extremes(image)
+    saturation = (brightest - darkest).astype(np.float32) / np.maximum(brightest, 1)
+    cold = (green >= red + PEN_GREEN_OVER_RED) & (saturation >= PEN_SATURATION) & (brightest > FILL_LEVEL + 20)
+    warm = (red >= RED_LEVEL) & (saturation >= RED_SATURATION) & (np.abs(green - blue) <= RED_SPREAD * brightest)
+    strokes: BoolImage = cold | warm
+    if not strokes.any():
+        return strokes
+    skirt = (green >= red + PEN_GREEN_OVER_RED // 2) & (saturation >= SKIRT_SATURATION)
+    pen: BoolImage = (skirt & _grown(cold, SKIRT_UM / mpp)) | _grown(strokes, SOFT_PIXELS)
+    return pen
+
+
+def on_tissue(pen: BoolImage, tissue: BoolImage, mpp: float) -> BoolImage:
+    """The pen pixels that lie on tissue: between tissue on both sides, or lining its margin.
+
+    Args:
+        pen: (h, w) pen-coloured pixels.
+        tissue: (h, w) tissue found without them.
+        mpp: microns per pixel.
+    """
+    if not pen.any() or not tissue.any():
+        return np.zeros_like(pen)
+    kept = pen & _closed(tissue, BRIDGE_UM / mpp)
+    beside = _grown(tissue, 1)
+    near = _grown(tissue, LINING_UM / mpp)
+    rest = pen & ~kept
+    _, labels, statistics, _ = cv2.connectedComponentsWithStats(rest.astype(np.uint8), connectivity=8)
+    areas = statistics[:, cv2.CC_STAT_AREA]
+    contacts = np.bincount(labels[beside], minlength=len(areas))
+    lining = contacts.astype(np.float64) ** 2 >= LINING * areas
+    lining[0] = False
+    kept |= near & lining[labels]
+    return kept
+
+
+def touching(marks: BoolImage, tissue: BoolImage) -> BoolImage:
+    """The connected pieces of `marks` that touch `tissue`."""
+    if not marks.any():
+        return marks
+    count, labels = cv2.connectedComponents(marks.astype(np.uint8), connectivity=8)
+    touches = np.zeros(count, bool)
+    touches[np.unique(labels[_grown(tissue, 1)])] = True
+    touches[0] = False
+    pieces: BoolImage = touches[labels]
+    return pieces
+
+
+def at_border(marks: BoolImage) -> BoolImage:
+    """The connected pieces of `marks` that reach the edge of the image."""
+    edge = np.zeros_like(marks)
+    edge[[0, -1]] = edge[:, [0, -1]] = True
+    return touching(marks, edge & marks)
+
+
+def _grown(mask: BoolImage, radius: float) -> BoolImage:
+    """The pixels within `radius` of the mask."""
+    if not mask.any():
+        return mask.copy()
+    distance = cv2.distanceTransform((~mask).astype(np.uint8), cv2.DIST_L2, 5)
+    grown: BoolImage = distance <= max(radius, 1.5)
+    return grown
+
+
+def _closed(mask: BoolImage, radius: float) -> BoolImage:
+    """The mask with every gap closed that no disc of this radius fits into; the image's border closes nothing."""
+    margin = int(np.ceil(radius)) + 1
+    wide = np.pad(mask, margin)
+    back: BoolImage = ~_grown(~_grown(wide, radius), radius)
+    return (back | wide)[margin:-margin, margin:-margin]

@@ -1,0 +1,362 @@
+"""Where the tissue is, found on an overview of about 8 microns a pixel.
+
+Frames: overview pixels are (row, column) of `mask`; level-0 pixels are OpenSlide's absolute (x, y); a `TissueMask`
+carries the step from the one to the other. Colours are 8-bit RGB. The rules are those of three methods: `otsu` and
+`none` here, `published` in `gigapath.preprocessing.published`; masks that come as files are read in
+`gigapath.preprocessing.masks`.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from gigapath.preprocessing import ink, stain
+from gigapath.preprocessing.grid import Grid
+from gigapath.preprocessing.slide import Overview
+
+BoolImage = NDArray[np.bool_]
+State = Literal["tissue", "blank", "full"]
+
+# Stain, in grey levels, by which tissue must stand out from glass. Empty glass, blurred, scatters by 2 to 6; the
+# palest tissue that is still worth a tile stands out by about 15.
+CONTRAST = 12
+
+# Thresholds where there are no two classes.
+EVERYTHING, NOTHING = 0, 256
+
+SPECK_UM2 = 4_000.0  # a quarter of a tile of 128 microns
+HOLE_UM2 = 2_500.0
+
+# Fluorescence: most of the field nearly black, nothing bright and pale in it. A brightfield slide has glass or pale
+# tissue somewhere, however much of it was never scanned.
+DARK_LEVEL = 30
+DARK_SHARE = 0.25
+DARK_PALE_SHARE = 0.005
+DARK_PALE_LEVEL = 140
+
+FRAME_DARKEST = 130
+FRAME_CHROMA = 30
+FRAME_DEPTH = 0.05  # of the side, at least 3 pixels
+
+
+@dataclass(frozen=True)
+class TissueMask:
+    """Tissue of one slide on its overview.
+
+    Attributes:
+        mask: (h, w), True = tissue.
+        sections: (h, w), connected piece of tissue, counted from 1 in reading order; 0 = none.
+        origin_level0: level-0 (x, y) of the mask's corner.
+        scale: level-0 pixels per mask pixel (x, y).
+        mpp: microns per mask pixel.
+        method: the rule that made the mask.
+        threshold: what the rule compared with, in its own unit; None where it compared nothing.
+        state: "tissue"; "blank", no tissue at all; "full", no background at all.
+        dropped: (h, w) by reason: what looked like tissue and was taken out.
+        background: RGB of the glass; None where none was seen.
+        box_level0: (x, y, width, height) of all foreground, where the rule wants it.
+    """
+
+    mask: BoolImage
+    sections: NDArray[np.int32]
+    origin_level0: tuple[float, float]
+    scale: tuple[float, float]
+    mpp: float
+    method: str
+    threshold: float | None
+    state: State
+    dropped: Mapping[str, BoolImage] = field(default_factory=dict)
+    background: tuple[int, int, int] | None = None
+    box_level0: tuple[int, int, int, int] | None = None
+
+    @property
+    def area_mm2(self) -> float:
+        """Area of the tissue."""
+        return float(np.count_nonzero(self.mask)) * self.mpp**2 / 1e6
+
+    @property
+    def pieces(self) -> int:
+        """Number of connected pieces."""
+        return int(self.sections.max(initial=0))
+
+
+def find_tissue(overview: Overview, method: str = "otsu") -> TissueMask:
+    """Find the tissue on an overview.
+
+    Args:
+        overview: the slide within its bounds.
+        method: "otsu", or "none": everything that was scanned counts as tissue.
+
+    Raises:
+        ValueError: another method.
+    """
+    if method == "none":
+        return make_mask(overview, overview.opaque.copy(), method=method, state="full")
+    if method != "otsu":
+        raise ValueError(f"tissue: expected otsu or none, got {method!r}. Give one of them.")
+    image = overview.image
+    if has_dark_background(overview):
+        return _bright_on_dark(overview)
+    fill = overview.opaque & (stain.extremes(image)[0] <= ink.FILL_LEVEL)
+    unscanned = ink.at_border(fill)
+    frame = _dark_frame(image) & ~fill
+    frame |= _grey_edges(image, frame | unscanned)
+    pen = ink.pen_pixels(image, overview.mpp)
+    seen = overview.opaque & ~frame & ~unscanned
+    counted = seen & ~fill & ~pen
+    blurred = stain.blurred_where_seen(image, seen)
+    glass = stain.glass_colour(blurred, counted)
+    threshold, stained = EVERYTHING, np.ones_like(counted)
+    if glass is not None:
+        smooth, sharp = stain.stain_image(blurred, glass), stain.stain_image(image, glass)
+        threshold = _split(smooth[counted])
+        stained = (smooth >= threshold) & (sharp >= threshold)  # the smooth image alone would give tissue a rim
+    found = counted & stained
+    pen &= stained
+    kept_pen = ink.on_tissue(pen, found, overview.mpp)
+    kept_fill = ink.touching(fill & ~unscanned, found)
+    found |= kept_pen | kept_fill
+    dropped = {"pen": pen & ~kept_pen, "black": fill & ~kept_fill, "frame": frame}
+    whole = _without_specks(_without_holes(found, overview.mpp) & ~dropped["pen"] & overview.opaque, overview.mpp)
+    dropped["speck"] = found & ~whole
+    return make_mask(
+        overview,
+        whole,
+        method=method,
+        threshold=float(threshold) if EVERYTHING < threshold < NOTHING else None,
+        state="blank" if not whole.any() else "full" if threshold == EVERYTHING else "tissue",
+        dropped={reason: area for reason, area in dropped.items() if area.any()},
+        background=None if glass is None else (round(glass[0]), round(glass[1]), round(glass[2])),
+    )
+
+
+def has_dark_background(overview: Overview) -> bool:
+    """Whether the slide looks like fluorescence: bright things on black."""
+    brightest, darkest = (values[overview.opaque] for values in stain.extremes(overview.image))
+    if not brightest.size:
+        return False
+    dark = np.count_nonzero(brightest <= DARK_LEVEL) / brightest.size
+    pale = np.count_nonzero(darkest >= DARK_PALE_LEVEL) / brightest.size
+    return bool(dark >= DARK_SHARE and pale < DARK_PALE_SHARE)
+
+
+def _bright_on_dark(overview: Overview) -> TissueMask:
+    """Tissue of a fluorescence slide: the same rule on the brightest channel, specks left out."""
+    brightest = stain.extremes(cv2.blur(overview.image, (3, 3)))[0]
+    threshold = _split(brightest[overview.opaque])
+    found = overview.opaque & (brightest >= threshold)
+    whole = _without_specks(_without_holes(found, overview.mpp) & overview.opaque, overview.mpp)
+    return make_mask(
+        overview,
+        whole,
+        method="otsu",
+        threshold=float(threshold),
+        state="tissue" if whole.any() else "blank",
+        dropped={"speck": found & ~whole} if (found & ~whole).any() else {},
+        background=(0, 0, 0),
+    )
+
+
+def make_mask(overview: Overview, mask: BoolImage, *, method: str, state: State = "tissue", **facts: Any) -> TissueMask:
+    """A TissueMask in the frame of `overview`, its pieces counted.
+
+    Args:
+        overview: gives the frame.
+        mask: (h, w), True = tissue.
+        method: see TissueMask.
+        state: see TissueMask.
+        facts: its other attributes.
+    """
+    return TissueMask(
+        mask=mask,
+        sections=_pieces(mask)[0],
+        origin_level0=overview.origin_level0,
+        scale=overview.scale,
+        mpp=overview.mpp,
+        method=method,
+        threshold=facts.pop("threshold", None),
+        state=state,
+        **facts,
+    )
+
+
+def otsu_threshold(histogram: NDArray[np.int64]) -> int:
+    """Otsu's threshold: the first bin of the upper class, where the variance between the classes is largest.
+
+    Between two far peaks every cut of the gap is equally good; the middle one is taken.
+
+    Args:
+        histogram: (n,) counts, at least two of them not 0.
+    """
+    counts = histogram.astype(np.float64)
+    below = np.cumsum(counts)[:-1]
+    sums = np.cumsum(counts * np.arange(len(counts)))
+    above = counts.sum() - below
+    with np.errstate(divide="ignore", invalid="ignore"):
+        between = (sums[-1] * below / counts.sum() - sums[:-1]) ** 2 / (below * above)
+    between = np.nan_to_num(between, nan=-1.0, posinf=-1.0)
+    best = np.flatnonzero(between >= between.max() * (1 - 1e-12))
+    return int(best[len(best) // 2]) + 1
+
+
+def _split(values: NDArray[np.uint8]) -> int:
+    """Tissue by Otsu's threshold, taken again on the paler class as long as the classes stand CONTRAST apart.
+
+    One threshold over dark and pale tissue would lie between those two. Going on until only glass is left finds the
+    palest tissue, whatever pigment, DAB or haemorrhage lies beside it. The glass's own scatter is flattened first,
+    lest its width outvote a needle biopsy.
+
+    Args:
+        values: (n,) stain.
+
+    Returns:
+        the least value that is tissue: EVERYTHING or NOTHING where there are no two classes.
+    """
+    if not values.size:
+        return NOTHING
+    glass = values[values <= stain.GLASS_CHROMA]
+    level = float(np.median(glass)) if glass.size else 0.0
+    scatter = float(np.median(np.abs(glass - level))) if glass.size else 0.0
+    histogram = np.bincount(values, minlength=256)
+    flat = int(min(level + 3 * 1.4826 * scatter, CONTRAST))
+    histogram[flat] = histogram[: flat + 1].sum()
+    histogram[:flat] = 0
+    threshold = None
+    while np.count_nonzero(histogram) > 1:
+        cut = otsu_threshold(histogram)
+        if cut + _median(histogram[cut:]) - _median(histogram[:cut]) < CONTRAST:
+            break
+        threshold, histogram = cut, histogram[:cut]
+    if threshold is None:
+        return NOTHING if glass.size >= 0.5 * values.size else EVERYTHING
+    if _median(histogram) > level + CONTRAST:  # the paler class is tissue still: hardly any glass to be seen
+        return round(level) + CONTRAST
+    return threshold
+
+
+def _median(histogram: NDArray[np.int64]) -> int:
+    cumulated = np.cumsum(histogram)
+    return int(np.searchsorted(cumulated, cumulated[-1] / 2))
+
+
+def _dark_frame(image: NDArray[np.uint8]) -> BoolImage:
+    """(h, w): thin dark lines that run along at least half of a side, near the border.
+
+    Dark rows that go on beyond the depth looked at are tissue or pigment, not a frame.
+    """
+    brightest, darkest = stain.extremes(image)
+    chroma = brightest - darkest
+    dark: BoolImage = (brightest < FRAME_DARKEST) & (chroma < FRAME_CHROMA)
+    frame = np.zeros_like(dark)
+    for turns in range(4):
+        rows, marks = np.rot90(dark, turns), np.rot90(frame, turns)  # views: each side in turn lies on top
+        depth = min(max(3, int(FRAME_DEPTH * len(rows))), len(rows) // 3)
+        lines = rows[:depth].mean(axis=1) >= 0.5
+        clear = np.flatnonzero(~lines)
+        for row in np.flatnonzero(lines[: clear[-1]]) if clear.size else ():
+            marks[row] |= rows[row]
+    return frame
+
+
+def _grey_edges(image: NDArray[np.uint8], dark: BoolImage) -> BoolImage:
+    """(h, w): grey pixels up to two steps from `dark`, mixed from it and from glass."""
+    if not dark.any():
+        return dark
+    brightest, darkest = stain.extremes(image)
+    beside = cv2.dilate(dark.astype(np.uint8), np.ones((5, 5), np.uint8)).astype(bool)
+    edges: BoolImage = beside & ~dark & (brightest < 230) & (brightest - darkest < FRAME_CHROMA)
+    return edges
+
+
+def _without_specks(mask: BoolImage, mpp: float) -> BoolImage:
+    """The mask without pieces smaller than SPECK_UM2 (and than 4 pixels)."""
+    labels, areas = _pieces(mask)
+    keep = areas >= max(SPECK_UM2 / mpp**2, 4)
+    keep[0] = False
+    return keep[labels]
+
+
+def _without_holes(mask: BoolImage, mpp: float) -> BoolImage:
+    """The mask with holes smaller than HOLE_UM2 filled."""
+    labels, areas = _pieces(~mask, connectivity=4)
+    fill = areas < HOLE_UM2 / mpp**2
+    fill[0] = False
+    return mask | fill[labels]
+
+
+def _pieces(mask: BoolImage, connectivity: int = 8) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+    """(h, w) labels, 0 = outside, and the area of each label in pixels."""
+    _, labels, statistics, _ = cv2.connectedComponentsWithStats(mask.astype(np.uint8), connectivity=connectivity)
+    return np.asarray(labels, np.int32), np.asarray(statistics[:, cv2.CC_STAT_AREA], np.int32)
+
+
+def tile_fractions(mask: TissueMask, grid: Grid) -> NDArray[np.float32]:
+    """Share of each tile that is tissue, by area, exact for tiles that cut through mask pixels.
+
+    Returns:
+        (rows, columns) of the grid, 0 to 1; what a tile has outside the mask counts as no tissue.
+    """
+    return area_shares(mask.mask, mask, grid)
+
+
+def area_shares(values: NDArray[Any], mask: TissueMask, grid: Grid) -> NDArray[np.float32]:
+    """Mean over each tile's area of values on the overview.
+
+    Args:
+        values: (h, w) in the frame of `mask`; outside they count as 0.
+        mask: gives the frame.
+        grid: the tiles.
+
+    Returns:
+        (rows, columns).
+    """
+    sums = values.astype(np.float64)
+    spans = []
+    for axis, count in ((1, grid.columns), (0, grid.rows)):  # x then y
+        xy = 1 - axis
+        edges = (grid.anchor[xy] + np.arange(count + 1) * grid.pitch[xy] - mask.origin_level0[xy]) / mask.scale[xy]
+        sums = np.diff(_integral(sums, edges, axis), axis=axis)
+        spans.append(grid.pitch[xy] / mask.scale[xy])
+    shares = sums / (spans[0] * spans[1])
+    return np.clip(shares, 0, None).astype(np.float32)
+
+
+def _integral(values: NDArray[np.float64], edges: NDArray[np.floating], axis: int) -> NDArray[np.float64]:
+    """Integral of a step function from its start to each edge along one axis; edges outside are clipped."""
+    length = values.shape[axis]
+    start = np.zeros_like(np.take(values, [0], axis=axis))
+    cumulated = np.concatenate([start, np.cumsum(values, axis=axis)], axis=axis)
+    clipped = np.clip(edges, 0, length)
+    whole = np.minimum(clipped.astype(np.int64), length - 1)
+    part = (clipped - whole).reshape((-1, 1) if axis == 0 else (1, -1))
+    low, high = np.take(cumulated, whole, axis=axis), np.take(cumulated, whole + 1, axis=axis)
+    result: NDArray[np.float64] = low * (1 - part) + high * part
+    return result
+
+
+def tile_sections(mask: TissueMask, grid: Grid) -> NDArray[np.int32]:
+    """The connected piece that covers most of each tile's tissue; 0 where there is none.
+
+    A pixel of the mask counts for the tile that holds its centre; of equal pieces the first in reading order wins.
+
+    Returns:
+        (rows, columns) of the grid.
+    """
+    rows, columns = np.nonzero(mask.sections)
+    pieces = mask.sections[rows, columns].astype(np.int64)
+    cells = []
+    for xy, centres in ((0, columns), (1, rows)):
+        level0 = mask.origin_level0[xy] + (centres + 0.5) * mask.scale[xy] - grid.anchor[xy]
+        cells.append(np.floor(level0 / grid.pitch[xy]).astype(np.int64))
+    inside = (cells[0] >= 0) & (cells[0] < grid.columns) & (cells[1] >= 0) & (cells[1] < grid.rows)
+    tiles = (cells[1] * grid.columns + cells[0])[inside]
+    keys, counts = np.unique(tiles * (mask.pieces + 1) + pieces[inside], return_counts=True)
+    tile, piece = np.divmod(keys, mask.pieces + 1)
+    order = np.lexsort((-piece, counts))  # the largest, and of these the first piece, is written last
+    sections = np.zeros(grid.rows * grid.columns, dtype=np.int32)
+    sections[tile[order]] = piece[order]
+    return sections.reshape(grid.rows, grid.columns)

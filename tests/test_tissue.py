@@ -1,0 +1,300 @@
+"""Tissue on an overview: what is kept, what is dropped, and the shares of the tiles."""
+
+from pathlib import Path
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gigapath.preprocessing.grid import Grid, plan_grid
+from gigapath.preprocessing.slide import Overview, open_slide
+from gigapath.preprocessing.tissue import (
+    TissueMask,
+    area_shares,
+    find_tissue,
+    has_dark_background,
+    make_mask,
+    otsu_threshold,
+    tile_fractions,
+    tile_sections,
+)
+
+Image = npt.NDArray[np.uint8]
+
+GLASS = (243, 241, 244)
+PINK = (205, 140, 180)
+PALE = (232, 216, 228)
+PENS = {"blue": (40, 70, 150), "green": (50, 140, 90), "red": (215, 40, 45), "black": (25, 24, 27)}
+
+
+def overview(image: Image, *, mpp: float = 8.0, scale: float = 16.0, origin: tuple[int, int] = (0, 0)) -> Overview:
+    return Overview(image, np.ones(image.shape[:2], bool), origin, (scale, scale), mpp)
+
+
+def field(
+    colour: tuple[int, int, int] = GLASS, *, height: int = 260, width: int = 380, noise: float = 1.5, seed: int = 0
+) -> Image:
+    image = np.full((height, width, 3), colour, np.float32)
+    image += np.random.default_rng(seed).normal(0, noise, image.shape)
+    return np.clip(np.rint(image), 0, 255).astype(np.uint8)
+
+
+def textured(shape: tuple[int, int], colour: tuple[int, int, int], *, seed: int = 0, depth: float = 25) -> Image:
+    """Tissue of one colour with nuclei: darkened by up to `depth` grey levels."""
+    rng = np.random.default_rng(seed)
+    nuclei = cv2.GaussianBlur(rng.random(shape, np.float32), (0, 0), 1.2)
+    nuclei = np.clip((nuclei - nuclei.mean()) / (4 * nuclei.std()) + 0.5, 0, 1)[..., None] * depth
+    return np.clip(np.asarray(colour, np.float32) - nuclei * (1.0, 1.4, 0.7), 0, 255).astype(np.uint8)
+
+
+def ellipse(shape: tuple[int, int], grow: int = 0) -> npt.NDArray[np.bool_]:
+    mask = np.zeros(shape, np.uint8)
+    cv2.ellipse(mask, (150, 120), (110 + grow, 70 + grow), 12, 0, 360, 1, -1)
+    return mask.astype(bool)
+
+
+def section(colour: tuple[int, int, int] = PINK, *, depth: float = 25) -> tuple[Image, npt.NDArray[np.bool_]]:
+    """A field with one section off the diagonal, and where it lies."""
+    image = field()
+    inside = ellipse(image.shape[:2])
+    image[inside] = textured(image.shape[:2], colour, depth=depth)[inside]
+    return image, inside
+
+
+def tiles_kept(mask: TissueMask, tile: int = 16) -> set[tuple[int, int]]:
+    rows, columns = (side // tile for side in mask.mask.shape)
+    grid = Grid((0, 0), (256, 256), 0, (256, 256), 256, (0.5, 0.5), columns, rows)
+    return {(int(i), int(j)) for j, i in np.argwhere(tile_fractions(mask, grid) > 0.1)}
+
+
+@pytest.mark.parametrize("noise", [0.0, 1.0, 4.0, 10.0, 20.0])
+@pytest.mark.parametrize("level", [(255, 255, 255), GLASS, (222, 218, 224), (240, 238, 228)])
+def test_blank_slide_has_no_tissue_whatever_the_noise(level: tuple[int, int, int], noise: float) -> None:
+    found = find_tissue(overview(field(level, noise=noise)))
+    assert found.state == "blank"
+    assert not found.mask.any()
+    assert found.pieces == 0
+
+
+def test_shaded_stitched_and_dusty_glass_is_blank() -> None:
+    image = field().astype(np.float32)
+    image *= np.linspace(0.93, 1.03, image.shape[1])[None, :, None]
+    image[100:180, 200:] *= 0.97
+    image = np.clip(image, 0, 255).astype(np.uint8)
+    image[:60, :90] = 255
+    cv2.circle(image, (50, 200), 3, (120, 118, 121), -1)
+    assert find_tissue(overview(image)).state == "blank"
+    _, jpeg = cv2.imencode(".jpg", image, [cv2.IMWRITE_JPEG_QUALITY, 40])
+    assert find_tissue(overview(cv2.imdecode(jpeg, cv2.IMREAD_COLOR))).state == "blank"
+
+
+@pytest.mark.parametrize("colour", [PINK, (150, 90, 160), (170, 130, 100), (222, 200, 216)])
+@pytest.mark.parametrize("depth", [3, 25, 90])
+def test_core_that_fills_the_image_is_kept(colour: tuple[int, int, int], depth: float) -> None:
+    image = textured((200, 280), colour, depth=depth)
+    assert find_tissue(overview(image)).mask.mean() > 0.95
+    corner = image.copy()
+    corner[:20, :30] = GLASS  # 1 % of glass
+    cv2.circle(corner, (150, 90), 6, GLASS, -1)
+    found = find_tissue(overview(corner))
+    assert found.mask[20:, 30:].mean() > 0.95
+    assert not found.mask[:18, :28].any()
+
+
+@pytest.mark.parametrize("pen", PENS.values(), ids=PENS)
+@pytest.mark.parametrize("place", ["beside", "across"])
+def test_pale_tissue_survives_a_pen_stroke(pen: tuple[int, int, int], place: str) -> None:
+    image, _ = section(PALE, depth=6)
+    without = find_tissue(overview(image))
+    ends = ((320, 15), (300, 240)) if place == "beside" else ((20, 230), (260, 15))
+    cv2.line(image, *ends, pen, 14, cv2.LINE_AA)
+    with_pen = find_tissue(overview(image))
+    assert len(tiles_kept(without)) > 80
+    kept = tiles_kept(without) & tiles_kept(with_pen)
+    assert len(kept) >= 0.95 * len(tiles_kept(without))
+
+
+@pytest.mark.parametrize("name", ["blue", "green", "red"])
+def test_pen_on_glass_is_dropped_and_recorded(name: str) -> None:
+    image, inside = section()
+    stroke = np.zeros(image.shape[:2], np.uint8)
+    cv2.line(stroke, (330, 20), (310, 235), 1, 14)
+    image[stroke > 0] = PENS[name]
+    image = cv2.GaussianBlur(image, (0, 0), 0.7)
+    found = find_tissue(overview(image))
+    assert not found.mask[stroke > 0].any()
+    assert found.dropped["pen"][stroke > 0].mean() > 0.95
+    assert (found.mask & inside).sum() > 0.97 * inside.sum()
+    assert (found.mask & ~ellipse(image.shape[:2], grow=3)).sum() == 0
+
+
+@pytest.mark.parametrize("colour", [(20, 60, 130), (30, 110, 70), (25, 25, 28), (230, 200, 60), (200, 40, 40)])
+@pytest.mark.parametrize("thickness", [2, 5, 12])
+def test_inked_margin_loses_no_tile(colour: tuple[int, int, int], thickness: int) -> None:
+    image, inside = section()
+    without = tiles_kept(find_tissue(overview(image)))
+    margin = inside & ~cv2.erode(inside.astype(np.uint8), np.ones((3, 3), np.uint8), iterations=thickness).astype(bool)
+    image[margin] = colour
+    assert without <= tiles_kept(find_tissue(overview(image)))
+
+
+def test_dark_pigment_loses_no_tile() -> None:
+    image, inside = section(PALE, depth=6)
+    without = tiles_kept(find_tissue(overview(image)))
+    for centre, radius, colour in (((120, 110), 40, (52, 36, 28)), ((215, 140), 14, (14, 12, 12))):
+        spot = cv2.circle(np.zeros(inside.shape, np.uint8), centre, radius, 1, -1).astype(bool)
+        image[spot & inside] = colour
+    assert without <= tiles_kept(find_tissue(overview(image)))
+
+
+def test_dab_does_not_hide_the_counterstain() -> None:
+    image, inside = section((206, 208, 224), depth=14)
+    without = tiles_kept(find_tissue(overview(image)))
+    brown = (np.arange(image.shape[1]) > 190)[None, :] & inside
+    image[brown] = textured(image.shape[:2], (110, 66, 38))[brown]
+    assert without <= tiles_kept(find_tissue(overview(image)))
+
+
+def test_needle_biopsy_is_not_outvoted_by_glass() -> None:
+    image = field(height=900, width=1200, noise=3)
+    image[430:436, 300:500] = textured((6, 200), PINK)
+    found = find_tissue(overview(image))
+    assert found.mask[430:436, 300:500].mean() > 0.95
+    assert found.mask.sum() < 1.5 * 6 * 200
+
+
+def test_specks_frames_and_fill_are_dropped_by_reason() -> None:
+    image, inside = section()
+    image[:4] = image[:, :5] = (70, 70, 72)
+    image[200:204, 320:324] = PINK
+    image[230:, 300:] = 0
+    found = find_tissue(overview(image))
+    assert set(found.dropped) == {"frame", "speck", "black"}
+    assert found.dropped["frame"][:4].all()
+    assert found.dropped["frame"][:, :5].mean() > 0.9
+    assert found.dropped["speck"][200:204, 320:324].all()
+    assert found.dropped["black"][230:, 300:].all()
+    assert found.mask[inside].mean() > 0.97
+    assert found.mask[~ellipse(inside.shape, grow=3)].sum() == 0
+
+
+def test_dark_tissue_that_reaches_the_border_is_no_frame() -> None:
+    image = field()
+    image[:150, :300] = textured((150, 300), (60, 45, 50), depth=10)
+    assert find_tissue(overview(image)).mask[:148, :298].all()
+
+
+def test_transparent_fields_and_white_gaps_are_not_tissue() -> None:
+    image, inside = section(PALE, depth=6)
+    image[:, 280:] = 255
+    seen = overview(image)
+    seen.opaque[180:] = False
+    found = find_tissue(seen)
+    assert not found.mask[180:].any()
+    assert not found.mask[:, 275:].any()
+    assert found.mask[:180][inside[:180]].mean() > 0.97
+
+
+def test_none_keeps_all_that_was_scanned() -> None:
+    seen = overview(field())
+    seen.opaque[:, 300:] = False
+    found = find_tissue(seen, "none")
+    np.testing.assert_array_equal(found.mask, seen.opaque)
+    with pytest.raises(ValueError, match="otsu or none"):
+        find_tissue(seen, "grey")
+
+
+def test_pieces_and_area() -> None:
+    image = field()
+    image[20:60, 30:90] = PINK
+    image[150:230, 200:330] = PINK
+    found = find_tissue(overview(image))
+    assert found.pieces == 2
+    assert found.sections[40, 60] == 1
+    assert found.sections[200, 250] == 2
+    assert found.area_mm2 == pytest.approx((40 * 60 + 80 * 130) * 64e-6, rel=0.08)  # one blurred pixel around
+    grid = Grid((0, 0), (256, 256), 0, (256, 256), 256, (0.5, 0.5), 23, 16)
+    sections = tile_sections(found, grid)
+    assert sections[2, 3] == 1
+    assert sections[12, 15] == 2
+    assert sections[7, 10] == 0
+    np.testing.assert_array_equal(sections > 0, tile_fractions(found, grid) > 0)
+
+
+def test_piece_of_a_tile_is_the_one_with_most_area() -> None:
+    mask = np.zeros((8, 12), bool)
+    mask[0:4, 0:3] = mask[0:4, 4:9] = True  # piece 1: 12 pixels, piece 2: 20
+    found = make_mask(overview(np.zeros((8, 12, 3), np.uint8), scale=1), mask, method="made")
+    sections = tile_sections(found, Grid((0, 0), (8, 4), 0, (8, 4), 8, (1, 1), 1, 2))
+    np.testing.assert_array_equal(sections, [[2], [0]])
+
+
+@settings(derandomize=True, deadline=None, max_examples=50)
+@given(
+    scale=st.tuples(st.floats(0.7, 40), st.floats(0.7, 40)),
+    anchor=st.tuples(st.integers(0, 90), st.integers(0, 90)),
+    pitch=st.tuples(st.integers(3, 200), st.integers(3, 200)),
+)
+def test_tile_fractions_are_exact_areas(
+    scale: tuple[float, float], anchor: tuple[int, int], pitch: tuple[int, int]
+) -> None:
+    values = np.random.default_rng(3).random((9, 14)) < 0.4
+    seen = Overview(np.zeros((9, 14, 3), np.uint8), np.ones((9, 14), bool), (50, 20), scale, 8.0)
+    mask = make_mask(seen, values, method="made")
+    grid = Grid(anchor, pitch, 0, pitch, 256, (0.5, 0.5), 4, 3)
+    expected = np.zeros((3, 4))
+    for j in range(3):
+        for i in range(4):
+            left, top = anchor[0] + i * pitch[0] - 50, anchor[1] + j * pitch[1] - 20
+            wide = [max(0, min(left + pitch[0], (x + 1) * scale[0]) - max(left, x * scale[0])) for x in range(14)]
+            high = [max(0, min(top + pitch[1], (y + 1) * scale[1]) - max(top, y * scale[1])) for y in range(9)]
+            expected[j, i] = np.outer(high, wide)[values].sum() / (pitch[0] * pitch[1])
+    np.testing.assert_allclose(tile_fractions(mask, grid), expected, atol=1e-6)
+    np.testing.assert_allclose(area_shares(3.0 * values, mask, grid), 3 * expected, atol=3e-6)
+
+
+def test_otsu_finds_the_gap() -> None:
+    histogram = np.bincount(np.r_[np.full(900, 20), np.full(100, 80)], minlength=256)
+    assert otsu_threshold(histogram) == 51  # the middle of a gap that is equally good all along
+
+
+def test_dark_background_is_told_from_brightfield() -> None:
+    dark = np.zeros((200, 300, 3), np.uint8)
+    dark[50:120, 60:200, 2] = np.random.default_rng(0).integers(0, 255, (70, 140))
+    assert has_dark_background(overview(dark))
+    allowed = find_tissue(overview(dark))
+    assert allowed.mask[55:115, 65:195].mean() > 0.95
+    assert allowed.mask[:45].sum() == 0
+    image, _ = section()
+    unscanned = np.zeros((900, 900, 3), np.uint8)
+    unscanned[:260, :380] = image
+    for brightfield in (image, unscanned, textured((200, 300), (60, 45, 40)), field((20, 18, 16))[:0]):
+        assert not has_dark_background(overview(brightfield))
+
+
+@pytest.mark.parametrize(
+    ("name", "mpp", "tiles"),
+    [  # counted by eye on the previews, give or take the tiles that only touch tissue
+        ("CMU-1-Small-Region.svs", None, (47, 52)),
+        ("TCGA-CR-7395-no-mpp.svs", 0.25, (38, 40)),
+        ("ink.jpeg", 0.5, (39, 45)),
+        ("plain.jpeg", 0.5, (77, 81)),
+    ],
+)
+def test_real_slides(shared: Path, name: str, mpp: float | None, tiles: tuple[int, int]) -> None:
+    with open_slide(shared / "data" / "slides" / name, slide_mpp=mpp) as slide:
+        seen, grid = slide.overview(), plan_grid(slide)
+    assert not has_dark_background(seen)
+    found = find_tissue(seen)
+    assert found.state == "tissue"
+    assert found.pieces == 1
+    assert tiles[0] <= np.count_nonzero(tile_fractions(found, grid) > 0.1) <= tiles[1]
+    assert ("pen" in found.dropped) == (name in ("ink.jpeg", "CMU-1-Small-Region.svs"))
+
+
+def test_real_fluorescence_is_recognised(shared: Path) -> None:
+    with open_slide(shared / "data" / "slides" / "fluorescence-dapi.ndpi") as slide:
+        assert has_dark_background(slide.overview())
