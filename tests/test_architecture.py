@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parent.parent / "gigapath"
 LAYERS = [
     {"options", "files"},
     {"downloads"},
-    {"features", "weights", "longnet", "pos_embed"},
+    {"features", "tensors", "weights", "longnet", "pos_embed"},
     {"preprocessing", "slide_encoder", "metrics"},
     {"tile_encoder", "classification_head", "torchscale"},
     {"cohort", "encoding"},

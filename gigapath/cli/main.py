@@ -10,7 +10,10 @@ import gigapath
 
 # verb -> (module under gigapath.cli, one line of help). A module offers `add_arguments(parser)` and
 # `run(namespace) -> exit status`.
-VERBS: dict[str, tuple[str, str]] = {}
+VERBS: dict[str, tuple[str, str]] = {
+    "export": ("export", "One table of slide vectors from a run: parquet, CSV or npz."),
+    "inspect": ("inspect", "Say what a feature file is, ours or another tool's."),
+}
 
 EXIT_FAILED_SLIDES = 3
 EXIT_STOPPED = 75

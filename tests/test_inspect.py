@@ -1,0 +1,205 @@
+"""`gigapath inspect` and `gigapath export`: what a file is, in words and as JSON."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from feature_files import (
+    CELLS,
+    CLAM_COORDS,
+    make_features,
+    make_tiles,
+    shuffled,
+    write_clam,
+    write_h5,
+    write_mussel,
+    write_published,
+    write_slide2vec,
+    write_stamp,
+    write_trident,
+)
+
+from gigapath.cli.main import main
+from gigapath.features import SlideEmbeddings, TileEmbeddingsWriter, read_features, write_slide, write_tiles
+from gigapath.features.describe import describe, in_words
+from gigapath.tensors import read_tensor
+
+FEATURES = make_features()
+
+
+def write_ours(path: Path, **options: Any) -> Path:
+    attrs = {"encoder": "standin", "weights_sha256": "ab" * 32, "precision": "fp32"}
+    with TileEmbeddingsWriter(path, make_tiles(), embed_dim=6, attrs=attrs, **options) as writer:
+        writer.write(0, FEATURES)
+    return path
+
+
+def test_describe_says_what_our_file_is(tmp_path: Path) -> None:
+    found = describe(write_ours(tmp_path / "a.h5", dtype="float16"))
+    assert json.loads(json.dumps(found)) == found  # plain JSON values, attributes too
+    expected = {
+        "file": "a.h5",
+        "kind": "tile embeddings",
+        "tool": "gigapath",
+        "slide_id": "slide-1",
+        "tiles": 8,
+        "width": 6,
+        "dtype": "float16",
+        "encoder": "standin",
+        "precision": "fp32",
+        "numerics_version": 1,
+        "mpp": 0.5,
+        "frame": "level0",
+        "step": 512.0,
+        "closest": 512.0,
+        "columns": [3, 7],
+        "rows": [1, 4],
+        "order": "row-major",
+        "complete": True,
+        "warnings": [],
+    }
+    assert {name: found[name] for name in expected} == expected
+
+
+def test_words_name_every_fact(tmp_path: Path) -> None:
+    text = "\n".join(in_words(describe(write_ours(tmp_path / "a.h5"))))
+    for fact in (
+        "a.h5: tile embeddings of slide slide-1, written by gigapath 0.",
+        "8 tiles; width 6, float32.",
+        "Tile encoder: standin; weights sha256 abababababab; precision fp32.",
+        "0.5 microns per pixel; coordinates in level-0 pixels, tiles 512 apart.",
+        "Columns 3 to 7, rows 1 to 4; stored in row-major order.",
+        "Numerics version 1; complete.",
+    ):
+        assert fact in text
+    assert "Warning" not in text
+
+
+@pytest.mark.parametrize(
+    ("write", "facts"),
+    [
+        (write_trident, {"tool": "trident", "step": 512.0, "encoder": "gigapath", "mpp": None, "complete": None}),
+        (write_clam, {"tool": "clam", "step": 512.0, "encoder": None}),
+        (write_stamp, {"tool": "stamp", "frame": "um", "step": 256.0, "mpp": 256 / 224, "dtype": "float16"}),
+        (write_mussel, {"tool": "mussel", "step": 509.0, "mpp": 0.5, "slide_id": "slide-1"}),
+        (
+            lambda *a: write_slide2vec(*a, order=shuffled(8)),
+            {"tool": "slide2vec", "mpp": 0.5, "encoder": "prov-gigapath"},
+        ),
+    ],
+)
+def test_describe_knows_other_tools(write: Any, facts: dict[str, Any], tmp_path: Path) -> None:
+    found = describe(write(tmp_path, FEATURES))
+    assert {name: found[name] for name in facts} == facts
+    assert found["kind"] == "tile embeddings" and found["tiles"] == 8 and found["columns"] is not None
+    assert all(line.endswith(".") for line in in_words(found))
+
+
+def test_describe_goes_on_where_the_step_is_unknown(tmp_path: Path) -> None:
+    path = write_published(tmp_path, FEATURES)
+    found = describe(path)
+    assert found["step"] is None and found["columns"] is None and found["closest"] == 256
+    assert any("--tile-size-level0" in warning for warning in found["warnings"])
+    assert describe(path, tile_size_level0=256)["columns"] == [3, 7]
+
+
+def test_describe_warns_where_neighbours_lie_two_cells_apart(tmp_path: Path) -> None:
+    path = write_trident(tmp_path, FEATURES, patch_size_level0=256)  # level 0 of a 40x slide divided by 256
+    assert any("closest tiles lie 2 cells apart" in warning for warning in describe(path)["warnings"])
+    far = write_trident(tmp_path, FEATURES, CELLS + np.array([1000, 0], np.int32))
+    assert any("beyond the slide encoder's 0 to 999" in warning for warning in describe(far)["warnings"])
+
+
+@pytest.mark.parametrize(
+    ("order", "words"),
+    [
+        (np.lexsort((CELLS[:, 1], CELLS[:, 0])), "column-major"),
+        (shuffled(8), "neither by row nor by column"),
+    ],
+)
+def test_describe_tells_the_order_of_the_file(order: np.ndarray, words: str, tmp_path: Path) -> None:
+    assert describe(write_trident(tmp_path, FEATURES, CELLS[order]))["order"] == words
+
+
+def test_describe_tiles_coordinates_and_slides(tmp_path: Path) -> None:
+    write_tiles(tmp_path / "t.h5", make_tiles())
+    assert describe(tmp_path / "t.h5")["kind"] == "tiles"
+    coords = write_h5(tmp_path / "c.h5", {"coords": CELLS * 512}, {"coords": CLAM_COORDS})
+    found = describe(coords)
+    assert (found["kind"], found["tool"], found["step"], found["tiles"]) == ("tile coordinates", "clam", 512.0, 8)
+    write_slide(
+        tmp_path / "s.h5",
+        SlideEmbeddings(
+            slide_id="s",
+            tile_mean=np.ones((1, 4)),
+            states_mean=np.ones((13, 5)),
+            default_mean=np.ones((1, 5)),
+            attrs={"trained": False, "slide_encoder": "gigapath", "encoder": "standin"},
+        ),
+    )
+    found = describe(tmp_path / "s.h5")
+    assert found["width"] == 5 and found["trained"] is False
+    assert found["embeddings"] == ["tile-mean", "default:mean", "state:0:mean to state:12:mean"]
+    text = "\n".join(in_words(found))
+    assert "slide encoder: gigapath, untrained" in text and "Warning: the slide encoder's weights are random" in text
+
+
+def test_describe_an_empty_slide(tmp_path: Path) -> None:
+    with TileEmbeddingsWriter(tmp_path / "e.h5", make_tiles(cells=np.zeros((0, 2), int)), embed_dim=6):
+        pass
+    found = describe(tmp_path / "e.h5")
+    assert found["tiles"] == 0 and "it has no tiles." in found["warnings"]
+    assert "0 tiles; width 6" in "\n".join(in_words(found))
+
+
+def test_inspect_prints_words_or_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = str(write_ours(tmp_path / "a.h5"))
+    assert main(["inspect", path]) == 0
+    assert capsys.readouterr().out.startswith("a.h5: tile embeddings of slide slide-1")
+    assert main(["inspect", path, path, "--json"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 and json.loads(lines[0])["attrs"]["tissue_method"] == "otsu"
+
+
+def test_inspect_names_what_it_could_not_read_and_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "text.h5").write_text("slide_id,label\n")
+    good = write_ours(tmp_path / "a.h5")
+    assert main(["inspect", str(tmp_path / "text.h5"), str(tmp_path / "none.h5"), str(good)]) == 1
+    captured = capsys.readouterr()
+    assert "a.h5: tile embeddings" in captured.out
+    errors = captured.err.splitlines()
+    assert len(errors) == 2 and "text.h5: expected an HDF5 file" in errors[0] and "no such file" in errors[1]
+
+
+def test_inspect_reads_slide2vec_tensors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch = pytest.importorskip("torch")
+    path = write_slide2vec(tmp_path, FEATURES, order=np.arange(8)).with_suffix(".pt")
+    torch.save(torch.from_numpy(FEATURES), path)
+    assert np.array_equal(read_features(path, read_tensor=read_tensor).features, FEATURES)
+    assert main(["inspect", str(path)]) == 0
+    assert "slide2vec" in capsys.readouterr().out
+    torch.save({"code": print}, path)
+    assert main(["inspect", str(path)]) == 1
+    assert "slide-1.pt: expected a .pt file of one tensor" in capsys.readouterr().err
+    torch.save(torch.arange(3), path)
+    with pytest.raises(ValueError, match=r"got one of torch\.int64"):
+        read_tensor(path)
+    torch.save(torch.ones(2, 3, dtype=torch.bfloat16), path)
+    assert read_tensor(path).dtype == np.float32
+
+
+def test_export_writes_the_table_that_it_names(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for slide_id in ("a", "b"):
+        slide = SlideEmbeddings(slide_id=slide_id, tile_mean=np.ones((1, 4)))
+        write_slide(tmp_path / "run" / "slides_mean__standin" / f"{slide_id}.h5", slide)
+    to = tmp_path / "table.csv"
+    assert main(["export", str(tmp_path / "run"), "--embedding", "tile-mean", "--to", str(to)]) == 0
+    assert "2 slides, 4 values each (tile-mean)" in capsys.readouterr().out
+    assert to.read_text().splitlines()[0] == "slide_id,embedding,trained,e0,e1,e2,e3"
+    assert main(["export", str(tmp_path / "run"), "--to", str(to)]) == 1
+    assert (
+        "gigapath export: a: it holds no default:mean; without a slide encoder take tile-mean."
+        in capsys.readouterr().err
+    )
