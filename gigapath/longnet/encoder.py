@@ -1,0 +1,173 @@
+"""The LongNet encoder: pre-norm layers of dilated attention and a feed-forward network, both with a sub-LN.
+
+Legend: B slides, N tokens of a slide, T tokens of all slides, D width, H heads, E head width. Activations are
+(B, N, D) for slides of one length, or (1, T, D) for slides of several lengths one after another ("packed"); `lengths`
+says which tokens belong together, and without it each row of the batch is a slide.
+
+    x = x + drop_path(dropout(out_proj(inner_attn_ln(dilated_attention(q, k, v of self_attn_layer_norm(x))))))
+    x = x + drop_path(dropout(fc2(ffn_layernorm(gelu(fc1(final_layer_norm(x)))))))
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from gigapath.longnet.config import LongNetConfig
+from gigapath.longnet.dilated import dilated_attention
+from gigapath.longnet.linear import Linear
+
+Lengths = tuple[int, ...]
+
+
+def drop_path(x: Tensor, rate: float, lengths: Lengths) -> Tensor:
+    """Zero whole slides of x (B, N, D) or (1, T, D) with probability `rate`, and scale the others by 1 / (1 - rate)."""
+    keep = torch.empty(len(lengths), device=x.device, dtype=x.dtype).bernoulli_(1 - rate).div_(1 - rate)
+    per_token = keep.repeat_interleave(torch.tensor(lengths, device=x.device))
+    return x * per_token.view(*x.shape[:-1], 1)
+
+
+class SelfAttention(nn.Module):
+    """Projections around the dilated attention; called with normalised activations."""
+
+    def __init__(self, config: LongNetConfig) -> None:
+        super().__init__()
+        self.embed_dim = config.embed_dim
+        self.num_heads = config.num_heads
+        self.head_dim = config.head_dim
+        self.branches = config.branches
+        self.k_proj = Linear(config.embed_dim, config.embed_dim)
+        self.v_proj = Linear(config.embed_dim, config.embed_dim)
+        self.q_proj = Linear(config.embed_dim, config.embed_dim)
+        self.out_proj = Linear(config.embed_dim, config.embed_dim)
+        self.inner_attn_ln = nn.LayerNorm(config.embed_dim, eps=config.layer_norm_eps)
+
+    def forward(self, x: Tensor, lengths: Lengths) -> Tensor:
+        """Attend within each slide: (B, N, D) to (B, N, D)."""
+        q, k, v = (
+            proj(x).reshape(-1, self.num_heads, self.head_dim)  # (T, H, E)
+            for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        attended = dilated_attention(q, k, v, lengths, self.branches).view(x.shape)
+        del q, k, v
+        out: Tensor = self.out_proj(self.inner_attn_ln(attended))
+        return out
+
+
+class FeedForward(nn.Module):
+    """fc1, exact GELU in float32, sub-LN, fc2."""
+
+    def __init__(self, config: LongNetConfig) -> None:
+        super().__init__()
+        width = config.ffn_ratio * config.embed_dim
+        self.fc1 = Linear(config.embed_dim, width)
+        self.fc2 = Linear(width, config.embed_dim)
+        self.ffn_layernorm = nn.LayerNorm(width, eps=config.layer_norm_eps)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., D) to (..., D)."""
+        hidden = self.fc1(x)
+        out: Tensor = self.fc2(self.ffn_layernorm(F.gelu(hidden.float()).type_as(hidden)))
+        return out
+
+
+class EncoderLayer(nn.Module):
+    """One pre-norm layer; leaves its input as it was."""
+
+    def __init__(self, config: LongNetConfig, index: int) -> None:
+        super().__init__()
+        self.dropout = config.dropout
+        self.drop_path_rate = config.drop_path(index)
+        self.self_attn = SelfAttention(config)
+        self.self_attn_layer_norm = nn.LayerNorm(config.embed_dim, eps=config.layer_norm_eps)
+        self.ffn = FeedForward(config)
+        self.final_layer_norm = nn.LayerNorm(config.embed_dim, eps=config.layer_norm_eps)
+
+    def forward(self, x: Tensor, lengths: Lengths | None = None, **published: Any) -> tuple[Tensor, None]:
+        """Run the layer; the published form of the answer has a second entry that is None here.
+
+        Args:
+            x: (B, N, D), or (1, T, D) packed.
+            lengths: tokens of each slide; by default each row of the batch is a slide.
+            published: arguments of the published layer (`encoder_padding_mask`, ...); they must be None.
+        """
+        _refuse(published)
+        lengths = _lengths_of(x, lengths)
+        x = x + self._drop(self.self_attn(self.self_attn_layer_norm(x), lengths), lengths)
+        x = x + self._drop(self.ffn(self.final_layer_norm(x)), lengths)
+        return x, None
+
+    def _drop(self, x: Tensor, lengths: Lengths) -> Tensor:
+        if not self.training:
+            return x
+        x = F.dropout(x, self.dropout)
+        return drop_path(x, self.drop_path_rate, lengths) if self.drop_path_rate > 0 else x
+
+
+class LongNetEncoder(nn.Module):
+    """Dropout, `depth` layers, `layer_norm`; answers with a dict as the published encoder does."""
+
+    def __init__(self, config: LongNetConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed_dim = config.embed_dim
+        self.num_layers = config.depth
+        self.checkpoint_activations = False
+        self.dropout_module = nn.Dropout(config.dropout)
+        self.layers = nn.ModuleList(EncoderLayer(config, index) for index in range(config.depth))
+        self.layer_norm = nn.LayerNorm(config.embed_dim, eps=config.layer_norm_eps)
+
+    def forward(
+        self,
+        src_tokens: None = None,
+        token_embeddings: Tensor | None = None,
+        return_all_hiddens: bool = False,
+        *,
+        lengths: Lengths | None = None,
+        summarise: Callable[[Tensor], Tensor] | None = None,
+        **published: Any,
+    ) -> dict[str, Any]:
+        """Encode tokens.
+
+        Args:
+            src_tokens: must be None; it is there for the published form of the call.
+            token_embeddings: (B, N, D), or (1, T, D) packed.
+            return_all_hiddens: whether to keep the depth + 1 states, state 0 being the embedding after dropout.
+            lengths: tokens of each slide; by default each row of the batch is a slide.
+            summarise: applied to each kept state, so that memory does not grow with the depth.
+            published: further arguments of the published encoder (`encoder_padding_mask`, ...); they must be None.
+
+        Returns:
+            `encoder_out`, the last state after `layer_norm`, and `encoder_states`, the states before it (empty
+            without `return_all_hiddens`).
+        """
+        _refuse({"src_tokens": src_tokens, **published})
+        if token_embeddings is None:
+            raise ValueError("LongNetEncoder: expected token_embeddings (B, N, D), got None. Pass the embeddings.")
+        x: Tensor = self.dropout_module(token_embeddings)
+        lengths = _lengths_of(x, lengths)
+        states = []
+        for layer in (None, *self.layers):
+            if layer is not None and self.checkpoint_activations and self.training and torch.is_grad_enabled():
+                x = checkpoint(layer, x, lengths, use_reentrant=False)[0]
+            elif layer is not None:
+                x = layer(x, lengths)[0]
+            if return_all_hiddens:
+                states.append(summarise(x) if summarise else x)
+        return {"encoder_out": self.layer_norm(x), "encoder_states": states}
+
+
+def _lengths_of(x: Tensor, lengths: Lengths | None) -> Lengths:
+    return (x.shape[1],) * x.shape[0] if lengths is None else lengths
+
+
+def _refuse(published: dict[str, Any]) -> None:
+    given = sorted(name for name, value in published.items() if value is not None and value is not False)
+    if given:
+        raise ValueError(
+            f"LongNetEncoder: expected None for {', '.join(given)}, got values. Give slides of several lengths to "
+            "LongNetViT.forward with valid_mask, or to forward_packed."
+        )

@@ -1,0 +1,139 @@
+"""2-D sine-cosine positions of a square grid of cells, computed only at the cells in use.
+
+Cell (gx, gy) of a grid of n x n has the row `gx * n + gy + 1` of a fixed table; row 0 is the class token's and zero.
+A row of width D is `[e(gy), e(gx)]` with `e(p) = [sin(p w_0), sin(p w_1), ..., cos(p w_0), ...]` and the D / 4
+frequencies `w_k = 10000 ** (-k / (D / 4))`, in float64, rounded to float32. The whole table of the released models
+would be 1,000,001 rows, 3 GB.
+"""
+
+import warnings
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def _frequencies(embed_dim: int) -> "np.ndarray[Any, np.dtype[np.float64]]":
+    if embed_dim < 4 or embed_dim % 4:
+        raise ValueError(f"pos_embed: expected a width that 4 divides, got {embed_dim}. Choose a multiple of 4.")
+    quarter = embed_dim // 4
+    return 10000.0 ** (-np.arange(quarter, dtype=np.float64) / quarter)
+
+
+def get_2d_sincos_pos_embed(
+    embed_dim: int, grid_size: int, cls_token: bool = False
+) -> "np.ndarray[Any, np.dtype[np.float64]]":
+    """The whole table of a small grid, by the published name.
+
+    Args:
+        embed_dim: width D, a multiple of 4.
+        grid_size: cells of a side, n.
+        cls_token: whether the zero row of the class token comes first.
+
+    Returns:
+        (n * n, D) float64, or (n * n + 1, D) with the class token; row `gx * n + gy` (+ 1).
+    """
+    angles = np.outer(np.arange(grid_size, dtype=np.float64), _frequencies(embed_dim))
+    axis = np.concatenate([np.sin(angles), np.cos(angles)], axis=1)  # (n, D / 2)
+    table = np.zeros((grid_size * grid_size + int(cls_token), embed_dim))
+    rows = table[int(cls_token) :].reshape(grid_size, grid_size, embed_dim)
+    rows[..., : embed_dim // 2] = axis[None, :, :]
+    rows[..., embed_dim // 2 :] = axis[:, None, :]
+    return table
+
+
+class LazyPosEmbed:
+    """Stands for the (1, n * n + 1, D) float32 table and computes the rows that are asked for.
+
+    `pos_embed[:, rows, :]` takes a tensor of row numbers of any shape and returns (1, *rows.shape, D) on the rows'
+    device; `pos_embed[:, :1, :]` and other slices return their rows on the CPU. It is no parameter and no buffer: the
+    table is not in the checkpoints.
+    """
+
+    dtype = torch.float32
+
+    def __init__(self, embed_dim: int, grid_size: int) -> None:
+        self._frequencies = torch.from_numpy(_frequencies(embed_dim))
+        self.grid_size = grid_size
+        self.shape = torch.Size((1, grid_size * grid_size + 1, embed_dim))
+
+    def size(self, dim: int | None = None) -> torch.Size | int:
+        """As of a tensor."""
+        return self.shape if dim is None else self.shape[dim]
+
+    def __getitem__(self, index: Any) -> Tensor:
+        batch, rows, columns = (*index, slice(None), slice(None))[:3] if isinstance(index, tuple) else (index, ..., ...)
+        if rows is ...:
+            rows = slice(None)
+        if columns is ...:
+            columns = slice(None)
+        if isinstance(rows, slice):
+            found = self.rows(torch.arange(self.shape[1])[rows])
+        elif isinstance(rows, int):
+            found = self.rows(torch.tensor(rows))
+        else:
+            found = self.rows(torch.as_tensor(rows))
+        result = found[None][batch]
+        return result if columns == slice(None) else result[..., columns]
+
+    def rows(self, positions: Tensor) -> Tensor:
+        """Rows (*positions.shape, D) float32 of the table at whole row numbers of any shape."""
+        limit = self.shape[1]
+        if positions.numel() and not (-limit <= int(positions.min()) and int(positions.max()) < limit):
+            raise IndexError(f"pos_embed: expected rows below {limit}, got up to {int(positions.max())}.")
+        positions = torch.where(positions < 0, positions + limit, positions)
+        cells = (positions - 1).clamp_(min=0)
+        gx, gy = cells // self.grid_size, cells % self.grid_size
+        found = torch.cat([self._axis(gy), self._axis(gx)], dim=-1)
+        return found.masked_fill_((positions == 0).unsqueeze(-1), 0.0)
+
+    def _axis(self, cells: Tensor) -> Tensor:
+        """e(p) (*cells.shape, D / 2) float32; each cell in use is computed once, in float64 on the CPU."""
+        unique, inverse = torch.unique(cells, return_inverse=True)
+        angles = unique.cpu().double()[:, None] * self._frequencies
+        table = torch.cat([angles.sin(), angles.cos()], dim=1).float().to(cells.device)
+        return table[inverse]
+
+
+def cells_of(coords: Tensor, tile_size: float) -> Tensor:
+    """Cells floor(coords / tile_size) (..., 2) float64, of pixel coordinates (..., 2) of any dtype, as (x, y)."""
+    wide = coords.cpu() if coords.device.type == "mps" else coords
+    return torch.floor(wide.double() / tile_size)
+
+
+def checked_coords(coords: Tensor, tile_size: float, grid_size: int) -> Tensor:
+    """Pixel coordinates that all lie in the grid of cells.
+
+    Cell -1, that is coordinates above -tile_size, is moved to 0 with one warning; TRIDENT's own test makes such.
+
+    Args:
+        coords: (..., 2), (x, y) in pixels; half precision is widened.
+        tile_size: pixels of a cell's side, in the coordinates' unit.
+        grid_size: cells of a side.
+
+    Returns:
+        The coordinates, float32 where they came in half precision, else in their own dtype.
+
+    Raises:
+        ValueError: NaN, infinite or outside of the grid; names the first offending row.
+    """
+    if coords.dtype in (torch.float16, torch.bfloat16):
+        coords = coords.float()
+    cells = cells_of(coords, tile_size)
+    wrong = ~((cells >= -1) & (cells < grid_size)).all(-1)  # NaN compares false
+    if bool(wrong.any()):
+        row = [int(i) for i in wrong.nonzero()[0]]
+        raise ValueError(
+            f"slide encoder: expected coordinates within {grid_size} x {grid_size} cells of {tile_size:g} pixels, got "
+            f"(x, y) = {tuple(coords[tuple(row)].tolist())} in row {row[-1]}"
+            + (f" of slide {row[0]}" if len(row) > 1 and coords.shape[0] > 1 else "")
+            + ". Check that coordinates and tile_size are in the same pixels, and that half precision did not overflow."
+        )
+    if bool((cells < 0).any()):
+        warnings.warn(
+            "slide encoder: coordinates up to one tile below zero were moved to cell 0; expected none below zero.",
+            stacklevel=3,
+        )
+        coords = coords.clamp(min=0)
+    return coords

@@ -1,0 +1,305 @@
+"""The slide encoder: tile embeddings and their coordinates to the embedding of a slide.
+
+Legend: B slides, L tiles of a slide, T tiles of all slides, D width of the encoder. Coordinates are (x, y) in pixels,
+`tile_size` of which make a cell of the `slide_ngrids` x `slide_ngrids` grid.
+
+Importing this module registers the architectures with timm.
+"""
+
+import inspect
+import warnings
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, cast
+
+import timm
+import torch
+from timm.models import is_model, register_model
+from torch import Tensor, nn
+
+from gigapath.longnet.config import LongNetConfig, optimal_segment_lengths, parse_lengths
+from gigapath.longnet.encoder import LongNetEncoder
+from gigapath.longnet.linear import Linear
+from gigapath.pos_embed import LazyPosEmbed, cells_of, checked_coords
+from gigapath.weights import assign_weights, find_weights, load_state_dict
+
+ARCHITECTURES = (
+    "gigapath_slide_enc12l768d",
+    "gigapath_slide_enc24l1024d",
+    "gigapath_slide_enc12l1536d",
+    "gigapath_slide_enc12l384d",
+)
+WEIGHTS_FILE = "slide_encoder.pth"
+
+# What timm hands to every model of its registry, and what means nothing here.
+_FROM_TIMM = {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir", "pretrained_model_args"}
+# Options besides the published ones.
+_OURS = {"mlp_ratio", "checkpoint_activations"}
+
+
+class Embeddings(list[Tensor]):
+    """The (B, D) embeddings of a call: one, or one per state."""
+
+    def squeeze(self) -> Tensor:
+        """The one embedding, or all states stacked, without dimensions of size 1."""
+        return (self[0] if len(self) == 1 else torch.stack(list(self))).squeeze()
+
+
+class PatchEmbed(nn.Module):
+    """The projection of tile embeddings to the width of the encoder."""
+
+    def __init__(self, in_chans: int, embed_dim: int) -> None:
+        super().__init__()
+        self.proj = Linear(in_chans, embed_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in_chans) to (..., D)."""
+        out: Tensor = self.proj(x)
+        return out
+
+
+class LongNetViT(nn.Module):
+    """LongNet over the tiles of a slide, with fixed 2-D positions and a class token."""
+
+    def __init__(
+        self,
+        in_chans: int = 1536,
+        embed_dim: int = 256,
+        depth: int = 12,
+        slide_ngrids: int = 1000,
+        tile_size: int = 256,
+        max_wsi_size: int = 262144,
+        norm_layer: Callable[[int], nn.Module] = nn.LayerNorm,
+        global_pool: bool = False,
+        dropout: float = 0.25,
+        drop_path_rate: float = 0.1,
+        **kwargs: Any,
+    ) -> None:
+        """Build the encoder with random weights.
+
+        Args:
+            in_chans: width of the tile embeddings.
+            embed_dim: D.
+            depth: number of layers.
+            slide_ngrids: cells of a side of the position grid.
+            tile_size: pixels of a cell's side, in the unit of the coordinates; may be assigned later.
+            max_wsi_size: pixels of the largest slide's side; the segment lengths derive from it.
+            norm_layer: makes the last norm from a width.
+            global_pool: True for the mean over the tiles, False for the class token.
+            dropout: rate after the embedding, the attention and the feed-forward network.
+            drop_path_rate: rate of the last layer.
+            kwargs: `mlp_ratio` (4), `checkpoint_activations` (False); what is unknown is ignored with one warning.
+        """
+        super().__init__()
+        unknown = sorted(set(kwargs) - _OURS - _FROM_TIMM)
+        if unknown:
+            _warn_ignored(unknown)
+        self.in_chans = in_chans
+        self.embed_dim = embed_dim
+        self.depth = depth
+        self.slide_ngrids = slide_ngrids
+        self.tile_size: Any = tile_size
+        self.global_pool = global_pool
+        self.encoder_name = f"LongNet_{depth}_layers_{embed_dim}_dim"
+        segments = parse_lengths(self.get_optimal_segment_length(max_wsi_size, tile_size))
+
+        self.patch_embed = PatchEmbed(in_chans, embed_dim)
+        self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim))
+        self.pos_embed = LazyPosEmbed(embed_dim, slide_ngrids)
+        self.encoder = LongNetEncoder(
+            LongNetConfig(
+                embed_dim=embed_dim,
+                depth=depth,
+                ffn_ratio=int(kwargs.get("mlp_ratio") or 4),
+                segment_lengths=segments,
+                dilations=tuple(2**i for i in range(len(segments))),
+                dropout=dropout,
+                drop_path_rate=drop_path_rate,
+            )
+        )
+        self.encoder.checkpoint_activations = bool(kwargs.get("checkpoint_activations"))
+        self.norm = norm_layer(embed_dim)
+        nn.init.normal_(self.cls_token, std=0.02)
+
+    def get_optimal_segment_length(self, max_wsi_size: int = 262144, tile_size: int = 256) -> str:
+        """The segment lengths as text, such as "[1024, 5792, 32768, 185363, 1048576]"; callers may replace it."""
+        return str(list(optimal_segment_lengths(max_wsi_size, tile_size)))
+
+    def coords_to_pos(self, coords: Tensor, tile_size: Any = 256) -> Tensor:
+        """Rows of the position table (...,) int64 for pixel coordinates (..., 2), as (x, y)."""
+        cells = cells_of(coords, float(tile_size)).long()
+        return (cells[..., 0] * self.slide_ngrids + cells[..., 1] + 1).to(coords.device)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Keep one activation per layer in training and compute the others again in the backward pass."""
+        self.encoder.checkpoint_activations = enable
+
+    def forward(
+        self, x: Tensor, coords: Tensor, all_layer_embed: bool = False, *, valid_mask: Tensor | None = None
+    ) -> Embeddings:
+        """Embed slides.
+
+        Args:
+            x: tile embeddings (B, L, in_chans), or (L, in_chans) for one slide.
+            coords: (B, L, 2) or (L, 2), (x, y) in pixels of which `tile_size` make a cell.
+            all_layer_embed: True for the depth + 1 states (without `encoder.layer_norm`), state 0 being the input.
+            valid_mask: (B, L) bool, True = real tile; whatever stands elsewhere changes nothing and costs nothing.
+
+        Returns:
+            A list of one (B, D) tensor, or of depth + 1.
+        """
+        x, coords = x if x.ndim != 2 else x[None], coords if coords.ndim != 2 else coords[None]
+        if coords.ndim == 3 and coords.shape[0] == 1 != x.shape[0]:
+            coords = coords.expand(x.shape[0], -1, -1)
+        self._check(x, coords)
+        if valid_mask is None:
+            return self._embed(x, coords, (x.shape[1] + 1,) * x.shape[0], all_layer_embed)
+        valid = valid_mask if valid_mask.ndim != 1 else valid_mask[None]
+        if valid.shape != x.shape[:2]:
+            raise ValueError(
+                f"slide encoder: expected valid_mask {tuple(x.shape[:2])}, got {tuple(valid.shape)}. "
+                "Give one True or False per tile."
+            )
+        valid = valid.to(device=x.device, dtype=torch.bool)
+        lengths = valid.sum(1).tolist()
+        return self.forward_packed(x[valid], coords[valid.to(coords.device)], lengths, all_layer_embed)
+
+    def forward_packed(
+        self, x: Tensor, coords: Tensor, lengths: Sequence[int] | Tensor, all_layer_embed: bool = False
+    ) -> Embeddings:
+        """Embed slides of several lengths, given one after another; see `forward`.
+
+        Args:
+            x: tile embeddings of all slides (T, in_chans).
+            coords: (T, 2).
+            lengths: tiles of each slide, T in all, none empty.
+            all_layer_embed: as in `forward`.
+        """
+        tiles = tuple(int(length) for length in lengths)
+        self._check(x[None], coords[None])
+        if min(tiles, default=0) < 1 or sum(tiles) != x.shape[0]:
+            raise ValueError(
+                f"slide encoder: expected lengths of at least 1 that add up to {x.shape[0]} tiles, got {tiles}. "
+                "Leave empty slides out."
+            )
+        return self._embed(x[None], coords[None], tuple(length + 1 for length in tiles), all_layer_embed)
+
+    def _check(self, x: Tensor, coords: Tensor) -> None:
+        """Raise ValueError unless x is (B, L, in_chans) and coords (B, L, 2), L at least 1."""
+        if x.ndim != 3 or x.shape[-1] != self.in_chans:
+            raise ValueError(
+                f"slide encoder: expected tile embeddings (B, L, {self.in_chans}), got {tuple(x.shape)}. "
+                "Use embeddings of the tile encoder that this slide encoder was trained with."
+            )
+        if coords.shape != (*x.shape[:2], 2):
+            raise ValueError(
+                f"slide encoder: expected coordinates {(*x.shape[:2], 2)} for embeddings {tuple(x.shape)}, got "
+                f"{tuple(coords.shape)}. Give one (x, y) per tile."
+            )
+        if 0 in x.shape[:2]:
+            raise ValueError("slide encoder: expected at least one tile, got none. Leave empty slides out.")
+
+    def _embed(self, x: Tensor, coords: Tensor, lengths: tuple[int, ...], all_layer_embed: bool) -> Embeddings:
+        """The embeddings of slides with `lengths` tokens, the class token counted, from (B, L, .) or (1, T, .)."""
+        tile_size = float(self.tile_size)
+        coords = checked_coords(coords.to(x.device), tile_size, self.slide_ngrids)
+        if not torch.is_autocast_enabled(x.device.type):
+            x = x.to(self.cls_token.dtype)
+        tiles = self.patch_embed(x)
+        tiles = tiles + self.pos_embed[:, self.coords_to_pos(coords, tile_size), :][0].to(tiles.dtype)
+        token = self.cls_token.to(tiles.dtype) + self.pos_embed[:, :1, :].to(tiles)
+        parts = torch.split(tiles.flatten(0, 1), [length - 1 for length in lengths])
+        tokens = torch.cat([piece for part in parts for piece in (token[0], part)])
+        tokens = tokens.view(x.shape[0], -1, self.embed_dim)  # (B, N, D) or (1, T + B, D)
+        del tiles, parts
+
+        pool = partial(self._pool, lengths=lengths)
+        answer = self.encoder(
+            src_tokens=None,
+            token_embeddings=tokens,
+            return_all_hiddens=all_layer_embed,
+            lengths=lengths,
+            summarise=pool,
+        )
+        return Embeddings(answer["encoder_states"] if all_layer_embed else [pool(answer["encoder_out"])])
+
+    def _pool(self, tokens: Tensor, lengths: tuple[int, ...]) -> Tensor:
+        """Tokens (B, N, D) or (1, T, D) to embeddings (B, D): the mean over tiles or the class token, then `norm`."""
+        slides = torch.split(tokens.flatten(0, 1), list(lengths))
+        pooled = torch.stack([slide[1:].mean(0) if self.global_pool else slide[0] for slide in slides])
+        out: Tensor = self.norm(pooled)
+        return out
+
+
+def _warn_ignored(names: Sequence[str]) -> None:
+    warnings.warn(f"slide encoder: ignored arguments that it does not know: {', '.join(names)}.", stacklevel=4)
+
+
+def _build(embed_dim: int, depth: int, kwargs: dict[str, Any]) -> LongNetViT:
+    kwargs = {name: value for name, value in kwargs.items() if value is not None}
+    return LongNetViT(
+        **{"norm_layer": partial(nn.LayerNorm, eps=1e-6), "embed_dim": embed_dim, "depth": depth, **kwargs}
+    )
+
+
+@register_model
+def gigapath_slide_enc12l768d(**kwargs: Any) -> LongNetViT:
+    """Prov-GigaPath: 12 layers, width 768, tile embeddings of 1536."""
+    return _build(768, 12, kwargs)
+
+
+@register_model
+def gigapath_slide_enc24l1024d(**kwargs: Any) -> LongNetViT:
+    """24 layers, width 1024."""
+    return _build(1024, 24, kwargs)
+
+
+@register_model
+def gigapath_slide_enc12l1536d(**kwargs: Any) -> LongNetViT:
+    """12 layers, width 1536."""
+    return _build(1536, 12, kwargs)
+
+
+@register_model
+def gigapath_slide_enc12l384d(**kwargs: Any) -> LongNetViT:
+    """GigaPath-Flash: 12 layers, width 384, tile embeddings of 384 (say so with `in_chans`)."""
+    return _build(384, 12, kwargs)
+
+
+def create_model(
+    pretrained: str, model_arch: str, in_chans: int, local_dir: str | None = None, **kwargs: Any
+) -> LongNetViT:
+    """Build a slide encoder and load its weights.
+
+    Args:
+        pretrained: "hf_hub:REPO", the path of a checkpoint, or "" for random weights.
+        model_arch: an architecture of timm's registry, such as "gigapath_slide_enc12l768d".
+        in_chans: width of the tile embeddings.
+        local_dir: where a download goes; the hub's cache by default.
+        kwargs: options of `LongNetViT`; what it does not know is ignored with one warning.
+
+    Raises:
+        FileNotFoundError: the checkpoint is not there.
+        ValueError: unknown architecture, or weights of the encoder that are missing or of another shape.
+    """
+    if not is_model(model_arch):
+        raise ValueError(
+            f"create_model: expected an architecture such as {', '.join(ARCHITECTURES)}, got {model_arch!r}. "
+            "Choose one of these, or register your own with timm."
+        )
+    known = set(inspect.signature(LongNetViT).parameters) | _OURS | _FROM_TIMM
+    unknown = sorted(set(kwargs) - known)
+    if unknown:
+        _warn_ignored(unknown)
+    options = {name: value for name, value in kwargs.items() if name in known - _FROM_TIMM and value is not None}
+    if not pretrained:
+        return _make(model_arch, in_chans, options)
+    state = load_state_dict(find_weights(pretrained, WEIGHTS_FILE, local_dir))
+    with torch.device("meta"):  # nothing is initialised that the checkpoint replaces
+        model = _make(model_arch, in_chans, options)
+    assign_weights(model_arch, model, state)
+    return model
+
+
+def _make(model_arch: str, in_chans: int, options: dict[str, Any]) -> LongNetViT:
+    return cast(LongNetViT, timm.create_model(model_arch, pretrained=False, in_chans=in_chans, **options))
