@@ -47,7 +47,12 @@ _NAMED = 6  # keys written out in a message
 
 
 def find_weights(
-    pretrained: str | Path, filename: str, local_dir: str | Path | None = None, *, strict: bool = False
+    pretrained: str | Path,
+    filename: str,
+    local_dir: str | Path | None = None,
+    *,
+    cache_dir: str | Path | None = None,
+    strict: bool = False,
 ) -> Path:
     """Turn what a caller says of weights into a local file.
 
@@ -55,6 +60,7 @@ def find_weights(
         pretrained: `hf_hub:REPO` (or `hf_hub:REPO@REVISION`), a file, or a folder that holds `filename`.
         filename: the file's name in the repository or folder, e.g. "slide_encoder.pth".
         local_dir: for the hub, a folder to put the file in; None for the hub's own cache.
+        cache_dir: another folder for the hub's cache.
         strict: for a released repository, whether a sha256 other than the recorded one is an error rather than a
             RuntimeWarning. The command line is strict; `create_model` warns.
 
@@ -64,7 +70,7 @@ def find_weights(
         ValueError: the file is not the recorded one, with `strict`.
     """
     if str(pretrained).startswith(HUB_PREFIXES):
-        return hub_file(str(pretrained), filename, local_dir=local_dir, strict=strict)
+        return hub_file(str(pretrained), filename, local_dir=local_dir, cache_dir=cache_dir, strict=strict)
     path = Path(pretrained).expanduser()
     if path.is_dir():
         path = path / filename

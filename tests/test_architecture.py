@@ -13,8 +13,8 @@ PACKAGE = Path(__file__).parent.parent / "gigapath"
 LAYERS = [
     {"options", "files"},
     {"downloads"},
-    {"features", "tensors", "weights", "longnet", "pos_embed"},
-    {"preprocessing", "slide_encoder", "metrics"},
+    {"features", "tensors", "weights", "devices", "longnet", "pos_embed"},
+    {"preprocessing", "tile_transform", "standin", "slide_encoder", "metrics"},
     {"tile_encoder", "classification_head", "torchscale"},
     {"cohort", "encoding"},
     {"pipeline", "linear_probe", "finetune"},

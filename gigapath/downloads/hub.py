@@ -24,6 +24,7 @@ def hub_file(
     filename: str,
     *,
     local_dir: str | Path | None = None,
+    cache_dir: str | Path | None = None,
     strict: bool = False,
 ) -> Path:
     """Fetch one file of the hub, or find it in the cache, and check it against the recorded sha256.
@@ -36,6 +37,7 @@ def hub_file(
         address: `hf_hub:REPO`, `hf_hub:REPO@REVISION` or, of a dataset, `hf_hub:datasets/REPO`.
         filename: the file's path in the repository.
         local_dir: a folder to put the file in, or None for the hub's cache.
+        cache_dir: another folder for the hub's cache.
         strict: whether a sha256 other than the recorded one is an error; else it is a RuntimeWarning.
 
     Returns:
@@ -54,6 +56,8 @@ def hub_file(
         repo, arguments["repo_type"] = repo.removeprefix("datasets/"), "dataset"
     if revision:
         arguments["revision"] = revision
+    if cache_dir is not None:
+        arguments["cache_dir"] = cache_dir
     if recorded and local_dir is not None:
         there = Path(local_dir) / filename
         if there.is_file() and remembered_sha256(there) == recorded:
@@ -63,8 +67,8 @@ def hub_file(
     except Exception as error:
         cached = _other_revision(repo, filename) if recorded else None
         if cached is None or remembered_sha256(cached) != recorded:
-            folder = Path(local_dir or huggingface_hub.constants.HF_HUB_CACHE)
-            raise _explained(error, repo, filename, folder) from error
+            folder = Path(local_dir or cache_dir or huggingface_hub.constants.HF_HUB_CACHE)
+            raise hub_error(error, repo, filename, folder) from error
         return cached
     if recorded:
         check_sha256(path, recorded, f"hf_hub:{repo}/{filename}", strict=strict)
@@ -100,7 +104,7 @@ def _other_revision(repo: str, filename: str) -> Path | None:
     return Path(cached) if isinstance(cached, str) else None
 
 
-def _explained(error: Exception, repo: str, filename: str, folder: Path) -> OSError:
+def hub_error(error: Exception, repo: str, filename: str, folder: Path) -> OSError:
     """The one sentence for what the hub's client raised."""
     who = f"hf_hub:{repo}/{filename}"
     hub: Any = huggingface_hub.utils  # where old and new versions of the client have the errors

@@ -1,0 +1,399 @@
+"""Tile encoders: the released ones, the stand-in, timm's, and checkpoints on disk; pixels in, one vector a tile out.
+
+`create_model` and the two architectures in timm's registry serve callers of the published package;
+`load_tile_encoder` is what the command line uses. B tiles of a batch, T pixels of a tile's side, D width.
+"""
+
+import contextlib
+import inspect
+import re
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import huggingface_hub.constants
+import numpy as np
+import numpy.typing as npt
+import timm
+import torch
+from timm.data import resolve_model_data_config  # type: ignore[attr-defined]
+from timm.layers import SwiGLUPacked  # type: ignore[attr-defined]
+from timm.models import register_model
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from gigapath import standin
+from gigapath.devices import resolve_device, resolve_precision
+from gigapath.downloads import HUB_PREFIXES, RELEASES, Release
+from gigapath.downloads.digests import remembered_sha256
+from gigapath.downloads.hub import hub_error
+from gigapath.downloads.table import TILE_FILE
+from gigapath.tile_transform import RELEASED_TRANSFORM, TileTransform
+from gigapath.weights import assign_weights, find_weights, load_state_dict, tell_architecture
+
+__all__ = ["RELEASED_TRANSFORM", "TileEncoder", "create_model", "load_tile_encoder"]  # timm adds the architectures
+
+_AUTOCAST = {"fp16": torch.float16, "bf16": torch.bfloat16}
+
+# What timm's factory hands to every architecture besides the model's own arguments.
+_FROM_TIMM = {"pretrained_cfg", "pretrained_cfg_overlay", "cache_dir", "pretrained_model_args"}
+_MODEL_ARGUMENTS = set(inspect.signature(VisionTransformer).parameters) - {"device", "dtype"}
+
+# A seed of its own for random weights, so that two runs agree and the caller's generator is left alone.
+_RANDOM_SEED = 0
+
+
+# ------------------------------------------------------------------------------------------ released architectures
+
+
+@register_model
+def gigapath_tile_enc_dinov2s(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
+    """GigaPath-Flash's tile encoder: ViT-S/16 with SwiGLU, 384-d, 21,681,024 parameters, 174 entries.
+
+    With `pretrained`, the released weights: so `timm.create_model("hf_hub:prov-gigapath/prov-gigapath-flash",
+    pretrained=True)` gives them once this module is imported (the published package's registration ignores
+    `pretrained` and gives random weights there, without a word).
+    """
+    return _create("gigapath_tile_enc_dinov2s", pretrained, kwargs)
+
+
+@register_model
+def gigapath_tile_enc_vitg(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
+    """Prov-GigaPath's tile encoder: ViT-g/16 with SwiGLU, 1536-d, 1,134,953,984 parameters; built without network."""
+    return _create("gigapath_tile_enc_vitg", pretrained, kwargs)
+
+
+_SIZES: dict[str, dict[str, Any]] = {
+    "gigapath_tile_enc_dinov2s": {"embed_dim": 384, "depth": 12, "num_heads": 6, "mlp_ratio": 2048 / 384},
+    "gigapath_tile_enc_vitg": {"embed_dim": 1536, "depth": 40, "num_heads": 24, "mlp_ratio": 5.33334},
+}
+
+
+def _create(arch: str, pretrained: bool, kwargs: dict[str, Any]) -> VisionTransformer:
+    """What timm's registry calls: the model, with the weights of the repository or folder that timm names."""
+    given = {name: value for name, value in kwargs.items() if name not in _FROM_TIMM}
+    if not pretrained:
+        return _vision_transformer(arch, given)
+    config = kwargs.get("pretrained_cfg")
+    config = config if isinstance(config, dict) else vars(config) if hasattr(config, "hf_hub_id") else {}
+    released = next(release.repo for release in RELEASES.values() if release.tile_arch == arch)
+    source = config.get("file") or f"hf_hub:{config.get('hf_hub_id') or released}"
+    path = find_weights(source, TILE_FILE, cache_dir=kwargs.get("cache_dir"))
+    return _loaded(arch, load_state_dict(path), given)
+
+
+def _vision_transformer(arch: str, given: dict[str, Any]) -> VisionTransformer:
+    """The architecture with its arguments, the caller's over them; what the model does not know is warned of."""
+    given = {name: value for name, value in given.items() if value is not None}
+    unknown = sorted(set(given) - _MODEL_ARGUMENTS)
+    if unknown:
+        warnings.warn(f"{arch}: ignored what this model has no use for: {', '.join(unknown)}", stacklevel=4)
+    arguments: dict[str, Any] = {
+        "img_size": 224,
+        "patch_size": 16,
+        "mlp_layer": SwiGLUPacked,
+        "act_layer": nn.SiLU,
+        "init_values": 1e-5,
+        "num_classes": 0,
+        "global_pool": "token",
+        "class_token": True,
+        "reg_tokens": 0,
+        **_SIZES[arch],
+    }
+    model = VisionTransformer(**arguments | {name: given[name] for name in given if name not in unknown})
+    # So that timm's own `create_transform(**resolve_model_data_config(model))` is the released transform.
+    config: Any = {
+        "architecture": arch,
+        "input_size": (3, RELEASED_TRANSFORM.crop, RELEASED_TRANSFORM.crop),
+        "crop_pct": RELEASED_TRANSFORM.crop / RELEASED_TRANSFORM.resize,
+        "interpolation": RELEASED_TRANSFORM.interpolation,
+        "mean": RELEASED_TRANSFORM.mean,
+        "std": RELEASED_TRANSFORM.std,
+        "num_classes": model.num_classes,
+        "first_conv": "patch_embed.proj",
+        "classifier": "head",
+    }
+    model.pretrained_cfg = model.default_cfg = config
+    return model
+
+
+def _loaded(arch: str, state: Mapping[str, Tensor], given: dict[str, Any]) -> VisionTransformer:
+    """The architecture with a checkpoint's weights; nothing is initialised first, and no second copy is made."""
+    model: VisionTransformer = _without_storage(lambda: _vision_transformer(arch, given))
+    assign_weights(arch, model, state)
+    return model
+
+
+def _without_storage(build: Callable[[], Any]) -> Any:
+    """Build a model on the meta device; old versions of timm read numbers back while they build, and can't."""
+    try:
+        with torch.device("meta"):
+            return build()
+    except (NotImplementedError, RuntimeError):
+        return build()
+
+
+def create_model(
+    pretrained: str,
+    model_arch: str = "gigapath_tile_enc_dinov2s",
+    local_dir: str | Path | None = None,
+    **kwargs: Any,
+) -> nn.Module:
+    """Create a tile encoder, as the published package's function of this name does.
+
+    Args:
+        pretrained: `hf_hub:REPO`, a file, a folder with `pytorch_model.bin`, or "" for random weights.
+        model_arch: an architecture of this module.
+        local_dir: a folder for the hub's file; None for the hub's cache.
+        **kwargs: arguments of the model; what it does not know is ignored with one warning.
+
+    Returns:
+        The model, which takes float32 (B, 3, 224, 224) and gives (B, D).
+
+    Raises:
+        FileNotFoundError, PermissionError: the weights are not to be had (never random ones in their place).
+        ValueError: an unknown architecture, or a checkpoint of another one.
+    """
+    if model_arch not in _SIZES:
+        raise ValueError(f"create_model: expected model_arch {' or '.join(_SIZES)}, got {model_arch!r}.")
+    if pretrained == "":
+        return _vision_transformer(model_arch, kwargs)
+    return _loaded(model_arch, load_state_dict(find_weights(pretrained, TILE_FILE, local_dir)), kwargs)
+
+
+# --------------------------------------------------------------------------------------------------- tile encoders
+
+
+@dataclass(frozen=True)
+class TileEncoder:
+    """A tile encoder on its device, ready to use.
+
+    Attributes:
+        name: short and fit for a folder's name, e.g. "gigapath-flash".
+        embed_dim: width D of its vectors.
+        trained: whether its weights are trained ones.
+        weights_sha256: of the file of weights, or None where there is none.
+        transform: from pixels to the model's input.
+        description: one line that says plainly what it is.
+        device: where it runs.
+        precision: "fp32", or the type of autocast, "fp16" or "bf16".
+        model: the model, in eval mode.
+    """
+
+    name: str
+    embed_dim: int
+    trained: bool
+    weights_sha256: str | None
+    transform: TileTransform
+    description: str
+    device: torch.device
+    precision: str
+    model: nn.Module
+
+    @property
+    def transform_name(self) -> str:
+        """The transform in words."""
+        return self.transform.name
+
+    def encode(self, tiles: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+        """Embed one batch of tiles.
+
+        On one device the vector of a tile depends on the batch's shape, not on its neighbours: callers who need equal
+        bytes give batches of one shape and cut off what they padded.
+
+        Args:
+            tiles: uint8 (B, T, T, 3), RGB.
+
+        Returns:
+            float32 (B, D).
+
+        Raises:
+            ValueError: the batch has another form, or a vector is not finite.
+        """
+        with torch.inference_mode(), self._autocast(), _reproducible(self.device):
+            vectors = self.model(self.transform.batch(tiles, self.device)).float().cpu().numpy()
+        if vectors.shape != (len(tiles), self.embed_dim):
+            raise ValueError(f"{self.name}: expected vectors of {self.embed_dim}, got an output {vectors.shape}.")
+        if not np.isfinite(vectors).all():
+            raise ValueError(f"{self.name}: a vector is not finite in {self.precision}. Try --precision fp32.")
+        return np.asarray(vectors, dtype=np.float32)
+
+    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
+        if self.precision == "fp32":
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, dtype=_AUTOCAST[self.precision])
+
+
+def load_tile_encoder(
+    name: str,
+    *,
+    device: str | torch.device = "cpu",
+    precision: str = "fp32",
+    random_weights: bool = False,
+) -> TileEncoder:
+    """Load a tile encoder by the name that the command line knows it by.
+
+    Args:
+        name: "gigapath", "gigapath-flash", "standin", "timm:NAME", `hf_hub:` and a released repository, or a
+            checkpoint (or a folder with `pytorch_model.bin`) of one of the two released architectures.
+        device: "auto", "cpu", "cuda", "cuda:N" or "mps".
+        precision: "auto" (fp16 autocast on CUDA, fp32 elsewhere), "fp32", "fp16" or "bf16".
+        random_weights: leave the weights untrained, for trying things; the same ones every time.
+
+    Raises:
+        ValueError: an unknown name, a checkpoint of another architecture, a device that is not there.
+        FileNotFoundError, PermissionError, ConnectionError: the weights are not to be had.
+        ImportError: the stand-in's package is not installed.
+    """
+    resolved = resolve_device(device)
+    precision = resolve_precision(precision, resolved)
+    release = next((r for r in RELEASES.values() if name in (r.name, *(p + r.repo for p in HUB_PREFIXES))), None)
+    if release:
+        parts = _released_encoder(release, random_weights)
+    elif name == "standin":
+        parts = _standin_encoder(random_weights)
+    elif name.startswith("timm:"):
+        parts = _timm_encoder(name.removeprefix("timm:"), random_weights)
+    else:
+        parts = _file_encoder(name, random_weights)
+    model = parts.pop("model").eval().requires_grad_(False)
+    if random_weights:
+        parts["name"] += "-random"
+        parts["description"] += ", UNTRAINED: random weights"
+    # Convolutions on a CPU are three times as fast with the channels last.
+    model = model.to(device=resolved, memory_format=torch.channels_last)
+    return TileEncoder(
+        trained=not random_weights,
+        device=resolved,
+        precision=precision,
+        model=model,
+        **parts,
+    )
+
+
+def _reproducible(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """On CUDA, convolutions in true float32 and by deterministic kernels, within this block only."""
+    if device.type != "cuda":
+        return contextlib.nullcontext()
+    return torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
+
+
+# What each kind of name leads to: the fields of a TileEncoder that depend on it.
+
+
+def _released_encoder(release: Release, random_weights: bool) -> dict[str, Any]:
+    arch = release.tile_arch
+    if random_weights:
+        model, sha256 = _seeded(lambda: _vision_transformer(arch, {})), None
+    else:
+        path = find_weights(f"hf_hub:{release.repo}", TILE_FILE, strict=True)
+        model, sha256 = _loaded(arch, load_state_dict(path), {}), remembered_sha256(path)
+    return _parts(release.name, model, sha256, f"{release.repo}'s tile encoder ({arch}, {release.tile_dim}-d)")
+
+
+def _standin_encoder(random_weights: bool) -> dict[str, Any]:
+    def build() -> Any:
+        return timm.create_model(standin.ARCHITECTURE, num_classes=0)
+
+    if random_weights:
+        model, sha256 = _seeded(build), None
+    else:
+        path = standin.weights_file()
+        model, sha256 = _without_storage(build), standin.SHA256
+        assign_weights("the stand-in", model, standin.standin_state(path))
+    return _parts("standin", model, sha256, standin.DESCRIPTION) | {"transform": _timm_transform(model)}
+
+
+def _file_encoder(name: str, random_weights: bool) -> dict[str, Any]:
+    if random_weights:
+        raise ValueError(f"--random-weights: expected the name of an encoder, got the checkpoint {name!r}. Drop one.")
+    known = ", ".join([*RELEASES, "standin", "timm:NAME"])
+    try:
+        path = find_weights(name, TILE_FILE)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"--tile-encoder: expected {known}, or a checkpoint that exists, got {name!r}."
+        ) from error
+    state = load_state_dict(path)
+    arch = tell_architecture(state, "tile", path)
+    model, sha256 = _loaded(arch, state, {}), remembered_sha256(path)
+    release = next((release for release in RELEASES.values() if release.tile_sha256 == sha256), None)
+    if release:
+        return _parts(release.name, model, sha256, f"{release.repo}'s tile encoder ({arch}), from a local file")
+    short = re.sub(r"[^A-Za-z0-9._-]", "_", path.stem)
+    return _parts(f"{short}-{sha256[:8]}", model, sha256, f"a checkpoint of {arch} with sha256 {sha256}")
+
+
+def _timm_encoder(name: str, random_weights: bool) -> dict[str, Any]:
+    if any(name.endswith(release.repo) for release in RELEASES.values()):
+        raise ValueError(
+            f"--tile-encoder: got 'timm:{name}', whose own config does not say the released transform. Use "
+            f"{' or '.join(RELEASES)}."
+        )
+
+    def build() -> Any:
+        return timm.create_model(name, pretrained=not random_weights, num_classes=0)
+
+    try:
+        model = _seeded(build) if random_weights else build()
+    except Exception as error:  # of the hub's client, of timm, of the network
+        if isinstance(error, (RuntimeError, ValueError, TypeError, AssertionError)):
+            reason = " ".join(str(error).split())
+            raise ValueError(f"--tile-encoder: timm can't build {name!r} with its weights: {reason}") from error
+        known = timm.get_pretrained_cfg(name, allow_unregistered=True)
+        repo = (known.hf_hub_id if known else None) or name.partition(":")[2] or name
+        raise hub_error(error, repo, "model.safetensors", Path(huggingface_hub.constants.HF_HUB_CACHE)) from error
+    transform = _timm_transform(model)
+    with torch.inference_mode():
+        output = model.eval()(torch.zeros(1, 3, transform.crop, transform.crop))
+    if not isinstance(output, Tensor) or output.ndim != 2:
+        raise ValueError(f"--tile-encoder: expected a model that gives one vector a tile, got 'timm:{name}'.")
+    sha256 = None if random_weights else _timm_sha256(model.pretrained_cfg)
+    short = "timm-" + re.sub(r"[^A-Za-z0-9._-]", "_", name)
+    description = f"timm's {name} ({output.shape[1]}-d), with the transform of its own config"
+    return _parts(short, model, sha256, description) | {"transform": transform, "embed_dim": output.shape[1]}
+
+
+def _parts(name: str, model: Any, sha256: str | None, description: str) -> dict[str, Any]:
+    return {
+        "name": name,
+        "model": model,
+        "embed_dim": int(model.num_features),
+        "weights_sha256": sha256,
+        "transform": RELEASED_TRANSFORM,
+        "description": description,
+    }
+
+
+def _seeded(build: Callable[[], Any]) -> Any:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(_RANDOM_SEED)
+        return build()
+
+
+def _timm_transform(model: nn.Module) -> TileTransform:
+    """The transform of a timm model's own config; for square tiles all of timm's crop modes are this one."""
+    config = resolve_model_data_config(model)  # type: ignore[no-untyped-call]
+    channels, height, width = config["input_size"]
+    if channels != 3 or height != width:
+        raise ValueError(f"--tile-encoder: expected a model of square RGB tiles, got input {config['input_size']}.")
+    return TileTransform(
+        resize=int(height / config["crop_pct"]),
+        crop=height,
+        mean=tuple(config["mean"]),
+        std=tuple(config["std"]),
+        interpolation=config["interpolation"],
+    )
+
+
+def _timm_sha256(config: dict[str, Any]) -> str | None:
+    """Of the file that timm loaded, as the hub's cache has it; None where it came from elsewhere."""
+    repo, _, revision = str(config.get("hf_hub_id") or "").partition("@")
+    for file in ("model.safetensors", TILE_FILE):
+        cached = huggingface_hub.try_to_load_from_cache(repo, file, revision=revision or None) if repo else None
+        if isinstance(cached, str):
+            return remembered_sha256(Path(cached))
+    return None

@@ -1,0 +1,90 @@
+"""From a tile's pixels to what a tile encoder takes: one description, a form for PIL images and one for batches.
+
+T pixels of a tile's side, B tiles of a batch.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision import transforms
+
+RGB = tuple[float, float, float]
+
+
+@dataclass(frozen=True)
+class TileTransform:
+    """Resize the shorter side, cut the centre, scale to [0, 1], normalise per channel.
+
+    Attributes:
+        resize: pixels of the shorter side after resizing.
+        crop: pixels of the square that is cut out of the centre.
+        mean: of each channel, on the scale [0, 1].
+        std: of each channel, on the scale [0, 1].
+        interpolation: a filter of Pillow: "bicubic", "bilinear", "lanczos", "nearest", "box" or "hamming".
+    """
+
+    resize: int
+    crop: int
+    mean: RGB
+    std: RGB
+    interpolation: str = "bicubic"
+
+    def __post_init__(self) -> None:
+        if not 0 < self.crop <= self.resize:
+            raise ValueError(f"TileTransform: expected 0 < crop <= resize, got {self.crop} and {self.resize}.")
+
+    @property
+    def name(self) -> str:
+        """The transform in words, for provenance."""
+        mean, std = (" ".join(f"{value:g}" for value in values) for values in (self.mean, self.std))
+        return f"resize {self.resize} {self.interpolation}, centre crop {self.crop}, mean {mean}, std {std}"
+
+    def compose(self) -> transforms.Compose:
+        """The transform of one PIL image, as torchvision writes it; gives float32 (3, crop, crop)."""
+        return transforms.Compose(
+            [
+                transforms.Resize(self.resize, interpolation=transforms.InterpolationMode(self.interpolation)),
+                transforms.CenterCrop(self.crop),
+                transforms.ToTensor(),
+                transforms.Normalize(mean=self.mean, std=self.std),
+            ]
+        )
+
+    def batch(self, tiles: npt.NDArray[np.uint8], device: torch.device | str = "cpu") -> Tensor:
+        """Transform a batch of square tiles: the numbers of `compose`, bit for bit, on any device.
+
+        Tiles whose side is `resize` already are not resampled; others go through Pillow one by one.
+
+        Args:
+            tiles: uint8 (B, T, T, 3), RGB.
+            device: where the numbers are computed; the pixels travel as uint8.
+
+        Returns:
+            float32 (B, 3, crop, crop), channels last in memory.
+        """
+        if tiles.dtype != np.uint8 or tiles.ndim != 4 or tiles.shape[1] != tiles.shape[2] or tiles.shape[3] != 3:
+            raise ValueError(f"TileTransform: expected uint8 tiles (B, T, T, 3), got {tiles.dtype} {tiles.shape}.")
+        start = round((self.resize - self.crop) / 2)
+        cut = slice(start, start + self.crop)
+        if tiles.shape[1] != self.resize:
+            tiles = self._resized(tiles)
+        pixels = torch.from_numpy(np.ascontiguousarray(tiles[:, cut, cut])).to(device)
+        # Tensors, not Python numbers: CUDA multiplies by the reciprocal of a number, which rounds differently.
+        whole, mean, std = (torch.tensor(v, device=device) for v in ((255.0,) * 3, self.mean, self.std))
+        scaled = pixels.to(torch.float32).div_(whole).sub_(mean).div_(std)  # (B, crop, crop, 3)
+        return scaled.permute(0, 3, 1, 2)
+
+    def _resized(self, tiles: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+        size, resampling = (self.resize, self.resize), Image.Resampling[self.interpolation.upper()]
+        resized = np.empty((len(tiles), *size, 3), dtype=np.uint8)
+        for i, tile in enumerate(tiles):
+            resized[i] = np.asarray(Image.fromarray(tile).resize(size, resampling))
+        return resized
+
+
+# Both released tile encoders. The published config.json says crop_pct 1.0, so timm's own transform of it differs.
+RELEASED_TRANSFORM = TileTransform(256, 224, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
