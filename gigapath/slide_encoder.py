@@ -130,6 +130,10 @@ class LongNetViT(nn.Module):
         cells = cells_of(coords, float(tile_size)).long()
         return (cells[..., 0] * self.slide_ngrids + cells[..., 1] + 1).to(coords.device)
 
+    def no_weight_decay(self) -> set[str]:
+        """Names of the parameters that weight decay leaves alone: all of one dimension."""
+        return {name for name, parameter in self.named_parameters() if parameter.ndim == 1}
+
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Keep one activation per layer in training and compute the others again in the backward pass."""
         self.encoder.checkpoint_activations = enable
@@ -264,6 +268,22 @@ def gigapath_slide_enc12l1536d(**kwargs: Any) -> LongNetViT:
 def gigapath_slide_enc12l384d(**kwargs: Any) -> LongNetViT:
     """GigaPath-Flash: 12 layers, width 384, tile embeddings of 384 (say so with `in_chans`)."""
     return _build(384, 12, kwargs)
+
+
+def layer_id(name: str, depth: int, *, published: bool = False) -> int:
+    """Where a parameter of `LongNetViT` stands: 0 at the input, i + 1 in layer i, depth + 1 in the last norms.
+
+    Args:
+        name: the parameter's name, such as "encoder.layers.3.ffn.fc1.weight".
+        depth: number of layers.
+        published: True puts the input projection at depth + 1, where a mismatch of names put it in the published
+            code; it belongs with the class token.
+    """
+    if name.startswith("cls_token") or (name.startswith("patch_embed") and not published):
+        return 0
+    if name.startswith("encoder.layers."):
+        return int(name.split(".")[2]) + 1
+    return depth + 1
 
 
 def create_model(
