@@ -95,7 +95,7 @@ def at_border(marks: BoolImage) -> BoolImage:
 def _grown(mask: BoolImage, radius: float) -> BoolImage:
     """The pixels within `radius` of the mask."""
     if not mask.any():
-        return mask.copy()
+        return mask
     distance = cv2.distanceTransform((~mask).astype(np.uint8), cv2.DIST_L2, 5)
     grown: BoolImage = distance <= max(radius, 1.5)
     return grown

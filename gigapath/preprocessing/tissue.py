@@ -28,6 +28,8 @@ CONTRAST = 12
 # Thresholds where there are no two classes.
 EVERYTHING, NOTHING = 0, 256
 
+BAND_PIXELS = 2_000_000
+
 SPECK_UM2 = 4_000.0  # a quarter of a tile of 128 microns
 HOLE_UM2 = 2_500.0
 
@@ -314,24 +316,36 @@ def area_shares(values: NDArray[Any], mask: TissueMask, grid: Grid) -> NDArray[n
     Returns:
         (rows, columns).
     """
-    sums = values.astype(np.float64)
-    spans = []
-    for axis, count in ((1, grid.columns), (0, grid.rows)):  # x then y
-        xy = 1 - axis
-        edges = (grid.anchor[xy] + np.arange(count + 1) * grid.pitch[xy] - mask.origin_level0[xy]) / mask.scale[xy]
-        sums = np.diff(_integral(sums, edges, axis), axis=axis)
-        spans.append(grid.pitch[xy] / mask.scale[xy])
-    shares = sums / (spans[0] * spans[1])
-    return np.clip(shares, 0, None).astype(np.float32)
+    edges = [
+        (grid.anchor[xy] + np.arange(count + 1) * grid.pitch[xy] - mask.origin_level0[xy]) / mask.scale[xy]
+        for xy, count in ((0, grid.columns), (1, grid.rows))
+    ]
+    return box_means(values, edges[0], edges[1])
 
 
-def _integral(values: NDArray[np.float64], edges: NDArray[np.floating], axis: int) -> NDArray[np.float64]:
+def box_means(values: NDArray[Any], x: NDArray[np.floating], y: NDArray[np.floating]) -> NDArray[np.float32]:
+    """Mean over boxes that lie side by side, exact where they cut through pixels; outside, values count as 0.
+
+    Args:
+        values: (h, w).
+        x: (columns + 1,) edges of the boxes in pixels of `values`.
+        y: (rows + 1,) edges.
+
+    Returns:
+        (rows, columns).
+    """
+    band = max(1, BAND_PIXELS // values.shape[1])  # the sums are 8 times as large as a mask
+    bands = [np.diff(_integral(values[row : row + band], x, axis=1)) for row in range(0, len(values), band)]
+    sums = np.diff(_integral(np.concatenate(bands), y, axis=0), axis=0)
+    means: NDArray[np.float32] = (sums / np.outer(np.diff(y), np.diff(x))).astype(np.float32)
+    return means
+
+
+def _integral(values: NDArray[Any], edges: NDArray[np.floating], axis: int) -> NDArray[np.float64]:
     """Integral of a step function from its start to each edge along one axis; edges outside are clipped."""
-    length = values.shape[axis]
-    start = np.zeros_like(np.take(values, [0], axis=axis))
-    cumulated = np.concatenate([start, np.cumsum(values, axis=axis)], axis=axis)
-    clipped = np.clip(edges, 0, length)
-    whole = np.minimum(clipped.astype(np.int64), length - 1)
+    cumulated = np.insert(np.cumsum(values, axis=axis, dtype=np.float64), 0, 0, axis=axis)
+    clipped = np.clip(edges, 0, values.shape[axis])
+    whole = np.minimum(clipped.astype(np.int64), values.shape[axis] - 1)
     part = (clipped - whole).reshape((-1, 1) if axis == 0 else (1, -1))
     low, high = np.take(cumulated, whole, axis=axis), np.take(cumulated, whole + 1, axis=axis)
     result: NDArray[np.float64] = low * (1 - part) + high * part

@@ -1,0 +1,166 @@
+"""The published tissue rule: one luminance threshold for the whole slide, and each tile judged by its own pixels.
+
+Luminance is the plain mean of R, G and B. Otsu's threshold is taken over the whole lowest level; what lies strictly
+below it is foreground. Tiles that meet the foreground's bounding box are read, and one is kept when more than a tenth
+of its pixels lie strictly below.
+"""
+
+import math
+from collections.abc import Iterator
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gigapath.features import Tiles
+from gigapath.preprocessing.grid import Grid
+from gigapath.preprocessing.reading import iter_tiles
+from gigapath.preprocessing.slide import Overview, Slide
+from gigapath.preprocessing.tissue import TissueMask, make_mask
+
+BINS = 256
+BAND_PIXELS = 4_000_000
+BATCH = 32
+
+
+def luminance_threshold(counts: NDArray[np.int64]) -> float:
+    """Otsu's threshold as the published code has it: the middle of the last bin of the darker class, among 256 bins
+    between the darkest and the brightest value.
+
+    Args:
+        counts: (766,) pixels by R + G + B.
+    """
+    sums = np.flatnonzero(counts)
+    if not sums.size:
+        return 0.0
+    luminance = sums / 3
+    if len(sums) == 1:
+        return float(luminance[0])
+    histogram, edges = np.histogram(luminance, bins=BINS, weights=counts[sums].astype(np.float64))
+    centres = (edges[:-1] + edges[1:]) / 2
+    below, above = np.cumsum(histogram), np.cumsum(histogram[::-1])[::-1]
+    mean_below = np.cumsum(histogram * centres) / below
+    mean_above = (np.cumsum((histogram * centres)[::-1]) / above[::-1])[::-1]
+    between = below[:-1] * above[1:] * (mean_below[:-1] - mean_above[1:]) ** 2
+    first = np.flatnonzero(between >= between.max() * (1 - 1e-12))[0]  # empty bins between the classes are all equal
+    return float(centres[first])
+
+
+def share_below(tiles: NDArray[np.uint8], threshold: float) -> NDArray[np.float32]:
+    """Share of each tile's pixels whose luminance lies strictly below `threshold`.
+
+    Args:
+        tiles: (N, T, T, 3) RGB.
+        threshold: in grey levels.
+
+    Returns:
+        (N,), 0 to 1.
+    """
+    dark = _channel_sums(tiles) < sums_below(threshold)
+    return np.asarray(dark.mean(axis=(1, 2), dtype=np.float64), np.float32)
+
+
+def sums_below(threshold: float) -> int:
+    """The least R + G + B whose mean is not strictly below `threshold`."""
+    return int(np.count_nonzero(np.arange(766) / 3 < threshold))
+
+
+def _channel_sums(image: NDArray[np.uint8]) -> NDArray[np.uint16]:
+    """(..., 3) to (...): R + G + B."""
+    sums = image[..., 0].astype(np.uint16)
+    sums += image[..., 1]
+    sums += image[..., 2]
+    return sums
+
+
+def published_tissue(slide: Slide, overview: Overview, threshold: float | None = None) -> TissueMask:
+    """Threshold and tissue box of the whole lowest level; the mask is the overview's share of it, for the picture.
+
+    Args:
+        slide: the open slide.
+        overview: the frame of the mask.
+        threshold: luminance; Otsu's when None.
+    """
+    if threshold is None:
+        counts = np.zeros(766, np.int64)
+        for _, sums in _lowest_level(slide):
+            counts += np.bincount(sums.ravel(), minlength=766)
+        threshold = luminance_threshold(counts)
+    box = _foreground_box(slide, sums_below(threshold))
+    mask = (_channel_sums(overview.image) < sums_below(threshold)) & (box is not None)
+    return make_mask(
+        overview,
+        mask,
+        method="published",
+        threshold=threshold,
+        state="blank" if box is None else "tissue",
+        box_level0=box,
+    )
+
+
+def _lowest_level(slide: Slide) -> Iterator[tuple[int, NDArray[np.uint16]]]:
+    """R + G + B of the whole lowest level in bands: (first row, (rows, w))."""
+    level = len(slide.level_dimensions) - 1
+    width, height = slide.level_dimensions[level]
+    rows = max(1, BAND_PIXELS // width)
+    for first in range(0, height, rows):
+        top = round(first * slide.level_downsamples[level])
+        yield first, _channel_sums(slide.read(0, top, level, width, min(rows, height - first)))
+
+
+def _foreground_box(slide: Slide, limit: int) -> tuple[int, int, int, int] | None:
+    """Level-0 (x, y, width, height) around all pixels of the lowest level with R + G + B below `limit`."""
+    columns = np.zeros(slide.level_dimensions[-1][0], bool)
+    rows = np.zeros(slide.level_dimensions[-1][1], bool)
+    for first, sums in _lowest_level(slide):
+        dark = sums < limit
+        columns |= dark.any(axis=0)
+        rows[first : first + len(dark)] = dark.any(axis=1)
+    if not rows.any():
+        return None
+    x, y = np.flatnonzero(columns), np.flatnonzero(rows)
+    step = slide.level_downsamples[-1]
+    left, top = math.floor(x[0] * step), math.floor(y[0] * step)
+    return left, top, math.ceil((x[-1] + 1) * step) - left, math.ceil((y[-1] + 1) * step) - top
+
+
+def published_shares(slide: Slide, mask: TissueMask, grid: Grid, *, workers: int = 0) -> NDArray[np.float32]:
+    """Share of each tile's own pixels below the threshold; tiles that don't meet the tissue box have 0.
+
+    The tiles are read as an encoder would get them, a batch at a time: memory does not depend on the slide.
+
+    Args:
+        slide: the open slide.
+        mask: from `published_tissue`.
+        grid: the tiles.
+        workers: threads that read.
+
+    Returns:
+        (rows, columns) of the grid; a tile is kept where this exceeds 0.1.
+    """
+    shares = np.zeros((grid.rows, grid.columns), np.float32)
+    if mask.box_level0 is None or mask.threshold is None:
+        return shares
+    left, top, width, height = mask.box_level0
+    cells = np.stack(np.meshgrid(np.arange(grid.columns), np.arange(grid.rows)), axis=-1).reshape(-1, 2)
+    corners = grid.corners(cells)
+    meets = ((corners < (left + width, top + height)) & (corners + grid.pitch > (left, top))).all(axis=1)
+    cells = cells[meets]
+    none = np.zeros(len(cells), np.float32)
+    tiles = Tiles(
+        slide_id=slide.slide_id,
+        coords_level0=corners[meets],
+        cells=cells,
+        tissue_fraction=none,
+        section=none,
+        qc=np.zeros((len(cells), 0), np.float32),
+        qc_names=(),
+        level=grid.level,
+        read_size=grid.read_size,
+        tile_size=grid.tile_size,
+        tile_size_level0=grid.pitch,
+        mpp=sum(grid.mpp) / 2,
+    )
+    for first, pixels in iter_tiles(slide, tiles, batch_size=BATCH, workers=workers):
+        rows, columns = cells[first : first + len(pixels), 1], cells[first : first + len(pixels), 0]
+        shares[rows, columns] = share_below(pixels, mask.threshold)
+    return shares

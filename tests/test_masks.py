@@ -1,0 +1,290 @@
+"""Masks that come as files: outlines, images, other tools' coordinates."""
+
+import gzip
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import cv2
+import h5py
+import numpy as np
+import numpy.typing as npt
+import PIL.Image
+import pytest
+import tifffile
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from made_slides import paint_tissue, write_pyramid
+
+from gigapath.preprocessing.annotations import Outline, fill
+from gigapath.preprocessing.grid import plan_grid
+from gigapath.preprocessing.masks import read_mask, tissue_of
+from gigapath.preprocessing.slide import Overview, Slide, open_slide
+from gigapath.preprocessing.tissue import TissueMask, tile_fractions
+
+WIDTH, HEIGHT = 2600, 1900
+
+
+@pytest.fixture(scope="module")
+def slide(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slide]:
+    path = tmp_path_factory.mktemp("masks") / "made.tif"
+    write_pyramid(path, paint_tissue(WIDTH, HEIGHT), mpp=(0.5, 0.5))
+    with open_slide(path) as opened:
+        yield opened
+
+
+@pytest.fixture(scope="module")
+def overview(slide: Slide) -> Overview:
+    return slide.overview()
+
+
+def box(left: float, top: float, right: float, bottom: float) -> list[list[float]]:
+    return [[left, top], [right, top], [right, bottom], [left, bottom], [left, top]]
+
+
+def feature(rings: list[Any], name: str | None = None, kind: str = "Polygon") -> dict[str, Any]:
+    """A feature as QuPath exports it."""
+    properties: dict[str, Any] = {"objectType": "annotation", "isLocked": False}
+    if name is not None:
+        properties["classification"] = {"name": name, "color": [200, 0, 0]}
+    return {"type": "Feature", "geometry": {"type": kind, "coordinates": rings}, "properties": properties}
+
+
+def write_geojson(path: Path, features: list[dict[str, Any]]) -> Path:
+    path.write_text(json.dumps({"type": "FeatureCollection", "features": features}))
+    return path
+
+
+def kept(mask: TissueMask, slide: Slide) -> set[tuple[int, int]]:
+    return {(int(i), int(j)) for j, i in np.argwhere(tile_fractions(mask, plan_grid(slide)) > 0.1)}
+
+
+def half(slide: Slide, columns: int) -> set[tuple[int, int]]:
+    return {(i, j) for i in range(columns) for j in range(plan_grid(slide).rows)}
+
+
+@pytest.mark.parametrize("form", ["collection", "list", "feature", "geometry", "gzip", "multi"])
+def test_geojson_over_the_left_half_keeps_exactly_it(
+    tmp_path: Path, slide: Slide, overview: Overview, form: str
+) -> None:
+    ring = box(0, 0, 5 * 256, HEIGHT)
+    path = tmp_path / "made.geojson"
+    whole = feature([ring])
+    document: Any = {"type": "FeatureCollection", "features": [whole]}
+    if form == "list":
+        document = [whole]
+    elif form == "feature":
+        document = whole
+    elif form == "geometry":
+        document = whole["geometry"]
+    elif form == "multi":
+        parts = [[box(0, 0, 1000, HEIGHT)], [box(1000, 0, 5 * 256, HEIGHT)]]
+        document = feature(parts, kind="MultiPolygon")
+    path.write_text(json.dumps(document))
+    if form == "gzip":
+        raw = path.read_bytes()
+        path.unlink()
+        path = tmp_path / "made.geojson.gz"
+        path.write_bytes(gzip.compress(raw))
+    found = tissue_of(slide, overview, str(path))
+    assert kept(found, slide) == half(slide, 5)
+    assert found.method == "file:outlines"
+    assert kept(tissue_of(slide, overview, str(path.parent)), slide) == half(slide, 5)
+
+
+def test_holes_are_not_tissue(tmp_path: Path, slide: Slide, overview: Overview) -> None:
+    path = write_geojson(tmp_path / "a.geojson", [feature([box(0, 0, WIDTH, HEIGHT), box(256, 256, 1024, 768)])])
+    gone = {(i, j) for i in range(1, 4) for j in range(1, 3)}
+    assert kept(read_mask(path, slide, overview), slide) == half(slide, 10) - gone
+
+
+def test_classes_are_included_and_excluded(tmp_path: Path, slide: Slide, overview: Overview) -> None:
+    features = [
+        feature([box(0, 0, 1280, HEIGHT)], "Tumor"),
+        feature([box(1280, 0, WIDTH, HEIGHT)], "Stroma"),
+        feature([box(0, 0, WIDTH, 512)], "Fold"),
+        {"type": "Feature", "geometry": {"type": "Point", "coordinates": [9, 9]}, "properties": {}},
+        {"type": "Feature", "geometry": {"type": "LineString", "coordinates": [[9, 9], [30, 40]]}},
+    ]
+    path = write_geojson(tmp_path / "a.geojson", features)
+    rows = {(i, j) for i in range(10) for j in (0, 1)}
+    assert kept(read_mask(path, slide, overview, include=["tumor"]), slide) == half(slide, 5)
+    assert kept(read_mask(path, slide, overview, exclude=["Fold"]), slide) == half(slide, 10) - rows
+    both = read_mask(path, slide, overview, include=["Stroma"], exclude=["Fold"])
+    assert kept(both, slide) == half(slide, 10) - half(slide, 5) - rows
+    with pytest.raises(ValueError, match=r"class Necrosis, got classes: Fold, Stroma, Tumor"):
+        read_mask(path, slide, overview, include=["Necrosis"])
+
+
+def test_names_of_classes_in_other_forms(tmp_path: Path, slide: Slide, overview: Overview) -> None:
+    for properties in ({"classification": "Tumor"}, {"classification": {"names": ["Tumor"]}}, {"class": "Tumor"}):
+        one = {**feature([box(0, 0, 1280, HEIGHT)]), "properties": properties}
+        path = write_geojson(tmp_path / "a.geojson", [one, feature([box(0, 0, WIDTH, HEIGHT)])])
+        assert kept(read_mask(path, slide, overview, include=["Tumor"]), slide) == half(slide, 5)
+
+
+def test_an_empty_collection_is_blank(tmp_path: Path, slide: Slide, overview: Overview) -> None:
+    assert read_mask(write_geojson(tmp_path / "a.geojson", []), slide, overview).state == "blank"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "expected GeoJSON, got something that does not parse"),
+        ('{"type": "Polygon", "coordinates": [[[1, 2], [3, 4]]]}', "outline 0 is broken"),
+        ('{"type": "Polygon", "coordinates": [[["a", 2], [3, 4], [5, 6]]]}', "outline 0 is broken"),
+        ("[3]", "expected GeoJSON features, got int"),
+        ('{"type": "Polygon", "coordinates": [[[9000, 1], [9100, 1], [9100, 50]]]}', "outlines that lie outside"),
+    ],
+)
+def test_broken_geojson_is_one_sentence(
+    tmp_path: Path, slide: Slide, overview: Overview, text: str, message: str
+) -> None:
+    path = tmp_path / "a.geojson"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message) as error:
+        read_mask(path, slide, overview)
+    assert "\n" not in str(error.value)
+    assert str(tmp_path) not in str(error.value)
+
+
+@settings(derandomize=True, deadline=None, max_examples=50)
+@given(st.integers(0, 10**6))
+def test_filled_pixels_are_those_with_their_centre_inside(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    angles = np.sort(rng.uniform(0, 2 * np.pi, 9))
+    radius = rng.uniform(4, 16, 9)
+    ring = np.stack([14 + radius * np.cos(angles), 11 + radius * np.sin(angles)], axis=1)
+    hole = ring * 0.3 + np.array([14, 11]) * 0.7
+    scale, origin = (3.0, 2.0), (50.0, 70.0)
+    level0 = tuple(part * scale + origin for part in (ring, hole))
+    mask = fill([Outline(level0, "")], (20, 26), origin, scale)
+    contours = [part.astype(np.float32).reshape(-1, 1, 2) for part in (ring, hole)]
+    for y in range(20):
+        for x in range(26):
+            outer, inner = (cv2.pointPolygonTest(part, (x + 0.5, y + 0.5), True) for part in contours)
+            if min(abs(outer), abs(inner)) > 1e-3:
+                assert mask[y, x] == ((outer > 0) != (inner > 0)), (x, y)  # odd: a hole may reach outside
+
+
+@pytest.mark.parametrize("size", [(WIDTH // 20, HEIGHT // 20), (WIDTH // 40, HEIGHT // 40), (WIDTH, HEIGHT)])
+@pytest.mark.parametrize("form", ["L", "1", "RGB", "RGBA", "P", "tif", "pyramid"])
+def test_mask_images_scale_to_the_slide(
+    tmp_path: Path, slide: Slide, overview: Overview, size: tuple[int, int], form: str
+) -> None:
+    values = np.zeros((size[1], size[0]), np.uint8)
+    values[:, : round(size[0] * 1280 / WIDTH)] = 255
+    path = tmp_path / ("mask.png" if form not in ("tif", "pyramid") else "mask.tif")
+    if form == "tif":
+        tifffile.imwrite(path, values)
+    elif form == "pyramid":
+        write_pyramid(path, np.dstack([values] * 3), mpp=None, steps=(1, 2), tile=64, compression=None)
+    elif form == "RGBA":
+        PIL.Image.fromarray(np.dstack([np.full_like(values, 90)] * 3 + [values])).save(path)
+    else:
+        PIL.Image.fromarray(values).convert(form).save(path)
+    assert kept(read_mask(path, slide, overview), slide) == half(slide, 5)
+
+
+def test_label_images_choose_by_value(tmp_path: Path, slide: Slide, overview: Overview) -> None:
+    values = np.ones((HEIGHT // 10, WIDTH // 10), np.uint8)
+    values[:, :128] = 3
+    path = tmp_path / "mask.png"
+    PIL.Image.fromarray(values).save(path)
+    assert kept(read_mask(path, slide, overview, include=["3"]), slide) == half(slide, 5)
+    assert kept(read_mask(path, slide, overview, exclude=["1"]), slide) == half(slide, 5)
+    with pytest.raises(ValueError, match="grey values"):
+        read_mask(path, slide, overview, include=["Tumor"])
+
+
+def test_mask_of_another_shape_is_refused(tmp_path: Path, slide: Slide, overview: Overview) -> None:
+    path = tmp_path / "mask.png"
+    PIL.Image.fromarray(np.ones((200, 200), np.uint8)).save(path)
+    with pytest.raises(ValueError, match="expected the shape of the slide"):
+        read_mask(path, slide, overview)
+
+
+def test_mask_of_the_bounds_is_laid_on_the_bounds(tmp_path: Path, slide: Slide) -> None:
+    class Offset:
+        slide_id, dimensions, bounds = "made", (WIDTH, HEIGHT), (512, 256, 1280, 1536)
+
+    seen = Overview(np.zeros((192, 160, 3), np.uint8), np.ones((192, 160), bool), (512, 256), (8.0, 8.0), 4.0)
+    values = np.zeros((96, 80), np.uint8)
+    values[:, :40] = 1
+    path = tmp_path / "mask.png"
+    PIL.Image.fromarray(values).save(path)
+    of_bounds = read_mask(path, Offset(), seen)  # type: ignore[arg-type]
+    assert of_bounds.mask[:, :80].all() and not of_bounds.mask[:, 80:].any()
+    values = np.zeros((190, 260), np.uint8)
+    values[:, : 51 + 64] = 1
+    PIL.Image.fromarray(values).save(path)
+    of_slide = read_mask(path, Offset(), seen)  # type: ignore[arg-type]
+    assert of_slide.mask[:, :79].all() and not of_slide.mask[:, 81:].any()
+
+
+def corners(columns: int, rows: int, step: int) -> npt.NDArray[np.int64]:
+    return np.array([(i * step, j * step) for j in range(rows) for i in range(columns)])
+
+
+@pytest.mark.parametrize("tool", ["trident", "clam", "mussel", "ours", "slide2vec", "hs2p"])
+def test_coordinates_of_other_tools_cover_their_area(
+    tmp_path: Path, slide: Slide, overview: Overview, tool: str
+) -> None:
+    coords = corners(10, 15, 128)
+    if tool in ("slide2vec", "hs2p"):
+        if tool == "slide2vec":
+            path = tmp_path / "made.coordinates.npz"
+            np.savez(path, x=coords[:, 0], y=coords[:, 1], tile_index=np.arange(len(coords)))
+            (tmp_path / "made.coordinates.meta.json").write_text(json.dumps({"tiling": {"tile_size_lv0": 128}}))
+        else:
+            path = tmp_path / "made.npy"
+            rows = np.zeros(len(coords), [("x", int), ("y", int), ("tile_level", int), ("tile_size_lv0", int)])
+            rows["x"], rows["y"], rows["tile_size_lv0"] = coords[:, 0], coords[:, 1], 128
+            np.save(path, rows)
+    else:
+        path = tmp_path / "made.h5"
+        with h5py.File(path, "w") as file:
+            held = file.create_dataset("coords", data=coords)
+            if tool == "trident":
+                held.attrs.update({"patch_size": 256, "patch_size_level0": 128, "overlap": 0})
+            elif tool == "clam":
+                held.attrs.update({"patch_size": 64, "patch_level": 1, "downsample": (2.0, 2.0)})
+            elif tool == "mussel":
+                held.attrs.update({"patch_size": 128, "mpp": 0.5})
+            else:
+                file.attrs["tile_size_level0"] = [128, 128]
+    found = read_mask(path, slide, overview)
+    assert kept(found, slide) == half(slide, 5)
+    assert found.area_mm2 == pytest.approx(1280 * HEIGHT * 0.25e-6, rel=0.02)
+    assert kept(tissue_of(slide, overview, str(tmp_path)), slide) == half(slide, 5)
+
+
+def test_coordinates_without_a_size_are_refused(tmp_path: Path, slide: Slide, overview: Overview) -> None:
+    path = tmp_path / "made.h5"
+    with h5py.File(path, "w") as file:
+        file["coords"] = corners(2, 2, 128)
+    with pytest.raises(ValueError, match="size of their tiles"):
+        read_mask(path, slide, overview)
+    np.savez(tmp_path / "made.npz", z=np.zeros(3))
+    with pytest.raises(ValueError, match="expected arrays x and y"):
+        read_mask(tmp_path / "made.npz", slide, overview)
+
+
+@pytest.mark.parametrize("name", ["nowhere.geojson", "outsu"])
+def test_what_does_not_exist_is_named(slide: Slide, overview: Overview, name: str) -> None:
+    with pytest.raises(FileNotFoundError, match=f"otsu, published, none or a file or folder that exists, got '{name}'"):
+        tissue_of(slide, overview, name)
+
+
+def test_folder_without_this_slide_and_unknown_suffix(tmp_path: Path, slide: Slide, overview: Overview) -> None:
+    with pytest.raises(FileNotFoundError, match="expected one mask for slide 'made'"):
+        tissue_of(slide, overview, str(tmp_path))
+    (tmp_path / "mask.txt").write_text("")
+    with pytest.raises(ValueError, match="expected a method"):
+        tissue_of(slide, overview, str(tmp_path / "mask.txt"))
+    (tmp_path / "mask.png").write_text("no image")
+    with pytest.raises(ValueError, match="expected a readable mask image"):
+        tissue_of(slide, overview, str(tmp_path / "mask.png"))
+    with pytest.raises(ValueError, match="--include"):
+        tissue_of(slide, overview, "otsu", include=["Tumor"])
