@@ -18,7 +18,7 @@ from gigapath.preprocessing.slide import Overview, Slide
 from gigapath.preprocessing.tissue import TissueMask, make_mask
 
 BINS = 256
-BAND_PIXELS = 4_000_000
+BAND_PIXELS = 8_000_000
 BATCH = 32
 
 
