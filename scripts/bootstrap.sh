@@ -39,7 +39,7 @@ find_environment() { # sets PYTHON; makes .venv where no environment is active
 }
 
 explain_failure() { # the log's last lines, then one sentence: the known cause, else $1
-    { grep -v '^WARNING' "$LOG" || true; } | tail -n 12 >&2
+    { grep -v '^WARNING' "$LOG" || true; } | tail -n 12 | cut -c 1-200 >&2
     if grep -qE 'No space left on device|Disk quota exceeded' "$LOG"; then
         stop "the disk is full. PyTorch for CUDA needs about 6 GB, its CPU build about 1 GB; free some space, or set TMPDIR and the environment to another disk, and run this again."
     elif grep -qE 'Connection|NameResolution|name resolution|Network is unreachable|timed out|ProxyError' "$LOG"; then
