@@ -8,6 +8,7 @@ import math
 import re
 import threading
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -32,7 +33,7 @@ OBJECTIVE_MARGIN = 0.35  # share by which mpp may differ from 10 / objective pow
 SAME_SCALE = 0.02  # x and y this close are one scale, averaged
 OVERVIEW_MPP = 8.0
 OVERVIEW_SIDE = 8192  # no overview grows beyond this many pixels a side
-BAND_PIXELS = 4_000_000  # pixels of a level read at once for the overview
+BLOCK_SIDE = 1024  # pixels of a level read at once for the overview, a side
 PLAIN_IMAGE_PIXELS = 89_000_000  # a plain image is decoded whole; Pillow itself warns from here on
 PLAIN_IMAGE_MODES = ("RGB", "RGBA", "L", "LA", "P", "CMYK", "YCbCr")
 
@@ -78,7 +79,8 @@ class Overview:
         image: (h, w, 3) RGB, white where the slide holds nothing.
         opaque: (h, w), True where the slide holds pixels.
         origin_level0: (x, y) of the top-left corner.
-        scale: (sx, sy) level-0 pixels per overview pixel, fractional.
+        scale: (sx, sy) level-0 pixels per overview pixel, fractional; pixel (i, j) covers the level-0 area from
+            origin_level0 + (i, j) * scale to origin_level0 + (i + 1, j + 1) * scale.
         mpp: microns per overview pixel, mean of x and y.
     """
 
@@ -228,49 +230,77 @@ class Slide:
         """
         return _on_white(self._read_rgba(x, y, level, width, height))
 
-    def overview(self, mpp: float = OVERVIEW_MPP) -> Overview:
-        """The bounds at about `mpp` microns a pixel, or at the slide's own scale where that is coarser.
+    def overview(self, mpp: float = OVERVIEW_MPP, *, workers: int = 0) -> Overview:
+        """The bounds at `mpp` microns a pixel, or at the slide's own scale where that is coarser.
 
-        The coarsest level that is fine enough is read in bands and averaged over area: memory does not depend on
-        the level read, and the result not on the bands.
+        The coarsest level that is fine enough is read in blocks, each pixel once, and averaged over area: memory does
+        not depend on the level read. The last column and row may hang over the bounds by less than their own width.
+
+        Args:
+            mpp: microns per pixel of the overview.
+            workers: threads that read; 0 reads in the caller. The result is the same.
         """
         own = self.mpp
         left, top, width, height = self.bounds
         wanted = max(mpp, own.x, own.y, max(width * own.x, height * own.y) / OVERVIEW_SIDE)
-        size = max(1, round(width * own.x / wanted)), max(1, round(height * own.y / wanted))
         fine = [i for i, d in enumerate(self.level_downsamples) if max(own.x, own.y) * d <= wanted * (1 + SAME_SCALE)]
         level = fine[-1] if fine else 0
-        image, alpha = self._averaged(level, size)
-        scale = width / size[0], height / size[1]
+        downsample = self.level_downsamples[level]
+        # What a level lacks of the slide's last pixels, its size being rounded down, is not read.
+        columns = min(round(width / downsample), self.level_dimensions[level][0] - int(left / downsample))
+        rows = min(round(height / downsample), self.level_dimensions[level][1] - int(top / downsample))
+        step = max(1, int(wanted / (own.x * downsample))), max(1, int(wanted / (own.y * downsample)))
+        averaged = self._averaged(level, (max(1, columns), max(1, rows)), step, workers)
+        covered = averaged.shape[1] * step[0] * downsample, averaged.shape[0] * step[1] * downsample
+        size = max(1, round(covered[0] * own.x / wanted)), max(1, round(covered[1] * own.y / wanted))
+        rgba = _area_mean(averaged, size)
+        scale = covered[0] / size[0], covered[1] / size[1]
         return Overview(
-            image=image,
-            opaque=alpha >= 128,
+            image=np.ascontiguousarray(rgba[..., :3]),
+            opaque=rgba[..., 3] >= 128,
             origin_level0=(left, top),
             scale=scale,
             mpp=(scale[0] * own.x + scale[1] * own.y) / 2,
         )
 
-    def _averaged(self, level: int, size: tuple[int, int]) -> tuple[UInt8Array, UInt8Array]:
-        """The bounds at `level`, each output pixel the mean of the area it covers: RGB (h, w, 3) and alpha (h, w)."""
-        left, top, width, height = self.bounds
+    def _averaged(self, level: int, size: tuple[int, int], step: tuple[int, int], workers: int) -> UInt8Array:
+        """The first `size` (w, h) pixels of the bounds at `level`, averaged over (x, y) steps of whole pixels.
+
+        Returns:
+            (ceil(h / step y), ceil(w / step x), 4): RGB on white, and alpha.
+        """
+        left, top = self.bounds[:2]
         downsample = self.level_downsamples[level]
-        level_size = self.level_dimensions[level]
-        # The last column and row of a level may hang over the slide's edge; what the level lacks is not read.
-        columns = max(1, min(round(width / downsample), level_size[0] - int(left / downsample)))
-        rows = max(1, min(round(height / downsample), level_size[1] - int(top / downsample)))
-        out = np.empty((size[1], size[0], 4), np.uint8)
-        step = max(rows / size[1], 1.0)  # rows of the level per output row
-        band = max(1, int(BAND_PIXELS / (columns * step)))
-        for first in range(0, size[1], band):
-            last = min(first + band, size[1])
-            start, stop = int(first * step), min(rows, math.ceil(last * step))
-            pixels = self._read_rgba(left, top + round(start * downsample), level, columns, max(1, stop - start))
-            pixels = np.dstack([_on_white(pixels), pixels[..., 3]])
-            narrow = cv2.resize(pixels, (size[0], len(pixels)), interpolation=cv2.INTER_AREA)
-            weights = _area_weights(first * step - start, last - first, len(pixels), step)
-            block = weights @ narrow.reshape(len(narrow), -1).astype(np.float32)
-            out[first:last] = np.rint(block).reshape(last - first, size[0], 4)
-        return out[..., :3].copy(), out[..., 3].copy()
+        out = np.empty((-(-size[1] // step[1]), -(-size[0] // step[0]), 4), np.uint8)
+        block = max(1, BLOCK_SIDE // step[0]) * step[0], max(1, BLOCK_SIDE // step[1]) * step[1]
+
+        def fill(corner: tuple[int, int]) -> None:
+            x, y = corner
+            w, h = min(block[0], size[0] - x), min(block[1], size[1] - y)
+            pixels = self._read_rgba(left + round(x * downsample), top + round(y * downsample), level, w, h)
+            if pixels[..., 3].min() < 255:
+                pixels = np.dstack([_on_white(pixels), pixels[..., 3]])
+            # A last block of fewer pixels is filled up with its own edge.
+            if h % step[1] or w % step[0]:
+                border = 0, -h % step[1], 0, -w % step[0]
+                pixels = cv2.copyMakeBorder(pixels, *border, cv2.BORDER_REPLICATE).astype(np.uint8, copy=False)
+            mean = _area_mean(pixels, (pixels.shape[1] // step[0], pixels.shape[0] // step[1]))
+            i, j = x // step[0], y // step[1]
+            out[j : j + len(mean), i : i + mean.shape[1]] = mean
+
+        corners = [(x, y) for y in range(0, size[1], block[1]) for x in range(0, size[0], block[0])]
+        if workers == 0 or len(corners) == 1:
+            for corner in corners:
+                fill(corner)
+        else:
+            with ThreadPoolExecutor(workers, thread_name_prefix="overview") as pool:
+                try:
+                    for job in [pool.submit(fill, corner) for corner in corners]:
+                        job.result()
+                except BaseException:
+                    pool.shutdown(wait=True, cancel_futures=True)
+                    raise
+        return out
 
     def _read_rgba(self, x: int, y: int, level: int, width: int, height: int) -> UInt8Array:
         """(height, width, 4) RGBA as OpenSlide gives it."""
@@ -411,10 +441,8 @@ def _on_white(rgba: UInt8Array) -> UInt8Array:
     return ((rgba[..., :3] * weight + 255 * (255 - weight) + 127) // 255).astype(np.uint8)
 
 
-def _area_weights(offset: float, n_out: int, n_in: int, step: float) -> npt.NDArray[np.float32]:
-    """Share of each input row in each output row, (n_out, n_in): output row i covers [i, i + 1) * step + offset."""
-    edges = offset + np.arange(n_out)[:, None] * step
-    row = np.arange(n_in)[None, :]
-    share = np.clip(np.minimum(edges + step, row + 1) - np.maximum(edges, row), 0, 1)
-    weights: npt.NDArray[np.float32] = (share / share.sum(1, keepdims=True)).astype(np.float32)
-    return weights
+def _area_mean(pixels: UInt8Array, size: tuple[int, int]) -> UInt8Array:
+    """Pixels at a smaller or equal size (w, h), each the mean of the area it covers."""
+    if pixels.shape[1::-1] == size:
+        return pixels
+    return cv2.resize(pixels, size, interpolation=cv2.INTER_AREA).astype(np.uint8, copy=False)
