@@ -118,7 +118,10 @@ def test_conda_environment_gives_what_pyproject_says() -> None:
     assert f"prepare_environment {match.group(1)}\n" in (ROOT / "scripts/test.sh").read_text()
 
 
-def test_dependencies_are_ranges() -> None:
+def test_dependencies_are_ranges_and_stated_once() -> None:
+    for requirements in (PROJECT["dependencies"], *EXTRAS.values()):
+        names = [distribution(requirement) for requirement in requirements]
+        assert sorted(set(names)) == sorted(names)
     for requirement in [*PROJECT["dependencies"], *(line for lines in EXTRAS.values() for line in lines)]:
         assert re.fullmatch(r"[A-Za-z0-9._-]+>=[0-9.]+(,<[0-9.]+)?(; .*)?", requirement), (
             f"{requirement} is not an open range"
