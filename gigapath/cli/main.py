@@ -11,6 +11,7 @@ import gigapath
 # verb -> (module under gigapath.cli, one line of help). A module offers `add_arguments(parser)` and
 # `run(namespace) -> exit status`.
 VERBS: dict[str, tuple[str, str]] = {
+    "download": ("download", "Fetch weights, demo data and the published tables; resumed, checked."),
     "export": ("export", "One table of slide vectors from a run: parquet, CSV or npz."),
     "inspect": ("inspect", "Say what a feature file is, ours or another tool's."),
 }

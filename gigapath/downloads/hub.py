@@ -1,8 +1,10 @@
 """Files of the model hub: pinned, checked, and with one sentence when they are not to be had."""
 
+import contextlib
 import errno
 import logging
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +65,8 @@ def hub_file(
         if there.is_file() and remembered_sha256(there) == recorded:
             return there
     try:
-        path = Path(huggingface_hub.hf_hub_download(repo, filename=filename, **arguments))
+        with _quietly():
+            path = Path(huggingface_hub.hf_hub_download(repo, filename=filename, **arguments))
     except Exception as error:
         cached = _other_revision(repo, filename) if recorded else None
         if cached is None or remembered_sha256(cached) != recorded:
@@ -96,6 +99,18 @@ def _pin(repo: str, filename: str) -> tuple[str | None, str | None]:
         if repo == release.repo:
             return release.revision, {TILE_FILE: release.tile_sha256, SLIDE_FILE: release.slide_sha256}.get(filename)
     return None, None
+
+
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+    """Keep the hub's client from writing of its retries; what comes of them is said in one sentence."""
+    client: Any = huggingface_hub.utils.logging
+    before = client.get_verbosity()
+    client.set_verbosity_error()
+    try:
+        yield
+    finally:
+        client.set_verbosity(before)
 
 
 def _other_revision(repo: str, filename: str) -> Path | None:
