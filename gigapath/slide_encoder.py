@@ -34,7 +34,7 @@ WEIGHTS_FILE = "slide_encoder.pth"
 # What timm hands to every model of its registry, and what means nothing here.
 _FROM_TIMM = {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir", "pretrained_model_args"}
 # Options besides the published ones.
-_OURS = {"mlp_ratio", "checkpoint_activations"}
+_OURS = {"mlp_ratio", "checkpoint_activations", "linear_precision"}
 
 
 class Embeddings(list[Tensor]):
@@ -88,7 +88,8 @@ class LongNetViT(nn.Module):
             global_pool: True for the mean over the tiles, False for the class token.
             dropout: rate after the embedding, the attention and the feed-forward network.
             drop_path_rate: rate of the last layer.
-            kwargs: `mlp_ratio` (4), `checkpoint_activations` (False); what is unknown is ignored with one warning.
+            kwargs: `mlp_ratio` (4), `checkpoint_activations` (False), `linear_precision` ("fp32", see
+                `LongNetEncoder.set_linear_precision`); what is unknown is ignored with one warning.
         """
         super().__init__()
         unknown = sorted(set(kwargs) - _OURS - _FROM_TIMM)
@@ -118,6 +119,7 @@ class LongNetViT(nn.Module):
             )
         )
         self.encoder.checkpoint_activations = bool(kwargs.get("checkpoint_activations"))
+        self.encoder.set_linear_precision(kwargs.get("linear_precision") or "fp32")
         self.norm = norm_layer(embed_dim)
         nn.init.normal_(self.cls_token, std=0.02)
 

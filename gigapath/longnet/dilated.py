@@ -9,7 +9,7 @@ Branches are averaged with weights softmax(lse') per token and head, which carry
 reach a token and head its lse' is -inf, so a running `lerp` over the blocks of all branches gives the average.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -18,6 +18,9 @@ from torch import Tensor
 
 from gigapath.longnet.attention import attend, choose_kernel
 from gigapath.longnet.kernels import Extra, Kernel, wide_dtype
+
+# Output of one launch, in bytes: a kernel's answer exists beside the merged one for a moment.
+LARGEST_LAUNCH = {"cpu": 16 << 20, "other": 256 << 20}
 
 
 @dataclass(frozen=True)
@@ -52,10 +55,26 @@ class Block:
             (*size, *x.shape[2:]), (*stride, *rest), x.storage_offset() + self.token * token + self.head * head
         )
 
+    def parts(self, largest: int) -> "list[Block]":
+        """This block cut along its batch, so that no part has more than `largest` rows of heads (or one entry)."""
+        step = max(1, largest // (self.heads * self.rows))
+        return [
+            replace(
+                self,
+                token=self.token + start * self.batch_tokens,
+                head=self.head + start * self.batch_heads,
+                batch=min(step, self.batch - start),
+            )
+            for start in range(0, self.batch, step)
+        ]
+
+
+Plan = tuple[Block, ...]
+
 
 @lru_cache(maxsize=256)
-def plan_blocks(lengths: tuple[int, ...], segment: int, dilation: int, num_heads: int) -> tuple[Block, ...]:
-    """The blocks of one branch over slides of these lengths, in few launches.
+def plan_blocks(lengths: tuple[int, ...], segment: int, dilation: int, num_heads: int) -> Plan:
+    """The blocks of one branch over slides of these lengths, as few as possible.
 
     Args:
         lengths: tokens of each slide, at least 1.
@@ -135,21 +154,31 @@ class _Saved:
 
 
 def _forward(
-    q: Tensor, k: Tensor, v: Tensor, blocks: list[Block], kernel: Kernel, keep: list[_Saved] | None
+    q: Tensor, k: Tensor, v: Tensor, plans: list[Plan], kernel: Kernel, keep: list[_Saved] | None
 ) -> tuple[Tensor, Tensor]:
-    """(out (T, H, E), lse (T, H)) of all blocks together, in the wide dtype of q; fills `keep` for the backward."""
+    """(out (T, H, E), lse (T, H)) of all branches together, in the wide dtype of q; fills `keep` for the backward."""
     wide = wide_dtype(q.dtype)
-    merged = torch.zeros(q.shape, dtype=wide, device=q.device)
+    merged = torch.empty(q.shape, dtype=wide, device=q.device)
     total = torch.full(q.shape[:2], float("-inf"), dtype=wide, device=q.device)
     scale = q.shape[-1] ** -0.5
-    for block in blocks:
-        out, lse, extra = attend(block.of(q), block.of(k), block.of(v), block.zero_keys, scale, kernel)
-        target = block.of(total)
-        new = torch.logaddexp(target, lse)
-        block.of(merged).lerp_(out.to(wide), (lse - new).exp_().unsqueeze(-1))
-        target.copy_(new)
-        if keep is not None:
-            keep.append(_Saved(block, out, lse, extra))
+    # A first branch that reaches every token and head (dilation 1 does) is written, not merged into zeros.
+    write = sum(block.batch * block.heads * block.rows for block in plans[0]) == total.numel()
+    if not write:
+        merged.zero_()
+    for plan in plans:
+        for block in plan:
+            out, lse, extra = attend(block.of(q), block.of(k), block.of(v), block.zero_keys, scale, kernel)
+            target = block.of(total)
+            if write:
+                block.of(merged).copy_(out)
+                target.copy_(lse)
+            else:
+                new = torch.logaddexp(target, lse)
+                block.of(merged).lerp_(out.to(wide), (lse - new).exp_().unsqueeze(-1))
+                target.copy_(new)
+            if keep is not None:
+                keep.append(_Saved(block, out, lse, extra))
+        write = False
     return merged, total
 
 
@@ -157,9 +186,9 @@ class _DilatedAttention(torch.autograd.Function):
     """All branches of the dilated attention; the averaging weights carry no gradient."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, blocks: list[Block], kernel: Kernel) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, plans: list[Plan], kernel: Kernel) -> Tensor:
         keep: list[_Saved] = []
-        merged, total = _forward(q, k, v, blocks, kernel, keep)
+        merged, total = _forward(q, k, v, plans, kernel, keep)
         ctx.save_for_backward(q, k, v, total)
         ctx.keep, ctx.kernel = keep, kernel
         return merged.to(q.dtype)
@@ -208,9 +237,13 @@ def dilated_attention(
             f"dilated_attention: expected lengths of at least 1 that add up to {q.shape[0]} tokens, got {lengths}. "
             "Give the number of tokens of each slide."
         )
-    blocks = [block for segment, dilation in branches for block in plan_blocks(lengths, segment, dilation, q.shape[1])]
+    largest = LARGEST_LAUNCH["cpu" if q.device.type == "cpu" else "other"] // (q.shape[2] * q.element_size())
+    plans = [
+        tuple(part for block in plan_blocks(lengths, segment, dilation, q.shape[1]) for part in block.parts(largest))
+        for segment, dilation in branches
+    ]
     kernel = kernel or choose_kernel(q)
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-        out: Tensor = _DilatedAttention.apply(q, k, v, blocks, kernel)
+        out: Tensor = _DilatedAttention.apply(q, k, v, plans, kernel)
         return out
-    return _forward(q, k, v, blocks, kernel, None)[0].to(q.dtype)
+    return _forward(q, k, v, plans, kernel, None)[0].to(q.dtype)

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from gigapath.longnet.config import LongNetConfig
 from gigapath.longnet.dilated import dilated_attention
-from gigapath.longnet.linear import Linear
+from gigapath.longnet.linear import Linear, bfloat16_pays
 
 Lengths = tuple[int, ...]
 
@@ -28,6 +28,12 @@ def drop_path(x: Tensor, rate: float, lengths: Lengths) -> Tensor:
     keep = torch.empty(len(lengths), device=x.device, dtype=x.dtype).bernoulli_(1 - rate).div_(1 - rate)
     per_token = keep.repeat_interleave(torch.tensor(lengths, device=x.device))
     return x * per_token.view(*x.shape[:-1], 1)
+
+
+def row_parts(x: Tensor) -> list[Tensor]:
+    """Views of a few rows each of x (..., D): few enough on a CPU for the FFN's activations to stay in cache."""
+    rows = 256 if x.device.type == "cpu" else 16384
+    return list(torch.split(x.view(-1, x.shape[-1]), rows))
 
 
 class SelfAttention(nn.Module):
@@ -47,13 +53,23 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor, lengths: Lengths) -> Tensor:
         """Attend within each slide: (B, N, D) to (B, N, D)."""
-        q, k, v = (
-            proj(x).reshape(-1, self.num_heads, self.head_dim)  # (T, H, E)
-            for proj in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        attended = dilated_attention(q, k, v, lengths, self.branches).view(x.shape)
-        del q, k, v
-        out: Tensor = self.out_proj(self.inner_attn_ln(attended))
+        return self.attend(self.project(x), lengths, x.shape)
+
+    def project(self, x: Tensor) -> list[Tensor]:
+        """[q, k, v], each (T, H, E)."""
+        projections = (self.q_proj, self.k_proj, self.v_proj)
+        return [projection(x).reshape(-1, self.num_heads, self.head_dim) for projection in projections]
+
+    def attend(self, qkv: list[Tensor], lengths: Lengths, shape: torch.Size) -> Tensor:
+        """From [q, k, v], which the list loses, to the answer of this shape (B, N, D)."""
+        attended = dilated_attention(qkv[0], qkv[1], qkv[2], lengths, self.branches).view(shape)
+        qkv.clear()
+        if torch.is_grad_enabled() or self.inner_attn_ln._forward_hooks or self.inner_attn_ln._forward_pre_hooks:
+            attended = self.inner_attn_ln(attended)
+        else:
+            for part in row_parts(attended):
+                part.copy_(self.inner_attn_ln(part))
+        out: Tensor = self.out_proj(attended)
         return out
 
 
@@ -72,6 +88,13 @@ class FeedForward(nn.Module):
         hidden = self.fc1(x)
         out: Tensor = self.fc2(self.ffn_layernorm(F.gelu(hidden.float()).type_as(hidden)))
         return out
+
+    def add_to(self, x: Tensor, norm: nn.Module) -> None:
+        """Add this network's answer on norm(x) to x (..., D) in place, a few rows at a time."""
+        fc1 = self.fc1.product(x, gelu=True)
+        fc2 = self.fc2.product(x)
+        for part in row_parts(x):
+            part.add_(fc2(self.ffn_layernorm(fc1(norm(part)))))
 
 
 class EncoderLayer(nn.Module):
@@ -96,9 +119,30 @@ class EncoderLayer(nn.Module):
         """
         _refuse(published)
         lengths = _lengths_of(x, lengths)
+        if not (torch.is_grad_enabled() or self.training or self._is_watched()):
+            return self._infer(x, lengths), None
         x = x + self._drop(self.self_attn(self.self_attn_layer_norm(x), lengths), lengths)
         x = x + self._drop(self.ffn(self.final_layer_norm(x)), lengths)
         return x, None
+
+    def _infer(self, x: Tensor, lengths: Lengths) -> Tensor:
+        """The layer without autograd: nothing lives longer than it must, residuals are added in place, and the
+        feed-forward network runs in parts that stay in cache. Nobody else holds the tensors that change:
+        `_is_watched` rules that out."""
+        qkv = self.self_attn.project(self.self_attn_layer_norm(x))
+        attended = self.self_attn.attend(qkv, lengths, x.shape)
+        x = attended.add_(x) if attended.dtype == x.dtype else x + attended  # autocast gives another dtype
+        self.ffn.add_to(x, self.final_layer_norm)
+        return x
+
+    def _is_watched(self) -> bool:
+        """Whether somebody looks into, or has replaced, a part whose tensors `_infer` changes or never makes."""
+        attention, ffn = self.self_attn, self.ffn
+        unchanged = {id(part) for part in (self, attention.q_proj, attention.k_proj, attention.v_proj)}
+        ours = (type(attention), type(ffn), type(ffn.fc1), type(ffn.fc2))
+        return ours != (SelfAttention, FeedForward, Linear, Linear) or any(
+            part._forward_hooks or part._forward_pre_hooks for part in self.modules() if id(part) not in unchanged
+        )
 
     def _drop(self, x: Tensor, lengths: Lengths) -> Tensor:
         if not self.training:
@@ -119,6 +163,20 @@ class LongNetEncoder(nn.Module):
         self.dropout_module = nn.Dropout(config.dropout)
         self.layers = nn.ModuleList(EncoderLayer(config, index) for index in range(config.depth))
         self.layer_norm = nn.LayerNorm(config.embed_dim, eps=config.layer_norm_eps)
+
+    def set_linear_precision(self, precision: str) -> None:
+        """Choose the inputs of the linear layers' products in inference on a CPU in float32.
+
+        Args:
+            precision: "fp32", "bf16", or "auto" for bf16 where this machine's product is at least twice as fast in
+                it, else fp32. The attention stays in float32.
+        """
+        if precision not in ("fp32", "bf16", "auto"):
+            raise ValueError(f"linear_precision: expected fp32, bf16 or auto, got {precision!r}. Choose one of these.")
+        half = precision == "bf16" or (precision == "auto" and bfloat16_pays())
+        for module in self.modules():
+            if isinstance(module, Linear):
+                module.half_products = half
 
     def forward(
         self,
