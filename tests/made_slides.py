@@ -29,11 +29,10 @@ def paint_tissue(width: int, height: int, *, mpp: float = 0.5, seed: int = 0) ->
     coarse = rng.random((max(2, round(height * mpp / 20)), max(2, round(width * mpp / 20))), np.float32)
     density = cv2.resize(coarse, (width, height), interpolation=cv2.INTER_CUBIC)[..., None]
     tissue = (1 - density) * np.float32((226, 160, 196)) + density * np.float32((120, 70, 150))
-    tissue += rng.normal(0, 6, (height, width, 1)).astype(np.float32)
+    tissue += 6 * rng.standard_normal((height, width, 1), np.float32)
     inside = pieces.astype(bool)
     image[inside] = np.clip(tissue, 0, 255).astype(np.uint8)[inside]
-    noise = rng.integers(-2, 3, (height, width, 1), np.int16)
-    return np.clip(image + noise, 0, 255).astype(np.uint8)
+    return np.where(rng.integers(0, 2, (height, width, 1), np.uint8), image, image - 2).astype(np.uint8)
 
 
 def write_pyramid(
@@ -167,7 +166,7 @@ def write_large(
     side = 16 * tile
     texture = np.random.default_rng(seed).random((side // 16, side // 16, 1), np.float32)
     density = cv2.resize(texture, (side, side), interpolation=cv2.INTER_CUBIC)[..., None]
-    noise = np.random.default_rng(seed).normal(0, 3, (side, side, 1)).astype(np.float32)
+    noise = 3 * np.random.default_rng(seed).standard_normal((side, side, 1), np.float32)
     tissue = (1 - density) * np.float32((226, 160, 196)) + density * np.float32((120, 70, 150)) + noise
     painted = np.clip(tissue, 0, 255).astype(np.uint8)
     white = _jpeg(np.full((tile, tile, 3), 243, np.uint8))

@@ -1,0 +1,244 @@
+"""Plan the tiles of a slide: where tissue is, on a grid of whole tiles. Reads one overview and no tile, but for the
+published rule, which judges each tile by its own pixels."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from gigapath.features import NUMERICS_VERSION, Tiles
+from gigapath.options import check_options, option
+from gigapath.preprocessing.grid import Grid, plan_grid
+from gigapath.preprocessing.masks import tissue_of
+from gigapath.preprocessing.published import published_shares
+from gigapath.preprocessing.reading import READER, filter_name
+from gigapath.preprocessing.slide import Overview, Slide, SlideError
+from gigapath.preprocessing.tissue import TissueMask, area_shares, has_dark_background, tile_fractions, tile_sections
+
+IntArray = npt.NDArray[np.integer[Any]]
+BoolArray = npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class TileOptions:
+    """How a slide is cut into tiles; every field changes the result."""
+
+    mpp: float = option(0.5, "microns per pixel of a tile", above=0, at_most=1000)
+    mpp_tolerance: float = option(
+        0.02, "share by which a level may differ from --mpp and be used pixel for pixel", at_least=0, at_most=0.5
+    )
+    slide_mpp: float | None = option(
+        None, "microns per level-0 pixel, instead of what the slide says", above=0, at_most=1000
+    )
+    mpp_from_objective: bool = option(False, "take 10 / objective power where the slide states no microns per pixel")
+    tile_size: int = option(256, "side of a tile in pixels", at_least=16, at_most=4096)
+    tissue: str = option("otsu", "rule that finds tissue, or a mask's file", metavar="otsu|published|none|PATH")
+    include: tuple[str, ...] = option((), "annotation classes that count as tissue (with --tissue PATH)")
+    exclude: tuple[str, ...] = option((), "annotation classes that don't (with --tissue PATH)")
+    min_tissue: float = option(0.1, "share of a tile that must be tissue", at_least=0, at_most=1)
+    max_tiles: int | None = option(None, "most tiles of a slide, spread evenly over its tissue", at_least=1)
+    seed: int = option(0, "seed of the choice that --max-tiles makes", at_least=0)
+    allow_upsampling: bool = option(False, "upsample slides coarser than 1.3 times --mpp")
+    allow_dark_background: bool = option(False, "tile slides with a dark background (fluorescence)")
+
+    def __post_init__(self) -> None:
+        check_options(self)
+
+
+@dataclass(frozen=True, eq=False)
+class TilePlan:
+    """The tiles of a slide and how they were found.
+
+    Attributes:
+        tiles: the tiles to read; none where the slide holds no tissue.
+        grid: where tiles could lie.
+        overview: the slide within its bounds at low power.
+        mask: its tissue.
+        dropped: places of the grid that became no tile, counted by reason; with the tiles they make up the grid.
+        warnings: sentences for a person, also in `tiles.attrs`.
+    """
+
+    tiles: Tiles
+    grid: Grid
+    overview: Overview
+    mask: TissueMask
+    dropped: dict[str, int]
+    warnings: tuple[str, ...]
+
+
+def plan_tiles(slide: Slide, options: TileOptions, *, workers: int = 0) -> TilePlan:
+    """Find the tissue of a slide and the whole tiles on it, sorted by (y, x).
+
+    Args:
+        slide: an open slide.
+        options: see TileOptions; `slide_mpp` and `mpp_from_objective` took effect when the slide was opened.
+        workers: threads that read; the plan is the same.
+
+    Raises:
+        SlideError: no or implausible mpp, too coarse for the target, dark background, unreadable pixels.
+        FileNotFoundError, ValueError: the mask of `--tissue PATH` is missing or none of this slide.
+    """
+    grid = plan_grid(
+        slide,
+        mpp=options.mpp,
+        tile_size=options.tile_size,
+        tolerance=options.mpp_tolerance,
+        allow_upsampling=options.allow_upsampling,
+    )
+    overview = slide.overview(workers=workers)
+    dark = has_dark_background(overview)
+    if dark and not options.allow_dark_background:
+        raise SlideError(
+            f"slide {slide.slide_id!r}: expected a brightfield slide, got a dark background, looks like fluorescence. "
+            "The encoders know brightfield stains only; go on all the same with --allow-dark-background."
+        )
+    mask = tissue_of(slide, overview, options.tissue, include=options.include, exclude=options.exclude)
+    if options.tissue == "published":
+        fractions = published_shares(slide, mask, grid, workers=workers)
+        kept = fractions > options.min_tissue  # "exceeds", as published
+    else:
+        fractions = tile_fractions(mask, grid)  # (rows, columns)
+        kept = fractions >= options.min_tissue
+    sections = tile_sections(mask, grid)
+    dropped = count_dropped(mask, grid, fractions, kept, options.min_tissue)
+    rows, columns = np.nonzero(kept)
+    cells = np.stack([columns, rows], axis=1)
+    if options.max_tiles is not None and len(cells) > options.max_tiles:
+        chosen = spread_evenly(cells, options.max_tiles, options.seed)
+        dropped["max tiles"] = len(cells) - len(chosen)
+        cells = cells[chosen]
+    warnings = tuple(_warnings(slide, grid, options, dark))
+    at = cells[:, 1], cells[:, 0]
+    tiles = Tiles(
+        slide_id=slide.slide_id,
+        coords_level0=grid.corners(cells),
+        cells=cells,
+        tissue_fraction=fractions[at],
+        section=sections[at],
+        qc=np.zeros((len(cells), 0)),
+        qc_names=(),
+        level=grid.level,
+        read_size=grid.read_size,
+        tile_size=grid.tile_size,
+        tile_size_level0=grid.pitch,
+        mpp=(grid.mpp[0] + grid.mpp[1]) / 2,
+        attrs={
+            **_slide_facts(slide),
+            **_grid_facts(slide, grid, options),
+            "tissue_method": mask.method,
+            "tissue_threshold": mask.threshold,
+            "tissue_state": mask.state,
+            "tissue_area_mm2": mask.area_mm2,
+            "tissue_pieces": mask.pieces,
+            "min_tissue": options.min_tissue,
+            "max_tiles": options.max_tiles,
+            "seed": options.seed if options.max_tiles is not None else None,
+            "dropped": dropped,
+            "dark_background": dark,
+            "warnings": warnings,
+        },
+    )
+    return TilePlan(tiles=tiles, grid=grid, overview=overview, mask=mask, dropped=dropped, warnings=warnings)
+
+
+def count_dropped(
+    mask: TissueMask, grid: Grid, fractions: npt.NDArray[np.float32], kept: BoolArray, min_tissue: float
+) -> dict[str, int]:
+    """Places of the grid that became no tile, by reason.
+
+    A place that would have been kept but for something taken out of the tissue (pen, black, frame, speck) counts for
+    what took most of it; the others are "background" without tissue or "little tissue".
+    """
+    reasons = list(mask.dropped)
+    taken = np.stack(
+        [area_shares(mask.dropped[reason], mask, grid) for reason in reasons] or [np.zeros_like(fractions)]
+    )
+    would_be = ~kept & (fractions + taken.sum(axis=0) >= min_tissue) & (taken.max(axis=0) > 0)
+    largest = taken.argmax(axis=0)
+    counts = {reason: int(np.count_nonzero(would_be & (largest == i))) for i, reason in enumerate(reasons)}
+    others = ~kept & ~would_be
+    counts["background"] = int(np.count_nonzero(others & (fractions == 0)))
+    counts["little tissue"] = int(np.count_nonzero(others & (fractions > 0)))
+    return {reason: count for reason, count in counts.items() if count}
+
+
+def spread_evenly(cells: IntArray, count: int, seed: int) -> npt.NDArray[np.int64]:
+    """Choose `count` of the cells (N, 2), spread evenly over where they lie.
+
+    The cells are put in the order in which a Hilbert curve passes them, the order is cut into `count` equal runs, and
+    one cell is drawn from each.
+
+    Returns:
+        (count,) indices into `cells`, ascending.
+    """
+    order = np.argsort(hilbert_index(cells), kind="stable")
+    edges = np.arange(count + 1) * len(cells) // count
+    drawn = np.random.default_rng(seed).random(count)
+    picks = edges[:-1] + (drawn * np.diff(edges)).astype(np.int64)
+    chosen: npt.NDArray[np.int64] = np.sort(order[picks])
+    return chosen
+
+
+def hilbert_index(cells: IntArray) -> npt.NDArray[np.int64]:
+    """Where a Hilbert curve over a square of 2^k cells a side passes each cell (N, 2); neighbours on it touch."""
+    x, y = cells.T.astype(np.int64)
+    index = np.zeros(len(cells), np.int64)
+    side = 1 << max(1, int(cells.max(initial=1)).bit_length() - 1)
+    while side:
+        right, lower = (x & side) > 0, (y & side) > 0
+        index += side * side * ((3 * right) ^ lower)
+        # Turn the quarter so that the curve enters and leaves it where its neighbours join.
+        flip = right & ~lower
+        x, y = np.where(flip, side - 1 - (x & (side - 1)), x), np.where(flip, side - 1 - (y & (side - 1)), y)
+        x, y = np.where(lower, x, y), np.where(lower, y, x)
+        side >>= 1
+    return index
+
+
+def _slide_facts(slide: Slide) -> dict[str, Any]:
+    return {
+        "slide_size": slide.dimensions,
+        "bounds": slide.bounds,
+        "vendor": slide.vendor,
+        "scanner": slide.scanner,
+        "objective_power": slide.objective_power,
+        "mpp_level0": (slide.mpp.x, slide.mpp.y),
+        "mpp_source": slide.mpp.source,
+    }
+
+
+def _grid_facts(slide: Slide, grid: Grid, options: TileOptions) -> dict[str, Any]:
+    return {
+        "numerics_version": NUMERICS_VERSION,
+        "reader": READER,
+        "filter": filter_name(grid.read_size, grid.tile_size),
+        "mpp_target": options.mpp,
+        "mpp_tolerance": options.mpp_tolerance,
+        "mpp_xy": grid.mpp,
+        "level_size": slide.level_dimensions[grid.level],
+        "level_downsample": slide.level_downsamples[grid.level],
+        "anchor": grid.anchor,
+        "grid_size": (grid.columns, grid.rows),
+        "upsampled": grid.upsampled,
+    }
+
+
+def _warnings(slide: Slide, grid: Grid, options: TileOptions, dark: bool) -> list[str]:
+    found = []
+    if grid.upsampled > 1:
+        found.append(
+            f"upsampled {grid.upsampled:.2f} times: the slide has {slide.mpp.mean:g} microns per pixel, "
+            f"tiles {options.mpp:g}."
+        )
+    stated = slide.stated_mpp
+    if stated is not None and stated.source != slide.mpp.source and abs(slide.mpp.mean / stated.mean - 1) > 0.02:
+        found.append(
+            f"{slide.mpp.source} says {slide.mpp.mean:g} microns per pixel, the slide itself {stated.mean:g} "
+            f"({stated.source})."
+        )
+    if dark:
+        found.append("dark background, looks like fluorescence: the encoders know brightfield stains only.")
+    if grid.columns == 0 or grid.rows == 0:
+        found.append(f"no whole tile of {grid.pitch[0]} x {grid.pitch[1]} level-0 pixels fits into the slide.")
+    return found

@@ -1,0 +1,404 @@
+"""Planning tiles: the same cells from any pyramid of one picture, whole tiles only, and what is recorded of them."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+import openslide
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from made_slides import paint_tissue, write_large, write_pyramid, write_scn
+
+from gigapath.features import read_tiles, write_tiles
+from gigapath.preprocessing import reading
+from gigapath.preprocessing.reading import iter_tiles, resample
+from gigapath.preprocessing.slide import Slide, SlideError, open_slide
+from gigapath.preprocessing.tiling import TileOptions, TilePlan, hilbert_index, plan_tiles, spread_evenly
+from gigapath.preprocessing.tissue import tile_fractions
+
+UInt8Array = npt.NDArray[np.uint8]
+
+FIELD_UM = (1010.0, 760.0)
+
+
+@pytest.fixture(scope="module")
+def field() -> UInt8Array:
+    """One picture of FIELD_UM at 0.2265 microns a pixel."""
+    return paint_tissue(round(FIELD_UM[0] / 0.2265), round(FIELD_UM[1] / 0.2265), mpp=0.2265, seed=3)
+
+
+def at_scale(field: UInt8Array, mpp: tuple[float, float]) -> UInt8Array:
+    size = round(FIELD_UM[0] / mpp[0]), round(FIELD_UM[1] / mpp[1])
+    return np.asarray(cv2.resize(field, size, interpolation=cv2.INTER_AREA))
+
+
+def fraction_by_cell(plan: TilePlan) -> dict[tuple[int, int], float]:
+    cells = map(tuple, plan.tiles.cells.tolist())
+    return dict(zip(cells, plan.tiles.tissue_fraction.tolist(), strict=True))
+
+
+@pytest.fixture(scope="module")
+def reference(field: UInt8Array, tmp_path_factory: pytest.TempPathFactory) -> TilePlan:
+    """Every cell of the picture at 0.5 microns a pixel, with its tissue fraction."""
+    path = tmp_path_factory.mktemp("reference") / "reference.tif"
+    with open_slide(write_pyramid(path, at_scale(field, (0.5, 0.5)), mpp=(0.5, 0.5))) as slide:
+        return plan_tiles(slide, TileOptions(min_tissue=0))
+
+
+@pytest.mark.parametrize("steps", [(1,), (1, 2, 4), (1, 4, 16)], ids=str)
+@pytest.mark.parametrize(
+    "mpp", [0.2265, 0.2431, 0.25, 0.252, 0.2628, 0.499, 0.5, 0.5029, (0.25, 0.262), (0.4, 0.27)], ids=str
+)
+def test_pyramids_of_one_picture_keep_the_same_cells(
+    field: UInt8Array, reference: TilePlan, tmp_path: Path, mpp: float | tuple[float, float], steps: tuple[int, ...]
+) -> None:
+    scale = mpp if isinstance(mpp, tuple) else (mpp, mpp)
+    path = write_pyramid(tmp_path / "made.tif", at_scale(field, scale), mpp=scale, steps=steps)
+    with open_slide(path) as slide:
+        plan = plan_tiles(slide, TileOptions())
+    fractions = tile_fractions(plan.mask, plan.grid)
+    every = {(i, j): float(value) for (j, i), value in np.ndenumerate(fractions)}
+    expected = fraction_by_cell(reference)
+    kept = fraction_by_cell(plan)
+    last = (
+        min(cell[0] for cell in (max(every), max(expected))),
+        min(max(j for _, j in every), max(j for _, j in expected)),
+    )
+    inner = [cell for cell in expected if cell[0] < last[0] and cell[1] < last[1]]
+    clear = [c for c in inner if abs(expected[c] - 0.1) > 0.02 and abs(every[c] - 0.1) > 0.02]
+    assert len(clear) >= 0.8 * len(inner)
+    assert 10 < len(set(kept) & set(clear)) < len(clear)
+    assert [cell for cell in clear if cell in kept] == [cell for cell in clear if expected[cell] >= 0.1]
+    pitch = np.array(plan.tiles.tile_size_level0)
+    assert np.array_equal(plan.tiles.coords_level0, plan.tiles.cells * pitch)
+    assert plan.tiles.mpp == pytest.approx(0.5, rel=0.02)
+
+
+def test_tiles_of_any_pyramid_show_the_same_picture(field: UInt8Array, tmp_path: Path) -> None:
+    def tile(name: str, mpp: float, steps: tuple[int, ...]) -> UInt8Array:
+        path = write_pyramid(tmp_path / name, at_scale(field, (mpp, mpp)), mpp=(mpp, mpp), steps=steps)
+        with open_slide(path) as slide:
+            tiles = plan_tiles(slide, TileOptions()).tiles
+            index = int(np.flatnonzero((tiles.cells == (2, 2)).all(axis=1))[0])
+            return reading.read_tile(slide, tiles, index)
+
+    expected = cv2.GaussianBlur(tile("a.tif", 0.5, (1,)).astype(np.float32), (0, 0), 3)
+    neighbour = np.roll(expected, 40, axis=1)
+    for name, mpp, steps in (("b.tif", 0.25, (1, 2, 4)), ("c.tif", 0.25, (1, 4)), ("d.tif", 0.2431, (1, 4))):
+        found = cv2.GaussianBlur(tile(name, mpp, steps).astype(np.float32), (0, 0), 3)
+        assert np.abs(found - expected).mean() < 0.2 * np.abs(neighbour - expected).mean()
+
+
+def test_cells_equal_the_division_over_a_row_of_a_thousand_tiles(tmp_path: Path) -> None:
+    path = write_large(tmp_path / "row.tif", (530_000, 1_100), mpp=0.2431, steps=(1, 4, 16), tile=128)
+    with open_slide(path) as slide:
+        tiles = plan_tiles(slide, TileOptions(tissue="none")).tiles
+    assert tiles.tile_size_level0 == (527, 527)
+    assert tiles.cells.max(0).tolist() == [1004, 1]
+    assert len(np.unique(tiles.cells, axis=0)) == len(tiles) == 2 * 1005
+    assert np.array_equal(tiles.coords_level0 // 527, tiles.cells)
+    assert np.array_equal(np.round(tiles.coords_level0 / 527), tiles.cells)
+    assert np.array_equal(np.lexsort(tiles.coords_level0.T), np.arange(len(tiles)))  # row-major
+
+
+def test_a_coarse_slide_is_refused_with_the_option_named(field: UInt8Array, tmp_path: Path) -> None:
+    with open_slide(write_pyramid(tmp_path / "a.tif", at_scale(field, (0.7, 0.7)), mpp=(0.7, 0.7))) as slide:
+        with pytest.raises(SlideError, match=r"'a'.*got 0\.7 \(upsampled 1\.40 times\).*--allow-upsampling"):
+            plan_tiles(slide, TileOptions())
+        plan = plan_tiles(slide, TileOptions(allow_upsampling=True))
+    assert plan.tiles.attrs["upsampled"] == pytest.approx(1.4)
+    assert plan.tiles.attrs["filter"] == "cv2-cubic"
+    assert any("upsampled 1.40 times" in warning for warning in plan.warnings)
+    with open_slide(write_pyramid(tmp_path / "b.tif", at_scale(field, (0.6, 0.6)), mpp=(0.6, 0.6))) as slide:
+        plan = plan_tiles(slide, TileOptions())
+    assert plan.tiles.attrs["upsampled"] == pytest.approx(1.2)
+    assert any("upsampled 1.20 times" in warning for warning in plan.warnings)
+    assert len(plan.tiles) > 10
+
+
+def test_bounds_give_absolute_coordinates_and_their_own_overview(tmp_path: Path) -> None:
+    image = paint_tissue(3600, 2400)
+    offset = (1003, 707)
+    path = write_scn(tmp_path / "b.scn", image, canvas=(9000, 8000), offset=offset, mpp=0.5)
+    with open_slide(path) as slide:
+        plan = plan_tiles(slide, TileOptions())
+        tile = reading.read_tile(slide, plan.tiles, 7)
+    with open_slide(write_pyramid(tmp_path / "plain.tif", image, mpp=(0.5, 0.5))) as slide:
+        plain = plan_tiles(slide, TileOptions())
+    assert plan.overview.image.shape == plain.overview.image.shape
+    assert plan.overview.origin_level0 == offset
+    assert np.array_equal(plan.tiles.cells, plain.tiles.cells)
+    assert np.array_equal(plan.tiles.coords_level0, plain.tiles.coords_level0 + offset)
+    assert plan.tiles.attrs["anchor"] == offset
+    x, y = plan.tiles.coords_level0[7] - offset
+    assert np.abs(tile.astype(int) - image[y : y + 256, x : x + 256]).mean() < 4
+
+
+@pytest.fixture(scope="module")
+def small_slide(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slide]:
+    path = tmp_path_factory.mktemp("small") / "small.tif"
+    with open_slide(write_pyramid(path, paint_tissue(2900, 2100), mpp=(0.5, 0.5))) as slide:
+        yield slide
+
+
+def test_planning_reads_the_overview_and_no_tile(small_slide: Slide, monkeypatch: pytest.MonkeyPatch) -> None:
+    levels: list[int] = []
+    read = Slide._read_rgba
+
+    def counting(self: Slide, x: int, y: int, level: int, width: int, height: int) -> object:
+        levels.append(level)
+        return read(self, x, y, level, width, height)
+
+    monkeypatch.setattr(Slide, "_read_rgba", counting)
+    plan_tiles(small_slide, TileOptions())
+    assert levels == [2]
+
+
+def test_every_place_of_the_grid_is_a_tile_or_counted(small_slide: Slide) -> None:
+    plan = plan_tiles(small_slide, TileOptions())
+    assert plan.grid.columns * plan.grid.rows == 11 * 8 == len(plan.tiles) + sum(plan.dropped.values())
+    assert {"background", "little tissue"} <= set(plan.dropped)
+    everything = plan_tiles(small_slide, TileOptions(min_tissue=0))
+    assert len(everything.tiles) == 88
+    assert everything.dropped == {}
+    full = everything.tiles.tissue_fraction >= 1
+    assert 5 < full.sum() < len(plan.tiles)
+    assert len(plan_tiles(small_slide, TileOptions(min_tissue=1)).tiles) == full.sum()
+
+
+def test_pen_beside_tissue_is_counted_as_pen(tmp_path: Path) -> None:
+    image = paint_tissue(2900, 2100)
+    plain = write_pyramid(tmp_path / "plain.tif", image, mpp=(0.5, 0.5))
+    marked = image.copy()
+    cv2.line(marked, (2500, 150), (2800, 700), (20, 60, 200), 90)
+    with open_slide(plain) as slide:
+        without = plan_tiles(slide, TileOptions())
+    with open_slide(write_pyramid(tmp_path / "pen.tif", marked, mpp=(0.5, 0.5))) as slide:
+        plan = plan_tiles(slide, TileOptions())
+    assert np.array_equal(plan.tiles.cells, without.tiles.cells)
+    assert plan.dropped["pen"] >= 2
+    assert sum(plan.dropped.values()) == sum(without.dropped.values())
+
+
+def test_sections_follow_the_pieces_of_tissue(small_slide: Slide) -> None:
+    tiles = plan_tiles(small_slide, TileOptions()).tiles
+    assert set(tiles.section.tolist()) == {1, 2}
+    left, right = (tiles.coords_level0[tiles.section == piece, 0] for piece in (1, 2))
+    assert left.mean() < right.mean()
+
+
+def test_published_rule_keeps_what_exceeds_the_share(small_slide: Slide) -> None:
+    plan = plan_tiles(small_slide, TileOptions(tissue="published"))
+    assert plan.mask.method == plan.tiles.attrs["tissue_method"] == "published"
+    threshold = plan.mask.threshold
+    assert threshold is not None
+    expected = []
+    for j in range(8):
+        for i in range(11):
+            pixels = small_slide.read(i * 256, j * 256, 0, 256, 256)
+            if (pixels.mean(axis=-1) < threshold).mean() > 0.1:
+                expected.append([i, j])
+    assert plan.tiles.cells.tolist() == expected
+
+
+def test_a_mask_file_decides_and_leaves_no_path(small_slide: Slide, tmp_path: Path) -> None:
+    half = [[0, 0], [1536, 0], [1536, 2100], [0, 2100], [0, 0]]
+    outline = {"type": "Feature", "properties": {}, "geometry": {"type": "Polygon", "coordinates": [half]}}
+    path = tmp_path / "canary.geojson"
+    path.write_text(json.dumps({"type": "FeatureCollection", "features": [outline]}))
+    tiles = plan_tiles(small_slide, TileOptions(tissue=str(path))).tiles
+    assert tiles.cells.tolist() == [[i, j] for j in range(8) for i in range(6)]
+    assert "canary" not in repr(tiles.attrs)
+    with pytest.raises(FileNotFoundError, match="--tissue"):
+        plan_tiles(small_slide, TileOptions(tissue=str(tmp_path / "none.geojson")))
+
+
+def fluorescence(width: int, height: int) -> UInt8Array:
+    rng = np.random.default_rng(0)
+    image = np.zeros((height, width, 3), np.uint8)
+    image[..., 2] = rng.integers(2, 8, (height, width))
+    for x, y in rng.integers(300, 1500, (400, 2)).tolist():
+        cv2.circle(image, (x, min(y, height)), 12, (30, 60, 210), -1)
+    return image
+
+
+def test_a_dark_background_is_refused_with_the_way_on(tmp_path: Path) -> None:
+    path = write_pyramid(tmp_path / "dapi.tif", fluorescence(1900, 1300), mpp=(0.5, 0.5))
+    with open_slide(path) as slide:
+        with pytest.raises(SlideError, match=r"'dapi'.*dark background, looks like fluor.*--allow-dark-background"):
+            plan_tiles(slide, TileOptions())
+        plan = plan_tiles(slide, TileOptions(allow_dark_background=True))
+    assert 0 < len(plan.tiles) < 35
+    assert plan.tiles.attrs["dark_background"] is True
+    assert any("dark background" in warning for warning in plan.warnings)
+
+
+def test_no_tissue_and_no_room_are_plans_without_tiles(tmp_path: Path) -> None:
+    blank = np.full((1100, 1500, 3), 240, np.uint8)
+    with open_slide(write_pyramid(tmp_path / "blank.tif", blank, mpp=(0.5, 0.5))) as slide:
+        plan = plan_tiles(slide, TileOptions())
+    assert (len(plan.tiles), plan.mask.state, plan.dropped) == (0, "blank", {"background": 20})
+    with open_slide(write_pyramid(tmp_path / "tiny.tif", paint_tissue(500, 200), mpp=(0.5, 0.5))) as slide:
+        plan = plan_tiles(slide, TileOptions())
+    assert len(plan.tiles) == 0
+    assert any("no whole tile of 256 x 256" in warning for warning in plan.warnings)
+
+
+def test_an_override_that_contradicts_the_slide_is_warned_of(tmp_path: Path) -> None:
+    path = write_pyramid(tmp_path / "a.tif", paint_tissue(2900, 2100), mpp=(0.5, 0.5))
+    with open_slide(path, slide_mpp=0.25) as slide:
+        plan = plan_tiles(slide, TileOptions(slide_mpp=0.25))
+    assert plan.tiles.attrs["mpp_source"] == "--slide-mpp"
+    assert any("0.25" in warning and "0.5" in warning for warning in plan.warnings)
+    with open_slide(path, slide_mpp=0.5) as slide:
+        assert plan_tiles(slide, TileOptions()).warnings == ()
+
+
+def test_what_is_recorded_survives_the_file(small_slide: Slide, tmp_path: Path) -> None:
+    tiles = plan_tiles(small_slide, TileOptions(max_tiles=20, seed=4)).tiles
+    write_tiles(tmp_path / "small.h5", tiles)
+    back = read_tiles(tmp_path / "small.h5")
+    for name in ("coords_level0", "cells", "tissue_fraction", "section", "qc"):
+        assert np.array_equal(getattr(back, name), getattr(tiles, name)), name
+    assert (back.level, back.read_size, back.tile_size_level0, back.mpp) == (0, (256, 256), (256, 256), 0.5)
+    for name in ("mpp_source", "mpp_level0", "filter", "reader", "tissue_threshold", "max_tiles", "seed", "slide_size"):
+        assert back.attrs[name] == tiles.attrs[name], name
+    assert (back.attrs["max_tiles"], back.attrs["seed"], back.attrs["slide_size"]) == (20, 4, (2900, 2100))
+
+
+def test_a_plan_is_the_same_with_and_without_workers(small_slide: Slide) -> None:
+    for tissue in ("otsu", "published"):
+        one, two = (plan_tiles(small_slide, TileOptions(tissue=tissue), workers=workers) for workers in (0, 2))
+        assert np.array_equal(one.tiles.cells, two.tiles.cells)
+        assert np.array_equal(one.tiles.tissue_fraction, two.tiles.tissue_fraction)
+
+
+def test_max_tiles_is_an_even_seeded_choice(small_slide: Slide) -> None:
+    every = plan_tiles(small_slide, TileOptions()).tiles
+    plan = plan_tiles(small_slide, TileOptions(max_tiles=15, seed=1))
+    assert len(plan.tiles) == 15
+    assert plan.dropped["max tiles"] == len(every) - 15
+    index = {tuple(cell): i for i, cell in enumerate(every.cells.tolist())}
+    chosen = [index[tuple(cell)] for cell in plan.tiles.cells.tolist()]
+    assert chosen == sorted(chosen)
+    assert np.array_equal(plan.tiles.tissue_fraction, every.tissue_fraction[chosen])
+    again = plan_tiles(small_slide, TileOptions(max_tiles=15, seed=1)).tiles
+    other = plan_tiles(small_slide, TileOptions(max_tiles=15, seed=2)).tiles
+    assert np.array_equal(again.cells, plan.tiles.cells)
+    assert not np.array_equal(other.cells, plan.tiles.cells)
+    assert len(plan_tiles(small_slide, TileOptions(max_tiles=1000)).tiles) == len(every)
+
+
+def test_spread_is_even_over_the_field() -> None:
+    cells = np.stack(np.meshgrid(np.arange(60), np.arange(44)), axis=-1).reshape(-1, 2)
+    for seed in range(5):
+        chosen = cells[spread_evenly(cells, 165, seed)]  # one in sixteen
+        counts = np.histogram2d(chosen[:, 0], chosen[:, 1], bins=(5, 4), range=((0, 60), (0, 44)))[0]
+        assert counts.sum() == 165
+        assert 4 <= counts.min() <= counts.max() <= 13  # 8.25 on average; a random draw strays to 2 and 17
+
+
+@settings(derandomize=True, deadline=None, max_examples=50)
+@given(n=st.integers(1, 300), count=st.integers(1, 300), seed=st.integers(0, 5), side=st.sampled_from([1, 7, 64, 1000]))
+def test_spread_chooses_each_cell_at_most_once(n: int, count: int, seed: int, side: int) -> None:
+    places = np.random.default_rng(seed).choice(side * side, min(n, side * side), replace=False)
+    cells = np.stack(np.divmod(np.sort(places), side)[::-1], axis=1)
+    count = min(count, len(cells))
+    chosen = spread_evenly(cells, count, seed)
+    assert len(np.unique(chosen)) == count
+    assert (np.diff(chosen) > 0).all()
+
+
+@pytest.mark.parametrize("side", [2, 8, 32])
+def test_hilbert_curve_passes_each_cell_once_and_never_jumps(side: int) -> None:
+    cells = np.stack(np.meshgrid(np.arange(side), np.arange(side)), axis=-1).reshape(-1, 2)
+    index = hilbert_index(cells)
+    assert sorted(index.tolist()) == list(range(side * side))
+    steps = np.abs(np.diff(cells[np.argsort(index)], axis=0)).sum(axis=1)
+    assert (steps == 1).all()
+
+
+@pytest.mark.parametrize(
+    ("values", "flag"),
+    [
+        ({"mpp": 0}, "--mpp"),
+        ({"mpp": float("nan")}, "--mpp"),
+        ({"mpp": float("inf")}, "--mpp"),
+        ({"mpp_tolerance": -0.1}, "--mpp-tolerance"),
+        ({"slide_mpp": 0}, "--slide-mpp"),
+        ({"tile_size": 0}, "--tile-size"),
+        ({"min_tissue": 1.1}, "--min-tissue"),
+        ({"max_tiles": 0}, "--max-tiles"),
+        ({"seed": -1}, "--seed"),
+    ],
+)
+def test_options_out_of_range_are_named(values: dict[str, float], flag: str) -> None:
+    with pytest.raises(ValueError, match=f"{flag}: expected"):
+        TileOptions(**values)
+
+
+def check_every_tile(path: Path, slide: Slide, plan: TilePlan) -> None:
+    """Each kept tile is what OpenSlide gives at its recorded corner, resampled by the named filter."""
+    tiles = plan.tiles
+    plain: openslide.AbstractSlide = openslide.open_slide(path)
+    for first, batch in iter_tiles(slide, tiles, batch_size=16, workers=2):
+        for tile, (x, y) in zip(batch, tiles.coords_level0[first : first + 16].tolist(), strict=True):
+            expected = np.asarray(plain.read_region((x, y), tiles.level, tiles.read_size).convert("RGB"))
+            if tiles.attrs["filter"] == "cv2-area":
+                expected = cv2.resize(expected, (256, 256), interpolation=cv2.INTER_AREA)
+            else:
+                assert tiles.attrs["filter"] == "none"
+            assert np.array_equal(tile, expected)
+            assert x + tiles.tile_size_level0[0] <= slide.dimensions[0]
+            assert y + tiles.tile_size_level0[1] <= slide.dimensions[1]
+
+
+@pytest.mark.parametrize(
+    ("name", "slide_mpp", "mpp", "tiles", "level", "pitch"),
+    [
+        ("CMU-1-Small-Region.svs", None, 0.5, (45, 55), 0, 256),
+        ("TCGA-CR-7395-no-mpp.svs", 0.25, 0.5, (36, 42), 1, 512),
+        ("low-power.dcm", 28.969, 29, (6, 8), 0, 256),
+        ("ink.jpeg", 0.5, 0.5, (40, 46), 0, 256),
+        ("plain.jpeg", 0.5, 0.5, (77, 81), 0, 256),
+        ("plain.jpeg", 0.3, 0.5, (23, 25), 0, 427),
+    ],
+)
+def test_real_slides_end_as_they_should(
+    shared: Path, name: str, slide_mpp: float | None, mpp: float, tiles: tuple[int, int], level: int, pitch: int
+) -> None:
+    path = shared / "data" / "slides" / name
+    with open_slide(path, slide_mpp=slide_mpp) as slide:
+        plan = plan_tiles(slide, TileOptions(mpp=mpp, slide_mpp=slide_mpp))
+        assert tiles[0] <= len(plan.tiles) <= tiles[1]
+        assert (plan.tiles.level, plan.tiles.tile_size_level0) == (level, (pitch, pitch))
+        check_every_tile(path, slide, plan)
+    assert str(shared) not in repr(plan.tiles.attrs)
+
+
+def test_real_slides_that_cannot_be_tiled_say_why(shared: Path) -> None:
+    folder = shared / "data" / "slides"
+    cases = {
+        "TCGA-CR-7395-no-mpp.svs": "--slide-mpp",
+        "ink.jpeg": "--slide-mpp",
+        "plain.jpeg": "--slide-mpp",
+        "low-power.dcm": r"28\.969.*--slide-mpp",
+        "fluorescence-dapi.ndpi": "dark background, looks like fluorescence.*--allow-dark-background",
+    }
+    for name, words in cases.items():
+        with open_slide(folder / name) as slide, pytest.raises(SlideError, match=words):
+            plan_tiles(slide, TileOptions())
+
+
+def test_ink_outside_tissue_is_not_kept(shared: Path) -> None:
+    """The blue stroke of the real picture reaches from the tissue to the lower edge."""
+    with open_slide(shared / "data" / "slides" / "ink.jpeg", slide_mpp=0.5) as slide:
+        plan = plan_tiles(slide, TileOptions())
+        for index, fraction in enumerate(plan.tiles.tissue_fraction):
+            pixels = resample(reading.read_tile(slide, plan.tiles, index), (32, 32)).astype(int)
+            blue = (pixels[..., 2] - pixels[..., 0] > 40).mean()
+            assert blue < 0.5, (index, fraction)
