@@ -145,17 +145,19 @@ def small_slide(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slide]:
         yield slide
 
 
-def test_planning_reads_the_overview_and_no_tile(small_slide: Slide, monkeypatch: pytest.MonkeyPatch) -> None:
-    levels: list[int] = []
+def test_planning_reads_a_coarse_level_and_no_tile(small_slide: Slide, monkeypatch: pytest.MonkeyPatch) -> None:
+    reads: list[tuple[int, int]] = []
     read = Slide._read_rgba
 
     def counting(self: Slide, x: int, y: int, level: int, width: int, height: int) -> object:
-        levels.append(level)
+        reads.append((level, width * height))
         return read(self, x, y, level, width, height)
 
     monkeypatch.setattr(Slide, "_read_rgba", counting)
-    plan_tiles(small_slide, TileOptions())
-    assert levels == [2]
+    plan = plan_tiles(small_slide, TileOptions())
+    assert {level for level, _ in reads} == {2}
+    assert sum(pixels for _, pixels in reads) <= 2 * 725 * 525  # once for the tissue, once for the focus
+    assert len(reads) < len(plan.tiles)
 
 
 def test_every_place_of_the_grid_is_a_tile_or_counted(small_slide: Slide) -> None:
@@ -263,7 +265,9 @@ def test_what_is_recorded_survives_the_file(small_slide: Slide, tmp_path: Path) 
     write_tiles(tmp_path / "small.h5", tiles)
     back = read_tiles(tmp_path / "small.h5")
     for name in ("coords_level0", "cells", "tissue_fraction", "section", "qc"):
-        assert np.array_equal(getattr(back, name), getattr(tiles, name)), name
+        np.testing.assert_array_equal(getattr(back, name), getattr(tiles, name))
+    assert back.qc_names == tiles.qc_names
+    assert tiles.qc.shape == (20, len(tiles.qc_names)) and np.isfinite(tiles.qc).any()
     assert (back.level, back.read_size, back.tile_size_level0, back.mpp) == (0, (256, 256), (256, 256), 0.5)
     for name in ("mpp_source", "mpp_level0", "filter", "reader", "tissue_threshold", "max_tiles", "seed", "slide_size"):
         assert back.attrs[name] == tiles.attrs[name], name

@@ -1,4 +1,4 @@
-"""Plan the tiles of a slide: where tissue is, on a grid of whole tiles. Reads one overview and no tile, but for the
+"""Plan the tiles of a slide: where tissue is, on a grid of whole tiles. Reads coarse levels and no tile, but for the
 published rule, which judges each tile by its own pixels."""
 
 from dataclasses import dataclass
@@ -12,6 +12,7 @@ from gigapath.options import check_options, option
 from gigapath.preprocessing.grid import Grid, plan_grid
 from gigapath.preprocessing.masks import tissue_of
 from gigapath.preprocessing.published import published_shares
+from gigapath.preprocessing.quality import QC_NAMES, tile_qc
 from gigapath.preprocessing.reading import READER, filter_name
 from gigapath.preprocessing.slide import Overview, Slide, SlideError
 from gigapath.preprocessing.tissue import TissueMask, area_shares, has_dark_background, tile_fractions, tile_sections
@@ -103,7 +104,7 @@ def plan_tiles(slide: Slide, options: TileOptions, *, workers: int = 0) -> TileP
     sections = tile_sections(mask, grid)
     dropped = count_dropped(mask, grid, fractions, kept, options.min_tissue)
     rows, columns = np.nonzero(kept)
-    cells = np.stack([columns, rows], axis=1)
+    cells = np.stack([columns, rows], axis=1).astype(np.int32)
     if options.max_tiles is not None and len(cells) > options.max_tiles:
         chosen = spread_evenly(cells, options.max_tiles, options.seed)
         dropped["max tiles"] = len(cells) - len(chosen)
@@ -116,8 +117,8 @@ def plan_tiles(slide: Slide, options: TileOptions, *, workers: int = 0) -> TileP
         cells=cells,
         tissue_fraction=fractions[at],
         section=sections[at],
-        qc=np.zeros((len(cells), 0)),
-        qc_names=(),
+        qc=tile_qc(slide, overview, grid, cells),
+        qc_names=QC_NAMES,
         level=grid.level,
         read_size=grid.read_size,
         tile_size=grid.tile_size,
