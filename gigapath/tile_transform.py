@@ -72,7 +72,7 @@ class TileTransform:
         cut = slice(start, start + self.crop)
         if tiles.shape[1] != self.resize:
             tiles = self._resized(tiles)
-        pixels = torch.from_numpy(np.ascontiguousarray(tiles[:, cut, cut])).to(device)
+        pixels = torch.from_numpy(tiles[:, cut, cut].copy()).to(device)
         # Tensors, not Python numbers: CUDA multiplies by the reciprocal of a number, which rounds differently.
         whole, mean, std = (torch.tensor(v, device=device) for v in ((255.0,) * 3, self.mean, self.std))
         scaled = pixels.to(torch.float32).div_(whole).sub_(mean).div_(std)  # (B, crop, crop, 3)

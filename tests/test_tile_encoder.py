@@ -177,6 +177,19 @@ def test_create_model_never_makes_weights_up(tmp_path: Path) -> None:
         create_model("", "gigapath_tile_enc")
 
 
+def test_create_model_loads_where_timm_can_not_build_without_storage(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Before version 1.0.20 or so timm reads numbers back while it builds, which the meta device refuses.
+    build = tile_encoder._vision_transformer
+
+    def reads_back(arch: str, given: dict[str, Any]) -> Any:
+        assert torch.linspace(0, 1, 3)[0].item() == 0
+        return build(arch, given)
+
+    monkeypatch.setattr(tile_encoder, "_vision_transformer", reads_back)
+    model = create_model(str(flash_tile_checkpoint()))
+    assert torch.equal(model.state_dict()["norm.bias"], filled({"norm.bias": (384,)})["norm.bias"])
+
+
 # ----------------------------------------------------------------------------------------------- timm's own loader
 
 
@@ -298,6 +311,15 @@ def test_transform_batch_equals_its_compose(resize: int, crop: int, interpolatio
     pixels = np.random.default_rng(0).integers(0, 256, (2, 256, 256, 3), dtype=np.uint8)
     composed = torch.stack([transform.compose()(Image.fromarray(tile)) for tile in pixels])
     assert torch.equal(transform.batch(pixels), composed)
+
+
+def test_transform_reads_arrays_that_may_not_be_written_and_writes_none(tiles: npt.NDArray[np.uint8]) -> None:
+    pixels = tiles[:, :224, :224].copy()
+    pixels.flags.writeable = False
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        TileTransform(224, 224, (0.5,) * 3, (0.5,) * 3).batch(pixels)
+    assert np.array_equal(pixels, tiles[:, :224, :224])
 
 
 def test_transform_refuses_what_is_no_batch_of_tiles() -> None:
