@@ -12,6 +12,9 @@ import gigapath
 # `run(namespace) -> exit status`.
 VERBS: dict[str, tuple[str, str]] = {
     "download": ("download", "Fetch weights, demo data and the published tables; resumed, checked."),
+    "tile": ("tile", "Find tissue and lay tiles: mask, tiles, previews. Look at them before embedding."),
+    "embed": ("embed", "Slides to tiles, tile embeddings and slide embeddings."),
+    "slide-embed": ("slide_embed", "Tile embeddings, ours or another tool's, to slide embeddings."),
     "export": ("export", "One table of slide vectors from a run: parquet, CSV or npz."),
     "inspect": ("inspect", "Say what a feature file is, ours or another tool's."),
 }
@@ -46,6 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     verb = next((word for word in arguments if not word.startswith("-")), None)
     parser = build_parser(verb)
     namespace = parser.parse_args(arguments)
+    namespace.words = arguments[1:]  # for the record of a run
     if namespace.verb is None:
         parser.print_help()
         return 0

@@ -47,8 +47,12 @@ class RunRecord:
     _started: float = field(default_factory=time.monotonic)
     _content: dict[str, Any] = field(default_factory=dict)
 
-    def start(self, entries: Sequence[SlideEntry]) -> None:
-        """Write the record of a run that has begun, and the slides' paths.
+    def start(self, entries: Sequence[SlideEntry], *, keep_paths: bool = True) -> None:
+        """Write the record of a run that has begun.
+
+        Args:
+            entries: the slides.
+            keep_paths: add their paths to `private/paths.csv`.
 
         Raises:
             OutputError: the folder can't be written; nothing has been done then.
@@ -65,7 +69,8 @@ class RunRecord:
             "ended": None,
             "outcome": "running",
         }
-        record_paths(self.out, entries)
+        if keep_paths:
+            record_paths(self.out, entries)
         owner = {
             "run_id": self.run_id,
             "command": list(self.command),

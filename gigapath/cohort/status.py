@@ -32,6 +32,7 @@ class Status:
         error: one sentence on what went wrong, or "".
         warnings: sentences on what to look at.
         identity: everything that the numbers depend on; results are reused where it is equal.
+        digest: a short name for the result's content, which the next stage records of this one.
         numerics_version: the version of the code's numbers.
         facts: provenance columns of slides.csv: plain numbers and words, no paths.
         columns: the manifest's columns, carried through.
@@ -45,6 +46,7 @@ class Status:
     error: str = ""
     warnings: tuple[str, ...] = ()
     identity: Mapping[str, Any] = field(default_factory=dict)
+    digest: str = ""
     numerics_version: int = 0
     facts: Mapping[str, Any] = field(default_factory=dict)
     columns: Mapping[str, str] = field(default_factory=dict)
@@ -97,7 +99,7 @@ def write_slides_csv(out: Path, stages: Sequence[Path], slide_ids: Iterable[str]
     """
     statuses = [read_statuses(folder) for folder in stages]
     ids = list(dict.fromkeys([*slide_ids, *(slide_id for stage in statuses for slide_id in stage)]))
-    rows = [_row_of(slide_id, [stage.get(slide_id) for stage in statuses]) for slide_id in sorted(ids)]
+    rows = [slide_row(slide_id, [stage.get(slide_id) for stage in statuses]) for slide_id in sorted(ids)]
     columns = list(dict.fromkeys([*_FIRST_COLUMNS, *(name for row in rows for name in row)]))
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
@@ -107,8 +109,8 @@ def write_slides_csv(out: Path, stages: Sequence[Path], slide_ids: Iterable[str]
     return rows
 
 
-def _row_of(slide_id: str, stages: Sequence[Status | None]) -> dict[str, Any]:
-    """One slide's row: the first stage that is not finished says how the slide stands."""
+def slide_row(slide_id: str, stages: Sequence[Status | None]) -> dict[str, Any]:
+    """One slide's row of slides.csv: the first stage that is not finished says how the slide stands."""
     seen = [status for status in stages if status is not None]
     unfinished = [status for status in stages if status is None or not status.finished]
     if unfinished:

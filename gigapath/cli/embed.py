@@ -1,0 +1,44 @@
+"""`gigapath embed SLIDES --out DIR`: slides to tiles, tile embeddings and slide embeddings."""
+
+import argparse
+
+from gigapath.cli.arguments import add_options, options_from
+from gigapath.cli.progress import Terminal
+from gigapath.preprocessing.tiling import TileOptions
+from gigapath.runs.options import EmbedOptions, RunOptions
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "slides",
+        nargs="*",
+        metavar="SLIDES",
+        help="slide files, folders of them, manifests (.csv); with --tiles they may be left out",
+    )
+    parser.add_argument("--out", required=True, metavar="DIR", help="the output folder; what is done there is kept")
+    parser.add_argument("--json", action="store_true", help="print one JSON document at the end, for machines")
+    add_options(parser, EmbedOptions, title="encoders")
+    add_options(parser, TileOptions, title="tiles")
+    add_options(parser, RunOptions, title="run")
+
+
+def run(namespace: argparse.Namespace) -> int:
+    tiling = options_from(namespace, TileOptions)
+    embedding = options_from(namespace, EmbedOptions)
+    options = options_from(namespace, RunOptions)
+    from gigapath.runs.embedding import run_embed  # torch takes seconds: a wrong word is told before
+
+    watch = Terminal("tile", machine=namespace.json)
+    try:
+        result = run_embed(
+            namespace.slides,
+            namespace.out,
+            tiling=tiling,
+            embedding=embedding,
+            options=options,
+            watch=watch,
+            command=namespace.words,
+        )
+    finally:
+        watch.close()
+    return watch.report(result)

@@ -1,0 +1,102 @@
+"""What a run looks like on a terminal, in a log, and to a machine."""
+
+import json
+import sys
+from collections.abc import Mapping
+from typing import Any, TextIO
+
+from tqdm import tqdm
+
+from gigapath.runs.engine import RunResult
+from gigapath.runs.planning import in_words
+from gigapath.runs.watching import Plan, Watcher
+
+EXIT_STATUS = {"done": 0, "some slides failed": 3, "stopped": 75}
+_FAILURES_SHOWN = 20
+
+
+class Terminal(Watcher):
+    """Draws a bar where somebody watches; elsewhere writes a line a slide, without carriage returns.
+
+    Args:
+        unit: what is counted, "tile" or "slide".
+        machine: keep standard output for the JSON document; everything else goes to standard error.
+    """
+
+    def __init__(self, unit: str, *, machine: bool) -> None:
+        self._unit = unit
+        self._words: TextIO = sys.stderr if machine else sys.stdout
+        self._bar: tqdm[Any] | None = None
+        self._shown: Plan | None = None
+
+    def plan(self, plan: Plan) -> None:
+        self._shown = plan
+        for line in plan.lines:
+            print(line, file=self._words, flush=True)
+        todo = plan.slides - plan.reused
+        if sys.stderr.isatty() and todo:
+            total = plan.tiles if self._unit == "tile" else todo
+            self._bar = tqdm(total=total, unit=f" {self._unit}s", file=sys.stderr, dynamic_ncols=True, smoothing=0.1)
+
+    def expect(self, tiles: int) -> None:
+        if self._bar is not None and self._unit == "tile":
+            self._bar.total = tiles
+            self._bar.refresh()
+
+    def tiles(self, count: int) -> None:
+        if self._bar is not None and self._unit == "tile":
+            self._bar.update(count)
+
+    def slide(self, row: Mapping[str, Any], number: int, slides: int) -> None:
+        if self._bar is None:
+            print(f"{number}/{slides} {_line(row)}", file=self._words, flush=True)
+            return
+        self._bar.set_postfix_str(f"slide {number}/{slides}", refresh=False)
+        if self._unit == "slide":
+            self._bar.update(1)
+        if row["status"] == "failed":
+            self._bar.write(_line(row), file=sys.stderr)
+
+    def close(self) -> None:
+        """Put the bar away."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+    def report(self, result: RunResult) -> int:
+        """Say how the run ended; the exit status."""
+        self.close()
+        status = EXIT_STATUS[result.outcome]
+        if self._words is sys.stderr:
+            document = {
+                "run_id": result.run_id,
+                "outcome": result.outcome,
+                "exit_status": status,
+                "out": str(result.out),
+                "seconds": round(result.seconds, 3),
+                "plan": dict(self._shown.facts) if self._shown else {},
+                "counts": dict(result.counts),
+                "slides": [dict(row) for row in result.rows],
+            }
+            print(json.dumps(document, indent=2))
+        counts = ", ".join(f"{count} {state.replace('_', ' ')}" for state, count in result.counts.items() if count)
+        tiles = sum(row["tiles"] for row in result.rows)
+        print(f"{result.outcome}: {counts}; {tiles:,} tiles in {in_words(result.seconds)}.", file=self._words)
+        failed = [row for row in result.rows if row["status"] == "failed"]
+        for row in failed[:_FAILURES_SHOWN]:
+            print(f"  {_line(row)}", file=self._words)
+        if len(failed) > _FAILURES_SHOWN:
+            print(f"  and {len(failed) - _FAILURES_SHOWN} more: see slides.csv", file=self._words)
+        print(f"see {result.out / 'slides.csv'}", file=self._words)
+        return status
+
+
+def _line(row: Mapping[str, Any]) -> str:
+    """One slide on one line."""
+    words = f"{row['slide_id']}: {row['status'].replace('_', ' ')}"
+    if row["error"]:
+        prefix = f"slide {row['slide_id']!r}: "
+        return f"{words}: {row['error'].removeprefix(prefix)}"
+    rate = f", {row['tiles/s']:.3g} tiles/s" if row["tiles/s"] else ""
+    warnings = f". {row['warnings']}" if row["warnings"] else ""
+    return f"{words}, {row['tiles']:,} tiles, {row['seconds']:.1f} s{rate}{warnings}"

@@ -1,0 +1,40 @@
+"""`gigapath slide-embed FEATURES`: tile embeddings, ours or another tool's, to slide embeddings."""
+
+import argparse
+
+from gigapath.cli.arguments import add_options, options_from
+from gigapath.cli.progress import Terminal
+from gigapath.runs.options import RunOptions, SlideEmbedOptions
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "features",
+        nargs="+",
+        metavar="FEATURES",
+        help="files of tile embeddings or folders of them: ours, TRIDENT's, CLAM's, STAMP's, slide2vec's",
+    )
+    parser.add_argument("--out", metavar="DIR", help="the output folder (default: that of the run which made FEATURES)")
+    parser.add_argument("--json", action="store_true", help="print one JSON document at the end, for machines")
+    add_options(parser, SlideEmbedOptions, title="slide encoder")
+    add_options(parser, RunOptions, title="run")
+
+
+def run(namespace: argparse.Namespace) -> int:
+    embedding = options_from(namespace, SlideEmbedOptions)
+    options = options_from(namespace, RunOptions)
+    from gigapath.runs.slide_embedding import run_slide_embed  # torch takes seconds: a wrong word is told before
+
+    watch = Terminal("slide", machine=namespace.json)
+    try:
+        result = run_slide_embed(
+            namespace.features,
+            namespace.out,
+            embedding=embedding,
+            options=options,
+            watch=watch,
+            command=namespace.words,
+        )
+    finally:
+        watch.close()
+    return watch.report(result)

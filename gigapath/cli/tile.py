@@ -1,0 +1,33 @@
+"""`gigapath tile SLIDES --out DIR`: tissue, tiles and previews; a person looks before anything is embedded."""
+
+import argparse
+
+from gigapath.cli.arguments import add_options, options_from
+from gigapath.cli.progress import Terminal
+from gigapath.preprocessing.tiling import TileOptions
+from gigapath.runs.options import RunOptions
+from gigapath.runs.tiling import run_tile
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("slides", nargs="+", metavar="SLIDES", help="slide files, folders of them, manifests (.csv)")
+    parser.add_argument("--out", required=True, metavar="DIR", help="the output folder; what is done there is kept")
+    parser.add_argument("--json", action="store_true", help="print one JSON document at the end, for machines")
+    add_options(parser, TileOptions, title="tiles")
+    add_options(parser, RunOptions, title="run")
+
+
+def run(namespace: argparse.Namespace) -> int:
+    watch = Terminal("slide", machine=namespace.json)
+    try:
+        result = run_tile(
+            namespace.slides,
+            namespace.out,
+            tiling=options_from(namespace, TileOptions),
+            options=options_from(namespace, RunOptions),
+            watch=watch,
+            command=namespace.words,
+        )
+    finally:
+        watch.close()
+    return watch.report(result)

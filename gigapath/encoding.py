@@ -1,0 +1,280 @@
+"""Pixels to tile embeddings on disk, and tile embeddings to the embeddings of a slide.
+
+B tiles of a batch, N tiles of a slide, D width of a tile embedding, E width of the slide encoder.
+"""
+
+import contextlib
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from gigapath.devices import resolve_device, resolve_precision
+from gigapath.downloads import RELEASES
+from gigapath.downloads.digests import remembered_sha256
+from gigapath.features import TileEmbeddings, TileEmbeddingsWriter
+from gigapath.pos_embed import checked_coords
+from gigapath.slide_encoder import WEIGHTS_FILE, LongNetViT, create_model
+from gigapath.tile_encoder import TileEncoder
+from gigapath.weights import find_weights, load_state_dict, tell_architecture
+
+Batches = Iterable[tuple[int, npt.NDArray[np.uint8]]]
+
+# Encoders get tiles `tile_size` pixels apart; the released slide encoders count 256 to a cell.
+_CELL = 256
+_AUTOCAST = {"fp16": torch.float16, "bf16": torch.bfloat16}
+_RANDOM_SEED = 0
+# Rows summed at once for the mean of a slide's tiles: the sum must not depend on how they were batched.
+_MEAN_ROWS = 1024
+
+
+class EncoderError(ValueError):
+    """An encoder failed, which is no slide's fault: a run ends with this one sentence."""
+
+    stops_run = True
+
+
+def encode_tiles(
+    batches: Batches,
+    encoder: TileEncoder,
+    writer: TileEmbeddingsWriter,
+    *,
+    batch_size: int,
+    after_batch: Callable[[int], None] = lambda count: None,
+) -> None:
+    """Embed a slide's tiles batch by batch, each batch of the one full shape: the last is padded and cut.
+
+    So the vector of a tile depends on nothing but the tile, whatever stands beside it.
+
+    Args:
+        batches: (index of the first tile, uint8 pixels (n, T, T, 3)) in order, n <= `batch_size`.
+        encoder: the tile encoder.
+        writer: takes (index, float32 (n, D)).
+        batch_size: B.
+        after_batch: is told how many tiles were embedded; it may raise to stop.
+
+    Raises:
+        EncoderError: the encoder failed, for want of memory or otherwise.
+        ValueError: a vector is not finite.
+    """
+    for first, pixels in batches:
+        writer.write(first, encode_padded(pixels, encoder, batch_size))
+        after_batch(len(pixels))
+
+
+def encode_padded(pixels: npt.NDArray[np.uint8], encoder: TileEncoder, batch_size: int) -> npt.NDArray[np.float32]:
+    """(n, T, T, 3) uint8 to (n, D) float32 through one batch of exactly `batch_size` tiles."""
+    count = len(pixels)
+    if count < batch_size:
+        pixels = np.concatenate([pixels, np.zeros((batch_size - count, *pixels.shape[1:]), np.uint8)])
+    try:
+        return encoder.encode(pixels)[:count]
+    except torch.cuda.OutOfMemoryError as error:
+        raise EncoderError(
+            f"{encoder.name}: {encoder.device} has too little memory for batches of {batch_size} tiles. "
+            "Choose a smaller --batch-size."
+        ) from error
+    except (RuntimeError, MemoryError) as error:
+        raise EncoderError(f"{encoder.name} failed on {encoder.device}: {_first_line(error)}") from error
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+@dataclass(frozen=True)
+class SlideEncoder:
+    """A slide encoder on its device, or the plain mean of the tiles (`model` None).
+
+    Attributes:
+        name: short and fit for a folder's name; says so where the weights are random.
+        trained: whether its weights are trained ones.
+        weights_sha256: of the file of weights, or None where there is none.
+        tile_encoder: the tile encoder that it was trained with, or None where it takes any of the right width.
+        description: one line that says plainly what it is.
+        device: where it runs.
+        precision: "fp32", or the type of autocast.
+        model: the model, in eval mode.
+    """
+
+    name: str
+    trained: bool
+    weights_sha256: str | None
+    tile_encoder: str | None
+    description: str
+    device: torch.device
+    precision: str
+    model: LongNetViT | None
+
+    def check_pair(self, tile_encoder: str | None, embed_dim: int) -> None:
+        """Refuse tile embeddings of another encoder than the slide encoder was trained with.
+
+        Args:
+            tile_encoder: what the file names, or None where it names none; then only the width is checked.
+            embed_dim: D.
+
+        Raises:
+            ValueError: names both encoders.
+        """
+        if self.tile_encoder is not None and tile_encoder is not None and tile_encoder != self.tile_encoder:
+            raise ValueError(
+                f"slide encoder {self.name}: expected embeddings of its own tile encoder, {self.tile_encoder}, got "
+                f"those of {tile_encoder!r}. Take the pair that belongs together, or --slide-encoder mean."
+            )
+        if self.model is not None and embed_dim != self.model.in_chans:
+            raise ValueError(
+                f"slide encoder {self.name}: expected tile embeddings of width {self.model.in_chans}, got {embed_dim}. "
+                "Take the pair that belongs together, or --slide-encoder mean."
+            )
+
+    def embed(self, tiles: TileEmbeddings) -> dict[str, npt.NDArray[np.float32]]:
+        """The embeddings of a slide by name, from its tile embeddings as stored, N at least 1, in row-major order.
+
+        Raises:
+            EncoderError: the encoder failed, for want of memory or otherwise.
+            ValueError: a tile lies outside of the encoder's grid.
+        """
+        mean = {"tile_mean": mean_of_rows(tiles.features)[None]}
+        if self.model is None:
+            return mean
+        features = torch.from_numpy(np.ascontiguousarray(tiles.features))
+        coords = torch.from_numpy(tiles.encoder_coords(_CELL))
+        try:
+            return {**self._states(self.model, features, coords), **mean}
+        except torch.cuda.OutOfMemoryError as error:
+            raise EncoderError(
+                f"{self.name}: {self.device} has too little memory for a slide of {len(tiles)} tiles. "
+                "Use --device cpu, or --max-tiles when tiling."
+            ) from error
+        except (RuntimeError, MemoryError) as error:
+            raise EncoderError(f"{self.name} failed on {self.device}: {_first_line(error)}") from error
+
+    def _states(self, model: LongNetViT, features: Tensor, coords: Tensor) -> dict[str, npt.NDArray[np.float32]]:
+        autocast: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
+        if self.precision != "fp32":
+            autocast = torch.autocast(self.device.type, dtype=_AUTOCAST[self.precision])
+        with torch.inference_mode(), autocast:
+            states, default = pooled_states(model, features.to(self.device), coords.to(self.device))
+        pooled = {
+            "states_mean": states[:, 0],
+            "states_class": states[:, 1],
+            "default_mean": default[None, 0],
+            "default_class": default[None, 1],
+        }
+        return {name: value.float().cpu().numpy() for name, value in pooled.items()}
+
+
+def pooled_states(model: LongNetViT, features: Tensor, coords: Tensor) -> tuple[Tensor, Tensor]:
+    """Every state and the default output of one slide, pooled both ways, in one pass of the encoder.
+
+    Args:
+        model: the slide encoder, in eval mode.
+        features: (N, D) tile embeddings.
+        coords: (N, 2) (x, y) in pixels, of which `model.tile_size` make a cell.
+
+    Returns:
+        states (depth + 1, 2, E) and the default output (2, E); of each pair the first is the mean over the tiles, the
+        second the class token.
+    """
+
+    def pool(tokens: Tensor) -> Tensor:  # (1, N + 1, E) -> (2, E)
+        pooled: Tensor = model.norm(torch.stack([tokens[0, 1:].mean(0), tokens[0, 0]]))
+        return pooled
+
+    tile_size = float(model.tile_size)
+    checked = checked_coords(coords, tile_size, model.slide_ngrids)
+    tiles = model.patch_embed(features.to(model.cls_token.dtype))  # (N, E)
+    tiles = tiles + model.pos_embed.rows(model.coords_to_pos(checked, tile_size)).to(tiles)
+    tokens = torch.cat([model.cls_token[0].to(tiles), tiles])[None]  # (1, N + 1, E); the class token's position is 0
+    answer = model.encoder(token_embeddings=tokens, return_all_hiddens=True, summarise=pool)
+    return torch.stack(answer["encoder_states"]), pool(answer["encoder_out"])
+
+
+def mean_of_rows(features: Any) -> npt.NDArray[np.float32]:
+    """Mean (D,) of an array or h5 dataset (N, D), summed in float64, a fixed number of rows at a time."""
+    total = np.zeros(features.shape[1])
+    for start in range(0, len(features), _MEAN_ROWS):
+        total += features[start : start + _MEAN_ROWS].sum(axis=0, dtype=np.float64)
+    return (total / len(features)).astype(np.float32)
+
+
+def load_slide_encoder(
+    name: str,
+    *,
+    in_chans: int,
+    device: str | torch.device = "cpu",
+    precision: str = "fp32",
+    random_weights: bool = False,
+) -> SlideEncoder:
+    """Load a slide encoder by the name that the command line knows it by.
+
+    Args:
+        name: "mean", "gigapath", "gigapath-flash", or a checkpoint (or a folder with `slide_encoder.pth`) of one of the
+            two released architectures.
+        in_chans: width D of the tile embeddings that it is going to get.
+        device: "auto", "cpu", "cuda", "cuda:N" or "mps".
+        precision: "auto" (fp16 autocast on CUDA, fp32 elsewhere), "fp32", "fp16" or "bf16".
+        random_weights: leave the weights untrained, for trying things; any `in_chans` will do then.
+
+    Raises:
+        ValueError: an unknown name, a checkpoint of another architecture or width, a device that is not there.
+        FileNotFoundError, PermissionError, ConnectionError: the weights are not to be had.
+    """
+    resolved = resolve_device(device)
+    precision = resolve_precision(precision, resolved)
+    if name == "mean":
+        described = "the mean of the tile embeddings"
+        return SlideEncoder("mean", True, None, None, described, resolved, precision, None)
+    release = RELEASES.get(name)
+    sha256 = None
+    if release is None:
+        path = find_slide_checkpoint(name)
+        if random_weights:
+            raise ValueError(f"--random-weights: expected the name of a slide encoder, got {name!r}. Drop one.")
+        arch, sha256, pretrained = (
+            tell_architecture(load_state_dict(path), "slide", path),
+            remembered_sha256(path),
+            str(path),
+        )
+        known = next(known for known in RELEASES.values() if known.slide_arch == arch)
+        release = known if known.slide_sha256 == sha256 else None
+        short = release.name if release else f"{re.sub(r'[^A-Za-z0-9._-]', '_', path.stem)}-{sha256[:8]}"
+    else:
+        known, arch, short, pretrained = release, release.slide_arch, release.name, ""
+        if not random_weights:
+            path = find_weights(f"hf_hub:{release.repo}", WEIGHTS_FILE, strict=True)
+            sha256, pretrained = remembered_sha256(path), str(path)
+    if not random_weights and in_chans != known.tile_dim:
+        raise ValueError(
+            f"--slide-encoder {name}: expected tile embeddings of width {known.tile_dim}, as {known.name}'s tile "
+            f"encoder makes them, got {in_chans}. Take the pair that belongs together, or --slide-encoder mean."
+        )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(_RANDOM_SEED)  # random weights are the same ones every time
+        model = create_model(pretrained, arch, in_chans, global_pool=True).eval().requires_grad_(False)
+    described = f"{known.repo}'s slide encoder ({arch})" if release else f"{arch} from a checkpoint ({sha256})"
+    return SlideEncoder(
+        name=f"{short}-random" if random_weights else short,
+        trained=not random_weights,
+        weights_sha256=sha256,
+        tile_encoder=known.name if release and not random_weights else None,
+        description=f"{described}, UNTRAINED: random weights" if random_weights else described,
+        device=resolved,
+        precision=precision,
+        model=model.to(resolved),
+    )
+
+
+def find_slide_checkpoint(name: str) -> Path:
+    """The checkpoint that a name of the command line means; ValueError lists the known names where it is no file."""
+    if not Path(name).expanduser().exists():
+        raise ValueError(
+            f"--slide-encoder: expected {', '.join(RELEASES)}, mean, none or a checkpoint's file, got {name!r}."
+        )
+    return find_weights(name, WEIGHTS_FILE)

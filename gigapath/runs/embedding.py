@@ -1,0 +1,265 @@
+"""`run_embed`: slides to tiles to tile embeddings to slide embeddings, each stage kept and reused by itself."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from gigapath.cohort.manifest import SlideEntry, find_slides
+from gigapath.cohort.privacy import recorded_paths
+from gigapath.cohort.reuse import check_unmixed
+from gigapath.cohort.stopping import StopFlag
+from gigapath.downloads import RELEASES
+from gigapath.encoding import SlideEncoder, load_slide_encoder
+from gigapath.options import to_dict
+from gigapath.preprocessing.tiling import TileOptions
+from gigapath.runs.embed_job import EmbedJob
+from gigapath.runs.engine import CohortRun, RunResult
+from gigapath.runs.machine import threads
+from gigapath.runs.options import EmbedOptions, RunOptions
+from gigapath.runs.planning import estimate_tiles, in_bytes, in_words, measure_rate, tiles_in_words
+from gigapath.runs.slides import SlideStage, slides_folder
+from gigapath.runs.tiling import slides_in_words, write_contact_sheet
+from gigapath.runs.watching import Plan, Watcher
+from gigapath.slide_encoder import WEIGHTS_FILE
+from gigapath.tile_encoder import TileEncoder, load_tile_encoder
+
+# Tiles per batch where nobody says: on a CPU a batch takes seconds, so that a stop is heard in time.
+_BATCH_ON_GPU = 128
+_BATCH_ON_CPU = 32
+_BATCH_ON_CPU_LARGE = 4
+_LARGE = 500_000_000  # parameters; the ViT-g has 1.1 billion
+_PATIENCE_SECONDS = 3600.0
+_ALTERNATIVES = (
+    "that is long for a CPU. A GPU is about a hundred times as fast (--device cuda); --tile-encoder gigapath-flash "
+    "takes a fiftieth of gigapath's work; --max-tiles N embeds fewer tiles; --tile-encoder standin is for trying out."
+)
+
+
+def run_embed(
+    slides: Sequence[str | Path],
+    out: str | Path,
+    *,
+    tiling: TileOptions | None = None,
+    embedding: EmbedOptions | None = None,
+    options: RunOptions | None = None,
+    watch: Watcher | None = None,
+    command: Sequence[str] = (),
+) -> RunResult:
+    """Embed slides: tiles where they are missing, `features_*/<id>.h5`, `slides_*/<id>.h5`, slides.csv.
+
+    Args:
+        slides: slide files, folders of them, manifests; may be empty where `embedding.tiles` names a folder whose run
+            recorded where its slides lie.
+        out: the output folder; what is done there with equal numbers is skipped, stage by stage.
+        tiling: how slides are cut.
+        embedding: which encoders.
+        options: how the run goes about it.
+        watch: receives the news.
+        command: the words of the command line, for the record.
+
+    Raises:
+        ValueError: no slides, ids that collide, unknown encoders, encoders that are no pair, mixed numerics, an
+            encoder that fails.
+        FileNotFoundError, PermissionError, ConnectionError: an input or the weights are not to be had.
+        OutputError: the output folder can't be written, or is full.
+    """
+    out, tiling = Path(out), tiling or TileOptions()
+    embedding, options = embedding or EmbedOptions(), options or RunOptions()
+    with StopFlag() as stop:
+        entries = _entries(slides, out, embedding.tiles)
+        encoder = load_tile_encoder(
+            embedding.tile_encoder,
+            device=embedding.device,
+            precision=embedding.precision,
+            # The stand-in has weights of its own; untrained is what needs a licence, to try things without it.
+            random_weights=embedding.random_weights and embedding.tile_encoder != "standin",
+        )
+        slide_encoder = _slide_encoder(embedding, encoder)
+        resolved = {**to_dict(tiling), **to_dict(embedding), **to_dict(options)}
+        run = CohortRun(out, "embed", entries, [], resolved, command, watch or Watcher(), stop)
+        job = _job(run, tiling, embedding, options, encoder, slide_encoder)
+        if not options.allow_mixed:
+            ids = {entry.slide_id for entry in entries}
+            check_unmixed(job.features, job.run_identity(), ids)
+            if job.slides is not None:
+                check_unmixed(job.slides.folder, job.slides.run_identity(), ids)
+        todo = [entry for entry in entries if not job.is_done(entry)]
+        result = run.over_slides(_plan(job, todo), todo, job.work)
+        if job.own_tiles:
+            write_contact_sheet(out)
+    return result
+
+
+def _job(
+    run: CohortRun,
+    tiling: TileOptions,
+    embedding: EmbedOptions,
+    options: RunOptions,
+    encoder: TileEncoder,
+    slide_encoder: SlideEncoder | None,
+) -> EmbedJob:
+    """What the options come to: folders, batch size, threads."""
+    tiles = run.out / "tiles"
+    if embedding.tiles:
+        given = Path(embedding.tiles)
+        tiles = given / "tiles" if (given / "tiles").is_dir() else given
+        if not tiles.is_dir():
+            raise FileNotFoundError(f"--tiles: expected a folder made by gigapath tile, got {embedding.tiles!r}.")
+    slides = None
+    if slide_encoder is not None:
+        slides = SlideStage(slide_encoder, slides_folder(run.out, slide_encoder.name, encoder.name), options)
+    job = EmbedJob(
+        run=run,
+        tiling=tiling,
+        options=options,
+        encoder=encoder,
+        batch_size=embedding.batch_size or default_batch_size(encoder),
+        workers=threads(options),
+        store=embedding.store,
+        features=run.out / f"features_{encoder.name}",
+        tiles=tiles,
+        own_tiles=not embedding.tiles,
+        slides=slides,
+    )
+    run.stages = [
+        *([tiles] if job.own_tiles else []),
+        job.features,
+        *([slides.folder] if slides is not None else []),
+    ]
+    run.facts.update(_facts(job))
+    return job
+
+
+def _facts(job: EmbedJob) -> dict[str, object]:
+    """What the run's record says of the encoders."""
+    encoder, slides = job.encoder, job.slides
+    release = RELEASES.get(encoder.name)
+    facts: dict[str, object] = {
+        "device": _device_name(encoder),
+        "workers": job.workers,
+        "tile_encoder": {
+            "name": encoder.name,
+            "description": encoder.description,
+            "trained": encoder.trained,
+            "weights_sha256": encoder.weights_sha256,
+            "repository": release.repo if release else None,
+            "revision": release.revision if release else None,
+            "transform": encoder.transform_name,
+            "precision": encoder.precision,
+            "batch_size": job.batch_size,
+        },
+    }
+    if slides is not None:
+        release = RELEASES.get(slides.encoder.name)
+        facts["slide_encoder"] = {
+            "name": slides.encoder.name,
+            "description": slides.encoder.description,
+            "trained": slides.encoder.trained,
+            "weights_sha256": slides.encoder.weights_sha256,
+            "repository": release.repo if release else None,
+            "revision": release.revision if release else None,
+            "precision": slides.encoder.precision,
+        }
+    return facts
+
+
+def _device_name(encoder: TileEncoder) -> str:
+    if encoder.device.type == "cuda":
+        return f"cuda ({torch.cuda.get_device_name(encoder.device)})"
+    return encoder.device.type
+
+
+def default_batch_size(encoder: TileEncoder) -> int:
+    """Tiles per batch by device and size of the encoder; the same on all machines of a kind, since it is part of the
+    numbers."""
+    if encoder.device.type != "cpu":
+        return _BATCH_ON_GPU
+    large = sum(parameter.numel() for parameter in encoder.model.parameters()) > _LARGE
+    return _BATCH_ON_CPU_LARGE if large else _BATCH_ON_CPU
+
+
+def _plan(job: EmbedJob, todo: Sequence[SlideEntry]) -> Plan:
+    """What the run is going to do and what it costs, by one batch measured here."""
+    entries, encoder = job.run.entries, job.encoder
+    known = {entry.slide_id: job.known_tiles(entry) for entry in todo}
+    counted = [count for count in known.values() if count is not None]
+    unknown = [entry for entry in todo if known[entry.slide_id] is None]
+    total = estimate_tiles(counted, unknown, job.tiling)
+    guess = (total - sum(counted)) // len(unknown) if unknown else 0
+    job.expect({slide_id: guess if count is None else count for slide_id, count in known.items()})
+    skipped = len(entries) - len(todo)
+    lines = [f"{slides_in_words(len(entries))}: {len(todo)} to do, {skipped} done before in equal numbers and skipped."]
+    lines += [
+        f"{count} of them done before in other numbers, now again: {reason}."
+        for reason, count in job.redone(todo).items()
+    ]
+    lines.append(
+        f"tile encoder: {encoder.description}; {_device_name(encoder)}, {encoder.precision}, "
+        f"batches of {job.batch_size}, {job.workers} reading threads."
+    )
+    lines.append(f"slide encoder: {job.slides.encoder.description if job.slides else 'none'}.")
+    if job.tiling.max_tiles is not None and job.own_tiles:
+        lines.append(f"at most {job.tiling.max_tiles} tiles a slide, spread evenly (seed {job.tiling.seed}).")
+    size = total * encoder.embed_dim * (4 if job.store == "float32" else 2)
+    work = (
+        f"{tiles_in_words(total, exact=not unknown)} to embed, {in_bytes(size)} of tile embeddings into {job.run.out}"
+    )
+    facts: dict[str, float] = {
+        "slides": len(entries),
+        "todo": len(todo),
+        "skipped": skipped,
+        "tiles": total,
+        "tiles_exact": not unknown,
+        "bytes": size,
+    }
+    if total:
+        rate = measure_rate(job.warm_up, job.batch_size)
+        seconds = total / rate
+        facts |= {"tiles_per_second": rate, "seconds": seconds}
+        lines.append(f"{work}; about {in_words(seconds)} at {rate:.3g} tiles/s (one batch, measured here).")
+        if seconds > _PATIENCE_SECONDS and encoder.device.type == "cpu":
+            lines.append(_ALTERNATIVES)
+    else:
+        lines.append(f"{work}.")
+    return Plan(tuple(lines), len(entries), skipped, total, not unknown, facts)
+
+
+def _entries(slides: Sequence[str | Path], out: Path, tiles: str | None) -> list[SlideEntry]:
+    """The slides of a run: those named, else those that a tiling run recorded."""
+    if slides:
+        return find_slides(slides, exclude=out)
+    if tiles is None:
+        raise ValueError("expected slides, a folder or a manifest, got none. Name them, or say --tiles DIR.")
+    for folder in (Path(tiles), Path(tiles).parent):
+        entries = recorded_paths(folder)
+        if entries:
+            return entries
+    raise FileNotFoundError(
+        f"{tiles}: expected a folder made by gigapath tile, with private/paths.csv. Name the slides."
+    )
+
+
+def _slide_encoder(embedding: EmbedOptions, encoder: TileEncoder) -> SlideEncoder | None:
+    """The slide encoder that the options mean, or None for none; a pair that doesn't belong together is refused."""
+    name = embedding.slide_encoder
+    if name is None:
+        folder = Path(embedding.tile_encoder)
+        release = encoder.name.removesuffix("-random")
+        if (folder / WEIGHTS_FILE).is_file():  # what `gigapath download --to` made
+            name = embedding.tile_encoder
+        elif release in RELEASES:
+            name = release
+        else:
+            name = "gigapath" if embedding.tile_encoder == "standin" and embedding.random_weights else "mean"
+    if name == "none":
+        return None
+    slide_encoder = load_slide_encoder(
+        name,
+        in_chans=encoder.embed_dim,
+        device=embedding.device,
+        precision=embedding.precision,
+        random_weights=embedding.random_weights and name in RELEASES,
+    )
+    slide_encoder.check_pair(encoder.name, encoder.embed_dim)
+    return slide_encoder

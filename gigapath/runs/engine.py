@@ -1,0 +1,190 @@
+"""The loop over a cohort's slides: one bad slide is recorded and the others go on; a signal or a full disk ends it."""
+
+import contextlib
+import os
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from gigapath.cohort.manifest import SlideEntry
+from gigapath.cohort.privacy import without_paths
+from gigapath.cohort.record import RunRecord
+from gigapath.cohort.status import STATES, Status, slide_row, write_slides_csv, write_status
+from gigapath.cohort.stopping import StopFlag, Stopped
+from gigapath.features import NUMERICS_VERSION
+from gigapath.runs.watching import Plan, Watcher
+
+# slides.csv is derived again during a run once this many times its own cost has passed.
+_TABLE_SHARE = 20.0
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a stage found out about a slide; becomes its status."""
+
+    status: str = "done"
+    tiles: int = 0
+    warnings: tuple[str, ...] = ()
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    digest: str = ""
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """How a run ended.
+
+    Attributes:
+        out: the output folder.
+        run_id: names the run's record.
+        outcome: "done", "some slides failed" or "stopped".
+        rows: one row per slide of this run, as in slides.csv.
+        counts: slides of this run by status.
+        seconds: wall time.
+    """
+
+    out: Path
+    run_id: str
+    outcome: str
+    rows: tuple[Mapping[str, Any], ...]
+    counts: Mapping[str, int]
+    seconds: float
+
+
+@dataclass
+class CohortRun:
+    """One run of a verb over slides.
+
+    Attributes:
+        out: the output folder.
+        verb: the command.
+        entries: the slides.
+        stages: the folders of the stages that a slide goes through, in order.
+        options: the resolved options, for the record.
+        command: the words of the command line after the verb.
+        watch: receives the news.
+        stop: tells that a signal came.
+        facts: what the run finds out, for the record.
+        keep_paths: whether `private/paths.csv` learns where the entries lie.
+    """
+
+    out: Path
+    verb: str
+    entries: Sequence[SlideEntry]
+    stages: Sequence[Path]
+    options: Mapping[str, Any]
+    command: Sequence[str] = ()
+    watch: Watcher = field(default_factory=Watcher)
+    stop: StopFlag = field(default_factory=StopFlag)
+    facts: dict[str, Any] = field(default_factory=dict)
+    keep_paths: bool = True
+
+    def over_slides(
+        self, plan: Plan, todo: Sequence[SlideEntry], work: Callable[[SlideEntry], Sequence[Status]]
+    ) -> RunResult:
+        """Do `work` for one slide after the other; the run's record and slides.csv are left however it ends.
+
+        Args:
+            plan: what is going to be done.
+            todo: the slides of which something is left to do.
+            work: brings a slide through its stages and returns the status of each that it came to.
+
+        Raises:
+            OutputError: the output folder can't be written, or the disk is full.
+            ValueError: an encoder failed (EncoderError).
+        """
+        started = time.monotonic()
+        self.facts["plan"] = dict(plan.facts)
+        record = RunRecord(self.out, self.verb, self.options, self.command, self.facts)
+        record.start(self.entries, keep_paths=self.keep_paths)
+        self.watch.plan(plan)
+        rows: list[dict[str, Any]] = []
+        try:
+            rows = self._table()
+            outcome = self._loop(todo, work)
+            rows = self._table()
+        except BaseException:
+            with contextlib.suppress(OSError):  # the disk may be what ended the run
+                record.end("error", _counts(rows))
+            raise
+        record.end(outcome, _counts(rows))
+        return RunResult(self.out, record.run_id, outcome, tuple(rows), _counts(rows), time.monotonic() - started)
+
+    def attempt(
+        self, folder: Path, entry: SlideEntry, stage: str, identity: Mapping[str, Any], work: Callable[[], Outcome]
+    ) -> Status:
+        """Do one stage of one slide and write its status file; what goes wrong with the slide becomes its status.
+
+        Raises:
+            Stopped: a signal came; the slide is marked as stopped.
+            OutputError: the disk takes nothing more.
+            ValueError: the encoder failed (EncoderError).
+        """
+        started = time.monotonic()
+        stopped = None
+        error = ""
+        try:
+            outcome = work()
+        except Stopped as signal:
+            stopped = signal
+            outcome, error = Outcome("stopped"), f"stopped by {signal}"
+        except Exception as problem:
+            # A full disk (OutputError) or a failing encoder (EncoderError) is no slide's fault.
+            if getattr(problem, "stops_run", False) or os.environ.get("GIGAPATH_DEBUG"):
+                raise
+            outcome, error = Outcome("failed"), without_paths(_sentence(problem), entry)
+        status = Status(
+            slide_id=entry.slide_id,
+            stage=stage,
+            status=outcome.status,
+            tiles=outcome.tiles,
+            seconds=round(time.monotonic() - started, 3),
+            error=error,
+            warnings=tuple(without_paths(text, entry) for text in outcome.warnings),
+            identity=identity,
+            digest=outcome.digest,
+            numerics_version=NUMERICS_VERSION,
+            facts=outcome.facts,
+            columns=entry.columns,
+        )
+        write_status(folder, status)
+        if stopped is not None:
+            raise stopped
+        return status
+
+    def _loop(self, todo: Sequence[SlideEntry], work: Callable[[SlideEntry], Sequence[Status]]) -> str:
+        next_table = 0.0
+        failed = False
+        for number, entry in enumerate(todo, start=1):
+            try:
+                self.stop.check()
+                statuses = work(entry)
+            except Stopped:
+                return "stopped"
+            failed |= not all(status.finished for status in statuses)
+            self.watch.slide(slide_row(entry.slide_id, statuses), number, len(todo))
+            now = time.monotonic()
+            if now >= next_table and number < len(todo):
+                self._table()
+                next_table = time.monotonic() + _TABLE_SHARE * (time.monotonic() - now)
+        return "some slides failed" if failed else "done"
+
+    def _table(self) -> list[dict[str, Any]]:
+        """Write slides.csv; the rows of this run's slides."""
+        ids = [entry.slide_id for entry in self.entries]
+        mine = set(ids)
+        return [row for row in write_slides_csv(self.out, self.stages, ids) if row["slide_id"] in mine]
+
+
+def _counts(rows: Sequence[Mapping[str, Any]]) -> dict[str, int]:
+    """Slides by status, every status named."""
+    counted = Counter(row["status"] for row in rows)
+    return {state: counted[state] for state in STATES}
+
+
+def _sentence(error: Exception) -> str:
+    """What went wrong, on one line; an error that nobody foresaw says its type."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if isinstance(error, ValueError | OSError) else f"unexpected {type(error).__name__}: {text}"

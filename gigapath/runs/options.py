@@ -1,0 +1,75 @@
+"""Options of the runs; together with `TileOptions` they are the command line. No torch in here, so that a wrong word is
+told at once."""
+
+from dataclasses import dataclass
+
+from gigapath.options import check_options, option
+
+_DEVICES = "auto|cpu|cuda|mps"
+_PRECISIONS = ("auto", "fp32", "fp16", "bf16")
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """How a run goes about its work; nothing in here changes a number."""
+
+    workers: int | None = option(
+        None, "threads that read tiles, 0 for none besides the main one (default: one per core)", at_least=0
+    )
+    overwrite: str | None = option(
+        None, "do a stage again even where it is done", choices=("tiles", "features", "slides", "all")
+    )
+    allow_mixed: bool = option(False, "accept results of other precision, device or weights in the same folder")
+    hash: str = option("none", "full: record each slide's SHA-256, check the manifest's md5", choices=("none", "full"))
+
+    def __post_init__(self) -> None:
+        check_options(self)
+
+    def overwrites(self, stage: str) -> bool:
+        """Whether this stage is to be done again."""
+        return self.overwrite in (stage, "all")
+
+
+@dataclass(frozen=True)
+class EmbedOptions:
+    """Which encoders, on what, in which numbers."""
+
+    tile_encoder: str = option(
+        "gigapath", "gigapath, gigapath-flash, standin, timm:NAME or a checkpoint", metavar="NAME"
+    )
+    slide_encoder: str | None = option(
+        None,
+        "gigapath, gigapath-flash, mean, none or a checkpoint (default: the tile encoder's own pair; mean for the "
+        "stand-in and timm models)",
+        metavar="NAME",
+    )
+    tiles: str | None = option(None, "take the tiles of this folder, made by gigapath tile", metavar="DIR")
+    device: str = option("auto", "where the encoders run", metavar=_DEVICES)
+    precision: str = option("auto", "auto is fp16 on CUDA, fp32 elsewhere", choices=_PRECISIONS)
+    batch_size: int | None = option(None, "tiles per batch (default: by encoder and device)", at_least=1)
+    store: str = option("float32", "how tile embeddings are stored", choices=("float32", "float16"))
+    random_weights: bool = option(False, "untrained weights, for trying things; every output says so")
+
+    def __post_init__(self) -> None:
+        check_options(self)
+
+
+@dataclass(frozen=True)
+class SlideEmbedOptions:
+    """Which slide encoder, on what, in which numbers."""
+
+    slide_encoder: str | None = option(
+        None,
+        "gigapath, gigapath-flash, mean or a checkpoint (default: the pair of the tile encoder that the files name, "
+        "else mean)",
+        metavar="NAME",
+    )
+    tile_size_level0: float | None = option(
+        None, "distance of neighbouring tiles in the file's coordinates, where it does not say", above=0
+    )
+    device: str = option("auto", "where the encoder runs", metavar=_DEVICES)
+    precision: str = option("auto", "auto is fp16 on CUDA, fp32 elsewhere", choices=_PRECISIONS)
+    random_weights: bool = option(False, "untrained weights, for trying things; every output says so")
+
+    def __post_init__(self) -> None:
+        check_options(self)

@@ -1,0 +1,171 @@
+"""`run_slide_embed`: tile embeddings, ours or another tool's, to the embeddings of slides."""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from gigapath.cohort.manifest import SlideEntry
+from gigapath.cohort.reuse import check_unmixed
+from gigapath.cohort.status import Status, read_status
+from gigapath.cohort.stopping import StopFlag
+from gigapath.downloads import RELEASES
+from gigapath.encoding import load_slide_encoder
+from gigapath.features import FeatureFileError
+from gigapath.files import safe_name, sha256_of
+from gigapath.options import to_dict
+from gigapath.runs.engine import CohortRun, RunResult
+from gigapath.runs.options import RunOptions, SlideEmbedOptions
+from gigapath.runs.slides import SlideStage, describe_features, slides_folder
+from gigapath.runs.tiling import slides_in_words
+from gigapath.runs.watching import Plan, Watcher
+
+# Looked for in this order: a folder that holds some of the first holds no features under the others.
+_SUFFIXES = (".h5", ".npz", ".pt")
+
+
+def run_slide_embed(
+    features: Sequence[str | Path],
+    out: str | Path | None = None,
+    *,
+    embedding: SlideEmbedOptions | None = None,
+    options: RunOptions | None = None,
+    watch: Watcher | None = None,
+    command: Sequence[str] = (),
+) -> RunResult:
+    """Embed slides from their tile embeddings: `slides_*/<id>.h5`, slides.csv.
+
+    Args:
+        features: files of tile embeddings, or folders of them: a run's folder, or any of another tool.
+        out: the output folder; by default that of the run which made the features.
+        embedding: which slide encoder.
+        options: how the run goes about it.
+        watch: receives the news.
+        command: the words of the command line, for the record.
+
+    Raises:
+        ValueError: no features, ids that collide, unknown encoder, mixed numerics, an encoder that fails.
+        FileNotFoundError, PermissionError, ConnectionError: an input or the weights are not to be had.
+        OutputError: the output folder can't be written, or is full.
+    """
+    embedding, options = embedding or SlideEmbedOptions(), options or RunOptions()
+    with StopFlag() as stop:
+        entries = find_features(features)
+        out = _output_folder(entries, out)
+        encoder_name, width = _first_described(entries)
+        name = embedding.slide_encoder
+        if name is None:
+            name = encoder_name if encoder_name in RELEASES else "gigapath" if embedding.random_weights else "mean"
+        slide_encoder = load_slide_encoder(
+            name,
+            in_chans=width,
+            device=embedding.device,
+            precision=embedding.precision,
+            random_weights=embedding.random_weights and name in RELEASES,
+        )
+        slide_encoder.check_pair(encoder_name, width)
+        folder = slides_folder(out, slide_encoder.name, _fit_for_a_name(encoder_name or "features"))
+        stage = SlideStage(slide_encoder, folder, options, embedding.tile_size_level0, encoder_name)
+        if not options.allow_mixed:
+            check_unmixed(folder, stage.run_identity(), {entry.slide_id for entry in entries})
+        names = {entry.slide_id: _features_name(entry) for entry in entries}
+        todo = [entry for entry in entries if stage.done(entry.slide_id, names[entry.slide_id]) is None]
+        before = [
+            path for path in (out / "tiles", entries[0].path.parent) if path.is_relative_to(out) and path.is_dir()
+        ]
+        resolved = {**to_dict(embedding), **to_dict(options)}
+        run = CohortRun(
+            out,
+            "slide-embed",
+            entries,
+            [*before, folder],
+            resolved,
+            command,
+            watch or Watcher(),
+            stop,
+            keep_paths=False,
+        )
+        run.facts["slide_encoder"] = {
+            "name": slide_encoder.name,
+            "description": slide_encoder.description,
+            "trained": slide_encoder.trained,
+            "weights_sha256": slide_encoder.weights_sha256,
+            "precision": slide_encoder.precision,
+        }
+        skipped = len(entries) - len(todo)
+        lines = (
+            f"{slides_in_words(len(entries))}: {len(todo)} to do, {skipped} done before in equal numbers and skipped.",
+            f"slide encoder: {slide_encoder.description}; {slide_encoder.device.type}, {slide_encoder.precision}.",
+            f"tile embeddings of {encoder_name or 'an encoder that the files do not name'}, {width}-d; into {folder}.",
+        )
+        facts = {"slides": len(entries), "todo": len(todo), "skipped": skipped}
+        plan = Plan(lines, len(entries), skipped, facts=facts)
+
+        def work(entry: SlideEntry) -> list[Status]:
+            return [stage.embed(run, entry, entry.path, names[entry.slide_id])]
+
+        return run.over_slides(plan, todo, work)
+
+
+def find_features(inputs: Sequence[str | Path]) -> list[SlideEntry]:
+    """The files of tile embeddings that `inputs` name, one entry a slide.
+
+    Raises:
+        FileNotFoundError: an input doesn't exist.
+        ValueError: there is no such file in a folder, several encoders' folders, or two files of one slide.
+    """
+    entries: dict[str, SlideEntry] = {}
+    for name in inputs:
+        path = Path(name)
+        if not path.exists():
+            raise FileNotFoundError(f"no such file or folder of tile embeddings: {path}")
+        for file in _files_in(path) if path.is_dir() else [path]:
+            slide_id = safe_name(file.name.removesuffix(file.suffix).removesuffix(".patch"))
+            known = entries.get(slide_id)
+            if known is not None and known.path.resolve() != file.resolve():
+                raise ValueError(f"two files hold the slide {slide_id!r}: {known.path} and {file}. Name one of them.")
+            status = read_status(file.parent, slide_id)
+            entries[slide_id] = SlideEntry(slide_id, file, columns=status.columns if status else {})
+    return list(entries.values())
+
+
+def _files_in(folder: Path) -> list[Path]:
+    of_a_run = sorted(path for path in folder.glob("features_*") if path.is_dir())
+    if len(of_a_run) > 1:
+        names = ", ".join(path.name for path in of_a_run)
+        raise ValueError(f"{folder}: expected the tile embeddings of one encoder, got {names}. Name one of them.")
+    for suffix in _SUFFIXES:
+        found = sorted((of_a_run[0] if of_a_run else folder).rglob(f"*{suffix}"))
+        if found:
+            return found
+    raise ValueError(f"{folder}: expected files of tile embeddings ({', '.join(_SUFFIXES)}), found none.")
+
+
+def _output_folder(entries: Sequence[SlideEntry], out: str | Path | None) -> Path:
+    if out is not None:
+        return Path(out)
+    folders = {entry.path.parent for entry in entries}
+    folder = next(iter(folders))
+    if len(folders) > 1 or not folder.name.startswith("features_"):
+        raise ValueError("--out: expected an output folder, since these files are not in one features_* folder.")
+    return folder.parent
+
+
+def _first_described(entries: Sequence[SlideEntry]) -> tuple[str | None, int]:
+    """(tile encoder that is named, width) of the first file that can be read."""
+    error: Exception | None = None
+    for entry in entries:
+        try:
+            return describe_features(entry.path)
+        except (FeatureFileError, OSError) as problem:
+            error = error or problem
+    raise ValueError(f"none of {slides_in_words(len(entries))} has readable tile embeddings: {error}")
+
+
+def _features_name(entry: SlideEntry) -> str:
+    """Names a slide's tile embeddings: as the run that made them does, else by the file's content."""
+    status = read_status(entry.path.parent, entry.slide_id)
+    return status.digest if status is not None and status.digest else f"sha256:{sha256_of(entry.path)}"
+
+
+def _fit_for_a_name(encoder: str) -> str:
+    return re.sub(r"[^A-Za-z0-9._-]", "_", encoder)

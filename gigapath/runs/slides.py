@@ -1,0 +1,160 @@
+"""The slide-encoder stage of one slide: from a file of tile embeddings, as stored, to `slides_*/<id>.h5`."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from gigapath.cohort.manifest import SlideEntry
+from gigapath.cohort.reuse import digest, finished
+from gigapath.cohort.status import Status
+from gigapath.encoding import SlideEncoder, mean_of_rows
+from gigapath.features import NUMERICS_VERSION, SlideEmbeddings, read_features, write_slide
+from gigapath.features.data import Array
+from gigapath.features.h5 import open_h5, read_attrs
+from gigapath.features.ours import open_ours, stage_of
+from gigapath.runs.engine import CohortRun, Outcome
+from gigapath.runs.options import RunOptions
+
+# What a slide's file repeats of its tile embeddings.
+_CARRIED = ("encoder", "weights_sha256", "transform", "precision", "device", "batch_shape", "store", "mpp", "tile_size")
+
+
+def slides_folder(out: Path, slide_encoder: str, tile_encoder: str) -> Path:
+    """Where the embeddings of slides go."""
+    return out / f"slides_{slide_encoder}__{tile_encoder}"
+
+
+@dataclass(frozen=True)
+class SlideStage:
+    """The slide encoder of a run and where its results go.
+
+    Attributes:
+        encoder: the slide encoder, or the mean.
+        folder: `slides_<slide encoder>__<tile encoder>`.
+        options: how the run goes about it.
+        tile_size_level0: what the user says of the step between tiles, for files of other tools.
+        tile_encoder: the tile encoder that all files must name, or None to ask nothing.
+    """
+
+    encoder: SlideEncoder
+    folder: Path
+    options: RunOptions
+    tile_size_level0: float | None = None
+    tile_encoder: str | None = None
+
+    def run_identity(self) -> dict[str, Any]:
+        """The part of the identity that all slides share."""
+        shared: dict[str, Any] = {"slide_encoder": self.encoder.name, "numerics_version": NUMERICS_VERSION}
+        if self.encoder.model is None:  # a sum in float64 on the CPU, whatever the device
+            return shared
+        return {
+            **shared,
+            "weights_sha256": self.encoder.weights_sha256,
+            "precision": self.encoder.precision,
+            "device": self.encoder.device.type,
+        }
+
+    def identity(self, features: str) -> dict[str, Any]:
+        """Everything that a slide's embeddings depend on; `features` names its tile embeddings."""
+        step = {} if self.tile_size_level0 is None else {"tile_size_level0": self.tile_size_level0}
+        return {**self.run_identity(), "features": features, **step}
+
+    def done(self, slide_id: str, features: str) -> Status | None:
+        """The status of a result that holds, or None."""
+        if self.options.overwrites("slides"):
+            return None
+        return finished(self.folder, slide_id, self.identity(features), allow_mixed=self.options.allow_mixed)
+
+    def embed(self, run: CohortRun, entry: SlideEntry, path: Path, features: str) -> Status:
+        """Embed one slide; writes its file and its status.
+
+        Args:
+            run: the run.
+            entry: the slide.
+            path: its tile embeddings.
+            features: names them, for the identity.
+        """
+        identity = self.identity(features)
+
+        def work() -> Outcome:
+            result = self.folder / f"{entry.slide_id}.h5"
+            arrays, count, described = self._embeddings(path)
+            if count == 0:
+                result.unlink(missing_ok=True)  # of an earlier run, which found tissue
+                return Outcome("no_tissue")
+            trained = self.encoder.trained and described.get("trained") is not False
+            attrs = {
+                **{name: described[name] for name in _CARRIED if name in described},
+                "source": described["source"],
+                "tiles": count,
+                "slide_encoder": self.encoder.name,
+                "slide_weights_sha256": self.encoder.weights_sha256,
+                "slide_precision": self.encoder.precision,
+                "slide_device": self.encoder.device.type,
+                "trained": trained,
+                "features": features,
+            }
+            write_slide(result, SlideEmbeddings(slide_id=entry.slide_id, attrs=attrs, **arrays))
+            facts = {"slide_encoder": self.encoder.name, "trained": trained}
+            return Outcome(tiles=count, facts=facts, digest=digest(identity))
+
+        return run.attempt(self.folder, entry, "slides", identity, work)
+
+    def _embeddings(self, path: Path) -> tuple[dict[str, Array], int, Mapping[str, Any]]:
+        """The slide's embeddings by name, its number of tiles, and what the file of tile embeddings says of itself.
+
+        The mean is streamed from our own files; the slide encoder takes the slide as a whole.
+        """
+        if self.encoder.model is None and is_ours(path):
+            with open_ours(path, "features") as file:
+                count = len(file["features"])
+                arrays = {"tile_mean": mean_of_rows(file["features"])[None]} if count else {}
+                described = {**read_attrs(file), "source": "gigapath"}
+            self._check_encoder(described.get("encoder"))
+            return arrays, count, described
+        tiles = read_features(
+            path,
+            tile_size_level0=self.tile_size_level0,
+            cells=self.encoder.model is not None,
+            read_tensor=_read_tensor,
+        )
+        self._check_encoder(tiles.encoder)
+        self.encoder.check_pair(tiles.encoder, tiles.embed_dim)
+        arrays = self.encoder.embed(tiles) if len(tiles) else {}
+        return arrays, len(tiles), {**tiles.attrs, "encoder": tiles.encoder, "source": tiles.source}
+
+    def _check_encoder(self, found: str | None) -> None:
+        if self.tile_encoder is not None and found != self.tile_encoder and not self.options.allow_mixed:
+            raise ValueError(
+                f"expected embeddings of {self.tile_encoder}, as of the other slides, got those of "
+                f"{found or 'an encoder without a name'}. Keep one folder per tile encoder."
+            )
+
+
+def describe_features(path: Path) -> tuple[str | None, int]:
+    """(tile encoder that is named, width D) of a file of tile embeddings."""
+    if is_ours(path):
+        with open_ours(path, "features") as file:
+            return read_attrs(file).get("encoder"), int(file["features"].shape[1])
+    tiles = read_features(path, cells=False, read_tensor=_read_tensor)
+    return tiles.encoder, tiles.embed_dim
+
+
+def is_ours(path: Path) -> bool:
+    """Whether a file is one of this package's, rather than another tool's."""
+    if path.suffix != ".h5":
+        return False
+    with open_h5(path) as file:
+        return stage_of(file) is not None
+
+
+def _read_tensor(path: Path) -> Array:
+    """The one tensor (N, D) of a `.pt` file; nothing but tensors is loaded."""
+    loaded = torch.load(path, map_location="cpu", weights_only=True)
+    if not isinstance(loaded, torch.Tensor):
+        raise ValueError(f"{path.name}: expected one tensor of tile embeddings, got {type(loaded).__name__}.")
+    return np.asarray(loaded.float().numpy())

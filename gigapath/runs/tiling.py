@@ -1,0 +1,243 @@
+"""The tiling stage of a slide, and `run_tile` over a cohort: tissue, tiles, previews. No torch in the process."""
+
+import dataclasses
+import glob
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gigapath.cohort.manifest import SlideEntry, find_slides
+from gigapath.cohort.reuse import check_unmixed, finished
+from gigapath.cohort.status import Status
+from gigapath.cohort.stopping import StopFlag
+from gigapath.features import NUMERICS_VERSION, Tiles, write_tiles
+from gigapath.files import sha256_of
+from gigapath.options import to_dict
+from gigapath.preprocessing.contact_sheet import contact_sheet
+from gigapath.preprocessing.masks import METHODS
+from gigapath.preprocessing.preview import preview_picture, write_preview
+from gigapath.preprocessing.slide import Slide, SlideError, open_slide
+from gigapath.preprocessing.tiling import TileOptions, TilePlan, plan_tiles
+from gigapath.runs.engine import CohortRun, Outcome, RunResult
+from gigapath.runs.machine import threads
+from gigapath.runs.options import RunOptions
+from gigapath.runs.watching import Plan, Watcher
+
+# Options that decide whether a slide is accepted, not which tiles come of it.
+_ACCEPTANCE = ("allow_upsampling", "allow_dark_background")
+
+
+def run_tile(
+    slides: Sequence[str | Path],
+    out: str | Path,
+    *,
+    tiling: TileOptions | None = None,
+    options: RunOptions | None = None,
+    watch: Watcher | None = None,
+    command: Sequence[str] = (),
+) -> RunResult:
+    """Tile slides: `tiles/<id>.h5`, a preview per slide, a contact sheet, slides.csv.
+
+    Args:
+        slides: slide files, folders of them, manifests.
+        out: the output folder; what is done there with equal numbers is skipped.
+        tiling: how slides are cut.
+        options: how the run goes about it.
+        watch: receives the news.
+        command: the words of the command line, for the record.
+
+    Raises:
+        ValueError: no slides, ids that collide, a folder of mixed numerics.
+        FileNotFoundError: an input doesn't exist.
+        OutputError: the output folder can't be written.
+    """
+    out, tiling, options = Path(out), tiling or TileOptions(), options or RunOptions()
+    with StopFlag() as stop:
+        entries = find_slides(slides, exclude=out)
+        folder = out / "tiles"
+        ids = {entry.slide_id for entry in entries}
+        check_unmixed(folder, {"numerics_version": NUMERICS_VERSION}, set() if options.allow_mixed else ids)
+        todo = [entry for entry in entries if tiles_done(folder, entry, tiling, options) is None]
+        run = CohortRun(
+            out,
+            "tile",
+            entries,
+            [folder],
+            {**to_dict(tiling), **to_dict(options)},
+            command,
+            watch or Watcher(),
+            stop,
+        )
+        plan = _plan(entries, todo, out, tiling)
+        result = run.over_slides(plan, todo, lambda entry: [tile_slide(run, folder, entry, tiling, options)[0]])
+        write_contact_sheet(out)
+    return result
+
+
+def tiles_done(folder: Path, entry: SlideEntry, tiling: TileOptions, options: RunOptions) -> Status | None:
+    """The status of tiles that are there already and equal what this run would make, or None."""
+    if options.overwrites("tiles"):
+        return None
+    try:
+        identity = tiles_identity(entry, tiling)
+    except OSError:  # the slide or its mask is gone: the stage itself says so
+        return None
+    return finished(folder, entry.slide_id, identity, allow_mixed=options.allow_mixed)
+
+
+def tile_slide(
+    run: CohortRun, folder: Path, entry: SlideEntry, tiling: TileOptions, options: RunOptions
+) -> tuple[Status, Tiles | None]:
+    """Tile one slide into `folder`, with its preview and status; the tiles are None where it failed."""
+    made: list[Tiles] = []
+
+    def work() -> Outcome:
+        facts = _file_facts(entry, options)
+        with open_entry(entry, tiling) as slide:
+            plan = plan_tiles(slide, _options_for(entry, tiling), workers=threads(options))
+            picture = preview_picture(slide, plan.overview)
+        preview = run.out / "previews" / f"{entry.slide_id}.jpg"
+        write_preview(preview, plan.overview, plan.mask, plan.tiles, picture=picture)
+        digest = tiles_digest(plan.tiles, entry)
+        write_tiles(folder / f"{entry.slide_id}.h5", plan.tiles)
+        made.append(plan.tiles)
+        return Outcome(
+            status="done" if len(plan.tiles) else "no_tissue",
+            tiles=len(plan.tiles),
+            warnings=plan.warnings,
+            facts={**slide_facts(plan), **facts},
+            digest=digest,
+        )
+
+    try:
+        identity = tiles_identity(entry, tiling)
+    except OSError:
+        identity = {}
+    status = run.attempt(folder, entry, "tiles", identity, work)
+    return status, made[0] if made else None
+
+
+def open_entry(entry: SlideEntry, tiling: TileOptions) -> Slide:
+    """Open a slide with the scale that the manifest or the options state."""
+    source = "manifest" if entry.mpp is not None else "--slide-mpp"
+    return open_slide(
+        entry.path,
+        slide_id=entry.slide_id,
+        slide_mpp=entry.mpp if entry.mpp is not None else tiling.slide_mpp,
+        mpp_source=source,
+        mpp_from_objective=tiling.mpp_from_objective,
+    )
+
+
+def tiles_identity(entry: SlideEntry, tiling: TileOptions) -> dict[str, Any]:
+    """Everything that the tiles of a slide depend on.
+
+    Raises:
+        OSError: the slide or its mask can't be looked at.
+    """
+    numbers = {name: value for name, value in to_dict(_options_for(entry, tiling)).items() if name not in _ACCEPTANCE}
+    numbers["slide_mpp"] = entry.mpp if entry.mpp is not None else tiling.slide_mpp
+    if numbers["tissue"] not in METHODS:
+        numbers["tissue"] = _mask_digest(Path(numbers["tissue"]), entry.slide_id)
+    if tiling.max_tiles is None:
+        del numbers["seed"]
+    return {**numbers, "slide_bytes": entry.path.stat().st_size, "numerics_version": NUMERICS_VERSION}
+
+
+def tiles_digest(tiles: Tiles, entry: SlideEntry) -> str:
+    """A short name for the tiles of a slide, however they were found: what is read where, of which file."""
+    digest = hashlib.sha256()
+    geometry = [tiles.level, tiles.read_size, tiles.tile_size, tiles.tile_size_level0, entry.path.stat().st_size]
+    digest.update(json.dumps(geometry).encode())
+    for array in (tiles.coords_level0, tiles.cells):
+        digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()[:16]
+
+
+def slide_facts(plan: TilePlan) -> dict[str, Any]:
+    """Provenance columns of a tiled slide: plain numbers and words."""
+    tiles, attrs = plan.tiles, plan.tiles.attrs
+    width, height = attrs["slide_size"]
+    mpp_x, mpp_y = attrs["mpp_level0"]
+    return {
+        "vendor": attrs["vendor"],
+        "scanner": attrs["scanner"],
+        "width": width,
+        "height": height,
+        "objective_power": attrs["objective_power"],
+        "mpp_x": mpp_x,
+        "mpp_y": mpp_y,
+        "mpp_source": attrs["mpp_source"],
+        "level": tiles.level,
+        "read_width": tiles.read_size[0],
+        "read_height": tiles.read_size[1],
+        "tile_size": tiles.tile_size,
+        "mpp": tiles.mpp,
+        "tissue_method": plan.mask.method,
+        "tissue_threshold": plan.mask.threshold,
+        "tissue_area_mm2": round(plan.mask.area_mm2, 4),
+        "tissue_pieces": plan.mask.pieces,
+        **{f"dropped_{reason.replace(' ', '_')}": count for reason, count in plan.dropped.items()},
+    }
+
+
+def _options_for(entry: SlideEntry, tiling: TileOptions) -> TileOptions:
+    """The options with the slide's own mask, where the manifest names one."""
+    return tiling if entry.mask is None else dataclasses.replace(tiling, tissue=str(entry.mask))
+
+
+def write_contact_sheet(out: Path) -> None:
+    """Put the previews of all slides of an output folder on one sheet, suspects first."""
+    contact_sheet(out, sorted(path.stem for path in (out / "tiles").glob("*.h5")))
+
+
+def _mask_digest(path: Path, slide_id: str) -> str:
+    """Names a mask by its content: a file, or the slide's files in a folder."""
+    files = sorted(path.glob(f"{glob.escape(slide_id)}.*")) if path.is_dir() else [path]
+    return "sha256:" + " ".join(sha256_of(file) for file in files)
+
+
+def _file_facts(entry: SlideEntry, options: RunOptions) -> Mapping[str, Any]:
+    """The slide file's SHA-256 where asked for, once its MD5 is what the manifest says."""
+    if options.hash != "full":
+        return {}
+    if entry.md5:
+        md5 = hashlib.md5(usedforsecurity=False)
+        with entry.path.open("rb") as file:
+            while block := file.read(1 << 20):
+                md5.update(block)
+        if md5.hexdigest() != entry.md5:
+            raise SlideError(
+                f"slide {entry.slide_id!r}: expected MD5 {entry.md5} by the manifest, got {md5.hexdigest()}. "
+                "Copy the slide again, or mend the manifest."
+            )
+    return {"file_sha256": sha256_of(entry.path)}
+
+
+def _plan(entries: Sequence[SlideEntry], todo: Sequence[SlideEntry], out: Path, tiling: TileOptions) -> Plan:
+    skipped = len(entries) - len(todo)
+    lines = [
+        f"{slides_in_words(len(entries))}: {len(todo)} to tile, {skipped} done before in equal numbers and skipped."
+    ]
+    lines.append(
+        f"tiles of {tiling.tile_size} px at {tiling.mpp:g} microns a pixel, tissue by {_rule(tiling)}, "
+        f"at least {tiling.min_tissue:g} of a tile."
+    )
+    if tiling.max_tiles is not None:
+        lines.append(f"at most {tiling.max_tiles} tiles a slide, spread evenly over its tissue (seed {tiling.seed}).")
+    lines.append(f"results go to {out}")
+    facts = {"slides": len(entries), "to_tile": len(todo), "skipped": skipped}
+    return Plan(tuple(lines), len(entries), skipped, facts=facts)
+
+
+def _rule(tiling: TileOptions) -> str:
+    return tiling.tissue if tiling.tissue in METHODS else f"the mask {tiling.tissue}"
+
+
+def slides_in_words(count: int) -> str:
+    """A number of slides."""
+    return "1 slide" if count == 1 else f"{count} slides"

@@ -1,0 +1,182 @@
+"""Encoding: full batches of one shape, streams into the file, all states of a slide in one pass, the pair rule."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from tiny_encoders import WIDTH, tiny_longnet, tiny_slide_encoder, tiny_tile_encoder
+
+from gigapath.encoding import (
+    EncoderError,
+    encode_padded,
+    encode_tiles,
+    load_slide_encoder,
+    mean_of_rows,
+    pooled_states,
+)
+from gigapath.features import TileEmbeddings
+
+Pixels = npt.NDArray[np.uint8]
+
+
+class Sink:
+    """Takes what a TileEmbeddingsWriter takes."""
+
+    def __init__(self) -> None:
+        self.blocks: list[tuple[int, npt.NDArray[np.float32]]] = []
+
+    def write(self, start: int, block: npt.NDArray[np.float32]) -> None:
+        self.blocks.append((start, block))
+
+
+def some_pixels(count: int) -> Pixels:
+    return np.random.default_rng(0).integers(0, 256, (count, 64, 64, 3), np.uint8)
+
+
+def batches(pixels: Pixels, size: int) -> Iterator[tuple[int, Pixels]]:
+    for first in range(0, len(pixels), size):
+        yield first, pixels[first : first + size]
+
+
+def test_tiny_encoder_tells_tiles_apart() -> None:
+    first, second = tiny_tile_encoder().encode(some_pixels(2))
+    assert np.abs(first - second).max() > 1e-3
+
+
+def test_encode_tiles_shows_the_encoder_one_shape_and_cuts_the_padding() -> None:
+    encoder, sink, seen = tiny_tile_encoder(), Sink(), []
+    encoder.model.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape[0]))
+    counts: list[int] = []
+    pixels = some_pixels(10)
+    encode_tiles(batches(pixels, 4), encoder, sink, batch_size=4, after_batch=counts.append)  # type: ignore[arg-type]
+    assert seen == [4, 4, 4]
+    assert counts == [4, 4, 2]
+    assert [(start, len(block)) for start, block in sink.blocks] == [(0, 4), (4, 4), (8, 2)]
+
+
+def test_vector_of_a_tile_does_not_depend_on_its_neighbours() -> None:
+    encoder, pixels = tiny_tile_encoder(), some_pixels(9)
+    alone = np.concatenate([encode_padded(tile[None], encoder, 4) for tile in pixels])
+    together = np.concatenate([encode_padded(block, encoder, 4) for _, block in batches(pixels, 4)])
+    assert alone.tobytes() == together.tobytes()
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (torch.cuda.OutOfMemoryError("no"), "too little memory for batches of 4 tiles. Choose a smaller --batch-size"),
+        (RuntimeError("kernel\nmore"), "tiny failed on cpu: kernel"),
+    ],
+)
+def test_a_failing_encoder_ends_in_one_sentence(error: Exception, words: str) -> None:
+    encoder = tiny_tile_encoder()
+
+    def fail(*_: Any) -> None:
+        raise error
+
+    encoder.model.register_forward_pre_hook(fail)
+    with pytest.raises(EncoderError, match=words):
+        encode_padded(some_pixels(1), encoder, 4)
+
+
+def some_embeddings(count: int = 7, width: int = WIDTH, dtype: type = np.float32) -> TileEmbeddings:
+    rng = np.random.default_rng(3)
+    cells = np.stack([np.arange(count) % 3, np.arange(count) // 3], axis=1).astype(np.int32)
+    return TileEmbeddings(
+        slide_id="s",
+        features=rng.normal(size=(count, width)).astype(dtype),
+        coords=cells.astype(np.int64) * 512,
+        cells=cells,
+        tile_size_level0=512.0,
+    )
+
+
+def test_pooled_states_equal_the_model_called_four_times() -> None:
+    tiles = some_embeddings()
+    features, coords = torch.from_numpy(tiles.features), torch.from_numpy(tiles.encoder_coords())
+    states, default = pooled_states(tiny_longnet(), features, coords)
+    assert states.shape == (3, 2, 32)
+    for place, global_pool in enumerate((True, False)):
+        model = tiny_longnet(global_pool=global_pool)
+        expected = torch.cat(model(features, coords, all_layer_embed=True))
+        torch.testing.assert_close(states[:, place], expected, rtol=0, atol=1e-5)
+        torch.testing.assert_close(default[place][None], model(features, coords)[0], rtol=0, atol=1e-5)
+    assert (states[:, 0] - states[:, 1]).abs().max() > 1e-2
+    assert (states[-1] - default).abs().max() > 1e-2
+
+
+def test_slide_encoder_gets_cells_times_256_whatever_the_slide_is_scanned_at() -> None:
+    encoder, seen = tiny_slide_encoder(), []
+    assert encoder.model is not None
+    original = encoder.model.coords_to_pos
+    encoder.model.coords_to_pos = lambda coords, size: (seen.append(coords), original(coords, size))[1]  # type: ignore[method-assign]
+    arrays = encoder.embed(some_embeddings())
+    assert seen[0].tolist() == (some_embeddings().cells * 256).tolist()  # type: ignore[operator]
+    assert {name: value.shape for name, value in arrays.items()} == {
+        "states_mean": (3, 32),
+        "states_class": (3, 32),
+        "default_mean": (1, 32),
+        "default_class": (1, 32),
+        "tile_mean": (1, WIDTH),
+    }
+    np.testing.assert_allclose(arrays["tile_mean"][0], some_embeddings().features.mean(0), atol=1e-6)
+
+
+def test_slide_encoder_takes_values_as_stored() -> None:
+    stored = some_embeddings(dtype=np.float16)
+    widened = TileEmbeddings(
+        slide_id="s", features=stored.features.astype(np.float32), coords=stored.coords, cells=stored.cells
+    )
+    half, full = tiny_slide_encoder().embed(stored), tiny_slide_encoder().embed(widened)
+    for name in half:
+        assert half[name].tobytes() == full[name].tobytes()
+
+
+def test_check_pair_refuses_other_encoders_and_widths() -> None:
+    encoder = tiny_slide_encoder(tile_encoder="gigapath")
+    encoder.check_pair("gigapath", WIDTH)
+    encoder.check_pair(None, WIDTH)
+    with pytest.raises(ValueError, match="expected embeddings of its own tile encoder, gigapath, got those of 'uni'"):
+        encoder.check_pair("uni", WIDTH)
+    with pytest.raises(ValueError, match=f"expected tile embeddings of width {WIDTH}, got 7"):
+        tiny_slide_encoder().check_pair("uni", 7)
+
+
+def test_mean_of_rows_sums_in_float64() -> None:
+    features = np.random.default_rng(0).normal(size=(5000, 3)).astype(np.float16) + np.float16(500)
+    np.testing.assert_array_equal(mean_of_rows(features), features.astype(np.float64).mean(0).astype(np.float32))
+
+
+def test_load_slide_encoder_names_what_there_is(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="expected gigapath, gigapath-flash, mean, none or a checkpoint"):
+        load_slide_encoder("titan", in_chans=8)
+    weights = tmp_path / "other.pth"
+    torch.save({"head.weight": torch.zeros(2, 2)}, weights)
+    with pytest.raises(ValueError, match=r"other\.pth: expected a slide encoder's checkpoint"):
+        load_slide_encoder(str(weights), in_chans=8)
+    with pytest.raises(ValueError, match="expected the name of a slide encoder"):
+        load_slide_encoder(str(weights), in_chans=8, random_weights=True)
+
+
+def test_random_slide_encoder_says_so_and_is_the_same_every_time() -> None:
+    torch.manual_seed(7)
+    state = torch.random.get_rng_state()
+    first, second = (load_slide_encoder("gigapath-flash", in_chans=12, random_weights=True) for _ in range(2))
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert first.name == "gigapath-flash-random"
+    assert not first.trained
+    assert "UNTRAINED" in first.description
+    assert first.tile_encoder is None
+    assert first.model is not None
+    assert second.model is not None
+    for one, other in zip(first.model.parameters(), second.model.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_the_mean_has_no_model() -> None:
+    encoder = load_slide_encoder("mean", in_chans=5)
+    assert set(encoder.embed(some_embeddings())) == {"tile_mean"}

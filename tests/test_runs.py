@@ -1,0 +1,613 @@
+"""Runs over cohorts: what is done is kept and skipped, what changes is redone by its stage alone, one bad slide is
+recorded and the others go on, numbers depend on neither workers nor neighbours."""
+
+import csv
+import json
+import os
+import shutil
+import signal
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import pytest
+from made_slides import paint_tissue, write_pyramid
+from tiny_encoders import WIDTH, tiny_slide_encoder, tiny_tile_encoder
+
+import gigapath
+from gigapath.encoding import EncoderError, load_slide_encoder
+from gigapath.features import read_features, read_slide, read_tiles
+from gigapath.files import OutputError
+from gigapath.preprocessing.tiling import TileOptions
+from gigapath.runs.embedding import run_embed
+from gigapath.runs.engine import RunResult
+from gigapath.runs.options import EmbedOptions, RunOptions, SlideEmbedOptions
+from gigapath.runs.slide_embedding import run_slide_embed
+from gigapath.runs.tiling import run_tile
+from gigapath.runs.watching import Plan, Watcher
+
+TILE = 64  # small tiles: many of them on small slides
+TILING = TileOptions(tile_size=TILE)
+
+
+class Notes(Watcher):
+    """Writes down what a run says."""
+
+    def __init__(self) -> None:
+        self.plans: list[Plan] = []
+        self.expected: list[int] = []
+        self.counted: list[int] = []
+        self.rows: list[Mapping[str, Any]] = []
+
+    def plan(self, plan: Plan) -> None:
+        self.plans.append(plan)
+
+    def expect(self, tiles: int) -> None:
+        self.expected.append(tiles)
+
+    def tiles(self, count: int) -> None:
+        self.counted.append(count)
+
+    def slide(self, row: Mapping[str, Any], number: int, slides: int) -> None:
+        self.rows.append(row)
+
+
+@pytest.fixture(scope="module")
+def slides(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with two slides that hold tissue, and a blank one."""
+    folder = tmp_path_factory.mktemp("slides")
+    for seed, name in enumerate(("a", "b")):
+        write_pyramid(folder / f"{name}.tif", paint_tissue(900, 700, seed=seed), mpp=(0.5, 0.5), steps=(1, 2))
+    write_pyramid(folder / "blank.tif", np.full((500, 640, 3), 240, np.uint8), mpp=(0.5, 0.5), steps=(1,))
+    return folder
+
+
+@pytest.fixture
+def pictures() -> None:
+    """Asked for by the tests that want real previews, which cost more than everything else here."""
+
+
+@pytest.fixture(autouse=True)
+def tiny(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> dict[str, Any]:
+    """The tiny encoders under every name; what the test puts into the dict changes the tile encoder."""
+    changes: dict[str, Any] = {}
+    if "pictures" not in request.fixturenames:
+        monkeypatch.setattr("gigapath.runs.tiling.preview_picture", lambda _, overview: overview)
+        monkeypatch.setattr("gigapath.runs.tiling.write_preview", lambda *_, **__: None)
+        monkeypatch.setattr("gigapath.runs.tiling.contact_sheet", lambda *_: None)
+
+    def load(name: str, **_: Any) -> Any:
+        return tiny_tile_encoder(**{"name": "tiny", **changes})
+
+    def load_slide(name: str, **given: Any) -> Any:
+        return tiny_slide_encoder(given["in_chans"]) if name == "tinynet" else load_slide_encoder(name, **given)
+
+    monkeypatch.setattr("gigapath.runs.embedding.load_tile_encoder", load)
+    monkeypatch.setattr("gigapath.runs.embedding.load_slide_encoder", load_slide)
+    monkeypatch.setattr("gigapath.runs.slide_embedding.load_slide_encoder", load_slide)
+    return changes
+
+
+def embed(
+    slides: Any, out: Path, *, watch: Watcher | None = None, tiling: TileOptions = TILING, **given: Any
+) -> RunResult:
+    run = {name: given.pop(name) for name in ("workers", "overwrite", "allow_mixed", "hash") if name in given}
+    given = {"tile_encoder": "tiny", "slide_encoder": "tinynet", "batch_size": 16, "device": "cpu", **given}
+    inputs = slides if isinstance(slides, list) else [slides]
+    return run_embed(
+        inputs,
+        out,
+        tiling=tiling,
+        embedding=EmbedOptions(**given),
+        options=RunOptions(**{"workers": 0, **run}),
+        watch=watch,
+    )
+
+
+def table(out: Path) -> dict[str, dict[str, str]]:
+    with (out / "slides.csv").open(newline="") as file:
+        return {row["slide_id"]: row for row in csv.DictReader(file)}
+
+
+def files_in(out: Path) -> set[str]:
+    return {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()}
+
+
+def touched(out: Path) -> dict[str, int]:
+    """When each result was written."""
+    return {str(path.relative_to(out)): path.stat().st_mtime_ns for path in out.rglob("*.h5")}
+
+
+def arrays_of(path: Path) -> dict[str, bytes]:
+    with h5py.File(path, "r", locking=False) as file:
+        return {name: file[name][()].tobytes() for name in file}
+
+
+# ---------------------------------------------------------------------------------------------------- what is written
+
+
+def test_embed_leaves_the_files_of_every_stage(slides: Path, tmp_path: Path, pictures: None) -> None:
+    notes = Notes()
+    result = embed(slides, tmp_path, watch=notes)
+    assert (result.outcome, result.counts["done"], result.counts["no_tissue"]) == ("done", 2, 1)
+    runs = {f"runs/{result.run_id}.json", f"private/{result.run_id}.json", "private/paths.csv"}
+    assert files_in(tmp_path) == runs | {"slides.csv", "contact_sheet.jpg"} | {
+        f"{folder}/{name}"
+        for folder, names in {
+            "tiles": ("a.h5", "a.json", "b.h5", "b.json", "blank.h5", "blank.json"),
+            "features_tiny": ("a.h5", "a.json", "b.h5", "b.json", "blank.h5", "blank.json"),
+            "slides_tinynet__tiny": ("a.h5", "a.json", "b.h5", "b.json", "blank.json"),
+            "previews": ("a.jpg", "b.jpg", "blank.jpg"),
+        }.items()
+        for name in names
+    }
+    tiles, features = read_tiles(tmp_path / "tiles/a.h5"), read_features(tmp_path / "features_tiny/a.h5")
+    assert 20 < len(tiles) < 120
+    assert features.features.shape == (len(tiles), WIDTH)
+    np.testing.assert_array_equal(features.coords, tiles.coords_level0)
+    assert read_features(tmp_path / "features_tiny/blank.h5").features.shape == (0, WIDTH)
+    slide = read_slide(tmp_path / "slides_tinynet__tiny/a.h5")
+    np.testing.assert_allclose(slide.tile_mean[0], features.features.mean(0), atol=1e-6)
+    assert (slide.attrs["trained"], slide.attrs["encoder"], slide.attrs["slide_encoder"]) == (True, "tiny", "tinynet")
+    ids, vectors = gigapath.read_slides(tmp_path)
+    assert (ids, vectors.shape) == (["a", "b"], (2, 32))
+    assert np.abs(vectors[0] - vectors[1]).max() > 1e-3
+    assert sum(notes.counted) == len(tiles) + len(read_tiles(tmp_path / "tiles/b.h5")) == notes.expected[-1]
+
+
+def test_features_say_what_they_depend_on(slides: Path, tmp_path: Path) -> None:
+    embed(slides / "a.tif", tmp_path)
+    with h5py.File(tmp_path / "features_tiny/a.h5", locking=False) as file:
+        attrs = dict(file.attrs)
+    assert attrs["batch_shape"].tolist() == [16, TILE, TILE, 3]
+    expected = {
+        "encoder": "tiny",
+        "weights_sha256": "5e" * 32,
+        "precision": "fp32",
+        "device": "cpu",
+        "reader": "openslide",
+        "filter": "none",
+        "numerics_version": 1,
+        "implementation": "gigapath-open",
+        "tissue_method": "otsu",
+        "mpp_source": "TIFF resolution tags" if "TIFF" in attrs["mpp_source"] else "openslide.mpp",
+    }
+    assert {name: attrs[name] for name in expected} == expected
+    assert attrs["transform"].startswith("resize 64 bicubic, centre crop 56")
+
+
+def test_slides_csv_tells_how_each_slide_stands(slides: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "broken.svs"
+    broken.write_text("no slide at all")
+    result = embed([slides, broken], tmp_path / "out")
+    assert result.outcome == "some slides failed"
+    rows = table(tmp_path / "out")
+    assert {name: row["status"] for name, row in rows.items()} == {
+        "a": "done",
+        "b": "done",
+        "blank": "no_tissue",
+        "broken": "failed",
+    }
+    assert "expected a slide that OpenSlide reads" in rows["broken"]["error"]
+    a = rows["a"]
+    assert int(a["tiles"]) == len(read_tiles(tmp_path / "out/tiles/a.h5"))
+    assert float(a["tiles/s"]) > 0
+    assert float(a["seconds"]) == pytest.approx(
+        sum(float(a[f"seconds_{stage}"]) for stage in ("tile", "embed", "slide_embed")), abs=2e-3
+    )
+    assert (a["width"], a["height"], a["level"], a["tile_encoder"], a["slide_encoder"]) == (
+        *("900", "700", "0", "tiny", "tinynet"),
+    )
+    assert (float(a["mpp"]), a["numerics_version"]) == (0.5, "1")
+
+
+def test_run_record_tells_options_versions_and_counts(slides: Path, tmp_path: Path) -> None:
+    result = embed(slides, tmp_path)
+    record = json.loads((tmp_path / "runs" / f"{result.run_id}.json").read_text())
+    assert (record["verb"], record["outcome"], record["counts"]["done"]) == ("embed", "done", 2)
+    assert (record["options"]["tile_size"], record["options"]["batch_size"], record["options"]["seed"]) == (64, 16, 0)
+    assert record["facts"]["tile_encoder"]["weights_sha256"] == "5e" * 32
+    assert record["facts"]["slide_encoder"]["name"] == "tinynet"
+    assert record["facts"]["device"] == "cpu"
+    assert record["facts"]["plan"]["todo"] == 3
+    assert str(slides) not in json.dumps(record)
+
+
+def test_manifest_columns_mpp_and_mask_reach_the_slide(slides: Path, tmp_path: Path) -> None:
+    half = {
+        "type": "Polygon",
+        "coordinates": [[[0, 0], [448, 0], [448, 700], [0, 700], [0, 0]]],
+    }
+    mask = tmp_path / "half.geojson"
+    mask.write_text(json.dumps({"type": "Feature", "geometry": half, "properties": {}}))
+    manifest = tmp_path / "cohort.csv"
+    manifest.write_text(
+        f"path,slide_id,patient_id,mpp,mask\n{slides}/a.tif,A1,P1,0.25,\n{slides}/b.tif,B1,P2,,half.geojson\n"
+    )
+    run_tile([manifest], tmp_path / "out", tiling=TILING)
+    rows = table(tmp_path / "out")
+    assert {name: row["patient_id"] for name, row in rows.items()} == {"A1": "P1", "B1": "P2"}
+    assert (rows["A1"]["mpp_source"], float(rows["A1"]["mpp_x"]), rows["A1"]["read_width"]) == ("manifest", 0.25, "64")
+    assert rows["A1"]["level"] == "1"
+    cells = read_tiles(tmp_path / "out/tiles/B1.h5").cells
+    assert cells.max(0).tolist() == [6, 9], "448 px are 7 tiles"
+    assert len(cells) == 70
+
+
+# --------------------------------------------------------------------------------------------------------- what is kept
+
+
+def test_second_run_skips_what_is_done_and_says_so(slides: Path, tmp_path: Path) -> None:
+    first = embed(slides, tmp_path)
+    before, notes = touched(tmp_path), Notes()
+    second = embed(slides, tmp_path, watch=notes, workers=2)
+    assert touched(tmp_path) == before
+    assert notes.rows == []
+    assert "0 to do, 3 done before" in notes.plans[0].lines[0]
+    assert second.counts == first.counts
+    assert len(list((tmp_path / "runs").glob("*.json"))) == 2
+
+
+def test_changed_slide_encoder_redoes_that_stage_alone(slides: Path, tmp_path: Path) -> None:
+    embed(slides, tmp_path)
+    before = touched(tmp_path)
+    embed(slides, tmp_path, slide_encoder="mean")
+    after = touched(tmp_path)
+    assert {name: after[name] for name in before} == before
+    assert set(after) - set(before) == {"slides_mean__tiny/a.h5", "slides_mean__tiny/b.h5"}
+    slide = read_slide(tmp_path / "slides_mean__tiny/a.h5")
+    assert slide.states_mean is None
+    assert slide.tile_mean.tobytes() == read_slide(tmp_path / "slides_tinynet__tiny/a.h5").tile_mean.tobytes()
+
+
+def test_changed_precision_redoes_features_and_slides_and_keeps_tiles(
+    slides: Path, tmp_path: Path, tiny: dict[str, Any]
+) -> None:
+    embed(slides, tmp_path)
+    before, notes = touched(tmp_path), Notes()
+    tiny["precision"] = "bf16"
+    embed(slides, tmp_path, watch=notes)
+    after = touched(tmp_path)
+    redone = {name for name in after if after[name] != before[name]}
+    assert redone == {name for name in before if not name.startswith("tiles/")}
+    assert any("precision fp32 -> bf16" in line for line in notes.plans[0].lines)
+
+
+def test_changed_tiling_that_gives_equal_tiles_keeps_the_embeddings(slides: Path, tmp_path: Path) -> None:
+    embed(slides, tmp_path)
+    before = touched(tmp_path)
+    embed(slides, tmp_path, tiling=TileOptions(tile_size=TILE, max_tiles=100_000))
+    after = touched(tmp_path)
+    assert {name for name in after if after[name] != before[name]} == {f"tiles/{n}.h5" for n in ("a", "b", "blank")}
+    embed(slides, tmp_path, tiling=TileOptions(tile_size=TILE, max_tiles=10))
+    assert len(read_features(tmp_path / "features_tiny/a.h5")) == 10
+
+
+def test_overwrite_does_one_stage_again(slides: Path, tmp_path: Path) -> None:
+    embed(slides, tmp_path)
+    before = touched(tmp_path)
+    embed(slides, tmp_path, overwrite="features")
+    after = touched(tmp_path)
+    assert {name.split("/")[0] for name in after if after[name] != before[name]} == {"features_tiny"}
+
+
+def test_failed_slides_are_tried_again(slides: Path, tmp_path: Path) -> None:
+    late = tmp_path / "late.tif"
+    late.write_text("not there yet")
+    out = tmp_path / "out"
+    assert embed([slides, late], out).counts["failed"] == 1
+    shutil.copy(slides / "b.tif", late)
+    before, result = touched(out), embed([slides, late], out)
+    assert result.counts["failed"] == 0
+    assert {name: time for name, time in touched(out).items() if name in before} == before
+    assert table(out)["late"]["status"] == "done"
+    assert table(out)["late"]["error"] == ""
+
+
+def test_half_a_file_never_counts_as_done(slides: Path, tmp_path: Path) -> None:
+    embed(slides, tmp_path)
+    whole = arrays_of(tmp_path / "features_tiny/a.h5")
+    path = tmp_path / "features_tiny/a.h5"
+    path.write_bytes(path.read_bytes()[:3000])
+    embed(slides, tmp_path)
+    assert arrays_of(path) == whole
+
+
+def test_mixed_numerics_are_refused_unless_allowed(slides: Path, tmp_path: Path, tiny: dict[str, Any]) -> None:
+    embed(slides / "a.tif", tmp_path)
+    tiny["precision"] = "bf16"
+    with pytest.raises(
+        ValueError, match=r"features_tiny: .* those of 'a' differ .*precision fp32 -> bf16.*--allow-mixed"
+    ):
+        embed(slides / "b.tif", tmp_path)
+    assert not (tmp_path / "features_tiny/b.h5").exists()
+    before = touched(tmp_path)
+    assert embed(slides, tmp_path, allow_mixed=True).outcome == "done"
+    after = touched(tmp_path)
+    assert {name: after[name] for name in before} == before, "what is there is kept"
+    assert read_features(tmp_path / "features_tiny/b.h5").attrs["precision"] == "bf16"
+
+
+def test_tiles_of_another_folder_are_taken_and_slides_found_by_them(slides: Path, tmp_path: Path) -> None:
+    run_tile([slides], tmp_path / "tiled", tiling=TILING)
+    embed([], tmp_path / "out", tiles=str(tmp_path / "tiled"))
+    embed(slides, tmp_path / "whole")
+    assert not (tmp_path / "out" / "tiles").exists()
+    for name in ("a", "b", "blank"):
+        one, other = (tmp_path / folder / f"features_tiny/{name}.h5" for folder in ("out", "whole"))
+        assert arrays_of(one) == arrays_of(other)
+    assert table(tmp_path / "out")["blank"]["status"] == "no_tissue"
+
+
+def test_tiles_that_are_missing_or_of_another_slide_fail_that_slide(slides: Path, tmp_path: Path) -> None:
+    tiled = tmp_path / "tiled"
+    run_tile([slides / "a.tif", slides / "b.tif"], tiled, tiling=TILING)
+    shutil.copy(tiled / "tiles/b.h5", tiled / "tiles/blank.h5")
+    (tiled / "tiles/b.h5").unlink()
+    result = embed(slides, tmp_path / "out", tiles=str(tiled))
+    rows = table(tmp_path / "out")
+    assert result.outcome == "some slides failed"
+    assert rows["a"]["status"] == "done"
+    assert "expected its tiles, got none" in rows["b"]["error"]
+    assert "expected 900 x 700 pixels, as when it was tiled, got 640 x 500" in rows["blank"]["error"]
+    assert {path.name for path in (tmp_path / "out/features_tiny").glob("*.h5")} == {"a.h5"}
+
+
+# -------------------------------------------------------------------------------------------------------- the numbers
+
+
+def test_bytes_do_not_depend_on_workers_or_on_the_other_slides(slides: Path, tmp_path: Path) -> None:
+    embed(slides, tmp_path / "together", workers=0)
+    embed(slides, tmp_path / "threads", workers=2)
+    for name in ("b", "a"):
+        embed(slides / f"{name}.tif", tmp_path / "alone", workers=0)
+    features = read_features(tmp_path / "together/features_tiny/a.h5").features
+    assert np.abs(features[0] - features[1]).max() > 1e-3, "tiles differ"
+    for stage in ("tiles", "features_tiny", "slides_tinynet__tiny"):
+        for name in ("a", "b"):
+            whole = arrays_of(tmp_path / "together" / stage / f"{name}.h5")
+            assert arrays_of(tmp_path / "threads" / stage / f"{name}.h5") == whole
+            assert arrays_of(tmp_path / "alone" / stage / f"{name}.h5") == whole
+
+
+def test_batch_sizes_agree_within_1e_5(slides: Path, tmp_path: Path) -> None:
+    found = []
+    for size in (16, 5, 64):
+        embed(slides / "a.tif", tmp_path / str(size), batch_size=size)
+        found.append(read_features(tmp_path / str(size) / "features_tiny/a.h5"))
+    for other in found[1:]:
+        np.testing.assert_allclose(other.features, found[0].features, rtol=0, atol=1e-5)
+        np.testing.assert_array_equal(other.coords, found[0].coords)
+
+
+def test_slide_embedding_is_computed_from_values_as_stored(slides: Path, tmp_path: Path) -> None:
+    embed(slides / "a.tif", tmp_path / "half", store="float16")
+    stored = read_features(tmp_path / "half/features_tiny/a.h5")
+    assert stored.features.dtype == np.float16
+    expected = tiny_slide_encoder().embed(stored)
+    slide = read_slide(tmp_path / "half/slides_tinynet__tiny/a.h5")
+    for name, value in expected.items():
+        assert getattr(slide, name).tobytes() == value.tobytes()
+    embed(slides / "a.tif", tmp_path / "full")
+    full = read_slide(tmp_path / "full/slides_tinynet__tiny/a.h5")
+    assert full.default_mean is not None
+    assert full.default_mean.tobytes() != expected["default_mean"].tobytes()
+
+
+# ------------------------------------------------------------------------------------------------------- slide-embed
+
+
+def slide_embed(features: Path, out: Path | None = None, **given: Any) -> RunResult:
+    given = {"slide_encoder": "tinynet", "device": "cpu", **given}
+    return run_slide_embed([features], out, embedding=SlideEmbedOptions(**given))
+
+
+def test_slide_embed_gives_what_embed_gives_and_then_skips(slides: Path, tmp_path: Path) -> None:
+    embed(slides, tmp_path)
+    whole = arrays_of(tmp_path / "slides_tinynet__tiny/a.h5")
+    assert slide_embed(tmp_path / "features_tiny").rows[0]["status"] == "done"
+    shutil.rmtree(tmp_path / "slides_tinynet__tiny")
+    result = slide_embed(tmp_path)
+    assert arrays_of(tmp_path / "slides_tinynet__tiny/a.h5") == whole
+    assert {row["slide_id"]: row["status"] for row in result.rows} == {"a": "done", "b": "done", "blank": "no_tissue"}
+    assert not (tmp_path / "slides_tinynet__tiny/blank.h5").exists()
+    before = touched(tmp_path)
+    slide_embed(tmp_path)
+    assert touched(tmp_path) == before
+    assert "path" in (tmp_path / "private/paths.csv").read_text()
+    assert "features_tiny" not in (tmp_path / "private/paths.csv").read_text(), "it says where the slides lie"
+
+
+def test_slide_embed_reads_other_tools_files(tmp_path: Path) -> None:
+    folder = tmp_path / "features_uni"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    with h5py.File(folder / "s1.h5", "w") as file:
+        file["features"] = rng.normal(size=(6, WIDTH)).astype(np.float32)
+        file["features"].attrs["encoder"] = "uni"
+        file["coords"] = np.stack(np.meshgrid([0, 1024], [0, 1024, 2048]), -1).reshape(-1, 2)
+        for name, value in {"patch_size": 256, "patch_size_level0": 1024, "overlap": 0, "name": "s1"}.items():
+            file["coords"].attrs[name] = value
+    result = slide_embed(folder, tmp_path / "out")
+    assert result.counts["done"] == 1
+    slide = read_slide(tmp_path / "out/slides_tinynet__uni/s1.h5")
+    assert (slide.attrs["source"], slide.attrs["encoder"], slide.attrs["tiles"]) == ("trident", "uni", 6)
+
+
+def test_slide_embed_refuses_features_of_another_encoder_than_the_pairs(
+    slides: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    embed(slides / "a.tif", tmp_path)
+    monkeypatch.setattr(
+        "gigapath.runs.slide_embedding.load_slide_encoder",
+        lambda *_, **given: tiny_slide_encoder(given["in_chans"], tile_encoder="gigapath"),
+    )
+    with pytest.raises(ValueError, match="expected embeddings of its own tile encoder, gigapath, got those of 'tiny'"):
+        slide_embed(tmp_path)
+
+
+def test_slide_embed_needs_features(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="no such file or folder"):
+        slide_embed(tmp_path / "none")
+    with pytest.raises(ValueError, match="expected files of tile embeddings"):
+        slide_embed(tmp_path)
+    (tmp_path / "x.h5").write_text("text")
+    with pytest.raises(ValueError, match="none of 1 slide has readable tile embeddings"):
+        slide_embed(tmp_path, tmp_path / "out")
+
+
+def test_random_slide_encoder_is_labelled_in_every_output(slides: Path, tmp_path: Path) -> None:
+    notes = Notes()
+    result = embed(slides / "a.tif", tmp_path, slide_encoder="gigapath-flash", random_weights=True, watch=notes)
+    assert any("UNTRAINED" in line for line in notes.plans[0].lines)
+    assert read_slide(tmp_path / "slides_gigapath-flash-random__tiny/a.h5").attrs["trained"] is False
+    assert table(tmp_path)["a"]["trained"] == "False"
+    assert table(tmp_path)["a"]["slide_encoder"] == "gigapath-flash-random"
+    record = (tmp_path / "runs" / f"{result.run_id}.json").read_text()
+    assert json.loads(record)["facts"]["slide_encoder"]["trained"] is False
+
+
+# ------------------------------------------------------------------------------------------------------ how runs end
+
+
+class StopAfter(Watcher):
+    """Sends this process a signal once so many batches are embedded."""
+
+    def __init__(self, batches: int, name: str = "SIGTERM") -> None:
+        self._left = batches
+        self._name = name
+
+    def tiles(self, count: int) -> None:
+        self._left -= 1
+        if self._left == 0:
+            os.kill(os.getpid(), getattr(signal, self._name))
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
+def test_signal_stops_the_run_and_a_restart_ends_as_if_unbroken(slides: Path, tmp_path: Path, name: str) -> None:
+    embed(slides, tmp_path / "unbroken")
+    out = tmp_path / "out"
+    result = embed(slides, out, watch=StopAfter(2, name))
+    assert result.outcome == "stopped"
+    rows = table(out)
+    assert (rows["a"]["status"], rows["b"]["status"], rows["blank"]["status"]) == ("stopped", "todo", "todo")
+    assert rows["a"]["error"] == f"stopped by {name}"
+    assert not any("partial" in file for file in files_in(out))
+    assert not (out / "features_tiny/a.h5").exists()
+    assert embed(slides, out).outcome == "done"
+    for path in (tmp_path / "unbroken").rglob("*.h5"):
+        assert arrays_of(path) == arrays_of(out / path.relative_to(tmp_path / "unbroken"))
+
+
+def test_signal_after_the_last_batch_lets_the_slide_be_finished(slides: Path, tmp_path: Path) -> None:
+    batches = -(-len_of_tiles(slides / "a.tif", tmp_path / "tiled") // 16)
+    embed(slides, tmp_path / "out", watch=StopAfter(batches))
+    assert table(tmp_path / "out")["a"]["status"] == "done"
+    assert table(tmp_path / "out")["b"]["status"] == "todo"
+
+
+def len_of_tiles(slide: Path, out: Path) -> int:
+    return int(run_tile([slide], out, tiling=TILING).rows[0]["tiles"])
+
+
+@pytest.mark.parametrize("code", ["ENOSPC", "EDQUOT"])
+def test_full_disk_stops_the_run_with_one_sentence(
+    slides: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str
+) -> None:
+    import errno
+
+    real = os.pwrite
+    calls = {"left": 12}
+
+    def pwrite(descriptor: int, data: Any, offset: int) -> int:
+        calls["left"] -= 1
+        if calls["left"] < 0:
+            raise OSError(getattr(errno, code), os.strerror(getattr(errno, code)))
+        return real(descriptor, data, offset)
+
+    monkeypatch.setattr("gigapath.features.h5.os.pwrite", pwrite)
+    with pytest.raises(OutputError, match=r"^[^\n]+ could not be written: the disk [^\n]+\.$"):
+        embed(slides, tmp_path)
+    assert not any("partial" in file for file in files_in(tmp_path))
+    monkeypatch.undo()
+    for path in tmp_path.rglob("*.h5"):
+        arrays_of(path)
+
+
+def test_encoder_that_fails_ends_the_run_and_leaves_no_half_file(
+    slides: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoder = tiny_tile_encoder()
+    calls = {"left": 3}
+
+    def fail(*_: Any) -> None:
+        calls["left"] -= 1
+        if calls["left"] < 0:
+            raise RuntimeError("device lost")
+
+    encoder.model.register_forward_pre_hook(fail)
+    monkeypatch.setattr("gigapath.runs.embedding.load_tile_encoder", lambda *_, **__: encoder)
+    with pytest.raises(EncoderError, match="tiny failed on cpu: device lost"):
+        embed(slides, tmp_path)
+    assert list((tmp_path / "features_tiny").iterdir()) == []
+    record = json.loads(next((tmp_path / "runs").glob("*.json")).read_text())
+    assert record["outcome"] == "error"
+
+
+def test_an_error_that_nobody_foresaw_fails_its_slide_alone(
+    slides: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import gigapath.runs.tiling as tiling
+
+    real = tiling.plan_tiles
+
+    def plan(slide: Any, options: Any, **given: Any) -> Any:
+        if slide.slide_id == "a":
+            raise ZeroDivisionError("what?")
+        return real(slide, options, **given)
+
+    monkeypatch.setattr(tiling, "plan_tiles", plan)
+    assert run_tile([slides], tmp_path, tiling=TILING).counts["failed"] == 1
+    assert table(tmp_path)["a"]["error"] == "unexpected ZeroDivisionError: what?"
+    assert table(tmp_path)["b"]["status"] == "done"
+
+
+def test_hash_full_checks_the_manifests_md5(slides: Path, tmp_path: Path) -> None:
+    import hashlib
+
+    right = hashlib.md5((slides / "a.tif").read_bytes(), usedforsecurity=False).hexdigest()
+    manifest = tmp_path / "m.csv"
+    manifest.write_text(f"path,md5\n{slides}/a.tif,{right}\n{slides}/b.tif,{'0' * 32}\n")
+    run_tile([manifest], tmp_path / "out", tiling=TILING, options=RunOptions(hash="full"))
+    rows = table(tmp_path / "out")
+    assert rows["a"]["file_sha256"] == hashlib.sha256((slides / "a.tif").read_bytes()).hexdigest()
+    assert "expected MD5 000" in rows["b"]["error"]
+
+
+def test_max_tiles_is_said_before_the_work(slides: Path, tmp_path: Path) -> None:
+    notes = Notes()
+    embed(slides, tmp_path, tiling=TileOptions(tile_size=TILE, max_tiles=7, seed=3), watch=notes)
+    assert any("at most 7 tiles a slide" in line and "seed 3" in line for line in notes.plans[0].lines)
+    assert len(read_tiles(tmp_path / "tiles/a.h5")) == 7
+
+
+def test_plan_tells_tiles_bytes_time_and_ways_out_of_a_long_one(
+    slides: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    notes = Notes()
+    embed(slides, tmp_path, watch=notes)
+    text = "\n".join(notes.plans[0].lines)
+    assert "3 slides: 3 to do, 0 done before" in text
+    assert "about" in text
+    assert "tiles (by the slides' sizes)" in text
+    assert "tiles/s (one batch, measured here)" in text
+    assert "hundred times as fast" not in text
+    assert not notes.plans[0].exact
+    monkeypatch.setattr("gigapath.runs.embedding.measure_rate", lambda *_: 0.001)
+    embed(slides, tmp_path, watch=notes, overwrite="features")
+    text = "\n".join(notes.plans[1].lines)
+    assert notes.plans[1].exact
+    for words in ("hours", "--device cuda", "gigapath-flash", "--max-tiles", "standin"):
+        assert words in text
