@@ -212,8 +212,9 @@ class LongNetViT(nn.Module):
         if not torch.is_autocast_enabled(x.device.type):
             x = x.to(self.cls_token.dtype)
         tiles = self.patch_embed(x)
-        tiles = tiles + self.pos_embed[:, self.coords_to_pos(coords, tile_size), :][0].to(tiles.dtype)
-        token = self.cls_token.to(tiles.dtype) + self.pos_embed[:, :1, :].to(tiles)
+        # In the weights' dtype, so that autocast leaves the sum in float32.
+        tiles = tiles + self.pos_embed[:, self.coords_to_pos(coords, tile_size), :][0].to(self.cls_token.dtype)
+        token = (self.cls_token + self.pos_embed[:, :1, :].to(self.cls_token)).to(tiles.dtype)
         parts = torch.split(tiles.flatten(0, 1), [length - 1 for length in lengths])
         tokens = torch.cat([piece for part in parts for piece in (token[0], part)])
         tokens = tokens.view(x.shape[0], -1, self.embed_dim)  # (B, N, D) or (1, T + B, D)

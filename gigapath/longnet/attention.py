@@ -116,6 +116,44 @@ def attention(
     return out, lse
 
 
+def flash_attn_func(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dropout: float = 0.0,
+    bias: Tensor | None = None,
+    softmax_scale: float | None = None,
+    is_causal: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """`attention` in the form of the flash-attn package, by the published name; on any device.
+
+    Args:
+        q: queries (B, L, H, D).
+        k: keys (B, K, H, D).
+        v: values (B, K, H, D).
+        dropout: of the attention weights; only 0 is served, as LongNet uses it.
+        bias: must be None, as LongNet uses none.
+        softmax_scale: factor of the scores, 1 / sqrt(D) by default.
+        is_causal: whether query i sees keys 0 to i only; float32 scores of the whole square are laid out for it.
+
+    Returns:
+        out (B, L, H, D), and lse (B, H, L).
+    """
+    if dropout or bias is not None:
+        raise ValueError(
+            f"flash_attn_func: expected dropout 0 and no bias, got {dropout!r} and {type(bias).__name__}. "
+            "Use torch.nn.functional.scaled_dot_product_attention for these."
+        )
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    if is_causal:
+        scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
+        seen = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
+        scores = (q.float() @ k.float().transpose(-2, -1) * scale).masked_fill(~seen, float("-inf"))
+        return (scores.softmax(-1) @ v.float()).to(q.dtype).transpose(1, 2), scores.logsumexp(-1)
+    out, lse = attention(q, k, v, scale=softmax_scale)
+    return out.transpose(1, 2), lse
+
+
 # ---------------------------------------------------------------------------------------------------- which kernel
 
 

@@ -1,0 +1,1 @@
+"""Published names for tools that import them; the code is in `gigapath.longnet`."""
