@@ -23,19 +23,26 @@ BATCH = 32
 
 
 def luminance_threshold(counts: NDArray[np.int64]) -> float:
-    """Otsu's threshold as the published code has it: the middle of the last bin of the darker class, among 256 bins
-    between the darkest and the brightest value.
-
-    Args:
-        counts: (766,) pixels by R + G + B.
-    """
+    """Otsu's threshold over pixels counted by R + G + B, (766,); see `otsu_centre`."""
     sums = np.flatnonzero(counts)
     if not sums.size:
         return 0.0
-    luminance = sums / 3
-    if len(sums) == 1:
-        return float(luminance[0])
-    histogram, edges = np.histogram(luminance, bins=BINS, weights=counts[sums].astype(np.float64))
+    return otsu_centre(*np.histogram(sums / 3, bins=BINS, weights=counts[sums].astype(np.float64)))
+
+
+def otsu_centre(histogram: NDArray[np.floating], edges: NDArray[np.floating]) -> float:
+    """Otsu's threshold as the published code has it: the centre of the last bin of the darker class.
+
+    Args:
+        histogram: (n,) counts of bins between the darkest and the brightest value.
+        edges: (n + 1,) of the bins.
+
+    Returns:
+        the threshold; the only value, under which nothing lies, where there is but one.
+    """
+    filled = np.flatnonzero(histogram)
+    if len(filled) == 1:
+        return float((edges[0] + edges[-1]) / 2)
     centres = (edges[:-1] + edges[1:]) / 2
     below, above = np.cumsum(histogram), np.cumsum(histogram[::-1])[::-1]
     mean_below = np.cumsum(histogram * centres) / below
@@ -72,20 +79,14 @@ def _channel_sums(image: NDArray[np.uint8]) -> NDArray[np.uint16]:
     return sums
 
 
-def published_tissue(slide: Slide, overview: Overview, threshold: float | None = None) -> TissueMask:
+def published_tissue(slide: Slide, overview: Overview) -> TissueMask:
     """Threshold and tissue box of the whole lowest level; the mask is the overview's share of it, for the picture.
 
     Args:
         slide: the open slide.
         overview: the frame of the mask.
-        threshold: luminance; Otsu's when None.
     """
-    if threshold is None:
-        counts = np.zeros(766, np.int64)
-        for _, sums in _lowest_level(slide):
-            counts += np.bincount(sums.ravel(), minlength=766)
-        threshold = luminance_threshold(counts)
-    box = _foreground_box(slide, sums_below(threshold))
+    threshold, box = find_foreground(slide)
     mask = (_channel_sums(overview.image) < sums_below(threshold)) & (box is not None)
     return make_mask(
         overview,
@@ -95,6 +96,24 @@ def published_tissue(slide: Slide, overview: Overview, threshold: float | None =
         state="blank" if box is None else "tissue",
         box_level0=box,
     )
+
+
+def find_foreground(slide: Slide, threshold: float | None = None) -> tuple[float, tuple[int, int, int, int] | None]:
+    """Otsu's threshold over the whole lowest level, and the box around what lies below it.
+
+    Args:
+        slide: the open slide; it needs no mpp.
+        threshold: luminance, instead of Otsu's.
+
+    Returns:
+        the threshold, and level-0 (x, y, width, height) or None where nothing lies below it.
+    """
+    if threshold is None:
+        counts = np.zeros(766, np.int64)
+        for _, sums in _lowest_level(slide):
+            counts += np.bincount(sums.ravel(), minlength=766)
+        threshold = luminance_threshold(counts)
+    return threshold, _foreground_box(slide, sums_below(threshold))
 
 
 def _lowest_level(slide: Slide) -> Iterator[tuple[int, NDArray[np.uint16]]]:
@@ -123,6 +142,17 @@ def _foreground_box(slide: Slide, limit: int) -> tuple[int, int, int, int] | Non
     return left, top, math.ceil((x[-1] + 1) * step) - left, math.ceil((y[-1] + 1) * step) - top
 
 
+def cells_in_box(grid: Grid, box: tuple[int, int, int, int], margin: int = 0) -> NDArray[np.int64]:
+    """Cells (N, 2) of the tiles that meet a level-0 box (x, y, width, height) grown by a margin, row by row."""
+    left, top, width, height = box
+    cells = np.stack(np.meshgrid(np.arange(grid.columns), np.arange(grid.rows)), axis=-1).reshape(-1, 2)
+    corners = grid.corners(cells)
+    before = corners < (left + width + margin, top + height + margin)
+    after = corners + np.asarray(grid.pitch) > (left - margin, top - margin)
+    inside: NDArray[np.int64] = cells[(before & after).all(axis=1)]
+    return inside
+
+
 def published_shares(slide: Slide, mask: TissueMask, grid: Grid, *, workers: int = 0) -> NDArray[np.float32]:
     """Share of each tile's own pixels below the threshold; tiles that don't meet the tissue box have 0.
 
@@ -140,15 +170,11 @@ def published_shares(slide: Slide, mask: TissueMask, grid: Grid, *, workers: int
     shares = np.zeros((grid.rows, grid.columns), np.float32)
     if mask.box_level0 is None or mask.threshold is None:
         return shares
-    left, top, width, height = mask.box_level0
-    cells = np.stack(np.meshgrid(np.arange(grid.columns), np.arange(grid.rows)), axis=-1).reshape(-1, 2)
-    corners = grid.corners(cells)
-    meets = ((corners < (left + width, top + height)) & (corners + grid.pitch > (left, top))).all(axis=1)
-    cells = cells[meets]
+    cells = cells_in_box(grid, mask.box_level0)
     none = np.zeros(len(cells), np.float32)
     tiles = Tiles(
         slide_id=slide.slide_id,
-        coords_level0=corners[meets],
+        coords_level0=grid.corners(cells),
         cells=cells,
         tissue_fraction=none,
         section=none,
