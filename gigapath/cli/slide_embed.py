@@ -4,7 +4,7 @@ import argparse
 
 from gigapath.cli.arguments import add_options, options_from
 from gigapath.cli.progress import Terminal
-from gigapath.runs.options import RunOptions, SlideEmbedOptions
+from gigapath.runs.options import KeepOptions, SlideEmbedOptions
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -17,12 +17,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", metavar="DIR", help="the output folder (default: that of the run which made FEATURES)")
     parser.add_argument("--json", action="store_true", help="print one JSON document at the end, for machines")
     add_options(parser, SlideEmbedOptions, title="slide encoder")
-    add_options(parser, RunOptions, title="run")
+    add_options(parser, KeepOptions, title="run")
 
 
 def run(namespace: argparse.Namespace) -> int:
     embedding = options_from(namespace, SlideEmbedOptions)
-    options = options_from(namespace, RunOptions)
+    options = options_from(namespace, KeepOptions)
     from gigapath.runs.slide_embedding import run_slide_embed  # torch takes seconds: a wrong word is told before
 
     watch = Terminal("slide", machine=namespace.json)

@@ -85,7 +85,7 @@ def run_embed(
             if job.slides is not None:
                 check_unmixed(job.slides.folder, job.slides.run_identity(), ids)
         todo = [entry for entry in entries if not job.is_done(entry)]
-        result = run.over_slides(_plan(job, todo), todo, job.work)
+        result = run.over_slides(todo, job.work, lambda: _plan(job, todo))
         if job.own_tiles:
             write_contact_sheet(out)
     return result

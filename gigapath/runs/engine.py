@@ -82,26 +82,30 @@ class CohortRun:
     keep_paths: bool = True
 
     def over_slides(
-        self, plan: Plan, todo: Sequence[SlideEntry], work: Callable[[SlideEntry], Sequence[Status]]
+        self,
+        todo: Sequence[SlideEntry],
+        work: Callable[[SlideEntry], Sequence[Status]],
+        make_plan: Callable[[], Plan],
     ) -> RunResult:
         """Do `work` for one slide after the other; the run's record and slides.csv are left however it ends.
 
         Args:
-            plan: what is going to be done.
             todo: the slides of which something is left to do.
             work: brings a slide through its stages and returns the status of each that it came to.
+            make_plan: says what is going to be done; called once the output folder has proved writable.
 
         Raises:
             OutputError: the output folder can't be written, or the disk is full.
             ValueError: an encoder failed (EncoderError).
         """
         started = time.monotonic()
-        self.facts["plan"] = dict(plan.facts)
         record = RunRecord(self.out, self.verb, self.options, self.command, self.facts)
         record.start(self.entries, keep_paths=self.keep_paths)
-        self.watch.plan(plan)
         rows: list[dict[str, Any]] = []
         try:
+            plan = make_plan()
+            self.facts["plan"] = dict(plan.facts)
+            self.watch.plan(plan)
             rows = self._table()
             outcome = self._loop(todo, work)
             rows = self._table()

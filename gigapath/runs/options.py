@@ -10,17 +10,13 @@ _PRECISIONS = ("auto", "fp32", "fp16", "bf16")
 
 
 @dataclass(frozen=True)
-class RunOptions:
-    """How a run goes about its work; nothing in here changes a number."""
+class KeepOptions:
+    """What a run does with the results that it finds."""
 
-    workers: int | None = option(
-        None, "threads that read tiles, 0 for none besides the main one (default: one per core)", at_least=0
-    )
     overwrite: str | None = option(
         None, "do a stage again even where it is done", choices=("tiles", "features", "slides", "all")
     )
     allow_mixed: bool = option(False, "accept results of other precision, device or weights in the same folder")
-    hash: str = option("none", "full: record each slide's SHA-256, check the manifest's md5", choices=("none", "full"))
 
     def __post_init__(self) -> None:
         check_options(self)
@@ -28,6 +24,16 @@ class RunOptions:
     def overwrites(self, stage: str) -> bool:
         """Whether this stage is to be done again."""
         return self.overwrite in (stage, "all")
+
+
+@dataclass(frozen=True)
+class RunOptions(KeepOptions):
+    """How a run goes about its work; nothing in here changes a number."""
+
+    workers: int | None = option(
+        None, "threads that read tiles, 0 for none besides the main one (default: one per core)", at_least=0
+    )
+    hash: str = option("none", "full: record each slide's SHA-256, check the manifest's md5", choices=("none", "full"))
 
 
 @dataclass(frozen=True)
@@ -39,8 +45,8 @@ class EmbedOptions:
     )
     slide_encoder: str | None = option(
         None,
-        "gigapath, gigapath-flash, mean, none or a checkpoint (default: the tile encoder's own pair; mean for the "
-        "stand-in and timm models)",
+        "gigapath, gigapath-flash, mean, none or a checkpoint (default: the tile encoder's own; mean for the stand-in "
+        "and timm models, or an untrained one with --random-weights)",
         metavar="NAME",
     )
     tiles: str | None = option(None, "take the tiles of this folder, made by gigapath tile", metavar="DIR")

@@ -14,7 +14,7 @@ from gigapath.features import FeatureFileError
 from gigapath.files import safe_name, sha256_of
 from gigapath.options import to_dict
 from gigapath.runs.engine import CohortRun, RunResult
-from gigapath.runs.options import RunOptions, SlideEmbedOptions
+from gigapath.runs.options import KeepOptions, SlideEmbedOptions
 from gigapath.runs.slides import SlideStage, describe_features, slides_folder
 from gigapath.runs.tiling import slides_in_words
 from gigapath.runs.watching import Plan, Watcher
@@ -28,7 +28,7 @@ def run_slide_embed(
     out: str | Path | None = None,
     *,
     embedding: SlideEmbedOptions | None = None,
-    options: RunOptions | None = None,
+    options: KeepOptions | None = None,
     watch: Watcher | None = None,
     command: Sequence[str] = (),
 ) -> RunResult:
@@ -47,7 +47,7 @@ def run_slide_embed(
         FileNotFoundError, PermissionError, ConnectionError: an input or the weights are not to be had.
         OutputError: the output folder can't be written, or is full.
     """
-    embedding, options = embedding or SlideEmbedOptions(), options or RunOptions()
+    embedding, options = embedding or SlideEmbedOptions(), options or KeepOptions()
     with StopFlag() as stop:
         entries = find_features(features)
         out = _output_folder(entries, out)
@@ -103,7 +103,7 @@ def run_slide_embed(
         def work(entry: SlideEntry) -> list[Status]:
             return [stage.embed(run, entry, entry.path, names[entry.slide_id])]
 
-        return run.over_slides(plan, todo, work)
+        return run.over_slides(todo, work, lambda: plan)
 
 
 def find_features(inputs: Sequence[str | Path]) -> list[SlideEntry]:

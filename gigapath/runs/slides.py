@@ -17,7 +17,7 @@ from gigapath.features.data import Array
 from gigapath.features.h5 import open_h5, read_attrs
 from gigapath.features.ours import open_ours, stage_of
 from gigapath.runs.engine import CohortRun, Outcome
-from gigapath.runs.options import RunOptions
+from gigapath.runs.options import KeepOptions
 
 # What a slide's file repeats of its tile embeddings.
 _CARRIED = ("encoder", "weights_sha256", "transform", "precision", "device", "batch_shape", "store", "mpp", "tile_size")
@@ -42,7 +42,7 @@ class SlideStage:
 
     encoder: SlideEncoder
     folder: Path
-    options: RunOptions
+    options: KeepOptions
     tile_size_level0: float | None = None
     tile_encoder: str | None = None
 

@@ -72,8 +72,11 @@ def run_tile(
             watch or Watcher(),
             stop,
         )
-        plan = _plan(entries, todo, out, tiling)
-        result = run.over_slides(plan, todo, lambda entry: [tile_slide(run, folder, entry, tiling, options)[0]])
+        result = run.over_slides(
+            todo,
+            lambda entry: [tile_slide(run, folder, entry, tiling, options)[0]],
+            lambda: _plan(entries, todo, out, tiling),
+        )
         write_contact_sheet(out)
     return result
 
