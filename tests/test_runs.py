@@ -125,7 +125,7 @@ def arrays_of(path: Path) -> dict[str, bytes]:
         return {name: file[name][()].tobytes() for name in file}
 
 
-# ---------------------------------------------------------------------------------------------------- what is written
+# ---------------------------------------------------------------------------------- what is written
 
 
 def test_embed_leaves_the_files_of_every_stage(slides: Path, tmp_path: Path, pictures: None) -> None:
@@ -236,7 +236,7 @@ def test_manifest_columns_mpp_and_mask_reach_the_slide(slides: Path, tmp_path: P
     assert len(cells) == 70
 
 
-# --------------------------------------------------------------------------------------------------------- what is kept
+# ---------------------------------------------------------------------------------- what is kept
 
 
 def test_second_run_skips_what_is_done_and_says_so(slides: Path, tmp_path: Path) -> None:
@@ -355,7 +355,7 @@ def test_tiles_that_are_missing_or_of_another_slide_fail_that_slide(slides: Path
     assert {path.name for path in (tmp_path / "out/features_tiny").glob("*.h5")} == {"a.h5"}
 
 
-# -------------------------------------------------------------------------------------------------------- the numbers
+# ---------------------------------------------------------------------------------- the numbers
 
 
 def test_bytes_do_not_depend_on_workers_or_on_the_other_slides(slides: Path, tmp_path: Path) -> None:
@@ -396,7 +396,7 @@ def test_slide_embedding_is_computed_from_values_as_stored(slides: Path, tmp_pat
     assert full.default_mean.tobytes() != expected["default_mean"].tobytes()
 
 
-# ------------------------------------------------------------------------------------------------------- slide-embed
+# ---------------------------------------------------------------------------------- slide-embed
 
 
 def slide_embed(features: Path, out: Path | None = None, **given: Any) -> RunResult:
@@ -469,7 +469,7 @@ def test_random_slide_encoder_is_labelled_in_every_output(slides: Path, tmp_path
     assert json.loads(record)["facts"]["slide_encoder"]["trained"] is False
 
 
-# ------------------------------------------------------------------------------------------------------ how runs end
+# ---------------------------------------------------------------------------------- how runs end
 
 
 class StopAfter(Watcher):

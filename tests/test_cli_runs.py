@@ -1,0 +1,367 @@
+"""`gigapath tile`, `embed` and `slide-embed` as a user meets them: words, exit statuses, one sentence for bad input."""
+
+import errno
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from made_slides import paint_tissue, write_pyramid
+from tiny_encoders import tiny_tile_encoder
+
+from gigapath.cli.main import main
+from gigapath.features import read_slide
+from gigapath.files import OutputError
+from gigapath.runs.tiling import run_tile
+
+SMALL = ["--tile-size", "64", "--workers", "0"]
+
+
+@pytest.fixture(scope="module")
+def slides(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with two small slides that hold tissue."""
+    folder = tmp_path_factory.mktemp("slides")
+    for seed, name in enumerate(("a", "b")):
+        write_pyramid(folder / f"{name}.tif", paint_tissue(500, 400, seed=seed), mpp=(0.5, 0.5), steps=(1,))
+    return folder
+
+
+@pytest.fixture
+def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gigapath.runs.embedding.load_tile_encoder", lambda *_, **__: tiny_tile_encoder())
+
+
+def embed(slides: Path, out: Path, *words: str) -> int:
+    return main(
+        ["embed", str(slides), "--out", str(out), "--tile-encoder", "standin", "--device", "cpu", *SMALL, *words]
+    )
+
+
+def leftovers(out: Path) -> list[str]:
+    """Results and temporary files below `out`."""
+    return [path.name for path in out.rglob("*") if path.suffix in (".h5", ".partial")]
+
+
+# ---------------------------------------------------------------------------------- what is said
+
+
+def test_tile_then_embed_tells_a_log_what_is_done(
+    slides: Path, tmp_path: Path, tiny: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["tile", str(slides), "--out", str(tmp_path), *SMALL]) == 0
+    said = capsys.readouterr().out
+    assert "2 slides: 2 to tile, 0 done before" in said
+    assert "1/2 a: done, " in said
+    assert "2/2 b: done, " in said
+    assert "done: 2 done; " in said
+    assert embed(slides, tmp_path) == 0
+    captured = capsys.readouterr()
+    assert "tile encoder: a tiny encoder for tests; cpu, fp32, batches of 32" in captured.out
+    assert "slide encoder: the mean of the tile embeddings." in captured.out
+    assert " tiles to embed, " in captured.out
+    assert "tiles/s (one batch, measured here)" in captured.out
+    assert f"see {tmp_path / 'slides.csv'}" in captured.out
+    assert "\r" not in captured.out + captured.err
+    assert captured.err == ""
+    assert embed(slides, tmp_path) == 0
+    assert "2 slides: 0 to do, 2 done before" in capsys.readouterr().out
+
+
+def test_a_terminal_gets_a_bar_with_rate_and_time_left(
+    slides: Path, tmp_path: Path, tiny: None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    assert embed(slides, tmp_path) == 0
+    captured = capsys.readouterr()
+    assert "tiles/s" in captured.err
+    assert "slide 2/2" in captured.err
+    assert "100%" in captured.err
+    assert "1/2 a" not in captured.out
+
+
+def test_json_is_the_one_thing_on_standard_output(
+    slides: Path, tmp_path: Path, tiny: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    broken = tmp_path / "broken.svs"
+    broken.write_text("text")
+    assert main(["tile", str(slides), str(broken), "--out", str(tmp_path / "out"), "--json", *SMALL]) == 3
+    captured = capsys.readouterr()
+    document = json.loads(captured.out)
+    assert (document["outcome"], document["exit_status"]) == ("some slides failed", 3)
+    assert document["counts"] == {"done": 2, "no_tissue": 0, "failed": 1, "stopped": 0, "todo": 0}
+    assert {row["slide_id"]: row["status"] for row in document["slides"]} == {
+        "a": "done",
+        "b": "done",
+        "broken": "failed",
+    }
+    assert document["plan"]["to_tile"] == 3
+    assert "3 slides: 3 to tile" in captured.err
+
+
+def test_some_failed_slides_end_in_3_and_are_listed(
+    slides: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    broken = tmp_path / "broken.svs"
+    broken.write_text("text")
+    assert main(["tile", str(slides), str(broken), "--out", str(tmp_path / "out"), *SMALL]) == 3
+    said = capsys.readouterr().out
+    assert "some slides failed: 2 done, 1 failed" in said
+    assert "  broken: failed: expected a slide that OpenSlide reads" in said
+    assert "Traceback" not in said
+
+
+def test_a_signal_ends_in_75(
+    slides: Path, tmp_path: Path, tiny: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from gigapath.cli.progress import Terminal
+
+    monkeypatch.setattr(Terminal, "tiles", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    assert embed(slides, tmp_path, "--batch-size", "4") == 75
+    assert "stopped: 1 stopped, 1 todo" in capsys.readouterr().out
+    monkeypatch.undo()
+
+
+def test_slide_embed_with_untrained_weights_says_so(
+    slides: Path, tmp_path: Path, tiny: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert embed(slides, tmp_path, "--slide-encoder", "none") == 0
+    assert list(tmp_path.glob("slides_*")) == []
+    words = ["--slide-encoder", "gigapath-flash", "--random-weights", "--device", "cpu"]
+    assert main(["slide-embed", str(tmp_path), *words]) == 0
+    assert "UNTRAINED" in capsys.readouterr().out
+    slide = read_slide(tmp_path / "slides_gigapath-flash-random__tiny/a.h5")
+    assert slide.attrs["trained"] is False
+    assert slide.states_mean is not None
+    assert slide.states_mean.shape == (13, 384)
+
+
+def test_standin_takes_the_mean_or_with_random_weights_an_untrained_longnet(
+    slides: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from gigapath.runs import embedding
+    from gigapath.runs.options import EmbedOptions
+
+    asked: list[tuple[str, bool]] = []
+
+    def load(name: str, **given: Any) -> Any:
+        asked.append((name, given["random_weights"]))
+        raise ValueError("enough")
+
+    monkeypatch.setattr(embedding, "load_slide_encoder", load)
+    encoder = tiny_tile_encoder("standin")
+    for options in (
+        EmbedOptions(tile_encoder="standin"),
+        EmbedOptions(tile_encoder="standin", random_weights=True),
+        EmbedOptions(tile_encoder="timm:resnet18", random_weights=True),
+        EmbedOptions(tile_encoder="standin", slide_encoder="gigapath-flash", random_weights=True),
+    ):
+        with pytest.raises(ValueError, match="enough"):
+            embedding._slide_encoder(options, encoder)
+    with pytest.raises(ValueError, match="enough"):
+        embedding._slide_encoder(EmbedOptions(), tiny_tile_encoder("gigapath"))
+    assert asked == [
+        ("mean", False),
+        ("gigapath", True),
+        ("mean", False),
+        ("gigapath-flash", True),
+        ("gigapath", False),
+    ]
+
+
+# ---------------------------------------------------------------------------------- bad input
+
+
+def one_sentence(capsys: pytest.CaptureFixture[str], verb: str) -> str:
+    captured = capsys.readouterr()
+    assert captured.err.startswith(f"gigapath {verb}: ")
+    assert captured.err.count("\n") == 1
+    assert "Traceback" not in captured.err + captured.out
+    return captured.err
+
+
+def two_of_one_id(slides: Path, folder: Path) -> list[str]:
+    (folder / "more").mkdir()
+    (folder / "more" / "a.svs").write_text("x")
+    return ["embed", str(slides), str(folder / "more"), "--tile-encoder", "standin"]
+
+
+def wrong_checkpoint(slides: Path, folder: Path) -> list[str]:
+    torch.save({"head.weight": torch.zeros(3, 3)}, folder / "wrong.pth")
+    return ["embed", str(slides), "--tile-encoder", str(folder / "wrong.pth")]
+
+
+def wrong_slide_checkpoint(slides: Path, folder: Path) -> list[str]:
+    torch.save({"head.weight": torch.zeros(3, 3)}, folder / "wrong.pth")
+    return ["embed", str(slides), "--tile-encoder", "standin", "--slide-encoder", str(folder / "wrong.pth")]
+
+
+def empty_folder(slides: Path, folder: Path) -> list[str]:
+    (folder / "empty").mkdir()
+    return ["embed", str(folder / "empty"), "--tile-encoder", "standin"]
+
+
+NOTHING_STARTS: dict[str, tuple[Callable[[Path, Path], list[str]], str]] = {
+    "missing path": (lambda slides, folder: ["tile", str(folder / "none.svs")], "no such slide, folder or manifest"),
+    "empty folder": (empty_folder, "expected a folder with slides, found none"),
+    "two slides of one id": (two_of_one_id, "two slides have the id 'a'"),
+    "unknown encoder": (lambda slides, _: ["embed", str(slides), "--tile-encoder", "uni"], "gigapath-flash, standin"),
+    "unknown slide encoder": (
+        lambda slides, _: ["embed", str(slides), "--tile-encoder", "standin", "--slide-encoder", "titan"],
+        "expected gigapath, gigapath-flash, mean, none",
+    ),
+    "wrong architecture": (wrong_checkpoint, "expected a tile encoder's checkpoint of gigapath_tile_enc_vitg or"),
+    "wrong slide architecture": (wrong_slide_checkpoint, "expected a slide encoder's checkpoint of"),
+    "mpp 0": (lambda slides, _: ["tile", str(slides), "--mpp", "0"], "--mpp: expected a value above 0, got 0.0"),
+    "mpp nan": (lambda slides, _: ["tile", str(slides), "--mpp", "nan"], "--mpp: expected a value above 0"),
+    "batch size 0": (
+        lambda slides, _: ["embed", str(slides), "--batch-size", "0"],
+        "--batch-size: expected at least 1, got 0",
+    ),
+    "no slides": (lambda *_: ["embed"], "expected slides, a folder or a manifest, got none"),
+    "no tiles": (
+        lambda slides, folder: ["embed", str(slides), "--tile-encoder", "standin", "--tiles", str(folder / "none")],
+        "--tiles: expected a folder made by gigapath tile",
+    ),
+    "a pair that is none": (
+        lambda slides, _: [
+            *["embed", str(slides), "--tile-encoder", "gigapath-flash", "--random-weights"],
+            *["--slide-encoder", "gigapath-flash", "--precision", "fp99"],
+        ],
+        "invalid choice",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", NOTHING_STARTS)
+def test_bad_input_gets_one_sentence_and_leaves_nothing(
+    case: str, slides: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make, words = NOTHING_STARTS[case]
+    arguments = [*make(slides, tmp_path), "--out", str(tmp_path / "out")]
+    if words == "invalid choice":
+        with pytest.raises(SystemExit) as stopped:
+            main(arguments)
+        assert stopped.value.code == 2
+        assert words in capsys.readouterr().err
+    else:
+        assert main(arguments) == 1
+        assert words in one_sentence(capsys, arguments[0])
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_cuda_asked_for_where_there_is_none_never_runs_on_the_cpu(
+    slides: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert (
+        main(["embed", str(slides), "--out", str(tmp_path / "out"), "--tile-encoder", "standin", "--device", "cuda"])
+        == 1
+    )
+    assert "expected a device that is there, got 'cuda'" in one_sentence(capsys, "embed")
+    assert not (tmp_path / "out").exists()
+
+
+def test_released_encoder_without_a_token_says_how_to_go_on(
+    slides: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    assert main(["embed", str(slides), "--out", str(tmp_path / "out")]) == 1
+    said = one_sentence(capsys, "embed")
+    assert "--tile-encoder standin" in said
+    assert not (tmp_path / "out").exists()
+
+
+def text_file(folder: Path, slides: Path) -> Path:
+    path = folder / "text.svs"
+    path.write_text("this is no slide\n" * 100)
+    return path
+
+
+def truncated_slide(folder: Path, slides: Path) -> Path:
+    whole = write_pyramid(folder / "whole.svs", paint_tissue(900, 700), mpp=(0.5, 0.5), steps=(1,), aperio=True)
+    path = folder / "cut.svs"
+    path.write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])
+    return path
+
+
+def cut_in_the_pixels(folder: Path, slides: Path) -> Path:
+    """A slide whose header is whole, and whose last tiles read as zeros."""
+    path = write_pyramid(folder / "zeros.svs", paint_tissue(900, 700), mpp=(0.5, 0.5), steps=(1,), aperio=True)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 3 : len(content) // 2] = bytes(len(content) // 2 - len(content) // 3)
+    path.write_bytes(bytes(content))
+    return path
+
+
+@pytest.mark.parametrize("make", [text_file, truncated_slide, cut_in_the_pixels])
+def test_bad_slide_is_recorded_in_one_sentence_and_the_others_go_on(
+    make: Callable[[Path, Path], Path],
+    slides: Path,
+    tmp_path: Path,
+    tiny: None,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    bad = make(tmp_path, slides)
+    assert (
+        main(["embed", str(bad), str(slides), "--out", str(tmp_path / "out"), "--tile-encoder", "standin", *SMALL]) == 3
+    )
+    captured = capsys.readouterr()
+    assert captured.err == ""
+    said = [line for line in captured.out.splitlines() if line.startswith(f"1/3 {bad.stem}: failed: ")]
+    assert len(said) == 1
+    assert str(tmp_path) not in said[0]
+    assert not [name for name in leftovers(tmp_path / "out") if name.endswith(".partial")]
+    assert not (tmp_path / "out/features_tiny" / f"{bad.stem}.h5").exists()
+    assert sorted(path.name for path in (tmp_path / "out/features_tiny").glob("*.h5")) == ["a.h5", "b.h5"]
+
+
+@pytest.mark.parametrize("code", [errno.EROFS, errno.EACCES, errno.ENOSPC, errno.EDQUOT])
+def test_output_folder_that_takes_nothing_ends_in_one_sentence(
+    code: int, slides: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = os.open
+
+    def refuse(path: Any, flags: int, *rest: Any, **given: Any) -> int:
+        if str(path).endswith(".partial"):
+            raise OSError(code, os.strerror(code), str(path))
+        return real(path, flags, *rest, **given)
+
+    monkeypatch.setattr("gigapath.files.os.open", refuse)
+    assert main(["tile", str(slides), "--out", str(tmp_path / "out"), *SMALL]) == 1
+    assert "could not be written" in one_sentence(capsys, "tile")
+    assert leftovers(tmp_path / "out") == []
+
+
+def test_output_folder_that_is_a_file_ends_in_one_sentence(
+    slides: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "out").write_text("a file")
+    assert main(["tile", str(slides), "--out", str(tmp_path / "out"), *SMALL]) == 1
+    assert "could not be written" in one_sentence(capsys, "tile")
+
+
+@pytest.mark.parametrize("after", [3, 6, 9, 12, 15, 18])
+def test_disk_that_fills_up_at_any_file_stops_the_run_and_leaves_whole_files(
+    after: int, slides: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = os.fsync
+    calls = {"left": after}
+
+    def fsync(descriptor: int) -> None:
+        calls["left"] -= 1
+        if calls["left"] < 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(descriptor)
+
+    monkeypatch.setattr("gigapath.files.os.fsync", fsync)
+    with pytest.raises(OutputError, match="the disk is full"):
+        run_tile([slides], tmp_path)
+    monkeypatch.undo()
+    assert not [name for name in leftovers(tmp_path) if name.endswith(".partial")]
+    assert run_tile([slides], tmp_path).counts["done"] == 2
