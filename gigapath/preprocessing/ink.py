@@ -37,15 +37,19 @@ def pen_pixels(image: NDArray[np.uint8], mpp: float) -> BoolImage:
         image: (h, w, 3) RGB.
         mpp: microns per pixel, for the width of the edges.
     """
-    red, green, blue = (image[..., channel].astype(np.int16) for channel in range(3))
-    brightest, darkest = stain.extremes(image)
-    saturation = (brightest - darkest).astype(np.float32) / np.maximum(brightest, 1)
-    cold = (green >= red + PEN_GREEN_OVER_RED) & (saturation >= PEN_SATURATION) & (brightest > FILL_LEVEL + 20)
-    warm = (red >= RED_LEVEL) & (saturation >= RED_SATURATION) & (np.abs(green - blue) <= RED_SPREAD * brightest)
+    cold, warm, skirt = (np.zeros(image.shape[:2], bool) for _ in range(3))
+    for rows in stain.bands(image.shape[:2]):
+        red, green, blue = (image[rows, :, channel].astype(np.int16) for channel in range(3))
+        brightest, darkest = stain.extremes(image[rows])
+        saturation = (brightest - darkest).astype(np.float32) / np.maximum(brightest, 1)
+        leaning = green >= red + PEN_GREEN_OVER_RED
+        cold[rows] = leaning & (saturation >= PEN_SATURATION) & (brightest > FILL_LEVEL + 20)
+        level = np.abs(green - blue) <= RED_SPREAD * brightest
+        warm[rows] = (red >= RED_LEVEL) & (saturation >= RED_SATURATION) & level
+        skirt[rows] = (green >= red + PEN_GREEN_OVER_RED // 2) & (saturation >= SKIRT_SATURATION)
     strokes: BoolImage = cold | warm
     if not strokes.any():
         return strokes
-    skirt = (green >= red + PEN_GREEN_OVER_RED // 2) & (saturation >= SKIRT_SATURATION)
     pen: BoolImage = (skirt & _grown(cold, SKIRT_UM / mpp)) | _grown(strokes, SOFT_PIXELS)
     return pen
 

@@ -16,7 +16,7 @@ QC_NAMES = ("focus", "white", "black", "pen", "saturation")
 BLACK_LEVEL = 60  # no channel above this
 FOCUS_MPP = 4.0  # cells are 2 to 4 pixels wide here, and most pyramids hold a level near it
 FOCUS_PIXELS = 100_000_000  # a level larger than this is not read for the focus alone
-STRIP_PIXELS = 4_000_000
+STRIP_PIXELS = 1_500_000
 RIM = 16  # pixels of the level
 TEXTURE = 2.0  # mean grey levels per pixel below which there is nothing to judge the focus by
 

@@ -4,6 +4,7 @@ What tells tissue from glass is colour and real darkness; brightness alone also 
 stitched slide, under dust, and where fields were never scanned.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import cv2
@@ -21,6 +22,15 @@ GLASS_CHROMA = 14
 GLASS_SHARE = 0.0005  # less of the image than this is no background to measure from
 
 PURE_WHITE = 252
+
+BAND_PIXELS = 500_000
+
+
+def bands(shape: tuple[int, int]) -> Iterator[slice]:
+    """Slices of rows that together cover an image (h, w), of BAND_PIXELS each."""
+    rows = max(1, BAND_PIXELS // shape[1])
+    for first in range(0, shape[0], rows):
+        yield slice(first, first + rows)
 
 
 def extremes(image: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
@@ -61,11 +71,12 @@ def stain_image(image: NDArray[np.uint8], glass: tuple[float, float, float]) -> 
         glass: RGB of the glass.
     """
     level = max(glass)
-    neutral = np.minimum(image * np.asarray([level / channel for channel in glass], np.float32), np.float32(255))
-    brightest, darkest = extremes(neutral)
-    values: NDArray[np.uint8] = np.clip(
-        np.rint(brightest - darkest + np.maximum(np.float32(level - VEIL) - brightest, 0)), 0, 255
-    ).astype(np.uint8)
+    balance = np.asarray([level / channel for channel in glass], np.float32)
+    values = np.empty(image.shape[:2], np.uint8)
+    for rows in bands(image.shape[:2]):  # the floats are 24 times as large as the values
+        brightest, darkest = extremes(np.minimum(image[rows] * balance, np.float32(255)))
+        stained = brightest - darkest + np.maximum(np.float32(level - VEIL) - brightest, 0)
+        values[rows] = np.clip(np.rint(stained), 0, 255)
     return values
 
 

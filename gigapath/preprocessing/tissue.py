@@ -28,8 +28,6 @@ CONTRAST = 12
 # Thresholds where there are no two classes.
 EVERYTHING, NOTHING = 0, 256
 
-BAND_PIXELS = 2_000_000
-
 SPECK_UM2 = 4_000.0  # a quarter of a tile of 128 microns
 HOLE_UM2 = 2_500.0
 
@@ -222,7 +220,7 @@ def _split(values: NDArray[np.uint8]) -> int:
         return NOTHING
     glass = values[values <= stain.GLASS_CHROMA]
     level = float(np.median(glass)) if glass.size else 0.0
-    scatter = float(np.median(np.abs(glass - level))) if glass.size else 0.0
+    scatter = _scatter(np.bincount(glass), level)
     histogram = np.bincount(values, minlength=256)
     flat = int(min(level + 3 * 1.4826 * scatter, CONTRAST))
     histogram[flat] = histogram[: flat + 1].sum()
@@ -238,6 +236,17 @@ def _split(values: NDArray[np.uint8]) -> int:
     if _median(histogram) > level + CONTRAST:  # the paler class is tissue still: hardly any glass to be seen
         return round(level) + CONTRAST
     return threshold
+
+
+def _scatter(histogram: NDArray[np.int64], level: float) -> float:
+    """Median distance from `level` of the values that a histogram counts; 0 where it counts none."""
+    distances = np.abs(np.arange(len(histogram)) - level)
+    order = np.argsort(distances)
+    cumulated = np.cumsum(histogram[order])
+    if not cumulated.size or not cumulated[-1]:
+        return 0.0
+    middle = np.searchsorted(cumulated, [(cumulated[-1] - 1) // 2, cumulated[-1] // 2], side="right")
+    return float(distances[order][middle].mean())
 
 
 def _median(histogram: NDArray[np.int64]) -> int:
@@ -334,9 +343,9 @@ def box_means(values: NDArray[Any], x: NDArray[np.floating], y: NDArray[np.float
     Returns:
         (rows, columns).
     """
-    band = max(1, BAND_PIXELS // values.shape[1])  # the sums are 8 times as large as a mask
-    bands = [np.diff(_integral(values[row : row + band], x, axis=1)) for row in range(0, len(values), band)]
-    sums = np.diff(_integral(np.concatenate(bands), y, axis=0), axis=0)
+    # The running sums are 8 times as large as a mask.
+    along = [np.diff(_integral(values[rows], x, axis=1)) for rows in stain.bands(values.shape[:2])]
+    sums = np.diff(_integral(np.concatenate(along), y, axis=0), axis=0)
     means: NDArray[np.float32] = (sums / np.outer(np.diff(y), np.diff(x))).astype(np.float32)
     return means
 
@@ -360,15 +369,20 @@ def tile_sections(mask: TissueMask, grid: Grid) -> NDArray[np.int32]:
     Returns:
         (rows, columns) of the grid.
     """
-    rows, columns = np.nonzero(mask.sections)
-    pieces = mask.sections[rows, columns].astype(np.int64)
-    cells = []
-    for xy, centres in ((0, columns), (1, rows)):
-        level0 = mask.origin_level0[xy] + (centres + 0.5) * mask.scale[xy] - grid.anchor[xy]
+    cells = []  # of each column and each row of the mask
+    for xy, length in ((0, mask.mask.shape[1]), (1, mask.mask.shape[0])):
+        level0 = mask.origin_level0[xy] + (np.arange(length) + 0.5) * mask.scale[xy] - grid.anchor[xy]
         cells.append(np.floor(level0 / grid.pitch[xy]).astype(np.int64))
-    inside = (cells[0] >= 0) & (cells[0] < grid.columns) & (cells[1] >= 0) & (cells[1] < grid.rows)
-    tiles = (cells[1] * grid.columns + cells[0])[inside]
-    keys, counts = np.unique(tiles * (mask.pieces + 1) + pieces[inside], return_counts=True)
+    inside = [(cell >= 0) & (cell < count) for cell, count in zip(cells, (grid.columns, grid.rows), strict=True)]
+    found, counted = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
+    for band in stain.bands(mask.mask.shape):
+        within = inside[1][band, None] & inside[0] & (mask.sections[band] > 0)
+        tiles = (cells[1][band, None] * grid.columns + cells[0])[within]
+        keys, counts = np.unique(tiles * (mask.pieces + 1) + mask.sections[band][within], return_counts=True)
+        found.append(keys)
+        counted.append(counts)
+    keys, places = np.unique(np.concatenate(found), return_inverse=True)
+    counts = np.bincount(places, weights=np.concatenate(counted), minlength=len(keys))
     tile, piece = np.divmod(keys, mask.pieces + 1)
     order = np.lexsort((-piece, counts))  # the largest, and of these the first piece, is written last
     sections = np.zeros(grid.rows * grid.columns, dtype=np.int32)
