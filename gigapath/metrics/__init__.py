@@ -9,7 +9,7 @@ paired_difference(predictions, of_another_model)["auroc"]
 from gigapath.metrics.bootstrap import Estimate, Evaluation, evaluate, paired_difference
 from gigapath.metrics.calibration import calibration_slope
 from gigapath.metrics.cohorts import average_by_group, evaluate_by_site, prior_probabilities, site_probabilities
-from gigapath.metrics.scores import Predictions, Scorer, confusion_matrix
+from gigapath.metrics.scores import Predictions, Scorer, confusion_matrix, f1_weighted
 
 __all__ = [
     "Estimate",
@@ -21,6 +21,7 @@ __all__ = [
     "confusion_matrix",
     "evaluate",
     "evaluate_by_site",
+    "f1_weighted",
     "paired_difference",
     "prior_probabilities",
     "site_probabilities",

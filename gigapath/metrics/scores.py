@@ -243,6 +243,14 @@ def confusion_matrix(predictions: Predictions) -> IntArray:
     return np.bincount(cells, minlength=classes * classes).reshape(classes, classes).astype(np.int64)
 
 
+def f1_weighted(truth: npt.NDArray[np.integer], predicted: npt.NDArray[np.integer], classes: int) -> float:
+    """F1 of each class, weighted by how often it is true; for a quick look during training."""
+    true, said = np.bincount(truth, minlength=classes), np.bincount(predicted, minlength=classes)
+    hits = np.bincount(truth[truth == predicted], minlength=classes)
+    f1 = _divide(2.0 * hits.astype(np.float64), true + said)
+    return float((np.nan_to_num(f1) * true).sum() / len(truth))
+
+
 def _divide(numerator: FloatArray, denominator: npt.NDArray[np.generic]) -> FloatArray:
     """The quotient, NaN where the denominator is 0."""
     out = np.full(np.shape(numerator), np.nan)

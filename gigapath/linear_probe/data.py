@@ -1,0 +1,193 @@
+"""Embeddings with their labels, ready to be fitted: one matrix, and the rows of each split."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from gigapath.linear_probe.archive import Report, read_embeddings
+from gigapath.linear_probe.labels import class_names, join_labels, own_labels, read_labels
+from gigapath.linear_probe.options import ProbeOptions
+from gigapath.linear_probe.table import SPLITS, TRAIN, EmbeddingTable, Float32Array
+
+IntArray = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class ProbeData:
+    """N embeddings of width D, of which the labelled ones belong to a split each.
+
+    Args:
+        features: (N, D) float32.
+        names: N names.
+        rows: split -> its rows of `features`, ascending.
+        labels: (N,) class index, -1 where there is none.
+        classes: names of the classes; of two the second is the positive one.
+        groups: (N,) patient or slide as text, or None.
+        group_column: what the groups are called, or None.
+        colours: (N, 6) colour statistics of the pixels, or None.
+        facts: counts and identities for the report.
+        warnings: sentences for the user.
+    """
+
+    features: Float32Array
+    names: tuple[str, ...]
+    rows: dict[str, IntArray]
+    labels: IntArray
+    classes: tuple[str, ...]
+    groups: npt.NDArray[np.str_] | None = None
+    group_column: str | None = None
+    colours: Float32Array | None = None
+    facts: dict[str, Any] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
+
+    def truth(self, split: str) -> IntArray:
+        """The classes of a split's rows."""
+        return self.labels[self.rows[split]]
+
+    def groups_of(self, split: str) -> npt.NDArray[np.str_] | None:
+        """The groups of a split's rows, or None."""
+        return None if self.groups is None else self.groups[self.rows[split]]
+
+
+def load_data(
+    embeddings: Path | str,
+    labels: Path | str | None,
+    options: ProbeOptions,
+    *,
+    cache: bool = True,
+    report: Report | None = None,
+) -> ProbeData:
+    """Read embeddings and labels, join them, and check that a probe of them means something.
+
+    Args:
+        embeddings: zip, folder or file of embeddings.
+        labels: a CSV, or None where the embeddings carry their labels.
+        options: columns, and what to allow.
+        cache: use and write the cache beside a zip or folder.
+        report: progress of the reading, (done, total) tiles.
+
+    Raises:
+        FileNotFoundError: a path does not exist.
+        ValueError: one sentence on what is wrong.
+    """
+    # The CSV first: what is wrong with it should not wait for gigabytes to be read.
+    listed = (
+        None if labels is None else read_labels(labels, label=options.label, split=options.split, group=options.group)
+    )
+    table, how = read_embeddings(embeddings, cache=cache, report=report)
+    listed = listed or own_labels(table, Path(embeddings).name)
+    joined = join_labels(table, listed, allow_missing=options.allow_missing)
+    used_labels = [listed.labels[index] for index in joined.used]
+    index_of_label, classes = class_names(used_labels, options.positive)
+
+    label_of_row = np.full(len(table), -1, dtype=np.int64)
+    rows = np.array(joined.rows, dtype=np.int64)
+    label_of_row[rows] = [index_of_label[label] for label in used_labels]
+    split_of_row = np.full(len(table), "", dtype="U5")
+    split_of_row[rows] = joined.splits
+    rows_of_split = {split: np.flatnonzero(split_of_row == split) for split in SPLITS}
+    _check_splits(rows_of_split, label_of_row, classes, listed.source)
+    groups = None
+    if listed.groups is not None:
+        groups = np.full(len(table), "", dtype=f"U{max(map(len, listed.groups), default=1)}")
+        groups[rows] = [listed.groups[index] for index in joined.used]
+        _check_groups(groups, rows_of_split, listed.group_column, allow_leakage=options.allow_leakage)
+    warnings = []
+    if joined.unembedded or joined.unlabelled:
+        warnings.append(
+            f"{len(joined.unembedded):,} labels without embedding and {len(joined.unlabelled):,} embeddings without "
+            "label are left out"
+        )
+    twins = identical_across_splits(table, rows_of_split)
+    if twins:
+        warnings.append(f"{twins:,} embeddings of one split are identical to one of another split")
+    return ProbeData(
+        features=table.features,
+        names=table.names,
+        rows=rows_of_split,
+        labels=label_of_row,
+        classes=classes,
+        groups=groups,
+        group_column=listed.group_column,
+        colours=table.colours,
+        facts={
+            "embeddings": Path(embeddings).name,
+            "labels": None if labels is None else Path(labels).name,
+            **how,
+            **{f"encoder_{name}": value for name, value in table.attrs.items()},
+            "width": table.features.shape[1],
+            "tiles": {split: len(found) for split, found in rows_of_split.items()},
+            "classes": list(classes),
+            "group_column": listed.group_column,
+            "labels_without_embedding": len(joined.unembedded),
+            "embeddings_without_label": len(joined.unlabelled),
+            "identical_across_splits": twins,
+        },
+        warnings=tuple(warnings),
+    )
+
+
+def identical_across_splits(table: EmbeddingTable, rows: dict[str, IntArray]) -> int:
+    """How many embeddings have an equal one in another split.
+
+    Raises:
+        ValueError: such a pair has one name too: it is one tile in two splits.
+    """
+    split_of_row = np.full(len(table), "", dtype="U5")
+    for split, found in rows.items():
+        split_of_row[found] = split
+    # Candidates by the bits of their first two entries, so that the matrix is neither sorted nor copied.
+    starts = np.zeros((len(table), 2), dtype=np.float32)
+    starts[:, : table.features.shape[1]] = table.features[:, :2]
+    _, key, count = np.unique(starts.view(np.uint64).ravel(), return_inverse=True, return_counts=True)
+    by_content: dict[bytes, list[int]] = {}
+    for row in np.flatnonzero((count[key] > 1) & (split_of_row != "")).tolist():
+        by_content.setdefault(table.features[row].tobytes(), []).append(row)
+    twins = 0
+    for equal in by_content.values():
+        if len({split_of_row[row] for row in equal}) < 2:
+            continue
+        twins += len(equal)
+        split_of_stem: dict[str, int] = {}
+        for row in equal:
+            other = split_of_stem.setdefault(table.names[row].rpartition("/")[2], row)
+            if split_of_row[other] != split_of_row[row]:
+                raise ValueError(
+                    f"{table.names[other]} and {table.names[row]} are one tile in two splits. Keep one of them."
+                )
+    return twins
+
+
+def _check_splits(rows: dict[str, IntArray], labels: IntArray, classes: tuple[str, ...], source: str) -> None:
+    for split, found in rows.items():
+        if not len(found):
+            raise ValueError(
+                f"{source}: the split {split} is empty. A probe needs tiles to train, to validate and to test."
+            )
+    if len(classes) < 2:
+        raise ValueError(f"{source}: all tiles are of one class ({classes[0]}). A probe needs two.")
+    seen = set(labels[rows[TRAIN]].tolist())
+    unseen = [name for index, name in enumerate(classes) if index not in seen]
+    if unseen:
+        raise ValueError(
+            f"{source}: the class{'es' if len(unseen) > 1 else ''} {', '.join(unseen)} never occur"
+            f"{'' if len(unseen) > 1 else 's'} in training. Add tiles of it there, or leave it out."
+        )
+
+
+def _check_groups(
+    groups: npt.NDArray[np.str_], rows: dict[str, IntArray], column: str | None, *, allow_leakage: bool
+) -> None:
+    """Raise ValueError where a group has tiles in two splits."""
+    members = {split: set(groups[found].tolist()) for split, found in rows.items()}
+    pairs = [(first, second) for first in SPLITS for second in SPLITS if first < second]
+    shared = {group: pair for pair in pairs for group in members[pair[0]] & members[pair[1]]}
+    if shared and not allow_leakage:
+        group, (first, second) = min(shared.items())
+        raise ValueError(
+            f"{len(shared):,} of the column {column} have tiles in two splits, the first is {group} "
+            f"({first} and {second}): the score would be too good. Split by it, or go on knowing that: --allow-leakage."
+        )

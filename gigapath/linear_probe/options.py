@@ -1,0 +1,71 @@
+"""What a probe can be told; the defaults are the published recipe on PCam."""
+
+from dataclasses import dataclass
+
+from gigapath.options import check_options, option
+
+SOLVERS = ("sgd", "lbfgs", "knn")
+
+
+@dataclass(frozen=True)
+class ProbeOptions:
+    """What probes of tiles and of slides share: columns, what to allow, intervals."""
+
+    label: str = option("label", "column of the label", metavar="COL")
+    split: str | None = option(
+        None,
+        "column of the split (tiles: default split, else the embeddings' own paths; slides: default folds)",
+        metavar="COL",
+    )
+    group: str | None = option(
+        None,
+        "column of the patient or slide; intervals draw whole groups "
+        "(default: group, patient_id, patient, slide_id, slide or wsi where the CSV has one)",
+        metavar="COL",
+    )
+    positive: str | None = option(
+        None, "of two classes the positive one (default: the later in order)", metavar="LABEL"
+    )
+    allow_missing: bool = option(False, "go on where labels lack embeddings or embeddings lack labels")
+    allow_leakage: bool = option(False, "go on where a group stands in several splits")
+    seed: int = option(0, "seed of weights, draws, folds and bootstrap", at_least=0)
+    replicates: int = option(2000, "bootstrap replicates for the 95 % intervals; 0 = none", at_least=0)
+
+    def __post_init__(self) -> None:
+        check_options(self)
+
+
+@dataclass(frozen=True)
+class TileProbeOptions:
+    """A probe of tile embeddings."""
+
+    solver: str = option(
+        "sgd", "sgd = the published recipe; lbfgs = logistic regression; knn = nearest neighbours", choices=SOLVERS
+    )
+    steps: int = option(4000, "sgd: steps", at_least=1)
+    batch_size: int = option(128, "sgd: tiles a step, drawn with replacement, fresh at every step", at_least=1)
+    lr: float = option(0.02, "sgd: first learning rate; falls to 0 along a cosine", above=0)
+    weight_decay: float = option(0.01, "sgd: weight decay", at_least=0)
+    eval_every: int = option(100, "sgd: steps between looks at the validation set; the best one is kept", at_least=1)
+    seeds: int = option(1, "sgd: repeat with this many seeds, from --seed on", at_least=1)
+    no_cache: bool = option(False, "neither use nor write the cache beside a zip or folder")
+    device: str = option("auto", "cpu, cuda, cuda:1, ...; auto = cuda where there is one", metavar="DEVICE")
+
+    def __post_init__(self) -> None:
+        check_options(self)
+
+
+@dataclass(frozen=True)
+class SlideProbeOptions:
+    """A probe of slide embeddings, as `gigapath embed` writes them."""
+
+    embedding: str | None = option(
+        None,
+        "probe slides instead of tiles: names of slide embeddings, with commas; tile-mean comes beside",
+        metavar="NAMES",
+    )
+    folds: int = option(5, "folds, stratified by label and grouped by --group", at_least=2)
+    repeats: int = option(5, "how often the folds are drawn anew", at_least=1)
+
+    def __post_init__(self) -> None:
+        check_options(self)
