@@ -12,10 +12,12 @@ import gigapath
 # `run(namespace) -> exit status`.
 VERBS: dict[str, tuple[str, str]] = {
     "download": ("download", "Fetch weights, demo data and the published tables; resumed, checked."),
-    "tile": ("tile", "Find tissue and lay tiles: mask, tiles, previews. Look at them before embedding."),
     "embed": ("embed", "Slides to tiles, tile embeddings and slide embeddings."),
+    "embed-tiles": ("embed_tiles", "Tile images through a tile encoder into one file for probes."),
     "slide-embed": ("slide_embed", "Tile embeddings, ours or another tool's, to slide embeddings."),
+    "tile": ("tile", "Find tissue and lay tiles: mask, tiles, previews. Look at them before embedding."),
     "export": ("export", "One table of slide vectors from a run: parquet, CSV or npz."),
+    "probe": ("probe", "Fit and score a linear layer on frozen tile or slide embeddings."),
     "inspect": ("inspect", "Say what a feature file is, ours or another tool's."),
 }
 

@@ -79,7 +79,13 @@ def load_data(
     )
     table, how = read_embeddings(embeddings, cache=cache, report=report)
     listed = listed or own_labels(table, Path(embeddings).name)
-    joined = join_labels(table, listed, allow_missing=options.allow_missing)
+    joined = join_labels(table.names, table.splits, listed, allow_missing=options.allow_missing)
+    without_split = [listed.names[index] for index, split in zip(joined.used, joined.splits, strict=True) if not split]
+    if without_split:
+        raise ValueError(
+            f"{listed.source}: {len(without_split):,} tiles have no split, neither in the CSV nor in their path, the "
+            f"first is {without_split[0]}. Add a column split."
+        )
     used_labels = [listed.labels[index] for index in joined.used]
     index_of_label, classes = class_names(used_labels, options.positive)
 

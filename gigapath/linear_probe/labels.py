@@ -2,9 +2,10 @@
 trained."""
 
 import csv
+import io
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from gigapath.linear_probe.table import EmbeddingTable, bare_name, split_of_word
@@ -16,8 +17,8 @@ SHOWN = 3  # examples in a message
 
 @dataclass(frozen=True)
 class LabelRows:
-    """M labelled tiles: names as written, labels as text, splits ("" = not said), groups or None, and the source's
-    name for messages."""
+    """M labelled tiles: names as written, labels as text, splits ("" = not said), groups or None, the source's name
+    for messages, and further columns that were asked for."""
 
     names: list[str]
     labels: list[str]
@@ -25,6 +26,7 @@ class LabelRows:
     groups: list[str] | None
     source: str
     group_column: str | None = None
+    more: dict[str, list[str]] = field(default_factory=dict)
 
 
 def read_labels(path: Path | str, *, label: str, split: str | None, group: str | None) -> LabelRows:
@@ -43,30 +45,55 @@ def read_labels(path: Path | str, *, label: str, split: str | None, group: str |
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file.")
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        try:
-            rows = list(csv.reader(file))
-        except (UnicodeDecodeError, csv.Error) as error:
-            raise ValueError(f"{path.name}: expected a CSV in UTF-8, got something else ({error}).") from error
+    return parse_labels(path.read_bytes(), path.name, label=label, split=split, group=group)
+
+
+def parse_labels(
+    content: bytes,
+    source: str,
+    *,
+    label: str,
+    split: str | None,
+    group: str | None,
+    name_columns: Sequence[str] = NAME_COLUMNS,
+    group_columns: Sequence[str] = GROUP_COLUMNS,
+    more_columns: Sequence[str] = (),
+) -> LabelRows:
+    """The same for a CSV's bytes.
+
+    Args:
+        content: the bytes, UTF-8.
+        source: the CSV's name for messages.
+        label: column of the label.
+        split: as for `read_labels`.
+        group: as for `read_labels`.
+        name_columns: columns that can hold the name, the first that is there.
+        group_columns: columns that can hold the group.
+        more_columns: columns to give back where they are there.
+    """
+    try:
+        rows = list(csv.reader(io.StringIO(content.decode("utf-8-sig"), newline="")))
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{source}: expected a CSV in UTF-8, got something else ({error}).") from error
     if not rows:
-        raise ValueError(f"{path.name}: expected a CSV with a header, got an empty file.")
+        raise ValueError(f"{source}: expected a CSV with a header, got an empty file.")
     header = [column.strip() for column in rows[0]]
     where = {column: index for index, column in reversed(list(enumerate(header)))}
-    name_column = next((column for column in NAME_COLUMNS if column in where), None)
+    name_column = next((column for column in name_columns if column in where), None)
     if name_column is None:
-        raise ValueError(f"{path.name}: expected a column input, file or name, got {', '.join(header)}.")
+        raise ValueError(f"{source}: expected a column {' or '.join(name_columns)}, got {', '.join(header)}.")
     if label not in where:
-        raise ValueError(f"{path.name}: expected a column {label}, got {', '.join(header)}. Name it with --label.")
+        raise ValueError(f"{source}: expected a column {label}, got {', '.join(header)}. Name it with --label.")
     if group is not None and group not in where:
-        raise ValueError(f"{path.name}: expected a column {group}, got {', '.join(header)}. Name it with --group.")
-    group = group or next((column for column in GROUP_COLUMNS if column in where), None)
+        raise ValueError(f"{source}: expected a column {group}, got {', '.join(header)}. Name it with --group.")
+    group = group or next((column for column in group_columns if column in where), None)
     if split is not None and split not in where:
-        raise ValueError(f"{path.name}: expected a column {split}, got {', '.join(header)}. Name it with --split.")
+        raise ValueError(f"{source}: expected a column {split}, got {', '.join(header)}. Name it with --split.")
     split = split or "split"
     body = [row for row in rows[1:] if row]
     for number, row in enumerate(body, start=2):
         if len(row) != len(header):
-            raise ValueError(f"{path.name}: expected {len(header)} values in row {number}, got {len(row)}.")
+            raise ValueError(f"{source}: expected {len(header)} values in row {number}, got {len(row)}.")
 
     def column_of(name: str) -> list[str]:
         index = where[name]
@@ -74,20 +101,21 @@ def read_labels(path: Path | str, *, label: str, split: str | None, group: str |
 
     labels = column_of(label)
     if "" in labels:
-        raise ValueError(f"{path.name}: row {labels.index('') + 2} has no {label}. Fill it in or leave the row out.")
+        raise ValueError(f"{source}: row {labels.index('') + 2} has no {label}. Fill it in or leave the row out.")
     known: dict[str, str] = {}
     splits = []
     for number, word in enumerate(column_of(split) if split in where else [""] * len(body), start=2):
         if word not in known:
-            known[word] = split_of_word(word, f"{path.name}, row {number}") if split in where else ""
+            known[word] = split_of_word(word, f"{source}, row {number}") if split in where else ""
         splits.append(known[word])
     return LabelRows(
         names=column_of(name_column),
         labels=labels,
         splits=splits,
         groups=column_of(group) if group else None,
-        source=path.name,
+        source=source,
         group_column=group,
+        more={name: column_of(name) for name in more_columns if name in where},
     )
 
 
@@ -130,18 +158,25 @@ class Joined:
     unembedded: list[str]
 
 
-def join_labels(table: EmbeddingTable, labels: LabelRows, *, allow_missing: bool) -> Joined:
-    """Find the embedding of each label by its path, else by the last part of its path, within its split where both
-    say one.
+def join_labels(
+    tiles: Sequence[str], tile_splits: Sequence[str], labels: LabelRows, *, allow_missing: bool, noun: str = "embedding"
+) -> Joined:
+    """Find the tile of each label by its path, else by the last part of its path, within its split where both say one.
+
+    Args:
+        tiles: names of the embeddings, without suffix.
+        tile_splits: their splits as far as their own paths say them, "" elsewhere.
+        labels: what was read of labels.
+        allow_missing: go on where labels or tiles are left over.
+        noun: what a tile is called in messages.
 
     Raises:
-        ValueError: labels or embeddings are left over (unless `allow_missing`), a name fits several embeddings, a tile
-            has two labels or stands in two splits, the labels contradict the split in the embeddings' path, a tile has
-            no split.
+        ValueError: labels or tiles are left over, a name fits several tiles, a tile has two labels or stands in two
+            splits, the labels contradict the split in the tiles' path.
     """
-    by_path = {name: row for row, name in enumerate(table.names)}
+    by_path = {name: row for row, name in enumerate(tiles)}
     by_stem: dict[str, list[int]] = {}
-    for row, name in enumerate(table.names):
+    for row, name in enumerate(tiles):
         by_stem.setdefault(name.rpartition("/")[2], []).append(row)
 
     rows: list[int] = []
@@ -154,45 +189,39 @@ def join_labels(table: EmbeddingTable, labels: LabelRows, *, allow_missing: bool
         row = by_path.get(name, -1)
         if row < 0:
             candidates = by_stem.get(name.rpartition("/")[2], [])
-            fitting = [each for each in candidates if not split or table.splits[each] in ("", split)]
+            fitting = [each for each in candidates if not split or tile_splits[each] in ("", split)]
             if len(fitting) > 1:
                 raise ValueError(
-                    f"{labels.source}: {written} fits several embeddings "
-                    f"({_shown([table.names[candidate] for candidate in fitting])}). "
-                    "Write the path as it is in the embeddings."
+                    f"{labels.source}: {written} fits several {noun}s "
+                    f"({_shown([tiles[candidate] for candidate in fitting])}). "
+                    "Write its whole path."
                 )
             if not candidates:
                 unembedded.append(written)
                 continue
             if not fitting:
-                contradicting.append(f"{written} ({split} against {table.splits[candidates[0]]})")
+                contradicting.append(f"{written} ({split} against {tile_splits[candidates[0]]})")
                 continue
             row = fitting[0]
-        elif split and table.splits[row] not in ("", split):
-            contradicting.append(f"{written} ({split} against {table.splits[row]})")
+        elif split and tile_splits[row] not in ("", split):
+            contradicting.append(f"{written} ({split} against {tile_splits[row]})")
             continue
         rows.append(row)
         used.append(index)
-        splits.append(split or table.splits[row])
+        splits.append(split or tile_splits[row])
 
     _refuse_double_rows(rows, used, splits, labels)
     if contradicting:
         raise ValueError(
-            f"{labels.source}: {len(contradicting):,} splits contradict the embeddings' paths: "
-            f"{_shown(contradicting)}. Correct the CSV, or take the right embeddings."
-        )
-    without_split = [labels.names[index] for index, split in zip(used, splits, strict=True) if not split]
-    if without_split:
-        raise ValueError(
-            f"{labels.source}: {len(without_split):,} tiles have no split, neither in the CSV nor in their path: "
-            f"{_shown(without_split)}. Add a column split."
+            f"{labels.source}: {len(contradicting):,} splits contradict the paths of the {noun}s: "
+            f"{_shown(contradicting)}. Correct the CSV, or take the right {noun}s."
         )
     taken = set(rows)
-    unlabelled = [name for row, name in enumerate(table.names) if row not in taken]
+    unlabelled = [name for row, name in enumerate(tiles) if row not in taken]
     if (unembedded or unlabelled) and not allow_missing:
         raise ValueError(
-            f"{labels.source}: {len(unembedded):,} of {len(labels.names):,} rows have no embedding"
-            f"{_in_brackets(unembedded)}, {len(unlabelled):,} of {len(table):,} embeddings have no row"
+            f"{labels.source}: {len(unembedded):,} of {len(labels.names):,} rows have no {noun}"
+            f"{_in_brackets(unembedded)}, {len(unlabelled):,} of {len(tiles):,} {noun}s have no row"
             f"{_in_brackets(unlabelled)}. Complete them, or go on without them: --allow-missing."
         )
     return Joined(rows, used, splits, unlabelled, unembedded)

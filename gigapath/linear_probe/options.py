@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from gigapath.options import check_options, option
 
+ID_RULES = ("exact", "tcga")
 SOLVERS = ("sgd", "lbfgs", "knn")
 
 
@@ -49,7 +50,7 @@ class TileProbeOptions:
     eval_every: int = option(100, "sgd: steps between looks at the validation set; the best one is kept", at_least=1)
     seeds: int = option(1, "sgd: repeat with this many seeds, from --seed on", at_least=1)
     no_cache: bool = option(False, "neither use nor write the cache beside a zip or folder")
-    device: str = option("auto", "cpu, cuda, cuda:1, ...; auto = cuda where there is one", metavar="DEVICE")
+    device: str = option("auto", "auto, cpu, cuda, cuda:N or mps", metavar="DEVICE")
 
     def __post_init__(self) -> None:
         check_options(self)
@@ -66,6 +67,27 @@ class SlideProbeOptions:
     )
     folds: int = option(5, "folds, stratified by label and grouped by --group", at_least=2)
     repeats: int = option(5, "how often the folds are drawn anew", at_least=1)
+    id_rule: str = option(
+        "exact",
+        "how slides meet rows of the CSV: exact, or tcga = by what stands before the first dot",
+        choices=ID_RULES,
+    )
+
+    def __post_init__(self) -> None:
+        check_options(self)
+
+
+@dataclass(frozen=True)
+class EmbedTilesOptions:
+    """Tile images to embeddings."""
+
+    tile_encoder: str = option(
+        "gigapath", "gigapath, gigapath-flash, standin, timm:NAME, or a checkpoint of a released one", metavar="NAME"
+    )
+    device: str = option("auto", "auto, cpu, cuda, cuda:N or mps", metavar="DEVICE")
+    precision: str = option("auto", "auto = fp16 on CUDA, fp32 elsewhere", choices=("auto", "fp32", "fp16", "bf16"))
+    batch_size: int = option(64, "tiles of a batch; a part of the numerics, so keep it in a comparison", at_least=1)
+    random_weights: bool = option(False, "leave the encoder untrained, to try things or as a control")
 
     def __post_init__(self) -> None:
         check_options(self)

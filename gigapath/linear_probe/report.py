@@ -124,7 +124,8 @@ def summary_lines(probe: TileProbe) -> Iterator[str]:
     """What a person wants to read, line by line."""
     data = probe.data
     tiles = ", ".join(f"{len(rows):,} {split}" for split, rows in data.rows.items())
-    yield f"{tiles} tiles of {len(data.classes)} classes ({', '.join(data.classes)}), embeddings of {data.features.shape[1]}"
+    width = data.features.shape[1]
+    yield f"{tiles} tiles of {len(data.classes)} classes ({', '.join(data.classes)}), embeddings of width {width}"
     yield f"kept: {probe.results[0].chosen}" + (f" (step {probe.results[0].step})" if probe.results[0].step else "")
     columns = ["test", *(f"{name} alone" for name in probe.controls)]
     if len(probe.results) > 1:

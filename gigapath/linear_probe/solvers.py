@@ -73,11 +73,24 @@ class LogisticRegression:
         labels: (N,) int64 class index, on the device.
         rows: training rows.
         classes: C.
+        standardise: off for embeddings that are standardised already.
     """
 
-    def __init__(self, features: torch.Tensor, labels: torch.Tensor, rows: torch.Tensor, classes: int) -> None:
+    def __init__(
+        self,
+        features: torch.Tensor,
+        labels: torch.Tensor,
+        rows: torch.Tensor,
+        classes: int,
+        *,
+        standardise: bool = True,
+    ) -> None:
         self._features, self._labels, self._rows, self._classes = features, labels, rows, classes
-        self._standard = standardisation(features, rows)
+        if standardise:
+            self._standard = standardisation(features, rows)
+        else:
+            ones = torch.ones(features.shape[1], dtype=torch.float64, device=features.device)
+            self._standard = Standardisation(torch.zeros_like(ones), ones)
         self._start = torch.zeros(classes * (features.shape[1] + 1), dtype=torch.float64, device=features.device)
 
     def fit(self, penalty: float) -> LinearHead:

@@ -13,6 +13,7 @@ import numpy.typing as npt
 import torch
 
 import gigapath
+from gigapath.devices import resolve_device
 from gigapath.linear_probe.archive import Report
 from gigapath.linear_probe.data import ProbeData, load_data
 from gigapath.linear_probe.options import ProbeOptions, TileProbeOptions
@@ -100,7 +101,7 @@ def probe_tiles(
     Raises:
         FileNotFoundError, ValueError: one sentence on what is wrong; nothing was written.
     """
-    device = _device(tile_options.device)
+    device = resolve_device(tile_options.device)
     started = time.perf_counter()
     data = load_data(embeddings, labels, options, cache=not tile_options.no_cache, report=report)
     read = time.perf_counter()
@@ -227,16 +228,3 @@ def _controls(data: ProbeData, probabilities: FloatArray, options: ProbeOptions)
             paired_difference(ours, theirs, replicates=options.replicates, seed=options.seed),
         )
     return controls
-
-
-def _device(name: str) -> torch.device:
-    """The device of a name; what torch can't serve is an error, never a silent run on the CPU."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"--device: expected cpu, cuda or cuda:N, got {name!r}.") from error
-    if device.type == "cuda" and not (torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count()):
-        raise ValueError(f"--device: {name} is not there (torch sees {torch.cuda.device_count()} CUDA devices).")
-    return device

@@ -1,0 +1,224 @@
+"""Slide-level probes: logistic regression on slide embeddings, with the plain mean of the tiles always beside.
+
+Every embedding sees the same folds, and what is compared is compared on the same patients. The penalty is chosen
+inside the training folds, so that no test slide has a say in anything.
+
+Legend: S slides, D width, C classes, K folds, R repeats.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from gigapath.linear_probe.folds import group_folds, splits_of_folds
+from gigapath.linear_probe.options import ProbeOptions, SlideProbeOptions
+from gigapath.linear_probe.slide_data import FloatArray, IntArray, SlideData, TextArray, load_slides
+from gigapath.linear_probe.solvers import PATIENCE, PENALTIES, LogisticRegression, cross_entropy
+from gigapath.linear_probe.training import one_thread
+from gigapath.metrics import (
+    Estimate,
+    Evaluation,
+    Predictions,
+    average_by_group,
+    evaluate,
+    paired_difference,
+    prior_probabilities,
+    site_probabilities,
+)
+from gigapath.options import to_dict
+
+BASELINE = "tile-mean"
+INNER_FOLDS = 3
+
+
+@dataclass(frozen=True)
+class EmbeddingScore:
+    """What a probe of one embedding reached.
+
+    Args:
+        predictions: of all test slides of all folds and repeats, rows ordered alike for every embedding.
+        by_patient: the evaluation over patients, probabilities of a patient's slides averaged; None where a patient
+            has slides of several labels, or nothing says who the patients are.
+        by_slide: the same over slides, drawn patient by patient.
+        lead: over tile-mean, on the same patients (or slides) and draws; None for tile-mean itself.
+        width: D, None for controls.
+        penalties: the penalty chosen in each fit.
+    """
+
+    predictions: Predictions
+    by_patient: Evaluation | None
+    by_slide: Evaluation
+    lead: dict[str, Estimate] | None
+    width: int | None
+    penalties: tuple[float, ...]
+
+    @property
+    def main(self) -> Evaluation:
+        """Over patients where they are known, else over slides."""
+        return self.by_patient or self.by_slide
+
+
+@dataclass(frozen=True)
+class SlideProbe:
+    """The table: embeddings in the order asked for, `tile-mean` first, and controls; `rows` says which slide, fold
+    and repeat each row of the predictions is."""
+
+    data: SlideData
+    scores: dict[str, EmbeddingScore]
+    controls: dict[str, EmbeddingScore]
+    rows: IntArray
+    options: dict[str, Any]
+    notes: tuple[str, ...]
+
+
+def probe_slides(
+    folder: Path | str, labels: Path | str | None, options: ProbeOptions, slide_options: SlideProbeOptions
+) -> SlideProbe:
+    """Probe slide embeddings by repeated folds, or by a given split.
+
+    Args:
+        folder: the output folder of `gigapath embed`, or one of its `slides_*` folders.
+        labels: CSV with `slide_id` (or `input`, `file`), the label's column, and the patient's.
+        options: columns, intervals, what to allow; `split` switches from folds to that column.
+        slide_options: embeddings, folds and repeats.
+
+    Raises:
+        FileNotFoundError, ValueError: one sentence on what is wrong.
+    """
+    if labels is None:
+        raise ValueError("--labels: expected a CSV with slide_id and the label. Slide embeddings carry no labels.")
+    names = [name.strip() for name in (slide_options.embedding or "").split(",") if name.strip()]
+    wanted = [BASELINE, *(name for name in names if name != BASELINE)]
+    data = load_slides(folder, Path(labels), wanted, options, id_rule=slide_options.id_rule)
+    notes = list(data.warnings)
+    folds = _folds(data, options, slide_options)
+    rows = np.concatenate([test for _, test in folds])
+    fold_of_row = np.repeat(np.arange(len(folds)), [len(test) for _, test in folds])
+
+    said: dict[str, FloatArray] = {}
+    penalties: dict[str, tuple[float, ...]] = {}
+    with one_thread(torch.device("cpu")):
+        for name, vectors in data.vectors.items():
+            fits = [fit_fold(vectors, data.labels, data.groups, train, test, options.seed) for train, test in folds]
+            said[name] = np.concatenate([probabilities for probabilities, _ in fits])
+            penalties[name] = tuple(penalty for _, penalty in fits)
+    classes = len(data.classes)
+    controls = {
+        "chance": [prior_probabilities(data.labels[train], len(test), classes) for train, test in folds],
+    }
+    if data.sites is not None:
+        sites = data.sites
+        controls["site alone"] = [
+            site_probabilities(data.labels[train], sites[train], sites[test], classes) for train, test in folds
+        ]
+
+    def predictions(probabilities: FloatArray) -> Predictions:
+        return Predictions(data.labels[rows], probabilities, data.classes, groups=data.groups[rows], folds=fold_of_row)
+
+    baseline = predictions(said[BASELINE])
+    patients = data.group_column is not None and data.one_label_per_group
+    if data.group_column is not None and not patients:
+        notes.append(
+            f"a {data.group_column} has slides of several labels, so scores are over slides, not over patients"
+        )
+    scores = {
+        name: _score(
+            predictions(probabilities), baseline, patients, options, data.vectors[name].shape[1], penalties[name]
+        )
+        for name, probabilities in said.items()
+    }
+    return SlideProbe(
+        data=data,
+        scores=scores,
+        controls={
+            name: _score(predictions(np.concatenate(parts)), None, patients, options, None, ())
+            for name, parts in controls.items()
+        },
+        rows=rows,
+        options={**to_dict(options), **to_dict(slide_options)},
+        notes=tuple(notes),
+    )
+
+
+def _folds(data: SlideData, options: ProbeOptions, slide_options: SlideProbeOptions) -> list[tuple[IntArray, IntArray]]:
+    """(training slides, test slides) of every fit, the folds of one repeat after the other."""
+    if data.test is not None:
+        return [(np.flatnonzero(~data.test), np.flatnonzero(data.test))]
+    found: list[tuple[IntArray, IntArray]] = []
+    for repeat in range(slide_options.repeats):
+        drawn = group_folds(data.labels, data.groups, slide_options.folds, seed=options.seed + repeat)
+        found += splits_of_folds(drawn)
+    return found
+
+
+def _score(
+    predictions: Predictions,
+    baseline: Predictions | None,
+    patients: bool,
+    options: ProbeOptions,
+    width: int | None,
+    penalties: tuple[float, ...],
+) -> EmbeddingScore:
+    def over(unit: Predictions) -> Evaluation:
+        return evaluate(unit, replicates=options.replicates, seed=options.seed)
+
+    averaged = average_by_group(predictions) if patients else None
+    lead = None
+    if baseline is not None and not np.array_equal(baseline.probabilities, predictions.probabilities):
+        against = average_by_group(baseline) if patients else baseline
+        lead = paired_difference(averaged or predictions, against, replicates=options.replicates, seed=options.seed)
+    return EmbeddingScore(predictions, over(averaged) if averaged else None, over(predictions), lead, width, penalties)
+
+
+def fit_fold(
+    vectors: FloatArray, labels: IntArray, groups: TextArray, train: IntArray, test: IntArray, seed: int
+) -> tuple[FloatArray, float]:
+    """Fit on the training slides with the penalty that folds inside them choose; (probabilities of the test slides,
+    penalty)."""
+    classes = int(labels.max()) + 1
+    inner = list(splits_of_folds(group_folds(labels[train], groups[train], INNER_FOLDS, seed=seed)))
+    losses: dict[float, float] = dict.fromkeys(PENALTIES, 0.0)
+    fits = [_Fit(vectors, labels, train[fit], classes) for fit, _ in inner]
+    tried: list[float] = []
+    for penalty in PENALTIES:
+        for regression, (_, held) in zip(fits, inner, strict=True):
+            said = regression.probabilities(penalty, train[held])
+            losses[penalty] += cross_entropy(said, labels[train[held]]) * len(held)
+        tried.append(penalty)
+        if tried.index(min(tried, key=lambda each: losses[each])) + PATIENCE < len(tried):
+            break
+    best = min(tried, key=lambda each: losses[each])
+    final = _Fit(vectors, labels, train, classes)
+    return final.probabilities(best, test), best
+
+
+class _Fit:
+    """Logistic regression on some slides, in the space that they span: with fewer slides than entries the penalised
+    weights lie in it, and nothing else changes."""
+
+    def __init__(self, vectors: FloatArray, labels: IntArray, rows: IntArray, classes: int) -> None:
+        known = vectors[rows]
+        self._mean, deviation = known.mean(axis=0), known.std(axis=0)
+        self._scale = np.divide(1.0, deviation, out=np.zeros_like(deviation), where=deviation > 1e-9)
+        standardised = (known - self._mean) * self._scale
+        self._basis = None
+        if standardised.shape[0] < standardised.shape[1]:
+            self._basis = np.linalg.svd(standardised, full_matrices=False)[2].T  # (D, rows)
+            standardised = standardised @ self._basis
+        self._vectors = vectors
+        self._regression = LogisticRegression(
+            torch.from_numpy(standardised),
+            torch.from_numpy(labels[rows]),
+            torch.arange(len(rows)),
+            classes,
+            standardise=False,
+        )
+
+    def probabilities(self, penalty: float, rows: IntArray) -> FloatArray:
+        """Probabilities of some slides for a penalty."""
+        x = (self._vectors[rows] - self._mean) * self._scale
+        x = x if self._basis is None else x @ self._basis
+        return self._regression.fit(penalty).probabilities(torch.from_numpy(x), torch.arange(len(rows)))
