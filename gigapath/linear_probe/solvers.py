@@ -5,6 +5,7 @@ Both choose their one number on the validation set; neither draws anything.
 Legend: N rows, D width, C classes, M rows to predict.
 """
 
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -12,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from gigapath.linear_probe.training import LinearHead, blocks
+from gigapath.linear_probe.training import LinearHead, blocks, one_thread
 from gigapath.metrics import f1_weighted
 
 FloatArray = npt.NDArray[np.float64]
@@ -28,6 +29,7 @@ TEMPERATURE = 0.07  # of the neighbours' votes, as in DINO's protocol
 MAX_ITERATIONS = 500
 TOLERANCE = 1e-5  # largest entry of the gradient of the mean loss
 HISTORY = 10
+SMALL_MATRIX = 1 << 26  # entries; below this, several threads cost a fit more than they give
 QUERY_ROWS = 2048  # rows whose neighbours are looked for at once
 
 
@@ -142,18 +144,20 @@ def choose_penalty(
 
     The penalties go from strong to weak; the search ends when `PATIENCE` of them in a row were no better.
     """
-    regression = LogisticRegression(features, labels, train_rows, classes)
+    small = len(train_rows) * features.shape[1] < SMALL_MATRIX
     truth = labels[val_rows].cpu().numpy()
     tried: dict[float, float] = {}
     best: LinearHead | None = None
-    for penalty in penalties:
-        head = regression.fit(penalty)
-        tried[penalty] = cross_entropy(head.probabilities(features, val_rows), truth)
-        value = min(tried, key=lambda each: tried[each])
-        if value == penalty:
-            best = head
-        if list(tried).index(value) + PATIENCE < len(tried):
-            break
+    with one_thread(features.device) if small else contextlib.nullcontext():
+        regression = LogisticRegression(features, labels, train_rows, classes)
+        for penalty in penalties:
+            head = regression.fit(penalty)
+            tried[penalty] = cross_entropy(head.probabilities(features, val_rows), truth)
+            value = min(tried, key=lambda each: tried[each])
+            if value == penalty:
+                best = head
+            if list(tried).index(value) + PATIENCE < len(tried):
+                break
     assert best is not None
     return best, Choice("penalty", value, tried, "cross-entropy on validation, the least")
 

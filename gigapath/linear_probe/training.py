@@ -164,8 +164,8 @@ def train(
 def one_thread(device: torch.device) -> Iterator[None]:
     """On a CPU let torch use one thread, and give it back its threads afterwards.
 
-    A step takes a fifth of a millisecond: handing it to several threads costs more than it saves (seven times as much
-    on a machine where others work too), and one thread makes the result independent of their number.
+    A step of SGD takes a fifth of a millisecond: handing it to several threads costs more than it saves (seven times
+    as much on a machine where others work too), and one thread makes the result independent of their number.
     """
     threads = torch.get_num_threads()
     if device.type == "cpu":
