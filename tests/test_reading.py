@@ -1,5 +1,7 @@
 """Tiles as pixels: what OpenSlide gives at the recorded corner, in order, whatever reads them; and clean ends."""
 
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +11,7 @@ import numpy as np
 import openslide
 import pytest
 import tifffile
-from made_slides import paint_tissue, write_pyramid, write_scn
+from made_slides import paint_tissue, write_large, write_pyramid, write_scn
 
 from gigapath.features import Tiles
 from gigapath.preprocessing.grid import plan_grid
@@ -208,6 +210,47 @@ def test_a_cut_file_that_opens_fails_at_its_first_missing_tile(tmp_path: Path, n
 def test_reading_refuses_numbers_that_mean_nothing(slide_path: Path, arguments: dict[str, int], words: str) -> None:
     with open_slide(slide_path) as slide, pytest.raises(ValueError, match=words):
         iter_tiles(slide, all_tiles(slide), **arguments)
+
+
+TILE_AND_READ = """
+import re, sys
+from pathlib import Path
+from gigapath.preprocessing.reading import iter_tiles
+from gigapath.preprocessing.slide import open_slide
+from gigapath.preprocessing.tiling import TileOptions, plan_tiles
+def peak():  # getrusage would count the parent's pages before exec
+    return int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) // 1024
+with open_slide(sys.argv[1]) as slide:
+    tiles = plan_tiles(slide, TileOptions(), workers=2).tiles
+    peaks = []
+    for _ in iter_tiles(slide, tiles, batch_size=64, workers=2):
+        peaks.append(peak())
+print(len(tiles), peaks[0], peaks[-1], "torch" in sys.modules)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's record of a process's memory")
+def test_memory_does_not_grow_with_the_slide(tmp_path: Path) -> None:
+    tiles, firsts, lasts = [], [], []
+    for size in ((15_000, 14_000), (30_000, 28_000)):
+        path = write_large(tmp_path / f"{size[0]}.tif", size)
+        child = subprocess.run(
+            [sys.executable, "-c", TILE_AND_READ, str(path)],
+            capture_output=True,
+            text=True,
+            check=True,
+            cwd=Path(__file__).parent.parent,
+        )
+        n, first, last, torch = child.stdout.split()
+        assert torch == "False"
+        tiles.append(int(n))
+        firsts.append(int(first))
+        lasts.append(int(last))
+    assert tiles[1] > 3 * tiles[0] > 1500
+    assert lasts[1] < 400  # MiB
+    assert lasts[1] - lasts[0] < 30
+    assert lasts[1] - firsts[1] < 30
 
 
 def naive_area(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:

@@ -220,8 +220,8 @@ def _split(values: NDArray[np.uint8]) -> int:
         return NOTHING
     glass = values[values <= stain.GLASS_CHROMA]
     level = float(np.median(glass)) if glass.size else 0.0
-    scatter = _scatter(np.bincount(glass), level)
-    histogram = np.bincount(values, minlength=256)
+    scatter = _scatter(_histogram(glass), level) if glass.size else 0.0
+    histogram = _histogram(values)
     flat = int(min(level + 3 * 1.4826 * scatter, CONTRAST))
     histogram[flat] = histogram[: flat + 1].sum()
     histogram[:flat] = 0
@@ -238,13 +238,19 @@ def _split(values: NDArray[np.uint8]) -> int:
     return threshold
 
 
+def _histogram(values: NDArray[np.uint8]) -> NDArray[np.int64]:
+    """(256,) counts, taken in parts: bincount makes 64-bit copies."""
+    starts = range(0, values.size, stain.BAND_PIXELS)
+    parts = [np.bincount(values[start : start + stain.BAND_PIXELS], minlength=256) for start in starts]
+    counts: NDArray[np.int64] = np.sum(parts, axis=0, dtype=np.int64)
+    return counts
+
+
 def _scatter(histogram: NDArray[np.int64], level: float) -> float:
-    """Median distance from `level` of the values that a histogram counts; 0 where it counts none."""
+    """Median distance from `level` of the values that a histogram counts."""
     distances = np.abs(np.arange(len(histogram)) - level)
     order = np.argsort(distances)
     cumulated = np.cumsum(histogram[order])
-    if not cumulated.size or not cumulated[-1]:
-        return 0.0
     middle = np.searchsorted(cumulated, [(cumulated[-1] - 1) // 2, cumulated[-1] // 2], side="right")
     return float(distances[order][middle].mean())
 
