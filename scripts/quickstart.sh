@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# From a clone to the embeddings of a slide, from any folder: `bash scripts/quickstart.sh [SLIDE [OPTIONS OF EMBED]]`.
-# Without an argument it takes a small public slide, or makes one. Results go to outputs/quickstart in the checkout.
+# From a clone to the embeddings of a slide, from any folder: `bash scripts/quickstart.sh [SLIDE [OPTIONS OF TILE]]`.
+# Without an argument it takes a small public slide, or makes one. Results go to outputs/quickstart.
 set -euo pipefail
 # shellcheck source=scripts/bootstrap.sh
 source "$(dirname "${BASH_SOURCE[0]}")/bootstrap.sh"
@@ -24,12 +24,14 @@ fi
 
 # The released model where a token opens it, the small one first where there is no GPU; else the stand-in.
 encoder=standin
+embedding=tile-mean
 if "$PYTHON" -c 'import huggingface_hub as hub, sys; sys.exit(hub.get_token() is None)'; then
     names="gigapath-flash gigapath"
     if "$PYTHON" -c 'import torch, sys; sys.exit(not torch.cuda.is_available())'; then names="gigapath gigapath-flash"; fi
     for name in $names; do
         if gigapath download "$name"; then
             encoder=$name
+            embedding=default
             break
         fi
     done
@@ -41,16 +43,17 @@ else
     echo "The encoder is the released one, $encoder."
 fi
 
-out=$CHECKOUT/outputs/quickstart
+out=$CHECKOUT/outputs/quickstart/$encoder
 gigapath embed "$slide" --out "$out" --tile-encoder "$encoder" "$@"
 
 lines="import gigapath
-ids, vectors = gigapath.read_slides('$out')
+ids, vectors = gigapath.read_slides('$out', '$embedding')
 print(ids, vectors.shape)"
+printed=$("$PYTHON" -c "$lines")
 echo
 echo "The picture of what was kept:   $out/previews"
 echo "The table of slides:            $out/slides.csv"
 echo "The embeddings of the tiles:    $out/features_$encoder"
 echo "The embedding of the slide, read by three lines of Python, and what they print:"
 echo
-printf '%s\n' "$lines" "$("$PYTHON" -c "$lines")"
+printf '%s\n' "$lines" "$printed"
