@@ -19,6 +19,7 @@ from gigapath.devices import resolve_device, resolve_precision
 from gigapath.downloads import RELEASES
 from gigapath.downloads.digests import remembered_sha256
 from gigapath.features import TileEmbeddings, TileEmbeddingsWriter
+from gigapath.longnet.attention import choose_kernel
 from gigapath.pos_embed import checked_coords
 from gigapath.slide_encoder import WEIGHTS_FILE, LongNetViT, create_model
 from gigapath.tile_encoder import TileEncoder
@@ -133,8 +134,39 @@ class SlideEncoder:
                 "Take the pair that belongs together, or --slide-encoder mean."
             )
 
-    def embed(self, tiles: TileEmbeddings) -> dict[str, npt.NDArray[np.float32]]:
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What a run's record says of the encoder."""
+        release = RELEASES.get(self.name)
+        return {
+            "name": self.name,
+            "description": self.description,
+            "trained": self.trained,
+            "weights_sha256": self.weights_sha256,
+            "repository": release.repo if release else None,
+            "revision": release.revision if release else None,
+            "precision": self.precision,
+            "attention_kernel": self.kernel,
+        }
+
+    @property
+    def kernel(self) -> str | None:
+        """The attention kernel that serves this device and precision, or None without a model."""
+        if self.model is None:
+            return None
+        dtype = _AUTOCAST.get(self.precision, torch.float32)
+        attention: Any = self.model.encoder.layers[0].self_attn
+        q = torch.empty((1, attention.num_heads, 1, attention.head_dim), device=self.device, dtype=dtype)
+        return choose_kernel(q).name
+
+    def embed(
+        self, tiles: TileEmbeddings, *, after_layer: Callable[[], None] = lambda: None
+    ) -> dict[str, npt.NDArray[np.float32]]:
         """The embeddings of a slide by name, from its tile embeddings as stored, N at least 1, in row-major order.
+
+        Args:
+            tiles: the tile embeddings, with cells.
+            after_layer: called after each layer; it may raise to stop.
 
         Raises:
             EncoderError: the encoder failed, for want of memory or otherwise.
@@ -146,7 +178,7 @@ class SlideEncoder:
         features = torch.from_numpy(np.ascontiguousarray(tiles.features))
         coords = torch.from_numpy(tiles.encoder_coords(_CELL))
         try:
-            return {**self._states(self.model, features, coords), **mean}
+            return {**self._states(self.model, features, coords, after_layer), **mean}
         except torch.cuda.OutOfMemoryError as error:
             raise EncoderError(
                 f"{self.name}: {self.device} has too little memory for a slide of {len(tiles)} tiles. "
@@ -155,12 +187,14 @@ class SlideEncoder:
         except (RuntimeError, MemoryError) as error:
             raise EncoderError(f"{self.name} failed on {self.device}: {_first_line(error)}") from error
 
-    def _states(self, model: LongNetViT, features: Tensor, coords: Tensor) -> dict[str, npt.NDArray[np.float32]]:
+    def _states(
+        self, model: LongNetViT, features: Tensor, coords: Tensor, after_layer: Callable[[], None]
+    ) -> dict[str, npt.NDArray[np.float32]]:
         autocast: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
         if self.precision != "fp32":
             autocast = torch.autocast(self.device.type, dtype=_AUTOCAST[self.precision])
         with torch.inference_mode(), autocast:
-            states, default = pooled_states(model, features.to(self.device), coords.to(self.device))
+            states, default = pooled_states(model, features.to(self.device), coords.to(self.device), after_layer)
         pooled = {
             "states_mean": states[:, 0],
             "states_class": states[:, 1],
@@ -170,13 +204,16 @@ class SlideEncoder:
         return {name: value.float().cpu().numpy() for name, value in pooled.items()}
 
 
-def pooled_states(model: LongNetViT, features: Tensor, coords: Tensor) -> tuple[Tensor, Tensor]:
+def pooled_states(
+    model: LongNetViT, features: Tensor, coords: Tensor, after_layer: Callable[[], None] = lambda: None
+) -> tuple[Tensor, Tensor]:
     """Every state and the default output of one slide, pooled both ways, in one pass of the encoder.
 
     Args:
         model: the slide encoder, in eval mode.
         features: (N, D) tile embeddings.
         coords: (N, 2) (x, y) in pixels, of which `model.tile_size` make a cell.
+        after_layer: called after each layer; it may raise to stop.
 
     Returns:
         states (depth + 1, 2, E) and the default output (2, E); of each pair the first is the mean over the tiles, the
@@ -184,6 +221,7 @@ def pooled_states(model: LongNetViT, features: Tensor, coords: Tensor) -> tuple[
     """
 
     def pool(tokens: Tensor) -> Tensor:  # (1, N + 1, E) -> (2, E)
+        after_layer()
         pooled: Tensor = model.norm(torch.stack([tokens[0, 1:].mean(0), tokens[0, 0]]))
         return pooled
 

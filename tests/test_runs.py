@@ -272,13 +272,14 @@ def test_changed_precision_redoes_features_and_slides_and_keeps_tiles(
     after = touched(tmp_path)
     redone = {name for name in after if after[name] != before[name]}
     assert redone == {name for name in before if not name.startswith("tiles/")}
-    assert any("precision fp32 -> bf16" in line for line in notes.plans[0].lines)
+    assert "features_tiny: 3 made before in other numbers, now again: precision fp32 -> bf16." in notes.plans[0].lines
 
 
 def test_changed_tiling_that_gives_equal_tiles_keeps_the_embeddings(slides: Path, tmp_path: Path) -> None:
     embed(slides, tmp_path)
-    before = touched(tmp_path)
-    embed(slides, tmp_path, tiling=TileOptions(tile_size=TILE, max_tiles=100_000))
+    before, notes = touched(tmp_path), Notes()
+    embed(slides, tmp_path, tiling=TileOptions(tile_size=TILE, max_tiles=100_000), watch=notes)
+    assert "tiles: 3 made before in other numbers, now again: max_tiles none -> 100000." in notes.plans[0].lines
     after = touched(tmp_path)
     assert {name for name in after if after[name] != before[name]} == {f"tiles/{n}.h5" for n in ("a", "b", "blank")}
     embed(slides, tmp_path, tiling=TileOptions(tile_size=TILE, max_tiles=10))
@@ -501,11 +502,16 @@ def test_signal_stops_the_run_and_a_restart_ends_as_if_unbroken(slides: Path, tm
         assert arrays_of(path) == arrays_of(out / path.relative_to(tmp_path / "unbroken"))
 
 
-def test_signal_after_the_last_batch_lets_the_slide_be_finished(slides: Path, tmp_path: Path) -> None:
+def test_signal_after_the_last_batch_lets_the_tile_embeddings_be_finished(slides: Path, tmp_path: Path) -> None:
     batches = -(-len_of_tiles(slides / "a.tif", tmp_path / "tiled") // 16)
-    embed(slides, tmp_path / "out", watch=StopAfter(batches))
-    assert table(tmp_path / "out")["a"]["status"] == "done"
-    assert table(tmp_path / "out")["b"]["status"] == "todo"
+    out = tmp_path / "out"
+    embed(slides, out, watch=StopAfter(batches))
+    assert json.loads((out / "features_tiny/a.json").read_text())["status"] == "done"
+    assert json.loads((out / "slides_tinynet__tiny/a.json").read_text())["status"] == "stopped"
+    assert (table(out)["a"]["status"], table(out)["b"]["status"]) == ("stopped", "todo")
+    before = touched(out)
+    assert embed(slides, out).outcome == "done"
+    assert {name: time for name, time in touched(out).items() if name in before} == before
 
 
 def len_of_tiles(slide: Path, out: Path) -> int:

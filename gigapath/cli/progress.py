@@ -38,6 +38,10 @@ class Terminal(Watcher):
             total = plan.tiles if self._unit == "tile" else todo
             self._bar = tqdm(total=total, unit=f" {self._unit}s", file=sys.stderr, dynamic_ncols=True, smoothing=0.1)
 
+    def stopping(self, signal: str) -> None:
+        more = " Ctrl-C once more ends at once." if signal == "SIGINT" else ""
+        print(f"\n{signal}: stopping after this batch.{more}", file=sys.stderr, flush=True)
+
     def expect(self, tiles: int) -> None:
         if self._bar is not None and self._unit == "tile":
             self._bar.total = tiles

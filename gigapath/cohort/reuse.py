@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,21 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """What differs between two identities, as "precision fp16 -> fp32"."""
     names = sorted(name for name in {*before, *now} if before.get(name) != now.get(name))
     return [f"{name} {_show(before.get(name))} -> {_show(now.get(name))}" for name in names]
+
+
+def redone(folder: Path, identities: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Sentences on the finished results that are going to be made again, and why.
+
+    Args:
+        folder: the stage's folder.
+        identities: by slide, what its result is going to depend on; only what is named here is compared.
+    """
+    reasons: Counter[str] = Counter()
+    for slide_id, identity in identities.items():
+        before = read_status(folder, slide_id)
+        if before is not None and before.finished:
+            reasons.update(differences({name: before.identity.get(name) for name in identity}, identity))
+    return [f"{folder.name}: {count} made before in other numbers, now again: {why}." for why, count in reasons.items()]
 
 
 def check_unmixed(folder: Path, identity: Mapping[str, Any], slide_ids: Collection[str]) -> None:

@@ -2,6 +2,7 @@
 
 import signal
 import threading
+from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -19,7 +20,13 @@ class StopFlag:
     The signal's own handler is put back when the first one came, so that a second Ctrl-C ends the process at once.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, on_signal: Callable[[str], None] = lambda name: None) -> None:
+        """Watch for signals.
+
+        Args:
+            on_signal: is told the name of each signal, from within its handler.
+        """
+        self._on_signal = on_signal
         self._event = threading.Event()
         self._name = ""
         self._previous: dict[int, Any] = {}
@@ -54,6 +61,7 @@ class StopFlag:
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
         self.set(signal.Signals(number).name)
+        self._on_signal(self._name)
         if number == signal.SIGINT:
             self._restore()
 

@@ -1,7 +1,6 @@
 """The work of `run_embed` on one slide: tiles, tile embeddings, slide embeddings, each kept and reused by itself."""
 
 import contextlib
-from collections import Counter
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from gigapath.cohort.manifest import SlideEntry
-from gigapath.cohort.reuse import differences, digest, finished
+from gigapath.cohort.reuse import digest, finished, redone
 from gigapath.cohort.status import Status, read_status
 from gigapath.encoding import encode_padded, encode_tiles
 from gigapath.features import NUMERICS_VERSION, TileEmbeddingsWriter, Tiles, read_tiles
@@ -18,9 +17,10 @@ from gigapath.preprocessing.reading import READER, UInt8Array, iter_tiles
 from gigapath.preprocessing.slide import Slide, SlideError
 from gigapath.preprocessing.tiling import TileOptions
 from gigapath.runs.engine import CohortRun, Outcome
+from gigapath.runs.entries import open_entry
 from gigapath.runs.options import RunOptions
 from gigapath.runs.slides import SlideStage
-from gigapath.runs.tiling import open_entry, tile_slide, tiles_digest, tiles_done
+from gigapath.runs.tiling import tile_slide, tiles_digest, tiles_done, tiling_identities
 from gigapath.tile_encoder import TileEncoder
 
 
@@ -101,15 +101,11 @@ class EmbedJob:
         """Take note of how many tiles each slide is thought to have; corrected slide by slide as they are tiled."""
         self._expected = dict(tiles)
 
-    def redone(self, todo: Sequence[SlideEntry]) -> Counter[str]:
-        """Why finished tile embeddings are made again, by what differs."""
-        reasons: Counter[str] = Counter()
-        for entry in todo:
-            before = read_status(self.features, entry.slide_id)
-            if before is not None and before.finished:
-                shared = {name: before.identity.get(name) for name in self.run_identity()}
-                reasons.update(differences(shared, self.run_identity()))
-        return reasons
+    def redone(self, todo: Sequence[SlideEntry]) -> list[str]:
+        """Sentences on results that are going to be made again because something that they depend on has changed."""
+        tiles = tiling_identities(todo, self.tiling) if self.own_tiles else {}
+        features = {entry.slide_id: self.run_identity() for entry in todo}
+        return [*redone(self.tiles, tiles), *redone(self.features, features)]
 
     def _features_done(self, entry: SlideEntry, tiles: str | None) -> Status | None:
         if tiles is None or self.options.overwrites("features"):

@@ -65,8 +65,8 @@ def run_embed(
         OutputError: the output folder can't be written, or is full.
     """
     out, tiling = Path(out), tiling or TileOptions()
-    embedding, options = embedding or EmbedOptions(), options or RunOptions()
-    with StopFlag() as stop:
+    embedding, options, watch = embedding or EmbedOptions(), options or RunOptions(), watch or Watcher()
+    with StopFlag(watch.stopping) as stop:
         entries = _entries(slides, out, embedding.tiles)
         encoder = load_tile_encoder(
             embedding.tile_encoder,
@@ -77,7 +77,7 @@ def run_embed(
         )
         slide_encoder = _slide_encoder(embedding, encoder)
         resolved = {**to_dict(tiling), **to_dict(embedding), **to_dict(options)}
-        run = CohortRun(out, "embed", entries, [], resolved, command, watch or Watcher(), stop)
+        run = CohortRun(out, "embed", entries, [], resolved, command, watch, stop)
         job = _job(run, tiling, embedding, options, encoder, slide_encoder)
         if not options.allow_mixed:
             ids = {entry.slide_id for entry in entries}
@@ -151,16 +151,7 @@ def _facts(job: EmbedJob) -> dict[str, object]:
         },
     }
     if slides is not None:
-        release = RELEASES.get(slides.encoder.name)
-        facts["slide_encoder"] = {
-            "name": slides.encoder.name,
-            "description": slides.encoder.description,
-            "trained": slides.encoder.trained,
-            "weights_sha256": slides.encoder.weights_sha256,
-            "repository": release.repo if release else None,
-            "revision": release.revision if release else None,
-            "precision": slides.encoder.precision,
-        }
+        facts["slide_encoder"] = slides.encoder.facts
     return facts
 
 
@@ -190,10 +181,7 @@ def _plan(job: EmbedJob, todo: Sequence[SlideEntry]) -> Plan:
     job.expect({slide_id: guess if count is None else count for slide_id, count in known.items()})
     skipped = len(entries) - len(todo)
     lines = [f"{slides_in_words(len(entries))}: {len(todo)} to do, {skipped} done before in equal numbers and skipped."]
-    lines += [
-        f"{count} of them done before in other numbers, now again: {reason}."
-        for reason, count in job.redone(todo).items()
-    ]
+    lines += job.redone(todo)
     lines.append(
         f"tile encoder: {encoder.description}; {_device_name(encoder)}, {encoder.precision}, "
         f"batches of {job.batch_size}, {job.workers} reading threads."

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from gigapath.cohort.manifest import SlideEntry
 from gigapath.preprocessing.grid import plan_grid
 from gigapath.preprocessing.tiling import TileOptions
-from gigapath.runs.tiling import open_entry
+from gigapath.runs.entries import open_entry
 
 # So many slides are opened for an estimate; the others are taken to be like them.
 _SAMPLE = 20

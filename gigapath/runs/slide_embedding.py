@@ -47,8 +47,8 @@ def run_slide_embed(
         FileNotFoundError, PermissionError, ConnectionError: an input or the weights are not to be had.
         OutputError: the output folder can't be written, or is full.
     """
-    embedding, options = embedding or SlideEmbedOptions(), options or KeepOptions()
-    with StopFlag() as stop:
+    embedding, options, watch = embedding or SlideEmbedOptions(), options or KeepOptions(), watch or Watcher()
+    with StopFlag(watch.stopping) as stop:
         entries = find_features(features)
         out = _output_folder(entries, out)
         encoder_name, width = _first_described(entries)
@@ -80,17 +80,11 @@ def run_slide_embed(
             [*before, folder],
             resolved,
             command,
-            watch or Watcher(),
+            watch,
             stop,
             keep_paths=False,
         )
-        run.facts["slide_encoder"] = {
-            "name": slide_encoder.name,
-            "description": slide_encoder.description,
-            "trained": slide_encoder.trained,
-            "weights_sha256": slide_encoder.weights_sha256,
-            "precision": slide_encoder.precision,
-        }
+        run.facts["slide_encoder"] = slide_encoder.facts
         skipped = len(entries) - len(todo)
         lines = (
             f"{slides_in_words(len(entries))}: {len(todo)} to do, {skipped} done before in equal numbers and skipped.",

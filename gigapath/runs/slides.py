@@ -1,6 +1,6 @@
 """The slide-encoder stage of one slide: from a file of tile embeddings, as stored, to `slides_*/<id>.h5`."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -82,7 +82,7 @@ class SlideStage:
 
         def work() -> Outcome:
             result = self.folder / f"{entry.slide_id}.h5"
-            arrays, count, described = self._embeddings(path)
+            arrays, count, described = self._embeddings(path, run.stop.check)
             if count == 0:
                 result.unlink(missing_ok=True)  # of an earlier run, which found tissue
                 return Outcome("no_tissue")
@@ -95,6 +95,7 @@ class SlideStage:
                 "slide_weights_sha256": self.encoder.weights_sha256,
                 "slide_precision": self.encoder.precision,
                 "slide_device": self.encoder.device.type,
+                "attention_kernel": self.encoder.kernel,
                 "trained": trained,
                 "features": features,
             }
@@ -104,7 +105,7 @@ class SlideStage:
 
         return run.attempt(self.folder, entry, "slides", identity, work)
 
-    def _embeddings(self, path: Path) -> tuple[dict[str, Array], int, Mapping[str, Any]]:
+    def _embeddings(self, path: Path, check: Callable[[], None]) -> tuple[dict[str, Array], int, Mapping[str, Any]]:
         """The slide's embeddings by name, its number of tiles, and what the file of tile embeddings says of itself.
 
         The mean is streamed from our own files; the slide encoder takes the slide as a whole.
@@ -124,7 +125,7 @@ class SlideStage:
         )
         self._check_encoder(tiles.encoder)
         self.encoder.check_pair(tiles.encoder, tiles.embed_dim)
-        arrays = self.encoder.embed(tiles) if len(tiles) else {}
+        arrays = self.encoder.embed(tiles, after_layer=check) if len(tiles) else {}
         return arrays, len(tiles), {**tiles.attrs, "encoder": tiles.encoder, "source": tiles.source}
 
     def _check_encoder(self, found: str | None) -> None:

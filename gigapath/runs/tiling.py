@@ -1,6 +1,6 @@
 """The tiling stage of a slide, and `run_tile` over a cohort: tissue, tiles, previews. No torch in the process."""
 
-import dataclasses
+import contextlib
 import glob
 import hashlib
 import json
@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from gigapath.cohort.manifest import SlideEntry, find_slides
-from gigapath.cohort.reuse import check_unmixed, finished
+from gigapath.cohort.reuse import check_unmixed, finished, redone
 from gigapath.cohort.status import Status
 from gigapath.cohort.stopping import StopFlag
 from gigapath.features import NUMERICS_VERSION, Tiles, write_tiles
@@ -20,11 +20,13 @@ from gigapath.options import to_dict
 from gigapath.preprocessing.contact_sheet import contact_sheet
 from gigapath.preprocessing.masks import METHODS
 from gigapath.preprocessing.preview import preview_picture, write_preview
-from gigapath.preprocessing.slide import Slide, SlideError, open_slide
+from gigapath.preprocessing.slide import SlideError
 from gigapath.preprocessing.tiling import TileOptions, TilePlan, plan_tiles
 from gigapath.runs.engine import CohortRun, Outcome, RunResult
+from gigapath.runs.entries import open_entry, options_for
 from gigapath.runs.machine import threads
 from gigapath.runs.options import RunOptions
+from gigapath.runs.planning import estimate_tiles, tiles_in_words
 from gigapath.runs.watching import Plan, Watcher
 
 # Options that decide whether a slide is accepted, not which tiles come of it.
@@ -55,8 +57,8 @@ def run_tile(
         FileNotFoundError: an input doesn't exist.
         OutputError: the output folder can't be written.
     """
-    out, tiling, options = Path(out), tiling or TileOptions(), options or RunOptions()
-    with StopFlag() as stop:
+    out, tiling, options, watch = Path(out), tiling or TileOptions(), options or RunOptions(), watch or Watcher()
+    with StopFlag(watch.stopping) as stop:
         entries = find_slides(slides, exclude=out)
         folder = out / "tiles"
         ids = {entry.slide_id for entry in entries}
@@ -69,7 +71,7 @@ def run_tile(
             [folder],
             {**to_dict(tiling), **to_dict(options)},
             command,
-            watch or Watcher(),
+            watch,
             stop,
         )
         result = run.over_slides(
@@ -101,7 +103,7 @@ def tile_slide(
     def work() -> Outcome:
         facts = _file_facts(entry, options)
         with open_entry(entry, tiling) as slide:
-            plan = plan_tiles(slide, _options_for(entry, tiling), workers=threads(options))
+            plan = plan_tiles(slide, options_for(entry, tiling), workers=threads(options))
             picture = preview_picture(slide, plan.overview)
         preview = run.out / "previews" / f"{entry.slide_id}.jpg"
         write_preview(preview, plan.overview, plan.mask, plan.tiles, picture=picture)
@@ -124,31 +126,28 @@ def tile_slide(
     return status, made[0] if made else None
 
 
-def open_entry(entry: SlideEntry, tiling: TileOptions) -> Slide:
-    """Open a slide with the scale that the manifest or the options state."""
-    source = "manifest" if entry.mpp is not None else "--slide-mpp"
-    return open_slide(
-        entry.path,
-        slide_id=entry.slide_id,
-        slide_mpp=entry.mpp if entry.mpp is not None else tiling.slide_mpp,
-        mpp_source=source,
-        mpp_from_objective=tiling.mpp_from_objective,
-    )
-
-
 def tiles_identity(entry: SlideEntry, tiling: TileOptions) -> dict[str, Any]:
     """Everything that the tiles of a slide depend on.
 
     Raises:
         OSError: the slide or its mask can't be looked at.
     """
-    numbers = {name: value for name, value in to_dict(_options_for(entry, tiling)).items() if name not in _ACCEPTANCE}
+    numbers = {name: value for name, value in to_dict(options_for(entry, tiling)).items() if name not in _ACCEPTANCE}
     numbers["slide_mpp"] = entry.mpp if entry.mpp is not None else tiling.slide_mpp
     if numbers["tissue"] not in METHODS:
         numbers["tissue"] = _mask_digest(Path(numbers["tissue"]), entry.slide_id)
     if tiling.max_tiles is None:
         del numbers["seed"]
     return {**numbers, "slide_bytes": entry.path.stat().st_size, "numerics_version": NUMERICS_VERSION}
+
+
+def tiling_identities(entries: Sequence[SlideEntry], tiling: TileOptions) -> dict[str, dict[str, Any]]:
+    """The identity of each slide's tiles, but for slides that can't be looked at."""
+    found = {}
+    for entry in entries:
+        with contextlib.suppress(OSError):
+            found[entry.slide_id] = tiles_identity(entry, tiling)
+    return found
 
 
 def tiles_digest(tiles: Tiles, entry: SlideEntry) -> str:
@@ -188,11 +187,6 @@ def slide_facts(plan: TilePlan) -> dict[str, Any]:
     }
 
 
-def _options_for(entry: SlideEntry, tiling: TileOptions) -> TileOptions:
-    """The options with the slide's own mask, where the manifest names one."""
-    return tiling if entry.mask is None else dataclasses.replace(tiling, tissue=str(entry.mask))
-
-
 def write_contact_sheet(out: Path) -> None:
     """Put the previews of all slides of an output folder on one sheet, suspects first."""
     contact_sheet(out, sorted(path.stem for path in (out / "tiles").glob("*.h5")))
@@ -222,18 +216,19 @@ def _file_facts(entry: SlideEntry, options: RunOptions) -> Mapping[str, Any]:
 
 
 def _plan(entries: Sequence[SlideEntry], todo: Sequence[SlideEntry], out: Path, tiling: TileOptions) -> Plan:
+    """What a tiling run is going to do."""
     skipped = len(entries) - len(todo)
     lines = [
-        f"{slides_in_words(len(entries))}: {len(todo)} to tile, {skipped} done before in equal numbers and skipped."
-    ]
-    lines.append(
+        f"{slides_in_words(len(entries))}: {len(todo)} to tile, {skipped} done before in equal numbers and skipped.",
+        *redone(out / "tiles", tiling_identities(todo, tiling)),
         f"tiles of {tiling.tile_size} px at {tiling.mpp:g} microns a pixel, tissue by {_rule(tiling)}, "
-        f"at least {tiling.min_tissue:g} of a tile."
-    )
+        f"at least {tiling.min_tissue:g} of a tile.",
+    ]
     if tiling.max_tiles is not None:
         lines.append(f"at most {tiling.max_tiles} tiles a slide, spread evenly over its tissue (seed {tiling.seed}).")
-    lines.append(f"results go to {out}")
-    facts = {"slides": len(entries), "to_tile": len(todo), "skipped": skipped}
+    guess = estimate_tiles([], todo, tiling)
+    lines.append(f"{tiles_in_words(guess, exact=not todo)} into {out}; their pixels are read when they are embedded.")
+    facts = {"slides": len(entries), "to_tile": len(todo), "skipped": skipped, "tiles_about": guess}
     return Plan(tuple(lines), len(entries), skipped, facts=facts)
 
 

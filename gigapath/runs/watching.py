@@ -32,6 +32,9 @@ class Watcher:
     def plan(self, plan: Plan) -> None:
         """The work is about to begin."""
 
+    def stopping(self, signal: str) -> None:
+        """A signal came: the run is going to stop. Called from within the signal's handler."""
+
     def expect(self, tiles: int) -> None:
         """The number of tiles that the whole run is going to embed is now thought to be `tiles`."""
 
