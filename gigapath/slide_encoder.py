@@ -243,6 +243,11 @@ def _warn_ignored(names: Sequence[str]) -> None:
 
 
 def _build(embed_dim: int, depth: int, kwargs: dict[str, Any]) -> LongNetViT:
+    if kwargs.get("pretrained"):
+        raise ValueError(
+            "slide encoder: expected pretrained=False from timm's registry, got True. "
+            "Load weights with gigapath.slide_encoder.create_model."
+        )
     kwargs = {name: value for name, value in kwargs.items() if value is not None}
     return LongNetViT(
         **{"norm_layer": partial(nn.LayerNorm, eps=1e-6), "embed_dim": embed_dim, "depth": depth, **kwargs}

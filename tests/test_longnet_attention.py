@@ -11,7 +11,9 @@ from plain_longnet import plain_dilated_attention
 from torch import Tensor
 
 from gigapath.longnet.attention import use_kernel
+from gigapath.longnet.config import LongNetConfig
 from gigapath.longnet.dilated import dilated_attention, plan_blocks
+from gigapath.longnet.encoder import count_operations
 
 CASES = [
     f"{heads}_{segments}_n{tokens}"
@@ -122,3 +124,12 @@ def test_dilated_attention_refuses_lengths_that_do_not_add_up() -> None:
     for lengths in ((4,), (5, 0), ()):
         with pytest.raises(ValueError, match="lengths"):
             dilated_attention(q, q, q, lengths, ((4, 1),))
+
+
+def test_operations_of_a_slide_are_those_of_the_reference() -> None:
+    counted = count_operations(LongNetConfig(), (10_001,))
+    assert counted["linear"] == pytest.approx(1.7e12, rel=0.01)
+    assert counted["attention"] == pytest.approx(1.3e12, rel=0.15)
+    # one segment of 6 tokens: without dilation 6 x 6 scores a head, with dilation 2 one 3 x 3 square a head
+    tiny = LongNetConfig(embed_dim=32, depth=1, segment_lengths=(6, 6), dilations=(1, 2))
+    assert count_operations(tiny, (6,)) == {"linear": 2 * 6 * 12 * 32**2, "attention": 4 * 16 * 2 * (36 + 9)}

@@ -227,6 +227,20 @@ def test_half_precision_stays_within_four_units_of_the_last_place(dtype) -> None
         assert (out.double() - exact).abs().max() <= 4 * unit, name
 
 
+@pytest.mark.parametrize("name", ["plain", "cpu-flash"])
+def test_autocast_does_not_reach_into_the_attention(name) -> None:
+    q, k, v = torch.randn(3, 90, 4, 8, generator=torch.Generator().manual_seed(6))
+    branches = ((16, 1), (40, 2))
+    grads = []
+    with use_kernel(name):
+        for enabled in (False, True):
+            mine = [x.clone().requires_grad_() for x in (q, k, v)]
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+                dilated_attention(*mine, (90,), branches).square().sum().backward()
+            grads.append([x.grad for x in mine])
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("head_dim", [24, 48])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])

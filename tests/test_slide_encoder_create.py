@@ -111,6 +111,11 @@ def test_architectures_are_in_timms_registry_and_functions(arch, depth, width) -
     assert model.encoder.layers[depth - 1].drop_path_rate == 0.2 and model.encoder.layers[0].drop_path_rate == 0
 
 
+def test_timms_registry_gives_no_random_weights_for_pretrained_ones() -> None:
+    with pytest.raises(ValueError, match=r"gigapath\.slide_encoder\.create_model"):
+        timm.create_model(FLASH, pretrained=True, in_chans=12, depth=1)
+
+
 def test_building_draws_each_weight_once_and_loading_draws_none(checkpoint) -> None:
     class Drawn(TorchDispatchMode):
         """Counts the elements that random operations write outside of the meta device, and the largest tensor."""

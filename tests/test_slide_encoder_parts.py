@@ -153,3 +153,17 @@ def test_positions_are_rows_of_the_published_table() -> None:
     assert get_2d_sincos_pos_embed(32, 20).shape == (400, 32)
     with pytest.raises(IndexError, match="401"):
         model.pos_embed[:, torch.tensor([401]), :]
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_compiled_model_gives_the_same(training) -> None:
+    model = narrow_model(global_pool=True).train(training)
+    x, coords = made_tiles(1, 60)
+    torch.compiler.reset()
+    compiled = torch.compile(model, backend="eager")
+    with torch.set_grad_enabled(training):
+        expected, out = model(x, coords)[0], compiled(x, coords)[0]
+    assert (out - expected).abs().max() <= 1e-5
+    if training:
+        out.sum().backward()
+        assert all(parameter.grad is not None for parameter in model.encoder.layers.parameters())

@@ -61,8 +61,17 @@ def attend(
     q: Tensor, k: Tensor, v: Tensor, zero_keys: int, scale: float, kernel: Kernel
 ) -> tuple[Tensor, Tensor, Extra]:
     """(out', lse', what the kernel's backward needs besides), outside of autograd; see `attention`."""
-    out, lse, extra = kernel.forward(q, k, v, scale)
-    return *add_zero_keys(out, lse, zero_keys), extra
+    with torch.autocast(q.device.type, enabled=False):
+        out, lse, extra = kernel.forward(q, k, v, scale)
+        return *add_zero_keys(out, lse, zero_keys), extra
+
+
+def attend_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, extra: Extra, scale: float, kernel: Kernel
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v for what `attend` gave."""
+    with torch.autocast(q.device.type, enabled=False):
+        return kernel.backward(grad, q, k, v, out, lse, extra, scale)
 
 
 class _Attention(torch.autograd.Function):
@@ -81,7 +90,8 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse = ctx.saved_tensors
-        return (*ctx.kernel.backward(grads[0], q, k, v, out, lse, ctx.extra, ctx.scale), None, None, None)
+        found = attend_backward(grads[0], q, k, v, out, lse, ctx.extra, ctx.scale, ctx.kernel)
+        return (*found, None, None, None)
 
 
 def attention(
@@ -206,7 +216,7 @@ def find_fault(kernel: Kernel, device: torch.device, dtype: torch.dtype, head_di
     Two cases, outputs, log-sum-exps and gradients each: a short one, and a ragged one of strided views as dilation
     makes them, with many zero keys, so that a backward that forgets them is found out.
     """
-    with torch.no_grad(), torch.autocast(device.type, enabled=False):
+    with torch.no_grad():
         for case, (rows, stride, zero_keys) in {"short": (5, 1, 0), "ragged": (197, 3, 120)}.items():
             random = torch.Generator().manual_seed(rows)
             made = torch.randn(4, 2, rows * stride, 3, head_dim, generator=random).to(dtype)
@@ -226,7 +236,7 @@ def _everything(kernel: Kernel, made: Tensor, stride: int, zero_keys: int) -> di
     q, k, v, grad = (tensor[:, ::stride].transpose(1, 2) for tensor in made)
     scale = q.shape[-1] ** -0.5
     out, lse, extra = attend(q, k, v, zero_keys, scale, kernel)
-    dq, dk, dv = kernel.backward(grad, q, k, v, out, lse, extra, scale)
+    dq, dk, dv = attend_backward(grad, q, k, v, out, lse, extra, scale, kernel)
     return {"out": out, "lse": lse, "dq": dq, "dk": dk, "dv": dv}
 
 

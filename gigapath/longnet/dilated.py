@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gigapath.longnet.attention import attend, choose_kernel
+from gigapath.longnet.attention import attend, attend_backward, choose_kernel
 from gigapath.longnet.kernels import Extra, Kernel, wide_dtype
 
 # Output of one launch, in bytes: a kernel's answer exists beside the merged one for a moment.
@@ -143,6 +143,17 @@ def _blocks_of_groups(
     ]
 
 
+def count_operations(
+    lengths: tuple[int, ...], branches: tuple[tuple[int, int], ...], num_heads: int, head_dim: int
+) -> int:
+    """Multiply-adds x 2 of the dilated attention over slides of these lengths, real keys only."""
+    return sum(
+        4 * block.batch * block.heads * block.rows**2 * head_dim
+        for segment, dilation in branches
+        for block in plan_blocks(lengths, segment, dilation, num_heads)
+    )
+
+
 @dataclass
 class _Saved:
     """What the backward pass of one block needs."""
@@ -202,14 +213,15 @@ class _DilatedAttention(torch.autograd.Function):
             block = saved.block
             weight = (saved.lse - block.of(total)).exp_().unsqueeze(-1)
             grad = (block.of(grads[0]) * weight).to(q.dtype)
-            parts = ctx.kernel.backward(
-                grad, block.of(q), block.of(k), block.of(v), saved.out, saved.lse, saved.extra, scale
-            )
+            views = (block.of(q), block.of(k), block.of(v))
+            parts = attend_backward(grad, *views, saved.out, saved.lse, saved.extra, scale, ctx.kernel)
             for whole, part in zip(sums, parts, strict=True):
                 block.of(whole).add_(part)
         return (*(whole.to(q.dtype) for whole in sums), None, None)
 
 
+# Nothing in here gains by a compiler, and each length would be compiled anew.
+@torch.compiler.disable  # type: ignore[untyped-decorator,misc]
 def dilated_attention(
     q: Tensor,
     k: Tensor,

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from gigapath.longnet import dilated
 from gigapath.longnet.config import LongNetConfig
 from gigapath.longnet.dilated import dilated_attention
 from gigapath.longnet.linear import Linear, bfloat16_pays
@@ -216,6 +217,21 @@ class LongNetEncoder(nn.Module):
             if return_all_hiddens:
                 states.append(summarise(x) if summarise else x)
         return {"encoder_out": self.layer_norm(x), "encoder_states": states}
+
+
+def count_operations(config: LongNetConfig, lengths: Lengths) -> dict[str, int]:
+    """Operations of the encoder's forward pass, multiply-adds x 2, real keys only.
+
+    Args:
+        config: of the encoder.
+        lengths: tokens of each slide, the class token counted.
+
+    Returns:
+        `linear` and `attention`; norms, GELU and the projection of the tile embeddings are left out.
+    """
+    attention = dilated.count_operations(lengths, config.branches, config.num_heads, config.head_dim)
+    products = (4 + 2 * config.ffn_ratio) * config.embed_dim**2
+    return {"linear": config.depth * 2 * sum(lengths) * products, "attention": config.depth * attention}
 
 
 def _lengths_of(x: Tensor, lengths: Lengths | None) -> Lengths:

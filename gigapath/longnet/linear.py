@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 class Linear(nn.Linear):
     """A linear layer that starts with Xavier-uniform weights and zero biases, written once.
 
-    With `half_products` its products in inference on a CPU take bfloat16 inputs; sums and results are float32.
+    With `half_products` its products in inference on a CPU take bfloat16 inputs; sums are float32.
     """
 
     half_products = False
@@ -41,23 +41,23 @@ class Linear(nn.Linear):
 
         Args:
             like: tells device and dtype.
-            gelu: whether the exact GELU, in float32, follows.
+            gelu: whether the exact GELU, computed in float32, follows; with `half_products` its result may be
+                bfloat16, for the next product to take.
         """
         if not self._is_plain_inference(like):
             return self._default_with_gelu if gelu else self._default
+        fused = find_fused_product()
         if self.half_products:
             weight, bias = self.weight.bfloat16(), self.bias.bfloat16()
-
-            def in_bfloat16(x: Tensor) -> Tensor:
-                out = F.linear(x.bfloat16(), weight, bias).float()
-                return F.gelu(out) if gelu else out
-
-            return in_bfloat16
-        fused = find_fused_product()
+            if not gelu:
+                return lambda x: F.linear(x.bfloat16(), weight, bias).float()
+            if fused is None:
+                return lambda x: F.gelu(F.linear(x.bfloat16(), weight, bias).float())
+            return lambda x: cast(Tensor, fused(x.bfloat16(), weight, bias, "gelu", [], "none"))
         if fused is None:
             return self._default_with_gelu if gelu else self._default
-        weight, bias, activation = self.weight, self.bias, "gelu" if gelu else "none"
-        return lambda x: cast(Tensor, fused(x, weight, bias, activation, [], "none" if gelu else ""))
+        weight, bias = self.weight, self.bias
+        return lambda x: cast(Tensor, fused(x, weight, bias, "gelu" if gelu else "none", [], "none"))
 
     def _default(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight, self.bias)
@@ -85,7 +85,7 @@ def find_fused_product() -> Any:
         operation = torch.ops.mkldnn._linear_pointwise
         with torch.no_grad():
             true = F.linear(x.double(), weight.double(), bias.double())
-            plain = operation(x, weight, bias, "none", [], "")
+            plain = operation(x, weight, bias, "none", [], "none")
             gelu = operation(x, weight, bias, "gelu", [], "none")
             error = max((plain - true).abs().max().item(), (gelu - F.gelu(true)).abs().max().item())
     except Exception as reason:  # whatever a private operation raises, the public one serves
