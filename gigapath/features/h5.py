@@ -16,6 +16,7 @@ import h5py
 import numpy as np
 
 from gigapath.features.data import Array, FeatureFileError
+from gigapath.features.heap import heaps_are_sound
 from gigapath.files import OutputError, discard, is_write_error, open_temporary, output_error, publish
 
 
@@ -38,6 +39,8 @@ def open_h5(path: Path | str) -> Iterator[h5py.File]:
         raise FeatureFileError(f"{path.name}: expected an HDF5 file, {_what_it_is(path, error)}.") from error
     with file:
         try:
+            if not heaps_are_sound(path, file):
+                raise FeatureFileError(f"{path.name}: its text attributes are damaged. Make it again or fetch it anew.")
             yield file
         except (FeatureFileError, FileNotFoundError, PermissionError):
             raise
@@ -76,10 +79,15 @@ def read_dataset(file: h5py.File, name: str) -> Array:
     return np.asarray(found[()])
 
 
+# Kinds of attributes that are read. No tool needs others, and HDF5 crashes on damaged ones of variable length.
+_READ_TYPES = (h5py.h5t.TypeIntegerID, h5py.h5t.TypeFloatID, h5py.h5t.TypeEnumID, h5py.h5t.TypeStringID)
+
+
 def read_attrs(item: Any) -> dict[str, Any]:
     """The attributes of a file or dataset as plain values: text as str, numbers as Python numbers, arrays as tuples;
-    "None" as TRIDENT and we write it is None."""
-    return {str(name): plain_value(item.attrs[name]) for name in item.attrs}
+    "None" as TRIDENT and we write it is None. Attributes of other kinds (compounds, references) are left out."""
+    readable = (name for name in item.attrs if isinstance(item.attrs.get_id(name).get_type(), _READ_TYPES))
+    return {str(name): plain_value(item.attrs[name]) for name in readable}
 
 
 def plain_value(value: Any) -> Any:
@@ -250,4 +258,4 @@ class H5Writer:
 
 def is_complete(file: h5py.File) -> bool:
     """True where one of our files was finished."""
-    return bool(file.attrs.get("complete", False))
+    return bool(read_attrs(file).get("complete", False))
