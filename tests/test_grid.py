@@ -83,6 +83,11 @@ def test_grid_refuses_a_tile_made_of_absurdly_many_pixels() -> None:
         plan_grid(header(0.25), mpp=100)
 
 
+def test_grid_refuses_absurdly_many_tiles() -> None:
+    with pytest.raises(SlideError, match=r"19531250 x 19531250.*--tile-size"):
+        plan_grid(header(0.5, size=(5_000_000_000, 5_000_000_000)))
+
+
 def test_grid_holds_only_whole_tiles_within_bounds() -> None:
     grid = plan_grid(header(0.5, size=(1023, 770)))
     assert (grid.columns, grid.rows) == (3, 3)

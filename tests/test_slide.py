@@ -11,6 +11,7 @@ import tifffile
 from made_slides import paint_tissue, write_pyramid, write_scn
 
 from gigapath.preprocessing import slide as slide_module
+from gigapath.preprocessing.header import allowed, stated_mpp
 from gigapath.preprocessing.slide import Slide, SlideError, open_slide, slide_id_of
 
 
@@ -52,11 +53,11 @@ def test_mpp_from_resolution_tags_in_centimetres_and_inches(tmp_path: Path) -> N
 
 def test_mpp_falls_back_on_tags_where_openslide_gives_none() -> None:
     header = {"tiff.XResolution": "101600", "tiff.YResolution": "50800", "tiff.ResolutionUnit": "inch"}
-    stated = slide_module._stated_mpp(header)
+    stated = stated_mpp(header)
     assert stated is not None
     assert (stated.x, stated.y, stated.source) == (0.25, 0.5, "TIFF resolution tags")
-    assert slide_module._stated_mpp({**header, "tiff.ResolutionUnit": "none"}) is None
-    assert slide_module._stated_mpp({**header, "openslide.mpp-x": "nan", "openslide.mpp-y": "0"}) == stated
+    assert stated_mpp({**header, "tiff.ResolutionUnit": "none"}) is None
+    assert stated_mpp({**header, "openslide.mpp-x": "nan", "openslide.mpp-y": "0"}) == stated
 
 
 def test_missing_mpp_names_the_ways_on(tmp_path: Path) -> None:
@@ -180,6 +181,38 @@ def test_overview_reads_each_pixel_of_a_coarse_level_once(tmp_path: Path, monkey
     assert sum(pixels for _, pixels in reads) == 1250 * 750
 
 
+def test_overview_refuses_absurdly_many_pixels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(slide_module, "OVERVIEW_READ_PIXELS", 1000 * 600)
+    path = write_pyramid(tmp_path / "a.tif", paint_tissue(2001, 1200), mpp=(0.5, 0.5), steps=(1, 2))
+    with open_slide(path) as slide:
+        slide.overview()
+    path = write_pyramid(tmp_path / "b.tif", paint_tissue(1001, 600), mpp=(0.5, 0.5), steps=(1,))
+    with open_slide(path) as slide, pytest.raises(SlideError, match=r"1001 x 600 pixels\. Give the slide a pyramid"):
+        slide.overview()
+
+
+def test_bounds_outside_the_slide_are_refused_and_the_file_closed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Contradictory(openslide.OpenSlide):
+        closed = 0
+
+        @property
+        def properties(self) -> dict[str, str]:
+            bounds = {"x": "9000", "y": "0", "width": "100", "height": "100"}
+            return {f"openslide.bounds-{name}": value for name, value in bounds.items()}
+
+        def close(self) -> None:
+            Contradictory.closed += 1
+            super().close()
+
+    path = write_pyramid(tmp_path / "a.tif", paint_tissue(900, 600), mpp=(0.5, 0.5))
+    monkeypatch.setattr(openslide, "OpenSlide", Contradictory)
+    with pytest.raises(SlideError, match=r"bounds inside 900 x 600 pixels, got x 9000"):
+        open_slide(path)
+    assert Contradictory.closed == 1
+
+
 def test_overview_is_never_finer_than_the_slide(tmp_path: Path) -> None:
     image = paint_tissue(300, 200)
     path = write_pyramid(tmp_path / "a.tif", image, mpp=(20, 20), steps=(1,), compression="deflate")
@@ -260,7 +293,7 @@ def test_only_allow_listed_properties_leave_the_header(tmp_path: Path) -> None:
         assert canary not in repr(slide.properties)
         assert set(slide.properties) == {"openslide.mpp-x", "openslide.mpp-y"}
     header = {"tiff.Model": canary, "hamamatsu.Product": "C13220-01", "openslide.objective-power": canary}
-    assert slide_module._allowed(header) == {"hamamatsu.Product": "C13220-01"}
+    assert allowed(header) == {"hamamatsu.Product": "C13220-01"}
 
 
 def test_label_and_macro_are_never_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,6 +16,7 @@ from gigapath.preprocessing.slide import Mpp, SlideError
 UPSAMPLING_LIMIT = 1.3
 HALF_PIXEL = 0.5  # what a tile may lack of its side before a level counts as too coarse
 READ_PIXELS = 2**26  # no tile is made from more pixels than this
+GRID_TILES = 10**8  # a hundred times what the largest slides hold
 
 
 class SlideGeometry(Protocol):
@@ -95,7 +96,7 @@ def plan_grid(
         allow_upsampling: upsample beyond 1.3 times too.
 
     Raises:
-        SlideError: the slide is too coarse for `mpp`, or one tile would need an absurd number of pixels.
+        SlideError: the slide is too coarse for `mpp`; a tile would take, or the grid would hold, absurdly many.
     """
     own = np.array([slide.mpp.x, slide.mpp.y])
     downsamples = slide.level_downsamples
@@ -128,6 +129,13 @@ def plan_grid(
     pitch = np.maximum(1, np.rint(read_size * _nominal(downsamples[level], int(read_size.max()))).astype(int))
     left, top, width, height = slide.bounds
     effective = pitch * own / tile_size
+    columns = _whole_tiles(slide, 0, left, width, int(pitch[0]), int(read_size[0]), level)
+    rows = _whole_tiles(slide, 1, top, height, int(pitch[1]), int(read_size[1]), level)
+    if columns * rows > GRID_TILES:
+        raise SlideError(
+            f"slide {slide.slide_id!r}: expected at most {GRID_TILES} places for tiles, got {columns} x {rows}. "
+            "Choose a larger --tile-size or --mpp, or check the slide's size."
+        )
     return Grid(
         anchor=(left, top),
         pitch=(int(pitch[0]), int(pitch[1])),
@@ -135,8 +143,8 @@ def plan_grid(
         read_size=(int(read_size[0]), int(read_size[1])),
         tile_size=tile_size,
         mpp=(float(effective[0]), float(effective[1])),
-        columns=_whole_tiles(slide, 0, left, width, int(pitch[0]), int(read_size[0]), level),
-        rows=_whole_tiles(slide, 1, top, height, int(pitch[1]), int(read_size[1]), level),
+        columns=columns,
+        rows=rows,
         upsampled=upsampled,
     )
 

@@ -5,7 +5,6 @@ Frames: `level0` coordinates are OpenSlide's absolute level-0 pixels, (x, y) fro
 """
 
 import math
-import re
 import threading
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +19,10 @@ import numpy.typing as npt
 import openslide
 import PIL.Image
 
+from gigapath.preprocessing.header import SCANNERS, Mpp, allowed, number, stated_mpp
+
+__all__ = ["SLIDE_SUFFIXES", "Mpp", "Overview", "Slide", "SlideError", "open_slide", "slide_id_of"]
+
 UInt8Array = npt.NDArray[np.uint8]
 
 # A file name loses the first of these that it ends in; the rest is the slide's id.
@@ -33,42 +36,14 @@ OBJECTIVE_MARGIN = 0.35  # share by which mpp may differ from 10 / objective pow
 SAME_SCALE = 0.02  # x and y this close are one scale, averaged
 OVERVIEW_MPP = 8.0
 OVERVIEW_SIDE = 8192  # no overview grows beyond this many pixels a side
+OVERVIEW_READ_PIXELS = 50 * 10**9  # half an hour of decoding; above that a header is broken
 BLOCK_SIDE = 1024  # pixels of a level read at once for the overview, a side
 PLAIN_IMAGE_PIXELS = 89_000_000  # a plain image is decoded whole; Pillow itself warns from here on
 PLAIN_IMAGE_MODES = ("RGB", "RGBA", "L", "LA", "P", "CMYK", "YCbCr")
 
-# What leaves a slide's header: numbers as numbers, words only where they have the form of a scanner's model name.
-_NUMBERS = (
-    *("openslide.mpp-x", "openslide.mpp-y", "openslide.objective-power"),
-    *("openslide.bounds-x", "openslide.bounds-y", "openslide.bounds-width", "openslide.bounds-height"),
-)
-_SCANNERS = {
-    "aperio.ScannerType": r"GT ?450( ?DX)?|AT2( DX)?|CS2|LV1|VERSA ?\d*",
-    "hamamatsu.Product": r"C\d{4,5}(-\d{1,3})?",
-    "tiff.Model": r"C\d{4,5}(-\d{1,3})?|NanoZoomer( [A-Z]{1,3}\d{0,3})?",
-    "leica.device-model": r"Leica SCN\d{3}( ?F)?|SCN\d{3}( ?F)?|Versa ?\d{0,3}",
-    "ventana.ScannerModel": r"iScan (Coreo|HT)|VENTANA DP ?\d{3}",
-    "philips.DICOM_MANUFACTURERS_MODEL_NAME": r"UFS Scanner|IntelliSite( Ultra Fast Scanner)?|SG ?\d{2,3}",
-    "mirax.NONHIERLAYER_1_SECTION.SCANNER_HARDWARE_VERSION": r"\d{1,3}(\.\d{1,3}){0,3}",
-}
-
 
 class SlideError(ValueError):
     """What is wrong with one slide, in one sentence that holds no path; a job records it and goes on."""
-
-
-@dataclass(frozen=True)
-class Mpp:
-    """Microns per pixel of level 0 along x and y, and where the figures come from."""
-
-    x: float
-    y: float
-    source: str
-
-    @property
-    def mean(self) -> float:
-        """One figure for sums and estimates; tiles keep each axis' own scale."""
-        return (self.x + self.y) / 2
 
 
 @dataclass(frozen=True)
@@ -124,7 +99,12 @@ def open_slide(
     if slide_mpp is not None and not (math.isfinite(slide_mpp) and slide_mpp > 0):
         raise ValueError(f"{mpp_source}: expected microns per pixel above 0, got {slide_mpp!r}.")
     override = None if slide_mpp is None else Mpp(slide_mpp, slide_mpp, mpp_source)
-    return Slide(path, _open_handle(path, slide_id), slide_id, override, mpp_from_objective)
+    handle = _open_handle(path, slide_id)
+    try:
+        return Slide(path, handle, slide_id, override, mpp_from_objective)
+    except SlideError:
+        handle.close()
+        raise
 
 
 class Slide:
@@ -162,9 +142,9 @@ class Slide:
         self.dimensions: tuple[int, int] = handle.dimensions
         self.level_dimensions: tuple[tuple[int, int], ...] = tuple(handle.level_dimensions)
         self.level_downsamples: tuple[float, ...] = tuple(handle.level_downsamples)
-        self.properties = _allowed(header)
-        self.objective_power = _number(header, "openslide.objective-power")
-        self.stated_mpp = _stated_mpp(header)
+        self.properties = allowed(header)
+        self.objective_power = number(header, "openslide.objective-power")
+        self.stated_mpp = stated_mpp(header)
         self.bounds = self._find_bounds()
 
     def __enter__(self) -> "Slide":
@@ -182,7 +162,7 @@ class Slide:
     @property
     def scanner(self) -> str | None:
         """The scanner's model where the file gives it in a known form."""
-        return next((str(self.properties[name]) for name in _SCANNERS if name in self.properties), None)
+        return next((str(self.properties[name]) for name in SCANNERS if name in self.properties), None)
 
     @cached_property
     def mpp(self) -> Mpp:
@@ -215,6 +195,9 @@ class Slide:
     def read(self, x: int, y: int, level: int, width: int, height: int) -> UInt8Array:
         """Pixels of one level, on white where the slide holds nothing.
 
+        These are OpenSlide's pixels, to the bit: where x or y over the level's downsample is no whole number, as on
+        levels that were rounded to 2.0005, OpenSlide shifts the picture by the rest, which blurs it a little.
+
         Args:
             x: left edge in level-0 pixels.
             y: top edge in level-0 pixels.
@@ -239,6 +222,9 @@ class Slide:
         Args:
             mpp: microns per pixel of the overview.
             workers: threads that read; 0 reads in the caller. The result is the same.
+
+        Raises:
+            SlideError: the pixels can't be decoded, or there are absurdly many of them and no coarse level.
         """
         own = self.mpp
         left, top, width, height = self.bounds
@@ -249,6 +235,11 @@ class Slide:
         # What a level lacks of the slide's last pixels, its size being rounded down, is not read.
         columns = min(round(width / downsample), self.level_dimensions[level][0] - int(left / downsample))
         rows = min(round(height / downsample), self.level_dimensions[level][1] - int(top / downsample))
+        if columns * rows > OVERVIEW_READ_PIXELS:
+            raise SlideError(
+                f"slide {self.slide_id!r}: expected a level of at most {OVERVIEW_READ_PIXELS // 10**9} gigapixels near "
+                f"{wanted:g} microns per pixel, got {columns} x {rows} pixels. Give the slide a pyramid."
+            )
         step = max(1, int(wanted / (own.x * downsample))), max(1, int(wanted / (own.y * downsample)))
         averaged = self._averaged(level, (max(1, columns), max(1, rows)), step, workers)
         covered = averaged.shape[1] * step[0] * downsample, averaged.shape[0] * step[1] * downsample
@@ -392,44 +383,6 @@ def _open_handle(path: Path, slide_id: str) -> openslide.AbstractSlide:
     if mode not in PLAIN_IMAGE_MODES:
         raise SlideError(f"{who}: expected 8-bit colours or greys, got mode {mode!r}. Convert it to 8-bit RGB.")
     return openslide.ImageSlide(str(path))
-
-
-def _number(header: Mapping[str, str], name: str) -> float | None:
-    """A header entry as a positive finite number, or None."""
-    try:
-        value = float(header[name])
-    except (KeyError, ValueError):
-        return None
-    return value if math.isfinite(value) and value > 0 else None
-
-
-def _stated_mpp(header: Mapping[str, str]) -> Mpp | None:
-    """What the file says of its scale: OpenSlide's figures, else the TIFF tags per centimetre or inch."""
-    x, y = _number(header, "openslide.mpp-x"), _number(header, "openslide.mpp-y")
-    if x is not None and y is not None:
-        return Mpp(x, y, "openslide.mpp")
-    x, y = _number(header, "tiff.XResolution"), _number(header, "tiff.YResolution")
-    microns = {"centimeter": 10_000, "inch": 25_400}.get(header.get("tiff.ResolutionUnit", ""))
-    if x is not None and y is not None and microns is not None:
-        return Mpp(microns / x, microns / y, "TIFF resolution tags")
-    return None
-
-
-def _allowed(header: Mapping[str, str]) -> dict[str, str | float]:
-    """The entries that may reach outputs."""
-    kept: dict[str, str | float] = {}
-    for name in _NUMBERS:
-        try:
-            value = float(header[name])
-        except (KeyError, ValueError):
-            continue
-        if math.isfinite(value):
-            kept[name] = value
-    for name, form in _SCANNERS.items():
-        model = header.get(name, "").strip()
-        if re.fullmatch(form, model):
-            kept[name] = model
-    return kept
 
 
 def _on_white(rgba: UInt8Array) -> UInt8Array:

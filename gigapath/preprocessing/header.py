@@ -1,0 +1,73 @@
+"""What a slide's header says, and what of it may leave: scale, bounds, objective, scanner; never free text."""
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+# What leaves a slide's header: numbers as numbers, words only where they have the form of a scanner's model name.
+_NUMBERS = (
+    *("openslide.mpp-x", "openslide.mpp-y", "openslide.objective-power"),
+    *("openslide.bounds-x", "openslide.bounds-y", "openslide.bounds-width", "openslide.bounds-height"),
+)
+SCANNERS = {
+    "aperio.ScannerType": r"GT ?450( ?DX)?|AT2( DX)?|CS2|LV1|VERSA ?\d*",
+    "hamamatsu.Product": r"C\d{4,5}(-\d{1,3})?",
+    "tiff.Model": r"C\d{4,5}(-\d{1,3})?|NanoZoomer( [A-Z]{1,3}\d{0,3})?",
+    "leica.device-model": r"Leica SCN\d{3}( ?F)?|SCN\d{3}( ?F)?|Versa ?\d{0,3}",
+    "ventana.ScannerModel": r"iScan (Coreo|HT)|VENTANA DP ?\d{3}",
+    "philips.DICOM_MANUFACTURERS_MODEL_NAME": r"UFS Scanner|IntelliSite( Ultra Fast Scanner)?|SG ?\d{2,3}",
+    "mirax.NONHIERLAYER_1_SECTION.SCANNER_HARDWARE_VERSION": r"\d{1,3}(\.\d{1,3}){0,3}",
+}
+
+
+@dataclass(frozen=True)
+class Mpp:
+    """Microns per pixel of level 0 along x and y, and where the figures come from."""
+
+    x: float
+    y: float
+    source: str
+
+    @property
+    def mean(self) -> float:
+        """One figure for sums and estimates; tiles keep each axis' own scale."""
+        return (self.x + self.y) / 2
+
+
+def number(header: Mapping[str, str], name: str) -> float | None:
+    """A header entry as a positive finite number, or None."""
+    try:
+        value = float(header[name])
+    except (KeyError, ValueError):
+        return None
+    return value if math.isfinite(value) and value > 0 else None
+
+
+def stated_mpp(header: Mapping[str, str]) -> Mpp | None:
+    """What the file says of its scale: OpenSlide's figures, else the TIFF tags per centimetre or inch."""
+    x, y = number(header, "openslide.mpp-x"), number(header, "openslide.mpp-y")
+    if x is not None and y is not None:
+        return Mpp(x, y, "openslide.mpp")
+    x, y = number(header, "tiff.XResolution"), number(header, "tiff.YResolution")
+    microns = {"centimeter": 10_000, "inch": 25_400}.get(header.get("tiff.ResolutionUnit", ""))
+    if x is not None and y is not None and microns is not None:
+        return Mpp(microns / x, microns / y, "TIFF resolution tags")
+    return None
+
+
+def allowed(header: Mapping[str, str]) -> dict[str, str | float]:
+    """The entries that may reach outputs."""
+    kept: dict[str, str | float] = {}
+    for name in _NUMBERS:
+        try:
+            value = float(header[name])
+        except (KeyError, ValueError):
+            continue
+        if math.isfinite(value):
+            kept[name] = value
+    for name, form in SCANNERS.items():
+        model = header.get(name, "").strip()
+        if re.fullmatch(form, model):
+            kept[name] = model
+    return kept
