@@ -18,6 +18,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "tile": ("tile", "Find tissue and lay tiles: mask, tiles, previews. Look at them before embedding."),
     "export": ("export", "One table of slide vectors from a run: parquet, CSV or npz."),
     "probe": ("probe", "Fit and score a linear layer on frozen tile or slide embeddings."),
+    "bench": ("bench", "Measure this machine: the slide encoder."),
     "inspect": ("inspect", "Say what a feature file is, ours or another tool's."),
 }
 

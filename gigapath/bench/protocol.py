@@ -1,0 +1,87 @@
+"""How everything here is measured: alternating pairs in one process, and the median of their ratios.
+
+One warm-up is thrown away; then ours and theirs take turns, each for at least `SECONDS`. A single run on a shared
+machine scatters by a factor of two; the ratio of neighbours in time does not.
+"""
+
+import math
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+SECONDS = 1.0
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """Ours divided by theirs over several pairs, and the medians of the two rates (work per second)."""
+
+    median: float
+    least: float
+    most: float
+    ours: float
+    theirs: float
+
+
+@dataclass(frozen=True)
+class Work:
+    """Something to time: a call, and the amount of work that one call does."""
+
+    call: Callable[[], object]
+    amount: float
+
+
+def compare(ours: Work, theirs: Work, pairs: int, device: torch.device, seconds: float | None = None) -> Ratio:
+    """Time ours and theirs in turns.
+
+    Args:
+        ours: its rate is the numerator.
+        theirs: its rate is the denominator.
+        pairs: how many turns count.
+        device: waited for around each turn.
+        seconds: a turn repeats its call until at least so long, SECONDS by default.
+    """
+    seconds = SECONDS if seconds is None else seconds
+    repeats = []
+    for work in (ours, theirs):
+        _time(work, 1, device)
+        repeats.append(max(1, math.ceil(seconds / _time(work, 1, device))))
+    rates = [(_rate(ours, repeats[0], device), _rate(theirs, repeats[1], device)) for _ in range(pairs)]
+    ratios = [a / b for a, b in rates]
+    return Ratio(
+        statistics.median(ratios),
+        min(ratios),
+        max(ratios),
+        statistics.median(a for a, _ in rates),
+        statistics.median(b for _, b in rates),
+    )
+
+
+def _time(work: Work, repeats: int, device: torch.device) -> float:
+    _wait(device)
+    start = time.perf_counter()
+    for _ in range(repeats):
+        work.call()
+    _wait(device)
+    return time.perf_counter() - start
+
+
+def _rate(work: Work, repeats: int, device: torch.device) -> float:
+    return work.amount * repeats / _time(work, repeats, device)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+def product(device: torch.device, dtype: torch.dtype, rows: int = 4096, width: int = 3072) -> Work:
+    """A plain matrix product (rows x width x width); its amount is in operations, multiply-adds x 2."""
+    a = torch.randn(rows, width, device=device).to(dtype)
+    b = torch.randn(width, width, device=device).to(dtype)
+    return Work(lambda: a @ b, 2.0 * rows * width * width)

@@ -1,0 +1,37 @@
+"""`gigapath bench WHAT`: measurements of this machine, as a table or as JSON."""
+
+import argparse
+import importlib
+import json
+import os
+import platform
+
+from gigapath.cli.arguments import add_options, options_from
+
+# what -> (module, its options class, one line of help). A module offers that class, `measure(options)` that yields
+# rows, `in_words(row)` and `HEADING`.
+KINDS = {
+    "slide-encoder": ("gigapath.bench.slide_encoder", "SlideEncoderBench", "the slide encoder against a plain product"),
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    kinds = parser.add_subparsers(dest="what", metavar="WHAT", required=True)
+    for name, (module, options_class, line) in KINDS.items():
+        sub = kinds.add_parser(name, help=line, description=line, allow_abbrev=False)
+        sub.add_argument("--json", action="store_true", help="one JSON object a row, for machines")
+        add_options(sub, getattr(importlib.import_module(module), options_class))
+
+
+def run(namespace: argparse.Namespace) -> int:
+    name, options_class, _ = KINDS[namespace.what]
+    module = importlib.import_module(name)
+    options = options_from(namespace, getattr(module, options_class))
+    if not namespace.json:
+        import torch
+
+        print(f"torch {torch.__version__}, {torch.get_num_threads()} of {os.cpu_count()} cores, {platform.machine()}")
+        print(module.HEADING)
+    for row in module.measure(options):
+        print(json.dumps(row) if namespace.json else module.in_words(row), flush=True)
+    return 0

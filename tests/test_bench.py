@@ -1,0 +1,62 @@
+"""gigapath bench: the protocol's arithmetic on made times, and that a row comes out whole."""
+
+import json
+
+import pytest
+import torch
+
+from gigapath.bench import protocol, slide_encoder
+from gigapath.bench.protocol import Work, compare
+from gigapath.cli.main import main
+
+CPU = torch.device("cpu")
+
+
+def test_compare_gives_the_median_of_the_ratios_of_neighbours(monkeypatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(protocol.time, "perf_counter", lambda: now[0])
+    pace = iter([1, 1, 1, 1, *(2, 1), *(4, 8), *(1, 4)])  # two calls each to warm up, then three pairs
+
+    def call() -> None:
+        now[0] += next(pace)
+
+    ratio = compare(Work(call, 6.0), Work(call, 2.0), 3, CPU, seconds=0.5)
+    assert (ratio.median, ratio.least, ratio.most) == (6.0, 1.5, 12.0)
+    assert (ratio.ours, ratio.theirs) == (3.0, 0.5)
+
+
+def test_compare_repeats_short_work_until_a_turn_is_long_enough(monkeypatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(protocol.time, "perf_counter", lambda: now[0])
+    calls = {"short": 0, "long": 0}
+
+    def short() -> None:
+        calls["short"] += 1
+        now[0] += 0.3
+
+    def long() -> None:
+        calls["long"] += 1
+        now[0] += 2.0
+
+    ratio = compare(Work(short, 3.0), Work(long, 40.0), 2, CPU, seconds=1.0)
+    assert calls == {"short": 2 + 2 * 4, "long": 2 + 2}
+    assert ratio.median == pytest.approx(10 / 20)
+
+
+def test_bench_slide_encoder_prints_a_row_for_each_precision(monkeypatch, capsys) -> None:
+    words = ["bench", "slide-encoder", "--slide-encoder", "gigapath-flash", "--tokens", "40", "--depth", "1"]
+    monkeypatch.setattr(protocol, "SECONDS", 0.0)
+    monkeypatch.setattr(slide_encoder, "product", lambda device, dtype: protocol.product(device, dtype, 64, 64))
+    assert main([*words, "--pairs", "1", "--device", "cpu", "--json"]) == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [(row["tokens"], row["precision"]) for row in rows] == [(40, "fp32"), (40, "bf16")]
+    assert all(row["share"] > 0 and row["tokens_per_second"] > 0 for row in rows)
+    assert all(row["operations"] > 2 * 40 * 384 * (384 + 12 * 384) for row in rows)
+    assert "time_of_fp32" in rows[1] and rows[0]["kernel"] == "cpu-flash"
+    assert main([*words, "--pairs", "1", "--device", "cpu"]) == 0
+    assert "| 40 | bf16 |" in capsys.readouterr().out
+
+
+def test_bench_refuses_no_tokens(capsys) -> None:
+    assert main(["bench", "slide-encoder", "--tokens", "0"]) == 1
+    assert "--tokens" in capsys.readouterr().err
