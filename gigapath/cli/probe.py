@@ -53,7 +53,7 @@ def _tiles(namespace: argparse.Namespace, options: ProbeOptions, out: Path) -> i
         embeddings, labels = write_planted(out / "demo")
     elif Path(embeddings).name == PUBLISHED and not Path(embeddings).exists():
         raise FileNotFoundError(
-            f"{embeddings}: no such file. Get it (2 GB, free) with `gigapath download pcam`, or try without: --demo."
+            f"{embeddings}: no such file. Get it (2 GB) with `gigapath download pcam`, or try without: --demo."
         )
     probe = probe_tiles(
         embeddings, labels, options, options_from(namespace, TileProbeOptions), report=_reading if _terminal() else None

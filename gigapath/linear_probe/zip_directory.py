@@ -56,11 +56,12 @@ def find_directory(tail: bytes | memoryview, file_size: int) -> Directory:
     """
     tail = bytes(tail[-tail_size(file_size) :])
     at = tail.rfind(b"PK\x05\x06")
-    while at >= 0 and at + _END.size > len(tail):
+    # Members may be zips themselves: the end record is the one whose comment ends the file.
+    while at >= 0 and not _ends_file(tail, at):
         at = tail.rfind(b"PK\x05\x06", 0, at)
     if at < 0:
         raise ValueError("has no end record")
-    _, _, _, _, members, size, offset, _ = _END.unpack_from(tail, at)
+    *_, members, size, offset, _ = _END.unpack_from(tail, at)
     if members == _FULL16 or size == _FULL32 or offset == _FULL32:
         locator = at - _END64_LOCATOR.size
         if locator >= 0 and tail[locator : locator + 4] == b"PK\x06\x07":
@@ -71,6 +72,10 @@ def find_directory(tail: bytes | memoryview, file_size: int) -> Directory:
     if offset + size > file_size:
         raise ValueError("is cut short")
     return Directory(offset, size, members)
+
+
+def _ends_file(tail: bytes, at: int) -> bool:
+    return at + _END.size <= len(tail) and at + _END.size + _END.unpack_from(tail, at)[-1] == len(tail)
 
 
 def read_members(table: bytes | memoryview, members: int) -> list[Member]:

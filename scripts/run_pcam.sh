@@ -1,0 +1,21 @@
+#!/usr/bin/env bash
+# PCam, the linear probe by the published recipe: `bash scripts/run_pcam.sh [EMBEDDINGS [OPTIONS OF PROBE]]`.
+# EMBEDDINGS are the published zip (default) or your own; `bash scripts/run_pcam.sh --demo` needs none.
+set -euo pipefail
+here=$(dirname "${BASH_SOURCE[0]}")
+if ! command -v gigapath >/dev/null; then
+    # shellcheck source=scripts/bootstrap.sh
+    source "$here/bootstrap.sh"
+    prepare_environment train
+    PATH=$(dirname "$PYTHON"):$PATH
+fi
+
+embeddings=data/GigaPath_PCam_embeddings.zip
+if [ "${1-}" = --demo ]; then embeddings=--demo && shift; fi
+if [ $# -gt 0 ] && [[ $1 != -* ]]; then embeddings=$1 && shift; fi
+
+labels=$(dirname -- "$embeddings")/dataset_csv/pcam/pcam.csv # where `gigapath download pcam` puts them
+if [[ $embeddings == *.zip && -f $labels ]]; then set -- --labels "$labels" "$@"; fi
+
+exec gigapath probe "$embeddings" --solver sgd --steps 4000 --batch-size 128 --lr 0.02 --weight-decay 0.01 \
+    --eval-every 100 --seed 0 --out outputs/pcam "$@"
