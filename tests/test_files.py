@@ -154,12 +154,12 @@ def test_partials_of_dead_writers_go_and_those_of_living_ones_stay(tmp_path: Pat
         partial_of(path, here, dead.pid),
         partial_of(path, here, os.getpid()),  # of an earlier process with our number
         partial_of(path, "0" * 8, 1, age=2 * files.ABANDONED_SECONDS),
+        partial_of(tmp_path / "other.h5", here, dead.pid),
     ]
     kept = [
         partial_of(path, here, os.getppid()),
         partial_of(path, "0" * 8, 1, age=60.0).rename(tmp_path / "a.h5.00000000-2-abcdef.partial"),
-        partial_of(tmp_path / "other.h5", here, dead.pid),
-        tmp_path / "a.h5.mine.partial",
+        tmp_path / "model.bin.partial",  # a download that can be resumed
     ]
     kept[-1].write_text("not ours")
     with atomic_file(path) as first, atomic_file(path) as second:
@@ -170,6 +170,31 @@ def test_partials_of_dead_writers_go_and_those_of_living_ones_stay(tmp_path: Pat
         first.write_text("1")
     assert path.read_text() == "1"  # the outer one was renamed last
     assert names(tmp_path) == sorted(["a.h5", *(left.name for left in kept)])
+
+
+def test_living_partials_stay_however_their_folder_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with atomic_file(tmp_path / "a") as temporary:
+        files.remove_abandoned(".")
+        files.remove_abandoned(str(tmp_path) + "/")
+        assert temporary.exists()
+        temporary.write_text("a")
+    assert names(tmp_path) == ["a"]
+
+
+def test_large_folders_are_not_listed_for_every_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, listed = [100.0], []
+
+    def listing(folder: Path) -> None:
+        listed.append(clock[0])
+        clock[0] += 0.2  # what 100,000 files take
+
+    monkeypatch.setattr(files.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(files, "remove_abandoned", listing)
+    for _ in range(300):
+        write_text_atomic(tmp_path / "a", "a")
+        clock[0] += 0.1
+    assert 2 <= len(listed) <= 4
 
 
 def test_killed_writer_leaves_a_partial_and_no_file(tmp_path: Path) -> None:

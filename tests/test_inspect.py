@@ -67,7 +67,7 @@ def test_words_name_every_fact(tmp_path: Path) -> None:
     text = "\n".join(in_words(describe(write_ours(tmp_path / "a.h5"))))
     for fact in (
         "a.h5: tile embeddings of slide slide-1, written by gigapath 0.",
-        "8 tiles; width 6, float32.",
+        "8 tiles; 6 values each, float32.",
         "Tile encoder: standin; weights sha256 abababababab; precision fp32.",
         "0.5 microns per pixel; coordinates in level-0 pixels, tiles 512 apart.",
         "Columns 3 to 7, rows 1 to 4; stored in row-major order.",
@@ -151,7 +151,7 @@ def test_describe_an_empty_slide(tmp_path: Path) -> None:
         pass
     found = describe(tmp_path / "e.h5")
     assert found["tiles"] == 0 and "it has no tiles." in found["warnings"]
-    assert "0 tiles; width 6" in "\n".join(in_words(found))
+    assert "0 tiles; 6 values each" in "\n".join(in_words(found))
 
 
 def test_inspect_prints_words_or_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

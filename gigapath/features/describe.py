@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from gigapath.features.cells import observed_step, row_major
-from gigapath.features.data import FRAMES, Array, FeatureFileError, TileEmbeddings, Tiles
+from gigapath.features.data import FRAMES, Array, FeatureFileError, TileEmbeddings
 from gigapath.features.foreign import TensorReader, coordinates_file_step
 from gigapath.features.h5 import open_h5, read_attrs, read_dataset
 from gigapath.features.ours import read_slide, read_tiles, stage_of
@@ -54,7 +54,7 @@ def describe(
             stage = stage_of(file)
             coordinates = None if stage else coordinates_file_step(file)
     if stage == "tiles":
-        found = _of_tiles(read_tiles(path))
+        found = _of_tiles(path)
     elif stage == "slide":
         found = _of_slide(path)
     elif coordinates is not None:
@@ -97,10 +97,11 @@ def _of_embeddings(path: Path, stated: float | None, read_tensor: TensorReader |
     }
 
 
-def _of_tiles(tiles: Tiles) -> dict[str, Any]:
+def _of_tiles(path: Path) -> dict[str, Any]:
+    tiles = read_tiles(path)
     return {
         "kind": "tiles",
-        **_identity("gigapath", tiles.slide_id, tiles.attrs),
+        **_identity("gigapath", tiles.slide_id, _root_attrs(path)),
         "tiles": len(tiles),
         "mpp": tiles.mpp,
         **_places("level0", float(np.mean(tiles.tile_size_level0)), tiles.cells, tiles.coords_level0),
@@ -124,7 +125,7 @@ def _of_slide(path: Path) -> dict[str, Any]:
     untrained = attrs.get("trained") is False
     return {
         "kind": "slide embeddings",
-        **_identity("gigapath", slide.slide_id, attrs),
+        **_identity("gigapath", slide.slide_id, _root_attrs(path)),
         "width": int(held.shape[1]),
         "dtype": "float32",
         "encoder": attrs.get("encoder"),
@@ -154,6 +155,12 @@ def _of_coordinates(path: Path, tool: str, step: tuple[float, float] | None) -> 
         "warnings": ["it holds coordinates without embeddings."],
         "attrs": _plain(attrs),
     }
+
+
+def _root_attrs(path: Path) -> dict[str, Any]:
+    """All attributes at the root, those too that are the reader's own business."""
+    with open_h5(path) as file:
+        return read_attrs(file)
 
 
 def _identity(source: str, slide_id: str, attrs: Any) -> dict[str, Any]:
@@ -224,8 +231,8 @@ def in_words(description: dict[str, Any]) -> list[str]:
     lines = [f"{known['file']}: {known['kind']} of slide {known['slide_id']}, written by {tool}{version}."]
     size = [f"{known['tiles']:,} tiles"] if "tiles" in known else []
     if "width" in known:
-        size.append(f"width {known['width']}, {known['dtype']}")
-    lines.append("; ".join(size) + ".")
+        size.append(f"{known['width']} values each, {known['dtype']}")
+    lines.append(f"{'; '.join(size)}.")
     if "dtype" in known:
         lines.append(_of_the_encoder(known))
     if "frame" in known:

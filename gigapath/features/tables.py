@@ -18,15 +18,17 @@ from gigapath.files import atomic_file, write_bytes_atomic
 # What must be equal throughout a folder for its vectors to be comparable.
 SAME_THROUGHOUT = (
     "numerics_version",
-    "tiles_numerics_version",
     "encoder",
     "weights_sha256",
-    "slide_encoder",
-    "slide_weights_sha256",
     "transform",
     "precision",
-    "reader",
-    "filter",
+    "device",
+    "batch_shape",
+    "store",
+    "slide_encoder",
+    "slide_weights_sha256",
+    "slide_precision",
+    "slide_device",
     "trained",
 )
 
