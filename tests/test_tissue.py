@@ -104,6 +104,24 @@ def test_core_that_fills_the_image_is_kept(colour: tuple[int, int, int], depth: 
     assert not found.mask[:18, :28].any()
 
 
+@pytest.mark.parametrize("gaps", [False, True], ids=["scanned", "gaps"])
+@pytest.mark.parametrize("tissue", [(225, 205, 220), (226, 214, 222), (205, 198, 204)], ids=["pale", "paler", "grey"])
+@pytest.mark.parametrize("glass", [(255, 255, 255), (246, 245, 247), (240, 238, 233), (232, 228, 234)])
+def test_pale_tissue_is_found_on_any_glass(
+    glass: tuple[int, int, int], tissue: tuple[int, int, int], gaps: bool
+) -> None:
+    for noise in (0.5, 2):
+        image = field(glass, noise=noise)
+        inside = ellipse(image.shape[:2])
+        colour = np.asarray(tissue) * max(glass) / 245
+        image[inside] = textured(image.shape[:2], tuple(colour.tolist()), depth=6)[inside]
+        if gaps:
+            image[:, 290:] = 255
+        mask = find_tissue(overview(image)).mask
+        assert mask[inside].mean() > 0.95
+        assert not (mask & ~ellipse(image.shape[:2], grow=3)).any()
+
+
 @pytest.mark.parametrize("pen", PENS.values(), ids=PENS)
 @pytest.mark.parametrize("place", ["beside", "across"])
 def test_pale_tissue_survives_a_pen_stroke(pen: tuple[int, int, int], place: str) -> None:

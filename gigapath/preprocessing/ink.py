@@ -16,6 +16,7 @@ FILL_LEVEL = 5  # no channel above this: the black that software fills unscanned
 # Green to blue pens: green above red, which no haematoxylin is, and strongly coloured.
 PEN_GREEN_OVER_RED = 8
 PEN_SATURATION = 0.4
+PEN_DARKEST = 25  # of the brightest channel: black has no hue
 # Bright red pens; blood is darker or leans to orange.
 RED_LEVEL = 180
 RED_SATURATION = 0.75
@@ -37,21 +38,41 @@ def pen_pixels(image: NDArray[np.uint8], mpp: float) -> BoolImage:
         image: (h, w, 3) RGB.
         mpp: microns per pixel, for the width of the edges.
     """
-    cold, warm, skirt = (np.zeros(image.shape[:2], bool) for _ in range(3))
-    for rows in stain.bands(image.shape[:2]):
-        red, green, blue = (image[rows, :, channel].astype(np.int16) for channel in range(3))
-        brightest, darkest = stain.extremes(image[rows])
-        saturation = (brightest - darkest).astype(np.float32) / np.maximum(brightest, 1)
-        leaning = green >= red + PEN_GREEN_OVER_RED
-        cold[rows] = leaning & (saturation >= PEN_SATURATION) & (brightest > FILL_LEVEL + 20)
-        level = np.abs(green - blue) <= RED_SPREAD * brightest
-        warm[rows] = (red >= RED_LEVEL) & (saturation >= RED_SATURATION) & level
-        skirt[rows] = (green >= red + PEN_GREEN_OVER_RED // 2) & (saturation >= SKIRT_SATURATION)
+    cold, warm = stain.by_bands(image, _is_cold), stain.by_bands(image, _is_warm)
     strokes: BoolImage = cold | warm
     if not strokes.any():
         return strokes
-    pen: BoolImage = (skirt & _grown(cold, SKIRT_UM / mpp)) | _grown(strokes, SOFT_PIXELS)
-    return pen
+    pen: BoolImage = _grown(cold, SKIRT_UM / mpp)
+    pen &= stain.by_bands(image, _is_skirt)
+    return pen | _grown(strokes, SOFT_PIXELS)
+
+
+def _is_cold(image: NDArray[np.uint8]) -> BoolImage:
+    """(h, w): green to blue pen."""
+    dull = saturation(image) < PEN_SATURATION
+    cold: BoolImage = ~dull & (image[..., 1] >= image[..., 0].astype(np.int16) + PEN_GREEN_OVER_RED)
+    return cold & (stain.extremes(image)[0] > PEN_DARKEST)
+
+
+def _is_warm(image: NDArray[np.uint8]) -> BoolImage:
+    """(h, w): bright red pen."""
+    _, green, blue = (image[..., channel].astype(np.int16) for channel in range(3))
+    bright = (image[..., 0] >= RED_LEVEL) & (saturation(image) >= RED_SATURATION)
+    warm: BoolImage = bright & (np.abs(green - blue) <= RED_SPREAD * image[..., 0])
+    return warm
+
+
+def _is_skirt(image: NDArray[np.uint8]) -> BoolImage:
+    """(h, w): of the hue of green to blue pens, however faint."""
+    faint: BoolImage = image[..., 1] >= image[..., 0].astype(np.int16) + PEN_GREEN_OVER_RED // 2
+    return faint & (saturation(image) >= SKIRT_SATURATION)
+
+
+def saturation(image: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """(h, w), 0 to 1: the spread of the channels over the brightest."""
+    brightest, darkest = stain.extremes(image)
+    values: NDArray[np.float32] = (brightest - darkest).astype(np.float32) / np.maximum(brightest, 1)
+    return values
 
 
 def on_tissue(pen: BoolImage, tissue: BoolImage, mpp: float) -> BoolImage:

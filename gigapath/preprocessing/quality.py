@@ -1,6 +1,7 @@
 """Flags per tile, seen at low power: numbers to look at and to filter by later; no tile is left out for them."""
 
-from typing import Protocol
+from collections.abc import Callable
+from typing import Any, Protocol
 
 import cv2
 import numpy as np
@@ -49,21 +50,19 @@ def tile_qc(slide: Readable, overview: Overview, grid: Grid, cells: NDArray[np.i
     Returns:
         (N, K), columns as in QC_NAMES.
     """
-    image = overview.image
-    brightest, darkest = stain.extremes(image)
-    chroma = brightest - darkest
-    maps = {
-        "white": (darkest > stain.GLASS_DARKEST) & (chroma <= stain.GLASS_CHROMA),
-        "black": brightest <= BLACK_LEVEL,
-        "pen": ink.pen_pixels(image, overview.mpp),
-        "saturation": chroma.astype(np.float32) / np.maximum(brightest, 1),
+    image, mpp = overview.image, overview.mpp
+    maps: dict[str, Callable[[], NDArray[Any]]] = {  # one at a time: each is as large as the overview
+        "white": lambda: stain.glass_pixels(image),
+        "black": lambda: stain.extremes(image)[0] <= BLACK_LEVEL,
+        "pen": lambda: ink.pen_pixels(image, mpp),
+        "saturation": lambda: stain.by_bands(image, ink.saturation),
     }
     columns, rows = cells[:, 0], cells[:, 1]
     edges = [
         (grid.anchor[xy] + np.arange(count + 1) * grid.pitch[xy] - overview.origin_level0[xy]) / overview.scale[xy]
         for xy, count in ((0, grid.columns), (1, grid.rows))
     ]
-    found = {name: box_means(values, edges[0], edges[1])[rows, columns] for name, values in maps.items()}
+    found = {name: box_means(values(), edges[0], edges[1])[rows, columns] for name, values in maps.items()}
     found["focus"] = _focus(slide, grid, np.unique(rows))[rows, columns]
     return np.stack([found[name] for name in QC_NAMES], axis=1).astype(np.float32)
 

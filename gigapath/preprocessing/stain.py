@@ -4,26 +4,32 @@ What tells tissue from glass is colour and real darkness; brightness alone also 
 stitched slide, under dust, and where fields were never scanned.
 """
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
 
 BoolImage = NDArray[np.bool_]
-
-# Grey levels of plain darkening that are put down to light, dust or stitched fields and not to tissue.
-VEIL = 40
-
-# Glass is bright and nearly without colour.
-GLASS_DARKEST = 185
-GLASS_CHROMA = 14
-GLASS_SHARE = 0.0005  # less of the image than this is no background to measure from
-
-PURE_WHITE = 252
+T = TypeVar("T", bound=np.generic)
 
 BAND_PIXELS = 500_000
+
+# Grey levels of plain darkening that are put down to light, dust or stitched fields and not to tissue.
+VEIL = 10
+
+# Glass is bright and nearly without colour, or less bright and without any.
+GLASS_DARKEST, GLASS_CHROMA = 185, 14
+DIM_GLASS_DARKEST, DIM_GLASS_CHROMA = 140, 6
+GLASS_SHARE = 0.0005  # less of the image than this is no background to measure from
+PURE_WHITE = 252
+# Beside this share of pure white, what is tinted more is pale tissue, and the white is the glass.
+WHITE_SHARE, TINT = 0.1, 9
+DIM, DIM_TINT = 220, 4
+SAMPLE = 200_000  # pixels are enough for a median
+SHADING = 12  # grey levels by which glass may differ over a slide
+SCANNED_SHARE = 0.02  # of what looks like glass: less of it than this is not the glass, pure white is
 
 
 def bands(shape: tuple[int, int]) -> Iterator[slice]:
@@ -39,23 +45,67 @@ def extremes(image: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
     return np.maximum(np.maximum(red, green), blue), np.minimum(np.minimum(red, green), blue)
 
 
-def glass_colour(image: NDArray[np.uint8], counted: BoolImage) -> tuple[float, float, float] | None:
-    """RGB of the glass: the median of what is bright and nearly without colour, or None where there is none of it.
+def by_bands(image: NDArray[np.uint8], values: Callable[[NDArray[np.uint8]], NDArray[T]]) -> NDArray[T]:
+    """`values` of each pixel of (h, w, 3), taken in bands of rows: what it needs on the way stays small.
 
-    Pure white is measured only where nothing else is to be had: it is how fields that were never scanned are filled.
+    Args:
+        image: (h, w, 3).
+        values: from (rows, w, 3) to (rows, w), each pixel by itself.
+
+    Returns:
+        (h, w).
+    """
+    return np.concatenate([values(image[rows]) for rows in bands(image.shape[:2])] or [values(image)])
+
+
+def glass_pixels(image: NDArray[np.uint8]) -> BoolImage:
+    """(h, w): pixels as bright and as free of colour as glass."""
+
+    def is_glass(band: NDArray[np.uint8]) -> BoolImage:
+        brightest, darkest = extremes(band)
+        chroma = brightest - darkest
+        bright: BoolImage = (darkest > GLASS_DARKEST) & (chroma <= GLASS_CHROMA)
+        bright |= (darkest > DIM_GLASS_DARKEST) & (chroma <= DIM_GLASS_CHROMA)
+        return bright
+
+    return by_bands(image, is_glass)
+
+
+def glass_colour(image: NDArray[np.uint8], counted: BoolImage) -> tuple[float, float, float] | None:
+    """RGB of the glass: the median of the brightest and least coloured of what looks like it, or None where nothing
+    does.
+
+    Pure white is measured only where hardly anything else is to be had: fields that were never scanned are filled
+    with it. Of the rest the brightest and least coloured count, since pale tissue looks like glass by itself.
 
     Args:
         image: (h, w, 3) RGB, blurred.
         counted: (h, w), the pixels to measure on.
     """
-    brightest, darkest = extremes(image)
-    glass = counted & (darkest > GLASS_DARKEST) & (brightest - darkest <= GLASS_CHROMA)
-    enough = GLASS_SHARE * np.count_nonzero(counted)
-    if np.count_nonzero(glass) <= enough:
+    glass = counted & glass_pixels(image)
+    count = np.count_nonzero(glass)
+    if count <= GLASS_SHARE * np.count_nonzero(counted):
         return None
-    scanned = glass & (darkest < PURE_WHITE)
-    measured = image[scanned if np.count_nonzero(scanned) > enough else glass]
-    red, green, blue = (float(np.median(measured[:, channel])) for channel in range(3))
+    white = glass & (extremes(image)[1] >= PURE_WHITE)
+    beside_white = np.asarray(cv2.dilate(white.astype(np.uint8), np.ones((5, 5), np.uint8))) > 0
+    scanned = glass & ~beside_white
+    if np.count_nonzero(scanned) <= SCANNED_SHARE * count:
+        return _median_colour(image[glass])
+    places = np.flatnonzero(scanned)
+    pixels = image.reshape(-1, 3)[places[:: max(1, len(places) // SAMPLE)]]
+    brightest, darkest = extremes(pixels)
+    top = brightest >= np.percentile(brightest, 99) - SHADING
+    chroma = brightest - darkest
+    colour = _median_colour(pixels[top & (chroma <= np.percentile(chroma[top], 2) + 4)])
+    tint = TINT if max(colour) >= DIM else DIM_TINT
+    if max(colour) - min(colour) > tint and np.count_nonzero(white) > WHITE_SHARE * count:
+        return _median_colour(image[white])  # the white is glass, the tinted is pale tissue
+    return colour
+
+
+def _median_colour(pixels: NDArray[np.uint8]) -> tuple[float, float, float]:
+    """The median of each channel of (n, 3) pixels."""
+    red, green, blue = (float(np.median(pixels[:, channel])) for channel in range(3))
     return red, green, blue
 
 
@@ -63,8 +113,8 @@ def stain_image(image: NDArray[np.uint8], glass: tuple[float, float, float]) -> 
     """How much each pixel differs from glass by colour, or by darkness beyond a veil; (h, w), 0 to 255.
 
     The image is balanced so that its glass is neutral; then the value is the spread of the three channels plus what
-    the brightest of them lacks to the glass beyond VEIL. Glass at any brightness, pure white, dust and shadows lie
-    near 0; eosin, haematoxylin and DAB at 20 to 200; black at about 200.
+    the brightest of them lacks to the glass beyond VEIL. Glass, pure white and the steps between stitched fields lie
+    near 0, pale tissue at 12 to 30, dense tissue at 60 to 150, black at 230.
 
     Args:
         image: (h, w, 3) RGB.
@@ -72,12 +122,13 @@ def stain_image(image: NDArray[np.uint8], glass: tuple[float, float, float]) -> 
     """
     level = max(glass)
     balance = np.asarray([level / channel for channel in glass], np.float32)
-    values = np.empty(image.shape[:2], np.uint8)
-    for rows in bands(image.shape[:2]):  # the floats are 24 times as large as the values
-        brightest, darkest = extremes(np.minimum(image[rows] * balance, np.float32(255)))
-        stained = brightest - darkest + np.maximum(np.float32(level - VEIL) - brightest, 0)
-        values[rows] = np.clip(np.rint(stained), 0, 255)
-    return values
+
+    def stain(band: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        brightest, darkest = extremes(np.minimum(band * balance, np.float32(255)))
+        values = brightest - darkest + np.maximum(np.float32(level - VEIL) - brightest, 0)
+        return np.asarray(np.clip(np.rint(values), 0, 255), np.uint8)
+
+    return by_bands(image, stain)
 
 
 def blurred_where_seen(image: NDArray[np.uint8], seen: BoolImage) -> NDArray[np.uint8]:
@@ -85,5 +136,7 @@ def blurred_where_seen(image: NDArray[np.uint8], seen: BoolImage) -> NDArray[np.
     if seen.all():
         return np.asarray(cv2.blur(image, (3, 3)), np.uint8)
     sums = np.asarray(cv2.blur(np.where(seen[..., None], image, np.uint8(0)), (3, 3)))
-    share = np.maximum(np.asarray(cv2.blur(seen.astype(np.float32), (3, 3))), 1 / 9)
-    return np.clip(sums / share[..., None], 0, 255).astype(np.uint8)
+    share = np.asarray(cv2.blur(seen.astype(np.uint8) * np.uint8(255), (3, 3)))
+    edge = share < 255
+    sums[edge] = np.clip(sums[edge] * (np.float32(255) / np.maximum(share[edge], 28))[:, None], 0, 255)
+    return sums.astype(np.uint8, copy=False)

@@ -220,8 +220,8 @@ def _split(values: NDArray[np.uint8]) -> int:
         return NOTHING
     glass = values[values <= stain.GLASS_CHROMA]
     level = float(np.median(glass)) if glass.size else 0.0
-    scatter = _scatter(_histogram(glass), level) if glass.size else 0.0
-    histogram = _histogram(values)
+    scatter = _scatter(np.bincount(glass), level)
+    histogram = np.bincount(values, minlength=256)
     flat = int(min(level + 3 * 1.4826 * scatter, CONTRAST))
     histogram[flat] = histogram[: flat + 1].sum()
     histogram[:flat] = 0
@@ -231,26 +231,24 @@ def _split(values: NDArray[np.uint8]) -> int:
         if cut + _median(histogram[cut:]) - _median(histogram[:cut]) < CONTRAST:
             break
         threshold, histogram = cut, histogram[:cut]
-    if threshold is None:
-        return NOTHING if glass.size >= 0.5 * values.size else EVERYTHING
-    if _median(histogram) > level + CONTRAST:  # the paler class is tissue still: hardly any glass to be seen
+    if threshold is None and glass.size >= 0.5 * values.size:
+        return NOTHING
+    # Where hardly any glass is to be seen, Otsu's threshold falls between tissue and tissue, or nowhere.
+    paler = histogram if threshold is not None else np.bincount(values[values > stain.GLASS_CHROMA], minlength=256)
+    if not glass.size or not paler.any():
+        return EVERYTHING if threshold is None else threshold
+    if _median(paler) >= level + CONTRAST:
         return round(level) + CONTRAST
-    return threshold
-
-
-def _histogram(values: NDArray[np.uint8]) -> NDArray[np.int64]:
-    """(256,) counts, taken in parts: bincount makes 64-bit copies."""
-    starts = range(0, values.size, stain.BAND_PIXELS)
-    parts = [np.bincount(values[start : start + stain.BAND_PIXELS], minlength=256) for start in starts]
-    counts: NDArray[np.int64] = np.sum(parts, axis=0, dtype=np.int64)
-    return counts
+    return EVERYTHING if threshold is None else threshold
 
 
 def _scatter(histogram: NDArray[np.int64], level: float) -> float:
-    """Median distance from `level` of the values that a histogram counts."""
+    """Median distance from `level` of the values that a histogram counts; 0 where it counts none."""
     distances = np.abs(np.arange(len(histogram)) - level)
     order = np.argsort(distances)
     cumulated = np.cumsum(histogram[order])
+    if not cumulated.size or not cumulated[-1]:
+        return 0.0
     middle = np.searchsorted(cumulated, [(cumulated[-1] - 1) // 2, cumulated[-1] // 2], side="right")
     return float(distances[order][middle].mean())
 
@@ -375,22 +373,20 @@ def tile_sections(mask: TissueMask, grid: Grid) -> NDArray[np.int32]:
     Returns:
         (rows, columns) of the grid.
     """
-    cells = []  # of each column and each row of the mask
-    for xy, length in ((0, mask.mask.shape[1]), (1, mask.mask.shape[0])):
-        level0 = mask.origin_level0[xy] + (np.arange(length) + 0.5) * mask.scale[xy] - grid.anchor[xy]
-        cells.append(np.floor(level0 / grid.pitch[xy]).astype(np.int64))
-    inside = [(cell >= 0) & (cell < count) for cell, count in zip(cells, (grid.columns, grid.rows), strict=True)]
-    found, counted = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
-    for band in stain.bands(mask.mask.shape):
-        within = inside[1][band, None] & inside[0] & (mask.sections[band] > 0)
-        tiles = (cells[1][band, None] * grid.columns + cells[0])[within]
-        keys, counts = np.unique(tiles * (mask.pieces + 1) + mask.sections[band][within], return_counts=True)
-        found.append(keys)
-        counted.append(counts)
-    keys, places = np.unique(np.concatenate(found), return_inverse=True)
-    counts = np.bincount(places, weights=np.concatenate(counted), minlength=len(keys))
-    tile, piece = np.divmod(keys, mask.pieces + 1)
-    order = np.lexsort((-piece, counts))  # the largest, and of these the first piece, is written last
-    sections = np.zeros(grid.rows * grid.columns, dtype=np.int32)
-    sections[tile[order]] = piece[order]
-    return sections.reshape(grid.rows, grid.columns)
+    cells = [
+        np.floor(
+            (mask.origin_level0[xy] + (np.arange(length) + 0.5) * mask.scale[xy] - grid.anchor[xy]) / grid.pitch[xy]
+        )
+        for xy, length in ((0, mask.mask.shape[1]), (1, mask.mask.shape[0]))
+    ]
+    column, row = (cell.astype(np.int64) for cell in cells)  # of each column and row of pixels
+    sections = np.zeros((grid.rows, grid.columns), np.int32)
+    inside = (column >= 0) & (column < grid.columns)
+    for tile_row in np.unique(row[(row >= 0) & (row < grid.rows)]):
+        band = mask.sections[row == tile_row][:, inside]
+        keys = column[inside] * (mask.pieces + 1) + band  # tile and piece in one number
+        found, count = np.unique(keys[band > 0], return_counts=True)
+        tile, piece = np.divmod(found, mask.pieces + 1)
+        order = np.lexsort((-piece, count))  # the largest, and of these the first piece, is written last
+        sections[tile_row, tile[order]] = piece[order]
+    return sections
