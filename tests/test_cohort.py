@@ -232,9 +232,10 @@ def test_slides_csv_says_how_each_slide_stands(tmp_path: Path) -> None:
     assert list(a)[:6] == ["slide_id", "status", "tiles", "seconds", "tiles/s", "error"]
 
 
-def some_tiles(slide_id: str = "a") -> Tiles:
+def some_tiles(**attrs: str) -> Tiles:
     return Tiles(
-        slide_id=slide_id,
+        slide_id="a",
+        attrs=attrs,
         coords_level0=np.array([[0, 0], [256, 0]]),
         cells=np.array([[0, 0], [1, 0]]),
         tissue_fraction=np.ones(2),
@@ -253,7 +254,9 @@ def test_finished_wants_equal_identity_and_a_whole_file(tmp_path: Path) -> None:
     identity = {"mpp": 0.5, "precision": "fp32"}
     write_status(tmp_path, Status("a", "tiles", "done", 2, identity=identity))
     assert finished(tmp_path, "a", identity) is None, "there is no result"
-    write_tiles(tmp_path / "a.h5", some_tiles())
+    write_tiles(tmp_path / "a.h5", some_tiles(identity=digest({"mpp": 0.5, "precision": "bf16"})))
+    assert finished(tmp_path, "a", identity) is None, "the result is another run's, killed before its status"
+    write_tiles(tmp_path / "a.h5", some_tiles(identity=digest(identity)))
     assert finished(tmp_path, "a", identity) is not None
     assert finished(tmp_path, "a", {**identity, "mpp": 0.25}) is None
     assert finished(tmp_path, "a", {**identity, "precision": "fp16"}) is None

@@ -9,21 +9,22 @@ from typing import Any
 
 from gigapath.cohort.status import Status, read_status, read_statuses
 from gigapath.features import FeatureFileError
-from gigapath.features.h5 import is_complete, open_h5
+from gigapath.features.h5 import is_complete, open_h5, read_attrs
 
 # What must be one within a folder, or the results can't be compared with each other.
 NUMERICS = ("weights_sha256", "precision", "device", "batch_shape", "reader", "filter", "numerics_version")
 
 
 def digest(identity: Mapping[str, Any]) -> str:
-    """A short name for an identity: what a later stage records of an earlier one."""
+    """A short name for an identity: what a result's file records of itself, and a later stage of an earlier one."""
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def finished(folder: Path, slide_id: str, identity: Mapping[str, Any], *, allow_mixed: bool = False) -> Status | None:
     """The status of a finished result that equals what this run would compute, or None.
 
-    The result's own file is opened: a status beside a missing or cut-off file counts for nothing.
+    The result's own file is opened and asked for its identity: a status beside a file that is missing, cut off or
+    made by another run, which was killed before it wrote its status, counts for nothing.
 
     Args:
         folder: the stage's folder.
@@ -38,7 +39,7 @@ def finished(folder: Path, slide_id: str, identity: Mapping[str, Any], *, allow_
     if _without(status.identity, ignored) != _without(identity, ignored):
         return None
     without_file = status.stage == "slides" and status.status == "no_tissue"
-    return status if without_file or _is_whole(folder / f"{slide_id}.h5") else None
+    return status if without_file or _is_whole(folder / f"{slide_id}.h5", digest(status.identity)) else None
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
@@ -81,10 +82,10 @@ def check_unmixed(folder: Path, identity: Mapping[str, Any], slide_ids: Collecti
             )
 
 
-def _is_whole(path: Path) -> bool:
+def _is_whole(path: Path, identity: str) -> bool:
     try:
         with open_h5(path) as file:
-            return is_complete(file)
+            return is_complete(file) and read_attrs(file).get("identity") == identity
     except (FeatureFileError, OSError):
         return False
 

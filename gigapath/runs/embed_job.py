@@ -149,6 +149,7 @@ class EmbedJob:
             "trained": self.encoder.trained,
             "encoder_description": self.encoder.description,
             "tiles": identity["tiles"],
+            "identity": digest(identity),
         }
         path = self._features_path(entry)
         with (

@@ -203,7 +203,8 @@ def _plan(job: EmbedJob, todo: Sequence[SlideEntry]) -> Plan:
     }
     if total:
         rate = measure_rate(job.warm_up, job.batch_size)
-        seconds = total / rate
+        # The last batch of each slide is padded, half of it on average.
+        seconds = (total + len(todo) * (job.batch_size - 1) / 2) / rate
         facts |= {"tiles_per_second": rate, "seconds": seconds}
         lines.append(f"{work}; about {in_words(seconds)} at {rate:.3g} tiles/s (one batch, measured here).")
         if seconds > _PATIENCE_SECONDS and encoder.device.type == "cpu":

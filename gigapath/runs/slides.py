@@ -98,6 +98,7 @@ class SlideStage:
                 "attention_kernel": self.encoder.kernel,
                 "trained": trained,
                 "features": features,
+                "identity": digest(identity),
             }
             write_slide(result, SlideEmbeddings(slide_id=entry.slide_id, attrs=attrs, **arrays))
             facts = {"slide_encoder": self.encoder.name, "trained": trained}

@@ -1,6 +1,7 @@
 """The tiling stage of a slide, and `run_tile` over a cohort: tissue, tiles, previews. No torch in the process."""
 
 import contextlib
+import dataclasses
 import glob
 import hashlib
 import json
@@ -11,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from gigapath.cohort.manifest import SlideEntry, find_slides
-from gigapath.cohort.reuse import check_unmixed, finished, redone
+from gigapath.cohort.reuse import check_unmixed, digest, finished, redone
 from gigapath.cohort.status import Status
 from gigapath.cohort.stopping import StopFlag
 from gigapath.features import NUMERICS_VERSION, Tiles, write_tiles
@@ -99,6 +100,10 @@ def tile_slide(
 ) -> tuple[Status, Tiles | None]:
     """Tile one slide into `folder`, with its preview and status; the tiles are None where it failed."""
     made: list[Tiles] = []
+    try:
+        identity = tiles_identity(entry, tiling)
+    except OSError:  # the slide or its mask is gone: `work` says so
+        identity = {}
 
     def work() -> Outcome:
         facts = _file_facts(entry, options)
@@ -107,21 +112,17 @@ def tile_slide(
             picture = preview_picture(slide, plan.overview)
         preview = run.out / "previews" / f"{entry.slide_id}.jpg"
         write_preview(preview, plan.overview, plan.mask, plan.tiles, picture=picture)
-        digest = tiles_digest(plan.tiles, entry)
-        write_tiles(folder / f"{entry.slide_id}.h5", plan.tiles)
-        made.append(plan.tiles)
+        tiles = dataclasses.replace(plan.tiles, attrs={**plan.tiles.attrs, "identity": digest(identity)})
+        write_tiles(folder / f"{entry.slide_id}.h5", tiles)
+        made.append(tiles)
         return Outcome(
             status="done" if len(plan.tiles) else "no_tissue",
             tiles=len(plan.tiles),
             warnings=plan.warnings,
             facts={**slide_facts(plan), **facts},
-            digest=digest,
+            digest=tiles_digest(plan.tiles, entry),
         )
 
-    try:
-        identity = tiles_identity(entry, tiling)
-    except OSError:
-        identity = {}
     status = run.attempt(folder, entry, "tiles", identity, work)
     return status, made[0] if made else None
 
@@ -152,12 +153,12 @@ def tiling_identities(entries: Sequence[SlideEntry], tiling: TileOptions) -> dic
 
 def tiles_digest(tiles: Tiles, entry: SlideEntry) -> str:
     """A short name for the tiles of a slide, however they were found: what is read where, of which file."""
-    digest = hashlib.sha256()
+    content = hashlib.sha256()
     geometry = [tiles.level, tiles.read_size, tiles.tile_size, tiles.tile_size_level0, entry.path.stat().st_size]
-    digest.update(json.dumps(geometry).encode())
+    content.update(json.dumps(geometry).encode())
     for array in (tiles.coords_level0, tiles.cells):
-        digest.update(np.ascontiguousarray(array).tobytes())
-    return digest.hexdigest()[:16]
+        content.update(np.ascontiguousarray(array).tobytes())
+    return content.hexdigest()[:16]
 
 
 def slide_facts(plan: TilePlan) -> dict[str, Any]:
