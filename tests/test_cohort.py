@@ -86,6 +86,12 @@ def test_find_slides_ends_in_a_loop_of_links_and_skips_outputs(tmp_path: Path) -
     assert ids_in(tmp_path) == ["one"], "a folder that an earlier run wrote"
 
 
+def test_find_slides_knows_slides_from_results_in_one_folder(tmp_path: Path) -> None:
+    for name in ("one.svs", "more/two.svs", "previews/one.jpg", "contact_sheet.jpg", "features_x/one.h5"):
+        touch(tmp_path / name)
+    assert [entry.slide_id for entry in find_slides([tmp_path], exclude=tmp_path)] == ["two", "one"]
+
+
 def test_find_slides_names_what_is_missing_or_empty(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"no such slide, folder or manifest: .*nothing\.svs"):
         find_slides([tmp_path / "nothing.svs"])

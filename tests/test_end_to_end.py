@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import openslide
 import pytest
+from fake_weights import flash_tile_checkpoint, slide_checkpoint
 from made_slides import paint_tissue, write_large, write_pyramid
 
 import gigapath
@@ -168,6 +169,26 @@ def test_standin_embeds_a_slide_and_says_what_it_is(
     np.testing.assert_allclose(slide.tile_mean[0], features.features.mean(0), atol=1e-5)
     ids, vectors = gigapath.read_slides(tmp_path, embedding="tile-mean")
     assert (ids, vectors.shape) == (["made"], (1, 1280))
+
+
+def test_local_checkpoints_of_a_release_are_a_pair(
+    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = flash_tile_checkpoint().parent
+    assert slide_checkpoint().parent == folder
+    words = ["--device", "cpu", "--batch-size", "2", "--max-tiles", "4", "--workers", "0"]
+    assert main(["embed", str(made), "--out", str(tmp_path), "--tile-encoder", str(folder), *words]) == 0
+    (features,), (slides,) = tmp_path.glob("features_*"), tmp_path.glob("slides_*")
+    embedded = read_features(features / "made.h5")
+    assert (embedded.features.shape, embedded.attrs["trained"]) == ((4, 384), True)
+    assert len(str(embedded.attrs["weights_sha256"])) == 64
+    slide = read_slide(slides / "made.h5")
+    assert slide.states_mean is not None
+    assert slide.states_mean.shape == (13, 384)
+    assert slide.attrs["encoder"] == features.name.removeprefix("features_")
+    ids, vectors = gigapath.read_slides(tmp_path, embedding="state:11:mean")
+    assert (ids, vectors.shape) == (["made"], (1, 384))
+    assert "sha256" in capsys.readouterr().out
 
 
 @pytest.mark.slow

@@ -15,6 +15,9 @@ from gigapath.preprocessing.slide import SLIDE_SUFFIXES, slide_id_of
 _FOUND_SUFFIXES = tuple(suffix for suffix in SLIDE_SUFFIXES if suffix != ".png")
 _JPEG_SUFFIXES = (".jpeg", ".jpg")
 _MANIFEST_SUFFIXES = (".csv", ".tsv")
+# What a run leaves in its output folder.
+_OUTPUT_FOLDERS = ("tiles", "previews", "features_", "slides_", "runs", "private")
+_CONTACT_SHEET = "contact_sheet"
 _KNOWN_COLUMNS = ("path", "slide_id", "mpp", "mask", "md5")
 
 
@@ -141,13 +144,18 @@ def _slides_in(folder: Path, exclude: Path | None) -> list[Path]:
     """Slide files below `folder`, sorted; one file for each DICOM series."""
     found = []
     seen = set()
+    top_folder = folder.resolve()
     excluded = exclude.resolve() if exclude is not None and exclude.exists() else None
     for top, subfolders, files in os.walk(folder, followlinks=True):
         here = Path(top).resolve()
-        if here in seen or here == excluded or _is_output(here, files, subfolders):  # a link back up ends here too
+        written = here == excluded or _is_output(files, subfolders)
+        if here in seen or (written and here != top_folder):  # a link back up ends here too
             subfolders.clear()
             continue
         seen.add(here)
+        if written:  # slides and results share the folder
+            subfolders[:] = [name for name in subfolders if not name.startswith(_OUTPUT_FOLDERS)]
+            files = [name for name in files if not name.startswith(_CONTACT_SHEET)]
         names = {name.lower() for name in files}
         subfolders[:] = sorted(
             name for name in subfolders if not name.startswith(".") and f"{name.lower()}.mrxs" not in names
@@ -161,8 +169,8 @@ def _slides_in(folder: Path, exclude: Path | None) -> list[Path]:
     return sorted(_one_of_each_series(found))
 
 
-def _is_output(folder: Path, files: Iterable[str], subfolders: Iterable[str]) -> bool:
-    """Whether this package wrote `folder`: its previews are no slides."""
+def _is_output(files: Iterable[str], subfolders: Iterable[str]) -> bool:
+    """Whether this package wrote a folder with these in it: its previews are no slides."""
     return "slides.csv" in files and {"runs", "private"} <= set(subfolders)
 
 

@@ -16,6 +16,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+import openslide
+
 import gigapath
 from gigapath.cohort.manifest import SlideEntry
 from gigapath.cohort.privacy import record_paths, redact, write_private
@@ -109,6 +111,7 @@ def versions() -> dict[str, str]:
         "implementation": gigapath.__implementation__,
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
+        "openslide-library": openslide.__library_version__,
     }
     for package in _PACKAGES:
         try:
