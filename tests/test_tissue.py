@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gigapath.preprocessing.grid import Grid, plan_grid
+from gigapath.preprocessing.otsu import otsu_threshold
 from gigapath.preprocessing.slide import Overview, open_slide
 from gigapath.preprocessing.tissue import (
     TissueMask,
@@ -17,7 +18,6 @@ from gigapath.preprocessing.tissue import (
     find_tissue,
     has_dark_background,
     make_mask,
-    otsu_threshold,
     tile_fractions,
     tile_sections,
 )
@@ -147,6 +147,14 @@ def test_pen_on_glass_is_dropped_and_recorded(name: str) -> None:
     assert found.dropped["pen"][stroke > 0].mean() > 0.95
     assert (found.mask & inside).sum() > 0.97 * inside.sum()
     assert (found.mask & ~ellipse(image.shape[:2], grow=3)).sum() == 0
+
+
+def test_pen_on_a_blank_slide_is_no_tissue() -> None:
+    image = field()
+    cv2.line(image, (330, 20), (30, 235), PENS["blue"], 14)
+    found = find_tissue(overview(image))
+    assert found.state == "blank"
+    assert found.dropped["pen"].sum() > 14 * 300
 
 
 @pytest.mark.parametrize("colour", [(20, 60, 130), (30, 110, 70), (25, 25, 28), (230, 200, 60), (200, 40, 40)])

@@ -124,7 +124,8 @@ def write_pages(path: Path, entries: Sequence[Entry]) -> list[Path]:
     for page, file in enumerate(pages):
         part = order[page * COLUMNS * ROWS : (page + 1) * COLUMNS * ROWS]
         suspects = sum(bool(entry.suspicions) for entry in order)
-        head = f"{len(order):,} slides, {suspects:,} to look at first" + (f"; page {page + 1} of {count}" * (count > 1))
+        slides = "1 slide" if len(order) == 1 else f"{len(order):,} slides"
+        head = f"{slides}, {suspects:,} to look at first" + (f"; page {page + 1} of {count}" * (count > 1))
         write_jpeg(file, draw_page(part, head))
     for old in path.parent.glob(f"{path.stem}_*{path.suffix}"):
         if old not in pages and old.stem.removeprefix(f"{path.stem}_").isdigit():

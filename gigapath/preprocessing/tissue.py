@@ -16,17 +16,11 @@ from numpy.typing import NDArray
 
 from gigapath.preprocessing import ink, stain
 from gigapath.preprocessing.grid import Grid
+from gigapath.preprocessing.otsu import EVERYTHING, NOTHING, palest_tissue
 from gigapath.preprocessing.slide import Overview
 
 BoolImage = NDArray[np.bool_]
 State = Literal["tissue", "blank", "full"]
-
-# Stain, in grey levels, by which tissue must stand out from glass. Empty glass, blurred, scatters by 2 to 6; the
-# palest tissue that is still worth a tile stands out by about 15.
-CONTRAST = 12
-
-# Thresholds where there are no two classes.
-EVERYTHING, NOTHING = 0, 256
 
 SPECK_UM2 = 4_000.0  # a quarter of a tile of 128 microns
 HOLE_UM2 = 2_500.0
@@ -113,10 +107,11 @@ def find_tissue(overview: Overview, method: str = "otsu") -> TissueMask:
     threshold, stained = EVERYTHING, np.ones_like(counted)
     if glass is not None:
         smooth, sharp = stain.stain_image(blurred, glass), stain.stain_image(image, glass)
-        threshold = _split(smooth[counted])
+        threshold = palest_tissue(smooth[counted])
         stained = (smooth >= threshold) & (sharp >= threshold)  # the smooth image alone would give tissue a rim
     found = counted & stained
-    pen &= stained
+    if found.any():
+        pen &= stained  # without tissue the whole stroke is recorded
     kept_pen = ink.on_tissue(pen, found, overview.mpp)
     kept_fill = ink.touching(fill & ~unscanned, found)
     found |= kept_pen | kept_fill
@@ -129,7 +124,7 @@ def find_tissue(overview: Overview, method: str = "otsu") -> TissueMask:
         method=method,
         threshold=float(threshold) if EVERYTHING < threshold < NOTHING else None,
         state="blank" if not whole.any() else "full" if threshold == EVERYTHING else "tissue",
-        dropped={reason: area for reason, area in dropped.items() if area.any()},
+        dropped=dropped,
         background=None if glass is None else (round(glass[0]), round(glass[1]), round(glass[2])),
     )
 
@@ -147,7 +142,7 @@ def has_dark_background(overview: Overview) -> bool:
 def _bright_on_dark(overview: Overview) -> TissueMask:
     """Tissue of a fluorescence slide: the same rule on the brightest channel, specks left out."""
     brightest = stain.extremes(cv2.blur(overview.image, (3, 3)))[0]
-    threshold = _split(brightest[overview.opaque])
+    threshold = palest_tissue(brightest[overview.opaque])
     found = overview.opaque & (brightest >= threshold)
     whole = _without_specks(_without_holes(found, overview.mpp) & overview.opaque, overview.mpp)
     return make_mask(
@@ -156,20 +151,28 @@ def _bright_on_dark(overview: Overview) -> TissueMask:
         method="otsu",
         threshold=float(threshold),
         state="tissue" if whole.any() else "blank",
-        dropped={"speck": found & ~whole} if (found & ~whole).any() else {},
+        dropped={"speck": found & ~whole},
         background=(0, 0, 0),
     )
 
 
-def make_mask(overview: Overview, mask: BoolImage, *, method: str, state: State = "tissue", **facts: Any) -> TissueMask:
+def make_mask(
+    overview: Overview,
+    mask: BoolImage,
+    *,
+    method: str,
+    state: State = "tissue",
+    threshold: float | None = None,
+    dropped: Mapping[str, BoolImage] | None = None,
+    background: tuple[int, int, int] | None = None,
+    box_level0: tuple[int, int, int, int] | None = None,
+) -> TissueMask:
     """A TissueMask in the frame of `overview`, its pieces counted.
 
     Args:
         overview: gives the frame.
         mask: (h, w), True = tissue.
-        method: see TissueMask.
-        state: see TissueMask.
-        facts: its other attributes.
+        method, state, threshold, dropped, background, box_level0: see TissueMask; areas without a pixel are not kept.
     """
     return TissueMask(
         mask=mask,
@@ -178,84 +181,12 @@ def make_mask(overview: Overview, mask: BoolImage, *, method: str, state: State 
         scale=overview.scale,
         mpp=overview.mpp,
         method=method,
-        threshold=facts.pop("threshold", None),
+        threshold=threshold,
         state=state,
-        **facts,
+        dropped={reason: area for reason, area in (dropped or {}).items() if area.any()},
+        background=background,
+        box_level0=box_level0,
     )
-
-
-def otsu_threshold(histogram: NDArray[np.int64]) -> int:
-    """Otsu's threshold: the first bin of the upper class, where the variance between the classes is largest.
-
-    Between two far peaks every cut of the gap is equally good; the middle one is taken.
-
-    Args:
-        histogram: (n,) counts, at least two of them not 0.
-    """
-    counts = histogram.astype(np.float64)
-    below = np.cumsum(counts)[:-1]
-    sums = np.cumsum(counts * np.arange(len(counts)))
-    above = counts.sum() - below
-    with np.errstate(divide="ignore", invalid="ignore"):
-        between = (sums[-1] * below / counts.sum() - sums[:-1]) ** 2 / (below * above)
-    between = np.nan_to_num(between, nan=-1.0, posinf=-1.0)
-    best = np.flatnonzero(between >= between.max() * (1 - 1e-12))
-    return int(best[len(best) // 2]) + 1
-
-
-def _split(values: NDArray[np.uint8]) -> int:
-    """Tissue by Otsu's threshold, taken again on the paler class as long as the classes stand CONTRAST apart.
-
-    One threshold over dark and pale tissue would lie between those two. Going on until only glass is left finds the
-    palest tissue, whatever pigment, DAB or haemorrhage lies beside it. The glass's own scatter is flattened first,
-    lest its width outvote a needle biopsy.
-
-    Args:
-        values: (n,) stain.
-
-    Returns:
-        the least value that is tissue: EVERYTHING or NOTHING where there are no two classes.
-    """
-    if not values.size:
-        return NOTHING
-    glass = values[values <= stain.GLASS_CHROMA]
-    level = float(np.median(glass)) if glass.size else 0.0
-    scatter = _scatter(np.bincount(glass), level)
-    histogram = np.bincount(values, minlength=256)
-    flat = int(min(level + 3 * 1.4826 * scatter, CONTRAST))
-    histogram[flat] = histogram[: flat + 1].sum()
-    histogram[:flat] = 0
-    threshold = None
-    while np.count_nonzero(histogram) > 1:
-        cut = otsu_threshold(histogram)
-        if cut + _median(histogram[cut:]) - _median(histogram[:cut]) < CONTRAST:
-            break
-        threshold, histogram = cut, histogram[:cut]
-    if threshold is None and glass.size >= 0.5 * values.size:
-        return NOTHING
-    # Where hardly any glass is to be seen, Otsu's threshold falls between tissue and tissue, or nowhere.
-    paler = histogram if threshold is not None else np.bincount(values[values > stain.GLASS_CHROMA], minlength=256)
-    if not glass.size or not paler.any():
-        return EVERYTHING if threshold is None else threshold
-    if _median(paler) >= level + CONTRAST:
-        return round(level) + CONTRAST
-    return EVERYTHING if threshold is None else threshold
-
-
-def _scatter(histogram: NDArray[np.int64], level: float) -> float:
-    """Median distance from `level` of the values that a histogram counts; 0 where it counts none."""
-    distances = np.abs(np.arange(len(histogram)) - level)
-    order = np.argsort(distances)
-    cumulated = np.cumsum(histogram[order])
-    if not cumulated.size or not cumulated[-1]:
-        return 0.0
-    middle = np.searchsorted(cumulated, [(cumulated[-1] - 1) // 2, cumulated[-1] // 2], side="right")
-    return float(distances[order][middle].mean())
-
-
-def _median(histogram: NDArray[np.int64]) -> int:
-    cumulated = np.cumsum(histogram)
-    return int(np.searchsorted(cumulated, cumulated[-1] / 2))
 
 
 def _dark_frame(image: NDArray[np.uint8]) -> BoolImage:
