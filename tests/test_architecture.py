@@ -18,7 +18,7 @@ LAYERS = [
     {"tile_encoder", "classification_head", "torchscale"},
     {"cohort", "encoding"},
     {"runs"},
-    {"pipeline", "linear_probe", "finetune"},
+    {"pipeline", "convert", "linear_probe", "finetune"},
     {"verify", "bench"},
     {"cli"},
 ]

@@ -17,6 +17,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "slide-embed": ("slide_embed", "Tile embeddings, ours or another tool's, to slide embeddings."),
     "tile": ("tile", "Find tissue and lay tiles: mask, tiles, previews. Look at them before embedding."),
     "export": ("export", "One table of slide vectors from a run: parquet, CSV or npz."),
+    "convert": ("convert", "Tile embeddings as another tool's files: TRIDENT, CLAM, STAMP, slide2vec, the published."),
     "probe": ("probe", "Fit and score a linear layer on frozen tile or slide embeddings."),
     "bench": ("bench", "Measure this machine: the slide encoder."),
     "inspect": ("inspect", "Say what a feature file is, ours or another tool's."),

@@ -176,7 +176,10 @@ def _write_parquet(to: Path, ids: Sequence[str], vectors: Array, name: str, trai
         import pandas
         import pyarrow  # type: ignore[import-untyped]  # noqa: F401
     except ImportError as error:
-        raise ImportError("export to .parquet: install pandas and pyarrow, or write .csv or .npz.") from error
+        raise ImportError(
+            "export to .parquet needs pandas and pyarrow. Install them (pip install 'gigapath[train]'), or write .csv "
+            "or .npz."
+        ) from error
     table = pandas.DataFrame(vectors, columns=[f"e{i}" for i in range(vectors.shape[1])])
     table.insert(0, "trained", [None if mark == "" else mark for mark in trained])
     table.insert(0, "embedding", name)

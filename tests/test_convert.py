@@ -1,0 +1,229 @@
+"""Converting tile embeddings between tools: each direction keeps embeddings, cells and places."""
+
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import pytest
+from feature_files import (
+    CELLS,
+    make_features,
+    make_tiles,
+    shuffled,
+    write_clam,
+    write_h5,
+    write_mussel,
+    write_published,
+    write_slide2vec,
+    write_stamp,
+    write_trident,
+)
+
+from gigapath.cli.main import main
+from gigapath.convert import FORMATS, Scale, convert
+from gigapath.features import TileEmbeddings, TileEmbeddingsWriter, read_features
+from gigapath.features.describe import describe
+from gigapath.files import OutputError
+
+FEATURES = make_features()
+ORDER = shuffled(len(CELLS))
+SCALE = Scale(slide_mpp=0.25, coords_mpp=0.5)
+OTHERS = [name for name in FORMATS if name != "gigapath"]
+
+
+def write_ours(folder: Path, **changes: Any) -> Path:
+    tiles = make_tiles(**changes)
+    path = folder / "ours" / f"{tiles.slide_id}.h5"
+    with TileEmbeddingsWriter(
+        path, tiles, embed_dim=6, attrs={"encoder": "gigapath", "mpp_level0": (0.25, 0.25)}
+    ) as writer:
+        writer.write(0, FEATURES)
+    return path
+
+
+def read_back(path: Path, tool: str) -> TileEmbeddings:
+    return read_features(path, tile_size_level0=256 if tool == "published" else None)
+
+
+@pytest.mark.parametrize("tool", OTHERS)
+def test_our_file_reads_the_same_from_every_tools_files(tool: str, tmp_path: Path) -> None:
+    written = convert(read_features(write_ours(tmp_path)), tool, tmp_path / tool)
+    assert all(path.is_file() and path.is_relative_to(tmp_path / tool) for path in written)
+    found = read_back(written[0], tool)
+    assert found.source == tool and found.slide_id == "slide-1"
+    assert np.array_equal(found.cells, CELLS)
+    assert np.array_equal(found.features, FEATURES.astype(np.float16) if tool == "stamp" else FEATURES)
+    if tool in ("trident", "clam", "slide2vec"):
+        assert np.array_equal(found.coords_level0, CELLS.astype(np.int64) * 512)
+    if tool in ("trident", "stamp", "slide2vec"):
+        assert found.encoder == "gigapath"
+
+
+@pytest.mark.parametrize("tool", OTHERS)
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_every_tools_file_becomes_ours_and_goes_back(tool: str, shuffle: bool, tmp_path: Path) -> None:
+    order = ORDER if shuffle else np.arange(len(CELLS))
+    write = {"trident": write_trident, "clam": write_clam, "stamp": write_stamp, "published": write_published}.get(tool)
+    if write is None:
+        path = write_slide2vec(tmp_path, FEATURES, order=order)
+    else:
+        path = write(tmp_path, FEATURES[order], CELLS[order])
+    found = read_back(path, tool)
+    (ours,) = convert(found, "gigapath", tmp_path / "ours", scale=SCALE)
+    middle = read_features(ours)
+    assert middle.source == "gigapath" and middle.attrs["converted_from"] == tool
+    assert np.array_equal(middle.cells, CELLS) and np.array_equal(middle.features, found.features)
+    scale = {"stamp": 4, "published": 2}.get(tool, 1)  # 256 um at 0.25 mpp; a level of 0.5 mpp
+    assert np.array_equal(middle.coords_level0, np.rint(found.coords * scale))
+    assert describe(ours)["warnings"] == ([] if middle.encoder else describe(ours)["warnings"])
+    back = read_back(convert(middle, tool, tmp_path / "back", scale=SCALE)[0], tool)
+    assert np.array_equal(back.features, found.features) and back.features.dtype == found.features.dtype
+    assert np.array_equal(back.coords, found.coords) and np.array_equal(back.cells, CELLS)
+    assert back.encoder == found.encoder
+    kept = (
+        "patch_size",
+        "patch_size_level0",
+        "level0_magnification",
+        "target_magnification",
+        "level0_width",
+        "tile_size_um",
+        "tile_size_px",
+        "unit",
+        "tile_size_lv0",
+        "requested_spacing_um",
+    )
+    for name in kept:
+        if name in found.attrs and tool != "clam":  # its patch is stated at level 0 instead
+            assert back.attrs[name] == found.attrs[name], name
+
+
+def test_published_files_have_neighbours_one_cell_apart(tmp_path: Path) -> None:
+    (path,) = convert(read_features(write_ours(tmp_path)), "published", tmp_path / "out")
+    with h5py.File(path, "r") as file:
+        assets = {name: file[name][:] for name in file}
+    assert set(assets) == {"features", "coords"}
+    assert assets["coords"].dtype == np.float32 and assets["features"].dtype == np.float32
+    assert np.array_equal(np.floor(assets["coords"] / 256), CELLS)  # what the published encoder divides by
+
+
+def test_trident_attributes_come_from_the_slide(tmp_path: Path) -> None:
+    (path,) = convert(read_features(write_ours(tmp_path)), "trident", tmp_path / "out")
+    with h5py.File(path, "r") as file:
+        coords = dict(file["coords"].attrs)
+        assert dict(file["features"].attrs) == {"name": "slide-1", "savetodir": "None", "encoder": "gigapath"}
+    assert coords == {
+        "patch_size": 256,
+        "patch_size_level0": 512,
+        "level0_magnification": 40,
+        "target_magnification": 20,
+        "overlap": 0,
+        "name": "slide-1",
+        "savetodir": "None",
+        "level0_width": 6000,
+        "level0_height": 4000,
+    }
+
+
+def test_clam_gets_its_three_files(tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    features, tensor, patches = convert(read_features(write_ours(tmp_path)), "clam", tmp_path / "out")
+    assert [path.parent.name for path in (features, tensor, patches)] == ["h5_files", "pt_files", "patches"]
+    assert torch.equal(torch.load(tensor, weights_only=True), torch.from_numpy(FEATURES))
+    with h5py.File(patches, "r") as file:
+        attrs = dict(file["coords"].attrs)
+    assert (attrs["patch_size"], attrs["patch_level"], list(attrs["downsample"])) == (512, 0, [1.0, 1.0])
+
+
+def test_stamp_counts_micrometres(tmp_path: Path) -> None:
+    (path,) = convert(read_features(write_ours(tmp_path)), "stamp", tmp_path / "out")
+    with h5py.File(path, "r") as file:
+        assert file.attrs["unit"] == "um" and file.attrs["tile_size_um"] == 128.0 and file.attrs["tile_size_px"] == 256
+        assert file["feats"].dtype == np.float16
+        assert np.array_equal(file["coords"][:], (CELLS * 128.0).astype(np.float32))
+    with pytest.raises(ValueError, match="do not fit in STAMP's float16"):
+        big = read_features(write_trident(tmp_path, FEATURES * 1e6))
+        convert(big, "stamp", tmp_path / "out", scale=SCALE)
+
+
+def test_what_is_not_stated_is_asked_for(tmp_path: Path) -> None:
+    trident = read_features(write_trident(tmp_path / "t", FEATURES))
+    with pytest.raises(ValueError, match=r"does not say the slide's mpp.*--slide-mpp"):
+        convert(trident, "stamp", tmp_path / "out")
+    stamp = read_features(write_stamp(tmp_path / "s", FEATURES))
+    with pytest.raises(ValueError, match=r"not level-0 pixels.*--slide-mpp"):
+        convert(stamp, "trident", tmp_path / "out")
+    published = read_features(write_published(tmp_path / "p", FEATURES), tile_size_level0=256)
+    with pytest.raises(ValueError, match=r"which level.*--coords-mpp"):
+        convert(published, "gigapath", tmp_path / "out", scale=Scale(slide_mpp=0.25))
+    with pytest.raises(ValueError, match="one of our files already"):
+        convert(read_features(write_ours(tmp_path)), "gigapath", tmp_path / "out")
+    with pytest.raises(ValueError, match="--to: expected one of gigapath, trident"):
+        convert(trident, "TRIDENT", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_mussel_files_know_their_slide(tmp_path: Path) -> None:
+    found = read_features(write_mussel(tmp_path, FEATURES))
+    (path,) = convert(found, "stamp", tmp_path / "out")
+    assert np.array_equal(read_features(path).cells, found.cells)
+
+
+def test_a_step_that_division_by_whole_pixels_would_misplace_is_refused(tmp_path: Path) -> None:
+    cells = np.stack([np.arange(600), np.arange(600) % 2], axis=1)[np.lexsort((np.arange(600), np.arange(600) % 2))]
+    pitch = 256 * 0.5 / 0.2431  # 526.53: after 500 columns, division by 527 is half a tile off
+    features = make_features(600)
+    coords = np.rint(cells * pitch).astype(np.int64)
+    path = write_h5(
+        tmp_path / "a.h5", {"features": features, "coords": coords}, {"coords": {"patch_size_level0": pitch}}
+    )
+    found = read_features(path)
+    assert np.array_equal(found.cells, cells)
+    for tool in ("trident", "clam"):
+        with pytest.raises(ValueError, match="some would change their cell"):
+            convert(found, tool, tmp_path / "out")
+    for tool in ("slide2vec", "published", "gigapath"):
+        assert np.array_equal(read_back(convert(found, tool, tmp_path / "out")[0], tool).cells, cells)
+
+
+@pytest.mark.parametrize("tool", FORMATS)
+def test_empty_slides_convert(tool: str, tmp_path: Path) -> None:
+    nothing = np.zeros((0, 2), np.int64)
+    if tool == "gigapath":
+        path = write_trident(tmp_path, FEATURES[:0], nothing)
+    else:
+        path = tmp_path / "e.h5"
+        with TileEmbeddingsWriter(path, make_tiles(cells=nothing), embed_dim=6, attrs={"mpp_level0": (0.25, 0.25)}):
+            pass
+    written = convert(read_features(path), tool, tmp_path / "out")
+    assert read_back(written[0], tool).features.shape == (0, 6)
+
+
+def test_command_converts_folders_and_names_what_failed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = write_ours(tmp_path).parent
+    write_ours(tmp_path, slide_id="slide-2")
+    out = str(tmp_path / "out")
+    assert main(["convert", str(folder), "--to", "trident", "--out", out]) == 0
+    assert "2 of 2 files converted." in capsys.readouterr().out
+    assert sorted(path.name for path in (tmp_path / "out" / "features_gigapath").iterdir()) == [
+        "slide-1.h5",
+        "slide-2.h5",
+    ]
+    (folder / "text.h5").write_text("no")
+    assert main(["convert", str(folder), str(folder / "slide-1.h5"), "--to", "published", "--out", out]) == 3
+    captured = capsys.readouterr()
+    assert "2 of 4 files converted." in captured.out
+    assert "text.h5: expected an HDF5 file" in captured.err and "a second file of slide 'slide-1'" in captured.err
+    assert main(["convert", str(tmp_path / "none"), "--to", "clam", "--out", out]) == 1
+    assert "no file of tile embeddings" in capsys.readouterr().err
+    assert main(["convert", str(folder), "--to", "clam", "--out", out, "--slide-mpp", "0"]) == 1
+    assert "--slide-mpp: expected a value above 0" in capsys.readouterr().err
+
+
+def test_output_that_cannot_be_written_ends_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write_ours(tmp_path)
+    (tmp_path / "out").write_text("a file where the folder should be")
+    with pytest.raises(OutputError):
+        convert(read_features(path), "published", tmp_path / "out")
+    assert main(["convert", str(path), "--to", "published", "--out", str(tmp_path / "out")]) == 1
+    assert "could not be written" in capsys.readouterr().err
