@@ -54,7 +54,7 @@ def add_zero_keys(out: Tensor, lse: Tensor, zero_keys: int) -> tuple[Tensor, Ten
     if zero_keys == 0:
         return out, lse
     full = torch.logaddexp(lse, lse.new_tensor(math.log(zero_keys)))
-    return out.mul_((lse - full).exp().unsqueeze(-1).to(out.dtype)), full
+    return out.mul_((lse - full).exp().unsqueeze(-1)), full
 
 
 def attend(
