@@ -127,7 +127,7 @@ def test_slide_pass_names_every_state(tiled: tuple[Path, Path], encoder: nn.Modu
     assert all(value.shape == (1, 32) for value in outputs.values())
     assert torch.equal(outputs["last_layer_embed"], outputs["layer_2_embed"])
     states = model(tiles["tile_embeds"], tiles["coords"], all_layer_embed=True)
-    assert torch.equal(outputs["layer_1_embed"], states[1])
+    torch.testing.assert_close(outputs["layer_1_embed"], states[1], atol=1e-5, rtol=0)  # that one keeps gradients
     batched = run_inference_with_slide_encoder(tiles["tile_embeds"][None], tiles["coords"][None], model)
     assert torch.equal(batched["layer_2_embed"], outputs["layer_2_embed"])
 
