@@ -27,7 +27,7 @@ from gigapath.tile_encoder import TileEncoder, load_tile_encoder
 # Tiles per batch where nobody says: on a CPU a batch takes seconds, so that a stop is heard in time.
 _BATCH_ON_GPU = 128
 _BATCH_ON_CPU = 32
-_BATCH_ON_CPU_LARGE = 4
+_BATCH_ON_CPU_LARGE = 2
 _LARGE = 500_000_000  # parameters; the ViT-g has 1.1 billion
 _PATIENCE_SECONDS = 3600.0
 _ALTERNATIVES = (
