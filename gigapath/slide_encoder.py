@@ -310,6 +310,10 @@ def create_model(
         FileNotFoundError: the checkpoint is not there.
         ValueError: unknown architecture, or weights of the encoder that are missing or of another shape.
     """
+    if pretrained is None:  # a forgotten option must not become random weights
+        raise ValueError(
+            "create_model: expected weights, got None. Give hf_hub:REPO, a file, or '' for random weights."
+        )
     if not is_model(model_arch):
         raise ValueError(
             f"create_model: expected an architecture such as {', '.join(ARCHITECTURES)}, got {model_arch!r}. "

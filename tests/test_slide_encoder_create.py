@@ -52,6 +52,8 @@ def test_create_model_downloads_into_the_cache_or_a_folder(monkeypatch, checkpoi
 def test_create_model_raises_where_the_file_is_missing() -> None:
     with pytest.raises(FileNotFoundError, match=r"nowhere\.pth"):
         create_model("nowhere.pth", FLASH, 12)
+    with pytest.raises(ValueError, match="random weights"):
+        create_model(None, FLASH, 12)
 
 
 def test_create_model_reads_wrapped_and_bare_checkpoints(checkpoint, tmp_path) -> None:
