@@ -36,6 +36,8 @@ _FROM_TIMM = {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "cache_d
 # Options besides the published ones.
 _OURS = {"mlp_ratio", "checkpoint_activations", "linear_precision"}
 
+Pool = Callable[..., Tensor]  # (tokens, lengths) -> embeddings
+
 
 class Embeddings(list[Tensor]):
     """The (B, D) embeddings of a call: one, or one per state."""
@@ -171,7 +173,13 @@ class LongNetViT(nn.Module):
         return self.forward_packed(x[valid], coords[valid.to(coords.device)], lengths, all_layer_embed)
 
     def forward_packed(
-        self, x: Tensor, coords: Tensor, lengths: Sequence[int] | Tensor, all_layer_embed: bool = False
+        self,
+        x: Tensor,
+        coords: Tensor,
+        lengths: Sequence[int] | Tensor,
+        all_layer_embed: bool = False,
+        *,
+        pool: Pool | None = None,
     ) -> Embeddings:
         """Embed slides of several lengths, given one after another; see `forward`.
 
@@ -180,6 +188,8 @@ class LongNetViT(nn.Module):
             coords: (T, 2).
             lengths: tiles of each slide, T in all, none empty.
             all_layer_embed: as in `forward`.
+            pool: makes embeddings from tokens (1, T + B, D) and the tokens of each slide (its class token first)
+                instead of the model's own pooling.
         """
         tiles = tuple(int(length) for length in lengths)
         self._check(x[None], coords[None])
@@ -188,7 +198,7 @@ class LongNetViT(nn.Module):
                 f"slide encoder: expected lengths of at least 1 that add up to {x.shape[0]} tiles, got {tiles}. "
                 "Leave empty slides out."
             )
-        return self._embed(x[None], coords[None], tuple(length + 1 for length in tiles), all_layer_embed)
+        return self._embed(x[None], coords[None], tuple(length + 1 for length in tiles), all_layer_embed, pool)
 
     def _check(self, x: Tensor, coords: Tensor) -> None:
         """Raise ValueError unless x is (B, L, in_chans) and coords (B, L, 2), L at least 1."""
@@ -205,7 +215,9 @@ class LongNetViT(nn.Module):
         if 0 in x.shape[:2]:
             raise ValueError("slide encoder: expected at least one tile, got none. Leave empty slides out.")
 
-    def _embed(self, x: Tensor, coords: Tensor, lengths: tuple[int, ...], all_layer_embed: bool) -> Embeddings:
+    def _embed(
+        self, x: Tensor, coords: Tensor, lengths: tuple[int, ...], all_layer_embed: bool, pool: Pool | None = None
+    ) -> Embeddings:
         """The embeddings of slides with `lengths` tokens, the class token counted, from (B, L, .) or (1, T, .)."""
         tile_size = float(self.tile_size)
         coords = checked_coords(coords.to(x.device), tile_size, self.slide_ngrids)
@@ -220,15 +232,15 @@ class LongNetViT(nn.Module):
         tokens = tokens.view(x.shape[0], -1, self.embed_dim)  # (B, N, D) or (1, T + B, D)
         del tiles, parts
 
-        pool = partial(self._pool, lengths=lengths)
+        pooled = partial(pool or self._pool, lengths=lengths)
         answer = self.encoder(
             src_tokens=None,
             token_embeddings=tokens,
             return_all_hiddens=all_layer_embed,
             lengths=lengths,
-            summarise=pool,
+            summarise=pooled,
         )
-        return Embeddings(answer["encoder_states"] if all_layer_embed else [pool(answer["encoder_out"])])
+        return Embeddings(answer["encoder_states"] if all_layer_embed else [pooled(answer["encoder_out"])])
 
     def _pool(self, tokens: Tensor, lengths: tuple[int, ...]) -> Tensor:
         """Tokens (B, N, D) or (1, T, D) to embeddings (B, D): the mean over tiles or the class token, then `norm`."""

@@ -1,0 +1,237 @@
+"""Bags of tile embeddings from a folder of feature files, ours or another tool's; read ahead by threads."""
+
+import hashlib
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from gigapath.features import FeatureFileError, read_features
+from gigapath.features.h5 import open_h5, read_attrs
+from gigapath.finetune.options import JoinOptions
+from gigapath.tensors import read_tensor
+
+SUFFIXES = (".h5", ".npz", ".pt")
+CELL = 256  # pixels of a cell as the slide encoder takes them; it only divides by this
+GRID = 1000  # cells on a side of its grid
+MPP_TOLERANCE = 0.02
+# Attributes by which files say how far apart their tiles lie (ours, TRIDENT's, CLAM's and Mussel's, STAMP's).
+_STEPS = ("tile_size_level0", "patch_size_level0", "patch_size", "step_size", "tile_size_um", "tile_size_lv0")
+
+Array = npt.NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Bag:
+    """All embeddings of a slide: features (N, D) float32, coords (N, 2) int64, (x, y) = cell * CELL."""
+
+    features: Array
+    coords: Array
+
+    def __len__(self) -> int:
+        return len(self.features)
+
+    def take(self, rows: Array) -> "Bag":
+        """Some of the tiles, in the order given."""
+        return Bag(self.features[rows], self.coords[rows])
+
+
+class Bags(Protocol):
+    """The bags of a cohort by the row of the labels."""
+
+    def __getitem__(self, row: int) -> Bag: ...
+
+
+@dataclass(frozen=True)
+class FileFacts:
+    """What is known of a feature file without reading its embeddings.
+
+    Attributes:
+        tiles: number of tiles.
+        width: of an embedding.
+        made: what must agree between files: encoder, weights_sha256, mpp, numerics_version; None = not stated.
+        fingerprint: equal where two files hold the same embeddings.
+        states_step: the file says how far apart its tiles lie.
+    """
+
+    tiles: int
+    width: int
+    made: dict[str, Any]
+    fingerprint: str
+    states_step: bool
+
+
+def find_files(folder: Path | str) -> list[Path]:
+    """The feature files of a folder, sorted; of an output folder of `gigapath embed` those of its `features_*`."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"--features: expected a folder of feature files, got {str(folder)!r}.")
+    inner = sorted(place for name in ("features_*", "h5_files") for place in folder.glob(name) if place.is_dir())
+    for place in [folder, *(inner if len(inner) == 1 else [])]:
+        files = sorted(file for file in place.iterdir() if file.suffix in SUFFIXES and file.is_file())
+        if files:
+            return files
+    which = f" It holds {', '.join(place.name for place in inner)}: name one." if len(inner) > 1 else ""
+    raise ValueError(f"{folder}: expected feature files ({', '.join(SUFFIXES)}), found none.{which}")
+
+
+def look_at(path: Path, join: JoinOptions) -> FileFacts:
+    """What a file says of itself; an h5 file's embeddings are not read.
+
+    Raises:
+        FeatureFileError: not a feature file, cut off, without coordinates, without a tile.
+    """
+    if path.suffix != ".h5":
+        held = read_features(path, tile_size_level0=join.tile_size_level0, read_tensor=read_tensor)
+        return _facts(len(held), held.embed_dim, dict(held.attrs), held.encoder, held.features, path)
+    with open_h5(path) as file:
+        name = "feats" if "feats" in file else "features"
+        for needed in (name, "coords"):
+            if needed not in file:
+                held_names = ", ".join(sorted(file)) or "nothing"
+                raise FeatureFileError(f"{path.name}: expected datasets 'features' and 'coords', got {held_names}.")
+        shape = file[name].shape[-2:]
+        if len(shape) != 2:
+            raise FeatureFileError(f"{path.name}: expected embeddings (N, D), got {file[name].shape}.")
+        attrs = {**read_attrs(file), **read_attrs(file["coords"]), **read_attrs(file[name])}
+        ends = file[name][..., : min(4, shape[0]), :], file[name][..., max(0, shape[0] - 4) :, :]
+    encoder = attrs.get("encoder") or attrs.get("extractor")
+    return _facts(shape[0], shape[1], attrs, encoder, np.concatenate([end.reshape(-1) for end in ends]), path)
+
+
+def _facts(tiles: int, width: int, attrs: dict[str, Any], encoder: Any, some: Array, path: Path) -> FileFacts:
+    if tiles == 0:
+        raise FeatureFileError(f"{path.name}: it has no tiles. Leave the slide out of the labels.")
+    made = {
+        "encoder": None if encoder is None else str(encoder),
+        "weights_sha256": attrs.get("weights_sha256"),
+        "mpp": attrs.get("mpp"),
+        "numerics_version": attrs.get("numerics_version"),
+    }
+    digest = hashlib.sha256(f"{tiles} {width}".encode() + np.ascontiguousarray(some).tobytes()).hexdigest()
+    return FileFacts(int(tiles), int(width), made, digest, any(attrs.get(name) is not None for name in _STEPS))
+
+
+def look_at_all(
+    paths: Sequence[Path], join: JoinOptions, *, width: int | None = None, workers: int = 2
+) -> list[FileFacts]:
+    """`look_at` for every file; one width, and one make unless `allow_mixed`.
+
+    Args:
+        paths: the files.
+        join: how they are read.
+        width: the width that is expected, or None for that of the first.
+        workers: threads.
+    """
+    with ThreadPoolExecutor(workers) as pool:
+        facts = list(pool.map(lambda path: look_at(path, join), paths))
+    width = facts[0].width if width is None else width
+    for path, fact in zip(paths, facts, strict=True):
+        if fact.width != width:
+            raise FeatureFileError(
+                f"{path.name}: expected embeddings of width {width}, got {fact.width}. Features of another encoder?"
+            )
+        if not join.allow_mixed:
+            check_made(fact.made, facts[0].made, path.name, paths[0].name)
+    return facts
+
+
+def check_made(made: dict[str, Any], other: dict[str, Any], who: str, than: str) -> None:
+    """Raise FeatureFileError where two sets of features state different encoders, mpp or numerics."""
+    for key in ("encoder", "weights_sha256", "mpp", "numerics_version"):
+        mine, theirs = made.get(key), other.get(key)
+        if mine is None or theirs is None or mine == theirs:
+            continue
+        if key == "mpp" and abs(float(mine) - float(theirs)) <= MPP_TOLERANCE * float(theirs):
+            continue
+        raise FeatureFileError(
+            f"{who}: its {key} is {mine}, that of {than} {theirs}. Such features do not mix; make them alike, or "
+            "insist with --allow-mixed."
+        )
+
+
+class FileBags:
+    """The bags of feature files, read when asked for, all tiles in the file's order.
+
+    Raises, when a bag is asked for:
+        FeatureFileError: the file can't be read, holds NaN, has no step, has a tile outside the grid.
+    """
+
+    def __init__(self, files: Sequence[Path], facts: Sequence[FileFacts], tile_size_level0: float | None) -> None:
+        self.files = list(files)
+        self.facts = list(facts)
+        self.tile_size_level0 = tile_size_level0
+
+    def __getitem__(self, row: int) -> Bag:
+        path = self.files[row]
+        facts = self.facts[row]
+        stated = None if facts.states_step else self.tile_size_level0
+        held = read_features(
+            path, tile_size_level0=stated, embed_dim=facts.width, order="file", read_tensor=read_tensor
+        )
+        if len(held) == 0:
+            raise FeatureFileError(f"{path.name}: it has no tiles. Leave the slide out of the labels.")
+        coords = held.encoder_coords(CELL)
+        if coords.min() < 0 or coords.max() >= GRID * CELL:
+            worst = int(np.argmax((coords < 0).any(axis=1) | (coords >= GRID * CELL).any(axis=1)))
+            raise FeatureFileError(
+                f"{path.name}: expected cells 0 to {GRID - 1}, got {(coords[worst] // CELL).tolist()} in row {worst}. "
+                "Is the distance between its tiles right?"
+            )
+        return Bag(np.asarray(held.features, dtype=np.float32), coords)
+
+
+class MemoryBags:
+    """Bags that are at hand: cached states, means, bags of tests."""
+
+    def __init__(self, bags: Sequence[Bag]) -> None:
+        self.bags = list(bags)
+
+    def __getitem__(self, row: int) -> Bag:
+        return self.bags[row]
+
+
+def vector_bags(vectors: Array) -> MemoryBags:
+    """One vector a slide (S, D) as bags of one tile."""
+    nowhere = np.zeros((1, 2), np.int64)
+    return MemoryBags([Bag(vector[None], nowhere) for vector in np.asarray(vectors, dtype=np.float32)])
+
+
+class ReadAhead:
+    """Bags in the order asked for, read by threads while the last ones are worked on.
+
+    `waited` adds up the seconds in which a bag that was asked for was not there yet.
+    """
+
+    def __init__(self, read: Callable[[int], Bag], *, workers: int) -> None:
+        self.read = read
+        self.workers = workers
+        self.waited = 0.0
+
+    def __call__(self, rows: Sequence[int]) -> Iterator[Bag]:
+        """The bag of each row; an error of one is raised where its turn comes."""
+        with ThreadPoolExecutor(self.workers) as pool:
+            pending: deque[Future[Bag]] = deque()
+            upcoming = iter(rows)
+            try:
+                for row in upcoming:
+                    pending.append(pool.submit(self.read, row))
+                    if len(pending) > self.workers:
+                        yield self._take(pending)
+                while pending:
+                    yield self._take(pending)
+            finally:
+                for future in pending:
+                    future.cancel()
+
+    def _take(self, pending: "deque[Future[Bag]]") -> Bag:
+        started = time.perf_counter()
+        bag = pending.popleft().result()
+        self.waited += time.perf_counter() - started
+        return bag

@@ -1,0 +1,130 @@
+"""A fitted head as a file: its weights, the label map, what the features were made of, thresholds and temperature."""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+
+from gigapath.files import sha256_of, write_json_atomic
+from gigapath.finetune import checkpoints
+from gigapath.finetune.data import Bags, ReadAhead, check_made
+from gigapath.finetune.evaluation import Calibration, probabilities
+from gigapath.finetune.heads import build_head, pack
+from gigapath.finetune.options import ModelOptions
+from gigapath.finetune.processes import autocast
+from gigapath.finetune.task import Task, task_from
+from gigapath.options import from_dict, to_dict
+
+HEAD = "head.json"
+TENSORS = "head.safetensors"
+FORMAT = 1
+TERMS = (
+    "For research use only, not for diagnosis. A slide encoder and embeddings fall under the terms of the weights that "
+    "made them; Prov-GigaPath's are for research."
+)
+
+
+@dataclass(frozen=True)
+class FittedHead:
+    """A model that can be applied to other cohorts.
+
+    Attributes:
+        model: with its weights.
+        task: the classes.
+        options: of the model.
+        input_dim: width of the tile embeddings.
+        made: what the features are made of (encoder, mpp, numerics), as in `data.FileFacts`.
+        calibration: temperature and thresholds.
+        precision: in which it was evaluated.
+    """
+
+    model: nn.Module
+    task: Task
+    options: ModelOptions
+    input_dim: int
+    made: dict[str, Any]
+    calibration: Calibration
+    precision: str
+
+    def check_features(self, made: dict[str, Any], who: str) -> None:
+        """Refuse features that state another encoder, mpp or numerics than those that trained."""
+        check_made(made, self.made, who, "the features that trained the head")
+
+    def predict(
+        self,
+        bags: Bags,
+        rows: Sequence[int],
+        device: torch.device,
+        *,
+        workers: int = 2,
+        check_stop: Callable[[], None] = lambda: None,
+    ) -> npt.NDArray[np.float64]:
+        """Probabilities (len(rows), C), slide by slide, all tiles in the file's order."""
+        self.model.to(device).eval()
+        found = []
+        with torch.no_grad():
+            for bag in ReadAhead(bags.__getitem__, workers=workers)(rows):
+                check_stop()
+                with autocast(self.precision, device):
+                    logits = self.model.forward_packed(*pack([bag], device))  # type: ignore[operator]
+                found.append(logits[0].double().cpu().numpy())
+        return probabilities(np.stack(found), self.task, self.calibration.temperature)
+
+
+def save_head(folder: Path, head: FittedHead) -> None:
+    """Write `head.safetensors` and then `head.json`, which names its checksum."""
+    checkpoints.save_tensors(folder / TENSORS, dict(head.model.state_dict()))
+    write_json_atomic(
+        folder / HEAD,
+        {
+            "format": FORMAT,
+            "task": head.task.to_dict(),
+            "model": to_dict(head.options),
+            "input_dim": head.input_dim,
+            "features": head.made,
+            "temperature": head.calibration.temperature,
+            "thresholds": list(head.calibration.thresholds),
+            "fitted_on": head.calibration.fitted_on,
+            "precision": head.precision,
+            "tensors": TENSORS,
+            "sha256": sha256_of(folder / TENSORS),
+            "terms": TERMS,
+        },
+    )
+
+
+def load_head(path: Path | str) -> FittedHead:
+    """Read a fitted head from its folder (`OUT/fold_0`), its JSON or its tensors.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: not a head, or tensors that are not those of the JSON.
+    """
+    path = Path(path)
+    folder = path if path.is_dir() else path.parent
+    file = folder / HEAD
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"{path}: expected a fitted head (a folder with {HEAD}, such as OUT/fold_0), found none. Has the run ended?"
+        )
+    try:
+        held = json.loads(file.read_text(encoding="utf-8"))
+        version = held["format"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{file}: expected the JSON of a fitted head, got something else.") from error
+    if version != FORMAT:
+        raise ValueError(f"{file}: expected format {FORMAT}, got {version!r}. Another version of gigapath wrote it.")
+    if not (folder / held["tensors"]).is_file() or sha256_of(folder / held["tensors"]) != held["sha256"]:
+        raise ValueError(f"{folder / held['tensors']}: not the tensors that {HEAD} was written with. Copy both anew.")
+    task = task_from(held["task"], HEAD)
+    options = from_dict(ModelOptions, held["model"])
+    model = build_head(options, pretrained="", input_dim=held["input_dim"], n_classes=len(task.classes))
+    model.load_state_dict(checkpoints.load_tensors(folder / held["tensors"]))
+    calibration = Calibration(held["temperature"], tuple(held["thresholds"]), held["fitted_on"])
+    return FittedHead(model, task, options, held["input_dim"], held["features"], calibration, held["precision"])

@@ -1,0 +1,208 @@
+"""What is trained: the classifier on the slide encoder, gated attention over tokens or tiles, a layer on vectors.
+
+Each offers `forward_packed(features (T, D), coords (T, 2), lengths) -> logits (B, C)` and
+`parameter_groups(learning_rate, weight_decay, layer_decay, published=)`.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import timm
+import torch
+from torch import Tensor, nn
+
+from gigapath.classification_head import ClassificationHead
+from gigapath.finetune.data import Bag
+from gigapath.finetune.options import ModelOptions
+from gigapath.slide_encoder import ARCHITECTURES
+
+ATTENTION_WIDTH = 256  # of the gate
+EMBEDDING_WIDTH = 512  # of tiles in ABMIL without a slide encoder
+
+Groups = list[dict[str, Any]]
+
+
+class Head(Protocol):
+    """A model that is trained on bags; also an `nn.Module`."""
+
+    def forward_packed(self, images: Tensor, coords: Tensor, lengths: Sequence[int]) -> Tensor: ...
+
+    def parameter_groups(
+        self, learning_rate: float, weight_decay: float, layer_decay: float, *, published: bool = False
+    ) -> Groups: ...
+
+
+class GatedAttention(nn.Module):
+    """Attention-based pooling with a gate (Ilse, Tomczak and Welling 2018, equation 9).
+
+    a_k = softmax over the tiles of w^T (tanh(V h_k) * sigmoid(U h_k)); the bag's vector is sum_k a_k h_k.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.values = nn.Linear(width, ATTENTION_WIDTH)
+        self.gates = nn.Linear(width, ATTENTION_WIDTH)
+        self.scores = nn.Linear(ATTENTION_WIDTH, 1)
+
+    def forward(self, tiles: Tensor, lengths: Sequence[int]) -> Tensor:
+        """Pool (T, width), the tiles of B bags one after another, to (B, width)."""
+        scores = self.scores(torch.tanh(self.values(tiles)) * torch.sigmoid(self.gates(tiles))).float()
+        weights = [torch.softmax(part, dim=0) for part in torch.split(scores, list(lengths))]
+        bags = torch.split(tiles, list(lengths))
+        pairs = zip(weights, bags, strict=True)
+        return torch.stack([(weight.to(bag.dtype) * bag).sum(dim=0) for weight, bag in pairs])
+
+
+class TileAttention(nn.Module):
+    """ABMIL on tile embeddings, without a slide encoder."""
+
+    def __init__(self, input_dim: int, n_classes: int) -> None:
+        super().__init__()
+        self.embedding = nn.Sequential(nn.Linear(input_dim, EMBEDDING_WIDTH), nn.ReLU())
+        self.attention = GatedAttention(EMBEDDING_WIDTH)
+        self.classifier = nn.Sequential(nn.Linear(EMBEDDING_WIDTH, n_classes))
+
+    def forward_packed(self, images: Tensor, coords: Tensor, lengths: Sequence[int]) -> Tensor:
+        """Logits (B, C) of bags (T, D); the coordinates play no part."""
+        logits: Tensor = self.classifier(self.attention(self.embedding(images), lengths))
+        return logits
+
+    def parameter_groups(
+        self, learning_rate: float, weight_decay: float, layer_decay: float, *, published: bool = False
+    ) -> Groups:
+        """One rate for all; 1-d parameters are not decayed."""
+        return plain_groups(self, learning_rate, weight_decay)
+
+
+class TokenAttention(ClassificationHead):
+    """The slide encoder with gated attention over the tile tokens of the chosen states instead of one token."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.attention = GatedAttention(self.feat_dim)
+        self.frozen = not any(p.requires_grad for p in self.slide_encoder.parameters())
+
+    def train(self, mode: bool = True) -> "TokenAttention":
+        """Training mode for what is trained; a frozen encoder stays in eval mode."""
+        super().train(mode)
+        if self.frozen:
+            self.slide_encoder.eval()
+        return self
+
+    def forward_packed(self, images: Tensor, coords: Tensor, lengths: Any) -> Tensor:
+        """Logits (B, C) of slides given one after another."""
+        encoder = self.slide_encoder
+        states = encoder.forward_packed(images, coords, lengths, all_layer_embed=True, pool=_tokens)
+        is_tile = torch.ones(states[0].shape[1], dtype=torch.bool)
+        tiles_of = [int(length) for length in lengths]
+        is_tile[np.cumsum([0, *(count + 1 for count in tiles_of)])[:-1]] = False
+        is_tile = is_tile.to(states[0].device)
+        tiles = torch.cat([encoder.norm(states[i][0][is_tile]) for i in self.feat_layer], dim=-1)
+        logits: Tensor = self.classifier(self.attention(tiles, tiles_of))
+        return logits
+
+
+def _tokens(tokens: Tensor, lengths: Sequence[int]) -> Tensor:
+    return tokens
+
+
+class VectorHead(nn.Module):
+    """One linear layer on one vector a slide."""
+
+    def __init__(self, width: int, n_classes: int) -> None:
+        super().__init__()
+        self.classifier = nn.Sequential(nn.Linear(width, n_classes))
+
+    def forward_packed(self, images: Tensor, coords: Tensor, lengths: Sequence[int]) -> Tensor:
+        """Logits (B, C) of vectors (B, D)."""
+        logits: Tensor = self.classifier(images)
+        return logits
+
+    def parameter_groups(
+        self, learning_rate: float, weight_decay: float, layer_decay: float, *, published: bool = False
+    ) -> Groups:
+        """One rate for all; 1-d parameters are not decayed."""
+        return plain_groups(self, learning_rate, weight_decay)
+
+
+def plain_groups(model: nn.Module, learning_rate: float, weight_decay: float) -> Groups:
+    """Two groups for AdamW: decayed (two dimensions and more) and not."""
+    groups = []
+    for name, decayed in (("decay", True), ("no_decay", False)):
+        params = [p for p in model.parameters() if p.requires_grad and (p.ndim > 1) == decayed]
+        decay = weight_decay if decayed else 0.0
+        groups.append({"name": name, "params": params, "lr": learning_rate, "lr_scale": 1.0, "weight_decay": decay})
+    return groups
+
+
+def build_head(options: ModelOptions, *, pretrained: str, input_dim: int, n_classes: int) -> nn.Module:
+    """The model that the options describe; its own weights are drawn from torch's generator.
+
+    Args:
+        options: the slide encoder and the head.
+        pretrained: weights of the slide encoder: "hf_hub:REPO", a file, "" for random ones.
+        input_dim: width of the tile embeddings.
+        n_classes: width of the logits.
+    """
+    if options.head == "abmil-tiles":
+        return TileAttention(input_dim, n_classes)
+    kind = TokenAttention if options.head == "abmil" else ClassificationHead
+    return kind(
+        input_dim=input_dim,
+        latent_dim=_width_of(options.model_arch),
+        feat_layer=options.feat_layer,
+        n_classes=n_classes,
+        model_arch=options.model_arch,
+        pretrained=pretrained,
+        freeze=options.freeze,
+        global_pool=options.global_pool,
+        dropout=options.dropout,
+        drop_path_rate=options.drop_path_rate,
+        max_wsi_size=options.max_wsi_size,
+        checkpoint_activations=options.checkpoint_activations,
+    )
+
+
+def _width_of(model_arch: str) -> int:
+    """The width of a slide encoder of timm's registry, without its memory."""
+    if not timm.is_model(model_arch):
+        raise ValueError(
+            f"--model-arch: expected {', '.join(ARCHITECTURES)}, got {model_arch!r}. Choose one of these, or register "
+            "your own with timm."
+        )
+    with torch.device("meta"):
+        model: Any = timm.create_model(model_arch, pretrained=False, in_chans=8)
+        return int(model.embed_dim)
+
+
+def cache_states(
+    head: ClassificationHead, read: Callable[[Sequence[int]], Any], rows: Sequence[int], device: torch.device
+) -> dict[int, npt.NDArray[np.float32]]:
+    """The chosen states of a frozen slide encoder, in eval mode, side by side: row -> (feat_dim,).
+
+    Args:
+        head: the model; its encoder is not changed.
+        read: gives the bags of rows one after another.
+        rows: which slides.
+        device: where the model is.
+    """
+    head.eval()
+    cached = {}
+    with torch.no_grad():
+        for row, bag in zip(rows, read(rows), strict=True):
+            features, coords, lengths = pack([bag], device)
+            states = head.slide_encoder.forward_packed(features, coords, lengths, all_layer_embed=True)
+            chosen = torch.cat([states[i] for i in head.feat_layer], dim=-1)
+            cached[row] = chosen[0].float().cpu().numpy()
+    return cached
+
+
+def pack(
+    bags: Sequence[Bag], device: torch.device, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor, list[int]]:
+    """(features (T, D), coords (T, 2), lengths) of bags one after another, on the device."""
+    features = torch.cat([torch.from_numpy(np.ascontiguousarray(bag.features)) for bag in bags])
+    coords = torch.cat([torch.from_numpy(np.ascontiguousarray(bag.coords)) for bag in bags])
+    return features.to(device, dtype), coords.to(device), [len(bag) for bag in bags]

@@ -1,0 +1,67 @@
+"""A task file from a CSV of labels: columns and classes are read from it, and the result is checked against it."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from gigapath.finetune.labels import ID_COLUMNS, LABEL_COLUMNS, column_of, read_labels, read_table
+from gigapath.finetune.task import Task, write_task
+
+MOST_CLASSES = 50
+
+
+def new_task(
+    labels: Path | str, to: Path | str, *, columns: Sequence[str] = (), name: str | None = None, ordinal: bool = False
+) -> tuple[Task, dict[str, int]]:
+    """Write the YAML file of a task.
+
+    Args:
+        labels: a CSV.
+        to: the YAML file.
+        columns: of the label; several make a multi-label task; none takes the usual one.
+        name: of the task; by default that of the CSV.
+        ordinal: the classes are grades.
+
+    Returns:
+        the task, and how many slides each label has.
+
+    Raises:
+        ValueError: a column is missing, there is one class only, or so many that the column is hardly a label.
+    """
+    source, path = Path(labels).name, Path(to)
+    if path.exists():
+        raise ValueError(f"{path}: it is there already. Choose another --to.")
+    header, rows = read_table(labels)
+    id_column = column_of(header, None, ID_COLUMNS, f"{source}: the slide's name", "id_column")
+    chosen = list(columns) or [column_of(header, None, LABEL_COLUMNS, f"{source}: the label", "label_column")]
+    absent = [column for column in chosen if column not in header]
+    if absent:
+        raise ValueError(f"{source}: expected columns {', '.join(chosen)}, got {', '.join(header[:12])}.")
+    title = name or Path(labels).stem
+    if len(chosen) > 1:
+        task = Task(title, "multi_label", tuple(chosen), id_column=id_column)
+    else:
+        found = sorted({row[chosen[0]] for row in rows}, key=_order)
+        if "" in found:
+            raise ValueError(f"{source}: a row has no {chosen[0]}. Fill it in or leave the row out.")
+        if not 2 <= len(found) <= MOST_CLASSES:
+            raise ValueError(
+                f"{source}: expected 2 to {MOST_CLASSES} classes under {chosen[0]}, got {len(found)}. Name the label's "
+                "column with --label."
+            )
+        setting = "binary" if len(found) == 2 else "multi_class"
+        task = Task(title, setting, tuple(found), ordinal=ordinal, id_column=id_column, label_column=chosen[0])
+    truth = read_labels(labels, task).truth
+    if task.multi_label:
+        counts = dict(zip(task.classes, truth.sum(axis=0).tolist(), strict=True))
+    else:
+        counts = {label: int((truth == index).sum()) for index, label in enumerate(task.classes)}
+    write_task(path, task)
+    return task, counts
+
+
+def _order(label: str) -> tuple[bool, float, str]:
+    """Numbers in their order, then words in theirs."""
+    try:
+        return (False, float(label), label)
+    except ValueError:
+        return (True, 0.0, label)

@@ -1,0 +1,109 @@
+"""What fine-tuning can be told: data, model, training; the defaults are the published recipe."""
+
+import re
+from dataclasses import dataclass
+
+from gigapath.options import check_options, option
+
+ID_RULES = ("exact", "tcga")
+HEADS = ("linear", "abmil", "abmil-tiles")
+PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+
+
+@dataclass(frozen=True)
+class JoinOptions:
+    """How rows of labels meet feature files, and how these are read."""
+
+    id_rule: str = option(
+        "exact", "how slides meet rows: exact, or tcga = by what stands before the first dot", choices=ID_RULES
+    )
+    id_regex: str | None = option(
+        None, "a pattern whose first group (or whole match) is the id in file names and in rows", metavar="REGEX"
+    )
+    tile_size_level0: float | None = option(
+        None,
+        "distance between neighbouring tiles, in the unit of the files' coordinates, where a file does not say",
+        metavar="PIXELS",
+        above=0,
+    )
+    allow_missing: bool = option(False, "go on without the slides that have no features")
+    allow_mixed: bool = option(False, "take files of different encoders, mpp or numerics together")
+
+    def __post_init__(self) -> None:
+        check_options(self)
+        if self.id_regex is not None:
+            try:
+                re.compile(self.id_regex)
+            except re.error as error:
+                raise ValueError(
+                    f"--id-regex: expected a regular expression, got {self.id_regex!r} ({error})."
+                ) from None
+
+
+@dataclass(frozen=True)
+class SplitOptions:
+    """Who trains and who tests."""
+
+    folds: int = option(5, "folds where no split files are given: stratified, grouped by patient", at_least=3)
+    allow_leakage: bool = option(False, "go on where a patient or the same slide stands in two sets")
+
+    def __post_init__(self) -> None:
+        check_options(self)
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """The slide encoder and what stands on it."""
+
+    model_arch: str = option("gigapath_slide_enc12l768d", "architecture of the slide encoder", metavar="NAME")
+    head: str = option(
+        "linear",
+        "linear = one layer on the chosen states; abmil = gated attention over the encoder's tokens; abmil-tiles = "
+        "gated attention over the tile embeddings, without a slide encoder",
+        choices=HEADS,
+    )
+    feat_layer: str = option("11", "states that the head sees: 11, or 5-11 for the two states 5 and 11")
+    global_pool: bool = option(False, "mean over the tiles instead of the class token")
+    freeze: bool = option(False, "keep the slide encoder's weights; its states are computed once")
+    dropout: float = option(0.1, "dropout of the slide encoder", at_least=0, at_most=0.9)
+    drop_path_rate: float = option(0.0, "drop-path of the last layer", at_least=0, at_most=0.9)
+    max_wsi_size: int = option(250000, "side of the largest slide in pixels; sets the segments", at_least=2048)
+    checkpoint_activations: bool = option(False, "less memory: compute activations again in the backward pass")
+
+    def __post_init__(self) -> None:
+        check_options(self)
+
+
+@dataclass(frozen=True)
+class TrainingOptions:
+    """The recipe."""
+
+    epochs: int = option(5, "passes over the training slides", at_least=1)
+    warmup_epochs: float = option(1.0, "epochs of linear warm-up", at_least=0)
+    batch_size: int = option(1, "slides packed into one pass, without padding", at_least=1)
+    gradient_accumulation: int = option(32, "passes of each process for one step of the optimizer", at_least=1)
+    base_lr: float = option(0.002, "learning rate for 256 slides a step; scaled to the slides of a step", above=0)
+    min_lr: float = option(1e-6, "last learning rate of the cosine", at_least=0)
+    weight_decay: float = option(0.05, "AdamW's decay of parameters with two dimensions and more", at_least=0)
+    layer_decay: float = option(0.95, "factor of the rate from one layer to the one below", above=0, at_most=1)
+    published_layer_decay: bool = option(False, "give the input projection the head's rate, as the published code did")
+    balanced: bool = option(False, "draw training slides so that every class comes equally often")
+    file_order: bool = option(False, "keep the order of the tiles in training; by default they are shuffled")
+    select: str = option(
+        "last", "the epoch that is tested: last, or val = of least validation loss", choices=("last", "val")
+    )
+    calibrate: bool = option(False, "fit a temperature, and thresholds of labels, on the validation slides")
+    precision: str = option(
+        "auto", "auto = bf16 on CUDA where it exists, else fp16 with scaling; fp32 on a CPU", choices=PRECISIONS
+    )
+    device: str = option("auto", "auto, cpu, cuda, cuda:N or mps; under accelerate launch or torchrun its own")
+    workers: int = option(2, "threads that read ahead", at_least=1)
+    seed: int = option(0, "seed of weights, splits, order, dropout and bootstrap", at_least=0)
+    replicates: int = option(2000, "bootstrap replicates of the 95 % intervals; 0 = none", at_least=0)
+
+    def __post_init__(self) -> None:
+        check_options(self)
+
+    def learning_rate(self, slides: int) -> float:
+        """The rate of a step over this many slides."""
+        return self.base_lr * slides / 256

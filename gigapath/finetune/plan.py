@@ -1,0 +1,176 @@
+"""What a run will cost, said before it starts: slides, tiles, parameters, memory, time."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from gigapath.finetune.data import Bag
+from gigapath.finetune.heads import pack
+from gigapath.finetune.options import TrainingOptions
+from gigapath.finetune.processes import Processes, autocast
+from gigapath.finetune.splits import Fold
+
+PROBE_TILES = 256  # a pass over this many measures bytes and seconds
+ADAM_BYTES = 16  # of a parameter: weight, gradient and two moments in float32
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run will take.
+
+    Attributes:
+        tiles: (S,) tiles of each slide, those of training cut to the task's most.
+        folds: number of folds.
+        trained: parameters that are trained.
+        memory: bytes at the largest chunk.
+        available: bytes that the device has free.
+        seconds: of all folds and epochs, evaluation included.
+        advice: what to set where it won't fit, else "".
+    """
+
+    tiles: tuple[int, ...]
+    folds: int
+    trained: int
+    memory: int
+    available: int
+    seconds: float
+    advice: str
+
+    def lines(self) -> list[str]:
+        """For people."""
+        return [
+            f"slides: {len(self.tiles):,}, tiles: {sum(self.tiles):,} (median {int(np.median(self.tiles)):,} a slide, "
+            f"largest {max(self.tiles):,}), folds: {self.folds}",
+            f"parameters trained: {self.trained:,}",
+            f"memory: about {self.memory / 1e9:.1f} GB at the largest slide, {self.available / 1e9:.1f} GB are free",
+            f"time: about {_duration(self.seconds)}",
+            *([self.advice] if self.advice else []),
+        ]
+
+
+def operations(model: nn.Module, tiles: int) -> float:
+    """Multiply-adds times two of a forward pass over one slide; a backward pass takes twice that.
+
+    Real keys only. Where the model has no slide encoder, its layers' products alone.
+    """
+    encoder = getattr(model, "slide_encoder", None)
+    layers = [p.numel() for name, p in model.named_parameters() if p.ndim == 2 and "classifier" not in name]
+    total = 2.0 * sum(layers) * (tiles if encoder is None else tiles + 1)
+    if encoder is None:
+        return total
+    config, tokens = encoder.encoder.config, tiles + 1
+    for segment, ratio in config.branches:
+        for start in range(0, tokens, segment):
+            length = min(segment, tokens - start)
+            for head in range(config.num_heads):
+                offset = head // -(-config.num_heads // ratio)
+                seen = len(range(offset, length, ratio))
+                total += 4.0 * config.depth * config.head_dim * seen**2
+    return total
+
+
+def make_plan(
+    model: nn.Module,
+    *,
+    input_dim: int,
+    tiles: Sequence[int],
+    max_tiles: int,
+    folds: Sequence[Fold],
+    options: TrainingOptions,
+    precision: str,
+    processes: Processes,
+    cached: bool = False,
+) -> Plan:
+    """Measure one pass over a few made tiles and scale it.
+
+    Args:
+        model: what is trained, on the device, its weights unchanged.
+        input_dim: width of the tile embeddings.
+        tiles: of each slide.
+        max_tiles: at most this many are taken in training.
+        folds: the splits.
+        options: the recipe.
+        precision: of the passes.
+        processes: this one among those of the run.
+        cached: the slide encoder is frozen and passed once.
+    """
+    counts = np.asarray(tiles)
+    capped = np.minimum(counts, max_tiles)
+    kept, seconds = _probe(model, input_dim, precision, processes.device)
+    rate = (1 if cached else 3) * operations(model, PROBE_TILES) / seconds
+    work = {int(count): operations(model, int(count)) for count in np.unique(np.concatenate([counts, capped]))}
+    total = 0.0
+    if cached:
+        total = sum(work[int(n)] for n in counts)
+    for fold in folds if not cached else ():
+        total += options.epochs * sum(3 * work[int(n)] for n in capped[fold.train])
+        total += options.epochs * sum(work[int(n)] for n in counts[fold.val]) + sum(
+            work[int(n)] for n in counts[fold.test]
+        )
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    fixed = trained * ADAM_BYTES + 4 * sum(p.numel() for p in model.parameters() if not p.requires_grad)
+    largest = np.sort(capped)[::-1][: options.batch_size].sum()
+    per_tile = kept / PROBE_TILES
+    memory = int(fixed + per_tile * largest)
+    available = free_bytes(processes.device)
+    advice = ""
+    if memory > available:
+        fits = max(0, int((available - fixed) / (per_tile * options.batch_size)))
+        advice = (
+            f"the largest slide won't fit: set --checkpoint-activations, or max_tiles of the task to {fits:,} or less"
+            + (", or a smaller --batch-size." if options.batch_size > 1 else ".")
+        )
+    seen = tuple(int(count) for count in counts)
+    return Plan(seen, len(folds), trained, memory, available, total / rate / processes.world, advice)
+
+
+def _probe(model: nn.Module, input_dim: int, precision: str, device: torch.device) -> tuple[float, float]:
+    """(bytes kept for the backward pass, seconds of both passes) over PROBE_TILES made tiles."""
+    kept: dict[int, int] = {}
+
+    def count(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    side = int(PROBE_TILES**0.5)
+    cells = np.stack(np.meshgrid(np.arange(side), np.arange(side)), axis=-1).reshape(-1, 2) * 256
+    bag = Bag(np.ones((PROBE_TILES, input_dim), np.float32), cells.astype(np.int64))
+    state = torch.get_rng_state()
+    model.train()
+    started = time.perf_counter()
+    with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor), autocast(precision, device):
+        loss = model.forward_packed(*pack([bag], device)).float().sum()  # type: ignore[operator]
+    loss.backward()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    seconds = time.perf_counter() - started
+    model.zero_grad(set_to_none=True)
+    torch.set_rng_state(state)
+    return float(sum(size for place, size in kept.items() if place not in weights)), seconds
+
+
+def free_bytes(device: torch.device) -> int:
+    """Bytes that the device has free; on a CPU what Linux calls available, else the machine's memory."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except OSError:  # no Linux
+        pass
+    return 8 << 30
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{max(1, round(seconds))} s"
+    if seconds < 5400:
+        return f"{round(seconds / 60)} min"
+    return f"{seconds / 3600:.1f} h"

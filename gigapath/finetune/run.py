@@ -1,0 +1,397 @@
+"""A whole run: labels joined to features, folds audited, a plan, then for each fold training, evaluation, controls."""
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from gigapath.files import sha256_of, write_json_atomic, write_text_atomic
+from gigapath.finetune import controls, report
+from gigapath.finetune.data import FileBags, FileFacts, ReadAhead, find_files, look_at_all, vector_bags
+from gigapath.finetune.evaluation import (
+    Calibration,
+    CohortResult,
+    FloatArray,
+    default_calibration,
+    evaluate_cohort,
+    fit_calibration,
+    probabilities,
+)
+from gigapath.finetune.fitted import TERMS, FittedHead, save_head
+from gigapath.finetune.heads import VectorHead, build_head, cache_states
+from gigapath.finetune.labels import Joined, join_labels, read_labels, shown
+from gigapath.finetune.options import JoinOptions, ModelOptions, SplitOptions, TrainingOptions
+from gigapath.finetune.plan import Plan, make_plan
+from gigapath.finetune.processes import Processes, join_processes, training_precision
+from gigapath.finetune.splits import Fold, audit, check_classes, draw_folds, keep_manifest, read_splits
+from gigapath.finetune.task import Task, load_task
+from gigapath.finetune.training import Trainer
+from gigapath.metrics import Evaluation, paired_difference
+from gigapath.options import to_dict
+
+RUN = "finetune.json"
+# What may differ between a run and the one that goes on with it: it changes no number that is stored.
+_FREE = ("workers", "device", "replicates")
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a run works on.
+
+    Attributes:
+        task: name or YAML file.
+        features: folder of feature files.
+        labels: CSV.
+        splits: folder of split files, or None for folds drawn here.
+        pretrained: weights of the slide encoder: "hf_hub:REPO", a file, "" for random ones.
+    """
+
+    task: str
+    features: str
+    labels: str
+    splits: str | None = None
+    pretrained: str = "hf_hub:prov-gigapath/prov-gigapath"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How it is done."""
+
+    join: JoinOptions = field(default_factory=JoinOptions)
+    split: SplitOptions = field(default_factory=SplitOptions)
+    model: ModelOptions = field(default_factory=ModelOptions)
+    training: TrainingOptions = field(default_factory=TrainingOptions)
+    controls: bool = False
+
+
+@dataclass(frozen=True)
+class Cohort:
+    """Joined, audited, looked at: what every fold shares."""
+
+    task: Task
+    joined: Joined
+    facts: list[FileFacts]
+    folds: list[Fold]
+    notes: list[str]
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a run found: model -> the evaluation of each fold, the fine-tuned one first ("fine-tuned")."""
+
+    evaluations: dict[str, list[Evaluation]]
+    lines: list[str]
+    out: Path
+
+
+def finetune(
+    inputs: Inputs,
+    out: Path | str,
+    settings: Settings | None = None,
+    *,
+    say: Say = lambda line: None,
+    check_stop: Callable[[], None] = lambda: None,
+) -> RunResult:
+    """Fine-tune on every fold, or go on with the run that `out` holds.
+
+    Args:
+        inputs: task, features, labels, splits, weights.
+        out: the output folder.
+        settings: how it is done.
+        say: takes each line for people.
+        check_stop: called between steps; raises to end the run, which can go on later from the last epoch.
+
+    Raises:
+        ValueError: whatever is wrong with what the user gave, in one sentence, before anything is trained.
+    """
+    settings = settings or Settings()
+    out = Path(out)
+    cohort = prepare(inputs, settings)
+    processes = join_processes(settings.training.device)
+    precision = training_precision(settings.training.precision, processes.device)
+    run = _Run(inputs, settings, cohort, out, processes, precision, say if processes.rank == 0 else _silent, check_stop)
+    return run()
+
+
+def _silent(line: str) -> None:
+    """Where another process speaks."""
+
+
+def prepare(inputs: Inputs, settings: Settings) -> Cohort:
+    """Read and check everything that can be wrong before anything is trained or written."""
+    task = load_task(inputs.task)
+    files = find_files(inputs.features)
+    labels = read_labels(inputs.labels, task, id_rule=settings.join.id_rule)
+    joined = join_labels(labels, files, settings.join)
+    if settings.training.balanced and task.multi_label:
+        raise ValueError(
+            "--balanced: expected a task with one class a slide, got one with several labels. Leave it out."
+        )
+    if inputs.splits is None:
+        folds = draw_folds(joined.labels, settings.split.folds, seed=settings.training.seed)
+    else:
+        folds = read_splits(inputs.splits, joined.labels)
+    if settings.training.select == "val" or settings.training.calibrate:
+        lacking = [fold.number for fold in folds if len(fold.val) == 0]
+        if lacking:
+            raise ValueError(f"--select val, --calibrate: expected validation slides, fold {lacking[0]} has none.")
+    notes = check_classes(folds, joined.labels, task)
+    used = sorted({int(row) for fold in folds for rows in fold.sets().values() for row in rows})
+    joined = _keep(joined, used)
+    folds = [_renumber(fold, used) for fold in folds]
+    facts = look_at_all(joined.files, settings.join, workers=settings.training.workers)
+    prints = [fact.fingerprint for fact in facts]
+    notes += audit(folds, joined.labels, prints, allow_leakage=settings.split.allow_leakage)
+    if joined.missing:
+        notes.append(f"{len(joined.missing):,} labelled slides have no features ({shown(joined.missing)})")
+    if joined.unlabelled:
+        notes.append(f"{len(joined.unlabelled):,} feature files have no label ({shown(joined.unlabelled)})")
+    return Cohort(task, joined, facts, folds, notes)
+
+
+def _keep(joined: Joined, rows: Sequence[int]) -> Joined:
+    return replace(joined, labels=joined.labels.take(rows), files=tuple(joined.files[row] for row in rows))
+
+
+def _renumber(fold: Fold, used: Sequence[int]) -> Fold:
+    place = {row: number for number, row in enumerate(used)}
+    renamed = {name: np.array([place[int(row)] for row in rows], dtype=np.int64) for name, rows in fold.sets().items()}
+    return Fold(fold.number, **renamed)
+
+
+@dataclass
+class _Run:
+    inputs: Inputs
+    settings: Settings
+    cohort: Cohort
+    out: Path
+    processes: Processes
+    precision: str
+    say: Say
+    check_stop: Callable[[], None]
+
+    def __post_init__(self) -> None:
+        width = self.cohort.facts[0].width
+        self.width = width
+        self.bags = FileBags(self.cohort.joined.files, self.cohort.facts, self.settings.join.tile_size_level0)
+        self.cached: dict[int, Any] = {}
+        self.first = self.processes.rank == 0
+
+    def __call__(self) -> RunResult:
+        cohort, settings = self.cohort, self.settings
+        split = ""
+        how = {"splits": "files" if self.inputs.splits else "drawn", "seed": settings.training.seed}
+        if self.first:
+            self._check_same_run()
+            split = keep_manifest(self.out, cohort.folds, cohort.joined.labels, how)
+        split = self.processes.gather(split)[0]
+        for note in cohort.notes:
+            self.say(f"note: {note}")
+        plan = self._plan()
+        for line in plan.lines():
+            self.say(line)
+        self._record(split)
+        evaluations: dict[str, list[Evaluation]] = {}
+        for fold in cohort.folds:
+            for name, found in self._fold(fold, split).items():
+                evaluations.setdefault(name, []).append(found)
+        lines = report.lines(evaluations)
+        if self.first:
+            rows = report.summary(evaluations)
+            write_text_atomic(self.out / "summary.csv", report.summary_csv(rows))
+            write_json_atomic(
+                self.out / "results.json",
+                {"task": cohort.task.to_dict(), "summary": rows, "notes": cohort.notes, "terms": TERMS},
+            )
+        for line in lines:
+            self.say(line)
+        return RunResult(evaluations, lines, self.out)
+
+    def _identity(self) -> dict[str, Any]:
+        """What must be the same for a run to go on."""
+        cohort, settings = self.cohort, self.settings
+        training = {key: value for key, value in to_dict(settings.training).items() if key not in _FREE}
+        prints = hashlib.sha256("".join(fact.fingerprint for fact in cohort.facts).encode()).hexdigest()
+        path = Path(self.inputs.pretrained)
+        weights = sha256_of(path) if self.inputs.pretrained and path.is_file() else self.inputs.pretrained
+        return {
+            "task": cohort.task.to_dict(),
+            "labels": cohort.joined.labels.digest,
+            "features": prints,
+            "weights": weights,
+            "model": to_dict(settings.model),
+            "training": training,
+            "precision": self.precision,
+            "processes": self.processes.world,
+            "tile_size_level0": settings.join.tile_size_level0,
+        }
+
+    def _check_same_run(self) -> None:
+        path = self.out / RUN
+        if not path.is_file():
+            return
+        kept, now = json.loads(path.read_text(encoding="utf-8"))["identity"], self._identity()
+        differing = [key for key in now if kept.get(key) != now[key]]
+        if differing:
+            raise ValueError(
+                f"{self.out}: it holds another run, which differs in {', '.join(differing)}. Choose another --out, or "
+                "give the same options to go on with it."
+            )
+
+    def _record(self, split: str) -> None:
+        if self.first:
+            settings = self.settings
+            groups = {
+                "join": settings.join,
+                "split": settings.split,
+                "model": settings.model,
+                "training": settings.training,
+            }
+            options = {name: to_dict(group) for name, group in groups.items()}
+            write_json_atomic(
+                self.out / RUN,
+                {"identity": self._identity(), "options": options, "split": split, "notes": self.cohort.notes},
+            )
+        self.processes.gather(None)
+
+    def _plan(self) -> Plan:
+        task, settings = self.cohort.task, self.settings
+        model = self._model(self.settings.model, self.inputs.pretrained, fold=0)
+        return make_plan(
+            model,
+            input_dim=self.width,
+            tiles=[fact.tiles for fact in self.cohort.facts],
+            max_tiles=task.max_tiles,
+            folds=self.cohort.folds,
+            options=settings.training,
+            precision=self.precision,
+            processes=self.processes,
+            cached=settings.model.freeze and settings.model.head == "linear",
+        )
+
+    def _model(self, options: ModelOptions, pretrained: str, *, fold: int) -> nn.Module:
+        torch.manual_seed(self.settings.training.seed * 1000 + fold)
+        classes = len(self.cohort.task.classes)
+        model = build_head(options, pretrained=pretrained, input_dim=self.width, n_classes=classes)
+        return model.to(self.processes.device)
+
+    def _fold(self, fold: Fold, split: str) -> dict[str, Evaluation]:
+        """Train and evaluate everything on a fold; what an earlier run finished is not done again."""
+        folder = self.out / f"fold_{fold.number}"
+        main = self._fit(self.settings.model, self.inputs.pretrained, self.settings.training, fold, folder, split)
+        results = {"fine-tuned": main}
+        if self.settings.controls:
+            self.say(f"fold {fold.number}: controls")
+            place = folder / "controls"
+            results[controls.MEAN] = self._means(fold, place / "tile_mean")
+            bare = replace(self.settings.model, head="abmil-tiles", freeze=False)
+            recipe = controls.abmil_options(self.settings.training)
+            results[controls.ATTENTION] = self._fit(bare, "", recipe, fold, place / "abmil_tiles", split)
+            if self.inputs.pretrained and self.settings.model.head != "abmil-tiles":
+                options, recipe = self.settings.model, self.settings.training
+                results[controls.RANDOM] = self._fit(options, "", recipe, fold, place / "random_weights", split)
+            self._compare(folder, results)
+        return {name: result.headline for name, result in results.items()}
+
+    def _fit(
+        self, options: ModelOptions, pretrained: str, recipe: TrainingOptions, fold: Fold, folder: Path, split: str
+    ) -> CohortResult:
+        """Train a model on a fold and evaluate it on the test set, once."""
+        task, labels = self.cohort.task, self.cohort.joined.labels
+        model = self._model(options, pretrained, fold=fold.number)
+        trainer = Trainer(task, self.bags, labels.truth, recipe, self.precision, self.processes, self.check_stop)
+        trained, whole = model, model
+        if options.freeze and options.head == "linear":
+            trained, trainer = self._on_states(model, trainer, fold, cache=bool(pretrained))
+        training = {key: value for key, value in to_dict(recipe).items() if key not in _FREE}
+        tag = {"split": split, "fold": fold.number, "model": to_dict(options), "training": training}
+        tag["random"] = pretrained == ""
+        trained.to(self.processes.device)
+        history = trainer.train(trained, fold, folder, json.loads(json.dumps(tag)))
+        how = default_calibration(task)
+        if recipe.calibrate:
+            how = fit_calibration(trainer.logits(trained, fold.val), labels.truth[fold.val], task)
+        said = probabilities(trainer.logits(trained, fold.test), task, how.temperature)
+        result = self._evaluate(fold, said, how)
+        if self.first:
+            if trained is not whole:
+                whole.classifier.load_state_dict(trained.classifier.state_dict())  # type: ignore[union-attr,operator]
+            made = self.cohort.facts[0].made
+            save_head(folder, FittedHead(whole, task, options, self.width, made, how, self.precision))
+            report.write_curves(folder, history, task)
+            chosen = "the last epoch" if recipe.select == "last" else "the epoch of least validation loss"
+            facts = {
+                "chosen": {"what": chosen, "calibration": how.fitted_on},
+                "history": [vars(entry) for entry in history],
+                "pretrained": pretrained,
+            }
+            report.write_cohort(folder, labels.take(fold.test), said, task, how, result, facts)
+        self.processes.gather(None)
+        return result
+
+    def _on_states(self, model: nn.Module, trainer: Trainer, fold: Fold, *, cache: bool) -> tuple[nn.Module, Trainer]:
+        """The classifier alone, on the frozen encoder's states, which are computed once for all folds."""
+        held = self.cached if cache else {}
+        wanted = [int(row) for rows in fold.sets().values() for row in rows]
+        lacking = [row for row in wanted if row not in held]
+        ahead = ReadAhead(self.bags.__getitem__, workers=self.settings.training.workers)
+        held.update(cache_states(model, ahead, lacking, self.processes.device))  # type: ignore[arg-type]
+        width = len(next(iter(held.values())))
+        vectors = np.zeros((len(self.cohort.joined.labels), width), np.float32)
+        for row, vector in held.items():
+            vectors[row] = vector
+        alone = VectorHead(width, len(self.cohort.task.classes))
+        alone.classifier.load_state_dict(model.classifier.state_dict())  # type: ignore[union-attr,operator]
+        return alone, replace(trainer, bags=vector_bags(vectors))
+
+    def _evaluate(self, fold: Fold, said: FloatArray, how: Calibration) -> CohortResult:
+        labels, training = self.cohort.joined.labels, self.settings.training
+        return evaluate_cohort(
+            labels.take(fold.test),
+            said,
+            self.cohort.task,
+            how,
+            training=labels.take(fold.train),
+            replicates=training.replicates,
+            seed=training.seed,
+        )
+
+    def _means(self, fold: Fold, folder: Path) -> CohortResult:
+        """The control of mean tile embeddings; convex, so that it takes seconds and needs no checkpoint."""
+        task, labels, workers = self.cohort.task, self.cohort.joined.labels, self.settings.training.workers
+        means = {
+            name: controls.tile_means(self.bags, [int(row) for row in rows], workers=workers)
+            for name, rows in (("train", fold.train), ("test", fold.test))
+        }
+        layer = controls.fit_linear(means["train"], labels.truth[fold.train], len(task.classes))
+        with torch.no_grad():
+            logits = layer(torch.from_numpy(means["test"])).numpy()
+        how = default_calibration(task)
+        said = probabilities(logits, task)
+        result = self._evaluate(fold, said, how)
+        if self.first:
+            report.write_cohort(folder, labels.take(fold.test), said, task, how, result, {})
+        return result
+
+    def _compare(self, folder: Path, results: dict[str, CohortResult]) -> None:
+        """Write what the fine-tuned model is ahead of each control by, on the same slides with the same draws."""
+        training = self.settings.training
+        main = results["fine-tuned"].slides
+        table: dict[str, Any] = {}
+        for name, result in results.items():
+            leads = {}
+            if name != "fine-tuned":
+                found = paired_difference(main, result.slides, replicates=training.replicates, seed=training.seed)
+                leads = {score: str(lead) for score, lead in found.items()}
+            scores = {score: str(value) for score, value in result.headline.estimates.items()}
+            table[name] = {"scores": scores, "lead_of_the_fine_tuned": leads}
+        if self.first:
+            write_json_atomic(folder / "controls.json", table)

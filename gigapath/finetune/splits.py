@@ -1,0 +1,218 @@
+"""Who trains, who validates, who tests: given files, or folds drawn here; audited before anything is trained."""
+
+import csv
+import hashlib
+import io
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from gigapath.files import write_json_atomic, write_text_atomic
+from gigapath.finetune.labels import ID_COLUMNS, Labels, column_of, read_table, shown
+from gigapath.finetune.task import Task
+
+SETS = ("train", "val", "test")
+MANIFEST = "splits.json"
+TABLE = "splits.csv"
+
+IntArray = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Fold:
+    """Rows of the labels in each set; `val` may be empty."""
+
+    number: int
+    train: IntArray
+    val: IntArray
+    test: IntArray
+
+    def sets(self) -> dict[str, IntArray]:
+        """The rows by the set's name."""
+        return {"train": self.train, "val": self.val, "test": self.test}
+
+
+def read_splits(folder: Path | str, labels: Labels) -> list[Fold]:
+    """Read `train_K.csv`, `val_K.csv` (optional) and `test_K.csv` for K = 0, 1, ... with a column of slide names.
+
+    Slides of the files that `labels` lacks (they have no features) are left out.
+
+    Raises:
+        FileNotFoundError: no such folder.
+        ValueError: a fold has no test file, a slide stands twice in one file, or nothing is left of a set.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"--splits: expected a folder with train_0.csv and test_0.csv, got {str(folder)!r}.")
+    numbers = sorted(
+        int(found[1]) for file in folder.iterdir() if (found := re.fullmatch(r"train_(\d+)\.csv", file.name))
+    )
+    if not numbers:
+        raise ValueError(
+            f"{folder.name}: expected split files train_0.csv, val_0.csv, test_0.csv, found no train_0.csv."
+        )
+    row_of = {slide_id: row for row, slide_id in enumerate(labels.slide_ids)}
+    folds = []
+    for number in numbers:
+        rows = {}
+        for name in SETS:
+            file = folder / f"{name}_{number}.csv"
+            if not file.is_file() and name == "val":
+                rows[name] = np.zeros(0, np.int64)
+                continue
+            if not file.is_file():
+                raise ValueError(f"{folder.name}: fold {number} has no {name} split: expected {file.name}. Add it.")
+            header, table = read_table(file)
+            column = column_of(header, None, ID_COLUMNS, f"{file.name}: the slide's name", "id_column")
+            ids = [row[column] for row in table]
+            if len(set(ids)) != len(ids):
+                raise ValueError(f"{file.name}: a slide stands in it twice. Keep one.")
+            rows[name] = np.array([row_of[slide_id] for slide_id in ids if slide_id in row_of], dtype=np.int64)
+            if len(rows[name]) == 0 and name != "val":
+                raise ValueError(f"{file.name}: none of its {len(ids):,} slides has features and a label.")
+        folds.append(Fold(number, rows["train"], rows["val"], rows["test"]))
+    return folds
+
+
+def draw_folds(labels: Labels, folds: int, *, seed: int) -> list[Fold]:
+    """Folds with even shares of every class; a patient's slides stay together where patients are known.
+
+    Fold K tests on part K and validates on the part after it. Groups are taken in a drawn order, those with the
+    largest share of a class first, and each goes to the part in which it leaves the classes most even.
+    """
+    groups = labels.slide_ids if labels.patients is None else labels.patients
+    _, group_of_row = np.unique(np.asarray(groups), return_inverse=True)
+    count = int(group_of_row.max()) + 1
+    if count < folds:
+        unit = "slides" if labels.patients is None else "patients"
+        raise ValueError(f"--folds: expected at most {count}, the number of {unit}, got {folds}.")
+    flags = labels.truth if labels.truth.ndim == 2 else np.eye(int(labels.truth.max()) + 1)[labels.truth]
+    kinds = np.concatenate([flags, np.ones((len(labels), 1))], axis=1)  # the last column evens out the sizes
+    shares = np.zeros((count, kinds.shape[1]))
+    np.add.at(shares, group_of_row, kinds)
+    shares /= np.maximum(shares.sum(axis=0), 1)
+    order = np.random.default_rng(seed).permutation(count)
+    order = order[np.argsort(-shares[order].max(axis=1), kind="stable")]
+    filled = np.zeros((folds, kinds.shape[1]))
+    part_of_group = np.empty(count, dtype=np.int64)
+    for group in order:
+        # Squared sums grow least where what the group holds is rarest so far.
+        cost = ((filled + shares[group]) ** 2 - filled**2).sum(axis=1)
+        part = int(np.lexsort((np.arange(folds), filled.sum(axis=1).round(12), cost.round(12)))[0])
+        filled[part] += shares[group]
+        part_of_group[group] = part
+    part_of_row = part_of_group[group_of_row]
+    drawn = []
+    for number in range(folds):
+        val = (number + 1) % folds
+        train = np.flatnonzero((part_of_row != number) & (part_of_row != val))
+        drawn.append(Fold(number, train, np.flatnonzero(part_of_row == val), np.flatnonzero(part_of_row == number)))
+    return drawn
+
+
+def audit(folds: Sequence[Fold], labels: Labels, fingerprints: Sequence[str], *, allow_leakage: bool) -> list[str]:
+    """Refuse splits in which a slide, its twin or its patient stands in two sets; sentences of what was allowed.
+
+    Args:
+        folds: the splits.
+        labels: the slides.
+        fingerprints: (S,) equal where two files hold the same embeddings.
+        allow_leakage: go on, and say so.
+    """
+    found = []
+    for fold in folds:
+        for what, keys in (
+            ("slides in both sets", labels.slide_ids),
+            ("identical slides in both sets", fingerprints),
+            ("patients in both sets", labels.patients),
+        ):
+            if keys is None:
+                continue
+            members = {name: {keys[row] for row in rows} for name, rows in fold.sets().items()}
+            for first, second in (("train", "test"), ("train", "val"), ("val", "test")):
+                both = sorted(members[first] & members[second])
+                if both:
+                    names = shown(both)
+                    if keys is fingerprints:
+                        names = shown([labels.slide_ids[i] for i, key in enumerate(keys) if key == both[0]])
+                    found.append(f"fold {fold.number}: {len(both):,} {what}, {first} and {second} ({names})")
+                    break
+            if found and not allow_leakage:
+                raise ValueError(
+                    f"{found[-1]}. Split by patient (leave --splits out: folds are grouped by patient where a column "
+                    "patient_id is there), or go on with --allow-leakage."
+                )
+    return found
+
+
+def check_classes(folds: Sequence[Fold], labels: Labels, task: Task) -> list[str]:
+    """Refuse folds that can't be learned or tested; sentences on classes that a test set lacks."""
+    notes = []
+    for fold in folds:
+        for name, rows in fold.sets().items():
+            truth = labels.truth[rows]
+            if len(rows) == 0 and name == "val":
+                continue
+            if len(rows) == 0:
+                raise ValueError(f"fold {fold.number}: its {name} set is empty. Add slides, or take fewer folds.")
+            counts = truth.sum(axis=0) if task.multi_label else np.bincount(truth, minlength=len(task.classes))
+            lacking = [task.classes[i] for i in np.flatnonzero(counts == 0)]
+            if task.multi_label and name == "train":
+                lacking += [task.classes[i] for i in np.flatnonzero(counts == len(rows))]
+            if name == "train" and lacking:
+                raise ValueError(
+                    f"fold {fold.number}: no training slide teaches {', '.join(lacking)}. Add slides of it, take fewer "
+                    "folds, or leave it out of the task."
+                )
+            if name == "test" and not task.multi_label and len(task.classes) - len(lacking) < 2:
+                raise ValueError(
+                    f"fold {fold.number}: its test set holds one class only ({task.classes[int(truth[0])]}), so "
+                    "nothing can be told apart in it. Add slides, or take fewer folds."
+                )
+            if name == "test" and lacking:
+                notes.append(f"fold {fold.number}: no test slide of {', '.join(lacking)}")
+    return notes
+
+
+def keep_manifest(out: Path, folds: Sequence[Fold], labels: Labels, how: dict[str, Any]) -> str:
+    """Write the manifest of the split, or check that the one in `out` is the same; returns its digest.
+
+    Raises:
+        ValueError: `out` holds the split of other labels, or another split.
+    """
+    table = _table(folds, labels)
+    digest = hashlib.sha256(table.encode()).hexdigest()
+    path = out / MANIFEST
+    if path.is_file():
+        kept = json.loads(path.read_text(encoding="utf-8"))
+        if kept["labels"] != labels.digest:
+            raise ValueError(
+                f"{out.name}: the labels ({labels.source}) have changed since its split was made. Choose another --out."
+            )
+        if kept["split"] != digest:
+            raise ValueError(f"{out.name}: it holds another split of these slides. Choose another --out.")
+        return digest
+    write_text_atomic(out / TABLE, table)
+    write_json_atomic(path, {"labels": labels.digest, "split": digest, "slides": len(labels), **how})
+    return digest
+
+
+def _table(folds: Sequence[Fold], labels: Labels) -> str:
+    columns = [["" for _ in folds] for _ in range(len(labels))]
+    for place, fold in enumerate(folds):
+        for name, rows in fold.sets().items():
+            for row in rows.tolist():
+                columns[row][place] = name
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    patients = [] if labels.patients is None else ["patient_id"]
+    writer.writerow(["slide_id", *patients, *(f"fold_{fold.number}" for fold in folds)])
+    for row, slide_id in enumerate(labels.slide_ids):
+        writer.writerow([slide_id, *([] if labels.patients is None else [labels.patients[row]]), *columns[row]])
+    return text.getvalue()

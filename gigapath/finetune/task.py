@@ -1,0 +1,147 @@
+"""A task: what the labels are called and mean; a small YAML file, of the package or the user's own."""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from gigapath.files import write_text_atomic
+
+SETTINGS = ("multi_class", "binary", "multi_label")
+FOLDER = Path(__file__).parent / "tasks"
+_METRICS = ("qwk",)
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """What is to be learned.
+
+    Attributes:
+        name: of the task.
+        setting: "multi_class", "binary" (two classes, the second is the positive one) or "multi_label".
+        classes: names of the classes in order of their index; of a multi-label task the columns of the labels.
+        ordinal: the classes are grades: quadratic-weighted kappa is reported.
+        max_tiles: in training a slide with more tiles gives this many, drawn anew at each pass.
+        shuffle_tiles: whether training shuffles the tiles of a slide.
+        id_column: column of the slide's name; None takes the first of `labels.ID_COLUMNS`.
+        label_column: column of the class; None takes the first of `labels.LABEL_COLUMNS`.
+        patient_column: column of the patient; None takes the first of `labels.PATIENT_COLUMNS` that is there.
+        site_column: column of the hospital, scanner or provider; None takes the first of `labels.SITE_COLUMNS`.
+    """
+
+    name: str
+    setting: str
+    classes: tuple[str, ...]
+    ordinal: bool = False
+    max_tiles: int = 1_000_000
+    shuffle_tiles: bool = True
+    id_column: str | None = None
+    label_column: str | None = None
+    patient_column: str | None = None
+    site_column: str | None = None
+
+    @property
+    def multi_label(self) -> bool:
+        """True where a slide can have several labels."""
+        return self.setting == "multi_label"
+
+    def to_dict(self) -> dict[str, Any]:
+        """The keys of the YAML file."""
+        values: dict[str, Any] = {
+            "name": self.name,
+            "setting": self.setting,
+            "label_dict": {name: index for index, name in enumerate(self.classes)},
+            "max_tiles": self.max_tiles,
+            "shuffle_tiles": self.shuffle_tiles,
+        }
+        if self.ordinal:
+            values["add_metrics"] = ["qwk"]
+        for key in ("id_column", "label_column", "patient_column", "site_column"):
+            if getattr(self, key) is not None:
+                values[key] = getattr(self, key)
+        return values
+
+
+def load_task(name: str | Path) -> Task:
+    """The task of a name of the package ("panda", "mutation_5_gene") or of a YAML file.
+
+    Raises:
+        FileNotFoundError: neither.
+        ValueError: not YAML, an unknown key, a value that makes no sense; the file is named.
+    """
+    path = FOLDER / f"{name}.yaml" if (FOLDER / f"{name}.yaml").is_file() else Path(name)
+    if not path.is_file():
+        known = ", ".join(sorted(file.stem for file in FOLDER.glob("*.yaml")))
+        raise FileNotFoundError(
+            f"--task: expected {known} or a YAML file, got {str(name)!r}. `gigapath init-task LABELS` writes one."
+        )
+    yaml = _yaml()
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path.name}: expected YAML, got something else ({str(error).splitlines()[0]}).") from error
+    return task_from(content, path.name)
+
+
+def task_from(content: Any, who: str) -> Task:
+    """The task that a mapping with the keys of the YAML file describes; ValueError names `who`."""
+    if not isinstance(content, Mapping):
+        raise ValueError(f"{who}: expected keys and values, got {type(content).__name__}.")
+    columns = ("id_column", "label_column", "patient_column", "site_column")
+    known = ("name", "setting", "label_dict", "max_tiles", "shuffle_tiles", "add_metrics", *columns)
+    unknown = sorted(str(key) for key in set(content) - set(known))
+    if unknown:
+        raise ValueError(f"{who}: unknown key {', '.join(unknown)}. Known: {', '.join(known)}.")
+    missing = [key for key in ("name", "setting", "label_dict") if key not in content]
+    if missing:
+        raise ValueError(f"{who}: expected the key {', '.join(missing)}, which is not there.")
+    if content["setting"] not in SETTINGS:
+        raise ValueError(f"{who}: expected setting {', '.join(SETTINGS)}, got {content['setting']!r}.")
+    metrics = content.get("add_metrics") or []
+    if not isinstance(metrics, list) or set(metrics) - set(_METRICS):
+        raise ValueError(f"{who}: expected add_metrics of {', '.join(_METRICS)}, got {metrics!r}.")
+    max_tiles, shuffle = content.get("max_tiles", 1_000_000), content.get("shuffle_tiles", True)
+    if not isinstance(max_tiles, int) or isinstance(max_tiles, bool) or max_tiles < 1:
+        raise ValueError(f"{who}: expected max_tiles of at least 1, got {max_tiles!r}.")
+    if not isinstance(shuffle, bool):
+        raise ValueError(f"{who}: expected shuffle_tiles true or false, got {shuffle!r}.")
+    for key in columns:
+        if content.get(key) is not None and not isinstance(content[key], str):
+            raise ValueError(f"{who}: expected {key} to name a column, got {content[key]!r}.")
+    return Task(
+        name=str(content["name"]),
+        setting=content["setting"],
+        classes=_classes(content["label_dict"], content["setting"], who),
+        ordinal="qwk" in metrics,
+        max_tiles=max_tiles,
+        shuffle_tiles=shuffle,
+        **{key: content.get(key) for key in columns},
+    )
+
+
+def _classes(label_dict: Any, setting: str, who: str) -> tuple[str, ...]:
+    """Names in the order of their index, which must run from 0 without a gap."""
+    if not isinstance(label_dict, Mapping) or not label_dict:
+        raise ValueError(f"{who}: expected label_dict with a label and its index a line, got {label_dict!r}.")
+    by_index = {index: str(name) for name, index in label_dict.items() if isinstance(index, int)}
+    if sorted(by_index) != list(range(len(label_dict))):
+        raise ValueError(f"{who}: expected the indices 0 to {len(label_dict) - 1} in label_dict, each once.")
+    if setting == "binary" and len(by_index) != 2:
+        raise ValueError(f"{who}: expected two labels for a binary task, got {len(by_index)}.")
+    if setting == "multi_class" and len(by_index) < 2:
+        raise ValueError(f"{who}: expected at least two labels, got {len(by_index)}.")
+    return tuple(by_index[index] for index in range(len(by_index)))
+
+
+def write_task(path: Path | str, task: Task) -> None:
+    """Write a task's YAML file, whole or not at all."""
+    text: str = _yaml().safe_dump(task.to_dict(), sort_keys=False, allow_unicode=True)
+    write_text_atomic(path, text)
+
+
+def _yaml() -> Any:
+    try:
+        import yaml
+    except ImportError as error:
+        raise ImportError("tasks: PyYAML is not installed. Install it: pip install 'gigapath[train]'.") from error
+    return yaml

@@ -1,0 +1,274 @@
+"""The training of one model on one split: windows of slides, one step of AdamW each, a checkpoint after each epoch.
+
+A window is what one step sees: batch_size x gradient_accumulation x processes slides, the last of an epoch may be
+smaller. A chunk is what one pass sees: batch_size slides, packed without padding.
+"""
+
+import logging
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gigapath.finetune import checkpoints
+from gigapath.finetune.data import Bag, Bags, ReadAhead
+from gigapath.finetune.heads import pack
+from gigapath.finetune.options import TrainingOptions
+from gigapath.finetune.processes import Processes, autocast
+from gigapath.finetune.splits import Fold
+from gigapath.finetune.task import Task
+
+log = logging.getLogger(__name__)
+
+IntArray = npt.NDArray[np.int64]
+FloatArray = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """What one pass over the training slides gave.
+
+    Attributes:
+        epoch: counted from 1.
+        train_loss: mean over the slides, while training.
+        val_loss: mean over the validation slides, None without any.
+        learning_rate: of the head, at the last step.
+        seconds: of training, without validation.
+        waiting: share of them spent waiting for files.
+        slides_per_second: in training, over all processes.
+    """
+
+    epoch: int
+    train_loss: float
+    val_loss: float | None
+    learning_rate: float
+    seconds: float
+    waiting: float
+    slides_per_second: float
+
+
+@dataclass(frozen=True)
+class Trainer:
+    """What the training of a fold needs besides the model.
+
+    Attributes:
+        task: the classes, and how many tiles of a slide training takes.
+        bags: by row.
+        truth: (S,) or (S, C), by row.
+        options: the recipe.
+        precision: "fp32", "bf16" or "fp16".
+        processes: this one among those of the run.
+        check_stop: called between windows; raises to end the run.
+        dtype: of the computation where precision is fp32; float64 for tests.
+    """
+
+    task: Task
+    bags: Bags
+    truth: IntArray
+    options: TrainingOptions
+    precision: str
+    processes: Processes
+    check_stop: Callable[[], None] = lambda: None
+    dtype: torch.dtype = torch.float32
+
+    def train(self, model: nn.Module, fold: Fold, folder: Path, tag: dict[str, Any]) -> list[Epoch]:
+        """Train, from the last finished epoch in `folder` if there is one; the model ends with the chosen weights.
+
+        Args:
+            model: a head of `gigapath.finetune.heads`, on the device.
+            fold: the rows of each set.
+            folder: of the checkpoints.
+            tag: what a checkpoint must say of itself to be continued.
+        """
+        options, window = self.options, self.window
+        groups = model.parameter_groups(  # type: ignore[operator]
+            options.learning_rate(window),
+            options.weight_decay,
+            options.layer_decay,
+            published=options.published_layer_decay,
+        )
+        optimizer = torch.optim.AdamW(groups)
+        scaler = torch.amp.GradScaler(self.processes.device.type, enabled=self.precision == "fp16")
+        history: list[Epoch] = []
+        best: dict[str, Tensor] | None = None
+        kept = checkpoints.load_checkpoint(folder)
+        if kept is not None:
+            facts, tensors = kept
+            if facts["tag"] != tag:
+                raise ValueError(f"{folder}: its checkpoint is of another run. Choose another --out.")
+            history = [Epoch(**entry) for entry in facts["history"]]
+            scaler.load_state_dict(facts["scaler"])
+            checkpoints.restore_optimizer(model, optimizer, tensors)
+            model.load_state_dict(_part(tensors, "model."))
+            best = _part(tensors, "best.") or None
+            log.info("fold %d goes on after epoch %d", fold.number, len(history))
+        for epoch in range(len(history), options.epochs):
+            history.append(self._epoch(model, optimizer, scaler, fold, epoch))
+            log.info("%s", describe_epoch(history[-1], options.epochs))
+            if options.select == "val" and _is_best(history):
+                best = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+            if self.processes.rank == 0:
+                tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+                tensors |= checkpoints.optimizer_tensors(model, optimizer)
+                tensors |= {f"best.{name}": tensor for name, tensor in (best or {}).items()}
+                facts = {"tag": tag, "history": [asdict(entry) for entry in history], "scaler": scaler.state_dict()}
+                checkpoints.save_checkpoint(folder, epoch + 1, tensors, facts)
+        if best is not None:
+            model.load_state_dict(best)
+        if self.processes.rank == 0:  # done: the optimizer's moments, two thirds of the file, are not needed any more
+            tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+            facts = {"tag": tag, "history": [asdict(entry) for entry in history], "scaler": scaler.state_dict()}
+            checkpoints.save_checkpoint(folder, options.epochs, tensors, facts)
+        return history
+
+    @property
+    def window(self) -> int:
+        """Slides of one step."""
+        return self.options.batch_size * self.options.gradient_accumulation * self.processes.world
+
+    def order(self, train: IntArray, epoch: int) -> IntArray:
+        """The training rows of an epoch: each once in a drawn order, or as many draws of balanced classes."""
+        random = np.random.default_rng([self.options.seed, 1, epoch])
+        if not self.options.balanced:
+            return random.permutation(train)
+        truth = self.truth[train]
+        weights = 1 / np.bincount(truth)[truth]
+        return random.choice(train, size=len(train), p=weights / weights.sum())
+
+    def _epoch(self, model: nn.Module, optimizer: torch.optim.Optimizer, scaler: Any, fold: Fold, epoch: int) -> Epoch:
+        options, processes = self.options, self.processes
+        # Nothing random is carried from one epoch to the next, so that a run that goes on draws what an unbroken one
+        # draws; each process has its own dropout.
+        torch.manual_seed(_seed_of(options.seed, fold.number, epoch, processes.rank))
+        order = self.order(fold.train, epoch)
+        steps = [order[start : start + self.window] for start in range(0, len(order), self.window)]
+        mine = [self._chunks(step)[processes.rank :: processes.world] for step in steps]
+        positions = [int(row) for chunks in mine for chunk in chunks for row in chunk]
+        ahead = ReadAhead(self.bags.__getitem__, workers=options.workers)
+        bags = ahead(positions)
+        model.train()
+        loss_sum, rate, started = torch.zeros((), dtype=torch.float64), 0.0, time.perf_counter()
+        for number, (step, chunks) in enumerate(zip(steps, mine, strict=True)):
+            self.check_stop()
+            rate = set_rates(optimizer, options, self.window, epoch + number * self.window / len(order))
+            optimizer.zero_grad(set_to_none=True)
+            for chunk in chunks:
+                taken = [self._drawn(next(bags), int(row), epoch) for row in chunk]
+                loss = self.loss_of(model, taken, chunk)
+                if not torch.isfinite(loss):
+                    raise ValueError(
+                        f"training: the loss of fold {fold.number}, epoch {epoch + 1} became {float(loss.detach())}. "
+                        "Lower --base-lr, or take --precision fp32."
+                    )
+                scaler.scale(loss / len(step)).backward()
+                loss_sum += loss.detach().double().cpu()
+            processes.sum_gradients(model.parameters())
+            scaler.step(optimizer)
+            scaler.update()
+        seconds = time.perf_counter() - started
+        mean = sum(processes.gather(float(loss_sum))) / len(order)
+        val = self.mean_loss(model, fold.val) if len(fold.val) else None
+        waiting = ahead.waited / seconds
+        return Epoch(epoch + 1, mean, val, rate, seconds, waiting, len(order) / seconds)
+
+    def _chunks(self, step: IntArray) -> list[IntArray]:
+        size = self.options.batch_size
+        return [step[start : start + size] for start in range(0, len(step), size)]
+
+    def _drawn(self, bag: Bag, row: int, epoch: int) -> Bag:
+        """The tiles that training sees of a slide: shuffled, and at most `max_tiles` of them, drawn for this epoch."""
+        shuffle = self.task.shuffle_tiles and not self.options.file_order
+        if not shuffle and len(bag) <= self.task.max_tiles:
+            return bag
+        drawn = np.random.default_rng([self.options.seed, 2, epoch, row]).permutation(len(bag))[: self.task.max_tiles]
+        return bag.take(drawn if shuffle else np.sort(drawn))
+
+    def loss_of(self, model: nn.Module, bags: Sequence[Bag], rows: IntArray) -> Tensor:
+        """The loss summed over a chunk's slides."""
+        device = self.processes.device
+        with autocast(self.precision, device):
+            logits = model.forward_packed(*pack(bags, device, self.dtype))  # type: ignore[operator]
+        logits = logits if self.dtype == torch.float64 else logits.float()
+        return summed_loss(logits, torch.as_tensor(self.truth[rows], device=device))
+
+    def logits(self, model: nn.Module, rows: IntArray) -> FloatArray:
+        """Logits (len(rows), C) in eval mode: all tiles of each slide in the file's order, slide by slide.
+
+        Each process takes its share; all get the whole.
+        """
+        model.eval()
+        processes = self.processes
+        mine = [int(row) for row in rows[processes.rank :: processes.world]]
+        ahead = ReadAhead(self.bags.__getitem__, workers=self.options.workers)
+        found = []
+        with torch.no_grad():
+            for bag in ahead(mine):
+                self.check_stop()
+                with autocast(self.precision, processes.device):
+                    logits = model.forward_packed(*pack([bag], processes.device, self.dtype))  # type: ignore[operator]
+                found.append(logits[0].double().cpu().numpy())
+        out = np.empty((len(rows), len(self.task.classes)))
+        for rank, share in enumerate(processes.gather(found)):
+            if len(share):
+                out[rank :: processes.world] = np.stack(share)
+        return out
+
+    def mean_loss(self, model: nn.Module, rows: IntArray) -> float:
+        """The mean loss of some slides in eval mode."""
+        logits = torch.from_numpy(self.logits(model, rows))
+        return float(summed_loss(logits, torch.as_tensor(self.truth[rows]))) / len(rows)
+
+
+def summed_loss(logits: Tensor, truth: Tensor) -> Tensor:
+    """Cross-entropy (truth (B,)) or, for several labels (truth (B, C)), the mean binary one of the labels, summed over
+    the slides."""
+    if truth.ndim == 1:
+        return F.cross_entropy(logits, truth, reduction="sum")
+    entries = F.binary_cross_entropy_with_logits(logits, truth.to(logits.dtype), reduction="none")
+    return entries.mean(dim=1).sum()
+
+
+def set_rates(optimizer: torch.optim.Optimizer, options: TrainingOptions, slides: int, epochs_done: float) -> float:
+    """Set every group's rate for this moment and return the head's.
+
+    Linear warm-up from 0, then half a cosine to `min_lr`, at the fraction of epochs that is behind us.
+    """
+    top, warm = options.learning_rate(slides), options.warmup_epochs
+    if epochs_done < warm:
+        rate = top * epochs_done / warm
+    else:
+        share = (epochs_done - warm) / max(options.epochs - warm, 1e-9)
+        rate = options.min_lr + (top - options.min_lr) * 0.5 * (1 + math.cos(math.pi * min(share, 1.0)))
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group["lr_scale"]
+    return rate
+
+
+def describe_epoch(epoch: Epoch, epochs: int) -> str:
+    """One line about an epoch."""
+    val = "" if epoch.val_loss is None else f", validation loss {epoch.val_loss:.4f}"
+    return (
+        f"epoch {epoch.epoch}/{epochs}: training loss {epoch.train_loss:.4f}{val}, "
+        f"{epoch.slides_per_second:.2f} slides/s, {epoch.waiting:.1%} of the time waiting for files"
+    )
+
+
+def _is_best(history: Sequence[Epoch]) -> bool:
+    losses = [math.inf if entry.val_loss is None else entry.val_loss for entry in history]
+    return losses[-1] == min(losses) and losses.count(losses[-1]) == 1
+
+
+def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def _seed_of(*numbers: int) -> int:
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)

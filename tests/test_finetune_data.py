@@ -1,0 +1,289 @@
+"""Tasks, labels, splits and bags of fine-tuning: what is read, what is refused, in one sentence each."""
+
+import json
+
+import h5py
+import numpy as np
+import pytest
+from feature_files import write_clam, write_published, write_stamp, write_trident
+from made_cohort import made_bag, write_cohort, write_csv, write_slide, write_task
+
+from gigapath.features import FeatureFileError
+from gigapath.finetune.data import FileBags, ReadAhead, find_files, look_at_all
+from gigapath.finetune.labels import join_labels, read_labels
+from gigapath.finetune.new_task import new_task
+from gigapath.finetune.options import JoinOptions
+from gigapath.finetune.splits import audit, check_classes, draw_folds, keep_manifest, read_splits
+from gigapath.finetune.task import load_task
+
+MUTATION_HEADER = ["id", "file_name", "slide_id", "case_id", "EGFR", "KRAS", "TP53", "FAT1", "LRP1B", "pat_id"]
+
+
+def mutation_rows(patients: int = 24, each: int = 3) -> list[list[object]]:
+    """Rows like those of the published table: several slides a patient, True and False under the genes."""
+    random = np.random.default_rng(0)
+    rows = []
+    for patient in range(patients):
+        genes = [bool(flag) for flag in random.random(5) < 0.5]
+        for slide in range(each):
+            name = f"TCGA-55-{patient:04d}-01A-0{slide}-TS1"
+            rows.append([f"uuid-{patient}-{slide}", f"{name}.f6baa937-{slide}.svs", name, "c", *genes, f"pat{patient}"])
+    return rows
+
+
+def test_packaged_tasks_are_the_published_ones() -> None:
+    panda, mutation = load_task("panda"), load_task("mutation_5_gene")
+    assert (panda.setting, panda.classes, panda.ordinal) == ("multi_class", ("0", "1", "2", "3", "4", "5"), True)
+    assert (mutation.setting, mutation.classes) == ("multi_label", ("EGFR", "FAT1", "KRAS", "LRP1B", "TP53"))
+
+
+@pytest.mark.parametrize(
+    ("text", "match"),
+    [
+        ("name: x\nsetting: multi_class\nlabel_dict: {a: 0, b: 1}\nlabel_dic: 1", "unknown key label_dic"),
+        ("name: x\nsetting: multi_klass\nlabel_dict: {a: 0, b: 1}", "setting"),
+        ("name: x\nsetting: binary\nlabel_dict: {a: 0, b: 1, c: 2}", "two labels"),
+        ("name: x\nsetting: multi_class\nlabel_dict: {a: 0, b: 2}", "0 to 1"),
+        ("name: x\nsetting: multi_class", "label_dict"),
+        ("name: x\nsetting: multi_class\nlabel_dict: {a: 0, b: 1}\nmax_tiles: 0", "max_tiles"),
+        ("- a\n- b", "keys and values"),
+        ("name: [", "YAML"),
+    ],
+)
+def test_task_files_that_are_off_are_refused(tmp_path, text, match) -> None:
+    (tmp_path / "task.yaml").write_text(text)
+    with pytest.raises(ValueError, match=match):
+        load_task(tmp_path / "task.yaml")
+
+
+def test_init_task_writes_what_load_task_reads(tmp_path) -> None:
+    labels = write_csv(tmp_path / "grades.csv", ["image_id", "isup_grade"], [[f"s{n}", n % 11] for n in range(44)])
+    task, counts = new_task(labels, tmp_path / "task.yaml", ordinal=True)
+    assert task == load_task(tmp_path / "task.yaml")
+    assert task.classes == tuple(map(str, range(11))) and task.ordinal and counts["10"] == 4
+    with pytest.raises(ValueError, match="already"):
+        new_task(labels, tmp_path / "task.yaml")
+    several = write_csv(tmp_path / "genes.csv", MUTATION_HEADER, mutation_rows())
+    task, _ = new_task(several, tmp_path / "genes.yaml", columns=["TP53", "KRAS"])
+    assert (task.setting, task.classes) == ("multi_label", ("TP53", "KRAS"))
+
+
+def test_labels_of_kaggle_and_of_the_published_table_read_alike(tmp_path) -> None:
+    rows = [["s1", "karolinska", 3], ["s2", "radboud", 0]]
+    published = read_labels(
+        write_csv(tmp_path / "p.csv", ["slide_id", "data_provider", "label"], rows), load_task("panda")
+    )
+    kaggle = write_csv(
+        tmp_path / "k.csv", ["image_id", "data_provider", "isup_grade", "gleason_score"], [[*r, "3+4"] for r in rows]
+    )
+    read = read_labels(kaggle, load_task("panda"))
+    assert read.slide_ids == published.slide_ids == ("s1", "s2") and read.truth.tolist() == [3, 0]
+    assert read.sites == ("karolinska", "radboud") and read.digest == published.digest
+
+
+@pytest.mark.parametrize(
+    ("header", "rows", "match"),
+    [
+        (["slide_id", "label"], [["a", 7]], "row 2 has the label '7'.*does not know"),
+        (["slide_id", "label"], [["a", 1], ["a", 2]], "a has two rows"),
+        (["slide_id", "grade"], [["a", 1]], "expected a column label"),
+        (["name", "label"], [["a", 1]], "expected a column slide_id"),
+        (["slide_id", "label"], [], "rows below the header"),
+        (["slide_id", "label", "patient_id"], [["a", 1, ""]], "row 2 has no patient"),
+    ],
+)
+def test_labels_that_are_off_are_refused(tmp_path, header, rows, match) -> None:
+    with pytest.raises(ValueError, match=match):
+        read_labels(write_csv(tmp_path / "labels.csv", header, rows), load_task("panda"))
+
+
+def test_tcga_rule_joins_every_row_to_files_named_by_file_name(tmp_path) -> None:
+    rows = mutation_rows()
+    labels = read_labels(write_csv(tmp_path / "l.csv", MUTATION_HEADER, rows), load_task("mutation_5_gene"))
+    files = [tmp_path / (str(row[1]).removesuffix(".svs") + ".h5") for row in rows]
+    joined = join_labels(labels, files, JoinOptions(id_rule="tcga"))
+    assert joined.files == tuple(files) and not joined.missing and not joined.unlabelled
+    assert labels.patients is not None and len(set(labels.patients)) == 24
+    with pytest.raises(ValueError, match="none of its 72 slides"):
+        join_labels(labels, files, JoinOptions())
+    regex = join_labels(labels, files, JoinOptions(id_regex=r"^(TCGA-[\w-]+?-TS1)"))
+    assert regex.files == tuple(files)
+    without = read_labels(
+        write_csv(tmp_path / "n.csv", MUTATION_HEADER[:-1], [[*r[:3], "c", *r[4:9]] for r in rows]),
+        load_task("mutation_5_gene"),
+        id_rule="tcga",
+    )
+    assert without.patients is not None
+
+
+def test_missing_slides_are_counted_and_named(tmp_path) -> None:
+    labels = read_labels(write_csv(tmp_path / "l.csv", ["slide_id", "label"], [["a", 0], ["b", 1]]), load_task("panda"))
+    with pytest.raises(ValueError, match=r"1 of 2 slides have no features \(b\).*--allow-missing"):
+        join_labels(labels, [tmp_path / "a.h5"], JoinOptions())
+    joined = join_labels(labels, [tmp_path / "a.h5", tmp_path / "z.h5"], JoinOptions(allow_missing=True))
+    assert (joined.missing, joined.unlabelled, joined.labels.slide_ids) == (("b",), ("z.h5",), ("a",))
+
+
+def test_random_split_of_several_slides_a_patient_is_refused(tmp_path) -> None:
+    task = load_task("mutation_5_gene")
+    labels = read_labels(write_csv(tmp_path / "l.csv", MUTATION_HEADER, mutation_rows()), task)
+    random = np.random.default_rng(1).permutation(len(labels))
+    for name, part in (("train", random[:48]), ("test", random[48:])):
+        write_csv(tmp_path / "splits" / f"{name}_0.csv", ["slide_id"], [[labels.slide_ids[row]] for row in part])
+    folds = read_splits(tmp_path / "splits", labels)
+    prints = list(map(str, range(len(labels))))
+    with pytest.raises(ValueError, match="patients in both sets"):
+        audit(folds, labels, prints, allow_leakage=False)
+    assert "patients in both sets" in audit(folds, labels, prints, allow_leakage=True)[0]
+    grouped = draw_folds(labels, 4, seed=0)
+    assert audit(grouped, labels, prints, allow_leakage=False) == []
+    assert check_classes(grouped, labels, task) == []
+
+
+def test_audit_finds_twins_and_slides_in_two_sets(tmp_path) -> None:
+    labels = read_labels(
+        write_csv(tmp_path / "l.csv", ["slide_id", "label"], [[f"s{n}", n % 6] for n in range(12)]), load_task("panda")
+    )
+    for name, part in (("train", [*range(8), 11]), ("test", range(8, 12))):
+        write_csv(tmp_path / "splits" / f"{name}_0.csv", ["slide_id"], [[f"s{n}"] for n in part])
+    with pytest.raises(ValueError, match=r"1 slides in both sets, train and test \(s11\)"):
+        audit(read_splits(tmp_path / "splits", labels), labels, list("abcdefghijkl"), allow_leakage=False)
+    write_csv(tmp_path / "splits" / "train_0.csv", ["slide_id"], [[f"s{n}"] for n in range(8)])
+    with pytest.raises(ValueError, match=r"identical slides in both sets, train and test \(s0, s9\)"):
+        audit(read_splits(tmp_path / "splits", labels), labels, list("abcdefghiaxy"), allow_leakage=False)
+
+
+def test_folds_are_stratified_grouped_and_seeded(tmp_path) -> None:
+    rows = [[f"s{n}", [0, 0, 0, 1, 2][n // 2 % 5], f"p{n // 2}"] for n in range(60)]
+    labels = read_labels(
+        write_csv(tmp_path / "l.csv", ["slide_id", "label", "patient_id"], rows),
+        load_task(write_task(tmp_path / "t.yaml")),
+    )
+    folds = draw_folds(labels, 3, seed=4)
+    tested = np.concatenate([fold.test for fold in folds])
+    assert sorted(tested.tolist()) == list(range(60))
+    for fold in folds:
+        counts = np.bincount(labels.truth[fold.test], minlength=3)
+        assert (np.abs(counts - [12, 4, 4]) <= 2).all(), counts
+        patients = [{labels.patients[row] for row in rows} for rows in fold.sets().values()]
+        assert not (patients[0] & patients[1] or patients[0] & patients[2] or patients[1] & patients[2])
+        assert len(fold.train) + len(fold.val) + len(fold.test) == 60
+    again, other = draw_folds(labels, 3, seed=4), draw_folds(labels, 3, seed=5)
+    assert all(np.array_equal(a.test, b.test) for a, b in zip(folds, again, strict=True))
+    assert not all(np.array_equal(a.test, b.test) for a, b in zip(folds, other, strict=True))
+
+
+def test_split_manifest_is_reused_only_for_the_same_labels(tmp_path) -> None:
+    def labels_of(rows):
+        path = write_csv(tmp_path / "l.csv", ["slide_id", "label"], rows)
+        return read_labels(path, load_task("panda"))
+
+    rows = [[f"s{n}", n % 6] for n in range(24)]
+    labels = labels_of(rows)
+    folds = draw_folds(labels, 3, seed=0)
+    digest = keep_manifest(tmp_path / "out", folds, labels, {"seed": 0})
+    assert keep_manifest(tmp_path / "out", folds, labels, {"seed": 0}) == digest
+    assert json.loads((tmp_path / "out" / "splits.json").read_text())["slides"] == 24
+    rows[0][1] = 5
+    with pytest.raises(ValueError, match="have changed"):
+        keep_manifest(tmp_path / "out", folds, labels_of(rows), {"seed": 0})
+    with pytest.raises(ValueError, match="another split"):
+        keep_manifest(tmp_path / "out", draw_folds(labels, 4, seed=0), labels, {"seed": 0})
+
+
+@pytest.mark.parametrize(
+    ("sets", "match"),
+    [
+        ({"train": [0, 1, 2]}, "no test split"),
+        ({"test": [0, 1]}, "no train_0.csv"),
+        ({"train": [0, 1, 3, 4], "test": [2, 5]}, "no training slide teaches 2"),
+        ({"train": [0, 1, 2], "test": [3, 6]}, "one class only"),
+        ({"train": [0, 1, 2], "test": []}, "rows below|none of its"),
+    ],
+)
+def test_splits_that_cannot_be_learned_or_tested_are_refused(tmp_path, sets, match) -> None:
+    task = load_task(write_task(tmp_path / "t.yaml"))
+    labels = read_labels(
+        write_csv(tmp_path / "l.csv", ["slide_id", "label"], [[f"s{n}", n % 3] for n in range(9)]), task
+    )
+    for name, rows in sets.items():
+        write_csv(tmp_path / "splits" / f"{name}_0.csv", ["slide_id"], [[f"s{n}"] for n in rows])
+    (tmp_path / "splits").mkdir(exist_ok=True)
+    with pytest.raises(ValueError, match=match):
+        check_classes(read_splits(tmp_path / "splits", labels), labels, task)
+
+
+def test_bags_of_every_tool_come_to_one_frame(tmp_path) -> None:
+    features, cells = made_bag(1, np.random.default_rng(0))
+    for number, write in enumerate((write_trident, write_clam, write_stamp, write_published)):
+        folder = tmp_path / str(number)
+        path = write(folder, features, cells)
+        facts = look_at_all([path], JoinOptions())
+        assert (facts[0].tiles, facts[0].width) == (12, 8)
+        # Only the published form needs what is stated; CLAM's step stands in a second file.
+        bag = FileBags([path], facts, 512 if write is write_clam else 256)[0]
+        assert np.array_equal(bag.coords, cells * 256), write.__name__
+        assert np.abs(bag.features - features).max() < 2e-3
+    with pytest.raises(FeatureFileError, match="tile-size-level0"):
+        FileBags([path], facts, None)[0]
+
+
+def test_bad_feature_files_are_named_and_never_replaced(tmp_path) -> None:
+    features, cells = made_bag(0, np.random.default_rng(0))
+    good = write_slide(tmp_path / "good.h5", features, cells)
+    wide = write_slide(tmp_path / "wide.h5", np.pad(features, ((0, 0), (0, 3))), cells)
+    with pytest.raises(FeatureFileError, match=r"wide.h5: expected embeddings of width 8, got 11"):
+        look_at_all([good, wide], JoinOptions())
+    bare = tmp_path / "bare.h5"
+    with h5py.File(bare, "w") as file:
+        file["features"] = features
+    with pytest.raises(FeatureFileError, match=r"bare.h5: .*'coords'"):
+        look_at_all([good, bare], JoinOptions())
+    cut = tmp_path / "cut.h5"
+    cut.write_bytes(good.read_bytes()[:-200])
+    with pytest.raises(FeatureFileError, match=r"cut.h5: .*truncated"):
+        look_at_all([good, cut], JoinOptions())
+    empty = write_slide(tmp_path / "empty.h5", features[:0], cells[:0])
+    with pytest.raises(FeatureFileError, match=r"empty.h5: it has no tiles"):
+        look_at_all([good, empty], JoinOptions())
+    features[3, 2] = np.nan
+    nan = write_slide(tmp_path / "nan.h5", features, cells)
+    bags = FileBags([good, nan], look_at_all([good, nan], JoinOptions()), None)
+    with pytest.raises(FeatureFileError, match=r"nan.h5: .*row 3"):
+        list(ReadAhead(bags.__getitem__, workers=2)([0, 1, 0]))
+    far = write_slide(tmp_path / "far.h5", np.nan_to_num(features), cells + 2000)
+    with pytest.raises(FeatureFileError, match=r"far.h5: expected cells 0 to 999"):
+        FileBags([far], look_at_all([far], JoinOptions()), None)[0]
+
+
+def test_features_of_another_make_are_refused(tmp_path) -> None:
+    bag = made_bag(0, np.random.default_rng(0))
+    paths = [
+        write_slide(tmp_path / f"{n}.h5", *bag, encoder=name, mpp=0.5) for n, name in enumerate(["gigapath", "uni"])
+    ]
+    with pytest.raises(FeatureFileError, match="its encoder is uni"):
+        look_at_all(paths, JoinOptions())
+    assert len(look_at_all(paths, JoinOptions(allow_mixed=True))) == 2
+    near = [write_slide(tmp_path / f"m{n}.h5", *bag, mpp=mpp) for n, mpp in enumerate([0.5, 0.502, 0.25])]
+    assert len(look_at_all(near[:2], JoinOptions())) == 2
+    with pytest.raises(FeatureFileError, match=r"its mpp is 0\.25"):
+        look_at_all(near, JoinOptions())
+
+
+def test_feature_folder_of_a_run_is_found(tmp_path) -> None:
+    features, _ = write_cohort(tmp_path, [0, 1])
+    features.rename(tmp_path / "features_standin")
+    assert [file.name for file in find_files(tmp_path)] == ["slide-000.h5", "slide-001.h5"]
+    with pytest.raises(ValueError, match="found none"):
+        find_files((tmp_path / "empty").mkdir() or tmp_path / "empty")
+
+
+def test_reading_ahead_keeps_the_order_and_hides_waiting(tmp_path) -> None:
+    seen = []
+
+    def read(row: int) -> int:
+        seen.append(row)
+        return row * 10
+
+    ahead = ReadAhead(read, workers=2)
+    assert list(ahead([3, 1, 2, 1])) == [30, 10, 20, 10] and sorted(seen) == [1, 1, 2, 3]
