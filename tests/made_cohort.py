@@ -70,6 +70,15 @@ def write_cohort(
     return folder / "features", write_csv(folder / "labels.csv", header, rows)
 
 
+def write_splits(folder: Path, *folds: tuple[Sequence[int], Sequence[int], Sequence[int]]) -> Path:
+    """Split files of numbers of slides: (train, val, test) of each fold; an empty val writes no file."""
+    for number, sets in enumerate(folds):
+        for name, rows in zip(("train", "val", "test"), sets, strict=True):
+            if len(rows):
+                write_csv(folder / f"{name}_{number}.csv", ["slide_id"], [[f"slide-{row:03d}"] for row in rows])
+    return folder
+
+
 def write_task(path: Path, *, classes: int = 3, **more: object) -> Path:
     lines = ["name: made", "setting: multi_class", f"label_dict: {{{', '.join(f'{c}: {c}' for c in range(classes))}}}"]
     path.write_text("\n".join(lines + [f"{key}: {value}" for key, value in more.items()]) + "\n")

@@ -21,6 +21,7 @@ SUFFIXES = (".h5", ".npz", ".pt")
 CELL = 256  # pixels of a cell as the slide encoder takes them; it only divides by this
 GRID = 1000  # cells on a side of its grid
 MPP_TOLERANCE = 0.02
+KEPT_BYTES = 1 << 30  # bags of a cohort up to this size stay in memory after the first pass
 # Attributes by which files say how far apart their tiles lie (ours, TRIDENT's, CLAM's and Mussel's, STAMP's).
 _STEPS = ("tile_size_level0", "patch_size_level0", "patch_size", "step_size", "tile_size_um", "tile_size_lv0")
 
@@ -157,7 +158,7 @@ def check_made(made: dict[str, Any], other: dict[str, Any], who: str, than: str)
 
 
 class FileBags:
-    """The bags of feature files, read when asked for, all tiles in the file's order.
+    """The bags of feature files, all tiles in the file's order; read when asked for, and kept while they are few.
 
     Raises, when a bag is asked for:
         FeatureFileError: the file can't be read, holds NaN, has no step, has a tile outside the grid.
@@ -167,8 +168,20 @@ class FileBags:
         self.files = list(files)
         self.facts = list(facts)
         self.tile_size_level0 = tile_size_level0
+        self.kept: dict[int, Bag] = {}
+        self.room = KEPT_BYTES
 
     def __getitem__(self, row: int) -> Bag:
+        bag = self.kept.get(row)
+        if bag is None:
+            bag = self._read(row)
+            size = bag.features.nbytes + bag.coords.nbytes
+            if size <= self.room:
+                self.room -= size
+                self.kept[row] = bag
+        return bag
+
+    def _read(self, row: int) -> Bag:
         path = self.files[row]
         facts = self.facts[row]
         stated = None if facts.states_step else self.tile_size_level0

@@ -107,7 +107,7 @@ def load_head(path: Path | str) -> FittedHead:
         ValueError: not a head, or tensors that are not those of the JSON.
     """
     path = Path(path)
-    folder = path if path.is_dir() else path.parent
+    folder = path.parent if path.name in (HEAD, TENSORS) else path
     file = folder / HEAD
     if not file.is_file():
         raise FileNotFoundError(

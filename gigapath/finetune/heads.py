@@ -44,7 +44,7 @@ class GatedAttention(nn.Module):
         super().__init__()
         self.values = nn.Linear(width, ATTENTION_WIDTH)
         self.gates = nn.Linear(width, ATTENTION_WIDTH)
-        self.scores = nn.Linear(ATTENTION_WIDTH, 1)
+        self.scores = nn.Linear(ATTENTION_WIDTH, 1, bias=False)  # softmax knows no offset
 
     def forward(self, tiles: Tensor, lengths: Sequence[int]) -> Tensor:
         """Pool (T, width), the tiles of B bags one after another, to (B, width)."""

@@ -1,0 +1,295 @@
+"""Fine-tuning from the command line: runs, what they leave, how they go on, and fitted heads on other cohorts."""
+
+import csv
+import json
+import logging
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from made_cohort import NARROW, made_bag, write_cohort, write_csv, write_slide, write_splits, write_task
+
+from gigapath.cli.main import main
+from gigapath.finetune import (
+    Inputs,
+    ModelOptions,
+    Settings,
+    TrainingOptions,
+    finetune,
+    load_head,
+    predict,
+)
+from gigapath.finetune.run import prepare
+
+FAST = ["--model-arch", NARROW, "--feat-layer", "2", "--dropout", "0", "--pretrained", "", "--replicates", "20"]
+RECIPE = ["--epochs", "3", "--gradient-accumulation", "4", "--base-lr", "0.1", "--device", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def fitted(tmp_path_factory) -> Path:
+    """A finished run with controls over two folds: 24 slides of 12 patients, two sites."""
+    folder = tmp_path_factory.mktemp("run")
+    truth = [number // 2 % 3 for number in range(24)]
+    patients = [f"p{number // 2}" for number in range(24)]
+    features, labels = write_cohort(folder, truth, patients=patients, encoder="made", mpp=0.5, numerics_version=1)
+    task = write_task(folder / "task.yaml", add_metrics="[qwk]")
+    words = ["finetune", "--task", task, "--features", features, "--labels", labels, "--out", folder / "out"]
+    parts = [range(start, start + 6) for start in (0, 6, 12, 18)]
+    both = [*parts[0], *parts[1]], [*parts[2], *parts[3]]
+    splits = write_splits(folder / "splits", (both[0], parts[2], parts[3]), (both[1], parts[0], parts[1]))
+    assert main([*map(str, words), "--splits", str(splits), "--controls", "--calibrate", *FAST, *RECIPE]) == 0
+    return folder
+
+
+def test_run_leaves_what_it_promises(fitted) -> None:
+    out = fitted / "out"
+    assert {path.name for path in out.iterdir()} == {
+        "finetune.json", "splits.csv", "splits.json", "summary.csv", "results.json", "fold_0", "fold_1",
+    }  # fmt: skip
+    names = {path.name for path in (out / "fold_0").iterdir()}
+    wanted = {"head.json", "head.safetensors", "predictions.csv", "results.json", "confusion.png", "curves.png"}
+    assert wanted | {"controls", "controls.json", "checkpoint.json"} <= names
+    assert not list(out.rglob("*.partial"))
+    results = json.loads((out / "fold_0" / "results.json").read_text())
+    test = results["test"]
+    assert test["unit"] == "patients" and test["by_patient"]["units"] == 3 and test["by_slide"]["rows"] == 6
+    assert {"accuracy", "balanced_accuracy", "auroc", "auprc", "kappa_quadratic", "auroc:0", "auprc:2"} <= set(
+        test["by_slide"]["scores"]
+    )
+    assert set(test["by_site"]) == {"a", "b"} and test["site_alone"] is not None
+    assert "patients" in test["by_slide"]["intervals"] or "groups" in test["by_slide"]["intervals"]
+    assert np.sum(test["confusion"]) == 6 and results["chosen"]["calibration"] == "val"
+    assert len(results["history"]) == 3 and "research use only" in results["terms"]
+    with (out / "summary.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert {row["model"] for row in rows} == {"fine-tuned", "tile mean + linear", "ABMIL on tiles"}
+    kept = json.loads((out / "finetune.json").read_text())
+    assert kept["options"]["training"]["epochs"] == 3 and str(fitted) not in (out / "finetune.json").read_text()
+    with (out / "fold_0" / "predictions.csv").open() as file:
+        first = next(csv.DictReader(file))
+    assert list(first) == ["slide_id", "patient_id", "site", "label", "predicted", "p_0", "p_1", "p_2"]
+    assert sum(float(first[f"p_{c}"]) for c in range(3)) == pytest.approx(1, abs=1e-4)
+
+
+def test_plan_and_table_are_told(fitted, capsys) -> None:
+    words = ["finetune", "--task", fitted / "task.yaml", "--features", fitted / "features", "--labels"]
+    words += [
+        fitted / "labels.csv",
+        "--out",
+        fitted / "out",
+        "--splits",
+        fitted / "splits",
+        "--controls",
+        "--calibrate",
+    ]
+    before = (fitted / "out" / "fold_1" / "head.safetensors").read_bytes()
+    assert main([*map(str, words), *FAST, *RECIPE]) == 0  # everything is done: nothing is trained again
+    told = capsys.readouterr().out
+    assert "slides: 24, tiles: 312 (median 13 a slide, largest 14), folds: 2" in told
+    assert all(word in told for word in ("parameters trained: ", "memory: about", "time: about", "AUROC", "tile mean"))
+    assert "epoch 1/3" not in told
+    assert (fitted / "out" / "fold_1" / "head.safetensors").read_bytes() == before
+    assert main([*map(str, words), *FAST, *RECIPE, "--epochs", "4"]) == 1
+    assert "another run, which differs in training" in capsys.readouterr().err
+
+
+def test_predict_gives_what_the_run_said(fitted, tmp_path, capsys) -> None:
+    with (fitted / "out" / "fold_0" / "predictions.csv").open() as file:
+        said = {row["slide_id"]: row for row in csv.DictReader(file)}
+    some = sorted(said)[:3]
+    files = [str(fitted / "features" / f"{name}.h5") for name in some]
+    broken = tmp_path / "broken.h5"
+    broken.write_bytes(Path(files[0]).read_bytes()[:-50])
+    out = tmp_path / "p.csv"
+    assert (
+        main(["predict", str(fitted / "out" / "fold_0"), *files, str(broken), "--out", str(out), "--device", "cpu"])
+        == 3
+    )
+    assert "broken.h5" in capsys.readouterr().err
+    with out.open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["slide_id"] for row in rows] == some
+    for row in rows:
+        assert row["predicted"] == said[row["slide_id"]]["predicted"]
+        assert float(row["p_1"]) == pytest.approx(float(said[row["slide_id"]]["p_1"]), abs=1e-5)
+
+
+def test_evaluate_tests_a_frozen_head_on_another_cohort(fitted, tmp_path, capsys) -> None:
+    other, labels = write_cohort(tmp_path / "other", [n % 3 for n in range(12)], seed=9, encoder="made", mpp=0.5)
+    for path in [*other.iterdir()]:
+        path.rename(path.with_name("new-" + path.name))
+    labels.write_text(labels.read_text().replace("slide-", "new-slide-"))
+    words = ["evaluate", str(fitted / "out" / "fold_0"), str(other), "--labels", str(labels), "--device", "cpu"]
+    assert main([*words, "--out", str(tmp_path / "out"), "--replicates", "20"]) == 0
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert results["test"]["by_slide"]["rows"] == 12 and "AUROC" in capsys.readouterr().out
+    assert results["test"]["by_slide"]["scores"]["auroc"]["value"] > 0.8
+    head = load_head(fitted / "out" / "fold_0")
+    assert head.calibration.temperature != 1 and head.made["encoder"] == "made"
+
+
+@pytest.mark.parametrize(
+    ("made", "match"),
+    [
+        ({"encoder": "other"}, "its encoder is other"),
+        ({"mpp": 0.25}, "its mpp is 0.25"),
+        ({"numerics_version": 2}, "its numerics_version is 2"),
+    ],
+)
+def test_evaluate_refuses_other_features(fitted, tmp_path, capsys, made, match) -> None:
+    features, labels = write_cohort(tmp_path / "c", [0, 1, 2, 0], **{"encoder": "made", "mpp": 0.5, **made})
+    words = ["evaluate", str(fitted / "out" / "fold_0"), str(features), "--labels", str(labels), "--allow-leakage"]
+    assert main([*words, "--out", str(tmp_path / "out"), "--device", "cpu"]) == 1
+    assert match in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_evaluate_refuses_slides_that_trained(fitted, tmp_path, capsys) -> None:
+    words = ["evaluate", str(fitted / "out" / "fold_0"), str(fitted / "features"), "--out", str(tmp_path / "out")]
+    assert main([*words, "--labels", str(fitted / "labels.csv"), "--device", "cpu"]) == 1
+    assert "18 of the slides trained or chose this head" in capsys.readouterr().err
+
+
+def test_head_whose_tensors_were_swapped_is_refused(fitted, tmp_path) -> None:
+    for name in ("head.json", "head.safetensors"):
+        (tmp_path / name).write_bytes((fitted / "out" / "fold_0" / name).read_bytes())
+    (tmp_path / "head.safetensors").write_bytes((fitted / "out" / "fold_1" / "head.safetensors").read_bytes())
+    with pytest.raises(ValueError, match=r"not the tensors"):
+        load_head(tmp_path)
+    with pytest.raises(FileNotFoundError, match="fitted head"):
+        load_head(tmp_path / "nowhere")
+
+
+def settings(**training) -> Settings:
+    recipe = {"epochs": 2, "gradient_accumulation": 4, "base_lr": 0.05, "replicates": 5, "device": "cpu", **training}
+    return Settings(
+        model=ModelOptions(model_arch=NARROW, feat_layer="2"),
+        training=TrainingOptions(**recipe),
+    )
+
+
+def test_whole_run_killed_and_continued_equals_an_unbroken_one(tmp_path) -> None:
+    features, labels = write_cohort(tmp_path, [n % 3 for n in range(18)])
+    thirds = [range(start, start + 6) for start in (0, 6, 12)]
+    splits = write_splits(tmp_path / "splits", (thirds[0], thirds[1], thirds[2]), (thirds[2], thirds[0], thirds[1]))
+    inputs = Inputs(str(write_task(tmp_path / "t.yaml")), str(features), str(labels), str(splits), "")
+    whole = finetune(inputs, tmp_path / "whole", settings())
+
+    class Killed(Exception):
+        pass
+
+    calls = 0
+
+    def kill() -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 36:  # in the second fold: a fold makes 2 * (2 + 6) + 6 calls
+            raise Killed
+
+    with pytest.raises(Killed):
+        finetune(inputs, tmp_path / "broken", settings(), check_stop=kill)
+    assert (tmp_path / "broken" / "fold_0" / "results.json").exists()
+    assert not (tmp_path / "broken" / "fold_1" / "results.json").exists()
+    finetune(inputs, tmp_path / "broken", settings())
+    for fold in range(2):
+        for name in ("head.safetensors", "predictions.csv"):
+            ours, theirs = (tmp_path / run / f"fold_{fold}" / name for run in ("whole", "broken"))
+            assert ours.read_bytes() == theirs.read_bytes(), (fold, name)
+    assert len(whole.evaluations["fine-tuned"]) == 2
+
+
+def test_frozen_encoder_is_cached_and_its_head_applies_to_tiles(tmp_path, monkeypatch) -> None:
+    features, labels = write_cohort(tmp_path, [n % 3 for n in range(18)])
+    options = settings(epochs=3)
+    frozen = Settings(
+        model=ModelOptions(model_arch=NARROW, feat_layer="1-3", freeze=True),
+        training=options.training,
+    )
+    splits = write_splits(tmp_path / "splits", (range(9), [], range(9, 18)))
+    inputs = Inputs(str(write_task(tmp_path / "t.yaml")), str(features), str(labels), str(splits), "")
+    finetune(inputs, tmp_path / "out", frozen)
+    with (tmp_path / "out" / "fold_0" / "predictions.csv").open() as file:
+        said = {row["slide_id"]: float(row["p_1"]) for row in csv.DictReader(file)}
+    found = predict(tmp_path / "out" / "fold_0", [features], device="cpu")
+    assert len(found.rows) == 18 and not found.failed
+    for row in found.rows:
+        if row["slide_id"] in said:
+            assert row["p_1"] == pytest.approx(said[row["slide_id"]], abs=1e-5)
+
+
+def test_several_labels_train_and_report_micro_and_macro(tmp_path, capsys) -> None:
+    random = np.random.default_rng(0)
+    rows = []
+    for number in range(24):
+        flags = [number % 2, number // 2 % 2]
+        bag, cells = made_bag(0, random)
+        bag[:, 4:6] += 1.5 * np.array(flags)
+        name = f"TCGA-05-{number // 2:04d}-01Z-00-DX{number % 2}"
+        write_slide(tmp_path / "f" / f"{name}.0a1b-{number}.h5", bag, cells)
+        rows.append([name, *[bool(flag) for flag in flags], f"pat{number // 2}"])
+    labels = write_csv(tmp_path / "l.csv", ["slide_id", "X", "Y", "pat_id"], rows)
+    (tmp_path / "t.yaml").write_text("name: two\nsetting: multi_label\nlabel_dict: {X: 0, Y: 1}\n")
+    words = ["finetune", "--task", tmp_path / "t.yaml", "--features", tmp_path / "f", "--labels", labels]
+    words += ["--out", tmp_path / "o"]
+    assert main([*map(str, words), "--id-rule", "tcga", "--folds", "3", *FAST, *RECIPE, "--epochs", "1"]) == 0
+    told = capsys.readouterr().out
+    assert "micro AUROC" in told
+    test = json.loads((tmp_path / "o" / "fold_0" / "results.json").read_text())["test"]
+    assert {"auroc", "auroc_micro", "auprc_micro", "auroc:X"} <= set(test["by_slide"]["scores"])
+    assert test["unit"] == "slides" and any("one label per group" in note for note in test["notes"])
+
+
+def test_nothing_is_written_when_the_input_is_off(tmp_path, capsys) -> None:
+    features, labels = write_cohort(tmp_path, [0, 1, 2] * 4)
+    task = write_task(tmp_path / "t.yaml")
+    base = ["finetune", "--task", task, "--features", features, "--labels", labels, "--out", tmp_path / "out", *FAST]
+    cut = features / "slide-003.h5"
+    whole = cut.read_bytes()
+    for more, match in (
+        (["--select", "val", "--splits", tmp_path / "splits"], "needs|validation slides"),
+        (["--feat-layer", "9"], "states 0 to 3"),
+        (["--model-arch", "nonesuch"], "--model-arch"),
+        (["--device", "cuda:7"], "--device"),
+    ):
+        for name, rows in (("train", range(6)), ("test", range(6, 12))):
+            write_csv(tmp_path / "splits" / f"{name}_0.csv", ["slide_id"], [[f"slide-{n:03d}"] for n in rows])
+        assert main([*map(str, [*base, *more])]) == 1
+        err = capsys.readouterr().err
+        assert any(word in err for word in match.split("|")) and err.count("\n") == 1, err
+    cut.write_bytes(whole[:-40])
+    assert main([*map(str, base)]) == 1
+    err = capsys.readouterr().err
+    assert "slide-003.h5" in err and err.count("\n") == 1
+    assert not (tmp_path / "out" / "fold_0").exists()
+
+
+def test_prepare_leaves_out_slides_that_no_split_names(tmp_path) -> None:
+    features, labels = write_cohort(tmp_path, [0, 1, 2] * 4)
+    for name, rows in (("train", range(5)), ("val", [11]), ("test", range(6, 9))):
+        write_csv(tmp_path / "splits" / f"{name}_0.csv", ["slide_id"], [[f"slide-{n:03d}"] for n in rows])
+    inputs = Inputs(str(write_task(tmp_path / "t.yaml")), str(features), str(labels), str(tmp_path / "splits"), "")
+    cohort = prepare(inputs, Settings())
+    fold = cohort.folds[0]
+    assert [cohort.joined.labels.slide_ids[row] for row in fold.test] == ["slide-006", "slide-007", "slide-008"]
+    assert [cohort.joined.files[row].stem for row in fold.val] == ["slide-011"] and len(cohort.facts) == 9
+
+
+def test_missing_extra_is_named(monkeypatch, tmp_path, capsys) -> None:
+    monkeypatch.setitem(sys.modules, "yaml", None)
+    words = ["finetune", "--task", "panda", "--features", tmp_path, "--labels", "l.csv", "--out", tmp_path / "out"]
+    assert main([*map(str, words)]) == 1
+    assert "pip install 'gigapath[train]'" in capsys.readouterr().err
+
+
+def test_logging_of_runs_does_not_pile_up(fitted) -> None:
+    assert logging.getLogger("gigapath.finetune").handlers == []
+
+
+@pytest.mark.parametrize(
+    ("verb", "word"),
+    [("finetune", "--controls"), ("evaluate", "--labels"), ("predict", "--out"), ("init-task", "--label")],
+)
+def test_help_of_the_verbs_names_their_options(capsys, verb, word) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main([verb, "--help"])
+    assert ended.value.code == 0 and word in capsys.readouterr().out
