@@ -2,12 +2,14 @@
 
 import argparse
 import warnings
+import weakref
 
 import pytest
 import torch
 from narrow_longnet import made_tiles, narrow_model
 from weights_recipe import fill
 
+from gigapath.longnet import dilated
 from gigapath.slide_encoder import create_model
 
 FLASH = "gigapath_slide_enc12l384d"
@@ -79,6 +81,21 @@ def test_activation_checkpointing_changes_no_gradient_and_keeps_less() -> None:
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
     model.set_grad_checkpointing(False)
     assert not model.encoder.checkpoint_activations
+
+
+def test_activation_checkpointing_holds_no_output_of_the_attention(monkeypatch) -> None:
+    alive = []
+
+    def record(*arguments):
+        out, lse, extra = attend(*arguments)
+        alive.append(weakref.ref(out))
+        return out, lse, extra
+
+    attend = dilated.attend
+    monkeypatch.setattr(dilated, "attend", record)
+    model = narrow_model(checkpoint_activations=True).train()
+    answer = model(*made_tiles(1, 40))[0]
+    assert answer.requires_grad and alive and all(out() is None for out in alive)
 
 
 def test_bfloat16_products_stay_close_and_auto_follows_the_machine(monkeypatch) -> None:

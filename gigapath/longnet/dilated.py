@@ -200,22 +200,22 @@ class _DilatedAttention(torch.autograd.Function):
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, plans: list[Plan], kernel: Kernel) -> Tensor:
         keep: list[_Saved] = []
         merged, total = _forward(q, k, v, plans, kernel, keep)
-        ctx.save_for_backward(q, k, v, total)
-        ctx.keep, ctx.kernel = keep, kernel
+        # Every large tensor goes through save_for_backward, where activation checkpointing can drop it.
+        ctx.save_for_backward(q, k, v, total, *(part for saved in keep for part in (saved.out, saved.lse)))
+        ctx.blocks, ctx.kernel = [(saved.block, saved.extra) for saved in keep], kernel
         return merged.to(q.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, total = ctx.saved_tensors
+        q, k, v, total, *parts = ctx.saved_tensors
         sums = [torch.zeros(q.shape, dtype=total.dtype, device=q.device) for _ in range(3)]
         scale = q.shape[-1] ** -0.5
-        for saved in ctx.keep:
-            block = saved.block
-            weight = (saved.lse - block.of(total)).exp_().unsqueeze(-1)
+        for (block, extra), out, lse in zip(ctx.blocks, parts[::2], parts[1::2], strict=True):
+            weight = (lse - block.of(total)).exp_().unsqueeze(-1)
             grad = (block.of(grads[0]) * weight).to(q.dtype)
             views = (block.of(q), block.of(k), block.of(v))
-            parts = attend_backward(grad, *views, saved.out, saved.lse, saved.extra, scale, ctx.kernel)
-            for whole, part in zip(sums, parts, strict=True):
+            found = attend_backward(grad, *views, out, lse, extra, scale, ctx.kernel)
+            for whole, part in zip(sums, found, strict=True):
                 block.of(whole).add_(part)
         return (*(whole.to(q.dtype) for whole in sums), None, None)
 
