@@ -1,7 +1,11 @@
 """The recipe: one step against plain code, packed = accumulated, a run that goes on, precision, calibration, heads."""
 
 import math
+import os
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -35,9 +39,9 @@ def bags_of(count: int, *, seed: int = 0) -> tuple[MemoryBags, np.ndarray]:
     return MemoryBags([Bag(features, cells * 256) for features, cells in made]), truth
 
 
-def trainer_of(bags: MemoryBags, truth: np.ndarray, *, dtype=torch.float32, **options) -> Trainer:
+def trainer_of(bags: MemoryBags, truth: np.ndarray, *, dtype=torch.float32, processes=CPU, **options) -> Trainer:
     recipe = TrainingOptions(**{"epochs": 2, "gradient_accumulation": 4, "workers": 1, **options})
-    return Trainer(TASK, bags, truth, recipe, "fp32", CPU, dtype=dtype)
+    return Trainer(TASK, bags, truth, recipe, "fp32", processes, dtype=dtype)
 
 
 def narrow(dtype=torch.float32, **changes) -> torch.nn.Module:
@@ -95,6 +99,14 @@ def test_rates_warm_up_and_fall_along_half_a_cosine() -> None:
     for epochs_done, rate in expected.items():
         assert set_rates(optimizer, recipe, 32, epochs_done) == pytest.approx(rate)
         assert optimizer.param_groups[0]["lr"] == pytest.approx(rate / 2)
+
+
+def gradients_of_step(model, trainer: Trainer, step: np.ndarray) -> dict[str, torch.Tensor]:
+    """The gradients that the optimizer sees in one step, over all processes."""
+    model.zero_grad(set_to_none=True)
+    chunks = trainer._chunks(step)[trainer.processes.rank :: trainer.processes.world]
+    trainer.add_gradients(model, [([trainer.bags[int(row)] for row in rows], rows) for rows in chunks], len(step))
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
 def gradients(model, trainer: Trainer, chunks: list[list[int]]) -> dict[str, torch.Tensor]:
@@ -199,7 +211,7 @@ def test_loss_that_is_not_finite_stops_the_run(tmp_path) -> None:
     model = narrow()
     with torch.no_grad():
         model.classifier[0].bias[0] = math.inf
-    with pytest.raises(ValueError, match=r"became nan.*--base-lr"):
+    with pytest.raises(ValueError, match=r"not finite.*--base-lr"):
         trainer_of(bags, truth).train(model, fold_of(6), tmp_path, {})
 
 
@@ -305,3 +317,30 @@ def test_vector_head_classifies_one_vector_a_slide() -> None:
     assert head.forward_packed(torch.ones(5, 4), torch.zeros(5, 2), [1] * 5).shape == (5, 3)
     groups = head.parameter_groups(1.0, 0.1, 0.5)
     assert [(group["lr_scale"], group["weight_decay"]) for group in groups] == [(1.0, 0.1), (1.0, 0.0)]
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one(tmp_path) -> None:
+    """gloo on the CPU, four slides a process, against eight in one; gradients in float32, the end in float64."""
+    script = Path(__file__).with_name("distributed_step.py")
+    shares = {"one": (1, 8, 1), "two": (2, 4, 1), "two one by one": (2, 1, 4)}
+    found = {}
+    for name, (count, size, accumulation) in shares.items():
+        (tmp_path / name).mkdir()
+        launch = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={count}", "--master-port=29517"]
+        command = [*launch, str(script), str(tmp_path / name), str(size), str(accumulation)]
+        paths = os.pathsep.join([str(script.parent), str(script.parent.parent)])
+        env = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+        subprocess.run(command, check=True, env=env, capture_output=True, timeout=300)
+        ranks = [torch.load(tmp_path / name / f"rank_{rank}.pt", weights_only=True) for rank in range(count)]
+        assert all(torch.equal(tensor, ranks[-1][key]) for key, tensor in ranks[0].items()), name
+        found[name] = ranks[0]
+    start = narrow(torch.float64).state_dict()
+    moved = max((found["one"][f"end.{key}"] - tensor).abs().max() for key, tensor in start.items())
+    assert moved > 1e-3
+    for name in ("two", "two one by one"):
+        parts = [{k: v for k, v in found[which].items() if k.startswith("grad.")} for which in (name, "one")]
+        assert_same_gradients(*parts)
+        for key, tensor in found["one"].items():
+            if key.startswith("end.") or key == "loss":
+                assert (tensor - found[name][key]).abs().max() <= (1e-9 if key != "loss" else 1e-6), (name, key)

@@ -7,7 +7,7 @@ smaller. A chunk is what one pass sees: batch_size slides, packed without paddin
 import logging
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -155,26 +155,23 @@ class Trainer:
         ahead = ReadAhead(self.bags.__getitem__, workers=options.workers)
         bags = ahead(positions)
         model.train()
-        loss_sum, rate, started = torch.zeros((), dtype=torch.float64), 0.0, time.perf_counter()
+        loss_sum, rate, started = 0.0, 0.0, time.perf_counter()
         for number, (step, chunks) in enumerate(zip(steps, mine, strict=True)):
             self.check_stop()
             rate = set_rates(optimizer, options, self.window, epoch + number * self.window / len(order))
             optimizer.zero_grad(set_to_none=True)
-            for chunk in chunks:
-                taken = [self._drawn(next(bags), int(row), epoch) for row in chunk]
-                loss = self.loss_of(model, taken, chunk)
-                if not torch.isfinite(loss):
-                    raise ValueError(
-                        f"training: the loss of fold {fold.number}, epoch {epoch + 1} became {float(loss.detach())}. "
-                        "Lower --base-lr, or take --precision fp32."
-                    )
-                scaler.scale(loss / len(step)).backward()
-                loss_sum += loss.detach().double().cpu()
-            processes.sum_gradients(model.parameters())
+            passes = (([self._drawn(next(bags), int(row), epoch) for row in chunk], chunk) for chunk in chunks)
+            loss = self.add_gradients(model, passes, len(step), scaler)
+            if not math.isfinite(sum(processes.gather(loss))):
+                raise ValueError(
+                    f"training: the loss of fold {fold.number}, epoch {epoch + 1} is not finite. "
+                    "Lower --base-lr, or take --precision fp32."
+                )
+            loss_sum += loss
             scaler.step(optimizer)
             scaler.update()
         seconds = time.perf_counter() - started
-        mean = sum(processes.gather(float(loss_sum))) / len(order)
+        mean = sum(processes.gather(loss_sum)) / len(order)
         val = self.mean_loss(model, fold.val) if len(fold.val) else None
         waiting = ahead.waited / seconds
         return Epoch(epoch + 1, mean, val, rate, seconds, waiting, len(order) / seconds)
@@ -190,6 +187,29 @@ class Trainer:
             return bag
         drawn = np.random.default_rng([self.options.seed, 2, epoch, row]).permutation(len(bag))[: self.task.max_tiles]
         return bag.take(drawn if shuffle else np.sort(drawn))
+
+    def add_gradients(
+        self, model: nn.Module, passes: Iterable[tuple[Sequence[Bag], IntArray]], slides: int, scaler: Any = None
+    ) -> float:
+        """Run this process's share of a step, forwards and backwards, and add the gradients up over all processes.
+
+        Args:
+            model: gets the gradients of the mean loss over the step.
+            passes: (bags, their rows) of each pass.
+            slides: of the whole step, over all passes and processes.
+            scaler: of the loss, for fp16.
+
+        Returns:
+            the loss summed over the slides of this process.
+        """
+        total = 0.0
+        for bags, rows in passes:
+            loss = self.loss_of(model, bags, rows)
+            mean = loss / slides
+            (mean if scaler is None else scaler.scale(mean)).backward()
+            total += float(loss.detach())
+        self.processes.sum_gradients(model.parameters())
+        return total
 
     def loss_of(self, model: nn.Module, bags: Sequence[Bag], rows: IntArray) -> Tensor:
         """The loss summed over a chunk's slides."""
