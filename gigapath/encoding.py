@@ -4,8 +4,9 @@ B tiles of a batch, N tiles of a slide, D width of a tile embedding, E width of 
 """
 
 import contextlib
+import itertools
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from torch import Tensor
 from gigapath.devices import resolve_device, resolve_precision
 from gigapath.downloads import RELEASES
 from gigapath.downloads.digests import remembered_sha256
-from gigapath.features import TileEmbeddings, TileEmbeddingsWriter
+from gigapath.features import TileEmbeddings, TileEmbeddingsWriter, parse_embedding
 from gigapath.longnet.attention import choose_kernel
 from gigapath.pos_embed import checked_coords
 from gigapath.slide_encoder import WEIGHTS_FILE, LongNetViT, create_model
@@ -33,6 +34,17 @@ _AUTOCAST = {"fp16": torch.float16, "bf16": torch.bfloat16}
 _RANDOM_SEED = 0
 # Rows summed at once for the mean of a slide's tiles: the sum must not depend on how they were batched.
 _MEAN_ROWS = 1024
+
+
+# How other tools call the released tile encoders in their files, in small letters and without separators.
+_RELEASE_BY_WORD = {
+    **dict.fromkeys(("gigapath", "provgigapath", "hfhub:provgigapath/provgigapath"), "gigapath"),
+    **dict.fromkeys(("gigapathflash", "provgigapathflash", "hfhub:provgigapath/provgigapathflash"), "gigapath-flash"),
+}
+
+
+def _word(name: str) -> str:
+    return re.sub(r"[-_ ]", "", name.lower())
 
 
 class EncoderError(ValueError):
@@ -123,7 +135,8 @@ class SlideEncoder:
         Raises:
             ValueError: names both encoders.
         """
-        if self.tile_encoder is not None and tile_encoder is not None and tile_encoder != self.tile_encoder:
+        known = None if tile_encoder is None else _RELEASE_BY_WORD.get(_word(tile_encoder), tile_encoder)
+        if self.tile_encoder is not None and known is not None and known != self.tile_encoder:
             raise ValueError(
                 f"slide encoder {self.name}: expected embeddings of its own tile encoder, {self.tile_encoder}, got "
                 f"those of {tile_encoder!r}. Take the pair that belongs together, or --slide-encoder mean."
@@ -177,24 +190,73 @@ class SlideEncoder:
             return mean
         features = torch.from_numpy(np.ascontiguousarray(tiles.features))
         coords = torch.from_numpy(tiles.encoder_coords(_CELL))
-        try:
+        with self._failures(len(tiles)):
             return {**self._states(self.model, features, coords, after_layer), **mean}
+
+    def embed_tiles(
+        self, tiles: TileEmbeddings, name: str = "default:tiles", *, after_layer: Callable[[], None] = lambda: None
+    ) -> npt.NDArray[np.float32]:
+        """One vector a tile, which knows the tiles around it: the tokens that the mean is taken of, before `norm`.
+
+        Args:
+            tiles: the tile embeddings, with cells, N at least 1.
+            name: a name of `gigapath.features.names` that ends with `:tiles`.
+            after_layer: called after each layer; it may raise to stop.
+
+        Returns:
+            (N, E) float32; for all-states (N, (depth + 1) * E).
+        """
+        wanted = parse_embedding(name)
+        if wanted.pooling != "tiles" or self.model is None:
+            raise ValueError(
+                f"slide encoder {self.name}: expected a name that ends with :tiles, and an encoder with layers, got "
+                f"{name!r}. The tile embeddings themselves are in the features' file."
+            )
+        depth = self.model.depth
+        if wanted.state is not None and wanted.state > depth:
+            raise ValueError(f"slide encoder {self.name}: expected a state of 0 to {depth}, got {wanted}.")
+        places = {"default": [depth + 1], "last-state": [depth], "all-states": list(range(depth + 1))}
+        states = places.get(wanted.kind, [wanted.state])
+        kept: list[npt.NDArray[np.float32]] = []
+
+        def keep(state: int, tokens: Tensor) -> None:
+            if state in states:
+                kept.append(tokens.float().cpu().numpy())
+
+        features = torch.from_numpy(np.ascontiguousarray(tiles.features))
+        coords = torch.from_numpy(tiles.encoder_coords(_CELL))
+        with self._failures(len(tiles)):
+            self._states(self.model, features, coords, after_layer, keep)
+        return kept[0] if len(kept) == 1 else np.concatenate(kept, axis=1)
+
+    @contextlib.contextmanager
+    def _failures(self, count: int) -> Iterator[None]:
+        """What a device says when it fails, as one sentence."""
+        try:
+            yield
         except torch.cuda.OutOfMemoryError as error:
             raise EncoderError(
-                f"{self.name}: {self.device} has too little memory for a slide of {len(tiles)} tiles. "
+                f"{self.name}: {self.device} has too little memory for a slide of {count} tiles. "
                 "Use --device cpu, or --max-tiles when tiling."
             ) from error
         except (RuntimeError, MemoryError) as error:
             raise EncoderError(f"{self.name} failed on {self.device}: {_first_line(error)}") from error
 
     def _states(
-        self, model: LongNetViT, features: Tensor, coords: Tensor, after_layer: Callable[[], None]
+        self,
+        model: LongNetViT,
+        features: Tensor,
+        coords: Tensor,
+        after_layer: Callable[[], None],
+        see_tokens: Callable[[int, Tensor], None] = lambda state, tokens: None,
     ) -> dict[str, npt.NDArray[np.float32]]:
         autocast: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
         if self.precision != "fp32":
             autocast = torch.autocast(self.device.type, dtype=_AUTOCAST[self.precision])
         with torch.inference_mode(), autocast:
-            states, default = pooled_states(model, features.to(self.device), coords.to(self.device), after_layer)
+            states, default = pooled_states(
+                model, features.to(self.device), coords.to(self.device), after_layer, see_tokens
+            )
         pooled = {
             "states_mean": states[:, 0],
             "states_class": states[:, 1],
@@ -205,7 +267,11 @@ class SlideEncoder:
 
 
 def pooled_states(
-    model: LongNetViT, features: Tensor, coords: Tensor, after_layer: Callable[[], None] = lambda: None
+    model: LongNetViT,
+    features: Tensor,
+    coords: Tensor,
+    after_layer: Callable[[], None] = lambda: None,
+    see_tokens: Callable[[int, Tensor], None] = lambda state, tokens: None,
 ) -> tuple[Tensor, Tensor]:
     """Every state and the default output of one slide, pooled both ways, in one pass of the encoder.
 
@@ -214,6 +280,7 @@ def pooled_states(
         features: (N, D) tile embeddings.
         coords: (N, 2) (x, y) in pixels, of which `model.tile_size` make a cell.
         after_layer: called after each layer; it may raise to stop.
+        see_tokens: gets the number of each state, depth + 1 for the default output, and its tile tokens (N, E).
 
     Returns:
         states (depth + 1, 2, E) and the default output (2, E); of each pair the first is the mean over the tiles, the
@@ -222,9 +289,11 @@ def pooled_states(
 
     def pool(tokens: Tensor) -> Tensor:  # (1, N + 1, E) -> (2, E)
         after_layer()
+        see_tokens(next(numbers), tokens[0, 1:])
         pooled: Tensor = model.norm(torch.stack([tokens[0, 1:].mean(0), tokens[0, 0]]))
         return pooled
 
+    numbers = itertools.count()
     tile_size = float(model.tile_size)
     checked = checked_coords(coords, tile_size, model.slide_ngrids)
     tiles = model.patch_embed(features.to(model.cls_token.dtype))  # (N, E)

@@ -18,7 +18,7 @@ from gigapath.encoding import (
     mean_of_rows,
     pooled_states,
 )
-from gigapath.features import TileEmbeddings
+from gigapath.features import SlideEmbeddings, TileEmbeddings
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -180,3 +180,38 @@ def test_random_slide_encoder_says_so_and_is_the_same_every_time() -> None:
 def test_the_mean_has_no_model() -> None:
     encoder = load_slide_encoder("mean", in_chans=5)
     assert set(encoder.embed(some_embeddings())) == {"tile_mean"}
+
+
+@pytest.mark.parametrize("name", ["gigapath", "prov-gigapath", "Prov-GigaPath", "hf-hub:prov-gigapath/prov-gigapath"])
+def test_check_pair_knows_how_other_tools_call_the_tile_encoder(name: str) -> None:
+    tiny_slide_encoder(tile_encoder="gigapath").check_pair(name, WIDTH)
+
+
+@pytest.mark.parametrize("name", ["uni_v2", "hoptimus0", "gigapath-flash", "pytorch_model-00000000"])
+def test_check_pair_refuses_another_encoder_of_the_same_width(name: str) -> None:
+    with pytest.raises(
+        ValueError, match=f"expected embeddings of its own tile encoder, gigapath, got those of '{name}'"
+    ):
+        tiny_slide_encoder(tile_encoder="gigapath").check_pair(name, WIDTH)
+
+
+@pytest.mark.parametrize(
+    ("name", "width"),
+    [("default:tiles", 32), ("last-state:tiles", 32), ("state:0:tiles", 32), ("all-states:tiles", 96)],
+)
+def test_mean_of_vectors_of_tiles_is_the_slides_vector(name: str, width: int) -> None:
+    encoder, tiles = tiny_slide_encoder(), some_embeddings()
+    vectors = encoder.embed_tiles(tiles, name)
+    assert vectors.shape == (len(tiles), width)
+    assert np.abs(vectors[0] - vectors[1]).max() > 1e-3
+    assert encoder.model is not None
+    pooled = encoder.model.norm(torch.from_numpy(vectors).reshape(len(tiles), -1, 32).mean(0)).numpy().reshape(-1)
+    slide = SlideEmbeddings(slide_id="s", **encoder.embed(tiles))
+    np.testing.assert_allclose(pooled, slide.select(name.replace("tiles", "mean")), atol=1e-5)
+
+
+def test_vectors_of_tiles_need_a_name_of_theirs() -> None:
+    with pytest.raises(ValueError, match="expected a name that ends with :tiles"):
+        tiny_slide_encoder().embed_tiles(some_embeddings(), "default")
+    with pytest.raises(ValueError, match="expected a state of 0 to 2"):
+        tiny_slide_encoder().embed_tiles(some_embeddings(), "state:3:tiles")

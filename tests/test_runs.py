@@ -13,12 +13,14 @@ from typing import Any
 import h5py
 import numpy as np
 import pytest
+import torch
 from made_slides import paint_tissue, write_pyramid
 from tiny_encoders import WIDTH, tiny_slide_encoder, tiny_tile_encoder
 
 import gigapath
+from gigapath.cli.main import main
 from gigapath.encoding import EncoderError, load_slide_encoder
-from gigapath.features import read_features, read_slide, read_tiles
+from gigapath.features import read_features, read_slide, read_slides, read_tiles
 from gigapath.files import OutputError
 from gigapath.preprocessing.tiling import TileOptions
 from gigapath.runs.embedding import run_embed
@@ -617,3 +619,80 @@ def test_plan_tells_tiles_bytes_time_and_ways_out_of_a_long_one(
     assert notes.plans[1].exact
     for words in ("hours", "--device cuda", "gigapath-flash", "--max-tiles", "standin"):
         assert words in text
+
+
+# ---------------------------------------------------------------------------------- sections, vectors of tiles, tables
+
+
+def test_slide_embed_per_section_embeds_the_pieces_and_skips_what_is_done(slides: Path, tmp_path: Path) -> None:
+    embed(slides, tmp_path)
+    result = slide_embed(tmp_path, per="section")
+    folder = tmp_path / "slides_tinynet__tiny__sections"
+    assert result.results == folder
+    tiles = read_features(tmp_path / "features_tiny/a.h5")
+    pieces = sorted(set(tiles.section[tiles.section > 0].tolist()))  # type: ignore[index]
+    assert len(pieces) == 2
+    for piece in pieces:
+        slide = read_slide(folder / f"a.section-{piece}.h5")
+        expected = tiny_slide_encoder().embed(tiles.take(tiles.section == piece))
+        assert slide.default_mean is not None
+        np.testing.assert_array_equal(slide.default_mean, expected["default_mean"])
+        assert (slide.slide_id, slide.attrs["of_slide"], slide.attrs["section"]) == (f"a.section-{piece}", "a", piece)
+    whole = read_slide(tmp_path / "slides_tinynet__tiny/a.h5").default_mean
+    assert np.abs(whole - expected["default_mean"]).max() > 1e-3
+    before = touched(tmp_path)
+    slide_embed(tmp_path, per="section")
+    assert touched(tmp_path) == before
+    (folder / "a.section-1.h5").unlink()
+    slide_embed(tmp_path, per="section")
+    assert (folder / "a.section-1.h5").exists()
+
+
+def test_slide_embed_gives_one_vector_a_tile(slides: Path, tmp_path: Path) -> None:
+    embed(slides / "a.tif", tmp_path)
+    slide_embed(tmp_path, embedding="state:1:tiles")
+    tiles = read_features(tmp_path / "features_tiny/a.h5")
+    held = read_features(tmp_path / "contextual_tinynet__tiny__state-1/a.h5")
+    encoder = tiny_slide_encoder()
+    np.testing.assert_array_equal(held.features, encoder.embed_tiles(tiles, "state:1:tiles"))
+    np.testing.assert_array_equal(held.coords, tiles.coords)
+    np.testing.assert_array_equal(held.section, tiles.section)
+    assert held.encoder == "tinynet's state:1:tiles of tiny"
+    assert encoder.model is not None
+    mean = encoder.model.norm(torch.from_numpy(held.features).mean(0)).numpy()
+    np.testing.assert_allclose(mean, encoder.embed(tiles)["states_mean"][1], atol=1e-5)
+    with pytest.raises(ValueError, match="--embedding default:tiles: expected a slide encoder with layers"):
+        slide_embed(tmp_path, slide_encoder="mean", embedding="default:tiles")
+    with pytest.raises(ValueError, match="a: expected one vector a slide, got default:tiles"):
+        read_slide(tmp_path / "slides_tinynet__tiny/a.h5").select("default:tiles")
+    with pytest.raises(ValueError, match="--per section: expected one vector a section"):
+        SlideEmbedOptions(per="section", embedding="default:tiles")
+
+
+def test_vectors_of_tiles_of_another_tools_file_keep_its_unit(tmp_path: Path) -> None:
+    with h5py.File(tmp_path / "s1.h5", "w") as file:
+        file["feats"] = np.random.default_rng(0).normal(size=(4, WIDTH)).astype(np.float16)
+        file["coords"] = np.float32([[0, 0], [256, 0], [0, 256], [256, 256]])
+        for name, value in {"unit": "um", "tile_size_um": 256.0, "feat_type": "tile", "extractor": "x"}.items():
+            file.attrs[name] = value
+    slide_embed(tmp_path / "s1.h5", tmp_path / "out", embedding="default:tiles")
+    held = read_features(tmp_path / "out/contextual_tinynet__x__default/s1.h5")
+    assert (held.frame, held.tile_size_level0, held.section, held.embed_dim) == ("um", 256.0, None, 32)
+    result = slide_embed(tmp_path / "s1.h5", tmp_path / "out", per="section")
+    assert result.rows[0]["error"].startswith("--per section: expected a file that says which piece of tissue")
+
+
+def test_slide_embed_writes_the_table_that_export_writes(
+    slides: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    embed(slides / "a.tif", tmp_path)
+    table, words = tmp_path / "one.csv", [str(tmp_path), "--slide-encoder", "tinynet", "--device", "cpu"]
+    for name in ("default", "state:1:class", "last-state", "all-states", "tile-mean", "published-demo"):
+        assert main(["slide-embed", *words, "--embedding", name, "--to", str(table)]) == 0
+        ids, vectors = read_slides(tmp_path, name)
+        row = table.read_text().splitlines()[1].split(",")
+        assert (ids, row[0]) == (["a"], "a")
+        np.testing.assert_array_equal(np.float32(row[3:]), vectors[0])
+    assert main(["slide-embed", *words, "--embedding", "default:tiles", "--to", str(table)]) == 1
+    assert main(["slide-embed", *words, "--embedding", "class"]) == 1
+    assert "embedding: expected default, state:I" in capsys.readouterr().err

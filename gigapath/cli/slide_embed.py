@@ -1,9 +1,12 @@
 """`gigapath slide-embed FEATURES`: tile embeddings, ours or another tool's, to slide embeddings."""
 
 import argparse
+from pathlib import Path
 
 from gigapath.cli.arguments import add_options, options_from
 from gigapath.cli.progress import Terminal
+from gigapath.features import export_table
+from gigapath.features.tables import TABLE_FORMATS
 from gigapath.runs.options import KeepOptions, SlideEmbedOptions
 
 
@@ -15,6 +18,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="files of tile embeddings or folders of them: ours, TRIDENT's, CLAM's, STAMP's, slide2vec's",
     )
     parser.add_argument("--out", metavar="DIR", help="the output folder (default: that of the run which made FEATURES)")
+    parser.add_argument(
+        "--to", metavar="FILE", help="write a table of --embedding too: .parquet, .csv or .npz, as export does"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON document at the end, for machines")
     add_options(parser, SlideEmbedOptions, title="slide encoder")
     add_options(parser, KeepOptions, title="run")
@@ -23,6 +29,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(namespace: argparse.Namespace) -> int:
     embedding = options_from(namespace, SlideEmbedOptions)
     options = options_from(namespace, KeepOptions)
+    if namespace.to and embedding.form.endswith(":tiles"):
+        raise ValueError(f"--to: expected the name of one vector a slide, got --embedding {embedding.embedding}.")
+    if namespace.to and Path(namespace.to).suffix not in TABLE_FORMATS:
+        raise ValueError(f"--to: expected a file ending in {', '.join(TABLE_FORMATS)}, got {namespace.to!r}.")
     from gigapath.runs.slide_embedding import run_slide_embed  # torch takes seconds: a wrong word is told before
 
     watch = Terminal("slide", machine=namespace.json)
@@ -37,4 +47,6 @@ def run(namespace: argparse.Namespace) -> int:
         )
     finally:
         watch.close()
+    if namespace.to and result.results is not None and result.counts["done"]:
+        export_table(result.results, namespace.to, embedding=embedding.embedding, allow_mixed=options.allow_mixed)
     return watch.report(result)

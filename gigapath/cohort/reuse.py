@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,14 @@ def digest(identity: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def finished(folder: Path, slide_id: str, identity: Mapping[str, Any], *, allow_mixed: bool = False) -> Status | None:
+def finished(
+    folder: Path,
+    slide_id: str,
+    identity: Mapping[str, Any],
+    *,
+    allow_mixed: bool = False,
+    files: Callable[[Status], Collection[str]] | None = None,
+) -> Status | None:
     """The status of a finished result that equals what this run would compute, or None.
 
     The result's own file is opened and asked for its identity: a status beside a file that is missing, cut off or
@@ -31,6 +38,7 @@ def finished(folder: Path, slide_id: str, identity: Mapping[str, Any], *, allow_
         slide_id: the slide.
         identity: what the result would depend on in this run.
         allow_mixed: take results that differ in `NUMERICS` alone.
+        files: names of the result's files by its status, where it is not the one `<slide_id>.h5`.
     """
     status = read_status(folder, slide_id)
     if status is None or not status.finished:
@@ -39,7 +47,9 @@ def finished(folder: Path, slide_id: str, identity: Mapping[str, Any], *, allow_
     if _without(status.identity, ignored) != _without(identity, ignored):
         return None
     without_file = status.stage == "slides" and status.status == "no_tissue"
-    return status if without_file or _is_whole(folder / f"{slide_id}.h5", digest(status.identity)) else None
+    names = files(status) if files else [f"{slide_id}.h5"]
+    named = digest(status.identity)
+    return status if without_file or all(_is_whole(folder / name, named) for name in names) else None
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

@@ -9,7 +9,14 @@ from gigapath.features.data import (
     Tiles,
 )
 from gigapath.features.names import EmbeddingName, parse_embedding
-from gigapath.features.ours import TileEmbeddingsWriter, read_slide, read_tiles, write_slide, write_tiles
+from gigapath.features.ours import (
+    TileEmbeddingsWriter,
+    read_slide,
+    read_tiles,
+    write_slide,
+    write_tile_vectors,
+    write_tiles,
+)
 from gigapath.features.reading import read_features
 from gigapath.features.tables import export_table, read_slides
 
@@ -28,5 +35,6 @@ __all__ = [
     "read_slides",
     "read_tiles",
     "write_slide",
+    "write_tile_vectors",
     "write_tiles",
 ]

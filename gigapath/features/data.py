@@ -169,6 +169,13 @@ class TileEmbeddings:
             )
         return self.coords
 
+    def take(self, indices: Array) -> "TileEmbeddings":
+        """The tiles at `indices` (or where a boolean mask is True), which must keep their order."""
+        names = ("features", "coords", "cells", "tissue_fraction", "section", "qc")
+        held: dict[str, Any] = {name: getattr(self, name) for name in names}
+        held = {name: None if value is None else value[indices] for name, value in held.items()}
+        return dataclasses.replace(self, **held)
+
     def encoder_coords(self, tile_size: int = 256) -> Array:
         """(N, 2) int64, `cells * tile_size`: what the slide encoder takes."""
         if self.cells is None:
@@ -215,6 +222,11 @@ class SlideEmbeddings:
         wanted = parse_embedding(name)
         if wanted.kind == "tile-mean":
             return np.asarray(self.tile_mean[0])
+        if wanted.pooling == "tiles":
+            raise ValueError(
+                f"{self.slide_id}: expected one vector a slide, got {wanted}, which is one a tile. Make it with "
+                f"`gigapath slide-embed --embedding {wanted}` and read it with read_features."
+            )
         held = getattr(self, ("default_" if wanted.kind == "default" else "states_") + wanted.pooling)
         if held is None:
             raise ValueError(f"{self.slide_id}: it holds no {wanted}; without a slide encoder take tile-mean.")

@@ -8,13 +8,15 @@
     trident                what TRIDENT takes: state:11:mean
     published-demo         what the published demo calls last_layer_embed: last-state:class
 
-POOLING is `mean` (the default: the class token was not trained in pretraining) or `class`.
+POOLING is `mean` (the default: the class token was not trained in pretraining), `class`, or `tiles` for no pooling: one
+vector a tile, which knows the tiles around it. The mean over a slide's tiles, then the model's `norm`, is the slide's
+own vector with `mean`.
 """
 
 import dataclasses
 
 PRESETS = {"trident": "state:11:mean", "published-demo": "last-state:class"}
-POOLINGS = ("mean", "class")
+POOLINGS = ("mean", "class", "tiles")
 KINDS = ("default", "state", "last-state", "all-states", "tile-mean")
 
 
@@ -24,7 +26,7 @@ class EmbeddingName:
 
     Attributes:
         kind: one of KINDS.
-        pooling: "mean" or "class"; "" for tile-mean.
+        pooling: "mean", "class" or "tiles"; "" for tile-mean.
         state: I of `state:I`, else None.
     """
 
@@ -50,6 +52,6 @@ def parse_embedding(name: str) -> EmbeddingName:
         if not rest and pooling in POOLINGS and numbered == (kind == "state"):
             return EmbeddingName(kind, pooling, int(state) if state is not None else None)
     raise ValueError(
-        f"embedding: expected default, state:I, last-state or all-states (with :mean or :class), tile-mean, "
+        f"embedding: expected default, state:I, last-state or all-states (with :mean, :class or :tiles), tile-mean, "
         f"{' or '.join(PRESETS)}, got {name!r}."
     )

@@ -16,6 +16,7 @@ from gigapath.features.data import (
     Attrs,
     FeatureFileError,
     SlideEmbeddings,
+    TileEmbeddings,
     Tiles,
 )
 from gigapath.features.h5 import H5Writer, is_complete, open_h5, read_attrs, read_dataset, write_attrs
@@ -169,6 +170,24 @@ def write_slide(path: Path | str, embeddings: SlideEmbeddings) -> None:
             value = getattr(embeddings, name)
             if value is not None:
                 writer.file.create_dataset(name, data=value)
+
+
+def write_tile_vectors(path: Path | str, tiles: TileEmbeddings, attrs: Attrs) -> None:
+    """Write one vector a tile as a file of our features' form, whole or not at all; its coordinates and flags are those
+    that `tiles` has, in the unit that its `frame` names."""
+    step = tiles.tile_size_level0
+    with H5Writer(path) as writer:
+        own = {"numerics_version": NUMERICS_VERSION, "tile_size_level0": step, "frame": tiles.frame}
+        _write_root(writer.file, "features", tiles.slide_id, {**own, **attrs})
+        for name in ("features", "coords", "cells", "tissue_fraction", "section", "qc"):
+            value = getattr(tiles, name)
+            if value is not None:
+                writer.file.create_dataset(name, data=value)
+        if tiles.qc is not None:
+            write_attrs(writer.file["qc"], {"names": tiles.qc_names})
+        if step is not None and tiles.frame == "level0":
+            write_attrs(writer.file["coords"], {"patch_size_level0": round(step), "overlap": 0})
+        write_attrs(writer.file["features"], {"name": tiles.slide_id, "encoder": attrs.get("encoder")})
 
 
 def read_slide(path: Path | str) -> SlideEmbeddings:

@@ -72,14 +72,16 @@ def _read_ours(path: Path) -> TileEmbeddings:
         arrays: dict[str, Any] = {
             name: read_dataset(file, name)
             for name in ("features", "coords", "cells", "tissue_fraction", "section", "qc")
+            if name in file or name in ("features", "coords", "cells")
         }
-        qc_names = tuple(read_attrs(file["qc"]).get("names") or ())
+        qc_names = tuple(read_attrs(file["qc"]).get("names") or ()) if "qc" in file else ()
         if row_major(arrays["cells"]) is not None:
             raise FeatureFileError(f"{path.name}: its cells are not in row-major order, each once. Make it again.")
         pitch = attrs.get("tile_size_level0")
         encoder = attrs.get("encoder")
         return TileEmbeddings(
             slide_id=str(attrs.get("slide_id")),
+            frame=str(attrs.get("frame") or "level0"),
             tile_size_level0=None if pitch is None else float(np.mean(pitch)),
             qc_names=qc_names,
             attrs=attrs,

@@ -43,6 +43,7 @@ class RunResult:
         rows: one row per slide of this run, as in slides.csv.
         counts: slides of this run by status.
         seconds: wall time.
+        results: the folder of the last stage's results, where the verb has one.
     """
 
     out: Path
@@ -51,6 +52,7 @@ class RunResult:
     rows: tuple[Mapping[str, Any], ...]
     counts: Mapping[str, int]
     seconds: float
+    results: Path | None = None
 
 
 @dataclass

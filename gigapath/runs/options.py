@@ -3,6 +3,7 @@ told at once."""
 
 from dataclasses import dataclass
 
+from gigapath.features import parse_embedding
 from gigapath.options import check_options, option
 
 _DEVICES = "auto|cpu|cuda|mps"
@@ -70,6 +71,15 @@ class SlideEmbedOptions:
         "else mean)",
         metavar="NAME",
     )
+    embedding: str = option(
+        "default",
+        "the name of an embedding, as for export: what --to writes; ending with :tiles one vector a tile, into "
+        "contextual_*/",
+        metavar="NAME",
+    )
+    per: str = option(
+        "slide", "one embedding a slide, or one a connected piece of tissue", choices=("slide", "section")
+    )
     tile_size_level0: float | None = option(
         None, "distance of neighbouring tiles in the file's coordinates, where it does not say", above=0
     )
@@ -79,3 +89,12 @@ class SlideEmbedOptions:
 
     def __post_init__(self) -> None:
         check_options(self)
+        pooling = parse_embedding(self.embedding).pooling
+        if self.per == "section" and pooling == "tiles":
+            raise ValueError(f"--per section: expected one vector a section, got --embedding {self.embedding}.")
+
+    @property
+    def form(self) -> str:
+        """What a result is: "slide", "section", or the name of the vectors of tiles."""
+        name = parse_embedding(self.embedding)
+        return str(name) if name.pooling == "tiles" and self.per == "slide" else self.per

@@ -1,5 +1,6 @@
 """`run_slide_embed`: tile embeddings, ours or another tool's, to the embeddings of slides."""
 
+import dataclasses
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -32,7 +33,8 @@ def run_slide_embed(
     watch: Watcher | None = None,
     command: Sequence[str] = (),
 ) -> RunResult:
-    """Embed slides from their tile embeddings: `slides_*/<id>.h5`, slides.csv.
+    """Embed slides from their tile embeddings: `slides_*/<id>.h5`, slides.csv; with `per="section"` one file a piece of
+    tissue in `slides_*__sections`, with an `embedding` that ends with `:tiles` one vector a tile in `contextual_*`.
 
     Args:
         features: files of tile embeddings, or folders of them: a run's folder, or any of another tool.
@@ -63,8 +65,12 @@ def run_slide_embed(
             random_weights=embedding.random_weights and name in RELEASES,
         )
         slide_encoder.check_pair(encoder_name, width)
-        folder = slides_folder(out, slide_encoder.name, _fit_for_a_name(encoder_name or "features"))
-        stage = SlideStage(slide_encoder, folder, options, embedding.tile_size_level0, encoder_name)
+        if slide_encoder.model is None and embedding.form.endswith(":tiles"):
+            raise ValueError(f"--embedding {embedding.embedding}: expected a slide encoder with layers, got the mean.")
+        folder = slides_folder(out, slide_encoder.name, _fit_for_a_name(encoder_name or "features"), embedding.form)
+        stage = SlideStage(
+            slide_encoder, folder, options, embedding.tile_size_level0, encoder_name, form=embedding.form
+        )
         if not options.allow_mixed:
             check_unmixed(folder, stage.run_identity(), {entry.slide_id for entry in entries})
         names = {entry.slide_id: _features_name(entry) for entry in entries}
@@ -97,7 +103,7 @@ def run_slide_embed(
         def work(entry: SlideEntry) -> list[Status]:
             return [stage.embed(run, entry, entry.path, names[entry.slide_id])]
 
-        return run.over_slides(todo, work, lambda: plan)
+        return dataclasses.replace(run.over_slides(todo, work, lambda: plan), results=folder)
 
 
 def find_features(inputs: Sequence[str | Path]) -> list[SlideEntry]:

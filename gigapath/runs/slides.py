@@ -1,5 +1,7 @@
 """The slide-encoder stage of one slide: from a file of tile embeddings, as stored, to `slides_*/<id>.h5`."""
 
+import dataclasses
+import glob
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +14,14 @@ from gigapath.cohort.manifest import SlideEntry
 from gigapath.cohort.reuse import digest, finished
 from gigapath.cohort.status import Status
 from gigapath.encoding import SlideEncoder, mean_of_rows
-from gigapath.features import NUMERICS_VERSION, SlideEmbeddings, read_features, write_slide
+from gigapath.features import (
+    NUMERICS_VERSION,
+    SlideEmbeddings,
+    TileEmbeddings,
+    read_features,
+    write_slide,
+    write_tile_vectors,
+)
 from gigapath.features.data import Array
 from gigapath.features.h5 import open_h5, read_attrs
 from gigapath.features.ours import open_ours, stage_of
@@ -23,9 +32,18 @@ from gigapath.runs.options import KeepOptions
 _CARRIED = ("encoder", "weights_sha256", "transform", "precision", "device", "batch_shape", "store", "mpp", "tile_size")
 
 
-def slides_folder(out: Path, slide_encoder: str, tile_encoder: str) -> Path:
-    """Where the embeddings of slides go."""
-    return out / f"slides_{slide_encoder}__{tile_encoder}"
+def slides_folder(out: Path, slide_encoder: str, tile_encoder: str, form: str = "slide") -> Path:
+    """Where the embeddings of slides go, of their pieces (`form` "section"), or one vector a tile (a name that ends
+    with `:tiles`)."""
+    pair = f"{slide_encoder}__{tile_encoder}"
+    if form in ("slide", "section"):
+        return out / (f"slides_{pair}" if form == "slide" else f"slides_{pair}__sections")
+    return out / f"contextual_{pair}__{form.removesuffix(':tiles').replace(':', '-')}"
+
+
+def section_name(slide_id: str, section: int) -> str:
+    """What a piece of a slide's tissue is called in files and tables."""
+    return f"{slide_id}.section-{section}"
 
 
 @dataclass(frozen=True)
@@ -38,6 +56,8 @@ class SlideStage:
         options: how the run goes about it.
         tile_size_level0: what the user says of the step between tiles, for files of other tools.
         tile_encoder: the tile encoder that all files must name, or None to ask nothing.
+        form: "slide" for one embedding a slide, "section" for one a connected piece of tissue, or a name that ends
+            with `:tiles` for one vector a tile.
     """
 
     encoder: SlideEncoder
@@ -45,6 +65,7 @@ class SlideStage:
     options: KeepOptions
     tile_size_level0: float | None = None
     tile_encoder: str | None = None
+    form: str = "slide"
 
     def run_identity(self) -> dict[str, Any]:
         """The part of the identity that all slides share."""
@@ -61,13 +82,20 @@ class SlideStage:
     def identity(self, features: str) -> dict[str, Any]:
         """Everything that a slide's embeddings depend on; `features` names its tile embeddings."""
         step = {} if self.tile_size_level0 is None else {"tile_size_level0": self.tile_size_level0}
-        return {**self.run_identity(), "features": features, **step}
+        form = {} if self.form == "slide" else {"form": self.form}
+        return {**self.run_identity(), "features": features, **step, **form}
 
     def done(self, slide_id: str, features: str) -> Status | None:
         """The status of a result that holds, or None."""
         if self.options.overwrites("slides"):
             return None
-        return finished(self.folder, slide_id, self.identity(features), allow_mixed=self.options.allow_mixed)
+        return finished(
+            self.folder,
+            slide_id,
+            self.identity(features),
+            allow_mixed=self.options.allow_mixed,
+            files=_files_of_sections if self.form == "section" else None,
+        )
 
     def embed(self, run: CohortRun, entry: SlideEntry, path: Path, features: str) -> Status:
         """Embed one slide; writes its file and its status.
@@ -81,30 +109,84 @@ class SlideStage:
         identity = self.identity(features)
 
         def work() -> Outcome:
-            result = self.folder / f"{entry.slide_id}.h5"
-            arrays, count, described = self._embeddings(path, run.stop.check)
-            if count == 0:
-                result.unlink(missing_ok=True)  # of an earlier run, which found tissue
-                return Outcome("no_tissue")
-            trained = self.encoder.trained and described.get("trained") is not False
-            attrs = {
-                **{name: described[name] for name in _CARRIED if name in described},
-                "source": described["source"],
-                "tiles": count,
-                "slide_encoder": self.encoder.name,
-                "slide_weights_sha256": self.encoder.weights_sha256,
-                "slide_precision": self.encoder.precision,
-                "slide_device": self.encoder.device.type,
-                "attention_kernel": self.encoder.kernel,
-                "trained": trained,
-                "features": features,
-                "identity": digest(identity),
-            }
-            write_slide(result, SlideEmbeddings(slide_id=entry.slide_id, attrs=attrs, **arrays))
-            facts = {"slide_encoder": self.encoder.name, "trained": trained}
-            return Outcome(tiles=count, facts=facts, digest=digest(identity))
+            if self.form == "slide":
+                return self._embed_slide(run, entry, path, features, digest(identity))
+            tiles = self._read(path)
+            if self.form == "section":
+                return self._embed_sections(run, entry, tiles, features, digest(identity))
+            return self._embed_tiles(run, entry, tiles, features, digest(identity))
 
         return run.attempt(self.folder, entry, "slides", identity, work)
+
+    def _embed_slide(self, run: CohortRun, entry: SlideEntry, path: Path, features: str, named: str) -> Outcome:
+        result = self.folder / f"{entry.slide_id}.h5"
+        arrays, count, described = self._embeddings(path, run.stop.check)
+        if count == 0:
+            result.unlink(missing_ok=True)  # of an earlier run, which found tissue
+            return Outcome("no_tissue")
+        attrs = self._attrs(described, count, features, named)
+        write_slide(result, SlideEmbeddings(slide_id=entry.slide_id, attrs=attrs, **arrays))
+        return Outcome(tiles=count, facts=self._facts(attrs), digest=named)
+
+    def _embed_sections(
+        self, run: CohortRun, entry: SlideEntry, tiles: TileEmbeddings, features: str, named: str
+    ) -> Outcome:
+        """One file a piece; positions stay those on the slide."""
+        for earlier in self.folder.glob(f"{glob.escape(section_name(entry.slide_id, 0)[:-1])}*.h5"):
+            earlier.unlink()
+        if tiles.section is None:
+            raise ValueError(
+                "--per section: expected a file that says which piece of tissue each tile lies on, got one that does "
+                "not. Tile the slide with gigapath tile."
+            )
+        pieces = [int(piece) for piece in np.unique(tiles.section) if piece > 0]
+        if not pieces:
+            return Outcome("no_tissue")
+        for piece in pieces:
+            of_piece = tiles.take(tiles.section == piece)
+            attrs = self._attrs(_described(tiles), len(of_piece), features, named)
+            name = section_name(entry.slide_id, piece)
+            arrays = self.encoder.embed(of_piece, after_layer=run.stop.check)
+            attrs = {**attrs, "of_slide": entry.slide_id, "section": piece}
+            write_slide(self.folder / f"{name}.h5", SlideEmbeddings(slide_id=name, attrs=attrs, **arrays))
+        left = int(np.count_nonzero(tiles.section == 0))
+        warnings = (f"{left} tiles lie on no piece of tissue and are in no section's embedding.",) if left else ()
+        facts = {**self._facts(attrs), "sections": len(pieces), "section_numbers": " ".join(map(str, pieces))}
+        return Outcome(tiles=len(tiles), facts=facts, digest=named, warnings=warnings)
+
+    def _embed_tiles(
+        self, run: CohortRun, entry: SlideEntry, tiles: TileEmbeddings, features: str, named: str
+    ) -> Outcome:
+        result = self.folder / f"{entry.slide_id}.h5"
+        if not len(tiles):
+            result.unlink(missing_ok=True)
+            return Outcome("no_tissue")
+        vectors = self.encoder.embed_tiles(tiles, self.form, after_layer=run.stop.check)
+        attrs = self._attrs(_described(tiles), len(tiles), features, named)
+        # Whoever feeds these to a slide encoder as tile embeddings is told that they are none.
+        attrs["encoder"] = f"{self.encoder.name}'s {self.form} of {tiles.encoder or 'an encoder without a name'}"
+        attrs["of_encoder"] = tiles.encoder
+        write_tile_vectors(result, dataclasses.replace(tiles, slide_id=entry.slide_id, features=vectors), attrs)
+        return Outcome(tiles=len(tiles), facts=self._facts(attrs), digest=named)
+
+    def _attrs(self, described: Mapping[str, Any], count: int, features: str, named: str) -> dict[str, Any]:
+        """What a result's file records at its root."""
+        return {
+            **{name: described[name] for name in _CARRIED if name in described},
+            "source": described["source"],
+            "tiles": count,
+            "slide_encoder": self.encoder.name,
+            "slide_weights_sha256": self.encoder.weights_sha256,
+            "slide_precision": self.encoder.precision,
+            "slide_device": self.encoder.device.type,
+            "attention_kernel": self.encoder.kernel,
+            "trained": self.encoder.trained and described.get("trained") is not False,
+            "features": features,
+            "identity": named,
+        }
+
+    def _facts(self, attrs: Mapping[str, Any]) -> dict[str, Any]:
+        return {"slide_encoder": self.encoder.name, "trained": attrs["trained"]}
 
     def _embeddings(self, path: Path, check: Callable[[], None]) -> tuple[dict[str, Array], int, Mapping[str, Any]]:
         """The slide's embeddings by name, its number of tiles, and what the file of tile embeddings says of itself.
@@ -118,6 +200,12 @@ class SlideStage:
                 described = {**read_attrs(file), "source": "gigapath"}
             self._check_encoder(described.get("encoder"))
             return arrays, count, described
+        tiles = self._read(path)
+        arrays = self.encoder.embed(tiles, after_layer=check) if len(tiles) else {}
+        return arrays, len(tiles), _described(tiles)
+
+    def _read(self, path: Path) -> TileEmbeddings:
+        """The slide's tile embeddings, of the right encoder."""
         tiles = read_features(
             path,
             tile_size_level0=self.tile_size_level0,
@@ -126,8 +214,7 @@ class SlideStage:
         )
         self._check_encoder(tiles.encoder)
         self.encoder.check_pair(tiles.encoder, tiles.embed_dim)
-        arrays = self.encoder.embed(tiles, after_layer=check) if len(tiles) else {}
-        return arrays, len(tiles), {**tiles.attrs, "encoder": tiles.encoder, "source": tiles.source}
+        return tiles
 
     def _check_encoder(self, found: str | None) -> None:
         if self.tile_encoder is not None and found != self.tile_encoder and not self.options.allow_mixed:
@@ -135,6 +222,15 @@ class SlideStage:
                 f"expected embeddings of {self.tile_encoder}, as of the other slides, got those of "
                 f"{found or 'an encoder without a name'}. Keep one folder per tile encoder."
             )
+
+
+def _described(tiles: TileEmbeddings) -> Mapping[str, Any]:
+    return {**tiles.attrs, "encoder": tiles.encoder, "source": tiles.source}
+
+
+def _files_of_sections(status: Status) -> list[str]:
+    pieces = str(status.facts.get("section_numbers", "")).split()
+    return [f"{section_name(status.slide_id, int(piece))}.h5" for piece in pieces]
 
 
 def describe_features(path: Path) -> tuple[str | None, int]:
