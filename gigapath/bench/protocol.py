@@ -5,10 +5,13 @@ machine scatters by a factor of two; the ratio of neighbours in time does not.
 """
 
 import math
+import os
+import platform
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -85,3 +88,32 @@ def product(device: torch.device, dtype: torch.dtype, rows: int = 4096, width: i
     a = torch.randn(rows, width, device=device).to(dtype)
     b = torch.randn(width, width, device=device).to(dtype)
     return Work(lambda: a @ b, 2.0 * rows * width * width)
+
+
+def describe_machine() -> str:
+    """Processor, cores that this process may use, memory, load, and versions, on one line."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    load = f", load {os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else ""
+    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
+    return (
+        f"{_processor()}, {cores} cores, {_memory()}{gpu}{load}; torch {torch.__version__}, "
+        f"{torch.get_num_threads()} threads, Python {platform.python_version()}, {platform.machine()}"
+    )
+
+
+def _processor() -> str:
+    names = [line.partition(":")[2].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
+    return names[0] if names else platform.processor() or "unknown processor"
+
+
+def _memory() -> str:
+    totals = [int(line.split()[1]) for line in _lines("/proc/meminfo") if line.startswith("MemTotal")]
+    return f"{totals[0] / 2**20:.0f} GiB" if totals else "unknown memory"
+
+
+def _lines(path: str) -> list[str]:
+    """The lines of a file of the kernel's, none where there is no such file."""
+    try:
+        return Path(path).read_text().splitlines()
+    except OSError:
+        return []

@@ -3,14 +3,13 @@
 import argparse
 import importlib
 import json
-import os
-import platform
 
 from gigapath.cli.arguments import add_options, options_from
 
 # what -> (module, its options class, one line of help). A module offers that class, `measure(options)` that yields
 # rows, `in_words(row)` and `HEADING`.
 KINDS = {
+    "probe": ("gigapath.bench.probe", "ProbeBench", "the linear probe against a plain loop: speed and peak memory"),
     "slide-encoder": ("gigapath.bench.slide_encoder", "SlideEncoderBench", "the slide encoder against a plain product"),
 }
 
@@ -28,9 +27,9 @@ def run(namespace: argparse.Namespace) -> int:
     module = importlib.import_module(name)
     options = options_from(namespace, getattr(module, options_class))
     if not namespace.json:
-        import torch
+        from gigapath.bench.protocol import describe_machine
 
-        print(f"torch {torch.__version__}, {torch.get_num_threads()} of {os.cpu_count()} cores, {platform.machine()}")
+        print(describe_machine())
         print(module.HEADING)
     for row in module.measure(options):
         print(json.dumps(row) if namespace.json else module.in_words(row), flush=True)
