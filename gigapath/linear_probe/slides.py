@@ -200,25 +200,17 @@ class _Fit:
     weights lie in it, and nothing else changes."""
 
     def __init__(self, vectors: FloatArray, labels: IntArray, rows: IntArray, classes: int) -> None:
-        known = vectors[rows]
-        self._mean, deviation = known.mean(axis=0), known.std(axis=0)
-        self._scale = np.divide(1.0, deviation, out=np.zeros_like(deviation), where=deviation > 1e-9)
-        standardised = (known - self._mean) * self._scale
-        self._basis = None
-        if standardised.shape[0] < standardised.shape[1]:
-            self._basis = np.linalg.svd(standardised, full_matrices=False)[2].T  # (D, rows)
-            standardised = standardised @ self._basis
-        self._vectors = vectors
+        everything, known = torch.from_numpy(vectors), torch.from_numpy(rows)
+        mean, deviation = everything[known].mean(dim=0), everything[known].std(dim=0, correction=0)
+        scale = torch.where(deviation > 1e-9, 1 / deviation.clamp_min(1e-300), 0.0)
+        self._standardised = (everything - mean) * scale
+        if len(rows) < vectors.shape[1]:
+            basis = torch.linalg.qr(self._standardised[known].t())[0]  # (D, rows), orthonormal
+            self._standardised = self._standardised @ basis
         self._regression = LogisticRegression(
-            torch.from_numpy(standardised),
-            torch.from_numpy(labels[rows]),
-            torch.arange(len(rows)),
-            classes,
-            standardise=False,
+            self._standardised, torch.from_numpy(labels), known, classes, standardise=False
         )
 
     def probabilities(self, penalty: float, rows: IntArray) -> FloatArray:
         """Probabilities of some slides for a penalty."""
-        x = (self._vectors[rows] - self._mean) * self._scale
-        x = x if self._basis is None else x @ self._basis
-        return self._regression.fit(penalty).probabilities(torch.from_numpy(x), torch.arange(len(rows)))
+        return self._regression.fit(penalty).probabilities(self._standardised, torch.from_numpy(rows))

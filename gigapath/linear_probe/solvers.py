@@ -6,8 +6,10 @@ Legend: N rows, D width, C classes, M rows to predict.
 """
 
 import contextlib
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +20,7 @@ from gigapath.metrics import f1_weighted
 
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
-Objective = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]  # parameters (P,) -> value (), gradient (P,)
+Objective = Callable[[torch.Tensor], tuple[float, torch.Tensor]]  # parameters (P,) -> value, gradient (P,)
 
 # Strength of the L2 penalty, in units of the mean loss on standardised embeddings; strong to weak, so that each fit
 # starts from the one before.
@@ -28,7 +30,8 @@ NEIGHBOURS = (1, 3, 5, 10, 20, 50, 100, 200)
 TEMPERATURE = 0.07  # of the neighbours' votes, as in DINO's protocol
 MAX_ITERATIONS = 500
 TOLERANCE = 1e-5  # largest entry of the gradient of the mean loss
-HISTORY = 10
+HISTORY = 10  # moves that are remembered
+SEARCHES = 20  # sizes tried along one direction
 SMALL_MATRIX = 1 << 26  # entries; below this, several threads cost a fit more than they give
 QUERY_ROWS = 2048  # rows whose neighbours are looked for at once
 
@@ -107,7 +110,7 @@ class LogisticRegression:
         weight = flat[: self._classes * width].view(self._classes, width) * self._standard.scale
         return weight, flat[self._classes * width :] - weight @ self._standard.mean
 
-    def _objective(self, flat: torch.Tensor, penalty: float) -> tuple[torch.Tensor, torch.Tensor]:
+    def _objective(self, flat: torch.Tensor, penalty: float) -> tuple[float, torch.Tensor]:
         """Value and gradient at the parameters for standardised embeddings."""
         width = self._features.shape[1]
         weight, bias = self._unfold(flat)
@@ -128,7 +131,7 @@ class LogisticRegression:
         to_weight = (to_weight - to_bias[:, None] * self._standard.mean) * self._standard.scale / rows
         own = flat[: self._classes * width]
         gradient = torch.cat([to_weight.reshape(-1) + penalty * own, to_bias / rows])
-        return loss / rows + 0.5 * penalty * own.square().sum(), gradient
+        return float(loss / rows + 0.5 * penalty * own.square().sum()), gradient
 
 
 def choose_penalty(
@@ -168,23 +171,75 @@ def cross_entropy(probabilities: FloatArray, truth: IntArray) -> float:
 
 
 def minimise(objective: Objective, start: torch.Tensor) -> torch.Tensor:
-    """The minimum (P,) of a smooth convex function by L-BFGS with strong Wolfe steps, from `start` (P,) float64."""
-    point = start.clone().requires_grad_()
-    optimizer = torch.optim.LBFGS(
-        [point],
-        max_iter=MAX_ITERATIONS,
-        tolerance_grad=TOLERANCE,
-        tolerance_change=1e-10,
-        history_size=HISTORY,
-        line_search_fn="strong_wolfe",
-    )
+    """The minimum (P,) of a smooth convex function by L-BFGS, from `start` (P,) float64.
 
-    def closure() -> torch.Tensor:
-        value, point.grad = objective(point.detach())
-        return value
+    Nocedal and Wright, Numerical Optimization, algorithms 7.4 and 7.5, with a bisecting search for Wolfe's conditions.
+    torch's own is made for networks: it brings its compiler along (a second and 300 MB) and takes many times as long
+    for a fit of a few hundred rows.
 
-    optimizer.step(closure)  # type: ignore[no-untyped-call]
-    return point.detach()
+    Returns:
+        the point where no entry of the gradient is above `TOLERANCE`, where rounding hides any further descent, or
+        which `MAX_ITERATIONS` led to.
+    """
+    point = start
+    value, gradient = objective(point)
+    moves: list[Move] = []
+    for _ in range(MAX_ITERATIONS):
+        if float(gradient.abs().max()) < TOLERANCE:
+            break
+        direction = _descent(gradient, moves)
+        # Without memory the direction has no scale: begin with a step of length 1 at most.
+        size = 1.0 if moves else min(1.0, 1.0 / float(gradient.norm()))
+        found = _search(objective, point, value, direction, float(gradient @ direction), size)
+        if found is None and not moves:
+            break
+        if found is None:
+            moves = []
+            continue
+        size, value, new_gradient = found
+        step, change = size * direction, new_gradient - gradient
+        point, gradient = point + step, new_gradient
+        moves = [*moves[1 - HISTORY :], Move(step, change, 1 / float(step @ change))]
+    return point
+
+
+class Move(NamedTuple):
+    """A step that was taken, the gradient's change along it, and the inverse of their product, which is positive."""
+
+    step: torch.Tensor
+    change: torch.Tensor
+    inverse: float
+
+
+def _descent(gradient: torch.Tensor, moves: list[Move]) -> torch.Tensor:
+    """Minus the inverse curvature, as the last moves tell it, times the gradient (the two loops)."""
+    direction = -gradient
+    shares = []
+    for move in reversed(moves):
+        shares.append(move.inverse * float(move.step @ direction))
+        direction.add_(move.change, alpha=-shares[-1])
+    if moves:
+        direction.mul_(1 / (moves[-1].inverse * float(moves[-1].change.square().sum())))
+    for move in moves:
+        direction.add_(move.step, alpha=shares.pop() - move.inverse * float(move.change @ direction))
+    return direction
+
+
+def _search(
+    objective: Objective, point: torch.Tensor, value: float, direction: torch.Tensor, slope: float, size: float
+) -> tuple[float, float, torch.Tensor] | None:
+    """(size, value, gradient) of a step that goes down enough and ends where it is flatter; None where none does."""
+    low, high = 0.0, math.inf
+    for _ in range(SEARCHES):
+        new_value, gradient = objective(point + size * direction)
+        if new_value > value + 1e-4 * size * slope:
+            high = size
+        elif float(gradient @ direction) < 0.9 * slope:
+            low = size
+        else:
+            return size, new_value, gradient
+        size = 2 * low if math.isinf(high) else 0.5 * (low + high)
+    return None
 
 
 class NearestNeighbours:

@@ -1,0 +1,272 @@
+"""Slide-level probes: tile-mean always beside, the same folds for all, differences paired, patients kept together."""
+
+import csv
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+import torch
+from sklearn.metrics import roc_auc_score
+
+from gigapath.cli.main import main
+from gigapath.features import SlideEmbeddings, read_slide, write_slide
+from gigapath.linear_probe.options import ProbeOptions, SlideProbeOptions
+from gigapath.linear_probe.slide_report import to_json
+from gigapath.linear_probe.slides import fit_fold, probe_slides
+from gigapath.linear_probe.solvers import LogisticRegression
+
+PATIENTS = 40
+QUICK = SlideProbeOptions(embedding="default", folds=3, repeats=2)
+
+
+def write_run(folder: Path, *, patients: int = PATIENTS, signal: float = 2.0, seed: int = 0) -> tuple[Path, Path]:
+    """A run's slide embeddings and labels: two slides a patient; `default` knows the label, `tile-mean` hardly does,
+    and every embedding knows the patient very well."""
+    generator = np.random.default_rng(seed)
+    rows = []
+    for patient in range(patients):
+        label = patient % 2
+        person = generator.normal(size=(2, 16)) * 1.5
+        for slide in range(2):
+            noise = generator.normal(size=(4, 16)) * 0.3
+            default, tile_mean = person[0] + noise[0], person[1] + noise[1]
+            default[0] = signal * (2 * label - 1) + generator.normal()
+            tile_mean[0] = 0.3 * (2 * label - 1) + generator.normal()
+            slide_id = f"P{patient:02d}-S{slide}"
+            states = np.stack([default, -default, noise[2]])
+            write_slide(
+                folder / "slides_gigapath__standin" / f"{slide_id}.h5",
+                SlideEmbeddings(
+                    slide_id=slide_id,
+                    tile_mean=tile_mean[None],
+                    states_mean=states,
+                    states_class=states,
+                    default_mean=default[None],
+                    default_class=default[None],
+                    attrs={"trained": True},
+                ),
+            )
+            rows.append(
+                {
+                    "slide_id": slide_id,
+                    "label": ["wild", "mutant"][label],
+                    "patient_id": f"P{patient:02d}",
+                    "site": ["A", "B"][generator.random() < 0.3 + 0.4 * label],
+                    "set": "test" if patient >= patients * 3 // 4 else "train",
+                }
+            )
+    table = folder / "labels.csv"
+    write_rows(table, rows)
+    return folder, table
+
+
+def write_rows(path: Path, rows: list[dict[str, str]]) -> None:
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    return write_run(tmp_path_factory.mktemp("run"))
+
+
+@pytest.fixture
+def copied(made: tuple[Path, Path], tmp_path: Path) -> tuple[Path, Path]:
+    """The run once more, to be changed; copied, since writing each file to the disk takes its time."""
+    return shutil.copytree(made[0], tmp_path / "copy"), tmp_path / "copy" / made[1].name
+
+
+def test_slide_encoder_is_compared_with_the_mean_of_the_tiles(made: tuple[Path, Path]) -> None:
+    found = probe_slides(*made, ProbeOptions(positive="mutant"), QUICK)
+    assert list(found.scores) == ["tile-mean", "default"]
+    default, baseline = found.scores["default"], found.scores["tile-mean"]
+    assert default.main["auroc"].value > 0.85 > baseline.main["auroc"].value
+    assert baseline.lead is None and default.lead is not None
+    lead = default.lead["auroc"]
+    assert lead.value == pytest.approx(default.main["auroc"].value - baseline.main["auroc"].value)
+    assert 0 < lead.low < lead.value < lead.high
+    assert found.controls["chance"].main["auroc"].value == 0.5
+    assert 0.5 < found.controls["site alone"].main["auroc"].value < 0.85
+    assert found.data.classes == ("wild", "mutant")
+
+
+def test_scores_are_over_patients_with_slides_beside(made: tuple[Path, Path]) -> None:
+    score = probe_slides(*made, ProbeOptions(replicates=50), QUICK).scores["default"]
+    assert score.by_patient is not None
+    # 2 repeats of each patient and of each slide; the units that are drawn are patients both times.
+    assert (score.by_patient.rows, score.by_patient.units) == (2 * PATIENTS, PATIENTS)
+    assert (score.by_slide.rows, score.by_slide.units) == (4 * PATIENTS, PATIENTS)
+    assert "within each fold" in score.by_patient.covers
+
+
+def test_every_slide_is_tested_once_a_repeat_and_patients_stay_together(made: tuple[Path, Path]) -> None:
+    found = probe_slides(*made, ProbeOptions(replicates=0), QUICK)
+    folds = np.asarray(found.scores["default"].predictions.folds)
+    assert np.array_equal(folds, np.asarray(found.scores["tile-mean"].predictions.folds))
+    for repeat in (range(3), range(3, 6)):
+        inside = np.isin(folds, list(repeat))
+        assert sorted(found.rows[inside].tolist()) == list(range(2 * PATIENTS))
+        patients = found.data.groups[found.rows[inside]]
+        assert all(len(set(folds[inside][patients == patient].tolist())) == 1 for patient in set(patients.tolist()))
+    first, second = (found.rows[folds < 3], folds[folds < 3]), (found.rows[folds >= 3], folds[folds >= 3] - 3)
+    assert not np.array_equal(first[1][np.argsort(first[0])], second[1][np.argsort(second[0])])
+
+
+def test_no_label_means_no_score() -> None:
+    """Labels that have nothing to do with the embeddings: within three standard errors of chance (60 patients)."""
+    generator = np.random.default_rng(3)
+    vectors, labels = generator.normal(size=(300, 20)), np.arange(300) % 2
+    generator.shuffle(labels)
+    groups = np.array([f"p{number // 2}" for number in range(300)])
+    said, _ = fit_fold(vectors, labels, groups, np.arange(200), np.arange(200, 300), 0)
+    assert abs(roc_auc_score(labels[200:], said[:, 1]) - 0.5) < 0.18
+
+
+def test_test_slides_have_no_say_in_the_fit() -> None:
+    generator = np.random.default_rng(4)
+    vectors, labels = generator.normal(size=(80, 30)), np.arange(80) % 2
+    vectors[:, 0] += labels
+    groups = np.array([f"p{number}" for number in range(80)])
+    train, test = np.arange(60), np.arange(60, 80)
+    said, penalty = fit_fold(vectors, labels, groups, train, test, 0)
+    changed = vectors.copy()
+    changed[61:] = 1e6
+    again, penalty_again = fit_fold(
+        changed, 1 - labels * (np.arange(80) < 60) - (np.arange(80) >= 60), groups, train, test, 0
+    )
+    assert penalty == penalty_again
+    # The labels of the training slides were flipped too, so the first test slide's probabilities change places.
+    assert np.allclose(again[0], said[0][::-1], atol=1e-3)
+
+
+def test_fewer_slides_than_entries_give_the_fit_in_full_width() -> None:
+    """The span of the slides holds the penalised optimum; tolerance: both stop at a gradient of 1e-5."""
+    generator = np.random.default_rng(5)
+    vectors, labels = generator.normal(size=(40, 200)), np.arange(40) % 2
+    groups = np.array([f"p{number}" for number in range(40)])
+    said, penalty = fit_fold(vectors, labels, groups, np.arange(30), np.arange(30, 40), 0)
+    features, target = torch.from_numpy(vectors), torch.from_numpy(labels)
+    head = LogisticRegression(features, target, torch.arange(30), 2).fit(penalty)
+    assert np.abs(head.probabilities(features, torch.arange(30, 40)) - said).max() < 2e-3
+
+
+def test_given_split_is_used_once(made: tuple[Path, Path]) -> None:
+    found = probe_slides(*made, ProbeOptions(split="set", replicates=100), QUICK)
+    assert len(found.rows) == 2 * (PATIENTS // 4)
+    assert len(found.scores["default"].penalties) == 1
+    assert found.scores["default"].main["auroc"].value > 0.8
+    assert any("train and val train together" in note for note in found.notes)
+
+
+def test_command_line_prints_one_table_and_writes_it(
+    made: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [
+        "probe", str(made[0]), "--labels", str(made[1]), "--embedding", "default,state:1:class,all-states",
+        "--group", "patient_id", "--folds", "3", "--repeats", "1", "--replicates", "100",
+    ]  # fmt: skip
+    assert main([*arguments, "--out", str(tmp_path / "a")]) == 0
+    printed = capsys.readouterr().out
+    for words in (
+        "80 slides of 40 patient_id: 40 mutant, 40 wild",
+        "tile-mean",
+        "state:1:class",
+        "AUROC against tile-mean",
+    ):
+        assert words in printed
+    assert {entry.name for entry in (tmp_path / "a").iterdir()} == {
+        "comparison.png", "predictions.csv", "results.json", "summary.csv",
+    }  # fmt: skip
+    results = json.loads((tmp_path / "a" / "results.json").read_text())
+    assert list(results["embeddings"]) == ["tile-mean", "default", "state:1:class", "all-states"]
+    assert results["embeddings"]["all-states"]["width"] == 48
+    assert results["embeddings"]["default"]["minus_tile-mean"]["auroc"]["value"] > 0
+    with (tmp_path / "a" / "summary.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert {row["embedding"] for row in rows} == {*results["embeddings"], "chance", "site alone"}
+    assert main([*arguments, "--out", str(tmp_path / "b")]) == 0
+    for name in ("summary.csv", "predictions.csv", "results.json", "comparison.png"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes(), name
+
+
+def test_patients_with_slides_of_several_labels_are_scored_by_slide(copied: tuple[Path, Path]) -> None:
+    folder, table = copied
+    rows = list(csv.DictReader(table.open()))
+    rows[0]["label"] = "mutant"
+    write_rows(table, rows)
+    found = probe_slides(folder, table, ProbeOptions(replicates=20), QUICK)
+    assert found.scores["default"].by_patient is None
+    assert any("slides of several labels" in note for note in found.notes)
+    json.dumps(to_json(found), allow_nan=False)
+
+
+def test_tcga_ids_join_by_rule(copied: tuple[Path, Path]) -> None:
+    folder, table = copied
+    rows = list(csv.DictReader(table.open()))
+    write_rows(table, [{**row, "slide_id": row["slide_id"] + ".01Z-00-DX1.ABC.svs"} for row in rows])
+    with pytest.raises(
+        ValueError, match=r"80 of its slides have no embedding .* 80 embeddings have no row .*--id-rule"
+    ):
+        probe_slides(folder, table, ProbeOptions(), QUICK)
+    options = SlideProbeOptions(embedding="default", folds=3, repeats=1, id_rule="tcga")
+    assert probe_slides(folder, table, ProbeOptions(replicates=0), options).data.facts["slides"] == 80
+
+
+Change = Callable[[list[dict[str, str]]], list[dict[str, str]]]
+
+
+@pytest.mark.parametrize(
+    ("change", "options", "message"),
+    [
+        (lambda rows: [{**row, "label": "wild"} for row in rows], {}, "expected slides of two classes, got wild"),
+        (lambda rows: rows[:-1], {}, r"0 of its slides have no embedding, 1 embeddings have no row \(P39-S1\)"),
+        (lambda rows: [*rows, rows[0]], {}, r"P00-S0 has two rows \(2 and 82\)"),
+        (lambda rows: [{**rows[0], "patient_id": ""}, *rows[1:]], {}, "P00-S0 has no patient_id"),
+        (
+            lambda rows: [{**rows[0], "set": "test"}, *rows[1:]],
+            {"split": "set"},
+            "1 of the column patient_id have slides in",
+        ),
+        (lambda rows: [{**row, "set": "train"} for row in rows], {"split": "set"}, "leaves no slide to test on"),
+        (
+            lambda rows: [
+                {**row, "label": "mutant" if row["patient_id"] in ("P01", "P03") else "wild"} for row in rows
+            ],
+            {},
+            "occurs in 2 groups, fewer than 3 folds",
+        ),
+    ],
+)
+def test_labels_that_make_no_sense_are_one_sentence(
+    copied: tuple[Path, Path], change: Change, options: dict[str, str], message: str
+) -> None:
+    folder, table = copied
+    write_rows(table, change(list(csv.DictReader(table.open()))))
+    with pytest.raises(ValueError, match=message):
+        probe_slides(folder, table, ProbeOptions(**options), QUICK)
+
+
+def test_one_slide_under_two_names_is_refused(copied: tuple[Path, Path]) -> None:
+    folder, table = copied
+    first = next((folder / "slides_gigapath__standin").glob("P00-S0.h5"))
+    copy = dataclasses.replace(read_slide(first), slide_id="P01-S0")
+    write_slide(first.with_name("P01-S0.h5"), copy)
+    with pytest.raises(ValueError, match="P00-S0 and P01-S0 have one and the same embedding"):
+        probe_slides(folder, table, ProbeOptions(), QUICK)
+    assert probe_slides(folder, table, ProbeOptions(allow_leakage=True, replicates=0), QUICK).scores
+
+
+def test_untrained_slide_encoder_is_noted(copied: tuple[Path, Path]) -> None:
+    folder, table = copied
+    for file in (folder / "slides_gigapath__standin").glob("*.h5"):
+        with h5py.File(file, "r+") as opened:
+            opened.attrs["trained"] = False
+    found = probe_slides(folder, table, ProbeOptions(replicates=0), QUICK)
+    assert any("untrained slide encoder" in note for note in found.notes)
