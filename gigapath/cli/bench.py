@@ -11,6 +11,7 @@ from gigapath.cli.arguments import add_options, options_from
 KINDS = {
     "probe": ("gigapath.bench.probe", "ProbeBench", "the linear probe against a plain loop: speed and peak memory"),
     "slide-encoder": ("gigapath.bench.slide_encoder", "SlideEncoderBench", "the slide encoder against a plain product"),
+    "finetuning": ("gigapath.bench.finetuning", "FinetuningBench", "a training step against a plain product"),
 }
 
 

@@ -4,6 +4,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ from gigapath.finetune.heads import pack
 from gigapath.finetune.options import TrainingOptions
 from gigapath.finetune.processes import Processes, autocast
 from gigapath.finetune.splits import Fold
+from gigapath.longnet.encoder import count_operations
 
 PROBE_TILES = 256  # a pass over this many measures bytes and seconds
 ADAM_BYTES = 16  # of a parameter: weight, gradient and two moments in float32
@@ -58,20 +60,11 @@ def operations(model: nn.Module, tiles: int) -> float:
 
     Real keys only. Where the model has no slide encoder, its layers' products alone.
     """
-    encoder = getattr(model, "slide_encoder", None)
-    layers = [p.numel() for name, p in model.named_parameters() if p.ndim == 2 and "classifier" not in name]
-    total = 2.0 * sum(layers) * (tiles if encoder is None else tiles + 1)
+    encoder: Any = getattr(model, "slide_encoder", None)
     if encoder is None:
-        return total
-    config, tokens = encoder.encoder.config, tiles + 1
-    for segment, ratio in config.branches:
-        for start in range(0, tokens, segment):
-            length = min(segment, tokens - start)
-            for head in range(config.num_heads):
-                offset = head // -(-config.num_heads // ratio)
-                seen = len(range(offset, length, ratio))
-                total += 4.0 * config.depth * config.head_dim * seen**2
-    return total
+        return 2.0 * tiles * sum(p.numel() for p in model.parameters() if p.ndim == 2)
+    products = sum(count_operations(encoder.encoder.config, (tiles + 1,)).values())
+    return float(products + 2 * tiles * encoder.in_chans * encoder.embed_dim)
 
 
 def make_plan(

@@ -1,0 +1,87 @@
+"""Learning is real: an arrangement that only the coordinates tell, and tumour in bags of real tiles."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from made_bags import arrangement_bag, pcam_tiles, tumour_bags
+from made_cohort import NARROW
+
+from gigapath.finetune import ModelOptions, Task, TrainingOptions, controls
+from gigapath.finetune.data import Bag, MemoryBags
+from gigapath.finetune.evaluation import probabilities
+from gigapath.finetune.heads import build_head
+from gigapath.finetune.processes import Processes
+from gigapath.finetune.splits import Fold
+from gigapath.finetune.training import Trainer
+from gigapath.metrics import Predictions, evaluate
+
+TASK = Task("made", "binary", ("no", "yes"))
+CPU = Processes(torch.device("cpu"))
+
+
+def auroc(truth: np.ndarray, said: np.ndarray) -> float:
+    return evaluate(Predictions(truth, said, TASK.classes), replicates=0)["auroc"].value
+
+
+def learn(
+    folder: Path, bags: list[Bag], truth: np.ndarray, train: int, options: TrainingOptions, model: ModelOptions
+) -> float:
+    """The test AUROC after training on the first bags, from random weights."""
+    torch.manual_seed(0)
+    head = build_head(model, pretrained="", input_dim=bags[0].features.shape[1], n_classes=2)
+    rows = np.arange(len(bags))
+    trainer = Trainer(TASK, MemoryBags(bags), truth, options, "fp32", CPU)
+    trainer.train(head, Fold(0, rows[:train], rows[:0], rows[train:]), folder, {})
+    return auroc(truth[train:], probabilities(trainer.logits(head, rows[train:]), TASK))
+
+
+@pytest.mark.slow
+def test_planted_arrangement_is_learned_and_only_from_coordinates(tmp_path) -> None:
+    options = TrainingOptions(epochs=6, batch_size=16, gradient_accumulation=1, base_lr=0.032, layer_decay=1.0)
+    model = ModelOptions(model_arch=NARROW, feat_layer="3", dropout=0.0, global_pool=True)
+    scores = {}
+    for permuted in (False, True):
+        random = np.random.default_rng(3)
+        truth = np.arange(400) % 2
+        bags = [arrangement_bag(int(label), random, permuted=permuted) for label in truth]
+        scores[permuted] = learn(tmp_path / str(permuted), bags, truth, 160, options, model)
+        means = np.stack([bag.features.mean(axis=0) for bag in bags]).astype(np.float64)
+        layer = controls.fit_linear(means[:160], truth[:160], 2)
+        blind = probabilities(layer(torch.from_numpy(means[160:])).detach().numpy(), TASK)
+        assert abs(auroc(truth[160:], blind) - 0.5) < 0.1  # a control that sees no coordinates learns nothing
+    assert scores[False] > 0.9 and abs(scores[True] - 0.5) < 0.1, scores
+
+
+def embed(tiles: list[np.ndarray]) -> np.ndarray:
+    """Embeddings (N, 1280) of the stand-in tile encoder."""
+    from gigapath.tile_encoder import load_tile_encoder
+
+    encoder = load_tile_encoder("standin")
+    return np.concatenate([encoder.encode(np.stack(tiles[start : start + 100])) for start in range(0, len(tiles), 100)])
+
+
+@pytest.mark.slow
+def test_tumour_in_bags_of_real_tiles_is_found(tmp_path, shared, capsys) -> None:
+    archive = shared / "data" / "tiles" / "pcam-mini-7k.zip"
+    found = pcam_tiles(archive, {"train": 1000, "test": 600})
+    train_bags, train_truth = tumour_bags(embed(found["train"][0]), found["train"][1], 200, tiles=60, seed=1)
+    test_bags, test_truth = tumour_bags(embed(found["test"][0]), found["test"][1], 100, tiles=60, seed=2)
+    bags, truth = train_bags + test_bags, np.concatenate([train_truth, test_truth])
+    recipe = TrainingOptions(epochs=8, batch_size=8, gradient_accumulation=1, base_lr=0.016, layer_decay=1.0)
+    model = ModelOptions(model_arch=NARROW, feat_layer="3", dropout=0.1, global_pool=True)
+    attention = replace(model, head="abmil-tiles")
+    scores = {
+        "small LongNet from scratch": learn(tmp_path / "longnet", bags, truth, 200, recipe, model),
+        controls.ATTENTION: learn(tmp_path / "abmil", bags, truth, 200, controls.abmil_options(recipe), attention),
+    }
+    means = controls.tile_means(MemoryBags(bags), range(300), workers=1)
+    layer = controls.fit_linear(means[:200], truth[:200], 2)
+    scores[controls.MEAN] = auroc(
+        truth[200:], probabilities(layer(torch.from_numpy(means[200:])).detach().numpy(), TASK)
+    )
+    with capsys.disabled():
+        print("\n" + ", ".join(f"{name} {score:.3f}" for name, score in scores.items()))
+    assert scores["small LongNet from scratch"] > 0.9
