@@ -1,0 +1,57 @@
+"""The README's commands of fine-tuning, run on a made cohort as they stand there, with a narrow encoder for speed."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from made_cohort import NARROW, write_cohort
+
+from gigapath.cli.main import main
+
+ROOT = Path(__file__).parent.parent
+SMALL = ["--model-arch", NARROW, "--feat-layer", "2", "--pretrained", "", "--epochs", "2", "--replicates", "10"]
+
+
+def readme_commands() -> list[list[str]]:
+    section = (ROOT / "README.md").read_text().split("## PANDA: fine-tuning the slide encoder")[1].split("\n## ")[0]
+    block = re.search(r"^```text\n(.*?)^```$", section, re.M | re.S)
+    assert block is not None
+    return [shlex.split(line) for line in block[1].splitlines()]
+
+
+def test_readme_commands_run_one_after_the_other(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    cohorts = {"out": ("labels.csv", "slide-"), "new": ("unused.csv", "new-"), "other": ("other.csv", "other-")}
+    for seed, (folder, (labels, prefix)) in enumerate(cohorts.items()):
+        features, table = write_cohort(tmp_path / folder, [n % 3 for n in range(18)], seed=seed, tiles=6)
+        for path in list(features.iterdir()):
+            path.rename(path.with_name(path.name.replace("slide-", prefix)))
+        features.rename(features.with_name("features_gigapath"))
+        Path(labels).write_text(table.read_text().replace("slide-", prefix))
+    commands = readme_commands()
+    assert [words[1] for words in commands] == ["init-task", "finetune", "predict", "evaluate"]
+    for words in commands:
+        more = {"finetune": [*SMALL, "--folds", "3"], "evaluate": ["--replicates", "10"]}.get(words[1], [])
+        if words[1] == "finetune":  # the controls are another test's
+            words.remove("--controls")
+        device = [] if words[1] == "init-task" else ["--device", "cpu"]
+        assert main([*words[1:], *more, *device]) == 0, words
+    assert {Path("predictions.csv"), Path("tested/results.json")} <= set(Path().rglob("*.csv")) | set(
+        Path("tested").iterdir()
+    )
+
+
+@pytest.mark.slow
+def test_demo_learns_what_the_means_cannot(tmp_path) -> None:
+    command = [sys.executable, str(ROOT / "demo" / "finetune_planted.py"), str(tmp_path)]
+    done = subprocess.run(
+        command, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=400
+    )
+    assert done.returncode == 0, done.stderr
+    row = next(line for line in done.stdout.splitlines() if line.startswith("AUROC"))
+    tuned, means, *_ = [float(value) for value in re.findall(r"(\d\.\d+) \+-", row)]
+    assert tuned > 0.9 and means < 0.7, row
