@@ -1,6 +1,8 @@
 """Tasks, labels, splits and bags of fine-tuning: what is read, what is refused, in one sentence each."""
 
 import json
+import subprocess
+import sys
 
 import h5py
 import numpy as np
@@ -287,3 +289,9 @@ def test_reading_ahead_keeps_the_order_and_hides_waiting(tmp_path) -> None:
 
     ahead = ReadAhead(read, workers=2)
     assert list(ahead([3, 1, 2, 1])) == [30, 10, 20, 10] and sorted(seen) == [1, 1, 2, 3]
+
+
+def test_options_need_no_torch() -> None:
+    code = "import sys, gigapath.finetune.options, gigapath.finetune.task; print('torch' in sys.modules)"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert out.strip() == "False"

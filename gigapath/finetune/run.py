@@ -289,7 +289,8 @@ class _Run:
         main = self._fit(self.settings.model, self.inputs.pretrained, self.settings.training, fold, folder, split)
         results = {"fine-tuned": main}
         if self.settings.controls:
-            self.say(f"fold {fold.number}: controls")
+            alone = "" if self.inputs.pretrained else " (the model itself is trained from random weights)"
+            self.say(f"fold {fold.number}: controls{alone}")
             place = folder / "controls"
             results[controls.MEAN] = self._means(fold, place / "tile_mean")
             bare = replace(self.settings.model, head="abmil-tiles", freeze=False)

@@ -109,10 +109,12 @@ class Trainer:
             checkpoints.restore_optimizer(model, optimizer, tensors)
             model.load_state_dict(_part(tensors, "model."))
             best = _part(tensors, "best.") or None
-            log.info("fold %d goes on after epoch %d", fold.number, len(history))
+            if self.processes.rank == 0:
+                log.info("fold %d goes on after epoch %d", fold.number, len(history))
         for epoch in range(len(history), options.epochs):
             history.append(self._epoch(model, optimizer, scaler, fold, epoch))
-            log.info("%s", describe_epoch(history[-1], options.epochs))
+            if self.processes.rank == 0:
+                log.info("%s", describe_epoch(history[-1], options.epochs))
             if options.select == "val" and _is_best(history):
                 best = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
             if self.processes.rank == 0:
