@@ -252,3 +252,5 @@ def test_published_snippets_are_the_published_ones(shared: Path) -> None:
     said = "\n".join(line for line in published.splitlines() if not line.startswith("#"))
     for block in (PUBLISHED_TILE_ENCODER, PUBLISHED_TILE, PUBLISHED_SLIDE_ENCODER, PUBLISHED_SLIDE):
         assert block.strip() in said
+    for script in re.findall(r"^bash (scripts/\S+)", published, re.M):
+        assert (ROOT / script).is_file() and f"bash {script} " in TEXT
