@@ -43,8 +43,9 @@ _RELEASE_BY_WORD = {
 }
 
 
-def _word(name: str) -> str:
-    return re.sub(r"[-_ ]", "", name.lower())
+def release_of(tile_encoder: str) -> str:
+    """Our name of the released tile encoder that a file names, however its tool writes it; another name stays."""
+    return _RELEASE_BY_WORD.get(re.sub(r"[-_ ]", "", tile_encoder.lower()), tile_encoder)
 
 
 class EncoderError(ValueError):
@@ -135,7 +136,7 @@ class SlideEncoder:
         Raises:
             ValueError: names both encoders.
         """
-        known = None if tile_encoder is None else _RELEASE_BY_WORD.get(_word(tile_encoder), tile_encoder)
+        known = None if tile_encoder is None else release_of(tile_encoder)
         if self.tile_encoder is not None and known is not None and known != self.tile_encoder:
             raise ValueError(
                 f"slide encoder {self.name}: expected embeddings of its own tile encoder, {self.tile_encoder}, got "

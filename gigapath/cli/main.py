@@ -24,6 +24,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "convert": ("convert", "Tile embeddings as another tool's files: TRIDENT, CLAM, STAMP, slide2vec, the published."),
     "probe": ("probe", "Fit and score a linear layer on frozen tile or slide embeddings."),
     "bench": ("bench", "Measure this machine: the slide encoder."),
+    "verify": ("verify", "Check a released pair: files, demo tile, slide encoder, PANDA tiles; a report to paste."),
     "inspect": ("inspect", "Say what a feature file is, ours or another tool's."),
 }
 

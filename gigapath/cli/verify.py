@@ -1,0 +1,19 @@
+"""`gigapath verify`: check a released pair against recorded hashes and published numbers."""
+
+import argparse
+
+from gigapath.cli.arguments import add_options, options_from
+from gigapath.verify.options import VerifyOptions
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_options(parser, VerifyOptions)
+
+
+def run(namespace: argparse.Namespace) -> int:
+    options = options_from(namespace, VerifyOptions)
+    from gigapath.verify.run import verify  # torch takes seconds: a wrong word is told before
+
+    report = verify(options, said=lambda check: print(f"{check.status}: {check.what}: {check.said}", flush=True))
+    print(f"\n{report['table']}\n\nwritten to {options.out}")
+    return 1 if report["verdict"] == "failed" else 0

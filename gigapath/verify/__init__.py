@@ -1,0 +1,1 @@
+"""Proof with the released weights, by whoever has them: `gigapath verify`."""
