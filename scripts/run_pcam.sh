@@ -14,8 +14,12 @@ embeddings=data/GigaPath_PCam_embeddings.zip
 if [ "${1-}" = --demo ]; then embeddings=--demo && shift; fi
 if [ $# -gt 0 ] && [[ $1 != -* ]]; then embeddings=$1 && shift; fi
 
-labels=$(dirname -- "$embeddings")/dataset_csv/pcam/pcam.csv # where `gigapath download pcam` puts them
-if [[ $embeddings == *.zip && -f $labels ]]; then set -- --labels "$labels" "$@"; fi
+# Where `gigapath download pcam` puts the labels, and PCam's own tables of slides.
+data=$(dirname -- "$embeddings")
+if [[ $embeddings == *.zip && -d $data/pcam ]]; then set -- --pcam-meta "$data/pcam" "$@"; fi
+if [[ $embeddings == *.zip && -f $data/dataset_csv/pcam/pcam.csv ]]; then
+    set -- --labels "$data/dataset_csv/pcam/pcam.csv" "$@"
+fi
 
 exec gigapath probe "$embeddings" --solver sgd --steps 4000 --batch-size 128 --lr 0.02 --weight-decay 0.01 \
     --eval-every 100 --seed 0 --out outputs/pcam "$@"

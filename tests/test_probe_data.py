@@ -437,6 +437,36 @@ def test_leaking_groups_can_be_allowed(made: tuple[Path, Path], tmp_path: Path) 
     assert load_data(made[0], table, ProbeOptions(allow_leakage=True)).groups is not None
 
 
+def write_meta(folder: Path, counts: dict[str, int], *, flip: int | None = None) -> Path:
+    """PCam's meta files for the made vectors: slides of ten tiles, label = number % 2."""
+    folder.mkdir()
+    for split, count in counts.items():
+        lines = [",coord_y,coord_x,tumor_patch,center_tumor_patch,wsi"]
+        for row in range(count):
+            label = bool(row % 2) != (row == flip and split == "test")
+            lines.append(f"{row},0,0,True,{label},camelyon16_{split}_{row // 10:03d}")
+        (folder / f"camelyonpatch_level_2_split_{split}_meta.csv").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+def test_pcams_own_slides_become_groups_where_every_label_agrees(tmp_path: Path) -> None:
+    vectors, rows = made_vectors(COUNTS)
+    zipped = write_zip(tmp_path / "made.zip", vectors)
+    table = write_csv(tmp_path / "l.csv", [{key: row[key] for key in ("input", "label", "split")} for row in rows])
+    data = load_data(zipped, table, ProbeOptions(), pcam_meta=write_meta(tmp_path / "right", COUNTS))
+    assert data.group_column == "wsi" and data.groups is not None
+    assert data.groups[data.names.index("emb/valid/valid_0013")] == "camelyon16_valid_001"
+    wrong = [
+        write_meta(tmp_path / "label", COUNTS, flip=7),
+        write_meta(tmp_path / "count", {**COUNTS, "train": 41}),
+        write_meta(tmp_path / "lacking", {"train": 40, "valid": 20}),
+    ]
+    for folder in wrong:
+        data = load_data(zipped, table, ProbeOptions(), pcam_meta=folder)
+        assert data.groups is None and data.group_column is None
+        assert any("don't fit these tiles" in warning for warning in data.warnings)
+
+
 # ------------------------------------------------------------------------------------------------------ bad inputs
 
 

@@ -106,6 +106,13 @@ def test_scores_are_over_patients_with_slides_beside(made: tuple[Path, Path]) ->
     assert "within each fold" in score.by_patient.covers
 
 
+def test_sites_are_scored_one_by_one(made: tuple[Path, Path]) -> None:
+    score = probe_slides(*made, ProbeOptions(replicates=50), QUICK).scores["default"]
+    assert list(score.by_site) == ["A", "B"]
+    assert sum(evaluation.rows for evaluation in score.by_site.values()) >= 2 * PATIENTS
+    assert all(evaluation["auroc"].value > 0.7 for evaluation in score.by_site.values())
+
+
 def test_every_slide_is_tested_once_a_repeat_and_patients_stay_together(made: tuple[Path, Path]) -> None:
     found = probe_slides(*made, ProbeOptions(replicates=0), QUICK)
     folds = np.asarray(found.scores["default"].predictions.folds)

@@ -10,6 +10,7 @@ import numpy.typing as npt
 from gigapath.linear_probe.archive import Report, read_embeddings
 from gigapath.linear_probe.labels import class_names, join_labels, own_labels, read_labels
 from gigapath.linear_probe.options import ProbeOptions
+from gigapath.linear_probe.pcam import slides_of_tiles
 from gigapath.linear_probe.table import SPLITS, TRAIN, EmbeddingTable, Float32Array
 
 IntArray = npt.NDArray[np.int64]
@@ -57,6 +58,7 @@ def load_data(
     labels: Path | str | None,
     options: ProbeOptions,
     *,
+    pcam_meta: Path | str | None = None,
     cache: bool = True,
     report: Report | None = None,
 ) -> ProbeData:
@@ -66,6 +68,7 @@ def load_data(
         embeddings: zip, folder or file of embeddings.
         labels: a CSV, or None where the embeddings carry their labels.
         options: columns, and what to allow.
+        pcam_meta: a folder of PCam's meta files, for groups where the labels name none.
         cache: use and write the cache beside a zip or folder.
         report: progress of the reading, (done, total) tiles.
 
@@ -96,12 +99,21 @@ def load_data(
     split_of_row[rows] = joined.splits
     rows_of_split = {split: np.flatnonzero(split_of_row == split) for split in SPLITS}
     _check_splits(rows_of_split, label_of_row, classes, listed.source)
-    groups = None
-    if listed.groups is not None:
-        groups = np.full(len(table), "", dtype=f"U{max(map(len, listed.groups), default=1)}")
-        groups[rows] = [listed.groups[index] for index in joined.used]
-        _check_groups(groups, rows_of_split, listed.group_column, allow_leakage=options.allow_leakage)
     warnings = []
+    group_column, used_groups = listed.group_column, None
+    if listed.groups is not None:
+        used_groups = [listed.groups[index] for index in joined.used]
+    elif pcam_meta is not None:
+        names = [table.names[row] for row in joined.rows]
+        used_classes = [index_of_label[label] for label in used_labels]
+        used_groups, group_column = slides_of_tiles(Path(pcam_meta), names, joined.splits, used_classes), "wsi"
+        if used_groups is None:
+            warnings.append("PCam's meta files don't fit these tiles' names and labels, so intervals are over tiles")
+    groups = None
+    if used_groups is not None:
+        groups = np.full(len(table), "", dtype=f"U{max(map(len, used_groups), default=1)}")
+        groups[rows] = used_groups
+        _check_groups(groups, rows_of_split, group_column, allow_leakage=options.allow_leakage)
     if joined.unembedded or joined.unlabelled:
         warnings.append(
             f"{len(joined.unembedded):,} labels without embedding and {len(joined.unlabelled):,} embeddings without "
@@ -117,7 +129,7 @@ def load_data(
         labels=label_of_row,
         classes=classes,
         groups=groups,
-        group_column=listed.group_column,
+        group_column=group_column if groups is not None else None,
         colours=table.colours,
         facts={
             "embeddings": Path(embeddings).name,
@@ -127,7 +139,7 @@ def load_data(
             "width": table.features.shape[1],
             "tiles": {split: len(found) for split, found in rows_of_split.items()},
             "classes": list(classes),
-            "group_column": listed.group_column,
+            "group_column": group_column if groups is not None else None,
             "labels_without_embedding": len(joined.unembedded),
             "embeddings_without_label": len(joined.unlabelled),
             "identical_across_splits": twins,

@@ -49,6 +49,9 @@ class TileProbeOptions:
     weight_decay: float = option(0.01, "sgd: weight decay", at_least=0)
     eval_every: int = option(100, "sgd: steps between looks at the validation set; the best one is kept", at_least=1)
     seeds: int = option(1, "sgd: repeat with this many seeds, from --seed on", at_least=1)
+    pcam_meta: str | None = option(
+        None, "folder of PCam's own meta files: groups tiles by slide where names and labels fit them", metavar="DIR"
+    )
     no_cache: bool = option(False, "neither use nor write the cache beside a zip or folder")
     device: str = option("auto", "auto, cpu, cuda, cuda:N or mps", metavar="DEVICE")
 

@@ -46,7 +46,11 @@ def write_slide_report(out: Path, probe: SlideProbe) -> list[str]:
 def to_json(probe: SlideProbe) -> dict[str, Any]:
     """Everything about a probe as plain JSON values."""
     return {
-        "task": {"classes": list(probe.data.classes), "auprc_baseline": "the prevalence"},
+        "task": {
+            "classes": list(probe.data.classes),
+            **({"positive_class": probe.data.classes[1]} if len(probe.data.classes) == 2 else {}),
+            "auprc_baseline": "the prevalence",
+        },
         "embeddings": {name: _score_json(score) for name, score in probe.scores.items()},
         "controls": {name: _score_json(score) for name, score in probe.controls.items()},
         "chosen": {"what": "penalty", "on": "folds inside the training slides of each fit, by cross-entropy"},
@@ -64,7 +68,8 @@ def slide_summary_lines(probe: SlideProbe) -> Iterator[str]:
     data = probe.data
     groups = f" of {data.facts['groups']:,} {data.group_column}" if data.group_column else ""
     counts = ", ".join(f"{count:,} {name}" for name, count in data.facts["slides_of_class"].items())
-    yield f"{data.facts['slides']:,} slides{groups}: {counts}"
+    positive = f" (positive: {data.classes[1]})" if len(data.classes) == 2 else ""
+    yield f"{data.facts['slides']:,} slides{groups}: {counts}{positive}"
     rows = [["embedding", "width", *TABLE_SCORES.values(), f"AUROC against {BASELINE}"]]
     for name, score in (*probe.scores.items(), *probe.controls.items()):
         lead = "" if score.lead is None else _signed(score.lead["auroc"])
@@ -89,6 +94,7 @@ def _score_json(score: EmbeddingScore) -> dict[str, Any]:
         "patients": None if score.by_patient is None else score.by_patient.to_dict(),
         "slides": score.by_slide.to_dict(),
         f"minus_{BASELINE}": lead,
+        "sites": {site: evaluation.to_dict() for site, evaluation in score.by_site.items()},
         "penalties": list(score.penalties),
     }
 

@@ -6,7 +6,7 @@ inside the training folds, so that no test slide has a say in anything.
 Legend: S slides, D width, C classes, K folds, R repeats.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,7 @@ class EmbeddingScore:
             has slides of several labels, or nothing says who the patients are.
         by_slide: the same over slides, drawn patient by patient.
         lead: over tile-mean, on the same patients (or slides) and draws; None for tile-mean itself.
+        by_site: site -> its evaluation alone, over patients where they are known; empty where no column names sites.
         width: D, None for controls.
         penalties: the penalty chosen in each fit.
     """
@@ -52,8 +53,9 @@ class EmbeddingScore:
     by_patient: Evaluation | None
     by_slide: Evaluation
     lead: dict[str, Estimate] | None
-    width: int | None
-    penalties: tuple[float, ...]
+    by_site: dict[str, Evaluation]
+    width: int | None = None
+    penalties: tuple[float, ...] = ()
 
     @property
     def main(self) -> Evaluation:
@@ -110,33 +112,37 @@ def probe_slides(
         "chance": [prior_probabilities(data.labels[train], len(test), classes) for train, test in folds],
     }
     if data.sites is not None:
-        sites = data.sites
+        places = data.sites
         controls["site alone"] = [
-            site_probabilities(data.labels[train], sites[train], sites[test], classes) for train, test in folds
+            site_probabilities(data.labels[train], places[train], places[test], classes) for train, test in folds
         ]
 
     def predictions(probabilities: FloatArray) -> Predictions:
         return Predictions(data.labels[rows], probabilities, data.classes, groups=data.groups[rows], folds=fold_of_row)
 
-    baseline = predictions(said[BASELINE])
     patients = data.group_column is not None and data.one_label_per_group
     if data.group_column is not None and not patients:
         notes.append(
             f"a {data.group_column} has slides of several labels, so scores are over slides, not over patients"
         )
+    sites = None if data.sites is None else data.sites[rows]
+
+    def score(probabilities: FloatArray, against: FloatArray | None) -> EmbeddingScore:
+        baseline = None if against is None else predictions(against)
+        return _score(predictions(probabilities), baseline, sites, patients, options)
+
     scores = {
-        name: _score(
-            predictions(probabilities), baseline, patients, options, data.vectors[name].shape[1], penalties[name]
+        name: replace(
+            score(probabilities, None if name == BASELINE else said[BASELINE]),
+            width=data.vectors[name].shape[1],
+            penalties=penalties[name],
         )
         for name, probabilities in said.items()
     }
     return SlideProbe(
         data=data,
         scores=scores,
-        controls={
-            name: _score(predictions(np.concatenate(parts)), None, patients, options, None, ())
-            for name, parts in controls.items()
-        },
+        controls={name: score(np.concatenate(parts), None) for name, parts in controls.items()},
         rows=rows,
         options={**to_dict(options), **to_dict(slide_options)},
         notes=tuple(notes),
@@ -157,20 +163,31 @@ def _folds(data: SlideData, options: ProbeOptions, slide_options: SlideProbeOpti
 def _score(
     predictions: Predictions,
     baseline: Predictions | None,
+    sites: TextArray | None,
     patients: bool,
     options: ProbeOptions,
-    width: int | None,
-    penalties: tuple[float, ...],
 ) -> EmbeddingScore:
-    def over(unit: Predictions) -> Evaluation:
-        return evaluate(unit, replicates=options.replicates, seed=options.seed)
+    """All evaluations of one embedding's (or control's) predictions; `sites` names the site of each of their rows."""
 
-    averaged = average_by_group(predictions) if patients else None
+    def units(some: Predictions) -> Predictions:
+        return average_by_group(some) if patients else some
+
+    def over(some: Predictions) -> Evaluation:
+        return evaluate(some, replicates=options.replicates, seed=options.seed)
+
     lead = None
-    if baseline is not None and not np.array_equal(baseline.probabilities, predictions.probabilities):
-        against = average_by_group(baseline) if patients else baseline
-        lead = paired_difference(averaged or predictions, against, replicates=options.replicates, seed=options.seed)
-    return EmbeddingScore(predictions, over(averaged) if averaged else None, over(predictions), lead, width, penalties)
+    if baseline is not None:
+        draws = {"replicates": options.replicates, "seed": options.seed}
+        lead = paired_difference(units(predictions), units(baseline), **draws)
+    return EmbeddingScore(
+        predictions=predictions,
+        by_patient=over(units(predictions)) if patients else None,
+        by_slide=over(predictions),
+        lead=lead,
+        by_site={str(site): over(units(predictions.rows(sites == site))) for site in np.unique(sites)}
+        if sites is not None
+        else {},
+    )
 
 
 def fit_fold(

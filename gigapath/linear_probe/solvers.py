@@ -255,9 +255,9 @@ class NearestNeighbours:
         found: dict[int, list[torch.Tensor]] = {k: [] for k in numbers}
         for _, x in blocks(self._features, rows, QUERY_ROWS):
             similarity, label = self._nearest(x, max(numbers))
-            votes = ((similarity - similarity[:, :1]) / TEMPERATURE).double().exp()  # (M, K), the nearest has 1
+            votes = ((similarity - similarity[:, :1]) / TEMPERATURE).cpu().double().exp()  # (M, K), the nearest has 1
             for k in numbers:
-                shares = votes.new_zeros(len(x), self._classes).scatter_add_(1, label[:, :k], votes[:, :k])
+                shares = votes.new_zeros(len(x), self._classes).scatter_add_(1, label[:, :k].cpu(), votes[:, :k])
                 found[k].append(shares / shares.sum(dim=1, keepdim=True))
         return {k: np.asarray(torch.cat(parts).cpu().numpy()) for k, parts in found.items()}
 

@@ -3,7 +3,6 @@
 Legend: T pixels of a tile's side.
 """
 
-import csv
 import io
 import re
 from collections.abc import Callable, Sequence
@@ -17,6 +16,7 @@ from PIL import Image, UnidentifiedImageError
 
 from gigapath.features.h5 import open_h5
 from gigapath.linear_probe.labels import LabelRows, join_labels, parse_labels
+from gigapath.linear_probe.pcam import read_meta
 from gigapath.linear_probe.sources import FolderSource, Source, ZipSource, visible
 from gigapath.linear_probe.table import SPLIT_WORDS, bare_name, check_unique, split_of_path
 
@@ -211,8 +211,7 @@ def _pcam_slides(path: Path, count: int) -> list[str]:
     meta = path.with_name(path.name.replace("_x.h5", "_meta.csv"))
     if not meta.is_file():
         return [""] * count
-    with meta.open(newline="", encoding="utf-8-sig") as file:
-        slides = [row.get("wsi") or "" for row in csv.DictReader(file)]
+    slides, _ = read_meta(meta)
     if len(slides) != count:
         raise ValueError(f"{meta.name}: expected {count} rows as {path.name} has tiles, got {len(slides)}.")
     return slides

@@ -101,9 +101,16 @@ def probe_tiles(
     Raises:
         FileNotFoundError, ValueError: one sentence on what is wrong; nothing was written.
     """
-    device = resolve_device(tile_options.device)
+    device = _device(tile_options)
     started = time.perf_counter()
-    data = load_data(embeddings, labels, options, cache=not tile_options.no_cache, report=report)
+    data = load_data(
+        embeddings,
+        labels,
+        options,
+        pcam_meta=tile_options.pcam_meta,
+        cache=not tile_options.no_cache,
+        report=report,
+    )
     read = time.perf_counter()
     results, choice = fit_heads(data, options, tile_options, device, on_look)
     fitted = time.perf_counter()
@@ -207,6 +214,16 @@ def fit_heads(
 def predictions_of(data: ProbeData, split: str, probabilities: FloatArray) -> Predictions:
     """Probabilities of a split's rows with their truth and groups."""
     return Predictions(data.truth(split), probabilities, data.classes, groups=data.groups_of(split))
+
+
+def _device(tile_options: TileProbeOptions) -> torch.device:
+    """The device of the options; logistic regression needs float64, which Apple's does not have."""
+    device = resolve_device(tile_options.device)
+    if device.type == "mps" and tile_options.solver == "lbfgs":
+        if tile_options.device != "auto":
+            raise ValueError("--device: expected one with float64 for --solver lbfgs, got 'mps'. Use --device cpu.")
+        return torch.device("cpu")
+    return device
 
 
 def _controls(data: ProbeData, probabilities: FloatArray, options: ProbeOptions) -> dict[str, Control]:

@@ -43,7 +43,7 @@ class LinearHead:
     def probabilities(self, features: torch.Tensor, rows: torch.Tensor) -> FloatArray:
         """Softmax of the logits of some rows of a matrix, (rows, C)."""
         return np.asarray(
-            torch.cat([part.double().softmax(dim=1) for part in self._logits(features, rows)]).cpu().numpy()
+            torch.cat([part.cpu().double().softmax(dim=1) for part in self._logits(features, rows)]).numpy()
         )
 
     def predicted(self, features: torch.Tensor, rows: torch.Tensor) -> IntArray:
