@@ -173,6 +173,36 @@ def test_standin_takes_the_mean_or_with_random_weights_an_untrained_longnet(
     ]
 
 
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--tissue", "otsuu"], "--tissue: expected otsu, published, none or a file or folder that exists"),
+        (["--include", "Tumor"], "--include, --exclude: expected --tissue FILE beside them, got --tissue otsu"),
+    ],
+)
+@pytest.mark.parametrize("verb", ["tile", "embed"])
+def test_a_slip_in_tissue_stops_the_run_and_spares_what_is_done(
+    slides: Path,
+    tmp_path: Path,
+    verb: str,
+    words: list[str],
+    sentence: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["tile", str(slides), "--out", str(tmp_path), *SMALL]) == 0
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+    def load(*_: object, **__: object) -> None:
+        raise AssertionError("the encoder was loaded first")
+
+    monkeypatch.setattr("gigapath.runs.embedding.load_tile_encoder", load)
+    capsys.readouterr()
+    assert main([verb, str(slides), "--out", str(tmp_path), *SMALL, *words]) == 1
+    assert sentence in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
 # ---------------------------------------------------------------------------------- bad input
 
 

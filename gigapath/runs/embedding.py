@@ -15,6 +15,7 @@ from gigapath.options import to_dict
 from gigapath.preprocessing.tiling import TileOptions
 from gigapath.runs.embed_job import EmbedJob
 from gigapath.runs.engine import CohortRun, RunResult
+from gigapath.runs.entries import check_tissue
 from gigapath.runs.machine import threads
 from gigapath.runs.options import EmbedOptions, RunOptions
 from gigapath.runs.planning import estimate_tiles, in_bytes, in_words, measure_rate, tiles_in_words
@@ -68,6 +69,8 @@ def run_embed(
     embedding, options, watch = embedding or EmbedOptions(), options or RunOptions(), watch or Watcher()
     with StopFlag(watch.stopping) as stop:
         entries = _entries(slides, out, embedding.tiles)
+        if not embedding.tiles:
+            check_tissue(entries, tiling)
         encoder = load_tile_encoder(
             embedding.tile_encoder,
             device=embedding.device,

@@ -24,7 +24,7 @@ from gigapath.preprocessing.preview import preview_picture, write_preview
 from gigapath.preprocessing.slide import SlideError
 from gigapath.preprocessing.tiling import TileOptions, TilePlan, plan_tiles
 from gigapath.runs.engine import CohortRun, Outcome, RunResult
-from gigapath.runs.entries import open_entry, options_for
+from gigapath.runs.entries import check_tissue, open_entry, options_for
 from gigapath.runs.machine import threads
 from gigapath.runs.options import RunOptions
 from gigapath.runs.planning import estimate_tiles, tiles_in_words
@@ -54,13 +54,14 @@ def run_tile(
         command: the words of the command line, for the record.
 
     Raises:
-        ValueError: no slides, ids that collide, a folder of mixed numerics.
-        FileNotFoundError: an input doesn't exist.
+        ValueError: no slides, ids that collide, classes without a mask, a folder of mixed numerics.
+        FileNotFoundError: an input or the mask doesn't exist.
         OutputError: the output folder can't be written.
     """
     out, tiling, options, watch = Path(out), tiling or TileOptions(), options or RunOptions(), watch or Watcher()
     with StopFlag(watch.stopping) as stop:
         entries = find_slides(slides, exclude=out)
+        check_tissue(entries, tiling)
         folder = out / "tiles"
         ids = {entry.slide_id for entry in entries}
         check_unmixed(folder, {"numerics_version": NUMERICS_VERSION}, set() if options.allow_mixed else ids)
