@@ -66,7 +66,7 @@ def embed(tiles: list[np.ndarray]) -> np.ndarray:
 @pytest.mark.slow
 def test_tumour_in_bags_of_real_tiles_is_found(tmp_path, shared, capsys) -> None:
     archive = shared / "data" / "tiles" / "pcam-mini-7k.zip"
-    found = pcam_tiles(archive, {"train": 1000, "test": 600})
+    found = pcam_tiles(archive, {"train": 700, "test": 400})
     train_bags, train_truth = tumour_bags(embed(found["train"][0]), found["train"][1], 200, tiles=60, seed=1)
     test_bags, test_truth = tumour_bags(embed(found["test"][0]), found["test"][1], 100, tiles=60, seed=2)
     bags, truth = train_bags + test_bags, np.concatenate([train_truth, test_truth])

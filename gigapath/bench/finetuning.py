@@ -9,16 +9,17 @@ import torch
 
 from gigapath.bench.protocol import Work, compare, product
 from gigapath.bench.slide_encoder import WIDTHS
+from gigapath.classification_head import ClassificationHead
 from gigapath.devices import resolve_device
 from gigapath.finetune.data import Bag, MemoryBags
-from gigapath.finetune.heads import build_head
-from gigapath.finetune.options import ModelOptions, TrainingOptions
+from gigapath.finetune.options import TrainingOptions
 from gigapath.finetune.plan import operations
 from gigapath.finetune.processes import Processes, training_precision
 from gigapath.finetune.task import Task
 from gigapath.finetune.training import Trainer
 from gigapath.options import check_options, option
 
+LATENT = {"gigapath_slide_enc12l768d": 768, "gigapath_slide_enc12l384d": 384}
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -28,6 +29,7 @@ class FinetuningBench:
 
     slide_encoder: str = option("gigapath", "the architecture; its weights are random", choices=tuple(WIDTHS))
     tiles: tuple[int, ...] = option((4000,), "tiles of each slide of a step; several make one packed step", metavar="N")
+    depth: int = option(12, "layers; fewer are quicker to measure and have the same share", at_least=1, at_most=12)
     precision: str = option("auto", "of the step", choices=("auto", "fp32", "bf16", "fp16"))
     pairs: int = option(7, "pairs of turns", at_least=1)
     device: str = option("auto", "auto, cpu, cuda or cuda:N", metavar="DEVICE")
@@ -50,16 +52,19 @@ def measure(options: FinetuningBench) -> Iterator[dict[str, Any]]:
     device = resolve_device(options.device)
     precision = training_precision(options.precision, device)
     arch, in_chans = WIDTHS[options.slide_encoder]
+    latent_dim = LATENT[arch]
     torch.manual_seed(0)
     # The last state, so that every layer that is passed has a backward pass, as the count of operations has it.
-    head = ModelOptions(model_arch=arch, feat_layer="12")
-    model = build_head(head, pretrained="", input_dim=in_chans, n_classes=6).to(device).train()
+    model = ClassificationHead(
+        in_chans, latent_dim, str(options.depth), 6, arch, "", depth=options.depth, dropout=0.1, max_wsi_size=250000
+    )
+    model.to(device).train()
     random = np.random.default_rng(0)
     bags = MemoryBags([_made_bag(count, in_chans, random) for count in options.tiles])
     truth = np.arange(len(options.tiles)) % 6
     task = Task("made", "multi_class", tuple("012345"))
     trainer = Trainer(task, bags, truth, TrainingOptions(), precision, Processes(device))
-    optimizer = torch.optim.AdamW(model.parameter_groups(1e-5, 0.05, 0.95))  # type: ignore[operator]
+    optimizer = torch.optim.AdamW(model.parameter_groups(1e-5, 0.05, 0.95))
     slides = len(options.tiles)
 
     def step(size: int) -> None:
