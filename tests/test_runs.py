@@ -358,6 +358,19 @@ def test_tiles_that_are_missing_or_of_another_slide_fail_that_slide(slides: Path
     assert {path.name for path in (tmp_path / "out/features_tiny").glob("*.h5")} == {"a.h5"}
 
 
+def test_tiles_from_before_a_failed_tiling_are_not_taken(slides: Path, tmp_path: Path) -> None:
+    tiled, mask = tmp_path / "tiled", tmp_path / "mask.geojson"
+    half = {"type": "Polygon", "coordinates": [[[0, 0], [450, 0], [450, 700], [0, 700], [0, 0]]]}
+    named = {"classification": {"name": "Tumor"}}
+    mask.write_text(json.dumps({"type": "Feature", "geometry": half, "properties": named}))
+    run_tile([slides / "a.tif"], tiled, tiling=TILING)
+    stroma = TileOptions(tile_size=TILING.tile_size, tissue=str(mask), include=("Stroma",))
+    assert run_tile([slides / "a.tif"], tiled, tiling=stroma).outcome == "some slides failed"
+    assert (tiled / "tiles/a.h5").is_file()
+    assert embed(slides / "a.tif", tmp_path / "out", tiles=str(tiled)).outcome == "some slides failed"
+    assert "those from before its last tiling, which ended as 'failed'" in table(tmp_path / "out")["a"]["error"]
+
+
 # ---------------------------------------------------------------------------------- the numbers
 
 

@@ -199,6 +199,12 @@ class EmbedJob:
             raise SlideError(
                 f"slide {entry.slide_id!r}: expected its tiles, got none in the folder of --tiles. Tile it there first."
             )
+        status = None if self.own_tiles else read_status(self.tiles, entry.slide_id)
+        if status is not None and not status.finished:  # the file is an earlier run's, made with other options
+            raise SlideError(
+                f"slide {entry.slide_id!r}: expected its tiles, got those from before its last tiling, which ended as "
+                f"{status.status!r}. Tile it again in the folder of --tiles."
+            )
         return read_tiles(path)
 
     def _features_path(self, entry: SlideEntry) -> Path:
