@@ -1,8 +1,8 @@
 """`gigapath verify` on a small made release: it passes, and says what is wrong for each fault that is planted."""
 
-import importlib.util
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from runpy import run_path
 from typing import Any
@@ -12,13 +12,16 @@ import huggingface_hub.constants
 import numpy as np
 import pytest
 import torch
+from fake_weights import flash_tile_checkpoint, slide_checkpoint
 from made_release import SLIDE_ARCH, WIDTH, made_release, record_demo
 from made_slides import paint_tissue, write_pyramid
 from PIL import Image
 
 from gigapath import encoding, slide_encoder
 from gigapath.cli.main import main
+from gigapath.downloads import RELEASES
 from gigapath.encoding import encode_padded
+from gigapath.files import sha256_of
 from gigapath.preprocessing.slide import open_slide
 from gigapath.preprocessing.tiling import plan_tiles
 from gigapath.slide_encoder import LongNetViT
@@ -41,18 +44,20 @@ def release(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return made_release(folder, monkeypatch)
 
 
-def make_reference(folder: Path, *, precision: str = "fp32") -> Path:
+def make_reference(
+    folder: Path,
+    *,
+    arch: str = SLIDE_ARCH,
+    width: int = WIDTH,
+    precision: str = "fp32",
+    out: Path | None = None,
+) -> Path:
     """`reference.npz` by our own script, in process."""
-    spec = importlib.util.spec_from_file_location("make_reference", ROOT / "scripts" / "make_reference.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    out = folder.parent / "reference.npz"
-    words = [str(folder / "slide_encoder.pth"), "--arch", SLIDE_ARCH, "--in-chans", str(WIDTH), "--device", "cpu"]
-    words += ["--precision", precision, "--lengths", "1", "7", "150", "--out", str(out)]
-    module.main(words)
-    return out
+    script = run_path(str(ROOT / "scripts" / "make_reference.py"))
+    file = (out or folder.parent) / "reference.npz"
+    words = [str(folder / "slide_encoder.pth"), "--arch", arch, "--in-chans", str(width), "--device", "cpu"]
+    script["main"]([*words, "--precision", precision, "--lengths", "1", "7", "150", "--out", str(file)])
+    return file
 
 
 def verify(folder: Path, *words: str) -> tuple[int, dict[str, Any]]:
@@ -352,7 +357,7 @@ def test_verify_panda_names_features_of_another_encoder_of_the_same_width(offici
     def name(file: h5py.File) -> None:
         file["features"].attrs["encoder"] = "uni_v2"
 
-    def replace(file: h5py.File) -> None:
+    def exchange(file: h5py.File) -> None:
         del file["features"].attrs["encoder"]
         file["features"][...] = np.random.default_rng(0).normal(size=file["features"].shape)
 
@@ -361,7 +366,7 @@ def test_verify_panda_names_features_of_another_encoder_of_the_same_width(offici
     assert status == 1
     said = "expected features of gigapath, got those of 'uni_v2', whatever their width."
     assert report["checks"][-1]["said"] == said
-    rewrite(official, replace)
+    rewrite(official, exchange)
     status, report = run_panda(official)
     assert status == 1
     assert "these are features of another encoder than gigapath, or of other slides" in report["checks"][-1]["said"]
@@ -380,6 +385,25 @@ def test_table_is_markdown() -> None:
     table = as_table("title", [Check("a", "passed", "x | y"), Check("b", "failed", "z")])
     head = ["**title: failed**", "", "| check | result | |", "|---|---|---|"]
     assert table.splitlines() == [*head, "| a | passed | x / y |", "| b | failed | z |"]
+
+
+@pytest.mark.slow
+def test_verify_passes_on_the_released_architecture_of_flash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A reference in bfloat16 passes, and the least visible slip shows in it all the same."""
+    folder = flash_tile_checkpoint().parent
+    hashes = {"tile_sha256": sha256_of(flash_tile_checkpoint()), "slide_sha256": sha256_of(slide_checkpoint())}
+    monkeypatch.setitem(RELEASES, "gigapath-flash", replace(RELEASES["gigapath-flash"], **hashes))
+    file = make_reference(folder, arch="gigapath_slide_enc12l384d", width=384, precision="bf16", out=tmp_path)
+    words = ["--tile-encoder", "gigapath-flash", "--weights", str(folder), "--reference", str(file), "--device", "cpu"]
+    out = tmp_path / "verify.json"
+    assert main(["verify", *words, "--out", str(out)]) == 0
+    report = json.loads(out.read_text())
+    assert sum(check["status"] == "passed" for check in report["checks"]) == 5
+    half_coordinates(monkeypatch)
+    assert main(["verify", *words, "--out", str(out)]) == 1
+    found = failures(json.loads(out.read_text()))
+    assert len(found) == 2
+    assert all("coordinates are rounded to half precision" in said for said in found), found
 
 
 @pytest.mark.slow
