@@ -12,7 +12,7 @@ import zlib
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import h5py
@@ -71,7 +71,7 @@ def split_of_path(name: str) -> str:
 
     Only whole parts count, and never the file's own name: "training_data/test/x.pt" is test.
     """
-    found = {SPLIT_WORDS[part.lower()] for part in PurePosixPath(name).parts[:-1] if part.lower() in SPLIT_WORDS}
+    found = {SPLIT_WORDS[part] for part in name.lower().split("/")[:-1] if part in SPLIT_WORDS}
     if len(found) > 1:
         raise ValueError(f"{name}: its path names several splits ({', '.join(sorted(found))}). Keep one.")
     return found.pop() if found else ""
