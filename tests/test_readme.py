@@ -43,6 +43,13 @@ def test_every_block_names_its_language() -> None:
     assert {language for language, _ in BLOCKS} <= {"bash", "python", "text", "bibtex"}
 
 
+def test_nothing_is_left_to_be_filled_in() -> None:
+    assert not re.search(r"\b(SPEED|TODO|TBD|FIXME|XXX)\b|^[<=>]{7}", TEXT, re.M)
+    assert [
+        title for title in ("Linear probes", "PANDA: fine-tuning the slide encoder") if f"## {title}\n" not in TEXT
+    ] == []
+
+
 def test_links_lead_somewhere() -> None:
     headings = re.findall(r"^#+ (.*)$", TEXT, re.M)
     anchors = {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
