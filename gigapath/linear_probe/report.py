@@ -180,9 +180,9 @@ def _curve(probe: TileProbe) -> bytes:
         }
         return draw_curves(
             {
-                probe.choice.criterion.split(" on ")[0] + ", validation": {
-                    "tried": (np.log10(values), [probe.choice.tried[value] for value in values.tolist()])
-                }
+                {"penalty": "cross-entropy, validation (nats)", "neighbours": "weighted F1, validation"}[
+                    probe.choice.name
+                ]: {"tried": (np.log10(values), [probe.choice.tried[value] for value in values.tolist()])}
             },
             x_label=words[probe.choice.name],
             title=f"Choice of the {probe.choice.name}",
