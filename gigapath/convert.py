@@ -8,7 +8,6 @@ file. What a tool's file needs and the source does not say (the slide's mpp) is 
 import contextlib
 import dataclasses
 import io
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from gigapath.features.cells import cells_of
 from gigapath.features.data import Array
 from gigapath.features.h5 import H5Writer, write_attrs
 from gigapath.features.ours import nominal_magnification
+from gigapath.features.scale import all_facts, tile_mpp, tile_pixels
 from gigapath.files import safe_name, write_bytes_atomic, write_json_atomic
 
 # Pixels of a tile as the slide encoder counts them: the published code divides coordinates by this.
@@ -100,12 +100,6 @@ def _step(found: TileEmbeddings) -> tuple[float, float]:
     return found.tile_size_level0, found.tile_size_level0
 
 
-def _facts(found: TileEmbeddings) -> dict[str, Any]:
-    """What the file says of itself, and what the file that it was converted from said."""
-    earlier = found.attrs.get("converted_attrs")
-    return {**(json.loads(earlier) if isinstance(earlier, str) else {}), **found.attrs}
-
-
 def _whole_step(found: TileEmbeddings, coords: Array, step: tuple[float, float], tool: str) -> int:
     """The one whole number of level-0 pixels by which a tool divides coordinates: the mean of x and y, rounded.
 
@@ -130,34 +124,11 @@ def _slide_mpp(found: TileEmbeddings, scale: Scale) -> tuple[float, float]:
     if scale.slide_mpp is not None:
         return scale.slide_mpp, scale.slide_mpp
     for name in ("mpp_level0", "native_mpp"):
-        value = _facts(found).get(name)
+        value = all_facts(found.attrs).get(name)
         if value is not None:
             x, y = np.broadcast_to(np.asarray(value, dtype=np.float64), (2,)).tolist()
             return x, y
     raise ValueError(f"{found.slide_id}: the file does not say the slide's mpp. State it with --slide-mpp.")
-
-
-def _tile_pixels(found: TileEmbeddings) -> int | None:
-    """Side of a tile as the tile encoder got it, where the file says so."""
-    for name in ("tile_size", "tile_size_px", "requested_tile_size_px", "patch_size"):
-        value = _facts(found).get(name)
-        # CLAM's and Mussel's patch_size counts pixels of a level, not of the encoder's input.
-        if isinstance(value, int | float) and not (name == "patch_size" and _origin(found) in ("clam", "mussel")):
-            return int(value)
-    return None
-
-
-def _origin(found: TileEmbeddings) -> str:
-    return str(found.attrs.get("converted_from", found.source))
-
-
-def _mpp(found: TileEmbeddings) -> float | None:
-    """Microns per pixel of a tile as its encoder got it, where the file says so."""
-    facts = _facts(found)
-    value = facts.get("mpp") or facts.get("requested_spacing_um")
-    if value is None and facts.get("tile_size_um") and facts.get("tile_size_px"):
-        value = facts["tile_size_um"] / facts["tile_size_px"]
-    return float(value) if isinstance(value, int | float) else None
 
 
 def _folder_name(found: TileEmbeddings) -> str:
@@ -176,9 +147,9 @@ def _to_ours(found: TileEmbeddings, folder: Path, scale: Scale) -> list[Path]:
         "slide_id": found.slide_id,
         "stage": "features",
         "encoder": found.encoder,
-        "tile_size": _tile_pixels(found),
+        "tile_size": tile_pixels(found.attrs, found.source),
         "tile_size_level0": step,
-        "mpp": _mpp(found),
+        "mpp": tile_mpp(found.attrs),
         "mpp_level0": scale.slide_mpp or found.attrs.get("native_mpp"),
         "converted_from": found.source,
         "converted_attrs": {name: found.attrs[name] for name in sorted(found.attrs)},
@@ -211,10 +182,10 @@ def _to_trident(found: TileEmbeddings, folder: Path, scale: Scale) -> list[Path]
 
 def _trident_coords(found: TileEmbeddings, step: int) -> dict[str, Any]:
     """TRIDENT's nine."""
-    facts, mpp = _facts(found), _mpp(found)
+    facts, mpp = all_facts(found.attrs), tile_mpp(found.attrs)
     width, height = facts.get("slide_size") or (facts.get("level0_width"), facts.get("level0_height"))
     return {
-        "patch_size": _tile_pixels(found) or step,
+        "patch_size": tile_pixels(found.attrs, found.source) or step,
         "patch_size_level0": step,
         "level0_magnification": facts.get("level0_magnification") or facts.get("objective_power"),
         "target_magnification": facts.get("target_magnification")
@@ -233,7 +204,7 @@ def _to_clam(found: TileEmbeddings, folder: Path, scale: Scale) -> list[Path]:
     coords32 = coords.astype(np.int32)
     features = found.features.astype(np.float32)
     name = f"{found.slide_id}.h5"
-    size = _facts(found).get("slide_size") or _facts(found).get("level_dim")
+    size = all_facts(found.attrs).get("slide_size") or all_facts(found.attrs).get("level_dim")
     patches = {
         "patch_size": _whole_step(found, coords, step, "CLAM"),
         "patch_level": 0,
@@ -281,7 +252,7 @@ def _to_stamp(found: TileEmbeddings, folder: Path, scale: Scale) -> list[Path]:
         "extractor": found.encoder or "unknown",
         "unit": "um",
         "tile_size_um": float(np.mean(size)),
-        "tile_size_px": _tile_pixels(found) or _CELL,
+        "tile_size_px": tile_pixels(found.attrs, found.source) or _CELL,
         "code_hash": "converted",
         "feat_type": "tile",
     }
@@ -299,7 +270,7 @@ def _to_slide2vec(found: TileEmbeddings, folder: Path, scale: Scale) -> list[Pat
     index = np.arange(len(found), dtype=np.int32)
     fractions = np.full(len(found), np.nan) if found.tissue_fraction is None else found.tissue_fraction
     size: dict[str, Any] = {"tile_size_lv0": _whole(step[0]), "step_px_lv0": _whole(step[0]), "overlap": 0.0}
-    mpp, pixels = _mpp(found), _tile_pixels(found)
+    mpp, pixels = tile_mpp(found.attrs), tile_pixels(found.attrs, found.source)
     size |= {} if pixels is None else {"requested_tile_size_px": pixels}
     size |= {} if mpp is None else {"requested_spacing_um": mpp}
     embeddings = folder / "tile_embeddings" / f"{found.slide_id}.npz"

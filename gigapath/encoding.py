@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from gigapath.devices import resolve_device, resolve_precision
-from gigapath.downloads import RELEASES
+from gigapath.downloads import RELEASES, release_of
 from gigapath.downloads.digests import remembered_sha256
 from gigapath.features import TileEmbeddings, TileEmbeddingsWriter, parse_embedding
 from gigapath.longnet.attention import choose_kernel
@@ -34,18 +34,6 @@ _AUTOCAST = {"fp16": torch.float16, "bf16": torch.bfloat16}
 _RANDOM_SEED = 0
 # Rows summed at once for the mean of a slide's tiles: the sum must not depend on how they were batched.
 _MEAN_ROWS = 1024
-
-
-# How other tools call the released tile encoders in their files, in small letters and without separators.
-_RELEASE_BY_WORD = {
-    **dict.fromkeys(("gigapath", "provgigapath", "hfhub:provgigapath/provgigapath"), "gigapath"),
-    **dict.fromkeys(("gigapathflash", "provgigapathflash", "hfhub:provgigapath/provgigapathflash"), "gigapath-flash"),
-}
-
-
-def release_of(tile_encoder: str) -> str:
-    """Our name of the released tile encoder that a file names, however its tool writes it; another name stays."""
-    return _RELEASE_BY_WORD.get(re.sub(r"[-_ ]", "", tile_encoder.lower()), tile_encoder)
 
 
 class EncoderError(ValueError):

@@ -2,7 +2,7 @@
 
 from gigapath.downloads.collect import Collected, download
 from gigapath.downloads.hub import HUB_PREFIXES, hub_file
-from gigapath.downloads.table import DOWNLOADS, RELEASES, Download, Release, RemoteFile
+from gigapath.downloads.table import DOWNLOADS, RELEASES, Download, Release, RemoteFile, release_of
 
 __all__ = [
     "DOWNLOADS",
@@ -14,4 +14,5 @@ __all__ = [
     "RemoteFile",
     "download",
     "hub_file",
+    "release_of",
 ]

@@ -3,6 +3,7 @@
 Sizes and digests are recorded facts; where none is known the entry says None and nothing is made up.
 """
 
+import re
 from dataclasses import dataclass
 
 
@@ -87,6 +88,18 @@ RELEASES = {
         tile_dim=384,
     ),
 }
+
+
+# How other tools call the released tile encoders in their files, in small letters and without separators.
+_RELEASE_BY_WORD = {
+    **dict.fromkeys(("gigapath", "provgigapath", "hfhub:provgigapath/provgigapath"), "gigapath"),
+    **dict.fromkeys(("gigapathflash", "provgigapathflash", "hfhub:provgigapath/provgigapathflash"), "gigapath-flash"),
+}
+
+
+def release_of(tile_encoder: str) -> str:
+    """Our name of the released tile encoder that a file names, however its tool writes it; another name stays."""
+    return _RELEASE_BY_WORD.get(re.sub(r"[-_ ]", "", tile_encoder.lower()), tile_encoder)
 
 
 def _published(path: str, blob: str, size: int | None = None) -> RemoteFile:

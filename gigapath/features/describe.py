@@ -6,11 +6,12 @@ from typing import Any
 import numpy as np
 
 from gigapath.features.cells import observed_step, row_major
-from gigapath.features.data import FRAMES, Array, FeatureFileError, TileEmbeddings
+from gigapath.features.data import FRAMES, Array, FeatureFileError
 from gigapath.features.foreign import TensorReader, coordinates_file_step
 from gigapath.features.h5 import open_h5, read_attrs, read_dataset
 from gigapath.features.ours import read_slide, read_tiles, stage_of
 from gigapath.features.reading import read_features
+from gigapath.features.scale import tile_mpp
 
 # Side of the slide encoder's grid: a cell beyond it has no position.
 GRID = 1000
@@ -89,7 +90,7 @@ def _of_embeddings(path: Path, stated: float | None, read_tensor: TensorReader |
         "encoder": held.encoder,
         "weights_sha256": attrs.get("weights_sha256"),
         "precision": attrs.get("precision"),
-        "mpp": _mpp(held),
+        "mpp": tile_mpp(held.attrs),
         **_places(held.frame, held.tile_size_level0, held.cells, held.coords),
         "complete": True if held.source == "gigapath" else None,
         "warnings": warnings,
@@ -205,18 +206,6 @@ def observed_cell_gap(cells: Array) -> int | None:
     """The smallest distance, in cells, between two occupied columns or rows; None where there is one of each."""
     gaps = np.concatenate([np.diff(np.unique(cells[:, axis])) for axis in (0, 1)])
     return int(gaps.min()) if len(gaps) else None
-
-
-def _mpp(held: TileEmbeddings) -> float | None:
-    """Microns per pixel of a tile as its encoder got it, where the file says so."""
-    attrs = held.attrs
-    for name in ("mpp", "requested_spacing_um"):
-        if isinstance(attrs.get(name), int | float):
-            return float(attrs[name])
-    microns, pixels = attrs.get("tile_size_um"), attrs.get("tile_size_px")
-    if held.source == "stamp" and isinstance(microns, int | float) and isinstance(pixels, int | float) and pixels > 0:
-        return float(microns) / float(pixels)
-    return None
 
 
 def _plain(attrs: Any) -> dict[str, Any]:

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from gigapath.encoding import encode_padded, release_of
+from gigapath.downloads import release_of
+from gigapath.encoding import encode_padded
 from gigapath.features import Tiles, read_features
 from gigapath.preprocessing.slide import Slide, SlideError, open_slide
 from gigapath.preprocessing.tiling import TileOptions, plan_tiles
