@@ -13,7 +13,7 @@ import pytest
 
 from gigapath.cohort.dicom import series_uid
 from gigapath.cohort.manifest import SlideEntry, find_slides, read_manifest
-from gigapath.cohort.privacy import record_paths, recorded_paths, redact, without_paths
+from gigapath.cohort.privacy import record_run, recorded_paths, redact, without_paths
 from gigapath.cohort.record import RunRecord
 from gigapath.cohort.reuse import check_unmixed, digest, finished
 from gigapath.cohort.status import Status, read_status, status_path, write_slides_csv, write_status
@@ -293,8 +293,8 @@ def test_digest_does_not_depend_on_the_order_of_keys() -> None:
 
 
 def test_paths_are_recorded_for_their_owner_only_and_merged(tmp_path: Path) -> None:
-    record_paths(tmp_path, [SlideEntry("a", Path("/x/a.svs"), 0.5), SlideEntry("b", Path("/x/b.svs"))])
-    record_paths(tmp_path, [SlideEntry("b", Path("/y/b.svs"), mask=Path("/y/b.png"))])
+    record_run(tmp_path, "1", {}, [SlideEntry("a", Path("/x/a.svs"), 0.5), SlideEntry("b", Path("/x/b.svs"))])
+    record_run(tmp_path, "2", {}, [SlideEntry("b", Path("/y/b.svs"), mask=Path("/y/b.png"))])
     assert (tmp_path / "private" / "paths.csv").stat().st_mode & 0o777 == 0o600
     assert recorded_paths(tmp_path) == [
         SlideEntry("a", Path("/x/a.svs"), 0.5),

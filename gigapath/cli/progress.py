@@ -28,6 +28,7 @@ class Terminal(Watcher):
         self._words: TextIO = sys.stderr if machine else sys.stdout
         self._bar: tqdm[Any] | None = None
         self._shown: Plan | None = None
+        self._again = False
 
     def plan(self, plan: Plan) -> None:
         self._shown = plan
@@ -56,10 +57,20 @@ class Terminal(Watcher):
             print(f"{number}/{slides} {_line(row)}", file=self._words, flush=True)
             return
         self._bar.set_postfix_str(f"slide {number}/{slides}", refresh=False)
-        if self._unit == "slide":
+        if self._unit == "slide" and not self._again:
             self._bar.update(1)
         if row["status"] == "failed":
             self._bar.write(_line(row), file=sys.stderr)
+
+    def retrying(self, slides: int) -> None:
+        self._again = True
+        line = (
+            "the slide that failed is tried once more." if slides == 1 else f"{slides} slides failed: tried once more."
+        )
+        if self._bar is None:
+            print(line, file=self._words, flush=True)
+        else:
+            self._bar.write(line, file=sys.stderr)
 
     def close(self) -> None:
         """Put the bar away."""
@@ -75,6 +86,7 @@ class Terminal(Watcher):
             document = {
                 "run_id": result.run_id,
                 "outcome": result.outcome,
+                "note": result.note,
                 "exit_status": status,
                 "out": str(result.out),
                 "seconds": round(result.seconds, 3),
@@ -86,6 +98,8 @@ class Terminal(Watcher):
         counts = ", ".join(f"{count} {state.replace('_', ' ')}" for state, count in result.counts.items() if count)
         tiles = sum(row["tiles"] for row in result.rows)
         print(f"{result.outcome}: {counts}; {tiles:,} tiles in {in_words(result.seconds)}.", file=self._words)
+        if result.note:
+            print(result.note, file=self._words)
         failed = [row for row in result.rows if row["status"] == "failed"]
         for row in failed[:_FAILURES_SHOWN]:
             print(f"  {_line(row)}", file=self._words)

@@ -2,18 +2,21 @@
 
 import csv
 import io
+import json
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from gigapath.cohort.manifest import SlideEntry
+from gigapath.cohort.status import derive
 from gigapath.files import write_text_atomic
 
 PRIVATE = "private"
 _PATHS = "paths.csv"
 _COLUMNS = ("slide_id", "path", "mpp", "mask")
+_SLIDES = "slides"
 # An absolute path of two parts or more; what stands before keeps "tiles/s" and addresses of the web whole.
 _ABSOLUTE = re.compile(r"(?<![\w.:/<>])(?:[A-Za-z]:)?[/\\](?:[^\s/\\:'\"]+[/\\])+[^\s:'\",;]*")
 _NOT_A_PATH = ("hf_hub:", "hf-hub:", "http://", "https://")
@@ -56,31 +59,54 @@ def write_private(out: Path, name: str, text: str) -> None:
     write_text_atomic(out / PRIVATE / name, text, mode=0o600)
 
 
-def record_paths(out: Path, entries: Iterable[SlideEntry]) -> None:
-    """Add the slides of a run to `private/paths.csv`; a slide that is there already takes the new path."""
-    rows = {entry.slide_id: entry for entry in recorded_paths(out)} | {entry.slide_id: entry for entry in entries}
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(_COLUMNS)
-    for entry in rows.values():
-        mask = "" if entry.mask is None else entry.mask.resolve()
-        writer.writerow([entry.slide_id, entry.path.resolve(), "" if entry.mpp is None else entry.mpp, mask])
-    write_private(out, _PATHS, text.getvalue())
+def record_run(out: Path, run_id: str, owner: Mapping[str, Any], entries: Iterable[SlideEntry] = ()) -> None:
+    """Write `private/<run_id>.json`: who ran what, and where the slides lie that no earlier run's file has there.
+
+    Every run writes a file of its own, so that two at once lose nothing; `private/paths.csv` is derived from all of
+    them, for people.
+    """
+    known = {entry.slide_id: entry for entry in recorded_paths(out)}
+    seen = [_resolved(entry) for entry in entries]
+    new = [_row(entry) for entry in seen if known.get(entry.slide_id) != entry]
+    write_private(out, f"{run_id}.json", json.dumps({**owner, _SLIDES: new}, indent=2, default=str) + "\n")
+    if new or not (out / PRIVATE / _PATHS).exists():
+        derive_paths(out)
+
+
+def derive_paths(out: Path) -> None:
+    """Write `private/paths.csv` anew from the runs' own files."""
+
+    def write() -> None:
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(_COLUMNS)
+        writer.writerows(["" if cell is None else cell for cell in _row(entry)] for entry in recorded_paths(out))
+        write_private(out, _PATHS, text.getvalue())
+
+    derive(write, lambda: sorted(path.name for path in (out / PRIVATE).glob("*.json")))
 
 
 def recorded_paths(out: Path) -> list[SlideEntry]:
-    """The slides that earlier runs on this folder saw; empty where there is no record."""
-    path = out / PRIVATE / _PATHS
-    if not path.exists():
-        return []
-    with path.open(newline="", encoding="utf-8") as file:
-        rows: Sequence[dict[str, str]] = list(csv.DictReader(file))
-    return [
-        SlideEntry(
-            slide_id=row["slide_id"],
-            path=Path(row["path"]),
-            mpp=float(row["mpp"]) if row["mpp"] else None,
-            mask=Path(row["mask"]) if row["mask"] else None,
-        )
-        for row in rows
-    ]
+    """The slides that earlier runs on this folder saw, each where the last of them found it; empty where there is no
+    record that may be read."""
+    rows: dict[str, SlideEntry] = {}
+    for path in sorted((out / PRIVATE).glob("*.json")):  # by time: a run's id begins with it
+        try:
+            found = json.loads(path.read_text(encoding="utf-8")).get(_SLIDES, [])
+            rows |= {row[0]: _entry(*row) for row in found}
+        except (OSError, ValueError, TypeError, AttributeError):  # another user's, or no record of ours
+            continue
+    return list(rows.values())
+
+
+def _resolved(entry: SlideEntry) -> SlideEntry:
+    mask = None if entry.mask is None else entry.mask.resolve()
+    return SlideEntry(entry.slide_id, entry.path.resolve(), entry.mpp, mask)
+
+
+def _row(entry: SlideEntry) -> list[Any]:
+    return [entry.slide_id, str(entry.path), entry.mpp, None if entry.mask is None else str(entry.mask)]
+
+
+def _entry(slide_id: str, path: str, mpp: float | None, mask: str | None) -> SlideEntry:
+    return SlideEntry(slide_id, Path(path), mpp, None if mask is None else Path(mask))

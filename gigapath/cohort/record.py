@@ -20,7 +20,7 @@ import openslide
 
 import gigapath
 from gigapath.cohort.manifest import SlideEntry
-from gigapath.cohort.privacy import record_paths, redact, write_private
+from gigapath.cohort.privacy import record_run, redact
 from gigapath.files import write_json_atomic
 
 RUNS = "runs"
@@ -71,8 +71,6 @@ class RunRecord:
             "ended": None,
             "outcome": "running",
         }
-        if keep_paths:
-            record_paths(self.out, entries)
         owner = {
             "run_id": self.run_id,
             "command": list(self.command),
@@ -81,7 +79,7 @@ class RunRecord:
             "user": _user(),
             "options": dict(self.options),
         }
-        write_private(self.out, f"{self.run_id}.json", json.dumps(owner, indent=2, default=str) + "\n")
+        record_run(self.out, self.run_id, owner, entries if keep_paths else ())
         self._write()
 
     def end(self, outcome: str, counts: Mapping[str, int]) -> None:

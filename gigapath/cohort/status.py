@@ -4,7 +4,7 @@ import csv
 import dataclasses
 import io
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ FINISHED = ("done", "no_tissue")
 STAGES = ("tiles", "features", "slides")
 SLIDES_CSV = "slides.csv"
 _FIRST_COLUMNS = ("slide_id", "status", "tiles", "seconds", "tiles/s", "error")
+_DERIVED_AT_MOST = 3
 _STAGE_TITLES = {"tiles": "tile", "features": "embed", "slides": "slide_embed"}
 
 
@@ -36,6 +37,7 @@ class Status:
         numerics_version: the version of the code's numbers.
         facts: provenance columns of slides.csv: plain numbers and words, no paths.
         columns: the manifest's columns, carried through.
+        ended: when the stage ended, in seconds since 1970 (UTC).
     """
 
     slide_id: str
@@ -50,6 +52,7 @@ class Status:
     numerics_version: int = 0
     facts: Mapping[str, Any] = field(default_factory=dict)
     columns: Mapping[str, str] = field(default_factory=dict)
+    ended: float = 0.0
 
     @property
     def finished(self) -> bool:
@@ -86,6 +89,34 @@ def read_statuses(folder: Path) -> dict[str, Status]:
     return {name: status for name in names if (status := read_status(folder, name)) is not None}
 
 
+def derive(write: Callable[[], object], source: Callable[[], object]) -> None:
+    """Write a derived file, and again where what it is derived from has changed meanwhile.
+
+    Of two runs at once the slower writer may have read before the other's last result came: it sees that here. Where
+    changes go on, the run that makes them writes the derived file when it ends.
+
+    Args:
+        write: reads and writes.
+        source: what the derived file depends on, or a sign of it such as `changed`.
+    """
+    for _ in range(_DERIVED_AT_MOST):
+        before = source()
+        write()
+        if source() == before:
+            break
+
+
+def changed(folders: Sequence[Path]) -> list[int]:
+    """When a file in each folder last got its name, or lost it; 0 where there is no such folder."""
+    times = []
+    for folder in folders:
+        try:
+            times.append(folder.stat().st_mtime_ns)
+        except OSError:
+            times.append(0)
+    return times
+
+
 def write_slides_csv(out: Path, stages: Sequence[Path], slide_ids: Iterable[str] = ()) -> list[dict[str, Any]]:
     """Derive `slides.csv` from the status files of the stages' folders.
 
@@ -97,15 +128,21 @@ def write_slides_csv(out: Path, stages: Sequence[Path], slide_ids: Iterable[str]
     Returns:
         the rows, by column.
     """
-    statuses = [read_statuses(folder) for folder in stages]
-    ids = list(dict.fromkeys([*slide_ids, *(slide_id for stage in statuses for slide_id in stage)]))
-    rows = [slide_row(slide_id, [stage.get(slide_id) for stage in statuses]) for slide_id in sorted(ids)]
-    columns = list(dict.fromkeys([*_FIRST_COLUMNS, *(name for row in rows for name in row)]))
-    text = io.StringIO()
-    writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_text_atomic(out / SLIDES_CSV, text.getvalue())
+    known = list(slide_ids)
+    rows: list[dict[str, Any]] = []
+
+    def write() -> None:
+        statuses = [read_statuses(folder) for folder in stages]
+        ids = {*known, *(slide_id for stage in statuses for slide_id in stage)}
+        rows[:] = [slide_row(slide_id, [stage.get(slide_id) for stage in statuses]) for slide_id in sorted(ids)]
+        columns = list(dict.fromkeys([*_FIRST_COLUMNS, *(name for row in rows for name in row)]))
+        text = io.StringIO()
+        writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        write_text_atomic(out / SLIDES_CSV, text.getvalue())
+
+    derive(write, lambda: changed(stages))
     return rows
 
 

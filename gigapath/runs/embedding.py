@@ -15,7 +15,7 @@ from gigapath.options import to_dict
 from gigapath.preprocessing.tiling import TileOptions
 from gigapath.runs.embed_job import EmbedJob
 from gigapath.runs.engine import CohortRun, RunResult
-from gigapath.runs.entries import check_tissue
+from gigapath.runs.entries import check_tissue, chosen, share_in_words
 from gigapath.runs.machine import threads
 from gigapath.runs.options import EmbedOptions, RunOptions
 from gigapath.runs.planning import estimate_tiles, in_bytes, in_words, measure_rate, tiles_in_words
@@ -68,9 +68,10 @@ def run_embed(
     out, tiling = Path(out), tiling or TileOptions()
     embedding, options, watch = embedding or EmbedOptions(), options or RunOptions(), watch or Watcher()
     with StopFlag(watch.stopping) as stop:
-        entries = _entries(slides, out, embedding.tiles)
+        cohort = _entries(slides, out, embedding.tiles)
+        ids = {entry.slide_id for entry in cohort}
         if not embedding.tiles:
-            check_tissue(entries, tiling)
+            check_tissue(cohort, tiling)
         encoder = load_tile_encoder(
             embedding.tile_encoder,
             device=embedding.device,
@@ -80,14 +81,25 @@ def run_embed(
         )
         slide_encoder = _slide_encoder(embedding, encoder)
         resolved = {**to_dict(tiling), **to_dict(embedding), **to_dict(options)}
-        run = CohortRun(out, "embed", entries, [], resolved, command, watch, stop)
+        run = CohortRun(
+            out,
+            "embed",
+            cohort,
+            [],
+            resolved,
+            command,
+            watch,
+            stop,
+            cohort=sorted(ids),
+            max_failures=options.max_failures,
+        )
         job = _job(run, tiling, embedding, options, encoder, slide_encoder)
         if not options.allow_mixed:
-            ids = {entry.slide_id for entry in entries}
             check_unmixed(job.features, job.run_identity(), ids)
             if job.slides is not None:
                 check_unmixed(job.slides.folder, job.slides.run_identity(), ids)
-        todo = [entry for entry in entries if not job.is_done(entry)]
+        run.entries = chosen(cohort, out, "embed", run.stages, options, tiles=job.tiles)
+        todo = [entry for entry in run.entries if not job.is_done(entry)]
         result = run.over_slides(todo, job.work, lambda: _plan(job, todo))
         if job.own_tiles:
             write_contact_sheet(out)
@@ -184,6 +196,7 @@ def _plan(job: EmbedJob, todo: Sequence[SlideEntry]) -> Plan:
     job.expect({slide_id: guess if count is None else count for slide_id, count in known.items()})
     skipped = len(entries) - len(todo)
     lines = [f"{slides_in_words(len(entries))}: {len(todo)} to do, {skipped} done before in equal numbers and skipped."]
+    lines[:0] = share_in_words(entries, job.run.cohort, job.options)
     lines += job.redone(todo)
     lines.append(
         f"tile encoder: {encoder.description}; {_device_name(encoder)}, {encoder.precision}, "

@@ -12,7 +12,7 @@ from typing import Any
 from gigapath.cohort.manifest import SlideEntry
 from gigapath.cohort.privacy import without_paths
 from gigapath.cohort.record import RunRecord
-from gigapath.cohort.status import STATES, Status, slide_row, write_slides_csv, write_status
+from gigapath.cohort.status import STATES, Status, read_status, slide_row, write_slides_csv, write_status
 from gigapath.cohort.stopping import StopFlag, Stopped
 from gigapath.features import NUMERICS_VERSION
 from gigapath.runs.watching import Plan, Watcher
@@ -40,6 +40,7 @@ class RunResult:
         out: the output folder.
         run_id: names the run's record.
         outcome: "done", "some slides failed" or "stopped".
+        note: one sentence on why the run ended before its last slide, where no signal ended it.
         rows: one row per slide of this run, as in slides.csv.
         counts: slides of this run by status.
         seconds: wall time.
@@ -53,6 +54,7 @@ class RunResult:
     counts: Mapping[str, int]
     seconds: float
     results: Path | None = None
+    note: str = ""
 
 
 @dataclass
@@ -70,6 +72,8 @@ class CohortRun:
         stop: tells that a signal came.
         facts: what the run finds out, for the record.
         keep_paths: whether `private/paths.csv` learns where the entries lie.
+        cohort: ids of all slides that slides.csv lists, where `entries` are a share of them.
+        max_failures: the run ends once more slides than this have failed, or None.
     """
 
     out: Path
@@ -82,6 +86,9 @@ class CohortRun:
     stop: StopFlag = field(default_factory=StopFlag)
     facts: dict[str, Any] = field(default_factory=dict)
     keep_paths: bool = True
+    cohort: Sequence[str] = ()
+    max_failures: int | None = None
+    _note: str = ""
 
     def over_slides(
         self,
@@ -90,6 +97,9 @@ class CohortRun:
         make_plan: Callable[[], Plan],
     ) -> RunResult:
         """Do `work` for one slide after the other; the run's record and slides.csv are left however it ends.
+
+        Slides that failed are tried once more when all others are through: a file server that was away for a minute
+        is back then.
 
         Args:
             todo: the slides of which something is left to do.
@@ -116,7 +126,8 @@ class CohortRun:
                 record.end("error", _counts(rows))
             raise
         record.end(outcome, _counts(rows))
-        return RunResult(self.out, record.run_id, outcome, tuple(rows), _counts(rows), time.monotonic() - started)
+        seconds = time.monotonic() - started
+        return RunResult(self.out, record.run_id, outcome, tuple(rows), _counts(rows), seconds, note=self._note)
 
     def attempt(
         self, folder: Path, entry: SlideEntry, stage: str, identity: Mapping[str, Any], work: Callable[[], Outcome]
@@ -129,6 +140,7 @@ class CohortRun:
             ValueError: the encoder failed (EncoderError).
         """
         started = time.monotonic()
+        before = read_status(folder, entry.slide_id)
         stopped = None
         error = ""
         try:
@@ -154,34 +166,54 @@ class CohortRun:
             numerics_version=NUMERICS_VERSION,
             facts=outcome.facts,
             columns=entry.columns,
+            ended=round(time.time(), 3),
         )
-        write_status(folder, status)
+        meanwhile = None if status.finished else read_status(folder, entry.slide_id)
+        if meanwhile is not None and meanwhile != before and meanwhile.finished and meanwhile.identity == identity:
+            status = meanwhile  # another run on this folder has done it while this one tried
+        else:
+            write_status(folder, status)
         if stopped is not None:
             raise stopped
         return status
 
     def _loop(self, todo: Sequence[SlideEntry], work: Callable[[SlideEntry], Sequence[Status]]) -> str:
+        try:
+            failed = self._pass(todo, work)
+            if failed and not self._note:
+                self.watch.retrying(len(failed))
+                failed = self._pass(failed, work)
+        except Stopped:
+            return "stopped"
+        return "some slides failed" if failed else "done"
+
+    def _pass(self, todo: Sequence[SlideEntry], work: Callable[[SlideEntry], Sequence[Status]]) -> list[SlideEntry]:
+        """Go through slides once; those that failed. More of them than allowed end the pass, and `_note` says so."""
         next_table = 0.0
-        failed = False
+        failed = []
         for number, entry in enumerate(todo, start=1):
-            try:
-                self.stop.check()
-                statuses = work(entry)
-            except Stopped:
-                return "stopped"
-            failed |= not all(status.finished for status in statuses)
+            self.stop.check()
+            statuses = work(entry)
+            if not all(status.finished for status in statuses):
+                failed.append(entry)
             self.watch.slide(slide_row(entry.slide_id, statuses), number, len(todo))
+            if self.max_failures is not None and len(failed) > self.max_failures:
+                self._note = (
+                    f"{len(failed)} of {number} slides failed, more than --max-failures {self.max_failures}: ended "
+                    f"with {len(todo) - number} slides to do. Look at the reasons, then run the same command again."
+                )
+                break
             now = time.monotonic()
             if now >= next_table and number < len(todo):
                 self._table()
                 next_table = time.monotonic() + _TABLE_SHARE * (time.monotonic() - now)
-        return "some slides failed" if failed else "done"
+        return failed
 
     def _table(self) -> list[dict[str, Any]]:
         """Write slides.csv; the rows of this run's slides."""
-        ids = [entry.slide_id for entry in self.entries]
-        mine = set(ids)
-        return [row for row in write_slides_csv(self.out, self.stages, ids) if row["slide_id"] in mine]
+        mine = {entry.slide_id for entry in self.entries}
+        rows = write_slides_csv(self.out, self.stages, [*mine, *self.cohort])
+        return [row for row in rows if row["slide_id"] in mine]
 
 
 def _counts(rows: Sequence[Mapping[str, Any]]) -> dict[str, int]:

@@ -1,13 +1,16 @@
 """A slide of a cohort, opened and tiled as its row of the manifest and the options say together."""
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from gigapath.cohort.manifest import SlideEntry
+from gigapath.cohort.shards import parse_shard, take_shard
+from gigapath.cohort.status import read_status
 from gigapath.preprocessing.masks import METHODS
 from gigapath.preprocessing.slide import Slide, open_slide
 from gigapath.preprocessing.tiling import TileOptions
+from gigapath.runs.options import RunOptions
 
 
 def open_entry(entry: SlideEntry, tiling: TileOptions) -> Slide:
@@ -25,6 +28,31 @@ def open_entry(entry: SlideEntry, tiling: TileOptions) -> Slide:
 def options_for(entry: SlideEntry, tiling: TileOptions) -> TileOptions:
     """The options with the slide's own mask, where the manifest names one."""
     return tiling if entry.mask is None else dataclasses.replace(tiling, tissue=str(entry.mask))
+
+
+def chosen(
+    entries: Sequence[SlideEntry], out: Path, verb: str, stages: Sequence[Path], options: RunOptions, *, tiles: Path
+) -> list[SlideEntry]:
+    """The slides of a cohort that this run is for: its `--shard`, of which `--only failed` leaves the failed ones."""
+    mine = list(entries)
+    if options.shard is not None:
+        mine = take_shard(out, verb, mine, parse_shard(options.shard), tiles=tiles)
+    return only_failed(mine, stages) if options.only == "failed" else mine
+
+
+def share_in_words(entries: Sequence[SlideEntry], cohort: Sequence[object], options: RunOptions) -> list[str]:
+    """A sentence where a run is for some slides of the cohort only."""
+    words = [f"shard {options.shard}"] * (options.shard is not None) + ["those that failed"] * bool(options.only)
+    return [f"{', '.join(words)}: {len(entries)} of {len(cohort)} slides."] if words else []
+
+
+def only_failed(entries: Sequence[SlideEntry], stages: Sequence[Path]) -> list[SlideEntry]:
+    """The slides that failed in one of the stages' folders."""
+    return [
+        entry
+        for entry in entries
+        if any((found := read_status(folder, entry.slide_id)) and found.status == "failed" for folder in stages)
+    ]
 
 
 def check_tissue(entries: Iterable[SlideEntry], tiling: TileOptions) -> None:

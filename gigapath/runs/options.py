@@ -3,6 +3,7 @@ told at once."""
 
 from dataclasses import dataclass
 
+from gigapath.cohort.shards import parse_shard
 from gigapath.features import parse_embedding
 from gigapath.options import check_options, option
 
@@ -18,6 +19,8 @@ class KeepOptions:
         None, "do a stage again even where it is done", choices=("tiles", "features", "slides", "all")
     )
     allow_mixed: bool = option(False, "accept results of other precision, device or weights in the same folder")
+    only: str | None = option(None, "failed: leave out slides that did not fail before", choices=("failed",))
+    max_failures: int | None = option(None, "end the run once more slides than this failed", metavar="N", at_least=0)
 
     def __post_init__(self) -> None:
         check_options(self)
@@ -35,6 +38,14 @@ class RunOptions(KeepOptions):
         None, "threads that read tiles, 0 for none besides the main one (default: one per core)", at_least=0
     )
     hash: str = option("none", "full: record each slide's SHA-256, check the manifest's md5", choices=("none", "full"))
+    shard: str | None = option(
+        None, "do share I of N of the slides, cut to about equal numbers of tiles: one job of an array", metavar="I/N"
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.shard is not None:
+            parse_shard(self.shard)
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from gigapath.features import FeatureFileError
 from gigapath.files import safe_name, sha256_of
 from gigapath.options import to_dict
 from gigapath.runs.engine import CohortRun, RunResult
+from gigapath.runs.entries import only_failed
 from gigapath.runs.options import KeepOptions, SlideEmbedOptions
 from gigapath.runs.slides import SlideStage, describe_features, slides_folder
 from gigapath.runs.tiling import slides_in_words
@@ -67,17 +68,20 @@ def run_slide_embed(
         slide_encoder.check_pair(encoder_name, width)
         if slide_encoder.model is None and embedding.form.endswith(":tiles"):
             raise ValueError(f"--embedding {embedding.embedding}: expected a slide encoder with layers, got the mean.")
+        before = [
+            path for path in (out / "tiles", entries[0].path.parent) if path.is_relative_to(out) and path.is_dir()
+        ]
         folder = slides_folder(out, slide_encoder.name, _fit_for_a_name(encoder_name or "features"), embedding.form)
         stage = SlideStage(
             slide_encoder, folder, options, embedding.tile_size_level0, encoder_name, form=embedding.form
         )
         if not options.allow_mixed:
             check_unmixed(folder, stage.run_identity(), {entry.slide_id for entry in entries})
+        ids = sorted(entry.slide_id for entry in entries)
+        if options.only == "failed":
+            entries = only_failed(entries, [folder])
         names = {entry.slide_id: _features_name(entry) for entry in entries}
         todo = [entry for entry in entries if stage.done(entry.slide_id, names[entry.slide_id]) is None]
-        before = [
-            path for path in (out / "tiles", entries[0].path.parent) if path.is_relative_to(out) and path.is_dir()
-        ]
         resolved = {**to_dict(embedding), **to_dict(options)}
         run = CohortRun(
             out,
@@ -89,6 +93,8 @@ def run_slide_embed(
             watch,
             stop,
             keep_paths=False,
+            cohort=ids,
+            max_failures=options.max_failures,
         )
         run.facts["slide_encoder"] = slide_encoder.facts
         skipped = len(entries) - len(todo)

@@ -13,7 +13,7 @@ import numpy as np
 
 from gigapath.cohort.manifest import SlideEntry, find_slides
 from gigapath.cohort.reuse import check_unmixed, digest, finished, redone
-from gigapath.cohort.status import Status
+from gigapath.cohort.status import Status, changed, derive
 from gigapath.cohort.stopping import StopFlag
 from gigapath.features import NUMERICS_VERSION, Tiles, write_tiles
 from gigapath.files import sha256_of
@@ -24,7 +24,7 @@ from gigapath.preprocessing.preview import preview_picture, write_preview
 from gigapath.preprocessing.slide import SlideError
 from gigapath.preprocessing.tiling import TileOptions, TilePlan, plan_tiles
 from gigapath.runs.engine import CohortRun, Outcome, RunResult
-from gigapath.runs.entries import check_tissue, open_entry, options_for
+from gigapath.runs.entries import check_tissue, chosen, open_entry, options_for, share_in_words
 from gigapath.runs.machine import threads
 from gigapath.runs.options import RunOptions
 from gigapath.runs.planning import estimate_tiles, tiles_in_words
@@ -60,11 +60,12 @@ def run_tile(
     """
     out, tiling, options, watch = Path(out), tiling or TileOptions(), options or RunOptions(), watch or Watcher()
     with StopFlag(watch.stopping) as stop:
-        entries = find_slides(slides, exclude=out)
-        check_tissue(entries, tiling)
+        cohort = find_slides(slides, exclude=out)
+        check_tissue(cohort, tiling)
         folder = out / "tiles"
-        ids = {entry.slide_id for entry in entries}
+        ids = {entry.slide_id for entry in cohort}
         check_unmixed(folder, {"numerics_version": NUMERICS_VERSION}, set() if options.allow_mixed else ids)
+        entries = chosen(cohort, out, "tile", [folder], options, tiles=folder)
         todo = [entry for entry in entries if tiles_done(folder, entry, tiling, options) is None]
         run = CohortRun(
             out,
@@ -75,11 +76,13 @@ def run_tile(
             command,
             watch,
             stop,
+            cohort=sorted(ids),
+            max_failures=options.max_failures,
         )
         result = run.over_slides(
             todo,
             lambda entry: [tile_slide(run, folder, entry, tiling, options)[0]],
-            lambda: _plan(entries, todo, out, tiling),
+            lambda: _plan(entries, todo, cohort, out, tiling, options),
         )
         write_contact_sheet(out)
     return result
@@ -191,7 +194,8 @@ def slide_facts(plan: TilePlan) -> dict[str, Any]:
 
 def write_contact_sheet(out: Path) -> None:
     """Put the previews of all slides of an output folder on one sheet, suspects first."""
-    contact_sheet(out, sorted(path.stem for path in (out / "tiles").glob("*.h5")))
+    tiles = out / "tiles"
+    derive(lambda: contact_sheet(out, sorted(path.stem for path in tiles.glob("*.h5"))), lambda: changed([tiles]))
 
 
 def _mask_digest(path: Path, slide_id: str) -> str:
@@ -217,7 +221,14 @@ def _file_facts(entry: SlideEntry, options: RunOptions) -> Mapping[str, Any]:
     return {"file_sha256": sha256_of(entry.path)}
 
 
-def _plan(entries: Sequence[SlideEntry], todo: Sequence[SlideEntry], out: Path, tiling: TileOptions) -> Plan:
+def _plan(
+    entries: Sequence[SlideEntry],
+    todo: Sequence[SlideEntry],
+    cohort: Sequence[SlideEntry],
+    out: Path,
+    tiling: TileOptions,
+    options: RunOptions,
+) -> Plan:
     """What a tiling run is going to do."""
     skipped = len(entries) - len(todo)
     lines = [
@@ -228,6 +239,7 @@ def _plan(entries: Sequence[SlideEntry], todo: Sequence[SlideEntry], out: Path, 
     ]
     if tiling.max_tiles is not None:
         lines.append(f"at most {tiling.max_tiles} tiles a slide, spread evenly over its tissue (seed {tiling.seed}).")
+    lines[:0] = share_in_words(entries, cohort, options)
     guess = estimate_tiles([], todo, tiling)
     lines.append(f"{tiles_in_words(guess, exact=not todo)} into {out}; their pixels are read when they are embedded.")
     facts = {"slides": len(entries), "to_tile": len(todo), "skipped": skipped, "tiles_about": guess}

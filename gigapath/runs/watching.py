@@ -43,3 +43,6 @@ class Watcher:
 
     def slide(self, row: Mapping[str, Any], number: int, slides: int) -> None:
         """Slide `number` of `slides` is through; `row` is what slides.csv says of the stages that it went through."""
+
+    def retrying(self, slides: int) -> None:
+        """All slides are through; the `slides` that failed are tried once more."""

@@ -1,0 +1,132 @@
+"""`--shard I/N`: a cohort cut into N shares of about equal work, the same cut for every job of an array.
+
+The jobs of an array start at different times, and what is known of the slides grows while they run. So the first job
+writes the cut down, and the others take it from there: together they do every slide once.
+"""
+
+import contextlib
+import csv
+import hashlib
+import heapq
+import io
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from gigapath.cohort.manifest import SlideEntry
+from gigapath.cohort.status import read_statuses
+from gigapath.files import discard, open_temporary, output_error
+
+FOLDER = "shards"
+_COLUMNS = ("slide_id", "shard", "weight")
+
+
+def parse_shard(text: str) -> tuple[int, int]:
+    """(I, N) of "I/N": share I of N, counted from 1.
+
+    Raises:
+        ValueError: other words, or I outside 1 to N.
+    """
+    match = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text)
+    if match is None or not 1 <= int(match[1]) <= int(match[2]):
+        raise ValueError(f"--shard: expected I/N with I from 1 to N, such as 1/4, got {text!r}.")
+    return int(match[1]), int(match[2])
+
+
+def take_shard(
+    out: Path, verb: str, entries: Sequence[SlideEntry], shard: tuple[int, int], *, tiles: Path
+) -> list[SlideEntry]:
+    """The slides of one share, in their order.
+
+    The cut is read from `out/shards/`, or made and written there by the first job that asks. It holds for these slides,
+    this verb and this N.
+
+    Args:
+        out: the output folder.
+        verb: the command; `embed` weighs slides by the tiles that `tile` has found meanwhile.
+        entries: the whole cohort.
+        shard: (I, N).
+        tiles: folder of the tiles' status files.
+
+    Raises:
+        OutputError: the cut can't be written.
+        ValueError: the cut that is there has been tampered with.
+    """
+    number, count = shard
+    ids = [entry.slide_id for entry in entries]
+    key = hashlib.sha256("\n".join(sorted(ids)).encode()).hexdigest()[:8]
+    path = out / FOLDER / f"{verb}-{count}-{key}.csv"
+    if not path.exists():
+        weights = weigh(entries, tiles)
+        _write_first(path, cut_by_weight(weights, count), weights)
+    cut = _read(path)
+    if not cut.keys() >= set(ids):
+        raise ValueError(f"{FOLDER}/{path.name}: expected every slide of the cohort. Remove it while no job runs.")
+    return [entry for entry in entries if cut[entry.slide_id] == number]
+
+
+def weigh(entries: Sequence[SlideEntry], tiles: Path) -> dict[str, float]:
+    """About how many tiles each slide has: as counted by `tile`, else by the size of its file in the proportion of the
+    counted ones, else like the mean of the others."""
+    counted = {slide_id: status.tiles for slide_id, status in read_statuses(tiles).items() if status.finished}
+    sizes: dict[str, int] = {}
+    for entry in entries:
+        with contextlib.suppress(OSError):
+            sizes[entry.slide_id] = entry.path.stat().st_size
+    both = [slide_id for slide_id in sizes if slide_id in counted]
+    known_bytes = sum(sizes[slide_id] for slide_id in both)
+    per_byte = sum(counted[slide_id] for slide_id in both) / known_bytes if known_bytes else 1.0
+    weights = {slide_id: size * per_byte for slide_id, size in sizes.items()}
+    weights.update({entry.slide_id: counted[entry.slide_id] for entry in entries if entry.slide_id in counted})
+    mean = sum(weights.values()) / len(weights) if weights else 1.0
+    return {entry.slide_id: float(weights.get(entry.slide_id, mean)) for entry in entries}
+
+
+def cut_by_weight(weights: Mapping[str, float], count: int) -> dict[str, int]:
+    """slide_id -> share (1 to `count`): the heaviest first, each to the share that has least so far.
+
+    The heaviest share exceeds the mean by less than one slide. Depends on nothing but the arguments, not their order.
+    """
+    shares = [(0.0, 0, number) for number in range(1, count + 1)]  # (weight, slides, share)
+    cut = {}
+    for slide_id in sorted(weights, key=lambda name: (-weights[name], name)):
+        weight, slides, number = heapq.heappop(shares)
+        cut[slide_id] = number
+        heapq.heappush(shares, (weight + weights[slide_id], slides + 1, number))
+    return cut
+
+
+def _read(path: Path) -> dict[str, int]:
+    with path.open(newline="", encoding="utf-8") as file:
+        return {row["slide_id"]: int(row["shard"]) for row in csv.DictReader(file)}
+
+
+def _write_first(path: Path, cut: Mapping[str, int], weights: Mapping[str, float]) -> None:
+    """Write the cut unless another job has been quicker: then its cut is the one that holds."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(_COLUMNS)
+    writer.writerows([slide_id, cut[slide_id], round(weights[slide_id], 1)] for slide_id in sorted(cut))
+    temporary, descriptor = open_temporary(path)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(text.getvalue().encode())
+            file.flush()
+            os.fsync(descriptor)
+        _name_once(temporary, path)
+    except OSError as error:
+        raise output_error(path, error) from error
+    finally:
+        discard(temporary)
+
+
+def _name_once(temporary: Path, path: Path) -> None:
+    """Give a file its name where nothing has that name yet."""
+    try:
+        path.hardlink_to(temporary)
+    except FileExistsError:
+        return
+    except OSError:  # no hard links here: two jobs that start in the same instant cut equally anyway
+        if not path.exists():
+            temporary.replace(path)
