@@ -14,6 +14,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "download": ("download", "Fetch weights, demo data and the published tables; resumed, checked."),
     "embed": ("embed", "Slides to tiles, tile embeddings and slide embeddings."),
     "embed-tiles": ("embed_tiles", "Tile images through a tile encoder into one file for probes."),
+    "status": ("status", "How far a cohort is: slides by state and stage, rate, time left, failures by kind."),
     "slide-embed": ("slide_embed", "Tile embeddings, ours or another tool's, to slide embeddings."),
     "tile": ("tile", "Find tissue and lay tiles: mask, tiles, previews. Look at them before embedding."),
     "init-task": ("init_task", "Write a task file for fine-tuning from a CSV of labels."),

@@ -7,8 +7,8 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
+from gigapath.cohort.words import in_words
 from gigapath.runs.engine import RunResult
-from gigapath.runs.planning import in_words
 from gigapath.runs.watching import Plan, Watcher
 
 EXIT_STATUS = {"done": 0, "some slides failed": 3, "stopped": 75}

@@ -9,6 +9,7 @@ from gigapath.cohort.manifest import SlideEntry, find_slides
 from gigapath.cohort.privacy import recorded_paths
 from gigapath.cohort.reuse import check_unmixed
 from gigapath.cohort.stopping import StopFlag
+from gigapath.cohort.words import in_bytes, in_words, slides_in_words, tiles_in_words
 from gigapath.downloads import RELEASES
 from gigapath.encoding import SlideEncoder, load_slide_encoder
 from gigapath.options import to_dict
@@ -18,9 +19,9 @@ from gigapath.runs.engine import CohortRun, RunResult
 from gigapath.runs.entries import check_tissue, chosen, share_in_words
 from gigapath.runs.machine import threads
 from gigapath.runs.options import EmbedOptions, RunOptions
-from gigapath.runs.planning import estimate_tiles, in_bytes, in_words, measure_rate, tiles_in_words
+from gigapath.runs.planning import estimate_tiles, measure_rate
 from gigapath.runs.slides import SlideStage, slides_folder
-from gigapath.runs.tiling import slides_in_words, write_contact_sheet
+from gigapath.runs.tiling import write_contact_sheet
 from gigapath.runs.watching import Plan, Watcher
 from gigapath.slide_encoder import WEIGHTS_FILE
 from gigapath.tile_encoder import TileEncoder, load_tile_encoder

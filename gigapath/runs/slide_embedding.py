@@ -9,6 +9,7 @@ from gigapath.cohort.manifest import SlideEntry
 from gigapath.cohort.reuse import check_unmixed
 from gigapath.cohort.status import Status, read_status
 from gigapath.cohort.stopping import StopFlag
+from gigapath.cohort.words import slides_in_words
 from gigapath.downloads import RELEASES
 from gigapath.encoding import load_slide_encoder
 from gigapath.features import FeatureFileError
@@ -18,7 +19,6 @@ from gigapath.runs.engine import CohortRun, RunResult
 from gigapath.runs.entries import only_failed
 from gigapath.runs.options import KeepOptions, SlideEmbedOptions
 from gigapath.runs.slides import SlideStage, describe_features, slides_folder
-from gigapath.runs.tiling import slides_in_words
 from gigapath.runs.watching import Plan, Watcher
 
 # Looked for in this order: a folder that holds some of the first holds no features under the others.

@@ -15,6 +15,7 @@ from gigapath.cohort.manifest import SlideEntry, find_slides
 from gigapath.cohort.reuse import check_unmixed, digest, finished, redone
 from gigapath.cohort.status import Status, changed, derive
 from gigapath.cohort.stopping import StopFlag
+from gigapath.cohort.words import slides_in_words, tiles_in_words
 from gigapath.features import NUMERICS_VERSION, Tiles, write_tiles
 from gigapath.files import sha256_of
 from gigapath.options import to_dict
@@ -27,7 +28,7 @@ from gigapath.runs.engine import CohortRun, Outcome, RunResult
 from gigapath.runs.entries import check_tissue, chosen, open_entry, options_for, share_in_words
 from gigapath.runs.machine import threads
 from gigapath.runs.options import RunOptions
-from gigapath.runs.planning import estimate_tiles, tiles_in_words
+from gigapath.runs.planning import estimate_tiles
 from gigapath.runs.watching import Plan, Watcher
 
 # Options that decide whether a slide is accepted, not which tiles come of it.
@@ -248,8 +249,3 @@ def _plan(
 
 def _rule(tiling: TileOptions) -> str:
     return tiling.tissue if tiling.tissue in METHODS else f"the mask {tiling.tissue}"
-
-
-def slides_in_words(count: int) -> str:
-    """A number of slides."""
-    return "1 slide" if count == 1 else f"{count} slides"

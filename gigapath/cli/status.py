@@ -1,0 +1,68 @@
+"""`gigapath status DIR`: how far a cohort is, from the status files alone."""
+
+import argparse
+import dataclasses
+import json
+from datetime import datetime, timezone
+from pathlib import Path
+
+from gigapath.cohort.progress import StageProgress, read_progress
+from gigapath.cohort.status import STATES
+from gigapath.cohort.words import in_words
+
+_KINDS_SHOWN = 10
+_SLIDES_SHOWN = 5
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("out", metavar="DIR", help="the output folder of tile or embed")
+    parser.add_argument("--json", action="store_true", help="print one JSON document, for machines")
+
+
+def run(namespace: argparse.Namespace) -> int:
+    slides, stages = read_progress(Path(namespace.out))
+    if namespace.json:
+        print(json.dumps({"slides": slides, "stages": [dataclasses.asdict(stage) for stage in stages]}, indent=2))
+        return 0
+    print(f"{namespace.out}: {slides:,} slides")
+    width = max(len(stage.folder) for stage in stages) if stages else 0
+    titles = [state.replace("_", " ") for state in STATES]
+    print(f"  {'':{width}}  " + "  ".join(f"{title:>9}" for title in [*titles, "tiles"]))
+    for stage in stages:
+        cells = [*(stage.counts[state] for state in STATES), stage.tiles]
+        print(f"  {stage.folder:{width}}  " + "  ".join(f"{cell:>9,}" for cell in cells))
+    for stage in stages:
+        line = _pace(stage)
+        if line:
+            print(line)
+    for stage in stages:
+        _print_failures(stage)
+    return 0
+
+
+def _pace(stage: StageProgress) -> str:
+    if not stage.last:
+        return ""
+    when = datetime.fromtimestamp(stage.last, timezone.utc)
+    line = f"{stage.folder}: last result {when:%Y-%m-%d %H:%M} UTC"
+    if stage.slides_per_second:
+        line += f"; {_rate(stage.slides_per_second * 60)} slides/min"
+        if stage.folder != "tiles":
+            line += f", {_rate(stage.tiles_per_second or 0)} tiles/s"
+    left = sum(stage.counts[state] for state in STATES if state not in ("done", "no_tissue"))
+    if left and stage.seconds_left is not None:
+        tiles = "" if stage.folder == "tiles" else f" with about {stage.tiles_left:,} tiles"
+        line += f"; {left:,} slides{tiles} left: about {in_words(stage.seconds_left)}"
+    return line + "."
+
+
+def _rate(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def _print_failures(stage: StageProgress) -> None:
+    for kind, slides in list(stage.failures.items())[:_KINDS_SHOWN]:
+        more = f" and {len(slides) - _SLIDES_SHOWN:,} more" if len(slides) > _SLIDES_SHOWN else ""
+        print(f"{stage.folder}: {len(slides):,} failed: {kind} ({', '.join(slides[:_SLIDES_SHOWN])}{more})")
+    if len(stage.failures) > _KINDS_SHOWN:
+        print(f"{stage.folder}: and {len(stage.failures) - _KINDS_SHOWN} other kinds of failures: see slides.csv")

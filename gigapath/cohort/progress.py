@@ -1,0 +1,168 @@
+"""How far a cohort is, read from the status files alone: no job need run, and nothing heavy is imported."""
+
+import csv
+import json
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from gigapath.cohort.status import FINISHED, SLIDES_CSV, STATES
+
+# Folders of stages, in the order of the work.
+_STAGE_FOLDERS = ("tiles", "features_", "slides_", "contextual_")
+# The rate is that of the results of so many seconds before the newest one.
+_WINDOW_SECONDS = 3600.0
+_READ_BYTES = 1 << 16
+
+
+@dataclass(frozen=True)
+class StageProgress:
+    """How far one stage is.
+
+    Attributes:
+        folder: name of the stage's folder.
+        counts: slides by status, every status named.
+        tiles: tiles of finished slides.
+        last: when the newest result came, in seconds since 1970 (UTC); 0 where there is none.
+        tiles_per_second: by the clock, all jobs together, over the hour before the newest result; None without one.
+        slides_per_second: the same for slides.
+        tiles_left: about how many tiles are to do; slides whose tiles are not counted are taken to be like the others.
+        seconds_left: at that rate, or None where there is none.
+        failures: kind of failure -> slides, the most frequent first.
+    """
+
+    folder: str
+    counts: Mapping[str, int]
+    tiles: int = 0
+    last: float = 0.0
+    tiles_per_second: float | None = None
+    slides_per_second: float | None = None
+    tiles_left: int = 0
+    seconds_left: float | None = None
+    failures: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+
+def read_progress(out: Path) -> tuple[int, list[StageProgress]]:
+    """The number of slides that an output folder knows of, and how far each of its stages is.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+        ValueError: no run has left anything there.
+    """
+    if not out.is_dir():
+        raise FileNotFoundError(f"no such folder: {out}")
+    folders = sorted(
+        (path for path in out.iterdir() if path.name.startswith(_STAGE_FOLDERS) and path.is_dir()), key=_order
+    )
+    stages = {folder.name: _read_folder(folder) for folder in folders}
+    ids = {slide_id for found in stages.values() for slide_id in found} | _listed(out / SLIDES_CSV)
+    if not ids:
+        raise ValueError(
+            f"{out}: expected the output folder of a run, got one without slides. Name the folder of --out."
+        )
+    counted = {
+        slide_id: status["tiles"]
+        for found in stages.values()
+        for slide_id, status in found.items()
+        if status["status"] in FINISHED
+    }
+    return len(ids), [_progress(name, found, ids, counted) for name, found in stages.items()]
+
+
+def kind_of_failure(error: str, slide_id: str) -> str:
+    """An error without what differs from slide to slide: names and numbers."""
+    text = error.removeprefix(f"slide {slide_id!r}: ").replace(slide_id, "...")
+    text = re.sub(r"'[^']*'", "...", text)
+    return re.sub(r"(?<![\w.])\d[\d.,]*\d|(?<![\w.])\d", "N", text)
+
+
+def _order(folder: Path) -> tuple[int, str]:
+    return next(i for i, start in enumerate(_STAGE_FOLDERS) if folder.name.startswith(start)), folder.name
+
+
+def _progress(
+    folder: str, found: Mapping[str, Mapping[str, Any]], ids: Iterable[str], counted: Mapping[str, int]
+) -> StageProgress:
+    counts = Counter(found[slide_id]["status"] if slide_id in found else "todo" for slide_id in ids)
+    done = {slide_id: status for slide_id, status in found.items() if status["status"] in FINISHED}
+    left = [slide_id for slide_id in ids if slide_id not in done]
+    known = [counted[slide_id] for slide_id in left if slide_id in counted]
+    mean = sum(counted.values()) / len(counted) if counted else 0.0
+    tiles_left = sum(known) + round(mean * (len(left) - len(known)))
+    last = max((status["ended"] for status in done.values()), default=0.0)
+    recent = [status for status in done.values() if status["ended"] > max(0.0, last - _WINDOW_SECONDS)]
+    span = last - min((status["ended"] - status["seconds"] for status in recent), default=last)
+    kinds: dict[str, list[str]] = {}
+    for slide_id, status in found.items():
+        if status["status"] == "failed":
+            kinds.setdefault(kind_of_failure(status["error"], slide_id), []).append(slide_id)
+    tiles_rate = sum(status["tiles"] for status in recent) / span if span > 0 else None
+    slides_rate = len(recent) / span if span > 0 else None
+    # Tiling costs by the slide, whatever is found on it.
+    rate, todo = (slides_rate, len(left)) if folder == "tiles" else (tiles_rate, tiles_left)
+    return StageProgress(
+        folder=folder,
+        counts={state: counts[state] for state in STATES},
+        tiles=sum(status["tiles"] for status in done.values()),
+        last=last,
+        tiles_per_second=tiles_rate,
+        slides_per_second=slides_rate,
+        tiles_left=tiles_left,
+        seconds_left=todo / rate if rate else None,
+        failures={
+            kind: tuple(sorted(kinds[kind])) for kind in sorted(kinds, key=lambda kind: (-len(kinds[kind]), kind))
+        },
+    )
+
+
+def _read_folder(folder: Path) -> dict[str, dict[str, Any]]:
+    """slide_id -> what its status file says; a file that can't be read counts as none.
+
+    Plain system calls: for thousands of files `Path.read_text` takes longer than everything else together.
+    """
+    found = {}
+    with os.scandir(folder) as entries:
+        names = [entry.name for entry in entries if entry.name.endswith(".json")]
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        for name in names:
+            try:
+                values = json.loads(_content(name, descriptor))
+                row = {key: values.get(key, default) for key, default in _FIELDS.items()}
+                if row["status"] in STATES:
+                    found[name.removesuffix(".json")] = row
+            except (OSError, ValueError, AttributeError):
+                continue
+    finally:
+        os.close(descriptor)
+    return found
+
+
+_FIELDS: dict[str, Any] = {"status": "", "tiles": 0, "seconds": 0.0, "error": "", "ended": 0.0}
+
+
+def _content(name: str, folder: int) -> bytes:
+    descriptor = os.open(name, os.O_RDONLY, dir_fd=folder)
+    try:
+        content = part = os.read(descriptor, _READ_BYTES)
+        while len(part) == _READ_BYTES:
+            part = os.read(descriptor, _READ_BYTES)
+            content += part
+        return content
+    finally:
+        os.close(descriptor)
+
+
+def _listed(path: Path) -> set[str]:
+    """Slides that slides.csv lists: it knows those that are still to do."""
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            rows = csv.reader(file)
+            next(rows, None)
+            return {row[0] for row in rows if row}
+    except (OSError, csv.Error, UnicodeDecodeError):
+        return set()

@@ -1,0 +1,39 @@
+"""Counts, sizes and times as people read them."""
+
+
+def slides_in_words(count: int) -> str:
+    """A number of slides."""
+    return "1 slide" if count == 1 else f"{count} slides"
+
+
+def tiles_in_words(count: int, *, exact: bool) -> str:
+    """A number of tiles that says whether it is counted."""
+    return f"{count:,} tiles" if exact else f"about {rounded(count):,} tiles (by the slides' sizes)"
+
+
+def rounded(count: int) -> int:
+    """A count to two digits, as befits a guess."""
+    if count < 10:
+        return count
+    step = int(10 ** (len(str(count)) - 2))
+    return round(count / step) * step
+
+
+def in_words(seconds: float) -> str:
+    """A time to read at a glance."""
+    if seconds < 90:
+        return f"{max(1, round(seconds))} s"
+    if seconds < 5400:
+        return f"{round(seconds / 60)} min"
+    if seconds < 172_800:
+        return f"{seconds / 3600:.1f} hours"
+    return f"{seconds / 86_400:.1f} days"
+
+
+def in_bytes(count: float) -> str:
+    """A size to read at a glance."""
+    for unit in ("bytes", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}"
+        count /= 1000
+    return f"{count:.1f} GB"

@@ -1,0 +1,119 @@
+"""`gigapath status`: counts, rates and failures by kind, from the status files alone."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gigapath.cli.main import main
+from gigapath.cohort.progress import kind_of_failure, read_progress
+from gigapath.cohort.status import Status, write_slides_csv, write_status
+
+FACTS = {"vendor": "aperio", "scanner": "GT450", "width": 98_000, "height": 67_000, "mpp_source": "openslide.mpp"}
+IDENTITY = {"tile_size": 256, "mpp": 0.5, "tissue": "otsu", "precision": "fp16", "weights_sha256": "5e" * 32}
+
+
+def put(folder: Path, slide_id: str, status: str = "done", tiles: int = 0, **more: Any) -> None:
+    stage = folder.name.split("_")[0]
+    write_status(folder, Status(slide_id, stage, status, tiles, facts=FACTS, identity=IDENTITY, **more))
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    """Ten slides, tiled but for one; four embedded at 100 tiles/s by two jobs; two failed."""
+    for number in range(9):
+        put(tmp_path / "tiles", f"s{number}", tiles=1000, seconds=1.0, ended=100.0 + number)
+    put(tmp_path / "tiles", "s9", "failed", error="slide 's9': expected microns per pixel in the file, got none.")
+    for number in range(4):
+        put(tmp_path / "features_tiny", f"s{number}", tiles=1000, seconds=20.0, ended=7020.0 + 20 * (number // 2))
+    put(tmp_path / "features_tiny", "s4", tiles=1000, seconds=1.0, ended=10.0)  # long ago
+    error = "slide 's5': tile 7 of 1000 (x 512, y 0, level 1) can't be decoded."
+    put(tmp_path / "features_tiny", "s5", "failed", error=error)
+    put(tmp_path / "features_tiny", "s6", "failed", error=error.replace("s5", "s6").replace("7 of 1000", "12 of 900"))
+    put(tmp_path / "features_tiny", "s7", "stopped")
+    write_slides_csv(tmp_path, [tmp_path / "tiles", tmp_path / "features_tiny"], ["s10"])
+    return tmp_path
+
+
+def test_read_progress_counts_by_stage_and_state(out: Path) -> None:
+    slides, (tiles, features) = read_progress(out)
+    assert slides == 11
+    assert tiles.counts == {"done": 9, "no_tissue": 0, "failed": 1, "stopped": 0, "todo": 1}
+    assert features.counts == {"done": 5, "no_tissue": 0, "failed": 2, "stopped": 1, "todo": 3}
+    assert (tiles.folder, tiles.tiles, features.tiles) == ("tiles", 9000, 5000)
+
+
+def test_read_progress_takes_the_rate_of_the_last_hour_by_the_clock(out: Path) -> None:
+    _, (tiles, features) = read_progress(out)
+    assert features.tiles_per_second == pytest.approx(4000 / 40)
+    assert features.slides_per_second == pytest.approx(4 / 40)
+    assert features.tiles_left == 6000, "two slides without counts are taken for the mean"
+    assert features.seconds_left == pytest.approx(60.0)
+    assert tiles.seconds_left == pytest.approx(2 / 1.0)
+    assert features.last == 7040.0
+
+
+def test_read_progress_groups_failures_by_kind(out: Path) -> None:
+    _, (tiles, features) = read_progress(out)
+    assert features.failures == {"tile N of N (x N, y N, level N) can't be decoded.": ("s5", "s6")}
+    assert tiles.failures == {"expected microns per pixel in the file, got none.": ("s9",)}
+    assert kind_of_failure("a.svs at 0.25 of 'x y' in 3 parts", "a.svs") == "... at N of ... in N parts"
+
+
+def test_read_progress_passes_over_broken_files_and_needs_no_table(out: Path) -> None:
+    (out / "slides.csv").unlink()
+    (out / "tiles/s0.json").write_text('{"status": ')
+    (out / "tiles/s1.json").write_text("[]")
+    slides, (tiles, _) = read_progress(out)
+    assert (slides, tiles.counts["done"], tiles.counts["todo"]) == (10, 7, 2)
+
+
+def test_status_prints_a_table_rates_and_reasons(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["status", str(out)]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said[0].endswith(": 11 slides")
+    assert said[3].split() == ["features_tiny", "5", "0", "2", "1", "3", "5,000"]
+    assert "6 slides/min, 100 tiles/s; 6 slides with about 6,000 tiles left: about 60 s." in said[5]
+    assert said[-1] == "features_tiny: 2 failed: tile N of N (x N, y N, level N) can't be decoded. (s5, s6)"
+
+
+def test_status_prints_json_and_refuses_other_folders(
+    out: Path, tmp_path_factory: pytest.TempPathFactory, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["status", str(out), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["slides"] == 11 and found["stages"][1]["counts"]["done"] == 5
+    assert main(["status", str(tmp_path_factory.mktemp("empty"))]) == 1
+    assert main(["status", str(out / "nothing")]) == 1
+    errors = capsys.readouterr().err
+    assert "expected the output folder of a run" in errors and "no such folder" in errors
+
+
+def test_status_imports_nothing_heavy(out: Path) -> None:
+    code = (
+        f"import sys\nfrom gigapath.cli.main import main\nmain(['status', {str(out)!r}])\n"
+        "print(sorted({'torch', 'numpy', 'h5py', 'cv2', 'openslide', 'PIL'} & set(sys.modules)))"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.splitlines()[-1] == "[]"
+
+
+def main_5000() -> None:
+    """`python tests/test_status.py DIR`: writes 5,000 slides in three stages and prints what reading them takes."""
+    folder = Path(sys.argv[1])
+    for stage in ("tiles", "features_gigapath", "slides_gigapath__gigapath"):
+        for number in range(5000):
+            put(folder / stage, f"slide-{number:05d}", tiles=10_000, seconds=60.0, ended=1e9 + number)
+    write_slides_csv(folder, [folder / "tiles"])
+    for _ in range(5):
+        started = time.perf_counter()
+        read_progress(folder)
+        print(f"{time.perf_counter() - started:.3f} s")
+
+
+if __name__ == "__main__":
+    main_5000()
