@@ -227,14 +227,10 @@ class Slide:
             SlideError: the pixels can't be decoded, or there are absurdly many of them and no coarse level.
         """
         own = self.mpp
-        left, top, width, height = self.bounds
-        wanted = max(mpp, own.x, own.y, max(width * own.x, height * own.y) / OVERVIEW_SIDE)
-        fine = [i for i, d in enumerate(self.level_downsamples) if max(own.x, own.y) * d <= wanted * (1 + SAME_SCALE)]
-        level = fine[-1] if fine else 0
+        left, top = self.bounds[:2]
+        wanted = self._overview_mpp(mpp)
+        level, columns, rows = self.overview_source(mpp)
         downsample = self.level_downsamples[level]
-        # What a level lacks of the slide's last pixels, its size being rounded down, is not read.
-        columns = min(round(width / downsample), self.level_dimensions[level][0] - int(left / downsample))
-        rows = min(round(height / downsample), self.level_dimensions[level][1] - int(top / downsample))
         if columns * rows > OVERVIEW_READ_PIXELS:
             raise SlideError(
                 f"slide {self.slide_id!r}: expected a level of at most {OVERVIEW_READ_PIXELS // 10**9} gigapixels near "
@@ -253,6 +249,24 @@ class Slide:
             scale=scale,
             mpp=(scale[0] * own.x + scale[1] * own.y) / 2,
         )
+
+    def overview_source(self, mpp: float = OVERVIEW_MPP) -> tuple[int, int, int]:
+        """(level, columns, rows): what `overview` reads, in pixels of that level."""
+        own, wanted = self.mpp, self._overview_mpp(mpp)
+        left, top, width, height = self.bounds
+        fine = [i for i, d in enumerate(self.level_downsamples) if max(own.x, own.y) * d <= wanted * (1 + SAME_SCALE)]
+        level = fine[-1] if fine else 0
+        downsample = self.level_downsamples[level]
+        # What a level lacks of the slide's last pixels, its size being rounded down, is not read.
+        columns = min(round(width / downsample), self.level_dimensions[level][0] - int(left / downsample))
+        rows = min(round(height / downsample), self.level_dimensions[level][1] - int(top / downsample))
+        return level, columns, rows
+
+    def _overview_mpp(self, mpp: float) -> float:
+        """The scale of an overview asked for at `mpp`: never finer than the slide's own, never too large a picture."""
+        own = self.mpp
+        _, _, width, height = self.bounds
+        return max(mpp, own.x, own.y, max(width * own.x, height * own.y) / OVERVIEW_SIDE)
 
     def _averaged(self, level: int, size: tuple[int, int], step: tuple[int, int], workers: int) -> UInt8Array:
         """The first `size` (w, h) pixels of the bounds at `level`, averaged over (x, y) steps of whole pixels.

@@ -15,7 +15,7 @@ from gigapath.cohort.manifest import SlideEntry, find_slides
 from gigapath.cohort.reuse import check_unmixed, digest, finished, redone
 from gigapath.cohort.status import Status, changed, derive
 from gigapath.cohort.stopping import StopFlag
-from gigapath.cohort.words import slides_in_words, tiles_in_words
+from gigapath.cohort.words import in_words, slides_in_words, tiles_in_words
 from gigapath.features import NUMERICS_VERSION, Tiles, write_tiles
 from gigapath.files import sha256_of
 from gigapath.options import to_dict
@@ -28,7 +28,7 @@ from gigapath.runs.engine import CohortRun, Outcome, RunResult
 from gigapath.runs.entries import check_tissue, chosen, open_entry, options_for, share_in_words
 from gigapath.runs.machine import threads
 from gigapath.runs.options import RunOptions
-from gigapath.runs.planning import estimate_tiles
+from gigapath.runs.planning import estimate_tiles, estimate_tiling
 from gigapath.runs.watching import Plan, Watcher
 
 # Options that decide whether a slide is accepted, not which tiles come of it.
@@ -242,8 +242,17 @@ def _plan(
         lines.append(f"at most {tiling.max_tiles} tiles a slide, spread evenly over its tissue (seed {tiling.seed}).")
     lines[:0] = share_in_words(entries, cohort, options)
     guess = estimate_tiles([], todo, tiling)
-    lines.append(f"{tiles_in_words(guess, exact=not todo)} into {out}; their pixels are read when they are embedded.")
-    facts = {"slides": len(entries), "to_tile": len(todo), "skipped": skipped, "tiles_about": guess}
+    work = f"{tiles_in_words(guess, exact=not todo)} into {out}; their pixels are read when they are embedded"
+    facts: dict[str, float] = {
+        "slides": len(entries),
+        "to_tile": len(todo),
+        "skipped": skipped,
+        "tiles_about": guess,
+    }
+    if todo:
+        facts["seconds"] = estimate_tiling(todo, tiling, threads(options))
+        work += f"; about {in_words(facts['seconds'])} (by a block of some slides, read here)"
+    lines.append(f"{work}.")
     return Plan(tuple(lines), len(entries), skipped, facts=facts)
 
 
