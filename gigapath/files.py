@@ -69,11 +69,30 @@ class OutputError(OSError):
 def output_error(path: Path, error: OSError) -> OutputError:
     """The one sentence for a failed write of `path`; folders above its own are left out of it, since errors are
     stored beside the results and paths are private."""
-    code = error.errno
-    reason = _MEND.get(code) if code is not None else None
-    if reason is None:
-        reason = f"{error.strerror or error}. Check the output folder"
-    return OutputError(f"{path.parent.name}/{path.name} could not be written: {reason}.", code)
+    return OutputError(f"{path.parent.name}/{path.name} could not be written: {_reason(error)}.", error.errno)
+
+
+def _reason(error: OSError) -> str:
+    known = _MEND.get(error.errno) if error.errno is not None else None
+    return known or f"{error.strerror or error}. Check the output folder"
+
+
+def check_writable(folder: Path | str) -> None:
+    """Make the folder where it is missing, and a file in it that goes again.
+
+    Raises:
+        OutputError: nothing can be written there; names the folder alone.
+    """
+    folder = Path(folder)
+    temporary = folder / _temporary_name("writable")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        temporary.touch(exist_ok=False)
+        temporary.unlink()
+    except OSError as error:
+        raise OutputError(
+            f"the output folder {folder.name} could not be written: {_reason(error)}.", error.errno
+        ) from error
 
 
 def is_write_error(error: OSError, temporary: Path) -> bool:
@@ -183,7 +202,7 @@ def discard(temporary: Path) -> None:
 
 
 def _create_temporary(path: Path, mode: int) -> Path:
-    temporary = path.with_name(f"{path.name}.{_machine()}-{os.getpid()}-{secrets.token_hex(3)}{PARTIAL_SUFFIX}")
+    temporary = path.with_name(_temporary_name(path.name))
     _LIVE.add(temporary.name)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -194,6 +213,10 @@ def _create_temporary(path: Path, mode: int) -> Path:
         raise output_error(path, error) from error
     _tidy(path.parent)
     return temporary
+
+
+def _temporary_name(name: str) -> str:
+    return f"{name}.{_machine()}-{os.getpid()}-{secrets.token_hex(3)}{PARTIAL_SUFFIX}"
 
 
 def remove_abandoned(folder: Path | str) -> None:

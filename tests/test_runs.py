@@ -22,6 +22,7 @@ from gigapath.cli.main import main
 from gigapath.encoding import EncoderError, load_slide_encoder
 from gigapath.features import read_features, read_slide, read_slides, read_tiles
 from gigapath.files import OutputError
+from gigapath.preprocessing.slide import open_slide
 from gigapath.preprocessing.tiling import TileOptions
 from gigapath.runs.embedding import run_embed
 from gigapath.runs.engine import RunResult
@@ -635,6 +636,44 @@ def test_plan_tells_tiles_bytes_time_and_ways_out_of_a_long_one(
 
 
 # ---------------------------------------------------------------------------------- sections, vectors of tiles, tables
+
+
+def test_tiling_plan_tells_slides_tiles_and_time(slides: Path, tmp_path: Path) -> None:
+    notes = Notes()
+    run_tile([slides], tmp_path, tiling=TILING, watch=notes)
+    facts = notes.plans[0].facts
+    assert (facts["slides"], facts["to_tile"], facts["skipped"]) == (3, 3, 0)
+    assert 0.3 < facts["seconds"] < 60
+    assert any("; about " in line and line.endswith(".") for line in notes.plans[0].lines)
+    run_tile([slides], tmp_path, tiling=TILING, watch=notes)
+    assert "seconds" not in notes.plans[1].facts, "nothing is left to do"
+
+
+def test_the_level_that_tiling_decodes_is_the_coarsest_fine_enough(tmp_path: Path) -> None:
+    image = paint_tissue(900, 700)
+    for name, steps in (("flat", (1,)), ("steep", (1, 16))):
+        write_pyramid(tmp_path / f"{name}.tif", image, mpp=(0.5, 0.5), steps=steps)
+    pixels = {}
+    for name in ("flat", "steep"):
+        with open_slide(tmp_path / f"{name}.tif") as slide:
+            _, columns, rows = slide.overview_source()
+            pixels[name] = columns * rows
+    assert pixels == {"flat": 900 * 700, "steep": 56 * 43}
+
+
+def test_slides_older_than_their_tile_embeddings_are_refused(
+    slides: Path, tmp_path: Path, tiny: dict[str, Any]
+) -> None:
+    embed(slides, tmp_path)
+    before, _ = read_slides(tmp_path)
+    tiny["precision"] = "bf16"
+    embed(slides, tmp_path, slide_encoder="none")
+    with pytest.raises(ValueError, match=r"2 of its slides \(a\) are older than their tile embeddings.*slide-embed"):
+        read_slides(tmp_path)
+    with pytest.warns(UserWarning, match="older than their tile embeddings"):
+        assert read_slides(tmp_path, allow_mixed=True)[0] == before
+    slide_embed(tmp_path, slide_encoder="tinynet")
+    assert read_slides(tmp_path)[0] == before
 
 
 def test_slide_embed_per_section_embeds_the_pieces_and_skips_what_is_done(slides: Path, tmp_path: Path) -> None:

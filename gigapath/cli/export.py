@@ -24,5 +24,6 @@ def run(namespace: argparse.Namespace) -> int:
     slides, width = export_table(
         namespace.folder, namespace.to, embedding=namespace.embedding, allow_mixed=namespace.allow_mixed
     )
-    print(f"{slides} slides, {width} values each ({namespace.embedding}), written to {namespace.to}.")
+    count = "1 slide" if slides == 1 else f"{slides} slides"
+    print(f"{count}, {width} values each ({namespace.embedding}), written to {namespace.to}.")
     return 0

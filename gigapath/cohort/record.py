@@ -21,7 +21,7 @@ import openslide
 import gigapath
 from gigapath.cohort.manifest import SlideEntry
 from gigapath.cohort.privacy import record_run, redact
-from gigapath.files import write_json_atomic
+from gigapath.files import check_writable, write_json_atomic
 
 RUNS = "runs"
 _PACKAGES = ("numpy", "h5py", "opencv-python-headless", "openslide-python", "openslide-bin", "pillow", "torch", "timm")
@@ -59,6 +59,7 @@ class RunRecord:
         Raises:
             OutputError: the folder can't be written; nothing has been done then.
         """
+        check_writable(self.out)
         self._content = {
             "run_id": self.run_id,
             "verb": self.verb,

@@ -240,7 +240,9 @@ def _of_the_encoder(known: dict[str, Any]) -> str:
         parts.append(f"weights sha256 {str(known['weights_sha256'])[:12]}")
     if "slide_encoder" in known:
         trained = {True: "trained", False: "untrained"}.get(known.get("trained", ""), "not said whether trained")
-        parts.append(f"slide encoder: {known['slide_encoder']}, {trained}")
+        plain = known["slide_encoder"] == "mean"
+        said = "none, the mean of the tiles" if plain else f"{known['slide_encoder']}, {trained}"
+        parts.append(f"slide encoder: {said}")
     parts.append(f"precision {known.get('precision', 'not stated')}")
     return "; ".join(parts) + "."
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from gigapath.features.data import Array, FeatureFileError, SlideEmbeddings
+from gigapath.features.h5 import open_h5, read_attrs
 from gigapath.features.names import parse_embedding
 from gigapath.features.ours import read_slide
 from gigapath.files import atomic_file, write_bytes_atomic
@@ -73,7 +74,8 @@ def read_slides(
 
     Raises:
         FileNotFoundError: no such folder, or no slide embeddings in it.
-        ValueError: mixed numerics, two files of one slide, a slide without that embedding.
+        ValueError: mixed numerics, two files of one slide, a slide without that embedding, slides whose tile embeddings
+            were made again since.
     """
     ids, vectors, slides = _gather(folder, embedding, allow_mixed=allow_mixed)
     if parse_embedding(embedding).kind != "tile-mean" and slides[0].attrs.get("trained") is False:
@@ -133,6 +135,7 @@ def _gather(folder: Path | str, embedding: str, *, allow_mixed: bool) -> tuple[l
         slides[slide.slide_id] = slide
     ordered = [slides[slide_id] for slide_id in sorted(slides)]
     _refuse_mixed(ordered, folder, allow_mixed)
+    _refuse_outdated(ordered, folder, allow_mixed)
     vectors = [slide.select(embedding) for slide in ordered]
     widths = sorted({len(vector) for vector in vectors})
     if len(widths) > 1:
@@ -151,6 +154,38 @@ def _refuse_mixed(slides: Sequence[SlideEmbeddings], folder: Path, allow_mixed: 
             if not allow_mixed:
                 raise ValueError(f"{text} Embed them alike, or pass --allow-mixed.")
             warnings.warn(text, stacklevel=4)
+
+
+def _refuse_outdated(slides: Sequence[SlideEmbeddings], folder: Path, allow_mixed: bool) -> None:
+    """Refuse vectors of tile embeddings that the run has made again since, where those lie beside them."""
+    encoder = folder.name.partition("__")[2].removesuffix("__sections")
+    outdated = []
+    for slide in slides:
+        of_slide = str(slide.attrs.get("of_slide", slide.slide_id))
+        now = _identity(folder.parent / f"features_{encoder}" / f"{of_slide}.h5")
+        before = str(slide.attrs.get("features"))
+        if now is not None and now != before and not before.startswith("sha256:"):
+            outdated.append(slide.slide_id)
+    if outdated:
+        text = (
+            f"{folder.name}: {len(outdated)} of its slides ({outdated[0]}) are older than their tile embeddings, which "
+            "were made again with other numbers."
+        )
+        if not allow_mixed:
+            raise ValueError(f"{text} Run gigapath slide-embed again, or pass --allow-mixed.")
+        warnings.warn(text, stacklevel=4)
+
+
+def _identity(features: Path) -> str | None:
+    """What a file of tile embeddings records as its identity; None where there is none to compare with."""
+    if not features.is_file():
+        return None
+    try:
+        with open_h5(features) as file:
+            found = read_attrs(file).get("identity")
+    except FeatureFileError:
+        return None
+    return None if found is None else str(found)
 
 
 def _in_common(slides: Sequence[SlideEmbeddings]) -> dict[str, Any]:
