@@ -19,7 +19,7 @@ LAYERS = [
     {"cohort", "encoding"},
     {"runs"},
     {"pipeline", "convert", "linear_probe", "finetune"},
-    {"verify", "bench"},
+    {"verify", "bench", "check"},
     {"cli"},
 ]
 RANK = {unit: rank for rank, units in enumerate(LAYERS) for unit in units}
