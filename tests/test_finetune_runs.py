@@ -4,8 +4,10 @@ import csv
 import json
 import logging
 import sys
+import types
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pytest
 from made_cohort import NARROW, made_bag, write_cohort, write_csv, write_slide, write_splits, write_task
@@ -20,7 +22,7 @@ from gigapath.finetune import (
     load_head,
     predict,
 )
-from gigapath.finetune.run import prepare
+from gigapath.finetune.inputs import prepare
 
 FAST = ["--model-arch", NARROW, "--feat-layer", "2", "--dropout", "0", "--pretrained", "", "--replicates", "20"]
 RECIPE = ["--epochs", "3", "--gradient-accumulation", "4", "--base-lr", "0.1", "--device", "cpu"]
@@ -183,7 +185,7 @@ def test_whole_run_killed_and_continued_equals_an_unbroken_one(tmp_path) -> None
     def kill() -> None:
         nonlocal calls
         calls += 1
-        if calls == 36:  # in the second fold: a fold makes 2 * (2 + 6) + 6 calls
+        if calls == 18 + 36:  # in the second fold: 18 files are checked, then a fold makes 2 * (2 + 6) + 6 calls
             raise Killed
 
     with pytest.raises(Killed):
@@ -217,6 +219,40 @@ def test_frozen_encoder_is_cached_and_its_head_applies_to_tiles(tmp_path, monkey
             assert row["p_1"] == pytest.approx(said[row["slide_id"]], abs=1e-5)
 
 
+def test_tensorboard_gets_every_epoch_where_it_is_installed(tmp_path, monkeypatch) -> None:
+    """A second run of the command leaves one file of events, and none names the machine."""
+
+    class Writer:
+        def __init__(self, folder: str) -> None:
+            self.lines: list[tuple[str, float, int]] = []
+            self.path = Path(folder) / "events.out.tfevents.1700000000.the-machine.42.0"
+
+        def __enter__(self) -> "Writer":
+            return self
+
+        def add_scalar(self, name: str, value: float, epoch: int) -> None:
+            self.lines.append((name, value, epoch))
+
+        def __exit__(self, *error: object) -> None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.path.write_text(json.dumps(self.lines))
+
+    fake = types.ModuleType("torch.utils.tensorboard")
+    fake.SummaryWriter = Writer
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", fake)
+    features, labels = write_cohort(tmp_path, [n % 3 for n in range(9)])
+    splits = write_splits(tmp_path / "splits", (range(3), range(3, 6), range(6, 9)))
+    inputs = Inputs(str(write_task(tmp_path / "t.yaml")), str(features), str(labels), str(splits), "")
+    for _ in range(2):
+        finetune(inputs, tmp_path / "out", settings())
+        (events,) = (tmp_path / "out" / "fold_0" / "tensorboard").iterdir()
+        assert "tfevents" in events.name and "the-machine" not in events.name
+    told = json.loads(events.read_text())
+    history = json.loads((tmp_path / "out" / "fold_0" / "results.json").read_text())["history"]
+    for name in ("train_loss", "val_loss", "learning_rate"):
+        assert [line[1:] for line in told if line[0] == name] == [[entry[name], entry["epoch"]] for entry in history]
+
+
 def test_several_labels_train_and_report_micro_and_macro(tmp_path, capsys) -> None:
     random = np.random.default_rng(0)
     rows = []
@@ -240,27 +276,64 @@ def test_several_labels_train_and_report_micro_and_macro(tmp_path, capsys) -> No
 
 
 def test_nothing_is_written_when_the_input_is_off(tmp_path, capsys) -> None:
+    """One sentence each; the output folder does not even appear."""
     features, labels = write_cohort(tmp_path, [0, 1, 2] * 4)
     task = write_task(tmp_path / "t.yaml")
     base = ["finetune", "--task", task, "--features", features, "--labels", labels, "--out", tmp_path / "out", *FAST]
-    cut = features / "slide-003.h5"
-    whole = cut.read_bytes()
-    for more, match in (
-        (["--select", "val", "--splits", tmp_path / "splits"], "needs|validation slides"),
-        (["--feat-layer", "9"], "states 0 to 3"),
-        (["--model-arch", "nonesuch"], "--model-arch"),
-        (["--device", "cuda:7"], "--device"),
-    ):
-        for name, rows in (("train", range(6)), ("test", range(6, 12))):
-            write_csv(tmp_path / "splits" / f"{name}_0.csv", ["slide_id"], [[f"slide-{n:03d}"] for n in rows])
+
+    def refused(*more: object) -> str:
         assert main([*map(str, [*base, *more])]) == 1
-        err = capsys.readouterr().err
-        assert any(word in err for word in match.split("|")) and err.count("\n") == 1, err
-    cut.write_bytes(whole[:-40])
-    assert main([*map(str, base)]) == 1
-    err = capsys.readouterr().err
-    assert "slide-003.h5" in err and err.count("\n") == 1
-    assert not (tmp_path / "out" / "fold_0").exists()
+        said = capsys.readouterr().err
+        assert said.count("\n") == 1 and not (tmp_path / "out").exists(), said
+        return said
+
+    write_splits(tmp_path / "splits", (range(6), [], range(6, 12)))
+    assert "validation slides" in refused("--select", "val", "--splits", tmp_path / "splits")
+    assert "states 0 to 3" in refused("--feat-layer", "9")
+    assert "--model-arch" in refused("--model-arch", "nonesuch")
+    assert "--device" in refused("--device", "cuda:7")
+    slide = features / "slide-003.h5"
+    whole = slide.read_bytes()
+    slide.write_bytes(whole[:-40])
+    assert "slide-003.h5" in refused()
+    slide.write_bytes(whole)
+    for word, value in (("NaN", np.nan), ("inf", np.inf)):
+        with h5py.File(slide, "r+") as file:
+            file["features"][5, 2] = value
+        said = refused()
+        assert "slide-003.h5" in said and "row 5" in said, (word, said)
+        slide.write_bytes(whole)
+    with h5py.File(slide, "r+") as file:
+        file["coords"][4] = [512 * 1000, 0]
+    assert "expected cells 0 to 999" in refused()
+    with h5py.File(slide, "r+") as file:
+        del file["coords"]
+    assert "slide-003.h5: expected datasets 'features' and 'coords'" in refused()
+
+
+def test_every_file_is_read_before_the_first_is_written_and_not_again(tmp_path, monkeypatch) -> None:
+    """A small cohort is read once: checked, then kept. A run that goes on does not check again."""
+    from gigapath.finetune import data
+
+    reads: list[str] = []
+    read = data.read_features
+
+    def counted(path: Path, **how: object):
+        reads.append(path.name)
+        assert len(reads) > 9 or not (tmp_path / "out").exists()
+        return read(path, **how)
+
+    monkeypatch.setattr(data, "read_features", counted)
+    features, labels = write_cohort(tmp_path, [n % 3 for n in range(9)])
+    splits = write_splits(tmp_path / "splits", (range(3), range(3, 6), range(6, 9)))
+    inputs = Inputs(str(write_task(tmp_path / "t.yaml")), str(features), str(labels), str(splits), "")
+    told: list[str] = []
+    finetune(inputs, tmp_path / "out", settings(), say=told.append)
+    assert sorted(reads) == [f"slide-{number:03d}.h5" for number in range(9)]
+    assert any(line.startswith("files: 9 read and checked") for line in told)
+    told.clear()
+    finetune(inputs, tmp_path / "out", settings(), say=told.append)
+    assert not any(line.startswith("files:") for line in told)
 
 
 def test_prepare_leaves_out_slides_that_no_split_names(tmp_path) -> None:

@@ -140,6 +140,27 @@ def test_packed_slides_give_the_gradients_of_the_slides_one_by_one(head, dtype) 
     assert any((packed[name] - other[name]).abs().max() > 1e-2 * packed[name].abs().max() for name in packed)
 
 
+@pytest.mark.parametrize("head", ["linear", "abmil"])
+def test_checkpointed_activations_train_to_the_same_bits_and_keep_less(tmp_path, head) -> None:
+    """With dropout and drop-path, whose draws the second forward pass must repeat; slides packed, two epochs."""
+    bags, truth = bags_of(8)
+    recipe = {"batch_size": 2, "gradient_accumulation": 2, "warmup_epochs": 0.0, "base_lr": 0.3}
+    ends, kept = {}, {}
+    for name, enable in (("kept", False), ("again", True)):
+        model = narrow(head=head, dropout=0.2, drop_path_rate=0.1, checkpoint_activations=enable)
+        trainer = trainer_of(bags, truth, **recipe)
+        sizes: list[int] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, to=sizes: to.append(t.numel()) or t, lambda t: t):
+            trainer.loss_of(model.train(), [bags[row] for row in range(4)], np.arange(4))
+        kept[name] = sum(sizes)
+        trainer.train(model, fold_of(8), tmp_path / name, {})
+        ends[name] = model.state_dict()
+    start = narrow(head=head).state_dict()
+    assert max((ends["again"][key] - start[key]).abs().max() for key in start) > 1e-3
+    assert all(torch.equal(tensor, ends["kept"][key]) for key, tensor in ends["again"].items())
+    assert kept["again"] < kept["kept"] / 2
+
+
 def test_packed_and_accumulated_training_end_at_the_same_weights(tmp_path) -> None:
     """Five steps in float64, the last window smaller than the others."""
     bags, truth = bags_of(36)
@@ -321,13 +342,19 @@ def test_vector_head_classifies_one_vector_a_slide() -> None:
 
 @pytest.mark.slow
 def test_two_processes_train_as_one(tmp_path) -> None:
-    """gloo on the CPU, four slides a process, against eight in one; gradients in float32, the end in float64."""
+    """gloo on the CPU, four slides a process, against eight in one; gradients in float32, the end in float64.
+
+    One pair is started by torchrun, the other by `accelerate launch` as the README has it.
+    """
     script = Path(__file__).with_name("distributed_step.py")
-    shares = {"one": (1, 8, 1), "two": (2, 4, 1), "two one by one": (2, 1, 4)}
+    torchrun = ["torch.distributed.run", "--master-port=29517", "--nproc-per-node"]
+    accelerate = ["accelerate.commands.launch", "--multi_gpu", "--num_machines=1", "--mixed_precision=no"]
+    accelerate += ["--dynamo_backend=no", "--main_process_port=29518", "--num_processes"]
+    shares = {"one": (torchrun, 1, 8, 1), "two": (torchrun, 2, 4, 1), "two one by one": (accelerate, 2, 1, 4)}
     found = {}
-    for name, (count, size, accumulation) in shares.items():
+    for name, (launcher, count, size, accumulation) in shares.items():
         (tmp_path / name).mkdir()
-        launch = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={count}", "--master-port=29517"]
+        launch = [sys.executable, "-m", *launcher, str(count)]
         command = [*launch, str(script), str(tmp_path / name), str(size), str(accumulation)]
         paths = os.pathsep.join([str(script.parent), str(script.parent.parent)])
         env = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
@@ -350,8 +377,9 @@ def test_bench_of_a_step_counts_what_it_computes(monkeypatch) -> None:
     from gigapath.bench import finetuning, protocol
 
     monkeypatch.setattr(protocol, "SECONDS", 0.0)
-    options = finetuning.FinetuningBench("gigapath-flash", tiles=(6, 9), depth=1, pairs=1, device="cpu")
+    options = finetuning.FinetuningBench("gigapath-flash", tiles=(6, 9), depth=1, pairs=1, files=3, device="cpu")
     (row,) = finetuning.measure(options)
     weights = 12 * 384**2  # of a layer: four projections, and a feed-forward network of four times the width
     least = 3 * sum(2 * (n + 1) * weights + 2 * n * 384**2 for n in (6, 9))
     assert least < row["operations"] < 1.1 * least and row["packed"] > 0 and "| 2 | 15 |" in finetuning.in_words(row)
+    assert 0 < row["waiting"] < 1 and "ms a step" in finetuning.in_words(row)

@@ -12,17 +12,19 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from gigapath.finetune.apply import evaluate_head, predict
     from gigapath.finetune.fitted import FittedHead, load_head
+    from gigapath.finetune.inputs import Inputs, Settings
     from gigapath.finetune.new_task import new_task
     from gigapath.finetune.options import JoinOptions, ModelOptions, SplitOptions, TrainingOptions
-    from gigapath.finetune.run import Inputs, RunResult, Settings, finetune
+    from gigapath.finetune.run import RunResult, finetune
     from gigapath.finetune.task import Task, load_task
 
 _HOMES = {
     "apply": ("evaluate_head", "predict"),
     "fitted": ("FittedHead", "load_head"),
+    "inputs": ("Inputs", "Settings"),
     "new_task": ("new_task",),
     "options": ("JoinOptions", "ModelOptions", "SplitOptions", "TrainingOptions"),
-    "run": ("Inputs", "RunResult", "Settings", "finetune"),
+    "run": ("RunResult", "finetune"),
     "task": ("Task", "load_task"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}

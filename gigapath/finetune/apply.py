@@ -117,7 +117,16 @@ def evaluate_head(
         joined.labels, said, head.task, head.calibration, training=None, replicates=replicates, seed=seed
     )
     facts_of_run = {"checkpoint": Path(checkpoint).name, "missing": list(joined.missing), "fitted_here": "nothing"}
-    report.write_cohort(Path(out), joined.labels, said, head.task, head.calibration, result, facts_of_run)
+    report.write_cohort(
+        Path(out),
+        joined.labels,
+        said,
+        head.task,
+        head.calibration,
+        result,
+        facts_of_run,
+        what=f"{facts_of_run['checkpoint']} tested on {joined.labels.source}",
+    )
     return result
 
 

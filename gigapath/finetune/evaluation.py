@@ -181,6 +181,11 @@ def evaluate_cohort(
     slides = Predictions(labels.truth, said, task.classes, groups=patients, ordinal=task.ordinal)
     by_slide = evaluate(slides, replicates=replicates, seed=seed)
     notes = list(by_slide.notes)
+    if task.setting == "binary" and calibration.thresholds != (0.5,):
+        notes.append(
+            "accuracy, balanced accuracy and the confusion matrix take the more probable class; what is predicted, and "
+            f"at_threshold, take the threshold {calibration.thresholds[0]:.3g} fitted on {calibration.fitted_on}"
+        )
     by_patient = None
     if patients is not None:
         try:

@@ -32,6 +32,7 @@ class Plan:
         memory: bytes at the largest chunk.
         available: bytes that the device has free.
         seconds: of all folds and epochs, evaluation included.
+        processes: that share the work.
         advice: what to set where it won't fit, else "".
     """
 
@@ -41,6 +42,7 @@ class Plan:
     memory: int
     available: int
     seconds: float
+    processes: int
     advice: str
 
     def lines(self) -> list[str]:
@@ -50,7 +52,7 @@ class Plan:
             f"largest {max(self.tiles):,}), folds: {self.folds}",
             f"parameters trained: {self.trained:,}",
             f"memory: about {self.memory / 1e9:.1f} GB at the largest slide, {self.available / 1e9:.1f} GB are free",
-            f"time: about {_duration(self.seconds)}",
+            f"time: about {_duration(self.seconds)}, processes: {self.processes}",
             *([self.advice] if self.advice else []),
         ]
 
@@ -119,7 +121,7 @@ def make_plan(
             + (", or a smaller --batch-size." if options.batch_size > 1 else ".")
         )
     seen = tuple(int(count) for count in counts)
-    return Plan(seen, len(folds), trained, memory, available, total / rate / processes.world, advice)
+    return Plan(seen, len(folds), trained, memory, available, total / rate / processes.world, processes.world, advice)
 
 
 def _probe(model: nn.Module, input_dim: int, precision: str, device: torch.device) -> tuple[float, float]:

@@ -42,6 +42,8 @@ WORDS = {
     "ece": "calibration error (ECE)",
 }
 
+EVENTS = "events.out.tfevents"
+
 log = logging.getLogger(__name__)
 
 
@@ -73,25 +75,27 @@ def write_cohort(
     how: Calibration,
     result: CohortResult,
     facts: Mapping[str, Any],
+    *,
+    what: str,
 ) -> None:
-    """Write predictions.csv, confusion.png and results.json of one model on one cohort."""
+    """Write predictions.csv, confusion.png and results.json of one model on one cohort; `what` says which it is."""
     (folder / "results.json").unlink(missing_ok=True)
     write_text_atomic(folder / "predictions.csv", predictions_csv(labels, labels.slide_ids, said, task, how))
     if not task.multi_label and plotting_available():
-        title = f"{task.name}: test set, {len(labels):,} slides"
+        title = f"{task.name}, {what}\n{len(labels):,} test slides, the most probable class"
         picture = draw_confusion(confusion_matrix(result.slides), task.classes, title=title)
         write_bytes_atomic(folder / "confusion.png", picture)
     write_json_atomic(folder / "results.json", {"test": result.to_dict(), **facts, "terms": TERMS})
 
 
-def write_curves(folder: Path, history: Sequence[Epoch], task: Task) -> None:
+def write_curves(folder: Path, history: Sequence[Epoch], title: str) -> None:
     """Write the learning curves as PNG, and for TensorBoard where it is installed."""
     epochs = [entry.epoch for entry in history]
     if plotting_available():
-        losses = {"training": (epochs, [entry.train_loss for entry in history])}
+        losses = {"training, while it goes on": (epochs, [entry.train_loss for entry in history])}
         if all(entry.val_loss is not None for entry in history):
-            losses["validation"] = (epochs, [float(entry.val_loss or 0) for entry in history])
-        picture = draw_curves({"loss (nats)": losses}, x_label="epoch", title=f"Fine-tuning: {task.name}")
+            losses["validation, after the epoch"] = (epochs, [float(entry.val_loss or 0) for entry in history])
+        picture = draw_curves({"mean loss of a slide (nats)": losses}, x_label="epoch", title=title)
         write_bytes_atomic(folder / "curves.png", picture)
     else:
         log.warning("no pictures: matplotlib is not installed (pip install 'gigapath[train]')")
@@ -99,11 +103,15 @@ def write_curves(folder: Path, history: Sequence[Epoch], task: Task) -> None:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         return
-    with SummaryWriter(str(folder / "tensorboard")) as writer:  # type: ignore[no-untyped-call]
+    place = folder / "tensorboard"
+    with SummaryWriter(str(place)) as writer:  # type: ignore[no-untyped-call]
         for entry in history:
             for name, value in asdict(entry).items():
                 if name != "epoch" and value is not None:
                     writer.add_scalar(name, value, entry.epoch)  # type: ignore[no-untyped-call]
+    # Its file is named after the machine, and a second run would add a second one: ours has one name, and is replaced.
+    newest = max(place.glob(f"{EVENTS}.*"), key=lambda file: file.stat().st_mtime)
+    newest.replace(place / EVENTS)
 
 
 def summary(evaluations: Mapping[str, Sequence[Evaluation]]) -> list[dict[str, Any]]:

@@ -2,8 +2,9 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,10 @@ import numpy as np
 import torch
 from torch import nn
 
+from gigapath.features import FeatureFileError
 from gigapath.files import sha256_of, write_json_atomic, write_text_atomic
 from gigapath.finetune import controls, report
-from gigapath.finetune.data import FileBags, FileFacts, ReadAhead, find_files, look_at_all, vector_bags
+from gigapath.finetune.data import FileBags, ReadAhead, vector_bags
 from gigapath.finetune.evaluation import (
     Calibration,
     CohortResult,
@@ -25,62 +27,21 @@ from gigapath.finetune.evaluation import (
 )
 from gigapath.finetune.fitted import TERMS, FittedHead, save_head
 from gigapath.finetune.heads import VectorHead, build_head, cache_states
-from gigapath.finetune.labels import Joined, join_labels, read_labels, shown
-from gigapath.finetune.options import JoinOptions, ModelOptions, SplitOptions, TrainingOptions
+from gigapath.finetune.inputs import Cohort, Inputs, Settings, prepare
+from gigapath.finetune.options import ModelOptions, TrainingOptions
 from gigapath.finetune.plan import Plan, make_plan
 from gigapath.finetune.processes import Processes, join_processes, training_precision
-from gigapath.finetune.splits import Fold, audit, check_classes, draw_folds, keep_manifest, read_splits
-from gigapath.finetune.task import Task, load_task
+from gigapath.finetune.splits import Fold, keep_manifest
 from gigapath.finetune.training import Trainer
 from gigapath.metrics import Evaluation, paired_difference
 from gigapath.options import to_dict
 
 RUN = "finetune.json"
+TUNED = "fine-tuned"  # the model itself, beside its controls
 # What may differ between a run and the one that goes on with it: it changes no number that is stored.
 _FREE = ("workers", "device", "replicates")
 
 Say = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """What a run works on.
-
-    Attributes:
-        task: name or YAML file.
-        features: folder of feature files.
-        labels: CSV.
-        splits: folder of split files, or None for folds drawn here.
-        pretrained: weights of the slide encoder: "hf_hub:REPO", a file, "" for random ones.
-    """
-
-    task: str
-    features: str
-    labels: str
-    splits: str | None = None
-    pretrained: str = "hf_hub:prov-gigapath/prov-gigapath"
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How it is done."""
-
-    join: JoinOptions = field(default_factory=JoinOptions)
-    split: SplitOptions = field(default_factory=SplitOptions)
-    model: ModelOptions = field(default_factory=ModelOptions)
-    training: TrainingOptions = field(default_factory=TrainingOptions)
-    controls: bool = False
-
-
-@dataclass(frozen=True)
-class Cohort:
-    """Joined, audited, looked at: what every fold shares."""
-
-    task: Task
-    joined: Joined
-    facts: list[FileFacts]
-    folds: list[Fold]
-    notes: list[str]
 
 
 @dataclass(frozen=True)
@@ -125,48 +86,6 @@ def _silent(line: str) -> None:
     """Where another process speaks."""
 
 
-def prepare(inputs: Inputs, settings: Settings) -> Cohort:
-    """Read and check everything that can be wrong before anything is trained or written."""
-    task = load_task(inputs.task)
-    files = find_files(inputs.features)
-    labels = read_labels(inputs.labels, task, id_rule=settings.join.id_rule)
-    joined = join_labels(labels, files, settings.join)
-    if settings.training.balanced and task.multi_label:
-        raise ValueError(
-            "--balanced: expected a task with one class a slide, got one with several labels. Leave it out."
-        )
-    if inputs.splits is None:
-        folds = draw_folds(joined.labels, settings.split.folds, seed=settings.training.seed)
-    else:
-        folds = read_splits(inputs.splits, joined.labels)
-    if settings.training.select == "val" or settings.training.calibrate:
-        lacking = [fold.number for fold in folds if len(fold.val) == 0]
-        if lacking:
-            raise ValueError(f"--select val, --calibrate: expected validation slides, fold {lacking[0]} has none.")
-    notes = check_classes(folds, joined.labels, task)
-    used = sorted({int(row) for fold in folds for rows in fold.sets().values() for row in rows})
-    joined = _keep(joined, used)
-    folds = [_renumber(fold, used) for fold in folds]
-    facts = look_at_all(joined.files, settings.join, workers=settings.training.workers)
-    prints = [fact.fingerprint for fact in facts]
-    notes += audit(folds, joined.labels, prints, allow_leakage=settings.split.allow_leakage)
-    if joined.missing:
-        notes.append(f"{len(joined.missing):,} labelled slides have no features ({shown(joined.missing)})")
-    if joined.unlabelled:
-        notes.append(f"{len(joined.unlabelled):,} feature files have no label ({shown(joined.unlabelled)})")
-    return Cohort(task, joined, facts, folds, notes)
-
-
-def _keep(joined: Joined, rows: Sequence[int]) -> Joined:
-    return replace(joined, labels=joined.labels.take(rows), files=tuple(joined.files[row] for row in rows))
-
-
-def _renumber(fold: Fold, used: Sequence[int]) -> Fold:
-    place = {row: number for number, row in enumerate(used)}
-    renamed = {name: np.array([place[int(row)] for row in rows], dtype=np.int64) for name, rows in fold.sets().items()}
-    return Fold(fold.number, **renamed)
-
-
 @dataclass
 class _Run:
     inputs: Inputs
@@ -191,13 +110,17 @@ class _Run:
         how = {"splits": "files" if self.inputs.splits else "drawn", "seed": settings.training.seed}
         if self.first:
             self._check_same_run()
-            split = keep_manifest(self.out, cohort.folds, cohort.joined.labels, how)
-        split = self.processes.gather(split)[0]
         for note in cohort.notes:
             self.say(f"note: {note}")
         plan = self._plan()
         for line in plan.lines():
             self.say(line)
+        if settings.controls:
+            self.say("the controls take their own time besides")
+        self._check_files()
+        if self.first:
+            split = keep_manifest(self.out, cohort.folds, cohort.joined.labels, how)
+        split = self.processes.gather(split)[0]
         self._record(split)
         evaluations: dict[str, list[Evaluation]] = {}
         for fold in cohort.folds:
@@ -246,6 +169,25 @@ class _Run:
                 "give the same options to go on with it."
             )
 
+    def _check_files(self) -> None:
+        """Read every bag once before anything is written, each process its share, so that a bad file stops no run in
+        its first epoch. Bags that stay in memory cost nothing more; a run that goes on has done it."""
+        if self.processes.gather((self.out / RUN).is_file())[0]:
+            return
+        started, wrong = time.perf_counter(), ""
+        ahead = ReadAhead(self.bags.__getitem__, workers=self.settings.training.workers)
+        try:
+            for _ in ahead(range(self.processes.rank, len(self.bags.files), self.processes.world)):
+                self.check_stop()
+        except FeatureFileError as error:
+            wrong = str(error)
+        found = [said for said in self.processes.gather(wrong) if said]
+        if found:
+            raise FeatureFileError(found[0])
+        size = sum(fact.tiles * fact.width for fact in self.cohort.facts) * 4
+        seconds = time.perf_counter() - started
+        self.say(f"files: {len(self.bags.files):,} read and checked, {size / 1e9:.2f} GB in {seconds:.1f} s")
+
     def _record(self, split: str) -> None:
         if self.first:
             settings = self.settings
@@ -286,24 +228,31 @@ class _Run:
     def _fold(self, fold: Fold, split: str) -> dict[str, Evaluation]:
         """Train and evaluate everything on a fold; what an earlier run finished is not done again."""
         folder = self.out / f"fold_{fold.number}"
-        main = self._fit(self.settings.model, self.inputs.pretrained, self.settings.training, fold, folder, split)
-        results = {"fine-tuned": main}
+        options, recipe = self.settings.model, self.settings.training
+        results = {TUNED: self._fit(TUNED, options, self.inputs.pretrained, recipe, fold, folder, split)}
         if self.settings.controls:
             alone = "" if self.inputs.pretrained else " (the model itself is trained from random weights)"
             self.say(f"fold {fold.number}: controls{alone}")
             place = folder / "controls"
             results[controls.MEAN] = self._means(fold, place / "tile_mean")
-            bare = replace(self.settings.model, head="abmil-tiles", freeze=False)
-            recipe = controls.abmil_options(self.settings.training)
-            results[controls.ATTENTION] = self._fit(bare, "", recipe, fold, place / "abmil_tiles", split)
-            if self.inputs.pretrained and self.settings.model.head != "abmil-tiles":
-                options, recipe = self.settings.model, self.settings.training
-                results[controls.RANDOM] = self._fit(options, "", recipe, fold, place / "random_weights", split)
+            bare = replace(options, head="abmil-tiles", freeze=False)
+            for_bags, name = controls.abmil_options(recipe), controls.ATTENTION
+            results[name] = self._fit(name, bare, "", for_bags, fold, place / "abmil_tiles", split)
+            if self.inputs.pretrained and options.head != "abmil-tiles":
+                name = controls.RANDOM
+                results[name] = self._fit(name, options, "", recipe, fold, place / "random_weights", split)
             self._compare(folder, results)
         return {name: result.headline for name, result in results.items()}
 
     def _fit(
-        self, options: ModelOptions, pretrained: str, recipe: TrainingOptions, fold: Fold, folder: Path, split: str
+        self,
+        name: str,
+        options: ModelOptions,
+        pretrained: str,
+        recipe: TrainingOptions,
+        fold: Fold,
+        folder: Path,
+        split: str,
     ) -> CohortResult:
         """Train a model on a fold and evaluate it on the test set, once."""
         task, labels = self.cohort.task, self.cohort.joined.labels
@@ -327,14 +276,15 @@ class _Run:
                 whole.classifier.load_state_dict(trained.classifier.state_dict())  # type: ignore[union-attr,operator]
             made = self.cohort.facts[0].made
             save_head(folder, FittedHead(whole, task, options, self.width, made, how, self.precision))
-            report.write_curves(folder, history, task)
+            report.write_curves(folder, history, f"{task.name}, fold {fold.number}, {name}")
             chosen = "the last epoch" if recipe.select == "last" else "the epoch of least validation loss"
             facts = {
                 "chosen": {"what": chosen, "calibration": how.fitted_on},
                 "history": [vars(entry) for entry in history],
                 "pretrained": pretrained,
             }
-            report.write_cohort(folder, labels.take(fold.test), said, task, how, result, facts)
+            what = f"fold {fold.number}, {name}"
+            report.write_cohort(folder, labels.take(fold.test), said, task, how, result, facts, what=what)
         self.processes.gather(None)
         return result
 
@@ -379,17 +329,18 @@ class _Run:
         said = probabilities(logits, task)
         result = self._evaluate(fold, said, how)
         if self.first:
-            report.write_cohort(folder, labels.take(fold.test), said, task, how, result, {})
+            what = f"fold {fold.number}, {controls.MEAN}"
+            report.write_cohort(folder, labels.take(fold.test), said, task, how, result, {}, what=what)
         return result
 
     def _compare(self, folder: Path, results: dict[str, CohortResult]) -> None:
         """Write what the fine-tuned model is ahead of each control by, on the same slides with the same draws."""
         training = self.settings.training
-        main = results["fine-tuned"].slides
+        main = results[TUNED].slides
         table: dict[str, Any] = {}
         for name, result in results.items():
             leads = {}
-            if name != "fine-tuned":
+            if name != TUNED:
                 found = paired_difference(main, result.slides, replicates=training.replicates, seed=training.seed)
                 leads = {score: str(lead) for score, lead in found.items()}
             scores = {score: str(value) for score, value in result.headline.estimates.items()}

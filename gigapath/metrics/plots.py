@@ -85,6 +85,8 @@ def draw_curves(
         ax.set_axisbelow(True)
         ax.spines[["top", "right"]].set_visible(False)
         ax.legend(frameon=False, fontsize=9)
+    if all(float(x).is_integer() for lines in panels.values() for xs, _ in lines.values() for x in xs):
+        all_axes[-1].xaxis.get_major_locator().set_params(integer=True)  # no epoch 2.5
     all_axes[-1].set_xlabel(x_label)
     all_axes[0].set_title(title)
     return _png(figure)
