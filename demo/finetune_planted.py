@@ -52,7 +52,7 @@ def main(out: Path) -> None:
             split=SplitOptions(folds=3),
             model=ModelOptions(model_arch="demo_slide_enc2l64d", feat_layer="2", dropout=0.0, global_pool=True),
             training=TrainingOptions(
-                epochs=8, batch_size=8, gradient_accumulation=1, base_lr=0.064, layer_decay=1.0, device="cpu"
+                epochs=6, batch_size=8, gradient_accumulation=1, base_lr=0.064, layer_decay=1.0, device="cpu"
             ),
             controls=True,
         ),

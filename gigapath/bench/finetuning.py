@@ -1,9 +1,15 @@
-"""How fast fine-tuning is: a training step as a share of a plain product's rate, and packed against one by one."""
+"""How fast fine-tuning is: a training step as a share of a plain product's rate, packed against one by one, and the
+share of the time that waits for files."""
 
-from collections.abc import Iterator
+import os
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import h5py
 import numpy as np
 import torch
 
@@ -11,8 +17,8 @@ from gigapath.bench.protocol import Work, compare, product
 from gigapath.bench.slide_encoder import WIDTHS
 from gigapath.classification_head import ClassificationHead
 from gigapath.devices import resolve_device
-from gigapath.finetune.data import Bag, MemoryBags
-from gigapath.finetune.options import TrainingOptions
+from gigapath.finetune.data import CELL, Bag, FileBags, MemoryBags, ReadAhead, look_at_all
+from gigapath.finetune.options import JoinOptions, TrainingOptions
 from gigapath.finetune.plan import operations
 from gigapath.finetune.processes import Processes, training_precision
 from gigapath.finetune.task import Task
@@ -32,6 +38,9 @@ class FinetuningBench:
     depth: int = option(12, "layers; fewer are quicker to measure and have the same share", at_least=1, at_most=12)
     precision: str = option("auto", "of the step", choices=("auto", "fp32", "bf16", "fp16"))
     pairs: int = option(7, "pairs of turns", at_least=1)
+    files: int = option(
+        8, "steps whose slides are read from files: the share of time spent waiting for them", at_least=0
+    )
     device: str = option("auto", "auto, cpu, cuda or cuda:N", metavar="DEVICE")
 
     def __post_init__(self) -> None:
@@ -47,7 +56,9 @@ def measure(options: FinetuningBench) -> Iterator[dict[str, Any]]:
         One row: `slides`, `tiles`, `precision`, `slides_per_second`, `operations` (multiply-adds x 2, real keys only,
         backward = 2 x forward), `share` of the product's rate in the same precision with `share_least` and
         `share_most`, `product_per_second`; with several slides also `packed`, the slides per second packed over those
-        one by one, with `packed_least` and `packed_most`.
+        one by one, with `packed_least` and `packed_most`; with `files` also `waiting`, the share of the seconds of that
+        many steps in which a slide that was asked for had not been read yet, and `waiting_seconds` of each step. The
+        files are new ones, out of the system's memory where it lets go of them, so that each is read from the disk.
     """
     device = resolve_device(options.device)
     precision = training_precision(options.precision, device)
@@ -90,27 +101,68 @@ def measure(options: FinetuningBench) -> Iterator[dict[str, Any]]:
     if slides > 1:
         gain = compare(packed, Work(lambda: step(1), amount), options.pairs, device)
         row |= {"packed": gain.median, "packed_least": gain.least, "packed_most": gain.most}
+    if options.files:
+        with tempfile.TemporaryDirectory(prefix="gigapath-bench-") as folder:
+            paths = _write_bags(Path(folder), [bags[row] for row in range(slides)], options.files)
+            row |= _waiting(trainer, model, optimizer, paths, slides)
     yield row
+
+
+def _write_bags(folder: Path, bags: Sequence[Bag], times: int) -> list[Path]:
+    """Feature files as fine-tuning reads them, not kept in the system's memory."""
+    paths = []
+    for number in range(times * len(bags)):
+        bag = bags[number % len(bags)]
+        paths.append(folder / f"{number}.h5")
+        with h5py.File(paths[-1], "w") as file:
+            file["features"] = bag.features
+            file["coords"] = bag.coords
+            file["coords"].attrs["patch_size_level0"] = CELL
+        with paths[-1].open("rb") as written:
+            os.fsync(written.fileno())
+            if hasattr(os, "posix_fadvise"):
+                os.posix_fadvise(written.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    return paths
+
+
+def _waiting(
+    trainer: Trainer, model: ClassificationHead, optimizer: torch.optim.Optimizer, paths: Sequence[Path], slides: int
+) -> dict[str, float]:
+    """Steps of `slides` slides each over files, read ahead as in training."""
+    read = FileBags(paths, look_at_all(paths, JoinOptions()), None)
+    ahead = ReadAhead(read.__getitem__, workers=trainer.options.workers)
+    started = time.perf_counter()
+    bags = ahead(range(len(paths)))
+    for _ in range(len(paths) // slides):
+        optimizer.zero_grad(set_to_none=True)
+        chunk = [next(bags) for _ in range(slides)]
+        trainer.add_gradients(model, [(chunk, np.arange(slides))], slides)
+        optimizer.step()
+    return {
+        "waiting": ahead.waited / (time.perf_counter() - started),
+        "waiting_seconds": ahead.waited * slides / len(paths),
+    }
 
 
 def _made_bag(tiles: int, width: int, random: np.random.Generator) -> Bag:
     places = np.arange(tiles)
     side = int(np.ceil(tiles**0.5))
     cells = np.stack([places % side, places // side], axis=1).astype(np.int64)
-    return Bag(random.standard_normal((tiles, width), dtype=np.float32), cells * 256)
+    return Bag(random.standard_normal((tiles, width), dtype=np.float32), cells * CELL)
 
 
 def in_words(row: dict[str, Any]) -> str:
     """A row of the table."""
+    waiting = f"{row['waiting']:.2%} ({row['waiting_seconds'] * 1000:.0f} ms a step)" if "waiting" in row else "-"
     gain = f"{row['packed']:.2f} ({row['packed_least']:.2f} to {row['packed_most']:.2f})" if "packed" in row else "-"
     return (
         f"| {row['slides']} | {sum(row['tiles']):,} | {row['precision']} | {row['slides_per_second']:.3f} | "
         f"{row['operations'] / 1e12:.2f} | {row['share']:.2f} ({row['share_least']:.2f} to {row['share_most']:.2f}) | "
-        f"{row['product_per_second'] / 1e9:,.0f} | {gain} |"
+        f"{row['product_per_second'] / 1e9:,.0f} | {gain} | {waiting} |"
     )
 
 
 HEADING = (
     "| slides | tiles | precision | slides/s | TFLOP a step | share of a product's rate | product GFLOP/s | "
-    "packed / one by one |\n|---|---|---|---|---|---|---|---|"
+    "packed / one by one | waiting for files |\n|---|---|---|---|---|---|---|---|---|"
 )
