@@ -1,10 +1,5 @@
 """Bags that a model must learn from, in memory: real tiles with a share of tumour, and a planted arrangement."""
 
-import csv
-import io
-import zipfile
-from pathlib import Path
-
 import numpy as np
 
 from gigapath.finetune.data import Bag
@@ -28,27 +23,12 @@ def arrangement_bag(label: int, random: np.random.Generator, *, width: int = 16,
     return Bag(bag.features, bag.coords[random.permutation(len(places))]) if permuted else bag
 
 
-def pcam_tiles(archive: Path, per_split: dict[str, int]) -> dict[str, tuple[list[np.ndarray], np.ndarray]]:
-    """split -> (tiles (96, 96, 3) uint8, labels): the first of each class, as many of each."""
-    from PIL import Image
-
-    found: dict[str, tuple[list[np.ndarray], list[int]]] = {split: ([], []) for split in per_split}
-    with zipfile.ZipFile(archive) as held:
-        name = next(name for name in held.namelist() if name.endswith("labels.csv"))
-        for row in csv.DictReader(io.StringIO(held.read(name).decode())):
-            tiles, labels = found.get(row["split"], ([], []))
-            if row["split"] in found and labels.count(int(row["label"])) < per_split[row["split"]] // 2:
-                tiles.append(np.asarray(Image.open(io.BytesIO(held.read(row["file"]))).convert("RGB")))
-                labels.append(int(row["label"]))
-    return {split: (tiles, np.array(labels)) for split, (tiles, labels) in found.items()}
-
-
 def tumour_bags(
-    features: np.ndarray, labels: np.ndarray, count: int, *, tiles: int, seed: int
+    features: np.ndarray, is_tumour: np.ndarray, count: int, *, tiles: int, seed: int
 ) -> tuple[list[Bag], np.ndarray]:
     """Bags of tiles of one split: every second bag is positive, a fifth of its tiles being tumour."""
     random = np.random.default_rng(seed)
-    normal, tumour = np.flatnonzero(labels == 0), np.flatnonzero(labels == 1)
+    normal, tumour = np.flatnonzero(~is_tumour), np.flatnonzero(is_tumour)
     bags, truth = [], np.arange(count) % 2
     for label in truth:
         of_tumour = tiles // 5 if label else 0

@@ -6,8 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from made_bags import arrangement_bag, pcam_tiles, tumour_bags
+from made_bags import arrangement_bag, tumour_bags
 from made_cohort import NARROW
+from real_tiles import pcam_mini_embeddings
 
 from gigapath.finetune import ModelOptions, Task, TrainingOptions, controls
 from gigapath.finetune.data import Bag, MemoryBags
@@ -16,6 +17,7 @@ from gigapath.finetune.heads import build_head
 from gigapath.finetune.processes import Processes
 from gigapath.finetune.splits import Fold
 from gigapath.finetune.training import Trainer
+from gigapath.linear_probe import read_table
 from gigapath.metrics import Predictions, evaluate
 
 TASK = Task("made", "binary", ("no", "yes"))
@@ -55,33 +57,30 @@ def test_planted_arrangement_is_learned_and_only_from_coordinates(tmp_path) -> N
     assert scores[False] > 0.9 and abs(scores[True] - 0.5) < 0.1, scores
 
 
-def embed(tiles: list[np.ndarray]) -> np.ndarray:
-    """Embeddings (N, 1280) of the stand-in tile encoder."""
-    from gigapath.tile_encoder import load_tile_encoder
-
-    encoder = load_tile_encoder("standin")
-    return np.concatenate([encoder.encode(np.stack(tiles[start : start + 100])) for start in range(0, len(tiles), 100)])
-
-
 @pytest.mark.slow
 def test_tumour_in_bags_of_real_tiles_is_found(tmp_path, shared, capsys) -> None:
-    archive = shared / "data" / "tiles" / "pcam-mini-7k.zip"
-    found = pcam_tiles(archive, {"train": 700, "test": 400})
-    train_bags, train_truth = tumour_bags(embed(found["train"][0]), found["train"][1], 200, tiles=60, seed=1)
-    test_bags, test_truth = tumour_bags(embed(found["test"][0]), found["test"][1], 100, tiles=60, seed=2)
-    bags, truth = train_bags + test_bags, np.concatenate([train_truth, test_truth])
+    """All tiles of each split: of the first 700 of training alone, the 350 that show tumour are learned by heart, and
+    the test AUROC stays at 0.9. 400 bags: with 200, so half the steps, it lies between 0.91 and 0.99 by the seed."""
+    train = 400
+    table = read_table(pcam_mini_embeddings(shared))
+    splits, kinds = np.array(table.splits), np.array(table.labels)
+    parts = []
+    for split, count, seed in (("train", train, 1), ("test", 200, 2)):
+        rows = np.flatnonzero(splits == split)
+        parts.append(tumour_bags(table.features[rows], kinds[rows] == "1", count, tiles=60, seed=seed))
+    bags, truth = parts[0][0] + parts[1][0], np.concatenate([parts[0][1], parts[1][1]])
     recipe = TrainingOptions(epochs=8, batch_size=8, gradient_accumulation=1, base_lr=0.016, layer_decay=1.0)
     model = ModelOptions(model_arch=NARROW, feat_layer="3", dropout=0.1, global_pool=True)
     attention = replace(model, head="abmil-tiles")
     scores = {
-        "small LongNet from scratch": learn(tmp_path / "longnet", bags, truth, 200, recipe, model),
-        controls.ATTENTION: learn(tmp_path / "abmil", bags, truth, 200, controls.abmil_options(recipe), attention),
+        "small LongNet from scratch": learn(tmp_path / "longnet", bags, truth, train, recipe, model),
+        controls.ATTENTION: learn(tmp_path / "abmil", bags, truth, train, controls.abmil_options(recipe), attention),
     }
-    means = controls.tile_means(MemoryBags(bags), range(300), workers=1)
-    layer = controls.fit_linear(means[:200], truth[:200], 2)
+    means = controls.tile_means(MemoryBags(bags), range(len(bags)), workers=1)
+    layer = controls.fit_linear(means[:train], truth[:train], 2)
     scores[controls.MEAN] = auroc(
-        truth[200:], probabilities(layer(torch.from_numpy(means[200:])).detach().numpy(), TASK)
+        truth[train:], probabilities(layer(torch.from_numpy(means[train:])).detach().numpy(), TASK)
     )
     with capsys.disabled():
         print("\n" + ", ".join(f"{name} {score:.3f}" for name, score in scores.items()))
-    assert scores["small LongNet from scratch"] > 0.9
+    assert min(scores.values()) > 0.9, scores
