@@ -12,6 +12,7 @@ import gigapath
 # `run(namespace) -> exit status`.
 VERBS: dict[str, tuple[str, str]] = {
     "download": ("download", "Fetch weights, demo data and the published tables; resumed, checked."),
+    "plan": ("plan", "What a cohort is made of and what it will cost, from the slides' headers; a pilot on a few."),
     "embed": ("embed", "Slides to tiles, tile embeddings and slide embeddings."),
     "embed-tiles": ("embed_tiles", "Tile images through a tile encoder into one file for probes."),
     "status": ("status", "How far a cohort is: slides by state and stage, rate, time left, failures by kind."),

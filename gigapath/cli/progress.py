@@ -21,10 +21,12 @@ class Terminal(Watcher):
     Args:
         unit: what is counted, "tile" or "slide".
         machine: keep standard output for the JSON document; everything else goes to standard error.
+        document: whether `report` prints that document.
     """
 
-    def __init__(self, unit: str, *, machine: bool) -> None:
+    def __init__(self, unit: str, *, machine: bool, document: bool = True) -> None:
         self._unit = unit
+        self._document = machine and document
         self._words: TextIO = sys.stderr if machine else sys.stdout
         self._bar: tqdm[Any] | None = None
         self._shown: Plan | None = None
@@ -82,7 +84,7 @@ class Terminal(Watcher):
         """Say how the run ended; the exit status."""
         self.close()
         status = EXIT_STATUS[result.outcome]
-        if self._words is sys.stderr:
+        if self._document:
             document = {
                 "run_id": result.run_id,
                 "outcome": result.outcome,

@@ -42,7 +42,9 @@ class SlideEntry:
     columns: Mapping[str, str] = field(default_factory=dict)
 
 
-def find_slides(inputs: Sequence[str | Path], *, exclude: Path | None = None) -> list[SlideEntry]:
+def find_slides(
+    inputs: Sequence[str | Path], *, exclude: Path | None = None, check_ids: bool = True
+) -> list[SlideEntry]:
     """The slides that `inputs` name, in that order; within a folder by path.
 
     A folder is searched with its subfolders; data folders of .mrxs slides, hidden folders and folders that this
@@ -52,6 +54,7 @@ def find_slides(inputs: Sequence[str | Path], *, exclude: Path | None = None) ->
     Args:
         inputs: slide files, folders of them, manifests (.csv or .tsv with a column `path`).
         exclude: a folder that is not searched: the run's own output.
+        check_ids: refuse ids that collide or can't be file names; without, `id_problems` tells all of them.
 
     Raises:
         FileNotFoundError: an input doesn't exist.
@@ -75,7 +78,9 @@ def find_slides(inputs: Sequence[str | Path], *, exclude: Path | None = None) ->
         elif path in named:
             entries.append(SlideEntry(slide_id_of(path), path))
     entries = list(_each_once(entries))
-    _check_ids(entries)
+    problems = id_problems(entries) if check_ids else []
+    if problems:
+        raise ValueError(problems[0])
     return entries
 
 
@@ -197,16 +202,20 @@ def _each_once(entries: Iterable[SlideEntry]) -> Iterator[SlideEntry]:
             yield entry
 
 
-def _check_ids(entries: Iterable[SlideEntry]) -> None:
+def id_problems(entries: Iterable[SlideEntry]) -> list[str]:
+    """A sentence for each id that a run would refuse: two slides have it, or it can't be a file's name."""
     owners: dict[str, SlideEntry] = {}
+    problems = []
     for entry in entries:
         try:
             safe_name(entry.slide_id)
         except ValueError as error:
-            raise ValueError(f"{entry.path}: {error}") from None
+            problems.append(f"{entry.path}: {error}")
+            continue
         if entry.slide_id in owners:
-            raise ValueError(
+            problems.append(
                 f"two slides have the id {entry.slide_id!r}: {owners[entry.slide_id].path} and {entry.path}. "
                 "Give them different ones in a manifest (columns path, slide_id)."
             )
-        owners[entry.slide_id] = entry
+        owners.setdefault(entry.slide_id, entry)
+    return problems

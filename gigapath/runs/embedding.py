@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from gigapath.cohort.manifest import SlideEntry, find_slides
@@ -11,7 +12,7 @@ from gigapath.cohort.reuse import check_unmixed
 from gigapath.cohort.stopping import StopFlag
 from gigapath.cohort.words import in_bytes, in_words, slides_in_words, tiles_in_words
 from gigapath.downloads import RELEASES
-from gigapath.encoding import SlideEncoder, load_slide_encoder
+from gigapath.encoding import SlideEncoder, encode_padded, load_slide_encoder
 from gigapath.options import to_dict
 from gigapath.preprocessing.tiling import TileOptions
 from gigapath.runs.embed_job import EmbedJob
@@ -184,6 +185,14 @@ def default_batch_size(encoder: TileEncoder) -> int:
         return _BATCH_ON_GPU
     large = sum(parameter.numel() for parameter in encoder.model.parameters()) > _LARGE
     return _BATCH_ON_CPU_LARGE if large else _BATCH_ON_CPU
+
+
+def measure_encoder(name: str, device: str, tile_size: int) -> float:
+    """Tiles/s of a tile encoder on this machine, by one batch of the size that a run takes."""
+    encoder = load_tile_encoder(name, device=device, precision="auto")
+    size = default_batch_size(encoder)
+    pixels = np.zeros((1, tile_size, tile_size, 3), np.uint8)
+    return measure_rate(lambda: encode_padded(pixels, encoder, size), size)
 
 
 def _plan(job: EmbedJob, todo: Sequence[SlideEntry]) -> Plan:

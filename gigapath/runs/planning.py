@@ -14,7 +14,7 @@ from gigapath.runs.entries import open_entry
 # So many slides are opened for an estimate; the others are taken to be like them.
 _SAMPLE = 20
 # Share of a slide's grid that is tissue, about, where nothing is known yet.
-_TISSUE_SHARE = 0.3
+TISSUE_SHARE = 0.3
 # Pixels a side that are read to learn how fast a slide can be decoded.
 _BLOCK = 1024
 # What tiling a slide takes beside decoding: tissue, flags, preview. As measured on two cores for any size of slide.
@@ -27,7 +27,7 @@ def guess_tiles(slide: Slide, tiling: TileOptions) -> int:
     """About how many tiles a slide is going to have, from its header alone."""
     grid = plan_grid(slide, mpp=tiling.mpp, tile_size=tiling.tile_size, tolerance=tiling.mpp_tolerance)
     places = grid.columns * grid.rows
-    guess = places if tiling.tissue == "none" else math.ceil(places * _TISSUE_SHARE)
+    guess = places if tiling.tissue == "none" else math.ceil(places * TISSUE_SHARE)
     return guess if tiling.max_tiles is None else min(guess, tiling.max_tiles)
 
 

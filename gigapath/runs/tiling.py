@@ -60,8 +60,19 @@ def run_tile(
         OutputError: the output folder can't be written.
     """
     out, tiling, options, watch = Path(out), tiling or TileOptions(), options or RunOptions(), watch or Watcher()
+    return tile_cohort(find_slides(slides, exclude=out), out, tiling, options, watch, command)
+
+
+def tile_cohort(
+    cohort: Sequence[SlideEntry],
+    out: Path,
+    tiling: TileOptions,
+    options: RunOptions,
+    watch: Watcher,
+    command: Sequence[str] = (),
+) -> RunResult:
+    """`run_tile` for slides that are found already."""
     with StopFlag(watch.stopping) as stop:
-        cohort = find_slides(slides, exclude=out)
         check_tissue(cohort, tiling)
         folder = out / "tiles"
         ids = {entry.slide_id for entry in cohort}

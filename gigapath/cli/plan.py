@@ -1,0 +1,116 @@
+"""`gigapath plan SLIDES`: what a cohort is made of and what it will cost, before anything is tiled."""
+
+import argparse
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from gigapath.cli.arguments import add_options, options_from
+from gigapath.cli.progress import Terminal
+from gigapath.cohort.progress import kind_of_failure
+from gigapath.cohort.words import in_bytes, in_words, slides_in_words, tiles_in_words
+from gigapath.downloads import RELEASES
+from gigapath.preprocessing.tiling import TileOptions
+from gigapath.runs.surveying import Survey, SurveyOptions, run_pilot, survey
+
+EXIT_FAILED_SLIDES = 3
+_SHOWN = 10
+_NAMED = 5
+_BAR = 30
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("slides", nargs="+", metavar="SLIDES", help="slide files, folders of them, manifests (.csv)")
+    parser.add_argument("--out", metavar="DIR", help="the output folder of --pilot")
+    parser.add_argument("--json", action="store_true", help="print one JSON document, for machines")
+    add_options(parser, SurveyOptions, title="plan")
+    add_options(parser, TileOptions, title="tiles")
+
+
+def run(namespace: argparse.Namespace) -> int:
+    options, tiling = options_from(namespace, SurveyOptions), options_from(namespace, TileOptions)
+    if options.pilot is not None and namespace.out is None:
+        raise ValueError("--pilot: expected --out DIR beside it, where tiles and previews go.")
+    out = None if namespace.out is None else Path(namespace.out)
+    found, entries = survey(namespace.slides, tiling, exclude=out)
+    failed = False
+    if options.pilot is not None and out is not None:
+        watch = Terminal("slide", machine=True, document=False)
+        try:
+            found, result = run_pilot(found, entries, out, options.pilot, tiling, watch=watch, command=namespace.words)
+        finally:
+            watch.close()
+        failed = watch.report(result) != 0
+    rate, source = options.tiles_per_second, "stated"
+    if rate is None and options.tile_encoder is not None:
+        from gigapath.runs.embedding import measure_encoder  # torch takes seconds: the headers are told without it
+
+        rate, source = (
+            measure_encoder(options.tile_encoder, options.device, tiling.tile_size),
+            "one batch measured here",
+        )
+    if namespace.json:
+        print(json.dumps(found.as_dict(rate), indent=2, ensure_ascii=False))
+    else:
+        for line in lines(found, rate, source):
+            print(line)
+        if out is not None and found.piloted:
+            print(f"look at {out / 'contact_sheet.jpg'} before anything is embedded.")
+    return EXIT_FAILED_SLIDES if failed or found.refused or found.id_problems else 0
+
+
+def lines(found: Survey, rate: float | None, source: str) -> Iterable[str]:
+    """The survey for a person."""
+    headers = found.headers
+    yield f"{slides_in_words(len(headers))}, {in_bytes(sum(header.bytes for header in headers))}"
+    yield from _counted("formats", Counter(header.vendor or "unknown" for header in headers))
+    yield from _counted("scanners", Counter(header.scanner or "unknown" for header in headers))
+    counts = found.native_mpp()
+    if counts:
+        yield "microns per pixel of level 0:"
+    for mpp, count in counts.items():
+        bar = "#" * max(1, round(_BAR * count / max(counts.values())))
+        yield f"  {mpp:5.2f}  {count:>7,}  {bar}"
+    kinds: dict[str, list[str]] = {}
+    for header in headers:
+        if header.error:
+            kinds.setdefault(kind_of_failure(header.error, header.slide_id), []).append(header.slide_id)
+    for kind, slides in sorted(kinds.items(), key=lambda item: (-len(item[1]), item[0])):
+        more = f" and {len(slides) - _NAMED:,} more" if len(slides) > _NAMED else ""
+        yield f"{len(slides):,} refused: {kind} ({', '.join(slides[:_NAMED])}{more})"
+    lacking = {
+        header.slide_id: f"{in_bytes(header.missing_bytes)} missing" for header in headers if header.missing_bytes
+    }
+    yield from _listed("cut short", lacking)
+    clashes = {h.slide_id: h.mpp_problem for h in headers if h.mpp_problem and not h.error}
+    yield from _listed("contradictory microns per pixel", clashes)
+    yield from _listed("ids that a run refuses", dict.fromkeys(found.id_problems, ""))
+    groups = {", ".join(group): "" for group in found.duplicates}
+    yield from _listed("identical files", groups)
+    yield from _listed("ids that look like names or dates", found.odd_ids)
+    yield (
+        f"{tiles_in_words(found.tiles, exact=False)}: {found.tissue_share:.0%} of the places are taken for tissue, "
+        + (f"as on {slides_in_words(found.piloted)} of the pilot." if found.piloted else "as is usual.")
+    )
+    sizes = ", ".join(f"{in_bytes(found.tiles * release.tile_dim * 4)} ({name})" for name, release in RELEASES.items())
+    yield f"tile embeddings in float32: {sizes}."
+    if rate is None:
+        yield "hours: say --tiles-per-second X, or --tile-encoder NAME to measure one batch here."
+    else:
+        seconds = found.tiles / rate
+        yield f"{seconds / 3600:,.3g} GPU hours at {rate:,.3g} tiles/s ({source}): {in_words(seconds)} on one."
+
+
+def _counted(title: str, counts: Counter[str]) -> Iterable[str]:
+    yield f"{title}: " + ", ".join(f"{name} {count:,}" for name, count in counts.most_common())
+
+
+def _listed(title: str, items: Mapping[str, str]) -> Iterable[str]:
+    """A title with a count, and the first few below it."""
+    if items:
+        yield f"{title}: {len(items):,}"
+    for name, words in list(items.items())[:_SHOWN]:
+        yield f"  {name}: {words}" if words else f"  {name}"
+    if len(items) > _SHOWN:
+        yield f"  and {len(items) - _SHOWN:,} more"

@@ -1,0 +1,228 @@
+"""`survey`: what a cohort is made of and what it will cost, from the slides' headers alone; `run_pilot` tiles a few."""
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from gigapath.cohort.manifest import SlideEntry, find_slides, id_problems
+from gigapath.cohort.privacy import without_paths
+from gigapath.cohort.status import FINISHED
+from gigapath.cohort.suspects import identical_files, odd_id, stratified
+from gigapath.cohort.tiff import missing_bytes
+from gigapath.downloads import RELEASES
+from gigapath.options import check_options, option
+from gigapath.preprocessing.grid import plan_grid
+from gigapath.preprocessing.slide import SAME_SCALE, Slide, SlideError
+from gigapath.preprocessing.tiling import TileOptions
+from gigapath.runs.engine import RunResult
+from gigapath.runs.entries import open_entry
+from gigapath.runs.machine import available_cores
+from gigapath.runs.options import RunOptions
+from gigapath.runs.planning import TISSUE_SHARE
+from gigapath.runs.tiling import tile_cohort
+from gigapath.runs.watching import Watcher
+
+# Headers wait for the disk more than they compute.
+_THREADS_PER_CORE = 4
+
+
+@dataclass(frozen=True)
+class SurveyOptions:
+    """What is wanted beside the headers."""
+
+    tiles_per_second: float | None = option(
+        None, "rate of the tile encoder, for hours (default: measured with --tile-encoder)", metavar="X", above=0
+    )
+    tile_encoder: str | None = option(None, "measure this tile encoder here, by one batch", metavar="NAME")
+    device: str = option("auto", "where it is measured", metavar="auto|cpu|cuda|mps")
+    pilot: int | None = option(
+        None, "tile N slides of all kinds into --out, previews included, and count by them", metavar="N", at_least=1
+    )
+
+    def __post_init__(self) -> None:
+        check_options(self)
+
+
+@dataclass(frozen=True)
+class Header:
+    """What one slide's header says.
+
+    Attributes:
+        slide_id: the slide.
+        bytes: size of its file.
+        vendor: OpenSlide's word for the format, or "".
+        scanner: the model, where it is given in a known form.
+        mpp: microns per level-0 pixel that a run would take (x and y averaged), or None.
+        mpp_problem: "missing", "implausible", or what contradicts the figure in words; "" where all is well.
+        places: tiles that would fit, tissue or not.
+        error: why the slide can't be opened or tiled, or "".
+        missing_bytes: what the file lacks at its end, by its own directory.
+    """
+
+    slide_id: str
+    bytes: int = 0
+    vendor: str = ""
+    scanner: str | None = None
+    mpp: float | None = None
+    mpp_problem: str = ""
+    places: int = 0
+    error: str = ""
+    missing_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class Survey:
+    """A cohort by its headers.
+
+    Attributes:
+        headers: one for each slide.
+        id_problems: sentences on ids that a run would refuse.
+        odd_ids: slide_id -> "a name" or "a date".
+        duplicates: ids of slides whose files are identical.
+        tissue_share: share of the places that became tiles in the pilot, or as is usual.
+        piloted: how many slides that share comes from; 0 for the usual one.
+        max_tiles: most tiles of a slide, or None.
+    """
+
+    headers: tuple[Header, ...]
+    id_problems: tuple[str, ...]
+    odd_ids: dict[str, str]
+    duplicates: tuple[tuple[str, ...], ...]
+    tissue_share: float = TISSUE_SHARE
+    piloted: int = 0
+    max_tiles: int | None = None
+
+    @property
+    def tiles(self) -> int:
+        """About how many tiles the cohort has."""
+        most = math.inf if self.max_tiles is None else self.max_tiles
+        return round(sum(min(most, header.places * self.tissue_share) for header in self.headers))
+
+    @property
+    def refused(self) -> int:
+        """Slides that a run would refuse as they are."""
+        return sum(bool(header.error or header.missing_bytes) for header in self.headers)
+
+    def as_dict(self, tiles_per_second: float | None) -> dict[str, Any]:
+        """Everything as plain values, for machines."""
+        return {
+            "slides": len(self.headers),
+            "bytes": sum(header.bytes for header in self.headers),
+            "refused": self.refused,
+            "vendors": dict(Counter(header.vendor or "unknown" for header in self.headers).most_common()),
+            "scanners": dict(Counter(header.scanner or "unknown" for header in self.headers).most_common()),
+            "native_mpp": {f"{mpp:.2f}": count for mpp, count in self.native_mpp().items()},
+            "mpp_problems": {h.slide_id: h.mpp_problem for h in self.headers if h.mpp_problem},
+            "unreadable": {h.slide_id: h.error for h in self.headers if h.error},
+            "truncated": {h.slide_id: h.missing_bytes for h in self.headers if h.missing_bytes},
+            "id_problems": list(self.id_problems),
+            "odd_ids": self.odd_ids,
+            "duplicates": [list(group) for group in self.duplicates],
+            "tiles": self.tiles,
+            "tissue_share": self.tissue_share,
+            "piloted": self.piloted,
+            "tile_embeddings_bytes": {name: self.tiles * release.tile_dim * 4 for name, release in RELEASES.items()},
+            "tiles_per_second": tiles_per_second,
+            "hours": self.tiles / tiles_per_second / 3600 if tiles_per_second else None,
+            "headers": [asdict(header) for header in self.headers],
+        }
+
+    def native_mpp(self) -> dict[float, int]:
+        """mpp of level 0, to two digits -> slides, ascending."""
+        counts = Counter(round(header.mpp, 2) for header in self.headers if header.mpp is not None)
+        return dict(sorted(counts.items()))
+
+
+def survey(
+    inputs: Sequence[str | Path], tiling: TileOptions, *, exclude: Path | None = None
+) -> tuple[Survey, list[SlideEntry]]:
+    """Open every header, in parallel; no tile is read.
+
+    Returns:
+        what was found, and the slides.
+
+    Raises:
+        ValueError, FileNotFoundError: there is no slide, or a manifest is off; single slides are told in the result.
+    """
+    entries = find_slides(inputs, exclude=exclude, check_ids=False)
+    with ThreadPoolExecutor(_THREADS_PER_CORE * available_cores(), thread_name_prefix="header") as pool:
+        headers = tuple(pool.map(lambda entry: read_header(entry, tiling), entries))
+    odd = {entry.slide_id: kind for entry in entries if (kind := odd_id(entry.slide_id))}
+    problems, duplicates = tuple(id_problems(entries)), tuple(identical_files(entries))
+    return Survey(headers, problems, odd, duplicates, max_tiles=tiling.max_tiles), entries
+
+
+def read_header(entry: SlideEntry, tiling: TileOptions) -> Header:
+    """What a slide's header says; what is wrong with it becomes part of the answer."""
+    header = Header(entry.slide_id)
+    try:
+        header = replace(header, bytes=entry.path.stat().st_size, missing_bytes=missing_bytes(entry.path))
+        with open_entry(entry, tiling) as slide:
+            header = replace(header, vendor=slide.vendor, scanner=slide.scanner, mpp_problem=_no_scale(slide))
+            header = replace(header, mpp=slide.mpp.mean, mpp_problem=_contradiction(slide))
+            grid = plan_grid(
+                slide,
+                mpp=tiling.mpp,
+                tile_size=tiling.tile_size,
+                tolerance=tiling.mpp_tolerance,
+                allow_upsampling=tiling.allow_upsampling,
+            )
+        return replace(header, places=grid.columns * grid.rows)
+    except (SlideError, OSError) as error:
+        reason = " ".join(str(error).split()).removeprefix(f"slide {entry.slide_id!r}: ")
+        return replace(header, error=without_paths(reason, entry))
+
+
+def _no_scale(slide: Slide) -> str:
+    """The kind of what is wrong where the slide's scale can't be told."""
+    try:
+        slide.mpp  # noqa: B018
+    except SlideError:
+        return "missing" if slide.stated_mpp is None else "implausible"
+    return ""
+
+
+def _contradiction(slide: Slide) -> str:
+    """What contradicts the scale that is taken, in words."""
+    own, stated = slide.mpp, slide.stated_mpp
+    if stated is not None and abs(own.mean / stated.mean - 1) > SAME_SCALE:
+        return f"{own.source} says {own.mean:.4g}, the file {stated.mean:.4g}"
+    if abs(own.x - own.y) > SAME_SCALE * own.mean:
+        return f"x {own.x:.4g} and y {own.y:.4g} differ"
+    return ""
+
+
+def run_pilot(
+    found: Survey,
+    entries: Sequence[SlideEntry],
+    out: Path,
+    count: int,
+    tiling: TileOptions,
+    *,
+    watch: Watcher | None = None,
+    command: Sequence[str] = (),
+) -> tuple[Survey, RunResult]:
+    """Tile `count` slides up to their previews, spread over vendors, scales and sites; the survey counts by them then.
+
+    Raises:
+        ValueError: no slide can be tiled, ids collide.
+        OutputError: the output folder can't be written.
+    """
+    if found.id_problems:
+        raise ValueError(found.id_problems[0])
+    pairs = [pair for pair in zip(entries, found.headers, strict=True) if not pair[1].error]
+    if not pairs:
+        raise ValueError("--pilot: expected slides that can be opened, got none.")
+    strata = [f"{h.vendor}|{h.mpp or 0:.2f}|{entry.columns.get('site', '')}" for entry, h in pairs]
+    chosen = [pairs[index] for index in stratified(strata, count)]
+    result = tile_cohort([entry for entry, _ in chosen], out, tiling, RunOptions(), watch or Watcher(), command)
+    made = {row["slide_id"]: row for row in result.rows if row["status"] in FINISHED}
+    tiles = sum(made[header.slide_id]["tiles"] for _, header in chosen if header.slide_id in made)
+    places = sum(header.places for _, header in chosen if header.slide_id in made)
+    if not places:
+        return found, result
+    return replace(found, tissue_share=tiles / places, piloted=len(made)), result
