@@ -1,6 +1,10 @@
 """The device and the precision that words of the command line mean on this machine."""
 
+import contextlib
 import re
+import threading
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 
@@ -37,3 +41,33 @@ def resolve_precision(precision: str, device: torch.device) -> str:
     if precision == "auto":
         return "fp16" if device.type == "cuda" else "fp32"
     return precision
+
+
+_reproducible_lock = threading.Lock()
+_reproducible_users = 0
+_reproducible_flags: Any = None
+
+
+@contextlib.contextmanager
+def reproducible(device: torch.device) -> Iterator[None]:
+    """On CUDA, convolutions in true float32 and by deterministic kernels, within this block only.
+
+    cuDNN's switches belong to the process: of several threads inside, the first sets them and the last puts them back.
+    """
+    global _reproducible_users, _reproducible_flags
+    if device.type != "cuda":
+        yield
+        return
+    with _reproducible_lock:
+        if _reproducible_users == 0:
+            flags = torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
+            flags.__enter__()
+            _reproducible_flags = flags
+        _reproducible_users += 1
+    try:
+        yield
+    finally:
+        with _reproducible_lock:
+            _reproducible_users -= 1
+            if _reproducible_users == 0:
+                _reproducible_flags.__exit__(None, None, None)

@@ -1,4 +1,4 @@
-"""Pixels to tile embeddings on disk, and tile embeddings to the embeddings of a slide.
+"""A batch of pixels to tile embeddings, and tile embeddings to the embeddings of a slide.
 
 B tiles of a batch, N tiles of a slide, D width of a tile embedding, E width of the slide encoder.
 """
@@ -6,7 +6,7 @@ B tiles of a batch, N tiles of a slide, D width of a tile embedding, E width of 
 import contextlib
 import itertools
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,14 +19,12 @@ from torch import Tensor
 from gigapath.devices import resolve_device, resolve_precision
 from gigapath.downloads import RELEASES, release_of
 from gigapath.downloads.digests import remembered_sha256
-from gigapath.features import TileEmbeddings, TileEmbeddingsWriter, parse_embedding
+from gigapath.features import TileEmbeddings, parse_embedding
 from gigapath.longnet.attention import choose_kernel
 from gigapath.pos_embed import checked_coords
 from gigapath.slide_encoder import WEIGHTS_FILE, LongNetViT, create_model
 from gigapath.tile_encoder import TileEncoder
 from gigapath.weights import find_weights, load_state_dict, tell_architecture
-
-Batches = Iterable[tuple[int, npt.NDArray[np.uint8]]]
 
 # Encoders get tiles `tile_size` pixels apart; the released slide encoders count 256 to a cell.
 _CELL = 256
@@ -42,47 +40,37 @@ class EncoderError(ValueError):
     stops_run = True
 
 
-def encode_tiles(
-    batches: Batches,
-    encoder: TileEncoder,
-    writer: TileEmbeddingsWriter,
-    *,
-    batch_size: int,
-    after_batch: Callable[[int], None] = lambda count: None,
-) -> None:
-    """Embed a slide's tiles batch by batch, each batch of the one full shape: the last is padded and cut.
+class OutOfMemory(EncoderError):
+    """The device's memory doesn't hold a batch."""
+
+
+def encode_padded(pixels: npt.NDArray[np.uint8], encoder: TileEncoder, batch_size: int) -> npt.NDArray[np.float32]:
+    """(n, T, T, 3) uint8 to (n, D) float32 through one batch of exactly `batch_size` tiles, padded and cut.
 
     So the vector of a tile depends on nothing but the tile, whatever stands beside it.
-
-    Args:
-        batches: (index of the first tile, uint8 pixels (n, T, T, 3)) in order, n <= `batch_size`.
-        encoder: the tile encoder.
-        writer: takes (index, float32 (n, D)).
-        batch_size: B.
-        after_batch: is told how many tiles were embedded; it may raise to stop.
 
     Raises:
         EncoderError: the encoder failed, for want of memory or otherwise.
         ValueError: a vector is not finite.
     """
-    for first, pixels in batches:
-        writer.write(first, encode_padded(pixels, encoder, batch_size))
-        after_batch(len(pixels))
+    cut = np.zeros((batch_size, *[encoder.transform.crop] * 2, 3), np.uint8)
+    encoder.transform.cut(pixels, cut[: len(pixels)])
+    with encoder_failures(encoder, batch_size):
+        vectors = encoder.forward(torch.from_numpy(cut).to(encoder.device)).cpu().numpy()
+    return encoder.checked(vectors[: len(pixels)])
 
 
-def encode_padded(pixels: npt.NDArray[np.uint8], encoder: TileEncoder, batch_size: int) -> npt.NDArray[np.float32]:
-    """(n, T, T, 3) uint8 to (n, D) float32 through one batch of exactly `batch_size` tiles."""
-    count = len(pixels)
-    if count < batch_size:
-        pixels = np.concatenate([pixels, np.zeros((batch_size - count, *pixels.shape[1:]), np.uint8)])
+@contextlib.contextmanager
+def encoder_failures(encoder: TileEncoder, batch_size: int) -> Iterator[None]:
+    """What a device or a model says when it fails on a batch, as one sentence: EncoderError."""
     try:
-        return encoder.encode(pixels)[:count]
+        yield
     except torch.cuda.OutOfMemoryError as error:
-        raise EncoderError(
+        raise OutOfMemory(
             f"{encoder.name}: {encoder.device} has too little memory for batches of {batch_size} tiles. "
             "Choose a smaller --batch-size."
         ) from error
-    except (RuntimeError, MemoryError) as error:
+    except (RuntimeError, MemoryError, ValueError) as error:
         raise EncoderError(f"{encoder.name} failed on {encoder.device}: {_first_line(error)}") from error
 
 

@@ -26,7 +26,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from gigapath import standin
-from gigapath.devices import resolve_device, resolve_precision
+from gigapath.devices import reproducible, resolve_device, resolve_precision
 from gigapath.downloads import HUB_PREFIXES, RELEASES, Release
 from gigapath.downloads.digests import remembered_sha256
 from gigapath.downloads.hub import hub_error
@@ -213,13 +213,33 @@ class TileEncoder:
         Raises:
             ValueError: the batch has another form, or a vector is not finite.
         """
-        with torch.inference_mode(), self._autocast(), _reproducible(self.device):
-            vectors = self.model(self.transform.batch(tiles, self.device)).float().cpu().numpy()
-        if vectors.shape != (len(tiles), self.embed_dim):
-            raise ValueError(f"{self.name}: expected vectors of {self.embed_dim}, got an output {vectors.shape}.")
+        return self.checked(self.forward(torch.from_numpy(self.transform.cut(tiles)).to(self.device)).cpu().numpy())
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """One batch through the second half of the transform and the model, on the encoder's device.
+
+        Args:
+            pixels: uint8 (B, crop, crop, 3), on the device.
+
+        Returns:
+            float32 (B, D), there; a GPU may still be computing it.
+
+        Raises:
+            ValueError: the model gives vectors of another width.
+        """
+        with torch.inference_mode(), self._autocast(), reproducible(self.device):
+            vectors: Tensor = self.model(self.transform.normalise(pixels)).float()
+        if vectors.shape != (len(pixels), self.embed_dim):
+            raise ValueError(
+                f"{self.name}: expected vectors of {self.embed_dim}, got an output {tuple(vectors.shape)}."
+            )
+        return vectors
+
+    def checked(self, vectors: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        """The vectors (n, D) as they are; ValueError where one is not finite."""
         if not np.isfinite(vectors).all():
             raise ValueError(f"{self.name}: a vector is not finite in {self.precision}. Try --precision fp32.")
-        return np.asarray(vectors, dtype=np.float32)
+        return vectors
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
         if self.precision == "fp32":
@@ -272,13 +292,6 @@ def load_tile_encoder(
         model=model,
         **parts,
     )
-
-
-def _reproducible(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """On CUDA, convolutions in true float32 and by deterministic kernels, within this block only."""
-    if device.type != "cuda":
-        return contextlib.nullcontext()
-    return torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
 
 
 # What each kind of name leads to: the fields of a TileEncoder that depend on it.

@@ -17,6 +17,7 @@ LAYERS = [
     {"preprocessing", "tile_transform", "standin", "slide_encoder", "metrics"},
     {"tile_encoder", "classification_head", "torchscale"},
     {"cohort", "encoding"},
+    {"tile_stream"},
     {"runs"},
     {"pipeline", "convert", "linear_probe", "finetune"},
     {"verify", "bench", "check"},

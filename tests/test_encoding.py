@@ -13,7 +13,6 @@ from tiny_encoders import WIDTH, tiny_longnet, tiny_slide_encoder, tiny_tile_enc
 from gigapath.encoding import (
     EncoderError,
     encode_padded,
-    encode_tiles,
     load_slide_encoder,
     mean_of_rows,
     pooled_states,
@@ -21,16 +20,6 @@ from gigapath.encoding import (
 from gigapath.features import SlideEmbeddings, TileEmbeddings
 
 Pixels = npt.NDArray[np.uint8]
-
-
-class Sink:
-    """Takes what a TileEmbeddingsWriter takes."""
-
-    def __init__(self) -> None:
-        self.blocks: list[tuple[int, npt.NDArray[np.float32]]] = []
-
-    def write(self, start: int, block: npt.NDArray[np.float32]) -> None:
-        self.blocks.append((start, block))
 
 
 def some_pixels(count: int) -> Pixels:
@@ -47,15 +36,11 @@ def test_tiny_encoder_tells_tiles_apart() -> None:
     assert np.abs(first - second).max() > 1e-3
 
 
-def test_encode_tiles_shows_the_encoder_one_shape_and_cuts_the_padding() -> None:
-    encoder, sink, seen = tiny_tile_encoder(), Sink(), []
+def test_encode_padded_shows_the_encoder_one_shape_and_cuts_the_padding() -> None:
+    encoder, seen = tiny_tile_encoder(), []
     encoder.model.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape[0]))
-    counts: list[int] = []
-    pixels = some_pixels(10)
-    encode_tiles(batches(pixels, 4), encoder, sink, batch_size=4, after_batch=counts.append)  # type: ignore[arg-type]
-    assert seen == [4, 4, 4]
-    assert counts == [4, 4, 2]
-    assert [(start, len(block)) for start, block in sink.blocks] == [(0, 4), (4, 4), (8, 2)]
+    lengths = [len(encode_padded(block, encoder, 4)) for _, block in batches(some_pixels(10), 4)]
+    assert (seen, lengths) == ([4, 4, 4], [4, 4, 2])
 
 
 def test_vector_of_a_tile_does_not_depend_on_its_neighbours() -> None:

@@ -627,7 +627,7 @@ def test_plan_tells_tiles_bytes_time_and_ways_out_of_a_long_one(
     assert "tiles/s (one batch, measured here)" in text
     assert "hundred times as fast" not in text
     assert not notes.plans[0].exact
-    monkeypatch.setattr("gigapath.runs.embedding.measure_rate", lambda *_: 0.001)
+    monkeypatch.setattr("gigapath.runs.embedding._settle", lambda *_: 0.001)
     embed(slides, tmp_path, watch=notes, overwrite="features")
     text = "\n".join(notes.plans[1].lines)
     assert notes.plans[1].exact

@@ -47,7 +47,7 @@ def run(namespace: argparse.Namespace) -> int:
         from gigapath.runs.embedding import measure_encoder  # torch takes seconds: the headers are told without it
 
         rate, source = (
-            measure_encoder(options.tile_encoder, options.device, tiling.tile_size),
+            measure_encoder(options.tile_encoder, options.device),
             "one batch measured here",
         )
     if namespace.json:

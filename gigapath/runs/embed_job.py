@@ -1,20 +1,19 @@
 """The work of `run_embed` on one slide: tiles, tile embeddings, slide embeddings, each kept and reused by itself."""
 
 import contextlib
+import time
+from collections import deque
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from gigapath.cohort.manifest import SlideEntry
 from gigapath.cohort.reuse import digest, finished, redone
 from gigapath.cohort.status import Status, read_status
-from gigapath.encoding import encode_padded, encode_tiles
 from gigapath.features import NUMERICS_VERSION, TileEmbeddingsWriter, Tiles, read_tiles
 from gigapath.preprocessing.reading import READER, UInt8Array, iter_tiles
-from gigapath.preprocessing.slide import Slide, SlideError
+from gigapath.preprocessing.slide import SlideError
 from gigapath.preprocessing.tiling import TileOptions
 from gigapath.runs.engine import CohortRun, Outcome
 from gigapath.runs.entries import open_entry
@@ -22,17 +21,26 @@ from gigapath.runs.options import RunOptions
 from gigapath.runs.slides import SlideStage
 from gigapath.runs.tiling import tile_slide, tiles_digest, tiles_done, tiling_identities
 from gigapath.tile_encoder import TileEncoder
+from gigapath.tile_stream.busy import Snapshot, bottleneck
+from gigapath.tile_stream.passes import PlainPass
+from gigapath.tile_stream.settling import Settled
+from gigapath.tile_stream.stream import SlideVectors, TileStream
+
+# How often a run tells how busy its stages are.
+_TELL_SECONDS = 1.0
 
 
 @dataclass
 class EmbedJob:
-    """Brings one slide after the other through the stages.
+    """Brings slides through the stages: while one is encoded and written, the next is read and another one planned.
+
+    Use it as a context manager: `announce` the slides, then `work` for each in that order; no thread is left.
 
     Attributes:
         run: the run; says when to stop.
         tiling: how slides are cut, where this run cuts them.
         options: how the run goes about it.
-        encoder: the tile encoder.
+        encoders: the tile encoder, once a device; the same object where workers share it.
         batch_size: tiles of every batch that the encoder sees.
         workers: threads that read tiles.
         store: "float32" or "float16".
@@ -40,12 +48,13 @@ class EmbedJob:
         tiles: folder of tiles.
         own_tiles: whether this run makes the tiles, or takes those of another folder.
         slides: the slide stage, or None.
+        settled: how the devices are used; None for the plain way, a slide at a time.
     """
 
     run: CohortRun
     tiling: TileOptions
     options: RunOptions
-    encoder: TileEncoder
+    encoders: tuple[TileEncoder, ...]
     batch_size: int
     workers: int
     store: str
@@ -53,7 +62,23 @@ class EmbedJob:
     tiles: Path
     own_tiles: bool
     slides: SlideStage | None
+    settled: Settled | None = None
     _expected: dict[str, int] = field(default_factory=dict)
+    _coming: deque["_SlideOnItsWay"] = field(default_factory=deque)
+    _stream: TileStream | None = None
+    _told: Snapshot = (0.0, {})
+
+    def __enter__(self) -> "EmbedJob":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if self._stream is not None:
+            self._stream.__exit__(kind, error, trace)
+
+    @property
+    def encoder(self) -> TileEncoder:
+        """The tile encoder, on its first device."""
+        return self.encoders[0]
 
     def run_identity(self) -> dict[str, Any]:
         """The part of the tile embeddings' identity that all slides share."""
@@ -73,7 +98,7 @@ class EmbedJob:
 
     def is_done(self, entry: SlideEntry) -> bool:
         """Whether nothing is left to do for a slide."""
-        features = self._features_done(entry, self.tiles_name(entry))
+        features = self.features_done(entry, self.tiles_name(entry))
         if features is None:
             return False
         return self.slides is None or self.slides.done(entry.slide_id, features.digest) is not None
@@ -84,7 +109,7 @@ class EmbedJob:
             status = tiles_done(self.tiles, entry, self.tiling, self.options)
             return None if status is None else status.digest
         with contextlib.suppress(ValueError, OSError):  # the stage itself says what is wrong with them
-            return tiles_digest(self._read_tiles(entry), entry)
+            return tiles_digest(self.read_tiles(entry), entry)
         return None
 
     def known_tiles(self, entry: SlideEntry) -> int | None:
@@ -92,10 +117,10 @@ class EmbedJob:
         name = self.tiles_name(entry)
         if name is None:
             return None if self.own_tiles else 0
-        if self._features_done(entry, name) is not None:
+        if self.features_done(entry, name) is not None:
             return 0
         status = read_status(self.tiles, entry.slide_id) if self.own_tiles else None
-        return status.tiles if status is not None else len(self._read_tiles(entry))
+        return status.tiles if status is not None else len(self.read_tiles(entry))
 
     def expect(self, tiles: dict[str, int]) -> None:
         """Take note of how many tiles each slide is thought to have; corrected slide by slide as they are tiled."""
@@ -107,7 +132,8 @@ class EmbedJob:
         features = {entry.slide_id: self.run_identity() for entry in todo}
         return [*redone(self.tiles, tiles), *redone(self.features, features)]
 
-    def _features_done(self, entry: SlideEntry, tiles: str | None) -> Status | None:
+    def features_done(self, entry: SlideEntry, tiles: str | None) -> Status | None:
+        """The status of tile embeddings that hold; `tiles` names the tiles that they are of."""
         if tiles is None or self.options.overwrites("features"):
             return None
         return finished(self.features, entry.slide_id, self._identity(tiles), allow_mixed=self.options.allow_mixed)
@@ -117,32 +143,76 @@ class EmbedJob:
 
     # ------------------------------------------------------------------------------------------------- the stages
 
+    def announce(self, entries: Sequence[SlideEntry]) -> None:
+        """Say which slides are going to be worked on, in this order, so that they can be planned and read ahead."""
+        self._coming.extend(_SlideOnItsWay(self, entry) for entry in entries)
+
     def work(self, entry: SlideEntry) -> list[Status]:
-        """Bring a slide through what is left to do; the status of each stage that was done."""
-        statuses = []
-        tiles = None
-        name = self.tiles_name(entry)
-        if name is None and self.own_tiles:
-            status, tiles = tile_slide(self.run, self.tiles, entry, self.tiling, self.options)
-            self._expect(entry, status.tiles)
-            statuses.append(status)
-            if not status.finished:
+        """Bring a slide through what is left to do; the status of each stage that was done.
+
+        Args:
+            entry: the next of the slides announced, or one that was not announced, once all of those are through.
+        """
+        if not self._coming:
+            self.announce([entry])
+        stream = self._running_stream()
+        slide = self._coming.popleft()
+        assert slide.entry == entry, f"{slide.entry.slide_id} was announced before {entry.slide_id}"
+        assert slide.vectors is not None
+        try:
+            slide.vectors.wait_prepared()
+            return self._finish(slide, slide.vectors, stream)
+        finally:
+            slide.vectors.drop()
+            self.run.facts["stages"] = self._stages(stream.busy.shares())
+
+    def _running_stream(self) -> TileStream:
+        """The stream, with every slide submitted that was announced."""
+        if self._stream is None:
+            passes = self.settled.passes if self.settled else tuple(PlainPass(encoder) for encoder in self.encoders)
+            across = self.settled is not None and self.settled.across
+            self._stream = TileStream(passes, self.batch_size, across=across, check=self.run.stop.check)
+        for slide in self._coming:
+            if slide.vectors is None:
+                slide.vectors = self._stream.submit(slide)
+        return self._stream
+
+    def _finish(self, slide: "_SlideOnItsWay", vectors: SlideVectors, stream: TileStream) -> list[Status]:
+        """Take a slide's vectors and write them, then the slide's own embeddings."""
+        entry, statuses = slide.entry, []
+        if slide.tiled is not None:
+            self._expect(entry, slide.tiled.tiles)
+            statuses.append(slide.tiled)
+            if not slide.tiled.finished:
                 return statuses
-            name = status.digest
-        features = self._features_done(entry, name)
+        features = slide.features
         if features is None:
-            identity = self._identity(name or "")
+            identity = self._identity(slide.digest or "")
+            written = _Clock()
             features = self.run.attempt(
-                self.features, entry, "features", identity, lambda: self._embed_tiles(entry, identity, tiles)
+                self.features,
+                entry,
+                "features",
+                identity,
+                lambda: self._embed_tiles(slide, identity, vectors, stream, written),
             )
+            stream.busy.add("write", written.elapsed())
             statuses.append(features)
         if features.finished and self.slides is not None and not self.slides.done(entry.slide_id, features.digest):
-            statuses.append(self.slides.embed(self.run, entry, self._features_path(entry), features.digest))
+            with stream.busy.working("slides"):
+                statuses.append(self.slides.embed(self.run, entry, self._features_path(entry), features.digest))
         return statuses
 
-    def _embed_tiles(self, entry: SlideEntry, identity: dict[str, Any], tiles: Tiles | None) -> Outcome:
-        tiles = self._read_tiles(entry) if tiles is None else tiles
-        self._expect(entry, len(tiles))
+    def _embed_tiles(
+        self,
+        slide: "_SlideOnItsWay",
+        identity: dict[str, Any],
+        vectors: SlideVectors,
+        stream: TileStream,
+        written: "_Clock",
+    ) -> Outcome:
+        tiles = slide.checked_tiles()
+        self._expect(slide.entry, len(tiles))
         attrs = {
             **{name: value for name, value in identity.items() if name != "tiles"},
             "batch_shape": (self.batch_size, tiles.tile_size, tiles.tile_size, 3),
@@ -151,49 +221,55 @@ class EmbedJob:
             "tiles": identity["tiles"],
             "identity": digest(identity),
         }
-        path = self._features_path(entry)
+        path = self._features_path(slide.entry)
         with (
-            open_entry(entry, self.tiling) as slide,
             TileEmbeddingsWriter(
                 path, tiles, embed_dim=self.encoder.embed_dim, dtype=self.store, attrs=attrs
             ) as writer,
+            contextlib.closing(vectors.blocks()) as blocks,
         ):
-            size = tiles.attrs.get("slide_size")
-            if size is not None and tuple(size) != slide.dimensions:
-                raise SlideError(
-                    f"slide {entry.slide_id!r}: expected {size[0]} x {size[1]} pixels, as when it was tiled, got "
-                    f"{slide.dimensions[0]} x {slide.dimensions[1]}. Tile it again: --overwrite tiles."
-                )
-            with contextlib.closing(self._batches(slide, tiles)) as batches:
-                encode_tiles(
-                    batches, self.encoder, writer, batch_size=self.batch_size, after_batch=self.run.watch.tiles
-                )
+            for first, block in blocks:
+                writer.write(first, block)
+                self.run.watch.tiles(len(block))
+                self._tell(stream)
+            written.start()  # what follows is flushing and verifying
         facts = {
             "tile_encoder": self.encoder.name,
             "precision": self.encoder.precision,
             "device": self.encoder.device.type,
             "trained": self.encoder.trained,
         }
-        return Outcome("done" if len(tiles) else "no_tissue", len(tiles), facts=facts, digest=digest(identity))
+        return Outcome(
+            "done" if len(tiles) else "no_tissue",
+            len(tiles),
+            facts=facts,
+            digest=digest(identity),
+            since=vectors.encoding_since,
+        )
 
-    def warm_up(self) -> None:
-        """Encode one batch of nothing, of the run's shape."""
-        size = self.tiling.tile_size
-        encode_padded(np.zeros((1, size, size, 3), np.uint8), self.encoder, self.batch_size)
+    def _tell(self, stream: TileStream) -> None:
+        """Tell whoever watches how busy the stages were of late."""
+        if time.perf_counter() - self._told[0] < _TELL_SECONDS:
+            return
+        shares = stream.busy.shares(self._told if self._told[1] else None)
+        self._told = stream.busy.snapshot()
+        self.run.watch.busy(shares)
 
-    def _batches(self, slide: Slide, tiles: Tiles) -> Generator[tuple[int, UInt8Array], None, None]:
-        """The slide's tiles in batches, until a signal comes; closing it ends the readers."""
-        batches = iter_tiles(slide, tiles, batch_size=self.batch_size, workers=self.workers)
-        for batch in batches:
-            self.run.stop.check()
-            yield batch
+    def _stages(self, shares: dict[str, float]) -> dict[str, Any]:
+        """How busy each stage was, for the run's record."""
+        return {
+            "busy": {stage: round(share, 3) for stage, share in shares.items()},
+            "waited_for": bottleneck(shares),
+            "batches_across_slides": self.settled is not None and self.settled.across,
+        }
 
     def _expect(self, entry: SlideEntry, tiles: int) -> None:
         if self._expected.get(entry.slide_id) != tiles:
             self._expected[entry.slide_id] = tiles
             self.run.watch.expect(sum(self._expected.values()))
 
-    def _read_tiles(self, entry: SlideEntry) -> Tiles:
+    def read_tiles(self, entry: SlideEntry) -> Tiles:
+        """The slide's tiles, from their file."""
         path = self.tiles / f"{entry.slide_id}.h5"
         if not path.is_file():
             raise SlideError(
@@ -209,3 +285,75 @@ class EmbedJob:
 
     def _features_path(self, entry: SlideEntry) -> Path:
         return self.features / f"{entry.slide_id}.h5"
+
+
+class _Clock:
+    """Seconds since `start`; none where it was never started."""
+
+    def __init__(self) -> None:
+        self._started: float | None = None
+
+    def start(self) -> None:
+        self._started = time.perf_counter()
+
+    def elapsed(self) -> float:
+        return 0.0 if self._started is None else time.perf_counter() - self._started
+
+
+class _SlideOnItsWay:
+    """One slide and what the stream's threads found out about it before its turn to be written came.
+
+    Attributes:
+        tiled: the status of the tiling, where this run tiled the slide.
+        digest: names its tiles, where there are any.
+        tiles: its tiles, where they are to be embedded.
+        features: the status of its tile embeddings, where they were done before.
+        vectors: its vectors on their way.
+    """
+
+    def __init__(self, job: EmbedJob, entry: SlideEntry) -> None:
+        self.entry = entry
+        self.tiled: Status | None = None
+        self.digest: str | None = None
+        self.tiles: Tiles | None = None
+        self.features: Status | None = None
+        self.vectors: SlideVectors | None = None
+        self._job = job
+        self._problem: Exception | None = None
+
+    def prepare(self) -> None:
+        """Find out what is left to do, and tile the slide where that is to do; called from the planner's thread."""
+        job = self._job
+        self.digest = job.tiles_name(self.entry)
+        if self.digest is None and job.own_tiles:
+            self.tiled, self.tiles = tile_slide(job.run, job.tiles, self.entry, job.tiling, job.options)
+            if not self.tiled.finished:
+                return
+            self.digest = self.tiled.digest
+        self.features = job.features_done(self.entry, self.digest)
+        if self.features is None and self.tiles is None:
+            try:
+                self.tiles = job.read_tiles(self.entry)
+            except (ValueError, OSError) as error:
+                self._problem = error
+
+    def checked_tiles(self) -> Tiles:
+        """The tiles that are to be embedded, or what is wrong with them."""
+        if self._problem is not None:
+            raise self._problem
+        assert self.tiles is not None
+        return self.tiles
+
+    def read(self) -> Generator[tuple[int, UInt8Array], None, None]:
+        """The pixels of the slide's tiles, where they are to be embedded; called from the reader's thread."""
+        if self.features is not None or self.tiles is None:
+            return
+        job = self._job
+        with open_entry(self.entry, job.tiling) as slide:
+            size = self.tiles.attrs.get("slide_size")
+            if size is not None and tuple(size) != slide.dimensions:
+                raise SlideError(
+                    f"slide {self.entry.slide_id!r}: expected {size[0]} x {size[1]} pixels, as when it was tiled, got "
+                    f"{slide.dimensions[0]} x {slide.dimensions[1]}. Tile it again: --overwrite tiles."
+                )
+            yield from iter_tiles(slide, self.tiles, batch_size=job.batch_size, workers=job.workers)

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from gigapath.cohort.manifest import SlideEntry, find_slides
@@ -12,7 +11,7 @@ from gigapath.cohort.reuse import check_unmixed
 from gigapath.cohort.stopping import StopFlag
 from gigapath.cohort.words import in_bytes, in_words, slides_in_words, tiles_in_words
 from gigapath.downloads import RELEASES
-from gigapath.encoding import SlideEncoder, encode_padded, load_slide_encoder
+from gigapath.encoding import SlideEncoder, load_slide_encoder
 from gigapath.options import to_dict
 from gigapath.preprocessing.tiling import TileOptions
 from gigapath.runs.embed_job import EmbedJob
@@ -20,12 +19,13 @@ from gigapath.runs.engine import CohortRun, RunResult
 from gigapath.runs.entries import check_tissue, chosen, share_in_words
 from gigapath.runs.machine import threads
 from gigapath.runs.options import EmbedOptions, RunOptions
-from gigapath.runs.planning import estimate_tiles, measure_rate
+from gigapath.runs.planning import estimate_tiles
 from gigapath.runs.slides import SlideStage, slides_folder
 from gigapath.runs.tiling import write_contact_sheet
 from gigapath.runs.watching import Plan, Watcher
 from gigapath.slide_encoder import WEIGHTS_FILE
 from gigapath.tile_encoder import TileEncoder, load_tile_encoder
+from gigapath.tile_stream.settling import settle
 
 # Tiles per batch where nobody says: on a CPU a batch takes seconds, so that a stop is heard in time.
 _BATCH_ON_GPU = 128
@@ -102,7 +102,9 @@ def run_embed(
                 check_unmixed(job.slides.folder, job.slides.run_identity(), ids)
         run.entries = chosen(cohort, out, "embed", run.stages, options, tiles=job.tiles)
         todo = [entry for entry in run.entries if not job.is_done(entry)]
-        result = run.over_slides(todo, job.work, lambda: _plan(job, todo))
+        with job:
+            job.announce(todo)
+            result = run.over_slides(todo, job.work, lambda: _plan(job, todo, embedding))
         if job.own_tiles:
             write_contact_sheet(out)
     return result
@@ -130,7 +132,7 @@ def _job(
         run=run,
         tiling=tiling,
         options=options,
-        encoder=encoder,
+        encoders=(encoder,),
         batch_size=embedding.batch_size or default_batch_size(encoder),
         workers=threads(options),
         store=embedding.store,
@@ -187,16 +189,15 @@ def default_batch_size(encoder: TileEncoder) -> int:
     return _BATCH_ON_CPU_LARGE if large else _BATCH_ON_CPU
 
 
-def measure_encoder(name: str, device: str, tile_size: int) -> float:
-    """Tiles/s of a tile encoder on this machine, by one batch of the size that a run takes."""
+def measure_encoder(name: str, device: str) -> float:
+    """Tiles/s of a tile encoder on this machine, by a batch or two of the size that a run takes."""
     encoder = load_tile_encoder(name, device=device, precision="auto")
-    size = default_batch_size(encoder)
-    pixels = np.zeros((1, tile_size, tile_size, 3), np.uint8)
-    return measure_rate(lambda: encode_padded(pixels, encoder, size), size)
+    settled = settle([encoder], default_batch_size(encoder), may_shrink=True, several=False)
+    return settled.tiles_per_second
 
 
-def _plan(job: EmbedJob, todo: Sequence[SlideEntry]) -> Plan:
-    """What the run is going to do and what it costs, by one batch measured here."""
+def _plan(job: EmbedJob, todo: Sequence[SlideEntry], embedding: EmbedOptions) -> Plan:
+    """What the run is going to do and what it costs, by a batch or two measured here."""
     entries, encoder = job.run.entries, job.encoder
     known = {entry.slide_id: job.known_tiles(entry) for entry in todo}
     counted = [count for count in known.values() if count is not None]
@@ -204,6 +205,7 @@ def _plan(job: EmbedJob, todo: Sequence[SlideEntry]) -> Plan:
     total = estimate_tiles(counted, unknown, job.tiling)
     guess = (total - sum(counted)) // len(unknown) if unknown else 0
     job.expect({slide_id: guess if count is None else count for slide_id, count in known.items()})
+    rate = _settle(job, todo, embedding) if total else 0.0
     skipped = len(entries) - len(todo)
     lines = [f"{slides_in_words(len(entries))}: {len(todo)} to do, {skipped} done before in equal numbers and skipped."]
     lines[:0] = share_in_words(entries, job.run.cohort, job.options)
@@ -228,9 +230,9 @@ def _plan(job: EmbedJob, todo: Sequence[SlideEntry]) -> Plan:
         "bytes": size,
     }
     if total:
-        rate = measure_rate(job.warm_up, job.batch_size)
-        # The last batch of each slide is padded, half of it on average.
-        seconds = (total + len(todo) * (job.batch_size - 1) / 2) / rate
+        # The last batch, or that of each slide, is padded, half of it on average.
+        padded = 1 if job.settled and job.settled.across else len(todo)
+        seconds = (total + padded * (job.batch_size - 1) / 2) / rate
         facts |= {"tiles_per_second": rate, "seconds": seconds}
         lines.append(f"{work}; about {in_words(seconds)} at {rate:.3g} tiles/s (one batch, measured here).")
         if seconds > _PATIENCE_SECONDS and encoder.device.type == "cpu":
@@ -238,6 +240,18 @@ def _plan(job: EmbedJob, todo: Sequence[SlideEntry]) -> Plan:
     else:
         lines.append(f"{work}.")
     return Plan(tuple(lines), len(entries), skipped, total, not unknown, facts)
+
+
+def _settle(job: EmbedJob, todo: Sequence[SlideEntry], embedding: EmbedOptions) -> float:
+    """Find out what the devices can do; their tiles/s. A batch size that nobody asked for gives way to the memory."""
+    job.settled = settle(job.encoders, job.batch_size, may_shrink=embedding.batch_size is None, several=len(todo) > 1)
+    if job.settled.batch_size != job.batch_size:
+        job.batch_size = job.settled.batch_size
+        job.run.facts.update(_facts(job))
+        if not job.options.allow_mixed:
+            check_unmixed(job.features, job.run_identity(), {entry.slide_id for entry in todo})
+    job.run.facts["batches"] = ", ".join(job.settled.ways)
+    return job.settled.tiles_per_second
 
 
 def _entries(slides: Sequence[str | Path], out: Path, tiles: str | None) -> list[SlideEntry]:

@@ -23,13 +23,17 @@ _TABLE_SHARE = 20.0
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a stage found out about a slide; becomes its status."""
+    """What a stage found out about a slide; becomes its status.
+
+    `since` says when (time.monotonic) work on it began, where that was before the attempt.
+    """
 
     status: str = "done"
     tiles: int = 0
     warnings: tuple[str, ...] = ()
     facts: Mapping[str, Any] = field(default_factory=dict)
     digest: str = ""
+    since: float | None = None
 
 
 @dataclass(frozen=True)
@@ -158,7 +162,7 @@ class CohortRun:
             stage=stage,
             status=outcome.status,
             tiles=outcome.tiles,
-            seconds=round(time.monotonic() - started, 3),
+            seconds=round(time.monotonic() - (outcome.since or started), 3),
             error=error,
             warnings=tuple(without_paths(text, entry) for text in outcome.warnings),
             identity=identity,

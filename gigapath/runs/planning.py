@@ -19,8 +19,6 @@ TISSUE_SHARE = 0.3
 _BLOCK = 1024
 # What tiling a slide takes beside decoding: tissue, flags, preview. As measured on two cores for any size of slide.
 _SECONDS_A_SLIDE = 0.4
-# A first call includes what is done once (memory, kernels); a slow one is believed all the same.
-_BELIEVED_SECONDS = 2.0
 
 
 def guess_tiles(slide: Slide, tiling: TileOptions) -> int:
@@ -67,15 +65,3 @@ def _tiling_seconds(slide: Slide, tiling: TileOptions, workers: int) -> float:
     slide.read(*corner, level, width, height)
     seconds = time.perf_counter() - started
     return _SECONDS_A_SLIDE + seconds * pixels / (width * height) / max(1, workers)
-
-
-def measure_rate(encode_batch: Callable[[], object], batch_size: int) -> float:
-    """Tiles/s of an encoder on this machine: of one batch after a warm-up, or of the warm-up itself if that is slow."""
-    seconds = 0.0
-    for _ in range(2):
-        started = time.perf_counter()
-        encode_batch()
-        seconds = time.perf_counter() - started
-        if seconds > _BELIEVED_SECONDS:
-            break
-    return batch_size / max(seconds, 1e-9)

@@ -41,6 +41,9 @@ class Watcher:
     def tiles(self, count: int) -> None:
         """`count` tiles more are embedded."""
 
+    def busy(self, shares: Mapping[str, float]) -> None:
+        """Share of the last second or so that each stage ("plan", "read", "encode", "write", "slides") was busy."""
+
     def slide(self, row: Mapping[str, Any], number: int, slides: int) -> None:
         """Slide `number` of `slides` is through; `row` is what slides.csv says of the stages that it went through."""
 
