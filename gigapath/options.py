@@ -51,20 +51,24 @@ def option(
 
 
 def check_options(options: Any) -> None:
-    """Raise ValueError with the option's name where a value lies outside what its field allows; call it in
-    `__post_init__`."""
+    """Raise ValueError with the option's name where a value, or one of several, lies outside what its field allows;
+    call it in `__post_init__`."""
     for field in dataclasses.fields(options):
         value = getattr(options, field.name)
         if value is None:
             continue
-        flag = "--" + field.name.replace("_", "-")
-        choices = field.metadata.get("choices")
-        if choices and value not in choices:
-            raise ValueError(f"{flag}: expected one of {', '.join(choices)}, got {value!r}.")
-        for bound, (holds, words) in _BOUNDS.items():
-            limit = field.metadata.get(bound)
-            if limit is not None and not holds(value, limit):  # NaN fails every comparison, and so every bound
-                raise ValueError(f"{flag}: expected {words} {limit:g}, got {value!r}.")
+        for item in value if isinstance(value, tuple) else (value,):
+            _check_value("--" + field.name.replace("_", "-"), item, field.metadata)
+
+
+def _check_value(flag: str, value: Any, metadata: Mapping[str, Any]) -> None:
+    choices = metadata.get("choices")
+    if choices and value not in choices:
+        raise ValueError(f"{flag}: expected one of {', '.join(choices)}, got {value!r}.")
+    for bound, (holds, words) in _BOUNDS.items():
+        limit = metadata.get(bound)
+        if limit is not None and not holds(value, limit):  # NaN fails every comparison, and so every bound
+            raise ValueError(f"{flag}: expected {words} {limit:g}, got {value!r}.")
 
 
 def to_dict(options: Any) -> dict[str, Any]:
