@@ -48,11 +48,14 @@ class GatedAttention(nn.Module):
 
     def forward(self, tiles: Tensor, lengths: Sequence[int]) -> Tensor:
         """Pool (T, width), the tiles of B bags one after another, to (B, width)."""
-        scores = self.scores(torch.tanh(self.values(tiles)) * torch.sigmoid(self.gates(tiles))).float()
-        weights = [torch.softmax(part, dim=0) for part in torch.split(scores, list(lengths))]
         bags = torch.split(tiles, list(lengths))
-        pairs = zip(weights, bags, strict=True)
+        pairs = zip(self.weights(tiles, lengths), bags, strict=True)
         return torch.stack([(weight.to(bag.dtype) * bag).sum(dim=0) for weight, bag in pairs])
+
+    def weights(self, tiles: Tensor, lengths: Sequence[int]) -> list[Tensor]:
+        """a_k of each bag, (tiles of the bag, 1), float32; they sum to 1."""
+        scores = self.scores(torch.tanh(self.values(tiles)) * torch.sigmoid(self.gates(tiles))).float()
+        return [torch.softmax(part, dim=0) for part in torch.split(scores, list(lengths))]
 
 
 class TileAttention(nn.Module):
