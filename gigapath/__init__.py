@@ -22,6 +22,7 @@ _SUBMODULES = frozenset(
         "features",
         "finetune",
         "linear_probe",
+        "maps",
         "metrics",
         "pipeline",
         "pos_embed",

@@ -1,0 +1,65 @@
+"""Maps on slides: tile embeddings as colours and clusters, similarity, the slide encoder's exact attention, what a
+fitted head makes of each tile. Arrays, matplotlib figures, GeoJSON for QuPath; `make_maps` writes them for many slides.
+
+result = make_maps(["out"], "maps", MapOptions(kind=("attention",), layer=(1, 12)))
+
+Names are looked up when they are used: the options alone need no torch.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from gigapath.maps.attention import LayerAttention, Rollout, encoder_attention, rollout
+    from gigapath.maps.data import Colours, Place, TileMap, place_of
+    from gigapath.maps.drawing import draw_curve, draw_map, tile_rgba
+    from gigapath.maps.embeddings import cosine_similarity, fit_clusters, fit_components, sample_tiles
+    from gigapath.maps.geojson import tiles_geojson
+    from gigapath.maps.heads import deletion_and_insertion, gradient_times_input, head_attention, occlusion
+    from gigapath.maps.options import MapOptions
+    from gigapath.maps.run import MapsResult, look_at_slide, make_maps
+
+_HOMES = {
+    "attention": ("LayerAttention", "Rollout", "encoder_attention", "rollout"),
+    "data": ("Colours", "Place", "TileMap", "place_of"),
+    "drawing": ("draw_curve", "draw_map", "tile_rgba"),
+    "embeddings": ("cosine_similarity", "fit_clusters", "fit_components", "sample_tiles"),
+    "geojson": ("tiles_geojson",),
+    "heads": ("deletion_and_insertion", "gradient_times_input", "head_attention", "occlusion"),
+    "options": ("MapOptions",),
+    "run": ("MapsResult", "look_at_slide", "make_maps"),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+__all__ = [
+    "Colours",
+    "LayerAttention",
+    "MapOptions",
+    "MapsResult",
+    "Place",
+    "Rollout",
+    "TileMap",
+    "cosine_similarity",
+    "deletion_and_insertion",
+    "draw_curve",
+    "draw_map",
+    "encoder_attention",
+    "fit_clusters",
+    "fit_components",
+    "gradient_times_input",
+    "head_attention",
+    "look_at_slide",
+    "make_maps",
+    "occlusion",
+    "place_of",
+    "rollout",
+    "sample_tiles",
+    "tile_rgba",
+    "tiles_geojson",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOME_OF[name]}"), name)
