@@ -20,7 +20,7 @@ LAYERS = [
     {"tile_stream"},
     {"runs"},
     {"pipeline", "convert", "linear_probe", "finetune"},
-    {"verify", "bench", "maps", "check"},
+    {"verify", "bench", "maps", "check", "doctor"},
     {"cli"},
 ]
 RANK = {unit: rank for rank, units in enumerate(LAYERS) for unit in units}

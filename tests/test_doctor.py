@@ -1,0 +1,159 @@
+"""`gigapath doctor`: finds what is broken, says the mend, and never says the token."""
+
+import errno
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import numpy as np
+import pytest
+
+from gigapath.cli.main import main
+from gigapath.doctor import diagnose, disk, hub, machine, run, selftest, slides
+from gigapath.doctor.findings import STATES, Diagnosis
+from gigapath.doctor.made_slide import paint, write_slide
+from gigapath.preprocessing.slide import open_slide
+
+CANARY = "hf_canaryCANARYcanary0123456789"
+
+
+@pytest.fixture(scope="module")
+def found() -> dict[str, Diagnosis]:
+    """One whole run, offline."""
+    return {f"{d.area}/{d.name}": d for d in diagnose(offline=True)}
+
+
+def test_a_run_looks_at_everything_and_the_self_test_passes(found: dict[str, Diagnosis]) -> None:
+    assert {d.area for d in found.values()} == {
+        "versions", "machine", "devices", "attention", "slides", "hub", "disk", "self-test",
+    }  # fmt: skip
+    assert {d.state for d in found.values()} <= set(STATES)
+    assert found["self-test/whole-way"].state == "ok", found["self-test/whole-way"]
+    assert found["slides/openslide"].facts["path"] and found["slides/codec-none"].state == "ok"
+    assert all(d.mend for d in found.values() if d.state == "wrong")
+    assert {d.facts["kernel"] for d in found.values() if d.area == "attention"} <= {"cpu-flash", "plain"}
+    assert all("\n" not in d.text and "\n" not in d.mend for d in found.values())
+
+
+def test_the_users_home_is_not_said(found: dict[str, Diagnosis], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Path, "home", lambda: Path(__file__).parent.parent.parent)
+    said = json.dumps(run._all_said({"a": [str(Path(__file__)), 3]}))
+    assert str(Path(__file__).parent.parent.parent) not in said and "~" in said
+
+
+def test_no_token_is_ever_said(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def refuse(url: str, **options: Any) -> None:
+        raise RuntimeError(f"401 for Bearer {CANARY} at {url}")
+
+    monkeypatch.setenv("HF_TOKEN", CANARY)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", refuse)
+    monkeypatch.setattr(run, "check_whole_way", lambda: [])
+    monkeypatch.setattr(run, "check_kernels", lambda: [Diagnosis("attention", "x", "ok", "x", facts=[CANARY])])
+    for words in (["doctor"], ["doctor", "--json"]):
+        main(words)
+        said = "".join(capsys.readouterr())
+        assert CANARY not in said and "<token>" in said
+    monkeypatch.setenv("HF_TOKEN", f' "{CANARY}"\n')
+    assert main(["doctor", "--json"]) == 3
+    said = capsys.readouterr().out
+    assert CANARY not in said and "has not the form of a token" in said
+
+
+def test_access_is_told_from_no_access_and_no_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *a, **b: None)
+    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", lambda url, **options: object())
+    assert [d.facts for d in hub.check_weights(offline=False)] == ["accessible", "accessible"]
+    monkeypatch.setattr(hub, "_SECONDS", -0.95)
+    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", lambda url, **options: time.sleep(2))
+    assert all("no answer in" in d.text for d in hub.check_weights(offline=False))
+    assert [d.facts for d in hub.check_weights(offline=True)] == ["not asked", "not asked"]
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *a, **b: "a file")
+    assert [d.state for d in hub.check_weights(offline=True)] == ["ok", "ok"]
+
+
+@pytest.mark.parametrize(
+    ("code", "words"),
+    [
+        (errno.EROFS, "read-only"),
+        (errno.EDQUOT, "quota is used up"),
+        (errno.ENOSPC, "disk is full"),
+        (errno.EACCES, "no permission"),
+    ],
+)
+def test_folders_that_take_nothing_are_found(
+    code: int, words: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "none" / "hub"))
+
+    def refuse(descriptor: int) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    cache, *_ = disk.check_disk()
+    assert cache.state == "wrong" and words in cache.text and "HF_HOME" in cache.mend
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "none" / "hub" / "models").mkdir(parents=True)
+    cache, *_ = disk.check_disk()
+    assert cache.state == "note" and "what is in it serves" in cache.text
+
+
+def test_little_room_is_noted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(disk, "_ROOM_FOR_WEIGHTS", float("inf"))
+    cache, *_ = disk.check_disk()
+    assert cache.state == "note" and "GB free" in cache.text and "6 GB" in cache.mend
+
+
+def test_a_driver_without_a_gpu_in_sight_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine.torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(machine.torch.backends.mps, "is_available", lambda: False)
+    monkeypatch.setattr(machine.shutil, "which", lambda name: "somewhere")
+    (device,) = machine.check_devices()
+    assert device.state == "wrong" and "NVIDIA driver" in device.text and device.mend
+
+
+def test_a_refused_kernel_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "find_fault", lambda *a: "the short case gives dq wrong by 1")
+    kernels = machine.check_kernels()
+    assert all(d.state == "note" and "dq wrong by 1" in d.text and d.facts["kernel"] == "plain" for d in kernels)
+
+
+def test_a_wrong_number_a_broken_step_and_a_broken_codec_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(selftest, "whole_way", lambda: (selftest.TILES, np.zeros(8, np.float32)))
+    assert "differs from the stored one" in selftest.check_whole_way()[0].text
+    monkeypatch.setattr(selftest, "whole_way", lambda: (3, np.asarray(selftest.VECTOR, np.float32)))
+    assert "3 tiles were found" in selftest.check_whole_way()[0].text
+
+    def fail() -> None:
+        raise RuntimeError("no such operator")
+
+    monkeypatch.setattr(selftest, "whole_way", fail)
+    assert "failed with RuntimeError: no such operator" in selftest.check_whole_way()[0].text
+    monkeypatch.setattr(slides, "_LARGEST_MEAN_ERROR", -1.0)
+    assert {d.state for d in slides.check_codecs()} <= {"wrong", "note"}
+
+
+def test_what_a_look_stumbles_over_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> list[Diagnosis]:
+        raise KeyError("x")
+
+    for name in ("check_versions", "check_kernels", "check_whole_way", "check_codecs"):
+        monkeypatch.setattr(run, name, fail)
+    found = list(diagnose(offline=True))
+    assert sum("could not be looked at (KeyError" in d.text for d in found) == 4
+
+
+@pytest.mark.parametrize("compression", ["none", "jpeg", "jpeg2000"])
+def test_the_made_slide_is_one_for_openslide(compression: str, tmp_path: Path) -> None:
+    image = paint(700, 530)
+    path = tmp_path / "made.svs"
+    write_slide(path, image, mpp=0.25, compression=compression)
+    with open_slide(path) as slide:
+        assert slide.dimensions == (700, 530) and slide.mpp.mean == pytest.approx(0.25, rel=1e-4)
+        assert slide.vendor == ("aperio" if compression == "jpeg2000" else "generic-tiff")
+        pixels = slide.read(0, 0, 0, 700, 530)
+    assert np.abs(pixels.astype(int) - image).max() <= (40 if compression == "jpeg" else 0)
