@@ -10,6 +10,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
+import torch
 from made_cohort import NARROW, made_bag, write_cohort, write_csv, write_slide, write_splits, write_task
 
 from gigapath.cli.main import main
@@ -23,6 +24,7 @@ from gigapath.finetune import (
     predict,
 )
 from gigapath.finetune.inputs import prepare
+from gigapath.slide_encoder import create_model
 
 FAST = ["--model-arch", NARROW, "--feat-layer", "2", "--dropout", "0", "--pretrained", "", "--replicates", "20"]
 RECIPE = ["--epochs", "3", "--gradient-accumulation", "4", "--base-lr", "0.1", "--device", "cpu"]
@@ -150,6 +152,26 @@ def test_evaluate_refuses_slides_that_trained(fitted, tmp_path, capsys) -> None:
     words = ["evaluate", str(fitted / "out" / "fold_0"), str(fitted / "features"), "--out", str(tmp_path / "out")]
     assert main([*words, "--labels", str(fitted / "labels.csv"), "--device", "cpu"]) == 1
     assert "18 of the slides trained or chose this head" in capsys.readouterr().err
+
+
+def test_wrong_arguments_of_predict_and_evaluate_are_one_sentence(fitted, tmp_path, capsys) -> None:
+    head, features, labels = fitted / "out" / "fold_0", fitted / "features", fitted / "labels.csv"
+    short = tmp_path / "short"
+    short.mkdir()
+    (short / "head.json").write_text('{"format": 1}')
+    evaluate = ["evaluate", head, features, "--labels", labels, "--out"]
+    for words, said in (
+        (["predict", head, tmp_path / "nowhere"], "nowhere: expected a feature file or a folder"),
+        (["predict", fitted / "out", features], "expected a fitted head"),
+        (["predict", short, features], "one without features"),
+        (["predict", head, features, "--device", "gpu"], "--device: expected one of"),
+        ([*evaluate, tmp_path / "e", "--replicates", -5], "--replicates: expected at least 0, got -5"),
+        ([*evaluate, tmp_path / "e", "--seed", -1], "--seed: expected at least 0, got -1"),
+        ([*evaluate, labels], "--out: expected a folder"),
+    ):
+        assert main([str(word) for word in words]) == 1
+        err = capsys.readouterr().err
+        assert said in err and err.count("\n") == 1 and not (tmp_path / "e").exists(), err
 
 
 def test_head_whose_tensors_were_swapped_is_refused(fitted, tmp_path) -> None:
@@ -292,6 +314,10 @@ def test_nothing_is_written_when_the_input_is_off(tmp_path, capsys) -> None:
     assert "states 0 to 3" in refused("--feat-layer", "9")
     assert "--model-arch" in refused("--model-arch", "nonesuch")
     assert "--device" in refused("--device", "cuda:7")
+    weights = tmp_path / "slide_encoder.pth"
+    torch.save({"model": create_model("", NARROW, 16).state_dict()}, weights)
+    assert "--features: expected embeddings of width 16" in refused("--pretrained", weights)
+    assert main([*map(str, base), "--out", str(task)]) == 1 and "expected a folder" in capsys.readouterr().err
     slide = features / "slide-003.h5"
     whole = slide.read_bytes()
     slide.write_bytes(whole[:-40])

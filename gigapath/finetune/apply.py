@@ -15,6 +15,7 @@ from gigapath.finetune import report
 from gigapath.finetune.data import SUFFIXES, FileBags, FileFacts, find_files, look_at_all
 from gigapath.finetune.evaluation import CohortResult, decisions, evaluate_cohort
 from gigapath.finetune.fitted import FittedHead, load_head
+from gigapath.finetune.inputs import check_folder
 from gigapath.finetune.labels import bare_name, join_labels, read_labels, shown
 from gigapath.finetune.options import JoinOptions
 
@@ -47,6 +48,9 @@ def predict(
         on_failed: told why a file has no prediction.
     """
     join, head, place = join or JoinOptions(), load_head(checkpoint), resolve_device(device)
+    absent = [str(item) for item in features if not Path(item).exists()]
+    if absent:
+        raise FileNotFoundError(f"{absent[0]}: expected a feature file or a folder of them, found none.")
     files: list[Path] = []
     for item in map(Path, features):
         files += find_files(item) if item.is_dir() else [item]
@@ -102,6 +106,10 @@ def evaluate_head(
         ValueError: features of another width, encoder, mpp or numerics, labels that the head does not know, slides
             that trained the head.
     """
+    for name, value in (("--replicates", replicates), ("--seed", seed)):
+        if value < 0:
+            raise ValueError(f"{name}: expected at least 0, got {value}.")
+    check_folder(out)
     join, head = join or JoinOptions(), load_head(checkpoint)
     table = read_labels(labels, head.task, id_rule=join.id_rule)
     joined = join_labels(table, find_files(features), join)

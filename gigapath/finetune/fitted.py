@@ -24,6 +24,9 @@ from gigapath.options import from_dict, to_dict
 HEAD = "head.json"
 TENSORS = "head.safetensors"
 FORMAT = 1
+_KEYS = (
+    "task", "model", "input_dim", "features", "temperature", "thresholds", "fitted_on", "precision", "tensors", "sha256"
+)  # fmt: skip
 TERMS = (
     "For research use only, not for diagnosis. A slide encoder and embeddings fall under the terms of the weights that "
     "made them; Prov-GigaPath's are for research."
@@ -116,10 +119,13 @@ def load_head(path: Path | str) -> FittedHead:
     try:
         held = json.loads(file.read_text(encoding="utf-8"))
         version = held["format"]
-    except (ValueError, KeyError, TypeError) as error:
+        lacking = sorted({*_KEYS} - held.keys()) if version == FORMAT else []
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{file}: expected the JSON of a fitted head, got something else.") from error
     if version != FORMAT:
         raise ValueError(f"{file}: expected format {FORMAT}, got {version!r}. Another version of gigapath wrote it.")
+    if lacking:
+        raise ValueError(f"{file}: expected the JSON of a fitted head, got one without {lacking[0]}. Copy it anew.")
     if not (folder / held["tensors"]).is_file() or sha256_of(folder / held["tensors"]) != held["sha256"]:
         raise ValueError(f"{folder / held['tensors']}: not the tensors that {HEAD} was written with. Copy both anew.")
     task = task_from(held["task"], HEAD)

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from gigapath.classification_head import ClassificationHead
 from gigapath.finetune.data import Bag
 from gigapath.finetune.options import ModelOptions
-from gigapath.slide_encoder import ARCHITECTURES
+from gigapath.slide_encoder import ARCHITECTURES, WEIGHTS_FILE
+from gigapath.weights import find_weights, load_state_dict
 
 ATTENTION_WIDTH = 256  # of the gate
 EMBEDDING_WIDTH = 512  # of tiles in ABMIL without a slide encoder
@@ -151,6 +152,8 @@ def build_head(options: ModelOptions, *, pretrained: str, input_dim: int, n_clas
     """
     if options.head == "abmil-tiles":
         return TileAttention(input_dim, n_classes)
+    if pretrained:
+        _check_width(pretrained, input_dim)
     kind = TokenAttention if options.head == "abmil" else ClassificationHead
     return kind(
         input_dim=input_dim,
@@ -166,6 +169,16 @@ def build_head(options: ModelOptions, *, pretrained: str, input_dim: int, n_clas
         max_wsi_size=options.max_wsi_size,
         checkpoint_activations=options.checkpoint_activations,
     )
+
+
+def _check_width(pretrained: str, input_dim: int) -> None:
+    """Refuse features that the weights can't take, in the words of the user; the checkpoint is mapped, not read."""
+    projection = load_state_dict(find_weights(pretrained, WEIGHTS_FILE)).get("patch_embed.proj.weight")
+    if projection is not None and projection.shape[-1] != input_dim:
+        raise ValueError(
+            f"--features: expected embeddings of width {projection.shape[-1]}, which the slide encoder of --pretrained "
+            f"takes, got {input_dim}. Take the slide encoder that belongs to their tile encoder."
+        )
 
 
 def _width_of(model_arch: str) -> int:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import numpy as np
 
@@ -83,6 +84,12 @@ def prepare(inputs: Inputs, settings: Settings) -> Cohort:
     if joined.unlabelled:
         notes.append(f"{len(joined.unlabelled):,} feature files have no label ({shown(joined.unlabelled)})")
     return Cohort(task, joined, facts, folds, notes)
+
+
+def check_folder(out: Path | str) -> None:
+    """Refuse an output folder that is a file."""
+    if Path(out).exists() and not Path(out).is_dir():
+        raise ValueError(f"--out: expected a folder, got the file {str(out)!r}.")
 
 
 def _keep(joined: Joined, rows: Sequence[int]) -> Joined:

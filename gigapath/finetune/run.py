@@ -27,7 +27,7 @@ from gigapath.finetune.evaluation import (
 )
 from gigapath.finetune.fitted import TERMS, FittedHead, save_head
 from gigapath.finetune.heads import VectorHead, build_head, cache_states
-from gigapath.finetune.inputs import Cohort, Inputs, Settings, prepare
+from gigapath.finetune.inputs import Cohort, Inputs, Settings, check_folder, prepare
 from gigapath.finetune.options import ModelOptions, TrainingOptions
 from gigapath.finetune.plan import Plan, make_plan
 from gigapath.finetune.processes import Processes, join_processes, training_precision
@@ -75,6 +75,7 @@ def finetune(
     """
     settings = settings or Settings()
     out = Path(out)
+    check_folder(out)
     cohort = prepare(inputs, settings)
     processes = join_processes(settings.training.device)
     precision = training_precision(settings.training.precision, processes.device)
