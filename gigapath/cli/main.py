@@ -15,6 +15,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "plan": ("plan", "What a cohort is made of and what it will cost, from the slides' headers; a pilot on a few."),
     "embed": ("embed", "Slides to tiles, tile embeddings and slide embeddings."),
     "embed-tiles": ("embed_tiles", "Tile images through a tile encoder into one file for probes."),
+    "remove": ("remove", "Take a slide out of an output folder, every file and mention of it: consent withdrawn."),
     "status": ("status", "How far a cohort is: slides by state and stage, rate, time left, failures by kind."),
     "slide-embed": ("slide_embed", "Tile embeddings, ours or another tool's, to slide embeddings."),
     "tile": ("tile", "Find tissue and lay tiles: mask, tiles, previews. Look at them before embedding."),

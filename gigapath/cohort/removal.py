@@ -1,0 +1,190 @@
+"""Taking one slide out of an output folder, for consent withdrawn: its files, its rows, every mention of it."""
+
+import csv
+import io
+import json
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gigapath.cohort.privacy import PRIVATE, recorded_paths
+from gigapath.cohort.record import RUNS
+from gigapath.cohort.shards import FOLDER as SHARDS
+from gigapath.cohort.status import SLIDES_CSV
+from gigapath.files import PARTIAL_SUFFIX, OutputError, safe_name, write_text_atomic
+from gigapath.preprocessing.contact_sheet import contact_sheet
+
+REMOVED = "<removed>"
+_FOLDERS = ("tiles", "previews", "features_", "slides_", "contextual_")
+_SUFFIXES = (".h5", ".json", ".jpg")
+_TEXTS = (".csv", ".json", ".txt", ".md", ".html", ".tsv", ".yaml", ".log")
+_TEXT_BYTES = 100_000_000
+
+
+@dataclass(frozen=True)
+class Removal:
+    """What was removed, or would be; names are relative to the output folder.
+
+    Attributes:
+        files: the slide's own files.
+        edited: files in which its rows and mentions were taken out.
+        redrawn: pictures that are drawn anew without it.
+        mentions: other files in the folder that name the slide; they are left to their owner.
+    """
+
+    files: tuple[str, ...]
+    edited: tuple[str, ...]
+    redrawn: tuple[str, ...]
+    mentions: tuple[str, ...]
+
+    def __bool__(self) -> bool:
+        return bool(self.files or self.edited)
+
+
+def remove_slide(out: Path, slide_id: str, *, dry_run: bool = False) -> Removal:
+    """Remove everything of a slide from an output folder.
+
+    No run may work on the folder meanwhile: it would make the slide's files anew.
+
+    Args:
+        out: the output folder.
+        slide_id: the slide, by its whole id.
+        dry_run: change nothing.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+        OutputError: a file can't be removed or written.
+    """
+    safe_name(slide_id)
+    if not out.is_dir():
+        raise FileNotFoundError(f"no such folder: {out}")
+    hide = _hiding(out, slide_id)
+    files = _files_of(out, slide_id)
+    edits = _edits(out, slide_id, hide)
+    sheet = out / "contact_sheet.jpg"
+    shown = sheet.exists() and any(file.parent.name in ("tiles", "previews") for file in files)
+    if not dry_run:
+        for file in files:
+            _unlink(file)
+        for file, text in edits.items():
+            if text is None:
+                _unlink(file)
+            else:
+                write_text_atomic(file, text, mode=0o600 if file.parent.name == PRIVATE else 0o666)
+        if shown:
+            left = sorted(path.stem for path in (out / "tiles").glob("*.h5"))
+            contact_sheet(out, left)
+            if not left:
+                _unlink(sheet)
+    handled = {*files, *edits}
+    mentions = [path for path in _texts(out) if path not in handled and _names(path, slide_id)]
+    return Removal(
+        files=_relative(files, out),
+        edited=_relative(edits, out),
+        redrawn=_relative([sheet] if shown else [], out),
+        mentions=_relative(mentions, out),
+    )
+
+
+def _files_of(out: Path, slide_id: str) -> list[Path]:
+    """The files of a slide in every stage, its pieces' and unfinished ones included."""
+    name = re.escape(slide_id)
+    ending = "|".join(re.escape(suffix) for suffix in _SUFFIXES)
+    form = re.compile(rf"{name}(\.section-\d+)?({ending})(\..*{re.escape(PARTIAL_SUFFIX)})?")
+    folders = [path for path in out.iterdir() if path.name.startswith(_FOLDERS) and path.is_dir()]
+    return sorted(path for folder in folders for path in folder.iterdir() if form.fullmatch(path.name))
+
+
+def _edits(out: Path, slide_id: str, hide: Callable[[str], str]) -> dict[Path, str | None]:
+    """file -> its content without the slide, or None where the whole file goes."""
+    edits: dict[Path, str | None] = {}
+    for path in (out / SLIDES_CSV, out / PRIVATE / "paths.csv"):
+        text = _read(path)
+        if text is not None:
+            rows = list(csv.reader(io.StringIO(text, newline="")))
+            kept = [rows[0], *(row for row in rows[1:] if row and row[0] != slide_id)] if rows else []
+            if len(kept) < len(rows):
+                edits[path] = _as_csv(kept)
+    for path in sorted((out / SHARDS).glob("*.csv")):  # the next job of an array cuts the cohort anew
+        text = _read(path)
+        if text is not None and any(row[:1] == [slide_id] for row in csv.reader(io.StringIO(text, newline=""))):
+            edits[path] = None
+    for path in sorted([*(out / RUNS).glob("*.json"), *(out / PRIVATE).glob("*.json")]):
+        text = _read(path)
+        try:
+            content = json.loads(text or "")
+        except ValueError:
+            continue
+        cleaned = _cleaned(content, slide_id, hide)
+        if cleaned != content:
+            edits[path] = json.dumps(cleaned, indent=2, ensure_ascii=False) + "\n"
+    return edits
+
+
+def _cleaned(value: Any, slide_id: str, hide: Callable[[str], str]) -> Any:
+    """A run record's content without the slide: its row goes, what names it elsewhere is replaced."""
+    if isinstance(value, dict):
+        return {hide(name): _cleaned(item, slide_id, hide) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_cleaned(item, slide_id, hide) for item in value if not _is_row(item, slide_id)]
+    return hide(value) if isinstance(value, str) else value
+
+
+def _is_row(value: Any, slide_id: str) -> bool:
+    """Whether a list's item is the slide's row: [slide_id, path, ...]."""
+    return isinstance(value, list) and len(value) > 1 and value[0] == slide_id
+
+
+def _hiding(out: Path, slide_id: str) -> Callable[[str], str]:
+    """What puts `<removed>` in place of the slide's id, as a whole word, and of its file and mask."""
+    names = {slide_id}
+    for entry in recorded_paths(out):
+        if entry.slide_id == slide_id:
+            names |= {str(path) for path in (entry.path, entry.mask) if path is not None}
+            names |= {path.name for path in (entry.path, entry.mask) if path is not None}
+    form = "|".join(re.escape(name) for name in sorted(names, key=len, reverse=True))
+    pattern = re.compile(rf"(?<![\w.-])(?:{form})(?![\w-])")
+    return lambda text: pattern.sub(REMOVED, text)
+
+
+def _texts(out: Path) -> list[Path]:
+    return sorted(
+        path
+        for path in out.rglob("*")
+        if path.suffix.lower() in _TEXTS and path.is_file() and path.stat().st_size < _TEXT_BYTES
+    )
+
+
+def _names(path: Path, slide_id: str) -> bool:
+    """Whether a text names the slide as a whole word."""
+    text = _read(path)
+    return text is not None and re.search(rf"(?<![\w.-]){re.escape(slide_id)}(?![\w-])", text) is not None
+
+
+def _read(path: Path) -> str | None:
+    try:
+        return path.read_bytes().decode("utf-8", "replace")
+    except OSError:
+        return None
+
+
+def _as_csv(rows: list[list[str]]) -> str:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    return text.getvalue()
+
+
+def _unlink(path: Path) -> None:
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        raise OutputError(
+            f"{path.parent.name}/{path.name} could not be removed: {error.strerror or error}. "
+            "Ask the folder's owner, then run the same command again."
+        ) from error
+
+
+def _relative(paths: Iterable[Path], out: Path) -> tuple[str, ...]:
+    return tuple(str(path.relative_to(out)) for path in paths)

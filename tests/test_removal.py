@@ -1,0 +1,93 @@
+"""`gigapath remove`: every file, row and mention of a slide goes, and nothing of any other."""
+
+import json
+from pathlib import Path
+
+import pytest
+from made_slides import paint_tissue, write_pyramid
+from tiny_encoders import tiny_tile_encoder
+
+from gigapath.cli.main import main
+from gigapath.cohort.removal import remove_slide
+from gigapath.runs.options import RunOptions
+from gigapath.runs.tiling import run_tile
+
+SMALL = ["--tile-size", "64", "--workers", "0"]
+
+
+def named(out: Path, words: str) -> list[str]:
+    """Files that hold the words, or bear them in their names."""
+    return sorted(
+        str(path.relative_to(out))
+        for path in out.rglob("*")
+        if path.is_file() and (words in path.name or words.encode() in path.read_bytes())
+    )
+
+
+@pytest.fixture
+def out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An output folder of three slides, one whose id begins like another's, in all stages, with sections."""
+    slides = tmp_path / "slides"
+    slides.mkdir()
+    for seed, name in enumerate(("QXZ7", "QXZ7-b", "other")):
+        write_pyramid(slides / f"{name}.tif", paint_tissue(500, 400, seed=seed), mpp=(0.5, 0.5), steps=(1,))
+    monkeypatch.setattr("gigapath.runs.embedding.load_tile_encoder", lambda *_, **__: tiny_tile_encoder())
+    out = tmp_path / "out"
+    embed = ["embed", str(slides), "--out", str(out), *SMALL, "--tile-encoder", "standin", "--device", "cpu"]
+    assert main(embed) == 0
+    assert main(["slide-embed", str(out), "--per", "section"]) == 0
+    assert main(["tile", str(slides / "QXZ7.tif"), "--out", str(out), *SMALL, "--shard", "1/1"]) == 0
+    (out / "features_tiny" / "QXZ7.h5.0123abcd-1-abcdef.partial").write_bytes(b"half")
+    (out / "notes.md").write_text("QXZ7 has a fold")
+    return out
+
+
+def test_remove_leaves_nothing_of_a_slide_and_everything_of_the_others(
+    out: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = {path: path.read_bytes() for path in out.rglob("*.h5")}
+    assert named(out, "QXZ7.tif"), "the paths are recorded"
+    assert main(["remove", "QXZ7", str(out)]) == 0
+    said = capsys.readouterr().out
+    for name in ("tiles/QXZ7.h5", "features_tiny/QXZ7.json", "previews/QXZ7.jpg", "abcdef.partial", ".section-1.h5"):
+        assert f"{name}\n" in said, name
+    assert "taken out of: slides.csv" in said and "drawn anew: contact_sheet.jpg" in said
+    assert "still named in, and left: notes.md" in said
+    (out / "notes.md").unlink()
+    for words in ("QXZ7.", '"QXZ7"', "QXZ7,"):
+        assert named(out, words) == [], words
+    kept = {path: path.read_bytes() for path in out.rglob("*.h5")}
+    assert {path for path in before if not path.name.startswith("QXZ7.")} == kept.keys()
+    assert all(before[path] == content for path, content in kept.items())
+    assert [line.split(",")[0] for line in (out / "slides.csv").read_text().splitlines()] == [
+        *("slide_id", "QXZ7-b", "other"),
+    ]
+    assert (out / "private/paths.csv").stat().st_mode & 0o777 == 0o600
+    assert {path.stat().st_mode & 0o777 for path in (out / "private").iterdir()} == {0o600}
+    commands = [json.loads(path.read_text())["command"] for path in (out / "private").glob("*.json")]
+    assert any("<removed>" in command for command in commands)
+
+
+def test_remove_dry_run_changes_nothing_and_says_the_same(out: Path) -> None:
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    said = remove_slide(out, "QXZ7", dry_run=True)
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+    assert remove_slide(out, "QXZ7") == said
+    assert not remove_slide(out, "QXZ7")
+
+
+def test_remove_refuses_ids_that_are_not_there(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["remove", "QXZ", str(out)]) == 1
+    assert main(["remove", "../out", str(out)]) == 1
+    assert main(["remove", "QXZ7", str(out / "none")]) == 1
+    said = capsys.readouterr().err
+    assert "holds nothing of a slide 'QXZ'" in said and "a name without slashes" in said and "no such folder" in said
+
+
+def test_remove_the_last_slide_takes_the_contact_sheet_along(tmp_path: Path) -> None:
+    write_pyramid(tmp_path / "one.tif", paint_tissue(500, 400), mpp=(0.5, 0.5), steps=(1,))
+    out = tmp_path / "out"
+    run_tile([tmp_path / "one.tif"], out, options=RunOptions(workers=0))
+    assert (out / "contact_sheet.jpg").exists()
+    remove_slide(out, "one")
+    assert not list(out.rglob("*.jpg")) and not list(out.rglob("*.h5"))
