@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from gigapath.cli.main import main
-from gigapath.cohort.progress import kind_of_failure, read_progress
+from gigapath.cohort.progress import failures_by_kind, read_progress
 from gigapath.cohort.status import Status, write_slides_csv, write_status
 
 FACTS = {"vendor": "aperio", "scanner": "GT450", "width": 98_000, "height": 67_000, "mpp_source": "openslide.mpp"}
@@ -59,9 +59,10 @@ def test_read_progress_takes_the_rate_of_the_last_hour_by_the_clock(out: Path) -
 
 def test_read_progress_groups_failures_by_kind(out: Path) -> None:
     _, (tiles, features) = read_progress(out)
-    assert features.failures == {"tile N of N (x N, y N, level N) can't be decoded.": ("s5", "s6")}
+    assert features.failures == {"tile 7 of 1000 (x 512, y 0, level 1) can't be decoded.": ("s5", "s6")}
     assert tiles.failures == {"expected microns per pixel in the file, got none.": ("s9",)}
-    assert kind_of_failure("a.svs at 0.25 of 'x y' in 3 parts", "a.svs") == "... at N of ... in N parts"
+    errors = {"a": "slide 'a': 2 of 'p' and a", "b": "slide 'b': 31 of 'q' and b", "c": "other"}
+    assert failures_by_kind(errors) == {"2 of 'p' and ...": ("a", "b"), "other": ("c",)}
 
 
 def test_read_progress_passes_over_broken_files_and_needs_no_table(out: Path) -> None:
@@ -78,7 +79,7 @@ def test_status_prints_a_table_rates_and_reasons(out: Path, capsys: pytest.Captu
     assert said[0].endswith(": 11 slides")
     assert said[3].split() == ["features_tiny", "5", "0", "2", "1", "3", "5,000"]
     assert "6 slides/min, 100 tiles/s; 6 slides with about 6,000 tiles left: about 60 s." in said[5]
-    assert said[-1] == "features_tiny: 2 failed: tile N of N (x N, y N, level N) can't be decoded. (s5, s6)"
+    assert said[-1] == "features_tiny: 2 failed: tile 7 of 1000 (x 512, y 0, level 1) can't be decoded. (s5, s6)"
 
 
 def test_status_prints_json_and_refuses_other_folders(

@@ -36,6 +36,7 @@ VERBS: dict[str, tuple[str, str]] = {
 
 EXIT_FAILED_SLIDES = 3
 EXIT_STOPPED = 75
+EXIT_PIPE = 141  # as a shell says it: 128 + SIGPIPE
 
 
 def build_parser(verb: str | None) -> argparse.ArgumentParser:
@@ -71,6 +72,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     module = importlib.import_module(f"gigapath.cli.{VERBS[namespace.verb][0]}")
     try:
         return int(module.run(namespace))
+    except BrokenPipeError:  # whoever read the output, such as `head`, has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_PIPE
     except (ValueError, OSError, ImportError) as error:
         if os.environ.get("GIGAPATH_DEBUG"):
             raise

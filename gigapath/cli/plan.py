@@ -8,7 +8,7 @@ from pathlib import Path
 
 from gigapath.cli.arguments import add_options, options_from
 from gigapath.cli.progress import Terminal
-from gigapath.cohort.progress import kind_of_failure
+from gigapath.cohort.progress import failures_by_kind
 from gigapath.cohort.words import in_bytes, in_words, slides_in_words, tiles_in_words
 from gigapath.downloads import RELEASES
 from gigapath.preprocessing.tiling import TileOptions
@@ -72,11 +72,8 @@ def lines(found: Survey, rate: float | None, source: str) -> Iterable[str]:
     for mpp, count in counts.items():
         bar = "#" * max(1, round(_BAR * count / max(counts.values())))
         yield f"  {mpp:5.2f}  {count:>7,}  {bar}"
-    kinds: dict[str, list[str]] = {}
-    for header in headers:
-        if header.error:
-            kinds.setdefault(kind_of_failure(header.error, header.slide_id), []).append(header.slide_id)
-    for kind, slides in sorted(kinds.items(), key=lambda item: (-len(item[1]), item[0])):
+    refused = {header.slide_id: header.error for header in headers if header.error}
+    for kind, slides in failures_by_kind(refused).items():
         more = f" and {len(slides) - _NAMED:,} more" if len(slides) > _NAMED else ""
         yield f"{len(slides):,} refused: {kind} ({', '.join(slides[:_NAMED])}{more})"
     lacking = {

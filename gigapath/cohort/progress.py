@@ -73,11 +73,23 @@ def read_progress(out: Path) -> tuple[int, list[StageProgress]]:
     return len(ids), [_progress(name, found, ids, counted) for name, found in stages.items()]
 
 
-def kind_of_failure(error: str, slide_id: str) -> str:
-    """An error without what differs from slide to slide: names and numbers."""
-    text = error.removeprefix(f"slide {slide_id!r}: ").replace(slide_id, "...")
-    text = re.sub(r"'[^']*'", "...", text)
-    return re.sub(r"(?<![\w.])\d[\d.,]*\d|(?<![\w.])\d", "N", text)
+def failures_by_kind(errors: Mapping[str, str]) -> dict[str, tuple[str, ...]]:
+    """Failed slides by what went wrong, the most frequent first.
+
+    Errors that differ in names and numbers alone are of one kind, for which the first slide's own sentence stands.
+
+    Args:
+        errors: slide -> its error.
+    """
+    kinds: dict[str, list[str]] = {}
+    for slide_id in sorted(errors):
+        text = re.sub(r"'[^']*'", "...", errors[slide_id].replace(slide_id, "..."))
+        kinds.setdefault(re.sub(r"(?<![\w.])\d[\d.,]*\d|(?<![\w.])\d", "N", text), []).append(slide_id)
+    said = {
+        errors[slides[0]].removeprefix(f"slide {slides[0]!r}: ").replace(slides[0], "..."): tuple(slides)
+        for slides in kinds.values()
+    }
+    return dict(sorted(said.items(), key=lambda item: (-len(item[1]), item[0])))
 
 
 def _order(folder: Path) -> tuple[int, str]:
@@ -96,10 +108,6 @@ def _progress(
     last = max((status["ended"] for status in done.values()), default=0.0)
     recent = [status for status in done.values() if status["ended"] > max(0.0, last - _WINDOW_SECONDS)]
     span = last - min((status["ended"] - status["seconds"] for status in recent), default=last)
-    kinds: dict[str, list[str]] = {}
-    for slide_id, status in found.items():
-        if status["status"] == "failed":
-            kinds.setdefault(kind_of_failure(status["error"], slide_id), []).append(slide_id)
     tiles_rate = sum(status["tiles"] for status in recent) / span if span > 0 else None
     slides_rate = len(recent) / span if span > 0 else None
     # Tiling costs by the slide, whatever is found on it.
@@ -113,9 +121,9 @@ def _progress(
         slides_per_second=slides_rate,
         tiles_left=tiles_left,
         seconds_left=todo / rate if rate else None,
-        failures={
-            kind: tuple(sorted(kinds[kind])) for kind in sorted(kinds, key=lambda kind: (-len(kinds[kind]), kind))
-        },
+        failures=failures_by_kind(
+            {slide_id: status["error"] for slide_id, status in found.items() if status["status"] == "failed"}
+        ),
     )
 
 

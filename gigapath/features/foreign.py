@@ -197,9 +197,9 @@ def read_slide2vec(path: Path, *, coordinates: Path | None, read_tensor: TensorR
     if path.suffix == ".npz":
         held = _read_npz(path)
         if "features" not in held:
-            raise FeatureFileError(
-                f"{path.name}: expected an array 'features', got {', '.join(sorted(held)) or 'none'}."
-            )
+            names = sorted(held)
+            shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+            raise FeatureFileError(f"{path.name}: expected an array 'features', got {shown or 'none'}.")
         features, index = held["features"], held.get("tile_index")
     elif read_tensor is None:
         raise FeatureFileError(
