@@ -61,8 +61,8 @@ def test_read_progress_groups_failures_by_kind(out: Path) -> None:
     _, (tiles, features) = read_progress(out)
     assert features.failures == {"tile 7 of 1000 (x 512, y 0, level 1) can't be decoded.": ("s5", "s6")}
     assert tiles.failures == {"expected microns per pixel in the file, got none.": ("s9",)}
-    errors = {"a": "slide 'a': 2 of 'p' and a", "b": "slide 'b': 31 of 'q' and b", "c": "other"}
-    assert failures_by_kind(errors) == {"2 of 'p' and ...": ("a", "b"), "other": ("c",)}
+    errors = {"s1": "slide 's1': 2 of 'p' and s1", "s2": "slide 's2': 31 of 'q' and s2", "s3": "other"}
+    assert failures_by_kind(errors) == {"2 of 'p' and ...": ("s1", "s2"), "other": ("s3",)}
 
 
 def test_read_progress_passes_over_broken_files_and_needs_no_table(out: Path) -> None:
