@@ -3,8 +3,10 @@
 import csv
 import json
 import logging
+import re
 import sys
 import types
+from dataclasses import replace
 from pathlib import Path
 
 import h5py
@@ -96,6 +98,44 @@ def test_plan_and_table_are_told(fitted, capsys) -> None:
     assert (fitted / "out" / "fold_1" / "head.safetensors").read_bytes() == before
     assert main([*map(str, words), *FAST, *RECIPE, "--epochs", "4"]) == 1
     assert "another run, which differs in training" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("free", "more", "ways"),
+    [
+        (10**12, {}, None),
+        (3_500_000, {}, r"--checkpoint-activations, or max_tiles of the task to \d+ or less\.$"),
+        (3_500_000, {"checkpoint_activations": True}, None),
+        (3_500_000, {"batch_size": 8}, r"or less, or a smaller --batch-size\.$"),
+        (1000, {"checkpoint_activations": True}, "--device"),
+    ],
+)
+def test_plan_says_what_to_set_where_the_largest_slide_does_not_fit(tmp_path, monkeypatch, free, more, ways) -> None:
+    monkeypatch.setattr("gigapath.finetune.plan.free_bytes", lambda device: free)
+    features, labels = write_cohort(tmp_path, [n % 3 for n in range(9)], tiles=60)
+    splits = write_splits(tmp_path / "splits", (range(3), range(3, 6), range(6, 9)))
+    inputs = Inputs(str(write_task(tmp_path / "t.yaml")), str(features), str(labels), str(splits), "")
+    model = {name: value for name, value in more.items() if name == "checkpoint_activations"}
+    recipe = {name: value for name, value in more.items() if name == "batch_size"}
+    told: list[str] = []
+
+    class Enough(Exception):
+        pass
+
+    def stop() -> None:
+        raise Enough
+
+    chosen = settings(**recipe)
+    with pytest.raises(Enough):
+        finetune(
+            inputs,
+            tmp_path / "out",
+            replace(chosen, model=replace(chosen.model, **model)),
+            say=told.append,
+            check_stop=stop,
+        )
+    advice = [line for line in told if "won't fit" in line]
+    assert (not advice) if ways is None else re.search(ways, advice[0]), told
 
 
 def test_predict_gives_what_the_run_said(fitted, tmp_path, capsys) -> None:

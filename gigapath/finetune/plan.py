@@ -116,10 +116,11 @@ def make_plan(
     advice = ""
     if memory > available:
         fits = max(0, int((available - fixed) / (per_tile * options.batch_size)))
-        advice = (
-            f"the largest slide won't fit: set --checkpoint-activations, or max_tiles of the task to {fits:,} or less"
-            + (", or a smaller --batch-size." if options.batch_size > 1 else ".")
-        )
+        encoder: Any = getattr(model, "slide_encoder", None)
+        ways = [] if encoder is None or encoder.encoder.checkpoint_activations else ["--checkpoint-activations"]
+        ways += [f"max_tiles of the task to {fits:,} or less"] if fits else []
+        ways += ["a smaller --batch-size"] if options.batch_size > 1 else []
+        advice = f"the largest slide won't fit: set {', or '.join(ways or ['--device to a larger one'])}."
     seen = tuple(int(count) for count in counts)
     return Plan(seen, len(folds), trained, memory, available, total / rate / processes.world, processes.world, advice)
 
