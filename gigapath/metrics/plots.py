@@ -29,9 +29,8 @@ def draw_confusion(counts: IntArray, class_names: Sequence[str], *, title: str) 
     figure, axes = _figure(side + 0.8, side)
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     image = axes.imshow(shares, cmap="cividis", vmin=0, vmax=1)
-    axes.set_xticks(
-        range(classes), class_names, rotation=45 if classes > 3 else 0, ha="right" if classes > 3 else "center"
-    )
+    slanted = classes > 3 and max(map(len, class_names)) > 3
+    axes.set_xticks(range(classes), class_names, rotation=45 if slanted else 0, ha="right" if slanted else "center")
     axes.set_yticks(range(classes), class_names)
     axes.set_xlabel("predicted class")
     axes.set_ylabel("true class")
@@ -85,7 +84,10 @@ def draw_curves(
         ax.set_axisbelow(True)
         ax.spines[["top", "right"]].set_visible(False)
         ax.legend(frameon=False, fontsize=9)
-    if all(float(x).is_integer() for lines in panels.values() for xs, _ in lines.values() for x in xs):
+    places = {float(x) for lines in panels.values() for xs, _ in lines.values() for x in xs}
+    if len(places) == 1:
+        all_axes[-1].set_xticks(list(places), [f"{place:g}" for place in places])
+    elif all(place.is_integer() for place in places):
         all_axes[-1].xaxis.get_major_locator().set_params(integer=True)  # no epoch 2.5
     all_axes[-1].set_xlabel(x_label)
     all_axes[0].set_title(title)
