@@ -19,7 +19,7 @@ LAYERS = [
     {"cohort", "encoding"},
     {"tile_stream"},
     {"runs"},
-    {"pipeline", "convert", "linear_probe", "finetune"},
+    {"pipeline", "convert", "methods", "linear_probe", "finetune"},
     {"verify", "bench", "maps", "check", "doctor"},
     {"cli"},
 ]

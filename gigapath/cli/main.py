@@ -30,6 +30,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "bench": ("bench", "Measure this machine, side by side with plain ways of doing the same work."),
     "verify": ("verify", "Check a released pair: files, demo tile, slide encoder, PANDA tiles; a report to paste."),
     "inspect": ("inspect", "Say what a feature file is, ours or another tool's."),
+    "methods": ("methods", "Write the methods paragraph of a paper from the records of a run, with BibTeX."),
     "doctor": ("doctor", "Look at this machine and installation: what is wrong, and the mend."),
     "check": ("check", "Say what is wrong with feature files, ours or another tool's, and what it would do."),
 }

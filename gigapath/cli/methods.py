@@ -1,0 +1,29 @@
+"""`gigapath methods DIR`: the methods paragraph of a paper, from what was recorded beside the results."""
+
+import argparse
+import dataclasses
+import json
+import sys
+import textwrap
+
+from gigapath.methods import methods
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", metavar="DIR", help="the output folder of gigapath tile or embed")
+    parser.add_argument("--json", action="store_true", help="one JSON document, for machines")
+
+
+def run(namespace: argparse.Namespace) -> int:
+    """Print the paragraphs and the BibTeX entries; cautions go to stderr too, lest they be lost in a pipe."""
+    found = methods(namespace.folder)
+    if namespace.json:
+        print(json.dumps(dataclasses.asdict(found), indent=2, ensure_ascii=False))
+        return 0
+    for caution in found.cautions:
+        print(f"CAUTION: {caution}")
+        print(f"gigapath methods: {caution}", file=sys.stderr)
+    print("\n\n".join(textwrap.fill(paragraph, 100) for paragraph in found.paragraphs))
+    print()
+    print("\n\n".join(found.bibtex))
+    return 0
