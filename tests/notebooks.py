@@ -1,0 +1,125 @@
+"""The notebooks in demo/: run top to bottom, their outputs made small and free of what changes from run to run.
+
+    python tests/notebooks.py [NAME ...]    runs them on the demo slide with the stand-in, and writes their outputs
+
+They run in a copy of the checkout's layout (demo/, data/, outputs/), so that nothing of an earlier run helps.
+"""
+
+import base64
+import io
+import os
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+import nbformat
+from nbclient import NotebookClient
+from PIL import Image
+
+ROOT = Path(__file__).parent.parent
+DEMO = ROOT / "demo"
+SLIDE = "CMU-1-Small-Region.svs"
+SECONDS = 300  # a cell
+PICTURE_WIDTH = 900
+FEW_COLOURS = 40_000  # bytes: a larger PNG is a photograph
+
+
+def notebooks() -> list[Path]:
+    """Those that are shipped."""
+    return sorted(DEMO.glob("*.ipynb"))
+
+
+def lay_out(folder: Path, slide: Path | None) -> Path:
+    """A checkout for the demos: demo/, the slide in data/, and what makes one where there is none; returns demo/."""
+    demo = folder / "demo"
+    shutil.copytree(DEMO, demo, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints"))
+    (folder / "tests").mkdir()
+    shutil.copy(ROOT / "tests" / "made_demo.py", folder / "tests")
+    (folder / "data").mkdir()
+    if slide is not None:
+        shutil.copyfile(slide, folder / "data" / SLIDE)
+    return demo
+
+
+def environment(folder: Path) -> dict[str, str]:
+    """Of a child that finds this checkout's package, no network, no token and no released weights."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING_FACE_"))}
+    inherited = os.environ.get("PYTHONPATH")
+    return {
+        **kept,
+        "PYTHONPATH": os.pathsep.join([str(ROOT), *([inherited] if inherited else [])]),
+        "HF_HUB_OFFLINE": "1",
+        "HF_HOME": str(folder / "hf"),
+        "MPLBACKEND": "module://matplotlib_inline.backend_inline",
+    }
+
+
+def executed(path: Path, folder: Path) -> nbformat.NotebookNode:
+    """The notebook, all cells run in the copy of demo/ that lies in `folder`; a cell that fails raises."""
+    notebook = nbformat.read(path, as_version=4)
+    client = NotebookClient(
+        notebook,
+        timeout=SECONDS,
+        kernel_name="python3",
+        record_timing=False,
+        resources={"metadata": {"path": str(folder / "demo")}},
+    )
+    client.execute(env=environment(folder))
+    return notebook
+
+
+def cleaned(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
+    """The notebook as it is committed: pictures small, streams joined, ids in order, versions and paths left out."""
+    notebook.metadata = {
+        "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+        "language_info": {"name": "python"},
+    }
+    for number, cell in enumerate(notebook.cells):
+        cell.id = f"cell-{number:02d}"
+        cell.metadata = {}
+        if cell.cell_type == "code":
+            cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]  # libraries' warnings
+        for output in cell.get("outputs", ()):
+            if output.output_type in ("display_data", "execute_result"):
+                output.metadata = {}
+                png = output.data.pop("image/png", None)
+                if png is not None:
+                    kind, content = small_picture(base64.b64decode(png))
+                    output.data[kind] = base64.b64encode(content).decode()
+    return notebook
+
+
+def small_picture(png: bytes) -> tuple[str, bytes]:
+    """A picture's MIME type and bytes: drawings as PNG with few colours, photographs as JPEG."""
+    image = Image.open(io.BytesIO(png)).convert("RGB")
+    if image.width > PICTURE_WIDTH:
+        image = image.resize(
+            (PICTURE_WIDTH, round(image.height * PICTURE_WIDTH / image.width)), Image.Resampling.LANCZOS
+        )
+    drawing, photograph = io.BytesIO(), io.BytesIO()
+    image.quantize(64, dither=Image.Dither.NONE).save(drawing, "PNG", optimize=True)
+    if drawing.tell() <= FEW_COLOURS:
+        return "image/png", drawing.getvalue()
+    image.save(photograph, "JPEG", quality=72, optimize=True)
+    return "image/jpeg", photograph.getvalue()
+
+
+def main(names: list[str]) -> None:
+    """Run the named notebooks, or all, and write them with their outputs."""
+    slide = ROOT / "data" / SLIDE
+    if not slide.exists():
+        raise SystemExit("The outputs are those of the demo slide: first run `gigapath download demo-slide`.")
+    for path in notebooks():
+        if names and path.name not in names:
+            continue
+        with tempfile.TemporaryDirectory() as folder:
+            lay_out(Path(folder), slide)
+            notebook = cleaned(executed(path, Path(folder)))
+        nbformat.validate(notebook)
+        nbformat.write(notebook, path)
+        print(f"{path.name}: {path.stat().st_size:,} bytes")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
