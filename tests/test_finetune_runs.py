@@ -1,9 +1,12 @@
 """Fine-tuning from the command line: runs, what they leave, how they go on, and fitted heads on other cohorts."""
 
 import csv
+import errno
 import json
 import logging
+import os
 import re
+import stat
 import sys
 import types
 from dataclasses import replace
@@ -16,6 +19,7 @@ import torch
 from made_cohort import NARROW, made_bag, write_cohort, write_csv, write_slide, write_splits, write_task
 
 from gigapath.cli.main import main
+from gigapath.files import OutputError
 from gigapath.finetune import (
     Inputs,
     ModelOptions,
@@ -260,6 +264,45 @@ def test_whole_run_killed_and_continued_equals_an_unbroken_one(tmp_path) -> None
             ours, theirs = (tmp_path / run / f"fold_{fold}" / name for run in ("whole", "broken"))
             assert ours.read_bytes() == theirs.read_bytes(), (fold, name)
     assert len(whole.evaluations["fine-tuned"]) == 2
+
+
+def test_disk_that_is_full_at_any_write_is_one_sentence_and_the_run_goes_on(tmp_path, monkeypatch) -> None:
+    """Attempt n fails at its n-th file, when it is flushed; the first that needs fewer ends as an unbroken run does."""
+    features, labels = write_cohort(tmp_path, [n % 3 for n in range(9)])
+    splits = write_splits(tmp_path / "splits", (range(3), range(3, 6), range(6, 9)))
+    inputs = Inputs(str(write_task(tmp_path / "t.yaml")), str(features), str(labels), str(splits), "")
+    finetune(inputs, tmp_path / "whole", settings())
+    out, flush, left = tmp_path / "out", os.fsync, 0
+
+    def full(descriptor: int) -> None:
+        nonlocal left
+        left -= stat.S_ISREG(os.fstat(descriptor).st_mode)
+        if left == 0:
+            left = -1
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        flush(descriptor)
+
+    monkeypatch.setattr("gigapath.files.os.fsync", full)
+    refused = 0
+    for attempt in range(1, 40):
+        left = attempt
+        try:
+            finetune(inputs, out, settings())
+        except OutputError as error:
+            assert error.stops_run and "the disk is full" in str(error) and "\n" not in str(error)
+            assert all(json.loads(path.read_text()) for path in out.rglob("*.json"))
+            assert {path.suffix for path in out.rglob("*") if path.is_file()} <= {
+                ".json",
+                ".csv",
+                ".png",
+                ".safetensors",
+            }
+            refused += 1
+        else:
+            break
+    assert refused > 10 and left > 0
+    for name in ("fold_0/head.safetensors", "fold_0/predictions.csv", "fold_0/confusion.png", "summary.csv"):
+        assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
 
 
 def test_frozen_encoder_is_cached_and_its_head_applies_to_tiles(tmp_path, monkeypatch) -> None:
