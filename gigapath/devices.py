@@ -34,6 +34,34 @@ def resolve_device(device: str | torch.device) -> torch.device:
     return resolved
 
 
+def resolve_devices(devices: str | None, device: str) -> tuple[torch.device, ...]:
+    """The devices that work side by side: those of a list, so many as a number says, or the one that `device` means.
+
+    Args:
+        devices: "cuda:0,cuda:1", "2", or None.
+        device: what `resolve_device` takes; the kind that a number counts, and else to be left at "auto".
+
+    Raises:
+        ValueError: not devices, not there, of several kinds, or a GPU named twice. "cpu,cpu" is two workers.
+    """
+    if devices is None:
+        return (resolve_device(device),)
+    names = [name.strip() for name in devices.split(",")]
+    if devices.strip().isdigit():
+        kind = resolve_device(device).type
+        names = [f"cuda:{number}" if kind == "cuda" else kind for number in range(int(devices))]
+    elif device != "auto":
+        raise ValueError(f"--devices: expected no --device beside a list, got --device {device!r}. Drop one.")
+    found = tuple(resolve_device(name) for name in names if name not in ("", "auto", "cuda"))
+    gpus = [each for each in found if each.type != "cpu"]
+    if len(found) != len(names) or not found or len({each.type for each in found}) > 1 or len(set(gpus)) < len(gpus):
+        raise ValueError(
+            f"--devices: expected a number above 0, or different devices of one kind such as cuda:0,cuda:1, got "
+            f"{devices!r}."
+        )
+    return found
+
+
 def resolve_precision(precision: str, device: torch.device) -> str:
     """ "fp32", "fp16" or "bf16"; "auto" is fp16 on CUDA, as published, and fp32 elsewhere."""
     if precision not in PRECISIONS:

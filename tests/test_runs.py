@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,8 @@ from gigapath.cli.main import main
 from gigapath.encoding import EncoderError, load_slide_encoder
 from gigapath.features import read_features, read_slide, read_slides, read_tiles
 from gigapath.files import OutputError
-from gigapath.preprocessing.slide import open_slide
+from gigapath.preprocessing.reading import iter_tiles
+from gigapath.preprocessing.slide import SlideError, open_slide
 from gigapath.preprocessing.tiling import TileOptions
 from gigapath.runs.embedding import run_embed
 from gigapath.runs.engine import RunResult
@@ -30,6 +32,8 @@ from gigapath.runs.options import EmbedOptions, RunOptions, SlideEmbedOptions
 from gigapath.runs.slide_embedding import run_slide_embed
 from gigapath.runs.tiling import run_tile
 from gigapath.runs.watching import Plan, Watcher
+from gigapath.tile_stream.passes import PlainPass
+from gigapath.tile_stream.settling import Settled
 
 TILE = 64  # small tiles: many of them on small slides
 TILING = TileOptions(tile_size=TILE)
@@ -389,6 +393,79 @@ def test_bytes_do_not_depend_on_workers_or_on_the_other_slides(slides: Path, tmp
             assert arrays_of(tmp_path / "alone" / stage / f"{name}.h5") == whole
 
 
+def test_bytes_do_not_depend_on_devices_or_on_the_order_of_the_slides(slides: Path, tmp_path: Path) -> None:
+    embed(slides, tmp_path / "one")
+    embed(slides, tmp_path / "two", device="auto", devices="cpu,cpu", workers=2)
+    embed([slides / f"{name}.tif" for name in ("blank", "b", "a")], tmp_path / "turned", device="cpu", devices="3")
+    for name in ("a", "b"):
+        for stage in ("features_tiny", "slides_tinynet__tiny"):
+            whole = arrays_of(tmp_path / "one" / stage / f"{name}.h5")
+            assert arrays_of(tmp_path / "two" / stage / f"{name}.h5") == whole
+            assert arrays_of(tmp_path / "turned" / stage / f"{name}.h5") == whole
+
+
+def test_record_tells_how_busy_the_stages_were(slides: Path, tmp_path: Path) -> None:
+    result = embed(slides, tmp_path, device="auto", devices="cpu,cpu")
+    facts = json.loads((tmp_path / "runs" / f"{result.run_id}.json").read_text())["facts"]
+    assert set(facts["stages"]["busy"]) == {"plan", "read", "encode", "write", "slides"}
+    assert all(0 <= share <= 1 for share in facts["stages"]["busy"].values())
+    assert facts["stages"]["waited_for"] in facts["stages"]["busy"]
+    assert facts["stages"]["batches_across_slides"] is True
+    assert (facts["device"], facts["batches"]) == ("2 x cpu", "plain")
+
+
+def test_batch_that_the_memory_does_not_hold_is_halved_and_recorded(
+    slides: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(*_: Any, **__: Any) -> Any:
+        encoder = tiny_tile_encoder()
+
+        def check(_: Any, inputs: Any) -> None:
+            if len(inputs[0]) > 10:
+                raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+        encoder.model.register_forward_pre_hook(check)
+        return encoder
+
+    embed(slides / "a.tif", tmp_path / "small", batch_size=8)
+    monkeypatch.setattr("gigapath.runs.embedding.load_tile_encoder", load)
+    monkeypatch.setattr("gigapath.tile_stream.settling._OUT_OF_MEMORY", ("cpu",))
+    notes = Notes()
+    result = embed(slides / "a.tif", tmp_path / "out", batch_size=None, watch=notes)
+    assert "batches of 8" in "\n".join(notes.plans[0].lines)
+    record = json.loads((tmp_path / "out/runs" / f"{result.run_id}.json").read_text())
+    assert record["facts"]["tile_encoder"]["batch_size"] == 8
+    status = json.loads((tmp_path / "out/features_tiny/a.json").read_text())
+    assert status["identity"]["batch_size"] == 8
+    assert read_features(tmp_path / "out/features_tiny/a.h5").attrs["batch_shape"] == (8, TILE, TILE, 3)
+    assert arrays_of(tmp_path / "out/features_tiny/a.h5") == arrays_of(tmp_path / "small/features_tiny/a.h5")
+    with pytest.raises(EncoderError, match="too little memory for batches of 16 tiles"):
+        embed(slides / "a.tif", tmp_path / "asked", batch_size=16)
+    before = touched(tmp_path / "out")
+    embed(slides / "a.tif", tmp_path / "out", batch_size=None)
+    assert touched(tmp_path / "out") == before, "the next run comes to the same size, and has nothing to do"
+
+
+def test_slide_that_breaks_off_fails_alone(slides: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(slide: Any, tiles: Any, **given: Any) -> Any:
+        for first, pixels in iter_tiles(slide, tiles, **given):
+            if tiles.slide_id == "a" and first:
+                raise SlideError("slide 'a': tile 16 can't be decoded")
+            yield first, pixels
+
+    threads = set(threading.enumerate())
+    embed(slides, tmp_path / "whole")
+    monkeypatch.setattr("gigapath.runs.embed_job.iter_tiles", broken)
+    result = embed(slides, tmp_path / "out")
+    rows = table(tmp_path / "out")
+    assert result.outcome == "some slides failed"
+    assert {name: row["status"] for name, row in rows.items()} == {"a": "failed", "b": "done", "blank": "no_tissue"}
+    assert "can't be decoded" in rows["a"]["error"]
+    assert not list((tmp_path / "out/features_tiny").glob("a.h5*"))
+    assert arrays_of(tmp_path / "out/features_tiny/b.h5") == arrays_of(tmp_path / "whole/features_tiny/b.h5")
+    assert set(threading.enumerate()) <= threads
+
+
 def test_batch_sizes_agree_within_1e_5(slides: Path, tmp_path: Path) -> None:
     found = []
     for size in (16, 5, 64):
@@ -627,7 +704,8 @@ def test_plan_tells_tiles_bytes_time_and_ways_out_of_a_long_one(
     assert "tiles/s (one batch, measured here)" in text
     assert "hundred times as fast" not in text
     assert not notes.plans[0].exact
-    monkeypatch.setattr("gigapath.runs.embedding._settle", lambda *_: 0.001)
+    slow = Settled((PlainPass(tiny_tile_encoder()),), False, 0.001, ("plain",))
+    monkeypatch.setattr("gigapath.runs.embedding.settle", lambda *_, **__: slow)
     embed(slides, tmp_path, watch=notes, overwrite="features")
     text = "\n".join(notes.plans[1].lines)
     assert notes.plans[1].exact

@@ -10,9 +10,12 @@ from tqdm import tqdm
 from gigapath.cohort.words import in_words
 from gigapath.runs.engine import RunResult
 from gigapath.runs.watching import Plan, Watcher
+from gigapath.tile_stream.busy import bottleneck
 
 EXIT_STATUS = {"done": 0, "some slides failed": 3, "stopped": 75}
 _FAILURES_SHOWN = 20
+_STAGES = {"plan": "tiling", "read": "reading", "encode": "device", "write": "writing", "slides": "slide encoder"}
+_SHOWN_SHARE = 0.05
 
 
 class Terminal(Watcher):
@@ -31,6 +34,8 @@ class Terminal(Watcher):
         self._bar: tqdm[Any] | None = None
         self._shown: Plan | None = None
         self._again = False
+        self._at = ""  # the slide that the run is at
+        self._busy = ""  # how busy the stages were of late
 
     def plan(self, plan: Plan) -> None:
         self._shown = plan
@@ -54,11 +59,21 @@ class Terminal(Watcher):
         if self._bar is not None and self._unit == "tile":
             self._bar.update(count)
 
+    def busy(self, shares: Mapping[str, float]) -> None:
+        if self._bar is not None:
+            self._busy = busy_in_words(shares)
+            self._show()
+
+    def _show(self) -> None:
+        if self._bar is not None:
+            self._bar.set_postfix_str(", ".join(part for part in (self._at, self._busy) if part), refresh=False)
+
     def slide(self, row: Mapping[str, Any], number: int, slides: int) -> None:
         if self._bar is None:
             print(f"{number}/{slides} {_line(row)}", file=self._words, flush=True)
             return
-        self._bar.set_postfix_str(f"slide {number}/{slides}", refresh=False)
+        self._at = f"slide {number}/{slides}"
+        self._show()
         if self._unit == "slide" and not self._again:
             self._bar.update(1)
         if row["status"] == "failed":
@@ -109,6 +124,14 @@ class Terminal(Watcher):
             print(f"  and {len(failed) - _FAILURES_SHOWN} more: see slides.csv", file=self._words)
         print(f"see {result.out / 'slides.csv'}", file=self._words)
         return status
+
+
+def busy_in_words(shares: Mapping[str, float]) -> str:
+    """How busy the stages are, the one that the others wait for in front; those that hardly work are left out."""
+    slowest = bottleneck(shares)
+    names = sorted(shares, key=lambda name: (name != slowest, -shares[name]))
+    shown = [f"{_STAGES[name]} {shares[name]:.0%}" for name in names if name == slowest or shares[name] >= _SHOWN_SHARE]
+    return "busy: " + ", ".join(shown)
 
 
 def _line(row: Mapping[str, Any]) -> str:

@@ -12,7 +12,7 @@ from gigapath.features import FeatureFileError
 from gigapath.features.h5 import is_complete, open_h5, read_attrs
 
 # What must be one within a folder, or the results can't be compared with each other.
-NUMERICS = ("weights_sha256", "precision", "device", "batch_shape", "reader", "filter", "numerics_version")
+NUMERICS = ("weights_sha256", "precision", "device", "batch_size", "reader", "filter", "numerics_version")
 
 
 def digest(identity: Mapping[str, Any]) -> str:

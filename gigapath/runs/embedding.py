@@ -10,6 +10,7 @@ from gigapath.cohort.privacy import recorded_paths
 from gigapath.cohort.reuse import check_unmixed
 from gigapath.cohort.stopping import StopFlag
 from gigapath.cohort.words import in_bytes, in_words, slides_in_words, tiles_in_words
+from gigapath.devices import resolve_devices
 from gigapath.downloads import RELEASES
 from gigapath.encoding import SlideEncoder, load_slide_encoder
 from gigapath.options import to_dict
@@ -25,7 +26,7 @@ from gigapath.runs.tiling import write_contact_sheet
 from gigapath.runs.watching import Plan, Watcher
 from gigapath.slide_encoder import WEIGHTS_FILE
 from gigapath.tile_encoder import TileEncoder, load_tile_encoder
-from gigapath.tile_stream.settling import settle
+from gigapath.tile_stream.settling import fitting_batch_size, settle
 
 # Tiles per batch where nobody says: on a CPU a batch takes seconds, so that a stop is heard in time.
 _BATCH_ON_GPU = 128
@@ -74,14 +75,8 @@ def run_embed(
         ids = {entry.slide_id for entry in cohort}
         if not embedding.tiles:
             check_tissue(cohort, tiling)
-        encoder = load_tile_encoder(
-            embedding.tile_encoder,
-            device=embedding.device,
-            precision=embedding.precision,
-            # The stand-in has weights of its own; untrained is what needs a licence, to try things without it.
-            random_weights=embedding.random_weights and embedding.tile_encoder != "standin",
-        )
-        slide_encoder = _slide_encoder(embedding, encoder)
+        encoders = _tile_encoders(embedding)
+        slide_encoder = _slide_encoder(embedding, encoders[0])
         resolved = {**to_dict(tiling), **to_dict(embedding), **to_dict(options)}
         run = CohortRun(
             out,
@@ -95,7 +90,7 @@ def run_embed(
             cohort=sorted(ids),
             max_failures=options.max_failures,
         )
-        job = _job(run, tiling, embedding, options, encoder, slide_encoder)
+        job = _job(run, tiling, embedding, options, encoders, slide_encoder)
         if not options.allow_mixed:
             check_unmixed(job.features, job.run_identity(), ids)
             if job.slides is not None:
@@ -104,7 +99,7 @@ def run_embed(
         todo = [entry for entry in run.entries if not job.is_done(entry)]
         with job:
             job.announce(todo)
-            result = run.over_slides(todo, job.work, lambda: _plan(job, todo, embedding))
+            result = run.over_slides(todo, job.work, lambda: _plan(job, todo))
         if job.own_tiles:
             write_contact_sheet(out)
     return result
@@ -115,11 +110,11 @@ def _job(
     tiling: TileOptions,
     embedding: EmbedOptions,
     options: RunOptions,
-    encoder: TileEncoder,
+    encoders: tuple[TileEncoder, ...],
     slide_encoder: SlideEncoder | None,
 ) -> EmbedJob:
     """What the options come to: folders, batch size, threads."""
-    tiles = run.out / "tiles"
+    encoder, tiles = encoders[0], run.out / "tiles"
     if embedding.tiles:
         given = Path(embedding.tiles)
         tiles = given / "tiles" if (given / "tiles").is_dir() else given
@@ -132,8 +127,8 @@ def _job(
         run=run,
         tiling=tiling,
         options=options,
-        encoders=(encoder,),
-        batch_size=embedding.batch_size or default_batch_size(encoder),
+        encoders=encoders,
+        batch_size=embedding.batch_size or fitting_batch_size(encoders, default_batch_size(encoder)),
         workers=threads(options),
         store=embedding.store,
         features=run.out / f"features_{encoder.name}",
@@ -155,7 +150,7 @@ def _facts(job: EmbedJob) -> dict[str, object]:
     encoder, slides = job.encoder, job.slides
     release = RELEASES.get(encoder.name)
     facts: dict[str, object] = {
-        "device": _device_name(encoder),
+        "device": _device_name(job.encoders),
         "workers": job.workers,
         "tile_encoder": {
             "name": encoder.name,
@@ -174,10 +169,10 @@ def _facts(job: EmbedJob) -> dict[str, object]:
     return facts
 
 
-def _device_name(encoder: TileEncoder) -> str:
-    if encoder.device.type == "cuda":
-        return f"cuda ({torch.cuda.get_device_name(encoder.device)})"
-    return encoder.device.type
+def _device_name(encoders: Sequence[TileEncoder]) -> str:
+    device = encoders[0].device
+    name = f"cuda ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else device.type
+    return name if len(encoders) == 1 else f"{len(encoders)} x {name}"
 
 
 def default_batch_size(encoder: TileEncoder) -> int:
@@ -192,11 +187,11 @@ def default_batch_size(encoder: TileEncoder) -> int:
 def measure_encoder(name: str, device: str) -> float:
     """Tiles/s of a tile encoder on this machine, by a batch or two of the size that a run takes."""
     encoder = load_tile_encoder(name, device=device, precision="auto")
-    settled = settle([encoder], default_batch_size(encoder), may_shrink=True, several=False)
-    return settled.tiles_per_second
+    size = fitting_batch_size([encoder], default_batch_size(encoder))
+    return settle([encoder], size, several=False).tiles_per_second
 
 
-def _plan(job: EmbedJob, todo: Sequence[SlideEntry], embedding: EmbedOptions) -> Plan:
+def _plan(job: EmbedJob, todo: Sequence[SlideEntry]) -> Plan:
     """What the run is going to do and what it costs, by a batch or two measured here."""
     entries, encoder = job.run.entries, job.encoder
     known = {entry.slide_id: job.known_tiles(entry) for entry in todo}
@@ -205,13 +200,15 @@ def _plan(job: EmbedJob, todo: Sequence[SlideEntry], embedding: EmbedOptions) ->
     total = estimate_tiles(counted, unknown, job.tiling)
     guess = (total - sum(counted)) // len(unknown) if unknown else 0
     job.expect({slide_id: guess if count is None else count for slide_id, count in known.items()})
-    rate = _settle(job, todo, embedding) if total else 0.0
+    if total:
+        job.settled = settle(job.encoders, job.batch_size, several=len(todo) > 1)
+        job.run.facts["batches"] = ", ".join(job.settled.ways)
     skipped = len(entries) - len(todo)
     lines = [f"{slides_in_words(len(entries))}: {len(todo)} to do, {skipped} done before in equal numbers and skipped."]
     lines[:0] = share_in_words(entries, job.run.cohort, job.options)
     lines += job.redone(todo)
     lines.append(
-        f"tile encoder: {encoder.description}; {_device_name(encoder)}, {encoder.precision}, "
+        f"tile encoder: {encoder.description}; {_device_name(job.encoders)}, {encoder.precision}, "
         f"batches of {job.batch_size}, {job.workers} reading threads."
     )
     lines.append(f"slide encoder: {job.slides.encoder.description if job.slides else 'none'}.")
@@ -229,9 +226,10 @@ def _plan(job: EmbedJob, todo: Sequence[SlideEntry], embedding: EmbedOptions) ->
         "tiles_exact": not unknown,
         "bytes": size,
     }
-    if total:
+    if job.settled is not None:
+        rate = job.settled.tiles_per_second
         # The last batch, or that of each slide, is padded, half of it on average.
-        padded = 1 if job.settled and job.settled.across else len(todo)
+        padded = 1 if job.settled.across else len(todo)
         seconds = (total + padded * (job.batch_size - 1) / 2) / rate
         facts |= {"tiles_per_second": rate, "seconds": seconds}
         lines.append(f"{work}; about {in_words(seconds)} at {rate:.3g} tiles/s (one batch, measured here).")
@@ -240,18 +238,6 @@ def _plan(job: EmbedJob, todo: Sequence[SlideEntry], embedding: EmbedOptions) ->
     else:
         lines.append(f"{work}.")
     return Plan(tuple(lines), len(entries), skipped, total, not unknown, facts)
-
-
-def _settle(job: EmbedJob, todo: Sequence[SlideEntry], embedding: EmbedOptions) -> float:
-    """Find out what the devices can do; their tiles/s. A batch size that nobody asked for gives way to the memory."""
-    job.settled = settle(job.encoders, job.batch_size, may_shrink=embedding.batch_size is None, several=len(todo) > 1)
-    if job.settled.batch_size != job.batch_size:
-        job.batch_size = job.settled.batch_size
-        job.run.facts.update(_facts(job))
-        if not job.options.allow_mixed:
-            check_unmixed(job.features, job.run_identity(), {entry.slide_id for entry in todo})
-    job.run.facts["batches"] = ", ".join(job.settled.ways)
-    return job.settled.tiles_per_second
 
 
 def _entries(slides: Sequence[str | Path], out: Path, tiles: str | None) -> list[SlideEntry]:
@@ -267,6 +253,22 @@ def _entries(slides: Sequence[str | Path], out: Path, tiles: str | None) -> list
     raise FileNotFoundError(
         f"{tiles}: expected a folder made by gigapath tile, with private/paths.csv. Name the slides."
     )
+
+
+def _tile_encoders(embedding: EmbedOptions) -> tuple[TileEncoder, ...]:
+    """The tile encoder on each of the devices; workers on the CPU share it."""
+    devices = resolve_devices(embedding.devices, embedding.device)
+    loaded = {
+        device: load_tile_encoder(
+            embedding.tile_encoder,
+            device=device,
+            precision=embedding.precision,
+            # The stand-in has weights of its own; untrained is what needs a licence, to try things without it.
+            random_weights=embedding.random_weights and embedding.tile_encoder != "standin",
+        )
+        for device in dict.fromkeys(devices)
+    }
+    return tuple(loaded[device] for device in devices)
 
 
 def _slide_encoder(embedding: EmbedOptions, encoder: TileEncoder) -> SlideEncoder | None:
@@ -286,7 +288,7 @@ def _slide_encoder(embedding: EmbedOptions, encoder: TileEncoder) -> SlideEncode
     slide_encoder = load_slide_encoder(
         name,
         in_chans=encoder.embed_dim,
-        device=embedding.device,
+        device=encoder.device,
         precision=embedding.precision,
         random_weights=embedding.random_weights and name in RELEASES,
     )

@@ -35,7 +35,7 @@ class RunOptions(KeepOptions):
     """How a run goes about its work; nothing in here changes a number."""
 
     workers: int | None = option(
-        None, "threads that read tiles, 0 for none besides the main one (default: one per core)", at_least=0
+        None, "threads that read tiles, 0 for a single one without helpers (default: one per core)", at_least=0
     )
     hash: str = option("none", "full: record each slide's SHA-256, check the manifest's md5", choices=("none", "full"))
     shard: str | None = option(
@@ -63,6 +63,9 @@ class EmbedOptions:
     )
     tiles: str | None = option(None, "take the tiles of this folder, made by gigapath tile", metavar="DIR")
     device: str = option("auto", "where the encoders run", metavar=_DEVICES)
+    devices: str | None = option(
+        None, "several devices side by side: a list such as cuda:0,cuda:1, or how many", metavar="LIST"
+    )
     precision: str = option("auto", "auto is fp16 on CUDA, fp32 elsewhere", choices=_PRECISIONS)
     batch_size: int | None = option(None, "tiles per batch (default: by encoder and device)", at_least=1)
     store: str = option("float32", "how tile embeddings are stored", choices=("float32", "float16"))

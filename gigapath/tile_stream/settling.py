@@ -10,10 +10,12 @@ from torch import Tensor
 
 from gigapath.encoding import OutOfMemory, encoder_failures
 from gigapath.tile_encoder import TileEncoder
-from gigapath.tile_stream.passes import CudaPass, Pass, PlainPass, Vectors, choose_pass, made_batch
+from gigapath.tile_stream.passes import Pass, PlainPass, Vectors, choose_pass, made_batch
 
 # A first call includes what is done once (memory, kernels); a slow one is believed all the same.
 _BELIEVED_SECONDS = 2.0
+# Devices that say so when their memory doesn't hold a batch, and can go on.
+_OUT_OF_MEMORY = ("cuda",)
 
 
 @dataclass(frozen=True)
@@ -22,14 +24,12 @@ class Settled:
 
     Attributes:
         passes: one a device.
-        batch_size: B, smaller than asked for where a device's memory made it so.
         across: whether batches are filled across the slides' borders.
         tiles_per_second: of all devices together.
         ways: how batches travel, in words.
     """
 
     passes: tuple[Pass, ...]
-    batch_size: int
     across: bool
     tiles_per_second: float
     ways: tuple[str, ...]
@@ -39,35 +39,23 @@ def settle(
     encoders: Sequence[TileEncoder],
     batch_size: int,
     *,
-    may_shrink: bool,
     several: bool,
-    fast: Callable[[TileEncoder], Pass] = CudaPass,
+    fast: Callable[[TileEncoder], Pass] | None = None,
 ) -> Settled:
     """Find out what the devices can do.
 
-    A batch that a device's memory doesn't hold is halved here, before anything is written, and never later: a tile's
-    last bits depend on the batch's shape, so a run keeps one.
-
     Args:
         encoders: one a device; the same object where workers share it.
-        batch_size: B, to begin with.
-        may_shrink: halve B where the memory doesn't hold it; else that is an error.
+        batch_size: B.
         several: whether there are several slides, so that batches could be filled across their borders.
-        fast: makes the quicker way of a CUDA device.
+        fast: makes the quicker way of a device, as for `choose_pass`.
 
     Raises:
         EncoderError: an encoder failed.
         ValueError: the devices give different numbers.
     """
     distinct = list({id(encoder): encoder for encoder in encoders}.values())
-    while True:
-        try:
-            chosen, seconds, vectors = _try(distinct, batch_size, fast)
-            break
-        except OutOfMemory:
-            if batch_size == 1 or not may_shrink:
-                raise
-            batch_size //= 2
+    chosen, seconds, vectors = _try(distinct, batch_size, fast)
     differing = [each.device for each, found in zip(distinct, vectors, strict=True) if not _equal(found, vectors[0])]
     if differing:
         raise ValueError(
@@ -86,11 +74,33 @@ def settle(
         seconds = time.perf_counter() - started
     return Settled(
         passes=tuple(chosen[id(encoder)][0] for encoder in encoders),
-        batch_size=batch_size,
         across=across,
         tiles_per_second=len(distinct) * batch_size / max(seconds, 1e-9),
         ways=tuple(dict.fromkeys(way for _, way in chosen.values())),
     )
+
+
+def fitting_batch_size(encoders: Sequence[TileEncoder], batch_size: int) -> int:
+    """`batch_size`, halved until the memory of every device holds such a batch.
+
+    Called before a run looks at what is done, and never later: a tile's last bits depend on the batch's shape, so a
+    run keeps one, and the next run on the same machine must come to the same.
+
+    Raises:
+        OutOfMemory: a device doesn't hold a single tile.
+        EncoderError: an encoder failed otherwise.
+    """
+    for encoder in {id(each): each for each in encoders if each.device.type in _OUT_OF_MEMORY}.values():
+        while True:
+            try:
+                with encoder_failures(encoder, batch_size):
+                    _encode(encoder, made_batch(encoder, batch_size))
+                break
+            except OutOfMemory:
+                if batch_size == 1:
+                    raise
+                batch_size //= 2
+    return batch_size
 
 
 def places_are_equal(encoder: TileEncoder, batch: Tensor, vectors: Vectors) -> bool:
@@ -109,7 +119,7 @@ def places_are_equal(encoder: TileEncoder, batch: Tensor, vectors: Vectors) -> b
 
 
 def _try(
-    encoders: Sequence[TileEncoder], batch_size: int, fast: Callable[[TileEncoder], Pass]
+    encoders: Sequence[TileEncoder], batch_size: int, fast: Callable[[TileEncoder], Pass] | None
 ) -> tuple[dict[int, tuple[Pass, str]], float, list[Vectors]]:
     """The way and the vectors of each encoder, and the seconds of a batch."""
     chosen, vectors, seconds = {}, [], 0.0

@@ -137,7 +137,7 @@ class TileStream:
         passes: one way through an encoder a device; all encoders are the same one.
         batch_size: B of every batch.
         across: fill batches across the slides' borders; else the last batch of each slide is padded.
-        depth: full batches that wait for an encoder.
+        depth: full batches that wait for an encoder, by default one more than there are devices.
         check: is called by a caller who waits; it may raise to stop.
     """
 
@@ -147,7 +147,7 @@ class TileStream:
         batch_size: int,
         *,
         across: bool = True,
-        depth: int = 2,
+        depth: int | None = None,
         check: Callable[[], None] = lambda: None,
     ) -> None:
         self.busy = BusyTimes({"plan": 1, "read": 1, "encode": len(passes), "write": 1, "slides": 1})
@@ -157,6 +157,7 @@ class TileStream:
         self._check = check
         self._news = threading.Condition()
         # Everything below belongs to the lock, but for `_filling`, which is the reader's.
+        depth = len(passes) + 1 if depth is None else depth
         self._free = depth + 1 + sum(1 + each.in_flight for each in passes)
         self._buffers: list[Tensor] = []
         self._announced: deque[SlideVectors] = deque()

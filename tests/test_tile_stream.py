@@ -1,0 +1,392 @@
+"""The stream from slides to vectors: equal bytes however it is arranged, bounded, and it ends whatever fails."""
+
+import dataclasses
+import threading
+import time
+from collections.abc import Callable, Generator, Iterator
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from tiny_encoders import WIDTH, tiny_tile_encoder
+from torch import Tensor, nn
+
+from gigapath.devices import reproducible, resolve_devices
+from gigapath.encoding import EncoderError, OutOfMemory, encode_padded
+from gigapath.standin import weights_file
+from gigapath.tile_encoder import TileEncoder, load_tile_encoder
+from gigapath.tile_stream.busy import BusyTimes, bottleneck
+from gigapath.tile_stream.passes import PlainPass, choose_pass
+from gigapath.tile_stream.settling import fitting_batch_size, settle
+from gigapath.tile_stream.stream import TileStream
+
+Pixels = npt.NDArray[np.uint8]
+COUNTS = (5, 0, 11, 1, 8)  # no slide but the last fills its batches of 4
+LIMIT = 10.0
+
+
+def picture(slide: int, count: int, side: int = 64) -> Pixels:
+    return np.random.default_rng(slide).integers(0, 256, (count, side, side, 3), np.uint8)
+
+
+class Made:
+    """A slide of random tiles in memory, read `chunk` tiles at a time; `fail` may raise at any point."""
+
+    def __init__(
+        self, tiles: Pixels, chunk: int = 4, fail: Callable[[str, int], None] = lambda point, first: None
+    ) -> None:
+        self.tiles, self.chunk, self.fail = tiles, chunk, fail
+        self.closed = False
+
+    def prepare(self) -> None:
+        self.fail("prepare", 0)
+
+    def read(self) -> Generator[tuple[int, Pixels], None, None]:
+        try:
+            for first in range(0, len(self.tiles), self.chunk):
+                self.fail("read", first)
+                yield first, self.tiles[first : first + self.chunk]
+        finally:
+            self.closed = True
+
+
+def collect(stream: TileStream, sources: list[Made]) -> list[npt.NDArray[np.float32]]:
+    """All vectors of all slides, slide by slide, each tile once."""
+    found = []
+    for source, vectors in [(source, stream.submit(source)) for source in sources]:
+        vectors.wait_prepared()
+        table = np.full((len(source.tiles), WIDTH), np.nan, np.float32)
+        for first, block in vectors.blocks():
+            assert np.isnan(table[first : first + len(block)]).all()
+            table[first : first + len(block)] = block
+        found.append(table)
+    return found
+
+
+def plainly(encoder: TileEncoder, tiles: Pixels, batch_size: int) -> npt.NDArray[np.float32]:
+    blocks = [encode_padded(tiles[n : n + batch_size], encoder, batch_size) for n in range(0, len(tiles), batch_size)]
+    return np.concatenate([np.empty((0, encoder.embed_dim), np.float32), *blocks])
+
+
+@pytest.fixture(autouse=True)
+def nothing_hangs_and_no_thread_is_left() -> Iterator[None]:
+    before, done = set(threading.enumerate()), threading.Event()
+    started = time.monotonic()
+    yield
+    done.set()
+    assert time.monotonic() - started < LIMIT
+    assert set(threading.enumerate()) <= before
+
+
+# ---------------------------------------------------------------------------------- the numbers
+
+
+@pytest.mark.parametrize("across", [True, False])
+@pytest.mark.parametrize("devices", [1, 2, 3])
+@pytest.mark.parametrize(("chunk", "depth"), [(4, None), (3, 0), (64, 5)])
+def test_vectors_are_those_of_the_plain_path(across: bool, devices: int, chunk: int, depth: int | None) -> None:
+    encoder = tiny_tile_encoder()
+    tiles = [picture(slide, count) for slide, count in enumerate(COUNTS)]
+    expected = [plainly(encoder, each, 4) for each in tiles]
+    assert np.abs(expected[0][0] - expected[0][1]).max() > 1e-3
+    for order in (range(len(COUNTS)), (4, 2, 0, 1, 3)):
+        with TileStream([PlainPass(encoder)] * devices, 4, across=across, depth=depth) as stream:
+            found = collect(stream, [Made(tiles[n], chunk) for n in order])
+        assert [each.tobytes() for each in found] == [expected[n].tobytes() for n in order]
+
+
+def test_vectors_of_the_stand_in_are_those_of_the_plain_path() -> None:
+    try:
+        weights_file()
+    except ImportError:
+        pytest.skip("the stand-in's package is not installed")
+    encoder = load_tile_encoder("standin")
+    tiles = [picture(slide, count, 100) for slide, count in enumerate((3, 6))]
+    expected = [plainly(encoder, each, 4) for each in tiles]
+    with TileStream([PlainPass(encoder)] * 2, 4) as stream:
+        for each, wanted in zip(tiles, expected, strict=True):
+            blocks = dict(stream.submit(Made(each)).blocks())
+            assert np.concatenate([blocks[first] for first in sorted(blocks)]).tobytes() == wanted.tobytes()
+
+
+def test_batches_have_one_shape_and_cross_the_slides_borders() -> None:
+    for across, batches in ((True, 7), (False, 8)):
+        encoder, seen = tiny_tile_encoder(), []
+        encoder.model.register_forward_pre_hook(lambda _, inputs, seen=seen: seen.append(inputs[0].shape[0]))
+        with TileStream([PlainPass(encoder)], 4, across=across) as stream:
+            collect(stream, [Made(picture(slide, count)) for slide, count in enumerate(COUNTS)])
+        assert seen == [4] * batches
+
+
+def test_a_slide_that_comes_when_all_others_are_through_is_done_too() -> None:
+    encoder = tiny_tile_encoder()
+    with TileStream([PlainPass(encoder)], 4) as stream:
+        for slide in range(3):
+            tiles = picture(slide, 5)
+            assert collect(stream, [Made(tiles)])[0].tobytes() == plainly(encoder, tiles, 4).tobytes()
+
+
+# ---------------------------------------------------------------------------------- side by side, and bounded
+
+
+def test_the_next_slide_is_planned_and_read_while_one_is_encoded() -> None:
+    read = {1: threading.Event(), 2: threading.Event()}
+    planned = threading.Event()
+    encoder = tiny_tile_encoder()
+    encoder.model.register_forward_pre_hook(lambda *_: (read[1].wait(LIMIT), planned.wait(LIMIT), None)[-1])
+
+    def saw(slide: int) -> Callable[[str, int], None]:
+        def point(name: str, first: int) -> None:
+            if name == "read":
+                read[slide].set()
+            elif slide == 2:
+                planned.set()
+
+        return point
+
+    sources = [Made(picture(0, 4)), Made(picture(1, 4), fail=saw(1)), Made(picture(2, 4), fail=saw(2))]
+    with TileStream([PlainPass(encoder)], 4) as stream:
+        collect(stream, sources)
+    assert read[1].is_set() and planned.is_set()
+
+
+def test_what_waits_for_the_encoder_is_bounded() -> None:
+    go, firsts = threading.Event(), []
+    encoder = tiny_tile_encoder()
+    encoder.model.register_forward_pre_hook(lambda *_: (go.wait(LIMIT), None)[-1])
+    tiles = picture(0, 200)
+    with TileStream([PlainPass(encoder)], 4, depth=2) as stream:
+        vectors = stream.submit(Made(tiles, fail=lambda point, first: firsts.append(first)))
+        vectors.wait_prepared()
+        deadline = time.monotonic() + 0.5
+        while time.monotonic() < deadline:
+            time.sleep(0.02)
+        # One batch in the encoder, two that wait, one being filled, and a chunk in the reader's hands.
+        assert max(firsts) <= 4 * 4
+        go.set()
+        assert sum(len(block) for _, block in vectors.blocks()) == 200
+
+
+def test_what_waits_for_the_caller_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gigapath.tile_stream.stream._UNTAKEN", 3)
+    encoder, seen = tiny_tile_encoder(), []
+    encoder.model.register_forward_pre_hook(lambda *_: seen.append(1))
+    with TileStream([PlainPass(encoder)] * 2, 4) as stream:
+        slides = [stream.submit(Made(picture(slide, 41))) for slide in range(3)]
+        slides[0].wait_prepared()
+        time.sleep(0.5)
+        assert len(seen) == 3
+        assert [sum(len(block) for _, block in slide.blocks()) for slide in slides] == [41, 41, 41]
+
+
+# ---------------------------------------------------------------------------------- faults
+
+
+def raise_at(point: str, first: int, error: BaseException) -> Callable[[str, int], None]:
+    def fail(name: str, at: int) -> None:
+        if (name, at) == (point, first):
+            raise error
+
+    return fail
+
+
+@pytest.mark.parametrize(("point", "first"), [("prepare", 0), ("read", 0), ("read", 4), ("read", 8)])
+@pytest.mark.parametrize("devices", [1, 2])
+def test_a_slide_that_fails_harms_no_other(point: str, first: int, devices: int) -> None:
+    encoder = tiny_tile_encoder()
+    tiles = [picture(slide, 9) for slide in range(4)]
+    sources = [Made(each) for each in tiles]
+    sources[1].fail = raise_at(point, first, OSError("a bad sector"))
+    with TileStream([PlainPass(encoder)] * devices, 4) as stream:
+        coming = [stream.submit(source) for source in sources]
+        for slide, vectors in enumerate(coming):
+            if slide == 1:
+                with pytest.raises(OSError, match="a bad sector"):
+                    vectors.wait_prepared()
+                    list(vectors.blocks())
+                continue
+            vectors.wait_prepared()
+            blocks = dict(vectors.blocks())
+            found = np.concatenate([blocks[first] for first in sorted(blocks)])
+            assert found.tobytes() == plainly(encoder, tiles[slide], 4).tobytes()
+    assert all(source.closed for source in sources if source.fail is not sources[1].fail)
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [(torch.cuda.OutOfMemoryError("no"), "too little memory for batches of 4"), (RuntimeError("kernel"), "kernel")],
+)
+def test_a_failing_encoder_ends_everything_with_its_sentence(devices: int, error: Exception, words: str) -> None:
+    encoder = tiny_tile_encoder()
+    calls: list[int] = []
+
+    def fail(*_: Any) -> None:
+        calls.append(1)
+        if len(calls) == 2:
+            raise error
+
+    encoder.model.register_forward_pre_hook(fail)
+    with pytest.raises(EncoderError, match=words), TileStream([PlainPass(encoder)] * devices, 4) as stream:
+        collect(stream, [Made(picture(slide, 9)) for slide in range(3)])
+
+
+def test_a_vector_that_is_not_finite_fails_its_own_slide() -> None:
+    class Sensitive(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            mean = x.mean((1, 2, 3))
+            return torch.where(mean[:, None] > 1.5, torch.nan, mean[:, None]).expand(-1, WIDTH)
+
+    encoder = dataclasses.replace(tiny_tile_encoder(), model=Sensitive())
+    bright = np.full((3, 64, 64, 3), 250, np.uint8)
+    with TileStream([PlainPass(encoder)], 4) as stream:
+        dark, white, last = (stream.submit(Made(each)) for each in (picture(0, 3), bright, picture(2, 3)))
+        assert sum(len(block) for _, block in dark.blocks()) == 3
+        with pytest.raises(ValueError, match="tiny: a vector is not finite in fp32"):
+            list(white.blocks())
+        assert sum(len(block) for _, block in last.blocks()) == 3
+
+
+def test_a_caller_that_fails_or_leaves_ends_the_threads() -> None:
+    encoder = tiny_tile_encoder()
+    with pytest.raises(KeyError), TileStream([PlainPass(encoder)] * 2, 4) as stream:
+        coming = [stream.submit(Made(picture(slide, 50))) for slide in range(3)]
+        for _ in coming[0].blocks():
+            raise KeyError
+    with TileStream([PlainPass(encoder)], 4) as stream:
+        first, second = (stream.submit(Made(picture(slide, 30))) for slide in range(2))
+        first.drop()
+        assert sum(len(block) for _, block in second.blocks()) == 30
+
+
+def test_a_stop_is_heard_while_nothing_comes() -> None:
+    class Stop(Exception):
+        pass
+
+    go, asked = threading.Event(), []
+    encoder = tiny_tile_encoder()
+    encoder.model.register_forward_pre_hook(lambda *_: (go.wait(LIMIT), None)[-1])
+
+    def check() -> None:
+        asked.append(1)
+        if len(asked) > 3:
+            go.set()
+            raise Stop
+
+    with pytest.raises(Stop), TileStream([PlainPass(encoder)], 4, check=check) as stream:
+        collect(stream, [Made(picture(0, 50))])
+
+
+# ---------------------------------------------------------------------------------- settling, the ways of a device
+
+
+class Late:
+    """A quicker way, as a GPU's: answers come when they are waited for. `wrong` changes a bit, `error` is raised."""
+
+    in_flight, pinned = 1, False
+
+    def __init__(self, encoder: TileEncoder, *, wrong: bool = False, error: Exception | None = None) -> None:
+        self.encoder, self.wrong, self.error = encoder, wrong, error
+
+    def start(self, pixels: Tensor) -> Callable[[], npt.NDArray[np.float32]]:
+        if self.error is not None:
+            raise self.error
+        vectors = self.encoder.forward(pixels).numpy().copy()
+        vectors[-1, -1] += self.wrong
+        return lambda: vectors
+
+
+def test_the_quicker_way_is_taken_where_it_gives_the_plain_bytes() -> None:
+    encoder = tiny_tile_encoder()
+    assert isinstance(choose_pass(encoder, 4)[0], PlainPass)
+    way, words = choose_pass(encoder, 4, Late)
+    assert isinstance(way, Late) and "checked against the plain way" in words
+    for fast, said in (
+        (lambda e: Late(e, wrong=True), "gave other numbers"),
+        (lambda e: Late(e, error=RuntimeError("no stream\nat all")), r"failed (no stream)"),
+    ):
+        way, words = choose_pass(encoder, 4, fast)
+        assert isinstance(way, PlainPass) and said in words
+    tiles = [picture(slide, count) for slide, count in enumerate(COUNTS)]
+    with TileStream([Late(encoder), Late(encoder)], 4) as stream:
+        found = collect(stream, [Made(each) for each in tiles])
+    assert [each.tobytes() for each in found] == [plainly(encoder, each, 4).tobytes() for each in tiles]
+
+
+def limited(most: int) -> TileEncoder:
+    """An encoder on a device whose memory holds `most` tiles."""
+    encoder = tiny_tile_encoder()
+
+    def check(_: nn.Module, inputs: tuple[Tensor]) -> None:
+        if len(inputs[0]) > most:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+    encoder.model.register_forward_pre_hook(check)
+    return encoder
+
+
+def test_a_batch_that_the_memory_does_not_hold_is_halved(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert fitting_batch_size([limited(5)], 32) == 32, "a CPU is not asked: it would take a batch's time"
+    monkeypatch.setattr("gigapath.tile_stream.settling._OUT_OF_MEMORY", ("cpu",))
+    assert fitting_batch_size([limited(5)], 32) == 4
+    assert fitting_batch_size([limited(40), limited(9)], 32) == 8, "the least of several devices"
+    with pytest.raises(OutOfMemory, match="batches of 1 tiles"):
+        fitting_batch_size([limited(0)], 32)
+    with pytest.raises(OutOfMemory, match=r"too little memory for batches of 32 tiles\. Choose a smaller --batch-size"):
+        settle([limited(5)], 32, several=True)
+
+
+def test_batches_cross_borders_only_where_a_tiles_place_changes_nothing() -> None:
+    class ByPlace(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return (x.mean((1, 2, 3)) * (1 + 1e-6 * torch.arange(len(x))))[:, None].expand(-1, WIDTH)
+
+    encoder = tiny_tile_encoder()
+    assert settle([encoder], 8, several=True).across
+    assert not settle([encoder], 8, several=False).across, "nothing to gain: not tried"
+    assert not settle([dataclasses.replace(encoder, model=ByPlace())], 8, several=True).across
+
+
+def test_devices_that_give_other_numbers_are_refused() -> None:
+    first, second = tiny_tile_encoder(), tiny_tile_encoder()
+    assert len(settle([first, second, first], 4, several=True).passes) == 3
+    next(second.model.parameters()).mul_(1.0001)
+    with pytest.raises(ValueError, match="--devices: expected devices that give equal numbers"):
+        settle([first, second], 4, several=True)
+
+
+def test_devices_are_a_list_or_a_number() -> None:
+    cpu = torch.device("cpu")
+    assert resolve_devices(None, "cpu") == (cpu,)
+    assert resolve_devices("cpu, cpu", "auto") == (cpu, cpu) == resolve_devices("2", "cpu")
+    for devices, device in (("0", "cpu"), ("", "auto"), ("cpu,cuda", "auto"), ("auto", "auto"), ("cpu,cpu", "cpu")):
+        with pytest.raises(ValueError, match="--devices: expected"):
+            resolve_devices(devices, device)
+    with pytest.raises(ValueError, match="--device: expected"):
+        resolve_devices("cpu,gpu", "auto")
+
+
+def test_switches_of_the_process_are_put_back_by_the_last_thread() -> None:
+    flags = torch.backends.cudnn
+    before = (flags.deterministic, flags.allow_tf32)
+    cuda = torch.device("cuda")
+    first, second = reproducible(cuda), reproducible(cuda)
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert (flags.deterministic, flags.allow_tf32) == (True, False)
+    second.__exit__(None, None, None)
+    assert (flags.deterministic, flags.allow_tf32) == before
+
+
+def test_busy_shares_name_the_stage_that_the_others_wait_for() -> None:
+    busy = BusyTimes({"read": 1, "encode": 2})
+    busy.add("read", 5.0)
+    before = busy.snapshot()
+    with busy.working("encode"):
+        time.sleep(0.05)
+    shares = busy.shares(before)
+    assert shares["read"] == 0 and 0.3 < shares["encode"] <= 0.5, "one of two worked"
+    assert (bottleneck(shares), bottleneck(busy.shares())) == ("encode", "read")
