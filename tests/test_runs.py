@@ -595,6 +595,30 @@ def test_signal_stops_the_run_and_a_restart_ends_as_if_unbroken(slides: Path, tm
         assert arrays_of(path) == arrays_of(out / path.relative_to(tmp_path / "unbroken"))
 
 
+@pytest.mark.parametrize("store", ["float32", "float16"])
+def test_stopped_slide_goes_on_behind_its_rows_that_are_safe(
+    slides: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, store: str
+) -> None:
+    monkeypatch.setattr("gigapath.features.ours.WORTH_SECONDS", -1.0)
+    slide, out = slides / "a.tif", tmp_path / "out"
+    embed(slide, tmp_path / "unbroken", store=store)
+    assert embed(slide, out, watch=StopAfter(2), store=store).outcome == "stopped"
+    assert any(name.endswith("a.h5.rows.partial") for name in files_in(out))
+    notes = Notes()
+    assert embed(slide, out, watch=notes, store=store).outcome == "done"
+    whole = len(read_tiles(out / "tiles/a.h5"))
+    assert sum(notes.counted) == whole - 32, "two batches of 16 were safe"
+    for path in (tmp_path / "unbroken").rglob("*.h5"):
+        assert path.read_bytes() == (out / path.relative_to(tmp_path / "unbroken")).read_bytes()
+    assert not any("partial" in name for name in files_in(out))
+    before = touched(out)
+    assert embed(slide, out, watch=StopAfter(2), store=store, overwrite="features").outcome == "stopped"
+    notes = Notes()
+    embed(slide, out, watch=notes, store=store, overwrite="features")
+    assert sum(notes.counted) == whole, "all of them are made again"
+    assert touched(out) != before
+
+
 def test_signal_after_the_last_batch_lets_the_tile_embeddings_be_finished(slides: Path, tmp_path: Path) -> None:
     batches = -(-len_of_tiles(slides / "a.tif", tmp_path / "tiled") // 16)
     out = tmp_path / "out"

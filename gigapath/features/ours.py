@@ -2,6 +2,7 @@
 second as it is: top-level datasets of at least one axis, no groups."""
 
 import contextlib
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,13 @@ from gigapath.features.data import (
     Tiles,
 )
 from gigapath.features.h5 import H5Writer, is_complete, open_h5, read_attrs, read_dataset, write_attrs
+from gigapath.features.kept_rows import KeptRows
+from gigapath.files import OutputError
+
+# A slide's rows are made safe this often, and those of a slide left half done where it took longer than WORTH_SECONDS.
+KEEP_SECONDS = 30.0
+WORTH_SECONDS = 10.0
+_KEPT_ROWS = 1024
 
 _STATES = ("states_mean", "states_class", "default_mean", "default_class", "tile_mean")
 _TILE_FIELDS = ("level", "read_size", "tile_size", "tile_size_level0", "mpp")
@@ -65,7 +73,9 @@ def read_tiles(path: Path | str) -> Tiles:
 class TileEmbeddingsWriter:
     """Streams the embeddings of one slide into its file, which takes its name when every tile has arrived.
 
-    Memory does not grow with the slide; a killed process leaves a `.partial` and nothing else.
+    Memory does not grow with the slide; a killed process leaves a `.partial` and nothing else. With `kept`, rows of a
+    slide that takes long are made safe every half minute and when the writer is left by an error: a later writer of
+    equal identity begins with them (`kept.find()` tells how many), and its file is the same to the last byte.
 
     ```python
     with TileEmbeddingsWriter(path, tiles, embed_dim=1536, attrs={"encoder": "gigapath", ...}) as writer:
@@ -79,6 +89,7 @@ class TileEmbeddingsWriter:
         dtype: "float32", or "float16" for half the size.
         attrs: the encoder's part of the root attributes (`encoder`, `weights_sha256`, `transform`, `precision`,
             `batch_shape`, `device`, ...), beside those of `tiles`.
+        kept: the rows that are safe already, or None to keep none.
 
     Raises:
         gigapath.files.OutputError: the disk is full, read-only, ...
@@ -93,6 +104,7 @@ class TileEmbeddingsWriter:
         embed_dim: int,
         dtype: str = "float32",
         attrs: Attrs | None = None,
+        kept: KeptRows | None = None,
     ) -> None:
         if dtype not in ("float32", "float16"):
             raise ValueError(f"TileEmbeddingsWriter: expected dtype float32 or float16, got {dtype!r}.")
@@ -102,6 +114,9 @@ class TileEmbeddingsWriter:
         self._attrs = dict(attrs or {})
         self._written = np.zeros(len(tiles), dtype=bool)
         self._h5 = H5Writer(path)
+        self._kept = kept
+        self._kept_at = 0.0
+        self._began = 0.0
 
     def __enter__(self) -> "TileEmbeddingsWriter":
         self._h5.__enter__()
@@ -117,6 +132,7 @@ class TileEmbeddingsWriter:
             self._features = file.create_dataset("features", (len(tiles), self._embed_dim), self._dtype)
             names = {"name": tiles.slide_id, "savetodir": None, "encoder": self._attrs.get("encoder")}
             write_attrs(self._features, names)
+            self._take_kept()
             self._h5.check()
         except BaseException as error:
             self._h5.__exit__(type(error), error, error.__traceback__)
@@ -149,16 +165,56 @@ class TileEmbeddingsWriter:
         self._features[start:stop] = stored
         self._written[start:stop] = True
         self._h5.check()
+        if time.monotonic() - self._kept_at > KEEP_SECONDS:
+            self._keep()
+
+    def _take_kept(self) -> None:
+        """Begin with the rows that an earlier run kept."""
+        self._began = self._kept_at = time.monotonic()
+        if self._kept is None:
+            return
+        for first, rows in self._kept.blocks():
+            self._features[first : first + len(rows)] = rows
+        self._written[: self._kept.count] = True
+
+    def _keep(self) -> None:
+        """Make the rows so far safe, up to the first one that has not arrived."""
+        if self._kept is None:
+            return
+        whole = len(self._written)
+        if not self._written.all():
+            whole = int(np.argmin(self._written)) // self._kept.step * self._kept.step
+        for first in range(self._kept.count, whole, _KEPT_ROWS):
+            self._kept.keep(self._features[first : min(whole, first + _KEPT_ROWS)])
+        self._kept.commit()
+        self._kept_at = time.monotonic()
+
+    def _settle_kept(self, error: BaseException | None) -> None:
+        """Keep the rows of a slide that was left half done, where they are worth it; else none are left."""
+        if self._kept is None:
+            return
+        if error is None:
+            self._kept.discard()
+            return
+        if not isinstance(error, OutputError) and time.monotonic() - self._began > WORTH_SECONDS:
+            with contextlib.suppress(OSError, RuntimeError):
+                self._keep()
+        self._kept.close()
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: Any) -> None:
         if kind is None and not self._written.all():
-            missing = ValueError(
+            error = ValueError(
                 f"embeddings of {self._tiles.slide_id}: expected {len(self._tiles)} tiles, "
                 f"got {int(self._written.sum())}; nothing was kept."
             )
-            self._h5.__exit__(ValueError, missing, None)
-            raise missing
+            self._settle_kept(error)
+            self._h5.__exit__(ValueError, error, None)
+            raise error
+        if error is not None:
+            self._settle_kept(error)
         self._h5.__exit__(kind, error, traceback)
+        if error is None:
+            self._settle_kept(None)
 
 
 def write_slide(path: Path | str, embeddings: SlideEmbeddings) -> None:

@@ -3,15 +3,18 @@
 import contextlib
 import time
 from collections import deque
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from gigapath.cohort.manifest import SlideEntry
 from gigapath.cohort.reuse import digest, finished, redone
 from gigapath.cohort.status import Status, read_status
 from gigapath.features import NUMERICS_VERSION, TileEmbeddingsWriter, Tiles, read_tiles
+from gigapath.features.kept_rows import KeptRows
 from gigapath.preprocessing.reading import READER, UInt8Array, iter_tiles
 from gigapath.preprocessing.slide import SlideError
 from gigapath.preprocessing.tiling import TileOptions
@@ -136,9 +139,9 @@ class EmbedJob:
         """The status of tile embeddings that hold; `tiles` names the tiles that they are of."""
         if tiles is None or self.options.overwrites("features"):
             return None
-        return finished(self.features, entry.slide_id, self._identity(tiles), allow_mixed=self.options.allow_mixed)
+        return finished(self.features, entry.slide_id, self.identity(tiles), allow_mixed=self.options.allow_mixed)
 
-    def _identity(self, tiles: str) -> dict[str, Any]:
+    def identity(self, tiles: str) -> dict[str, Any]:
         return {**self.run_identity(), "tiles": tiles}
 
     # ------------------------------------------------------------------------------------------------- the stages
@@ -187,7 +190,7 @@ class EmbedJob:
                 return statuses
         features = slide.features
         if features is None:
-            identity = self._identity(slide.digest or "")
+            identity = self.identity(slide.digest or "")
             written = _Clock()
             features = self.run.attempt(
                 self.features,
@@ -224,7 +227,7 @@ class EmbedJob:
         path = self._features_path(slide.entry)
         with (
             TileEmbeddingsWriter(
-                path, tiles, embed_dim=self.encoder.embed_dim, dtype=self.store, attrs=attrs
+                path, tiles, embed_dim=self.encoder.embed_dim, dtype=self.store, attrs=attrs, kept=slide.kept
             ) as writer,
             contextlib.closing(vectors.blocks()) as blocks,
         ):
@@ -246,6 +249,18 @@ class EmbedJob:
             digest=digest(identity),
             since=vectors.encoding_since,
         )
+
+    def kept_rows(self, entry: SlideEntry, identity: Mapping[str, Any], tiles: Tiles) -> KeptRows:
+        """The rows of a slide that an earlier run has made safe, in whole batches; none where all are to be made again.
+
+        A slide's rows may depend on their places in a batch, so a run goes on with a batch that begins where one began.
+        """
+        shape = len(tiles), self.encoder.embed_dim
+        path, dtype = self._features_path(entry), np.dtype(self.store)
+        kept = KeptRows(path, digest(identity), shape, dtype, step=self.batch_size)
+        if self.options.overwrites("features"):
+            kept.discard()
+        return kept
 
     def _tell(self, stream: TileStream) -> None:
         """Tell whoever watches how busy the stages were of late."""
@@ -308,6 +323,7 @@ class _SlideOnItsWay:
         digest: names its tiles, where there are any.
         tiles: its tiles, where they are to be embedded.
         features: the status of its tile embeddings, where they were done before.
+        kept: the rows of its tile embeddings that are safe already, and keeps more.
         vectors: its vectors on their way.
     """
 
@@ -317,8 +333,10 @@ class _SlideOnItsWay:
         self.digest: str | None = None
         self.tiles: Tiles | None = None
         self.features: Status | None = None
+        self.kept: KeptRows | None = None
         self.vectors: SlideVectors | None = None
         self._job = job
+        self._start = 0
         self._problem: Exception | None = None
 
     def prepare(self) -> None:
@@ -326,16 +344,19 @@ class _SlideOnItsWay:
         job = self._job
         self.digest = job.tiles_name(self.entry)
         if self.digest is None and job.own_tiles:
-            self.tiled, self.tiles = tile_slide(job.run, job.tiles, self.entry, job.tiling, job.options)
+            self.tiled = tile_slide(job.run, job.tiles, self.entry, job.tiling, job.options)
             if not self.tiled.finished:
                 return
             self.digest = self.tiled.digest
         self.features = job.features_done(self.entry, self.digest)
-        if self.features is None and self.tiles is None:
-            try:
+        if self.features is None:
+            try:  # from their file also where this run made them: the features' file is the same to the last byte then
                 self.tiles = job.read_tiles(self.entry)
             except (ValueError, OSError) as error:
                 self._problem = error
+                return
+            self.kept = job.kept_rows(self.entry, job.identity(self.digest or ""), self.tiles)
+            self._start = self.kept.find()
 
     def checked_tiles(self) -> Tiles:
         """The tiles that are to be embedded, or what is wrong with them."""
@@ -356,4 +377,4 @@ class _SlideOnItsWay:
                     f"slide {self.entry.slide_id!r}: expected {size[0]} x {size[1]} pixels, as when it was tiled, got "
                     f"{slide.dimensions[0]} x {slide.dimensions[1]}. Tile it again: --overwrite tiles."
                 )
-            yield from iter_tiles(slide, self.tiles, batch_size=job.batch_size, workers=job.workers)
+            yield from iter_tiles(slide, self.tiles, batch_size=job.batch_size, workers=job.workers, start=self._start)

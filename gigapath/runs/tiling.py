@@ -93,7 +93,7 @@ def tile_cohort(
         )
         result = run.over_slides(
             todo,
-            lambda entry: [tile_slide(run, folder, entry, tiling, options)[0]],
+            lambda entry: [tile_slide(run, folder, entry, tiling, options)],
             lambda: _plan(entries, todo, cohort, out, tiling, options),
         )
         write_contact_sheet(out)
@@ -111,11 +111,8 @@ def tiles_done(folder: Path, entry: SlideEntry, tiling: TileOptions, options: Ru
     return finished(folder, entry.slide_id, identity, allow_mixed=options.allow_mixed)
 
 
-def tile_slide(
-    run: CohortRun, folder: Path, entry: SlideEntry, tiling: TileOptions, options: RunOptions
-) -> tuple[Status, Tiles | None]:
-    """Tile one slide into `folder`, with its preview and status; the tiles are None where it failed."""
-    made: list[Tiles] = []
+def tile_slide(run: CohortRun, folder: Path, entry: SlideEntry, tiling: TileOptions, options: RunOptions) -> Status:
+    """Tile one slide into `folder`, with its preview and status."""
     try:
         identity = tiles_identity(entry, tiling)
     except OSError:  # the slide or its mask is gone: `work` says so
@@ -130,7 +127,6 @@ def tile_slide(
         write_preview(preview, plan.overview, plan.mask, plan.tiles, picture=picture)
         tiles = dataclasses.replace(plan.tiles, attrs={**plan.tiles.attrs, "identity": digest(identity)})
         write_tiles(folder / f"{entry.slide_id}.h5", tiles)
-        made.append(tiles)
         return Outcome(
             status="done" if len(plan.tiles) else "no_tissue",
             tiles=len(plan.tiles),
@@ -139,8 +135,7 @@ def tile_slide(
             digest=tiles_digest(plan.tiles, entry),
         )
 
-    status = run.attempt(folder, entry, "tiles", identity, work)
-    return status, made[0] if made else None
+    return run.attempt(folder, entry, "tiles", identity, work)
 
 
 def tiles_identity(entry: SlideEntry, tiling: TileOptions) -> dict[str, Any]:
