@@ -53,9 +53,9 @@ def draw_map(
     figure = _figure(figure_width, rows * (height + 0.75) + 0.22 * len(lines) + 0.35)
     axes = np.atleast_1d(figure.subplots(rows, columns, sharex=True, sharey=True)).ravel()
     if overview is not None:
-        _show_slide(axes[0], overview, frame)
+        _show_slide(axes[0], overview.image, frame)
         axes[0].set_title("slide", fontsize=_TEXT_SIZE)
-        _show_slide(axes[1], overview, frame)
+        _show_slide(axes[1], _pale(overview.image), frame)
     else:
         axes[0].set_facecolor(_GROUND)
     over = axes[-1]
@@ -95,7 +95,7 @@ def draw_curve(tile_map: TileMap, place: Place) -> Any:
             shares, spread.mean(axis=0), color=COLOURS[1], linestyle="--", marker="s", label="at random, mean and range"
         )
         axis.fill_between(shares, spread.min(axis=0), spread.max(axis=0), color=COLOURS[1], alpha=0.2, linewidth=0)
-        axis.set_xlabel(f"{words} (% of {len(tile_map.values):,})")
+        axis.set_xlabel(f"{words} (% of {len(tile_map.values):,}; one stays)")
         axis.set_title(
             f"{way}: {curve[f'{way}_minus_random']:+.3g} against random\n"
             f"({'below' if way == 'deletion' else 'above'} 0 speaks for the map)",
@@ -170,9 +170,15 @@ def _tiles_extent(place: Place, frame: Frame) -> tuple[float, float, float, floa
     return left * along, (left + width) * along, (top + height) * down, top * down
 
 
-def _show_slide(axis: Any, overview: Overview, frame: Frame) -> None:
+def _pale(image: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+    """In light greys, so that the stain does not mix with a map's colours."""
+    grey = image @ np.array([0.299, 0.587, 0.114])
+    return np.repeat((255 - (255 - grey) * 0.85).astype(np.uint8)[..., None], 3, axis=2)
+
+
+def _show_slide(axis: Any, image: npt.NDArray[np.uint8], frame: Frame) -> None:
     axis.imshow(
-        overview.image,
+        image,
         extent=(0, frame.width, frame.height, 0),
         interpolation="antialiased",
         zorder=1,

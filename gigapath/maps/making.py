@@ -94,7 +94,7 @@ class Maker:
             values=found.colours(tiles.features),
             colours=Colours(
                 "rgb",
-                f"first three components, share of variance: {shares}",
+                f"first three components, each from its 1st to its 99th percentile; share of variance: {shares}",
                 scope="fitted on all slides given" + (", range of this slide" if self.options.range == "slide" else ""),
             ),
             title="tile embeddings, principal components as red, green and blue",
