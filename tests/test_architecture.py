@@ -20,11 +20,11 @@ LAYERS = [
     {"tile_stream"},
     {"runs"},
     {"pipeline", "convert", "methods", "linear_probe", "finetune"},
-    {"verify", "bench", "maps", "check", "doctor"},
+    {"verify", "bench", "maps", "check", "doctor", "report"},
     {"cli"},
 ]
 RANK = {unit: rank for rank, units in enumerate(LAYERS) for unit in units}
-WITHOUT_TORCH = {"options", "files", "features", "preprocessing", "cohort", "downloads"}
+WITHOUT_TORCH = {"options", "files", "features", "preprocessing", "cohort", "downloads", "report"}
 
 
 def unit_of(path: Path) -> str:

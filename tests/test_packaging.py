@@ -38,6 +38,7 @@ IMPORTED_AS = {
     "pillow": "PIL",
     "pyyaml": "yaml",
     "scikit-learn": "sklearn",
+    "umap-learn": "umap",
 }
 
 
@@ -83,7 +84,10 @@ def test_wheel_holds_the_package_and_nothing_else(built: Path) -> None:
     assert {name for name in names if not name.startswith(info)} == set(files_of_checkout("gigapath"))
     assert "gigapath/py.typed" in names
     assert f"{info}/licenses/LICENSE" in names
-    assert "License-Expression: Apache-2.0" in metadata
+    assert "License-Expression: Apache-2.0 AND BSD-3-Clause" in metadata  # the report's viewer is under the latter
+    viewer = "gigapath/report/assets/openseadragon"
+    assert {f"{viewer}/openseadragon.min.js", f"{viewer}/LICENSE.txt", f"{info}/licenses/{viewer}/LICENSE.txt"} <= names
+    assert {f"gigapath/report/assets/report.{kind}" for kind in ("html", "css", "js")} <= names
     assert "gigapath = gigapath.cli.main:main" in entry_points
 
 
@@ -162,7 +166,9 @@ def third_party_imports(folder: str) -> dict[str, set[str]]:
     return found
 
 
-@pytest.mark.parametrize(("folder", "extras"), [("gigapath", ("standin", "train", "ray")), ("tests", tuple(EXTRAS))])
+@pytest.mark.parametrize(
+    ("folder", "extras"), [("gigapath", ("standin", "train", "ray", "umap")), ("tests", tuple(EXTRAS))]
+)
 def test_everything_that_is_imported_is_declared(folder: str, extras: tuple[str, ...]) -> None:
     requirements = [*PROJECT["dependencies"], *(line for extra in extras for line in EXTRAS[extra])]
     declared = {import_name(requirement) for requirement in requirements}

@@ -27,6 +27,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "convert": ("convert", "Tile embeddings as another tool's files: TRIDENT, CLAM, STAMP, slide2vec, the published."),
     "probe": ("probe", "Fit and score a linear layer on frozen tile or slide embeddings."),
     "map": ("map", "Draw maps on slides: embeddings, attention, what a fitted head looks at; PNG, GeoJSON, arrays."),
+    "report": ("report", "One page on a run or a cohort: what failed, slides with tiles and maps, scores."),
     "bench": ("bench", "Measure this machine, side by side with plain ways of doing the same work."),
     "verify": ("verify", "Check a released pair: files, demo tile, slide encoder, PANDA tiles; a report to paste."),
     "inspect": ("inspect", "Say what a feature file is, ours or another tool's."),

@@ -16,7 +16,7 @@ _FOUND_SUFFIXES = tuple(suffix for suffix in SLIDE_SUFFIXES if suffix != ".png")
 _JPEG_SUFFIXES = (".jpeg", ".jpg")
 _MANIFEST_SUFFIXES = (".csv", ".tsv")
 # What a run leaves in its output folder.
-_OUTPUT_FOLDERS = ("tiles", "previews", "features_", "slides_", "runs", "private")
+_OUTPUT_FOLDERS = ("tiles", "previews", "features_", "slides_", "runs", "private", "report_files", "maps")
 _CONTACT_SHEET = "contact_sheet"
 _KNOWN_COLUMNS = ("path", "slide_id", "mpp", "mask", "md5")
 

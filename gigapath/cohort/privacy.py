@@ -33,6 +33,11 @@ def without_paths(text: str, entry: SlideEntry) -> str:
             if len(folder.parts) > 1:  # "." and "/" would hit every other word
                 text = text.replace(str(folder), "<folder>")
         text = text.replace(path.name, entry.slide_id)
+    return hide_paths(text)
+
+
+def hide_paths(text: str) -> str:
+    """A text with "<path>" in place of every absolute path in it."""
     return _ABSOLUTE.sub("<path>", text)
 
 

@@ -1,0 +1,270 @@
+"""The pictures of one slide: a thumbnail, the slide at a few levels, its tiles laid over it, crops of some tiles.
+
+They lie in `report_files/<slide>/`, and `pictures.json` beside them says what they are and what they were made of:
+where that still holds, nothing is drawn again. Pixels come from the slide's own levels, never from label or macro.
+"""
+
+import contextlib
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+
+from gigapath.cohort.manifest import SlideEntry
+from gigapath.features import Tiles
+from gigapath.files import write_bytes_atomic, write_json_atomic
+from gigapath.preprocessing.preview import LEAST_WIDTH, PANEL
+from gigapath.preprocessing.preview import SIDE as PREVIEW_SIDE
+from gigapath.preprocessing.slide import Overview, Slide, SlideError, open_slide
+from gigapath.report.collecting import Cohort, SlideRow
+from gigapath.report.overlays import draw_tiles
+from gigapath.report.tissue_tiles import Pick, draw_crops, pick_tiles
+
+RECORD = "pictures.json"
+DRAWN_BY = 1  # raised when what is drawn changes, so that older pictures are drawn again
+THUMBNAIL_SIDE = 320
+LEAST_LEVEL = 640  # the longer side of the smallest level
+QUALITY = 82
+FROM_PREVIEW = "Drawn from the preview: {why}."
+
+RGBImage = npt.NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class Base:
+    """What a slide looks like, and where that lies.
+
+    Attributes:
+        image: (h, w, 3) RGB.
+        rectangle_level0: (x, y, w, h) that it covers.
+        mpp: microns per level-0 pixel, or None where nobody stated it.
+        note: a sentence on where it is from, or "".
+    """
+
+    image: RGBImage
+    rectangle_level0: tuple[float, float, float, float]
+    mpp: float | None
+    note: str = ""
+
+
+def folder_name(slide_id: str) -> str:
+    """A folder name that every file system and every address takes, one for each slide id."""
+    plain = re.sub(r"[^A-Za-z0-9._-]", "_", slide_id).strip(".")[:80]
+    if plain == slide_id:
+        return plain
+    return f"{plain}-{hashlib.sha256(slide_id.encode()).hexdigest()[:8]}"
+
+
+def write_pictures(folder: Path, cohort: Cohort, slide: SlideRow, *, side: int, workers: int = 0) -> dict[str, Any]:
+    """Draw what can be drawn of a slide, unless it is there already.
+
+    Args:
+        folder: where the pictures go.
+        cohort: where the slide's tiles and embeddings are.
+        slide: the slide.
+        side: the longer side of the largest level, in pixels.
+        workers: threads that read the slide.
+
+    Returns:
+        plain JSON values: `frame` {x, y, w, h, mpp} in level-0 pixels, `levels` [{file, w, h}] from small to large,
+        `thumbnail` {file, w, h}, `tiles` {file, x, y, w, h, pixels}, `crops` {file, typical, unusual} with [x, y, w, h,
+        distance] of each, `note`; what could not be drawn is left out.
+
+    Raises:
+        OutputError: the folder can't be written.
+    """
+    entry = cohort.entries.get(slide.slide_id)
+    identity = _identity(cohort, slide, entry, side)
+    before = _read_record(folder)
+    if before is not None and before["identity"] == identity:
+        return dict(before["pictures"])
+    tiles = cohort.read_tiles(slide.slide_id)
+    tiles = tiles if tiles is not None and len(tiles) else None
+    held = cohort.read_embeddings(slide.slide_id) if tiles is not None else None
+    typical, unusual = pick_tiles(held.features) if held is not None and len(held) == len(tiles or ()) else ([], [])
+    opened, why = _open(entry, tiles)
+    pictures: dict[str, Any] = {"note": ""}
+    try:
+        base = None
+        if opened is not None:
+            try:
+                base = _from_slide(opened, side, workers)
+            except SlideError:
+                why = "its pixels can't be read"
+        if base is None:
+            base = _from_preview(cohort.folder / "previews" / f"{slide.slide_id}.jpg", tiles, why)
+        if base is not None:
+            pictures.update(_write_base(folder, base))
+        if tiles is not None and base is not None:
+            placed = draw_tiles(tiles)
+            write_bytes_atomic(folder / "tiles.png", placed.png)
+            pictures["tiles"] = placed.to_dict("tiles.png")
+        if tiles is not None and typical:
+            drawn = _write_crops(folder, opened, tiles, [*typical, *unusual])
+            pictures["crops"] = {
+                "file": "crops.jpg" if drawn else None,
+                "typical": _places(tiles, typical),
+                "unusual": _places(tiles, unusual),
+            }
+    finally:
+        if opened is not None:
+            opened.close()
+    write_json_atomic(folder / RECORD, {"identity": identity, "pictures": pictures})
+    return pictures
+
+
+def _identity(cohort: Cohort, slide: SlideRow, entry: SlideEntry | None, side: int) -> dict[str, Any]:
+    """What the pictures depend on."""
+    size = None
+    if entry is not None:
+        with contextlib.suppress(OSError):
+            size = entry.path.stat().st_size
+    features = None if cohort.features is None else cohort.features.name
+    return {
+        "slide": slide.slide_id,
+        "status": slide.status,
+        "digests": list(slide.digests),
+        "features": features,
+        "slide_bytes": size,
+        "side": side,
+        "drawn_by": DRAWN_BY,
+    }
+
+
+def _read_record(folder: Path) -> dict[str, Any] | None:
+    """What stands in a slide's folder, where all of it is there."""
+    try:
+        record: dict[str, Any] = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+        pictures = record["pictures"]
+        files = [level["file"] for level in pictures.get("levels", ())]
+        files += [pictures[name]["file"] for name in ("thumbnail", "tiles", "crops") if name in pictures]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return record if all(name is None or (folder / name).is_file() for name in files) else None
+
+
+def _open(entry: SlideEntry | None, tiles: Tiles | None) -> tuple[Slide | None, str]:
+    """The slide, opened with the scale that its tiles were cut at; None and why it can't be."""
+    if entry is None:
+        return None, "where the slide lies is not recorded"
+    stated = entry.mpp
+    if tiles is not None:
+        mpp = tiles.attrs.get("mpp_level0")
+        stated = float(mpp[0]) if mpp is not None and mpp[0] == mpp[1] else stated
+    try:
+        slide = open_slide(entry.path, slide_id=entry.slide_id, slide_mpp=stated)
+    except FileNotFoundError:
+        return None, "the slide's file is not where it was"
+    except (ValueError, OSError):
+        return None, "the slide's file can't be opened"
+    size = None if tiles is None else tiles.attrs.get("slide_size")
+    if size is not None and tuple(size) != slide.dimensions:
+        slide.close()
+        return None, "the slide's file is another than the one that was tiled"
+    return slide, ""
+
+
+def _from_slide(slide: Slide, side: int, workers: int) -> Base:
+    """The slide within its bounds, its longer side at most `side` pixels.
+
+    Raises:
+        SlideError: its pixels can't be read.
+    """
+    mpp: float | None
+    try:
+        mpp_x, mpp_y, mpp = slide.mpp.x, slide.mpp.y, slide.mpp.mean
+    except SlideError:  # nobody stated its scale: a picture needs none
+        with open_slide(slide.path, slide_id=slide.slide_id, slide_mpp=1.0) as again:
+            found = _from_slide(again, side, workers)
+        return Base(found.image, found.rectangle_level0, None)
+    width, height = slide.bounds[2:]
+    overview: Overview = slide.overview(max(width * mpp_x, height * mpp_y) / side, workers=workers)
+    h, w = overview.image.shape[:2]
+    x, y = overview.origin_level0
+    return Base(overview.image, (x, y, w * overview.scale[0], h * overview.scale[1]), mpp)
+
+
+def _from_preview(path: Path, tiles: Tiles | None, why: str) -> Base | None:
+    """The picture in a preview, its caption and margins cut off; None where there is none or its frame is not known."""
+    bounds = None if tiles is None else tiles.attrs.get("bounds")
+    try:
+        pixels = cv2.imdecode(np.frombuffer(path.read_bytes(), np.uint8), cv2.IMREAD_COLOR)
+    except (OSError, cv2.error):
+        return None
+    if pixels is None or pixels.shape[0] <= PANEL or bounds is None or tiles is None:
+        return None
+    image = np.asarray(pixels[:-PANEL, :, ::-1], np.uint8)
+    mpp_x, mpp_y = tiles.attrs.get("mpp_level0") or (1.0, 1.0)
+    if image.shape[0] == PREVIEW_SIDE and image.shape[1] == LEAST_WIDTH:  # a narrow slide stands in the middle
+        width = max(1, round(PREVIEW_SIDE * bounds[2] * mpp_x / (bounds[3] * mpp_y)))
+        left = max(0, (LEAST_WIDTH - width) // 2)
+        image = image[:, left : left + width]
+    mpp = (float(mpp_x) + float(mpp_y)) / 2 if tiles.attrs.get("mpp_level0") else None
+    x, y, w, h = (float(value) for value in bounds)
+    return Base(np.ascontiguousarray(image), (x, y, w, h), mpp, FROM_PREVIEW.format(why=why))
+
+
+def _write_base(folder: Path, base: Base) -> dict[str, Any]:
+    """Write a picture at several sizes, each half of the next, and a thumbnail."""
+    height, width = base.image.shape[:2]
+    steps = [1]
+    while max(height, width) / steps[-1] / 2 >= LEAST_LEVEL:
+        steps.append(steps[-1] * 2)
+    levels = []
+    for number, step in enumerate(reversed(steps)):
+        size = max(1, round(width / step)), max(1, round(height / step))
+        name = f"level_{number}.jpg"
+        write_bytes_atomic(folder / name, _jpeg(_shrunk(base.image, size)))
+        levels.append({"file": name, "w": size[0], "h": size[1]})
+    factor = min(1.0, THUMBNAIL_SIDE / max(height, width))
+    size = max(1, round(width * factor)), max(1, round(height * factor))
+    write_bytes_atomic(folder / "thumbnail.jpg", _jpeg(_shrunk(base.image, size)))
+    return {
+        "frame": {**_rectangle(base.rectangle_level0), "mpp": base.mpp},
+        "levels": levels,
+        "thumbnail": {"file": "thumbnail.jpg", "w": size[0], "h": size[1]},
+        "note": base.note,
+    }
+
+
+def _write_crops(folder: Path, slide: Slide | None, tiles: Tiles, picks: Sequence[Pick]) -> bool:
+    """Write the tiles' pixels side by side; False where the slide is not at hand or can't be read."""
+    if slide is None:
+        return False
+    try:
+        picture = draw_crops(slide, tiles, picks)
+    except SlideError:
+        return False
+    write_bytes_atomic(folder / "crops.jpg", _jpeg(picture))
+    return True
+
+
+def _places(tiles: Tiles, picks: Sequence[Pick]) -> list[list[float]]:
+    """[x, y, w, h, distance] of each tile, in level-0 pixels."""
+    width, height = tiles.tile_size_level0
+    corners = [tiles.coords_level0[pick.index].tolist() for pick in picks]
+    return [[x, y, width, height, round(pick.distance, 2)] for (x, y), pick in zip(corners, picks, strict=True)]
+
+
+def _rectangle(rectangle: Sequence[float]) -> Mapping[str, float]:
+    return dict(zip("xywh", (round(float(value), 2) for value in rectangle), strict=True))
+
+
+def _shrunk(image: RGBImage, size: tuple[int, int]) -> RGBImage:
+    if image.shape[1::-1] == size:
+        return image
+    return np.asarray(cv2.resize(image, size, interpolation=cv2.INTER_AREA), np.uint8)
+
+
+def _jpeg(image: RGBImage) -> bytes:
+    done, content = cv2.imencode(".jpg", np.ascontiguousarray(image[..., ::-1]), [cv2.IMWRITE_JPEG_QUALITY, QUALITY])
+    if not done:
+        raise ValueError(f"report: expected a picture that JPEG can hold, got {image.shape}.")
+    return bytes(content.tobytes())

@@ -1,0 +1,237 @@
+"""`write_report`: from an output folder to report.html and report_files/."""
+
+import base64
+import mimetypes
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import gigapath
+from gigapath.cohort.privacy import hide_paths
+from gigapath.files import write_text_atomic
+from gigapath.report.collecting import Cohort, collect_cohort, read_runs
+from gigapath.report.maps import write_maps
+from gigapath.report.options import MAX_IN_ONE_FILE, ReportOptions
+from gigapath.report.page import render
+from gigapath.report.pictures import folder_name, write_pictures
+from gigapath.report.projection import Projection, project_folder
+from gigapath.report.results import Results, collect_results
+from gigapath.report.tissue_tiles import METHOD
+from gigapath.runs.machine import available_cores
+
+PAGE, FILES = "report.html", "report_files"
+TERMS = (
+    "For research use only. Not for clinical care, diagnosis or any clinical decision.",
+    "Embeddings, maps and scores fall under the terms of the weights that made them; those of Prov-GigaPath are their "
+    "authors' (research only; the access form of GigaPath-Flash says non-commercial). The code that made this page is "
+    "under the Apache License 2.0.",
+)
+# Columns of slides.csv that say how the run went; they stand in the details of a slide alone.
+_HIDDEN = ("numerics_version",)
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was written.
+
+    Attributes:
+        page: the HTML file.
+        slides: how many slides it shows.
+        without_picture: ids of those of which there is none.
+        notes: sentences on what is missing.
+    """
+
+    page: Path
+    slides: int
+    without_picture: tuple[str, ...]
+    notes: tuple[str, ...]
+
+
+def write_report(
+    folder: str | Path,
+    *,
+    slides: str | Path | None = None,
+    maps: str | Path | None = None,
+    to: str | Path | None = None,
+    options: ReportOptions | None = None,
+    on_slide: Callable[[str, int, int], None] = lambda slide_id, number, slides: None,
+) -> Report:
+    """Write `report.html`, and `report_files/` beside it, of a run or a cohort.
+
+    Args:
+        folder: the output folder of tile, embed, slide-embed, finetune, evaluate or probe.
+        slides: the output folder that holds the slides of a fine-tuning or probe run; `folder` itself where None.
+        maps: the folder of maps; `maps` beside the slides where None.
+        to: where the report goes; `folder` where None.
+        options: how it is made.
+        on_slide: told of each slide whose pictures are there.
+
+    Raises:
+        FileNotFoundError: no such folder.
+        ValueError: a folder that holds neither slides nor results, too many slides for one file.
+        OutputError: the report can't be written.
+    """
+    options = options or ReportOptions()
+    folder = Path(folder)
+    home = Path(slides) if slides is not None else folder
+    for place in (folder, home, *([Path(maps)] if maps is not None else [])):
+        if not place.is_dir():
+            raise FileNotFoundError(f"{place}: no such folder. Name the output folder of a run.")
+    cohort = collect_cohort(home)
+    results = collect_results(folder)
+    if cohort is None and (slides is not None or not results):
+        raise ValueError(
+            f"{home}: expected the output folder of tile, embed, slide-embed, finetune, evaluate or probe, found "
+            "neither slides nor results in it."
+        )
+    count = 0 if cohort is None else len(cohort.slides)
+    if options.single_file and count > MAX_IN_ONE_FILE:
+        raise ValueError(
+            f"--single-file: expected at most {MAX_IN_ONE_FILE} slides, got {count:,}. Leave it out: the pictures go "
+            f"to {FILES}/ beside the page."
+        )
+    target = Path(to) if to is not None else folder
+    notes = list(cohort.notes) if cohort is not None else []
+    data = _about(options, results, read_runs(folder) if cohort is None else cohort.runs)
+    media: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory(prefix="gigapath_report_") if options.single_file else nullcontext() as passing:
+        files = Path(passing) if passing is not None else target / FILES
+        if cohort is not None:
+            of_maps = Path(maps) if maps is not None else home / "maps"
+            media = _pictures(cohort, files, of_maps, options, on_slide)
+            projections, said = _projections(cohort, options)
+            notes += said
+            data |= _of_slides(cohort, results, media, projections)
+        if options.single_file:
+            data["files"] = _contents(files, media)
+    data["notes"] = [hide_paths(note) for note in notes]
+    write_text_atomic(target / PAGE, render(options.title, data))
+    bare = tuple(
+        slide.slide_id
+        for slide, entry in zip(cohort.slides if cohort is not None else (), media, strict=True)
+        if "thumbnail" not in entry
+    )
+    return Report(target / PAGE, count, bare, tuple(notes))
+
+
+def _pictures(
+    cohort: Cohort,
+    files: Path,
+    maps: Path,
+    options: ReportOptions,
+    on_slide: Callable[[str, int, int], None],
+) -> list[dict[str, Any]]:
+    """Pictures and maps of each slide, in the order of the cohort, with the folder of each in `files`."""
+    workers = available_cores() if options.workers is None else options.workers
+    media = []
+    for number, slide in enumerate(cohort.slides, start=1):
+        place = files / folder_name(slide.slide_id)
+        pictures = write_pictures(place, cohort, slide, side=options.picture_side, workers=workers)
+        layers = write_maps(place, maps / slide.slide_id) if "frame" in pictures else []
+        media.append({"folder": place.name, **pictures, "maps": layers})
+        on_slide(slide.slide_id, number, len(cohort.slides))
+    return media
+
+
+def _projections(cohort: Cohort, options: ReportOptions) -> tuple[list[Projection], list[str]]:
+    """Every folder of slide embeddings as points, and sentences on those that can't be."""
+    found, notes = [], []
+    for folder in cohort.slide_folders:
+        try:
+            projection = project_folder(folder, options.embedding, options.projection)
+        except (ValueError, FileNotFoundError) as error:
+            notes.append(f"Slides of {folder.name} are not drawn: {error}")
+            continue
+        if projection is not None:
+            found.append(projection)
+    return found, notes
+
+
+def _about(options: ReportOptions, results: Sequence[Results], runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What the page says of itself, of the runs and of the results."""
+    terms = [*TERMS, *(each.terms for each in results if each.terms)]
+    return {
+        "title": options.title,
+        "made": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        "version": gigapath.__version__,
+        "implementation": gigapath.__implementation__,
+        "terms": list(dict.fromkeys(terms)),
+        "runs": list(runs),
+        "results": [
+            {"name": each.name, "title": each.title, "blocks": each.blocks, "options": each.options or {}}
+            for each in results
+        ],
+        "slides": None,
+    }
+
+
+def _of_slides(
+    cohort: Cohort, results: Sequence[Results], media: Sequence[Mapping[str, Any]], projections: Sequence[Projection]
+) -> dict[str, Any]:
+    """The slides column by column, which is half the size of a mapping for each."""
+    said = [
+        (f"{each.name} " if each.name else "", each.predictions) for each in results if each.predictions is not None
+    ]
+    rows = []
+    for slide in cohort.slides:
+        row = dict(slide.values)
+        for prefix, predictions in said:
+            row |= {f"{prefix}{key}": value for key, value in predictions.get(slide.slide_id, {}).items()}
+        rows.append(row)
+    columns = [name for name in dict.fromkeys(name for row in rows for name in row) if name not in _HIDDEN]
+    return {
+        "slides": {
+            "ids": [slide.slide_id for slide in cohort.slides],
+            "status": [slide.status for slide in cohort.slides],
+            "tiles": [slide.tiles for slide in cohort.slides],
+            "errors": [slide.error for slide in cohort.slides],
+            "warnings": [list(slide.warnings) for slide in cohort.slides],
+            "columns": columns,
+            "values": [[row.get(name) for name in columns] for row in rows],
+        },
+        "media": list(media),
+        "counts": cohort.counts(),
+        "failures": [{"reason": reason, "slides": ids} for reason, ids in cohort.failures()],
+        "encoder": None if cohort.features is None else cohort.features.name.removeprefix("features_"),
+        "tiles_method": METHOD,
+        "projections": [
+            {
+                "name": each.name,
+                "embedding": each.embedding,
+                "method": each.method,
+                "axes": each.axes,
+                "trained": each.trained,
+                "ids": each.slide_ids,
+                "points": [[float(f"{value:.5g}") for value in point] for point in each.points.tolist()],
+            }
+            for each in projections
+        ],
+    }
+
+
+def _contents(files: Path, media: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """ "folder/file" -> the file as a data address, of every picture that the page names."""
+    found = {}
+    for entry in media:
+        for name in _names(entry):
+            path = files / entry["folder"] / name
+            kind = mimetypes.types_map[path.suffix]
+            content = base64.b64encode(path.read_bytes()).decode()
+            found[f"{entry['folder']}/{name}"] = f"data:{kind};base64,{content}"
+    return found
+
+
+def _names(value: Any) -> Iterator[str]:
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            if key == "file" and item:
+                yield item
+            else:
+                yield from _names(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _names(item)
