@@ -317,6 +317,13 @@ def test_linear_control_is_logistic_regression() -> None:
     assert np.abs(ours - theirs).max() < 1e-4
 
 
+@pytest.mark.parametrize(("processes", "slides"), [(1, 8), (2, 8), (4, 8), (16, 16)])
+def test_control_of_abmil_steps_alike_over_any_number_of_processes(processes, slides) -> None:
+    recipe = controls.abmil_options(TrainingOptions(batch_size=4, select="val"), processes)
+    window = recipe.batch_size * recipe.gradient_accumulation * processes
+    assert window == slides and recipe.learning_rate(window) == pytest.approx(2e-4) and recipe.epochs == 20
+
+
 def test_calibration_finds_the_temperature_and_the_threshold() -> None:
     random = np.random.default_rng(0)
     logits = random.standard_normal((4000, 3)) * 1.5

@@ -19,14 +19,16 @@ RANDOM = "from random weights"
 FloatArray = npt.NDArray[np.float64]
 
 
-def abmil_options(options: TrainingOptions) -> TrainingOptions:
-    """The recipe for ABMIL as a control: AdamW at 2e-4 over steps of 8 slides, at least 20 epochs."""
+def abmil_options(options: TrainingOptions, processes: int = 1) -> TrainingOptions:
+    """The recipe for ABMIL as a control: AdamW at 2e-4 over steps of 8 slides, however many processes share them (of
+    one each where there are more), at least 20 epochs."""
+    accumulation = max(1, 8 // processes)
     return replace(
         options,
         epochs=max(options.epochs, 20),
         batch_size=1,
-        gradient_accumulation=8,
-        base_lr=2e-4 * 256 / 8,
+        gradient_accumulation=accumulation,
+        base_lr=2e-4 * 256 / (accumulation * processes),
         select="last",
     )
 

@@ -237,7 +237,7 @@ class _Run:
             place = folder / "controls"
             results[controls.MEAN] = self._means(fold, place / "tile_mean")
             bare = replace(options, head="abmil-tiles", freeze=False)
-            for_bags, name = controls.abmil_options(recipe), controls.ATTENTION
+            for_bags, name = controls.abmil_options(recipe, self.processes.world), controls.ATTENTION
             results[name] = self._fit(name, bare, "", for_bags, fold, place / "abmil_tiles", split)
             if self.inputs.pretrained and options.head != "abmil-tiles":
                 name = controls.RANDOM
