@@ -25,6 +25,7 @@ from gigapath.finetune import (
     ModelOptions,
     Settings,
     TrainingOptions,
+    controls,
     finetune,
     load_head,
     predict,
@@ -303,6 +304,32 @@ def test_disk_that_is_full_at_any_write_is_one_sentence_and_the_run_goes_on(tmp_
     assert refused > 10 and left > 0
     for name in ("fold_0/head.safetensors", "fold_0/predictions.csv", "fold_0/confusion.png", "summary.csv"):
         assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+
+
+def test_run_from_weights_has_random_ones_as_a_control_and_names_the_file_alone(tmp_path, capsys) -> None:
+    features, labels = write_cohort(tmp_path, [n % 3 for n in range(9)])
+    splits = write_splits(tmp_path / "splits", (range(3), range(3, 6), range(6, 9)))
+    place = tmp_path / "a-private-place"
+    place.mkdir()
+    start = create_model("", NARROW, 8).state_dict()
+    torch.save({"model": start}, place / "start.pth")
+    inputs = Inputs(str(write_task(tmp_path / "t.yaml")), str(features), str(labels), str(splits), "")
+    inputs = replace(inputs, pretrained=str(place / "start.pth"))
+    still = settings(base_lr=1e-12, min_lr=0.0, epochs=1)
+    result = finetune(inputs, tmp_path / "out", replace(still, controls=True))
+    assert set(result.evaluations) == {"fine-tuned", *(controls.MEAN, controls.ATTENTION, controls.RANDOM)}
+    folder = tmp_path / "out" / "fold_0"
+    ends = [load_head(where).model.state_dict() for where in (folder, folder / "controls" / "random_weights")]
+    name = "encoder.layers.1.ffn.fc1.weight"
+    from_start = [float((end[f"slide_encoder.{name}"] - start[name]).abs().max()) for end in ends]
+    assert from_start[0] < 1e-6 < 1e-2 < from_start[1]
+    kept = json.loads((tmp_path / "out" / "finetune.json").read_text())
+    assert kept["weights"]["name"] == "start.pth" and kept["versions"]["torch"] and kept["device"] == "cpu"
+    texts = [path.read_text() for path in (tmp_path / "out").rglob("*") if path.suffix in (".json", ".csv")]
+    assert len(texts) > 10 and not any("a-private-place" in text or str(tmp_path) in text for text in texts)
+    torch.save({"model": create_model("", NARROW, 8).state_dict()}, place / "start.pth")
+    with pytest.raises(ValueError, match="differs in weights"):
+        finetune(inputs, tmp_path / "out", replace(still, controls=True))
 
 
 def test_frozen_encoder_is_cached_and_its_head_applies_to_tiles(tmp_path, monkeypatch) -> None:

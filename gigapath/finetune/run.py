@@ -5,6 +5,7 @@ import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from gigapath.cohort.record import versions
+from gigapath.downloads import HUB_PREFIXES
 from gigapath.features import FeatureFileError
 from gigapath.files import sha256_of, write_json_atomic, write_text_atomic
 from gigapath.finetune import controls, report
@@ -35,6 +38,8 @@ from gigapath.finetune.splits import Fold, keep_manifest
 from gigapath.finetune.training import Trainer
 from gigapath.metrics import Evaluation, paired_difference
 from gigapath.options import to_dict
+from gigapath.slide_encoder import WEIGHTS_FILE
+from gigapath.weights import find_weights
 
 RUN = "finetune.json"
 TUNED = "fine-tuned"  # the model itself, beside its controls
@@ -144,19 +149,27 @@ class _Run:
         cohort, settings = self.cohort, self.settings
         training = {key: value for key, value in to_dict(settings.training).items() if key not in _FREE}
         prints = hashlib.sha256("".join(fact.fingerprint for fact in cohort.facts).encode()).hexdigest()
-        path = Path(self.inputs.pretrained)
-        weights = sha256_of(path) if self.inputs.pretrained and path.is_file() else self.inputs.pretrained
         return {
             "task": cohort.task.to_dict(),
             "labels": cohort.joined.labels.digest,
             "features": prints,
-            "weights": weights,
+            "weights": self._weights.get("sha256", ""),
             "model": to_dict(settings.model),
             "training": training,
             "precision": self.precision,
             "processes": self.processes.world,
             "tile_size_level0": settings.join.tile_size_level0,
         }
+
+    @cached_property
+    def _weights(self) -> dict[str, str]:
+        """What the slide encoder starts from: its name, never its place, and its checksum; nothing where it is random
+        or there is none."""
+        pretrained = self.inputs.pretrained
+        if not pretrained or self.settings.model.head == "abmil-tiles":
+            return {}
+        name = pretrained if pretrained.startswith(HUB_PREFIXES) else Path(pretrained).name
+        return {"name": name, "sha256": sha256_of(find_weights(pretrained, WEIGHTS_FILE))}
 
     def _check_same_run(self) -> None:
         path = self.out / RUN
@@ -201,7 +214,15 @@ class _Run:
             options = {name: to_dict(group) for name, group in groups.items()}
             write_json_atomic(
                 self.out / RUN,
-                {"identity": self._identity(), "options": options, "split": split, "notes": self.cohort.notes},
+                {
+                    "identity": self._identity(),
+                    "options": options,
+                    "split": split,
+                    "notes": self.cohort.notes,
+                    "weights": self._weights,
+                    "device": str(self.processes.device),
+                    "versions": versions(),
+                },
             )
         self.processes.gather(None)
 
@@ -282,7 +303,7 @@ class _Run:
             facts = {
                 "chosen": {"what": chosen, "calibration": how.fitted_on},
                 "history": [vars(entry) for entry in history],
-                "pretrained": pretrained,
+                "weights": self._weights if pretrained else {},
             }
             what = f"fold {fold.number}, {name}"
             report.write_cohort(folder, labels.take(fold.test), said, task, how, result, facts, what=what)
