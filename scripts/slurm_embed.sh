@@ -1,0 +1,25 @@
+#!/usr/bin/env bash
+#SBATCH --job-name=gigapath-embed
+#SBATCH --array=1-8
+#SBATCH --gres=gpu:1
+#SBATCH --cpus-per-task=8
+#SBATCH --mem=32G
+#SBATCH --time=08:00:00
+#SBATCH --requeue
+#SBATCH --signal=B:USR1@120
+#SBATCH --open-mode=append
+#SBATCH --output=%x-%A_%a.log
+# `sbatch scripts/slurm_embed.sh SLIDES --out DIR [OPTIONS OF EMBED]`: as slurm_tile.sh, with weights downloaded ahead.
+# In a container: GIGAPATH="apptainer exec --nv gigapath.sif gigapath".
+set -euo pipefail
+read -ra gigapath <<<"${GIGAPATH:-gigapath}"
+HF_HUB_OFFLINE=1 "${gigapath[@]}" embed --device cuda "$@" --shard "$SLURM_ARRAY_TASK_ID/${SHARDS:-$SLURM_ARRAY_TASK_MAX}" &
+job=$!
+trap 'kill -USR1 "$job" || true' USR1 TERM
+while :; do # a trapped signal ends `wait` before the job has ended
+    status=0
+    wait "$job" || status=$?
+    kill -0 "$job" 2>/dev/null || break
+done
+if [ "$status" -eq 75 ]; then scontrol requeue "$SLURM_JOB_ID"; fi
+exit "$status"

@@ -1,0 +1,24 @@
+#!/usr/bin/env bash
+#SBATCH --job-name=gigapath-tile
+#SBATCH --array=1-16
+#SBATCH --cpus-per-task=8
+#SBATCH --mem=16G
+#SBATCH --time=08:00:00
+#SBATCH --requeue
+#SBATCH --signal=B:USR1@120
+#SBATCH --open-mode=append
+#SBATCH --output=%x-%A_%a.log
+# `sbatch scripts/slurm_tile.sh SLIDES --out DIR [OPTIONS OF TILE]`: each task does its share; options of sbatch win.
+# Some tasks again: `SHARDS=16 sbatch --array=3,7 ...`. In a container: GIGAPATH="apptainer exec gigapath.sif gigapath".
+set -euo pipefail
+read -ra gigapath <<<"${GIGAPATH:-gigapath}"
+"${gigapath[@]}" tile "$@" --shard "$SLURM_ARRAY_TASK_ID/${SHARDS:-$SLURM_ARRAY_TASK_MAX}" &
+job=$!
+trap 'kill -USR1 "$job" || true' USR1 TERM
+while :; do # a trapped signal ends `wait` before the job has ended
+    status=0
+    wait "$job" || status=$?
+    kill -0 "$job" 2>/dev/null || break
+done
+if [ "$status" -eq 75 ]; then scontrol requeue "$SLURM_JOB_ID"; fi
+exit "$status"

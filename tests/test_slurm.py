@@ -1,0 +1,87 @@
+"""The array jobs: run with SLURM's variables and commands that only pretend, signals and requeueing included."""
+
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+FAKE_GIGAPATH = """#!/usr/bin/env bash
+echo "$HF_HUB_OFFLINE|$*" >>"$LOG"
+stop() { echo "heard $1" >>"$LOG"; sleep 0.3; exit 75; }
+trap 'stop USR1' USR1
+trap 'stop TERM' TERM
+if [ -n "${ENDS_WITH:-}" ]; then exit "$ENDS_WITH"; fi
+echo started >>"$LOG"
+while :; do sleep 0.05; done
+"""
+FAKE_SCONTROL = '#!/usr/bin/env bash\necho "scontrol $*" >>"$LOG"\n'
+
+
+class Cluster:
+    """Fake commands first on the PATH, and what they were told."""
+
+    def __init__(self, folder: Path) -> None:
+        self.log = folder / "log"
+        self.log.touch()
+        for name, text in {"gigapath": FAKE_GIGAPATH, "scontrol": FAKE_SCONTROL}.items():
+            (folder / name).write_text(text)
+            (folder / name).chmod(0o755)
+        self.environment = {
+            "PATH": f"{folder}:{os.environ['PATH']}",
+            "LOG": str(self.log),
+            "HF_HUB_OFFLINE": "",
+            "SLURM_ARRAY_TASK_ID": "3",
+            "SLURM_ARRAY_TASK_MAX": "16",
+            "SLURM_JOB_ID": "4711",
+        }
+
+    def start(self, script: str, *words: str, **variables: str) -> "subprocess.Popen[bytes]":
+        command = ["bash", str(ROOT / "scripts" / script), *words]
+        return subprocess.Popen(command, env={**self.environment, **variables})
+
+    def said(self) -> list[str]:
+        return self.log.read_text().splitlines()
+
+    def wait_for(self, words: str) -> None:
+        end = time.monotonic() + 20
+        while words not in self.said():
+            assert time.monotonic() < end, self.said()
+            time.sleep(0.02)
+
+
+@pytest.fixture
+def cluster(tmp_path: Path) -> Cluster:
+    return Cluster(tmp_path)
+
+
+def test_array_task_does_its_share_and_gives_the_status_on(cluster: Cluster) -> None:
+    assert cluster.start("slurm_tile.sh", "a cohort.csv", "--out", "o", ENDS_WITH="3").wait(20) == 3
+    assert cluster.start("slurm_embed.sh", "c.csv", "--out", "o", ENDS_WITH="0", SHARDS="40").wait(20) == 0
+    assert cluster.said() == [
+        "|tile a cohort.csv --out o --shard 3/16",
+        "1|embed --device cuda c.csv --out o --shard 3/40",
+    ], "and nothing is put into the queue again"
+
+
+@pytest.mark.parametrize("script", ["slurm_tile.sh", "slurm_embed.sh"])
+def test_signal_before_the_limit_reaches_the_run_and_the_job_is_requeued(cluster: Cluster, script: str) -> None:
+    job = cluster.start(script, "c.csv", "--out", "o", GIGAPATH="env gigapath")
+    cluster.wait_for("started")
+    job.send_signal(signal.SIGUSR1)
+    assert job.wait(20) == 75
+    assert cluster.said()[-2:] == ["heard USR1", "scontrol requeue 4711"], "the script waited for the run to end"
+
+
+@pytest.mark.parametrize("script", ["slurm_tile.sh", "slurm_embed.sh"])
+def test_array_jobs_ask_for_what_they_need(script: str) -> None:
+    text = (ROOT / "scripts" / script).read_text()
+    assert len(text.splitlines()) <= 25
+    asked = [line.removeprefix("#SBATCH ") for line in text.splitlines() if line.startswith("#SBATCH ")]
+    for option in ("--requeue", "--signal=B:USR1@120", "--open-mode=append", "--output=%x-%A_%a.log"):
+        assert option in asked
+    assert any(option.startswith("--cpus-per-task=") for option in asked)
+    assert ("--gres=gpu:1" in asked) == (script == "slurm_embed.sh")
