@@ -2,10 +2,13 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
+from made_slides import paint_tissue, write_pyramid
+from tiny_encoders import tiny_tile_encoder
 
-from gigapath.bench import protocol, slide_encoder
+from gigapath.bench import protocol, slide_encoder, tile_encoder
 from gigapath.bench.protocol import Work, compare
 from gigapath.cli.main import main
 
@@ -60,3 +63,37 @@ def test_bench_slide_encoder_prints_a_row_for_each_precision(monkeypatch, capsys
 def test_bench_refuses_no_tokens(capsys) -> None:
     assert main(["bench", "slide-encoder", "--tokens", "0"]) == 1
     assert "--tokens" in capsys.readouterr().err
+
+
+def test_bench_tile_encoder_counts_the_operations_of_a_tile(monkeypatch, capsys) -> None:
+    words = ["bench", "tile-encoder", "--tile-encoder", "gigapath-flash", "--batch-size", "1", "2", "--pairs", "1"]
+    monkeypatch.setattr(protocol, "SECONDS", 0.0)
+    monkeypatch.setattr(tile_encoder, "product", lambda device, dtype: protocol.product(device, dtype, 64, 64))
+    assert main([*words, "--device", "cpu", "--json"]) == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [row["batch_size"] for row in rows] == [1, 2]
+    assert all(row["share"] > 0 and row["tiles_per_second"] > 0 for row in rows)
+    # Per layer: the four projections of attention, the three of SwiGLU, and two products of attention.
+    tokens, width, hidden = 197, 384, 1024
+    layer = 2 * tokens * (4 * width**2 + 3 * width * hidden) + 4 * tokens**2 * width
+    patches = 2 * 196 * (3 * 16 * 16) * width
+    assert rows[0]["operations"] == 12 * layer + patches
+    assert main(["bench", "tile-encoder", "--batch-size", "0"]) == 1
+    assert "--batch-size" in capsys.readouterr().err
+
+
+def test_bench_embed_compares_a_turn_of_slides_with_its_parts(tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(protocol, "SECONDS", 0.0)
+    monkeypatch.setattr("gigapath.bench.embedding.load_tile_encoder", lambda *_, **__: tiny_tile_encoder())
+    slide = write_pyramid(tmp_path / "a.tif", paint_tissue(1100, 900), mpp=(0.5, 0.5), steps=(1, 2))
+    words = ["bench", "embed", "--slide", str(slide), "--pairs", "1", "--slides", "2", "--tiles", "3", "--workers", "0"]
+    assert main([*words, "--device", "cpu", "--json"]) == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [(row["what"], row["bar"]) for row in rows] == [("encoder", 0.93), ("reader", 0.85)]
+    assert rows[0]["tiles"] == 6 and rows[1]["tiles"] > 6
+    for row in rows:
+        assert row["ratio"] > 0 and row["met"] == (row["ratio"] >= row["bar"])
+        assert row["waited_for"] in row["busy"]
+    blank = write_pyramid(tmp_path / "b.tif", np.full((500, 640, 3), 240, np.uint8), mpp=(0.5, 0.5), steps=(1,))
+    assert main(["bench", "embed", "--slide", str(blank), "--device", "cpu"]) == 1
+    assert "expected a slide with tissue, got none in b.tif" in capsys.readouterr().err

@@ -86,8 +86,11 @@ _READ_TYPES = (h5py.h5t.TypeIntegerID, h5py.h5t.TypeFloatID, h5py.h5t.TypeEnumID
 def read_attrs(item: Any) -> dict[str, Any]:
     """The attributes of a file or dataset as plain values: text as str, numbers as Python numbers, arrays as tuples;
     "None" as TRIDENT and we write it is None. Attributes of other kinds (compounds, references) are left out."""
-    readable = (name for name in item.attrs if isinstance(item.attrs.get_id(name).get_type(), _READ_TYPES))
-    return {str(name): plain_value(item.attrs[name]) for name in readable}
+    return {str(name): plain_value(item.attrs[name]) for name in item.attrs if _is_readable(item, name)}
+
+
+def _is_readable(item: Any, name: str) -> bool:
+    return isinstance(item.attrs.get_id(name).get_type(), _READ_TYPES)
 
 
 def plain_value(value: Any) -> Any:
@@ -258,4 +261,4 @@ class H5Writer:
 
 def is_complete(file: h5py.File) -> bool:
     """True where one of our files was finished."""
-    return bool(read_attrs(file).get("complete", False))
+    return "complete" in file.attrs and _is_readable(file, "complete") and bool(plain_value(file.attrs["complete"]))

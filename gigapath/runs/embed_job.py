@@ -342,8 +342,11 @@ class _SlideOnItsWay:
     def prepare(self) -> None:
         """Find out what is left to do, and tile the slide where that is to do; called from the planner's thread."""
         job = self._job
+        if not job.own_tiles:
+            self._prepare_given()
+            return
         self.digest = job.tiles_name(self.entry)
-        if self.digest is None and job.own_tiles:
+        if self.digest is None:
             self.tiled = tile_slide(job.run, job.tiles, self.entry, job.tiling, job.options)
             if not self.tiled.finished:
                 return
@@ -355,8 +358,26 @@ class _SlideOnItsWay:
             except (ValueError, OSError) as error:
                 self._problem = error
                 return
-            self.kept = job.kept_rows(self.entry, job.identity(self.digest or ""), self.tiles)
-            self._start = self.kept.find()
+            self._begin(self.tiles)
+
+    def _prepare_given(self) -> None:
+        """Likewise with the tiles of another folder, which are read once."""
+        job = self._job
+        try:
+            tiles = job.read_tiles(self.entry)
+            self.digest = tiles_digest(tiles, self.entry)
+        except (ValueError, OSError) as error:
+            self._problem = error
+            return
+        self.features = job.features_done(self.entry, self.digest)
+        if self.features is None:
+            self.tiles = tiles
+            self._begin(tiles)
+
+    def _begin(self, tiles: Tiles) -> None:
+        """Find where an earlier run came to."""
+        self.kept = self._job.kept_rows(self.entry, self._job.identity(self.digest or ""), tiles)
+        self._start = self.kept.find()
 
     def checked_tiles(self) -> Tiles:
         """The tiles that are to be embedded, or what is wrong with them."""
