@@ -1,6 +1,6 @@
 """Flags per tile: each goes up for what it is named after, and for nothing else."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import cv2
 import numpy as np
@@ -34,6 +34,11 @@ class MadeSlide:
         white = np.full((height, width, 3), 255, np.uint8)
         white[: found.shape[0], : found.shape[1]] = found
         return white
+
+    def reads(
+        self, level: int, places: npt.NDArray[np.int64]
+    ) -> Callable[[int, npt.NDArray[np.uint8] | None], npt.NDArray[np.uint8]]:
+        return lambda index, out: self.read(*places[index, :2].tolist(), level, *places[index, 2:].tolist())
 
     def overview(self) -> Overview:
         width, height = self.bounds[2:]

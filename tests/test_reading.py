@@ -14,6 +14,7 @@ import tifffile
 from made_slides import paint_tissue, write_large, write_pyramid, write_scn
 
 from gigapath.features import Tiles
+from gigapath.preprocessing.fast import READERS
 from gigapath.preprocessing.grid import plan_grid
 from gigapath.preprocessing.reading import filter_name, iter_tiles, read_tile, resample
 from gigapath.preprocessing.slide import Slide, SlideError, open_slide
@@ -119,7 +120,7 @@ def test_reading_ahead_is_bounded(slide_path: Path, monkeypatch: pytest.MonkeyPa
         return read(self, *place)
 
     monkeypatch.setattr(Slide, "read", counting)
-    with open_slide(slide_path) as slide:
+    with open_slide(slide_path, reader="openslide") as slide:
         tiles = all_tiles(slide)
         batches = iter_tiles(slide, tiles, batch_size=4, workers=workers, prefetch=2)
         for number, _ in enumerate(batches, start=1):
@@ -152,7 +153,7 @@ def test_any_error_in_a_reader_ends_the_iteration(
         return read(self, x, y, *rest)
 
     monkeypatch.setattr(Slide, "read", failing)
-    with open_slide(slide_path) as slide:
+    with open_slide(slide_path, reader="openslide") as slide:
         with pytest.raises(MemoryError, match="injected"):
             list(iter_tiles(slide, all_tiles(slide), batch_size=4, workers=workers))
         assert not reader_threads()
@@ -169,16 +170,18 @@ def break_block(path: Path, column: int, row: int) -> None:
         raw.write(b"\0" * size)
 
 
+@pytest.mark.parametrize("reader", READERS)
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_broken_block_names_slide_and_tile(tmp_path: Path, workers: int) -> None:
+def test_a_broken_block_names_slide_and_tile(tmp_path: Path, workers: int, reader: str) -> None:
     path = write_pyramid(tmp_path / "broken.tif", paint_tissue(1400, 900), mpp=(0.5, 0.5))
     break_block(path, 2, 1)  # x 480 to 720, y 240 to 480
-    with open_slide(path) as slide:
+    with open_slide(path, reader=reader) as slide:
         tiles = all_tiles(slide)
+        assert (slide.fast.used(0) == "openslide") == (reader == "openslide")
         with pytest.raises(SlideError, match=r"'broken': tile \d+ of 294 \(x \d+, y \d+, level 0\).*copy it again"):
             list(iter_tiles(slide, tiles, batch_size=16, workers=workers))
         assert not reader_threads()
-        if workers == 0:
+        if workers == 0 and reader == "openslide":
             with pytest.raises(SlideError):  # OpenSlide refuses every read after its first error
                 read_tile(slide, tiles, 0)
 

@@ -24,7 +24,10 @@ from gigapath.cohort.privacy import record_run, redact
 from gigapath.files import check_writable, write_json_atomic
 
 RUNS = "runs"
-_PACKAGES = ("numpy", "h5py", "opencv-python-headless", "openslide-python", "openslide-bin", "pillow", "torch", "timm")
+_PACKAGES = (
+    *("numpy", "h5py", "opencv-python-headless", "openslide-python", "openslide-bin", "tifffile"),
+    *("simplejpeg", "imagecodecs", "pillow", "torch", "timm"),
+)
 
 
 @dataclass

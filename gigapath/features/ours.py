@@ -139,6 +139,10 @@ class TileEmbeddingsWriter:
             raise
         return self
 
+    def amend(self, attrs: Attrs) -> None:
+        """Set root attributes that were not known when the file was begun."""
+        write_attrs(self._h5.file, attrs)
+
     def write(self, start: int, block: Array) -> None:
         """Store the embeddings of the tiles `start` to `start + len(block)`.
 

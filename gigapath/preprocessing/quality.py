@@ -31,7 +31,9 @@ class Readable(Protocol):
     def level_dimensions(self) -> tuple[tuple[int, int], ...]: ...
     @property
     def level_downsamples(self) -> tuple[float, ...]: ...
-    def read(self, x: int, y: int, level: int, width: int, height: int) -> NDArray[np.uint8]: ...
+    def reads(
+        self, level: int, places: NDArray[np.int64]
+    ) -> Callable[[int, NDArray[np.uint8] | None], NDArray[np.uint8]]: ...
 
 
 def tile_qc(slide: Readable, overview: Overview, grid: Grid, cells: NDArray[np.int32]) -> NDArray[np.float32]:
@@ -83,6 +85,8 @@ def _focus(slide: Readable, grid: Grid, rows: NDArray[np.integer]) -> NDArray[np
     step = slide.level_downsamples[level]
     width = grid.columns * grid.pitch[0]  # level-0 pixels
     height = max(1, int(STRIP_PIXELS / (width / step) / (grid.pitch[1] / step)))  # tile rows at once
+    strips = []  # first and last row of tiles, lines above them and of them
+    places = []
     for first in range(int(rows[0]), int(rows[-1]) + 1, height):
         last = min(first + height, int(rows[-1]) + 1)
         if not ((rows >= first) & (rows < last)).any():
@@ -91,8 +95,12 @@ def _focus(slide: Readable, grid: Grid, rows: NDArray[np.integer]) -> NDArray[np
         above, below = (RIM if first else 0), (RIM if last < grid.rows else 0)
         lines = round((last - first) * grid.pitch[1] / step)
         top = grid.anchor[1] + first * grid.pitch[1] - round(above * step)
-        size = round(width / step), lines + above + below
-        strip = cv2.cvtColor(slide.read(grid.anchor[0], top, level, *size), cv2.COLOR_RGB2GRAY)
+        strips.append((first, last, above, lines))
+        places.append((grid.anchor[0], top, round(width / step), lines + above + below))
+    read = slide.reads(level, np.array(places, np.int64))
+    for index, (first, last, above, lines) in enumerate(strips):
+        size = places[index][2:]
+        strip = cv2.cvtColor(read(index, None), cv2.COLOR_RGB2GRAY)
         shrunk = max(2, round(width * own.x / FOCUS_MPP)), max(2, round(size[1] * step * own.y / FOCUS_MPP))
         grey = cv2.resize(strip, shrunk, interpolation=cv2.INTER_AREA).astype(np.float32)
         across, down = (cv2.Sobel(grey, cv2.CV_32F, dx, 1 - dx, ksize=1, scale=0.5) for dx in (1, 0))

@@ -14,11 +14,10 @@ import numpy as np
 import numpy.typing as npt
 
 from gigapath.features import Tiles
+from gigapath.preprocessing.fast import OPENSLIDE
 from gigapath.preprocessing.slide import Slide, SlideError
 
 UInt8Array = npt.NDArray[np.uint8]
-
-READER = "openslide"
 
 _Batch = tuple[int, UInt8Array, "list[Future[None]]"]
 
@@ -44,21 +43,69 @@ def resample(pixels: UInt8Array, size: tuple[int, int]) -> UInt8Array:
     return out.astype(np.uint8, copy=False)
 
 
+class TileReader:
+    """Pixels of a slide's tiles, cheapest in their order; may be used from several threads."""
+
+    def __init__(self, slide: Slide, tiles: Tiles, indices: range) -> None:
+        """
+        Args:
+            slide: the open slide; it must stay open.
+            tiles: which tiles, and how they are read.
+            indices: of the tiles that are going to be read, one by one.
+
+        Raises:
+            SlideError: the fast reader alone is asked for and doesn't serve this slide.
+        """
+        if slide.fast.reader == "fast" and slide.fast.used(tiles.level) == OPENSLIDE:
+            raise SlideError(
+                f"slide {slide.slide_id!r}: expected a tiled TIFF of JPEG, JPEG 2000 or uncompressed blocks for the "
+                f"fast reader, got a {slide.vendor} slide that it doesn't serve. Use --reader auto."
+            )
+        self._tiles, self._start = tiles, indices.start
+        self._size = tiles.tile_size, tiles.tile_size
+        corners = tiles.coords_level0[indices.start : indices.stop]
+        sizes = np.broadcast_to(np.array(tiles.read_size), corners.shape)
+        self._read = slide.reads(tiles.level, np.concatenate([corners, sizes], axis=1).astype(np.int64))
+        self._scratch = threading.local()  # one array a thread for pixels that are resampled
+
+    def fill(self, index: int, out: UInt8Array) -> None:
+        """Put the pixels of a tile into `out` (T, T, 3).
+
+        Raises:
+            SlideError: they can't be read; names the slide and the tile.
+        """
+        tiles = self._tiles
+        try:
+            pixels = self._read(index - self._start, self._space(out))
+        except SlideError as error:
+            x, y = (int(value) for value in tiles.coords_level0[index])
+            raise SlideError(
+                f"slide {tiles.slide_id!r}: tile {index} of {len(tiles)} (x {x}, y {y}, level {tiles.level}) can't be "
+                "decoded. The file is damaged or cut short: copy it again."
+            ) from error
+        if pixels is not out:
+            out[...] = resample(pixels, self._size)
+
+    def _space(self, out: UInt8Array) -> UInt8Array:
+        """Where a tile's pixels of the level go: to their place where they stay as they are."""
+        width, height = self._tiles.read_size
+        if (width, height) == self._size:
+            return out
+        if not hasattr(self._scratch, "pixels"):
+            self._scratch.pixels = np.empty((height, width, 3), np.uint8)
+        space: UInt8Array = self._scratch.pixels
+        return space
+
+
 def read_tile(slide: Slide, tiles: Tiles, index: int) -> UInt8Array:
     """Pixels (T, T, 3) of one tile.
 
     Raises:
         SlideError: they can't be read; names the slide and the tile.
     """
-    x, y = (int(value) for value in tiles.coords_level0[index])
-    try:
-        pixels = slide.read(x, y, tiles.level, *tiles.read_size)
-    except SlideError as error:
-        raise SlideError(
-            f"slide {tiles.slide_id!r}: tile {index} of {len(tiles)} (x {x}, y {y}, level {tiles.level}) can't be "
-            "decoded. The file is damaged or cut short: copy it again."
-        ) from error
-    return resample(pixels, (tiles.tile_size, tiles.tile_size))
+    out = np.empty((tiles.tile_size, tiles.tile_size, 3), np.uint8)
+    TileReader(slide, tiles, range(index, index + 1)).fill(index, out)
+    return out
 
 
 def iter_tiles(
@@ -87,16 +134,18 @@ def iter_tiles(
 
 
 def _read_here(slide: Slide, tiles: Tiles, firsts: range) -> Iterator[tuple[int, UInt8Array]]:
+    reader = TileReader(slide, tiles, range(firsts.start, len(tiles)))
     for first in firsts:
         batch = _empty_batch(tiles, first, firsts.step)
         for row in range(len(batch)):
-            batch[row] = read_tile(slide, tiles, first + row)
+            reader.fill(first + row, batch[row])
         yield first, batch
 
 
 def _read_ahead(
     slide: Slide, tiles: Tiles, firsts: range, workers: int, prefetch: int
 ) -> Iterator[tuple[int, UInt8Array]]:
+    reader = TileReader(slide, tiles, range(firsts.start, len(tiles)))
     stop = threading.Event()
     failures: list[SlideError] = []  # the first is the cause: OpenSlide refuses every read after it
 
@@ -105,7 +154,7 @@ def _read_ahead(
             if stop.is_set():
                 return
             try:
-                batch[row] = read_tile(slide, tiles, first + row)
+                reader.fill(first + row, batch[row])
             except SlideError as error:
                 failures.append(error)
                 stop.set()

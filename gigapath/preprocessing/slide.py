@@ -6,7 +6,7 @@ Frames: `level0` coordinates are OpenSlide's absolute level-0 pixels, (x, y) fro
 
 import math
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,8 +17,9 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 import openslide
-import PIL.Image
 
+from gigapath.preprocessing.fast import READERS, FastReader
+from gigapath.preprocessing.handle import SlideError, open_handle
 from gigapath.preprocessing.header import SCANNERS, Mpp, allowed, number, stated_mpp
 
 __all__ = ["SLIDE_SUFFIXES", "Mpp", "Overview", "Slide", "SlideError", "open_slide", "slide_id_of"]
@@ -38,12 +39,6 @@ OVERVIEW_MPP = 8.0
 OVERVIEW_SIDE = 8192  # no overview grows beyond this many pixels a side
 OVERVIEW_READ_PIXELS = 50 * 10**9  # half an hour of decoding; above that a header is broken
 BLOCK_SIDE = 1024  # pixels of a level read at once for the overview, a side
-PLAIN_IMAGE_PIXELS = 89_000_000  # a plain image is decoded whole; Pillow itself warns from here on
-PLAIN_IMAGE_MODES = ("RGB", "RGBA", "L", "LA", "P", "CMYK", "YCbCr")
-
-
-class SlideError(ValueError):
-    """What is wrong with one slide, in one sentence that holds no path; a job records it and goes on."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +75,7 @@ def open_slide(
     slide_mpp: float | None = None,
     mpp_source: str = "--slide-mpp",
     mpp_from_objective: bool = False,
+    reader: str = "auto",
 ) -> "Slide":
     """Open a slide in place with OpenSlide, or a plain JPEG or PNG as a slide of one level.
 
@@ -89,6 +85,8 @@ def open_slide(
         slide_mpp: microns per level-0 pixel that override what the file says, unchecked but for being positive.
         mpp_source: where `slide_mpp` comes from, for the record ("manifest" or the option's name).
         mpp_from_objective: take 10 / objective power where the file gives no scale.
+        reader: "auto" decodes tiled TIFFs directly where that gives OpenSlide's pixels to the bit, "openslide" never,
+            "fast" without comparing.
 
     Raises:
         FileNotFoundError: nothing lies there.
@@ -98,10 +96,12 @@ def open_slide(
     slide_id = slide_id_of(path) if slide_id is None else slide_id
     if slide_mpp is not None and not (math.isfinite(slide_mpp) and slide_mpp > 0):
         raise ValueError(f"{mpp_source}: expected microns per pixel above 0, got {slide_mpp!r}.")
+    if reader not in READERS:
+        raise ValueError(f"open_slide: expected a reader of {', '.join(READERS)}, got {reader!r}.")
     override = None if slide_mpp is None else Mpp(slide_mpp, slide_mpp, mpp_source)
-    handle = _open_handle(path, slide_id)
+    handle = open_handle(path, slide_id)
     try:
-        return Slide(path, handle, slide_id, override, mpp_from_objective)
+        return Slide(path, handle, slide_id, override, mpp_from_objective, reader)
     except SlideError:
         handle.close()
         raise
@@ -120,6 +120,7 @@ class Slide:
         bounds: (x, y, w, h) in level-0 pixels of what was scanned; the whole slide where the file names no bounds.
         properties: the allow-listed header entries; nothing else of the header leaves this class.
         objective_power: the magnification that the file states, or None.
+        fast: what reads its levels without OpenSlide, where it can.
     """
 
     def __init__(
@@ -129,10 +130,12 @@ class Slide:
         slide_id: str,
         override: Mpp | None,
         mpp_from_objective: bool,
+        reader: str,
     ) -> None:
         self._handle = handle
         self._plain = isinstance(handle, openslide.ImageSlide)
         self._plain_lock = threading.Lock()  # Pillow decodes on first use, which is not safe from two threads
+        self._spent: list[openslide.AbstractSlide] = []
         self._override = override
         self._mpp_from_objective = mpp_from_objective
         self.path = path
@@ -146,6 +149,9 @@ class Slide:
         self.objective_power = number(header, "openslide.objective-power")
         self.stated_mpp = stated_mpp(header)
         self.bounds = self._find_bounds()
+        self.fast = FastReader(
+            path, self.vendor, self.level_dimensions, self.level_downsamples, self._read_apart, reader
+        )
 
     def __enter__(self) -> "Slide":
         return self
@@ -157,7 +163,9 @@ class Slide:
 
     def close(self) -> None:
         """Let go of the file."""
-        self._handle.close()
+        self.fast.close()
+        for handle in (self._handle, *self._spent):
+            handle.close()
 
     @property
     def scanner(self) -> str | None:
@@ -212,6 +220,38 @@ class Slide:
             SlideError: these pixels can't be decoded. OpenSlide then refuses every later read of this slide.
         """
         return _on_white(self._read_rgba(x, y, level, width, height))
+
+    def _read_apart(self, x: int, y: int, level: int, width: int, height: int) -> UInt8Array:
+        """Like `read`, but an error leaves the slide readable: OpenSlide would refuse every read after it."""
+        try:
+            return self.read(x, y, level, width, height)
+        except SlideError:
+            self._spent.append(self._handle)
+            self._handle = open_handle(self.path, self.slide_id)
+            raise
+
+    def reads(self, level: int, places: npt.NDArray[np.int64]) -> Callable[[int, UInt8Array | None], UInt8Array]:
+        """What `read` gives at many places of a level, each compressed block decoded once where that can be.
+
+        Args:
+            level: the level that is read.
+            places: (N, 4) int64 x and y in level-0 pixels, width and height in pixels of the level. Each is to be read
+                once; their order is the cheapest to read them in.
+
+        Returns:
+            A function from the index of a place, and an array (height, width, 3) to fill or None, to the pixels. It
+            raises SlideError, and may be called from any thread while the slide is open.
+        """
+        regions = self.fast.regions(level, places)
+
+        def read(index: int, out: UInt8Array | None) -> UInt8Array:
+            pixels = None if regions is None else regions.read(index, out)
+            if pixels is None:
+                x, y, width, height = places[index].tolist()
+                pixels = self.read(x, y, level, width, height)
+            return pixels
+
+        return read
 
     def overview(self, mpp: float = OVERVIEW_MPP, *, workers: int = 0) -> Overview:
         """The bounds at `mpp` microns a pixel, or at the slide's own scale where that is coarser.
@@ -279,10 +319,20 @@ class Slide:
         out = np.empty((-(-size[1] // step[1]), -(-size[0] // step[0]), 4), np.uint8)
         block = max(1, BLOCK_SIDE // step[0]) * step[0], max(1, BLOCK_SIDE // step[1]) * step[1]
 
-        def fill(corner: tuple[int, int]) -> None:
-            x, y = corner
-            w, h = min(block[0], size[0] - x), min(block[1], size[1] - y)
-            pixels = self._read_rgba(left + round(x * downsample), top + round(y * downsample), level, w, h)
+        corners = [(x, y) for y in range(0, size[1], block[1]) for x in range(0, size[0], block[0])]
+        places = [
+            (round(x * downsample), round(y * downsample), min(block[0], size[0] - x), min(block[1], size[1] - y))
+            for x, y in corners
+        ]
+        regions = self.fast.regions(level, np.array(places, np.int64) + np.array([left, top, 0, 0]))
+
+        def fill(index: int) -> None:
+            (x, y), (right, down, w, h) = corners[index], places[index]
+            rgb = None if regions is None else regions.read(index)
+            if rgb is None:
+                pixels = self._read_rgba(left + right, top + down, level, w, h)
+            else:
+                pixels = np.dstack([rgb, np.full((h, w, 1), 255, np.uint8)])
             if pixels[..., 3].min() < 255:
                 pixels = np.dstack([_on_white(pixels), pixels[..., 3]])
             # A last block of fewer pixels is filled up with its own edge.
@@ -293,14 +343,13 @@ class Slide:
             i, j = x // step[0], y // step[1]
             out[j : j + len(mean), i : i + mean.shape[1]] = mean
 
-        corners = [(x, y) for y in range(0, size[1], block[1]) for x in range(0, size[0], block[0])]
         if workers == 0 or len(corners) == 1:
-            for corner in corners:
-                fill(corner)
+            for index in range(len(corners)):
+                fill(index)
         else:
             with ThreadPoolExecutor(workers, thread_name_prefix="overview") as pool:
                 try:
-                    for job in [pool.submit(fill, corner) for corner in corners]:
+                    for job in [pool.submit(fill, index) for index in range(len(corners))]:
                         job.result()
                 except BaseException:
                     pool.shutdown(wait=True, cancel_futures=True)
@@ -352,51 +401,6 @@ class Slide:
                 f"slide {self.slide_id!r}: expected about {nominal:g} microns per pixel for an objective power of "
                 f"{self.objective_power:g}, got {stated} from {mpp.source}. State the right value with --slide-mpp."
             )
-
-
-def _open_handle(path: Path, slide_id: str) -> openslide.AbstractSlide:
-    """OpenSlide's handle, or Pillow's behind OpenSlide's plain-image class for JPEG and PNG."""
-    who = f"slide {slide_id!r}"
-    try:
-        if path.is_dir():
-            raise SlideError(f"{who}: expected a slide file, got a folder. Name the slides in it, or a list of them.")
-        if path.exists() and not path.is_file():  # opening a pipe would wait for ever
-            raise SlideError(f"{who}: expected a slide file, got a pipe or a device. Name a regular file.")
-        with path.open("rb") as file:
-            if not file.read(1):
-                raise SlideError(f"{who}: expected a slide file, got an empty one. Copy it again.")
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"{who}: expected a slide file, got none of the name {path.name!r}.") from error
-    except OSError as error:
-        raise SlideError(f"{who}: expected a readable file, got {error.strerror!r}. Check who may read it.") from error
-    try:
-        return openslide.OpenSlide(str(path))
-    except openslide.OpenSlideUnsupportedFormatError as error:
-        unsupported: Exception = error
-    except openslide.OpenSlideError as error:
-        raise SlideError(
-            f"{who}: expected a whole slide, got one that OpenSlide knows but can't open. "
-            "It is damaged, cut short, or lacks the files that belong to it: copy it again with all its parts."
-        ) from error
-    try:
-        # Only these two: of a TIFF, Pillow would take the first page, whatever it shows.
-        with PIL.Image.open(path, formats=("JPEG", "PNG")) as image:
-            pixels, mode = image.width * image.height, image.mode
-    except PIL.Image.DecompressionBombError:
-        pixels, mode = PLAIN_IMAGE_PIXELS + 1, ""
-    except (PIL.UnidentifiedImageError, OSError, SyntaxError):
-        raise SlideError(
-            f"{who}: expected a slide that OpenSlide reads, or a JPEG or PNG image, got another format or a file "
-            "cut short. Convert it to a tiled TIFF, or copy it again with all its parts."
-        ) from unsupported
-    if pixels > PLAIN_IMAGE_PIXELS:
-        raise SlideError(
-            f"{who}: expected a plain image of at most {PLAIN_IMAGE_PIXELS // 1_000_000} megapixels, got a larger one. "
-            "Convert it to a tiled pyramid (vips tiffsave --tile --pyramid)."
-        )
-    if mode not in PLAIN_IMAGE_MODES:
-        raise SlideError(f"{who}: expected 8-bit colours or greys, got mode {mode!r}. Convert it to 8-bit RGB.")
-    return openslide.ImageSlide(str(path))
 
 
 def _on_white(rgba: UInt8Array) -> UInt8Array:

@@ -13,7 +13,7 @@ from gigapath.preprocessing.grid import Grid, plan_grid
 from gigapath.preprocessing.masks import tissue_of
 from gigapath.preprocessing.published import published_shares
 from gigapath.preprocessing.quality import QC_NAMES, tile_qc
-from gigapath.preprocessing.reading import READER, filter_name
+from gigapath.preprocessing.reading import filter_name
 from gigapath.preprocessing.slide import Overview, Slide, SlideError
 from gigapath.preprocessing.tissue import TissueMask, area_shares, has_dark_background, tile_fractions, tile_sections
 
@@ -212,7 +212,7 @@ def _slide_facts(slide: Slide) -> dict[str, Any]:
 def _grid_facts(slide: Slide, grid: Grid, options: TileOptions) -> dict[str, Any]:
     return {
         "numerics_version": NUMERICS_VERSION,
-        "reader": READER,
+        "reader": slide.fast.used_so_far,
         "filter": filter_name(grid.read_size, grid.tile_size),
         "mpp_target": options.mpp,
         "mpp_tolerance": options.mpp_tolerance,

@@ -15,7 +15,8 @@ from gigapath.cohort.reuse import digest, finished, redone
 from gigapath.cohort.status import Status, read_status
 from gigapath.features import NUMERICS_VERSION, TileEmbeddingsWriter, Tiles, read_tiles
 from gigapath.features.kept_rows import KeptRows
-from gigapath.preprocessing.reading import READER, UInt8Array, iter_tiles
+from gigapath.preprocessing.fast import reader_of_numbers
+from gigapath.preprocessing.reading import UInt8Array, iter_tiles
 from gigapath.preprocessing.slide import SlideError
 from gigapath.preprocessing.tiling import TileOptions
 from gigapath.runs.engine import CohortRun, Outcome
@@ -93,7 +94,7 @@ class EmbedJob:
             "device": self.encoder.device.type,
             "batch_size": self.batch_size,
             "store": self.store,
-            "reader": READER,
+            "reader": reader_of_numbers(self.options.reader),
             "numerics_version": NUMERICS_VERSION,
         }
 
@@ -235,6 +236,8 @@ class EmbedJob:
                 writer.write(first, block)
                 self.run.watch.tiles(len(block))
                 self._tell(stream)
+            if slide.reader is not None:
+                writer.amend({"reader": slide.reader})
             written.start()  # what follows is flushing and verifying
         facts = {
             "tile_encoder": self.encoder.name,
@@ -324,6 +327,7 @@ class _SlideOnItsWay:
         tiles: its tiles, where they are to be embedded.
         features: the status of its tile embeddings, where they were done before.
         kept: the rows of its tile embeddings that are safe already, and keeps more.
+        reader: what reads its tiles, once they are being read.
         vectors: its vectors on their way.
     """
 
@@ -334,6 +338,7 @@ class _SlideOnItsWay:
         self.tiles: Tiles | None = None
         self.features: Status | None = None
         self.kept: KeptRows | None = None
+        self.reader: str | None = None
         self.vectors: SlideVectors | None = None
         self._job = job
         self._start = 0
@@ -391,11 +396,12 @@ class _SlideOnItsWay:
         if self.features is not None or self.tiles is None:
             return
         job = self._job
-        with open_entry(self.entry, job.tiling) as slide:
+        with open_entry(self.entry, job.tiling, job.options.reader) as slide:
             size = self.tiles.attrs.get("slide_size")
             if size is not None and tuple(size) != slide.dimensions:
                 raise SlideError(
                     f"slide {self.entry.slide_id!r}: expected {size[0]} x {size[1]} pixels, as when it was tiled, got "
                     f"{slide.dimensions[0]} x {slide.dimensions[1]}. Tile it again: --overwrite tiles."
                 )
+            self.reader = slide.fast.used(self.tiles.level)
             yield from iter_tiles(slide, self.tiles, batch_size=job.batch_size, workers=job.workers, start=self._start)

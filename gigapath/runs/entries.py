@@ -13,8 +13,8 @@ from gigapath.preprocessing.tiling import TileOptions
 from gigapath.runs.options import RunOptions
 
 
-def open_entry(entry: SlideEntry, tiling: TileOptions) -> Slide:
-    """Open a slide with the scale that the manifest or the options state."""
+def open_entry(entry: SlideEntry, tiling: TileOptions, reader: str = "auto") -> Slide:
+    """Open a slide with the scale that the manifest or the options state, to be read by `reader`."""
     source = "manifest" if entry.mpp is not None else "--slide-mpp"
     return open_slide(
         entry.path,
@@ -22,6 +22,7 @@ def open_entry(entry: SlideEntry, tiling: TileOptions) -> Slide:
         slide_mpp=entry.mpp if entry.mpp is not None else tiling.slide_mpp,
         mpp_source=source,
         mpp_from_objective=tiling.mpp_from_objective,
+        reader=reader,
     )
 
 

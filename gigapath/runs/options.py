@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from gigapath.cohort.shards import parse_shard
 from gigapath.features import parse_embedding
 from gigapath.options import check_options, option
+from gigapath.preprocessing.fast import READERS
 
 _DEVICES = "auto|cpu|cuda|mps"
 _PRECISIONS = ("auto", "fp32", "fp16", "bf16")
@@ -32,10 +33,16 @@ class KeepOptions:
 
 @dataclass(frozen=True)
 class RunOptions(KeepOptions):
-    """How a run goes about its work; nothing in here changes a number."""
+    """How a run goes about its work; nothing in here changes a number but `--reader fast`, which is recorded."""
 
     workers: int | None = option(
         None, "threads that read tiles, 0 for a single one without helpers (default: one per core)", at_least=0
+    )
+    reader: str = option(
+        "auto",
+        "auto decodes tiled TIFFs directly where that gives OpenSlide's pixels to the bit; fast without comparing, in "
+        "other numbers",
+        choices=READERS,
     )
     hash: str = option("none", "full: record each slide's SHA-256, check the manifest's md5", choices=("none", "full"))
     shard: str | None = option(

@@ -5,6 +5,8 @@ import math
 import time
 from collections.abc import Callable, Sequence
 
+import numpy as np
+
 from gigapath.cohort.manifest import SlideEntry
 from gigapath.preprocessing.grid import plan_grid
 from gigapath.preprocessing.slide import Slide
@@ -62,6 +64,6 @@ def _tiling_seconds(slide: Slide, tiling: TileOptions, workers: int) -> float:
     down = slide.level_downsamples[level]
     corner = left + max(0, int((w - width * down) / 2)), top + max(0, int((h - height * down) / 2))
     started = time.perf_counter()
-    slide.read(*corner, level, width, height)
+    slide.reads(level, np.array([(*corner, width, height)]))(0, None)
     seconds = time.perf_counter() - started
     return _SECONDS_A_SLIDE + seconds * pixels / (width * height) / max(1, workers)

@@ -120,7 +120,8 @@ def tile_slide(run: CohortRun, folder: Path, entry: SlideEntry, tiling: TileOpti
 
     def work() -> Outcome:
         facts = _file_facts(entry, options)
-        with open_entry(entry, tiling) as slide:
+        # Where tiles lie never depends on the reader: unless told to leave it to OpenSlide, what equals it may read.
+        with open_entry(entry, tiling, "openslide" if options.reader == "openslide" else "auto") as slide:
             plan = plan_tiles(slide, options_for(entry, tiling), workers=threads(options))
             picture = preview_picture(slide, plan.overview)
         preview = run.out / "previews" / f"{entry.slide_id}.jpg"
