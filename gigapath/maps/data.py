@@ -198,6 +198,7 @@ class TileMap:
         facts: what is stated of it: model, trained, layer, head, target, normalisation, ...; plain JSON values.
         arrays: further arrays for the `.npz`.
         curve: the deletion and insertion curve of a head's map, or None.
+        mark: the tile that the map is about, or None.
     """
 
     name: str
@@ -208,6 +209,7 @@ class TileMap:
     facts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     arrays: Mapping[str, npt.NDArray[Any]] = dataclasses.field(default_factory=dict)
     curve: Mapping[str, Any] | None = None
+    mark: int | None = None
 
     def sample(self) -> FloatArray:
         """Values for the common range: all, or evenly spread ones of many."""

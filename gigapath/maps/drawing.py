@@ -66,6 +66,8 @@ def draw_map(
         zorder=2,
     )
     over.set_title("map" if overview is not None else note or "tiles on the grid", fontsize=_TEXT_SIZE)
+    if tile_map.mark is not None:
+        _outline(over, tile_map.mark, place, frame)
     for axis in axes:
         axis.set_xlim(frame.left, frame.left + frame.width)
         axis.set_ylim(frame.top + frame.height, frame.top)
@@ -121,7 +123,7 @@ def tile_rgba(tile_map: TileMap, place: Place, opacity: float = 1.0) -> npt.NDAr
 def png(figure: Any) -> bytes:
     """A figure as PNG."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=DPI, metadata={"Software": None})
+    figure.savefig(buffer, format="png", dpi=DPI, bbox_inches="tight", metadata={"Software": None})
     return buffer.getvalue()
 
 
@@ -170,6 +172,19 @@ def _tiles_extent(place: Place, frame: Frame) -> tuple[float, float, float, floa
     return left * along, (left + width) * along, (top + height) * down, top * down
 
 
+def _outline(axis: Any, tile: int, place: Place, frame: Frame) -> None:
+    """Frame one tile, black on white, so that it is seen on every colour."""
+    from matplotlib.patches import Rectangle
+
+    left, right, bottom, top = _tiles_extent(place, frame)
+    rows, columns = place.grid_shape
+    column, row = (place.cells[tile] - place.first_cell).tolist()
+    wide, high = (right - left) / columns, (bottom - top) / rows
+    for colour, width in (("white", 4.0), ("black", 2.0)):
+        corner = left + column * wide, top + row * high
+        axis.add_patch(Rectangle(corner, wide, high, fill=False, edgecolor=colour, linewidth=width, zorder=3))
+
+
 def _pale(image: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
     """In light greys, so that the stain does not mix with a map's colours."""
     grey = image @ np.array([0.299, 0.587, 0.114])
@@ -214,8 +229,15 @@ def _legend(figure: Any, axes: list[Any], tile_map: TileMap) -> None:
             )
             for index, (name, count) in enumerate(zip(colours.names, counts, strict=True))
         ]
-        figure.legend(
-            handles=patches, loc="outside right upper", frameon=False, fontsize=_TEXT_SIZE, title="tiles", ncols=1
+        beside = axes[-1] if axes[-1].get_subplotspec().rowspan.start == 0 else axes[0]
+        beside.legend(
+            handles=patches,
+            loc="upper left",
+            bbox_to_anchor=(1.01, 1.0),
+            borderaxespad=0.0,
+            frameon=False,
+            fontsize=_TEXT_SIZE,
+            title="tiles",
         )
     elif colours.palette != "rgb":
         shades = ScalarMappable(Normalize(colours.low, colours.high), colours.colormap)

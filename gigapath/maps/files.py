@@ -15,9 +15,9 @@ The JSON: `format` 1, `slide_id`, `name`, `kind` (of `options.KINDS`), `title`, 
 where a part has random weights), `layer`, `head`, `query`, `target` (null where it has none), `normalisation`,
 `heuristic` (true for rollout), `colour` (`palette`, `label`, `scope`; `low`, `high`, `colormap`; or `categories` of
 `name` and `colour`), `tiles`, `tile` (`pitch_level0`, `pitch_mm`), `slide` (`size`, `bounds`, `mpp_level0`, `at_hand`),
-`overlay` (`level0` [x, y, w, h] absolute, `shape` [rows, columns]), `files` (their names by role), `curve` (numbers of
-the curve), `details` (what else the kind states, such as the weight on zero keys), `note`, `version`, `terms`.
-Numbers that are not known are null. No paths.
+`overlay` (`level0` [x, y, w, h] absolute, `shape` [rows, columns]), `marked_tile` (the row that the map is about,
+outlined in the figure), `files` (their names by role), `curve` (numbers of the curve), `details` (what else the kind
+states, such as the weight on zero keys), `note`, `version`, `terms`. What is not known is null. No paths.
 """
 
 from pathlib import Path
@@ -110,6 +110,7 @@ def describe(
         "overlay": {"level0": None if grid is None else list(grid), "shape": list(place.grid_shape)},
         "files": files,
         "curve": None if tile_map.curve is None else dict(tile_map.curve),
+        "marked_tile": tile_map.mark,
         "details": facts,
         "note": note,
         "version": gigapath.__version__,

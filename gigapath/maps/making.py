@@ -139,6 +139,7 @@ class Maker:
                 "normalisation": "cosine of the embeddings as stored, not centred",
                 "tile": {"slide_id": self.chosen.slide_id, "row": self.chosen.tile},
             },
+            mark=self.chosen.tile if self.chosen.slide_id == tiles.slide_id else None,
         )
 
     # --------------------------------------------------------------------------------------------- slide encoder
@@ -183,6 +184,7 @@ class Maker:
                     "zero_keys": read.zero_keys,
                     "branches": read.branches,
                 },
+                mark=self._query_tile,
             )
 
     def _rollout(self, tiles: TileEmbeddings) -> Iterator[TileMap]:
@@ -208,16 +210,19 @@ class Maker:
                 "zero_keys_weight": found.zero_keys,
             },
             arrays={"weights": found.tiles},
+            mark=self._query_tile,
         )
 
     def _inputs(self, tiles: TileEmbeddings) -> tuple[torch.Tensor, torch.Tensor]:
         features = torch.from_numpy(np.ascontiguousarray(tiles.features, np.float32)).to(self.device)
         return features, torch.from_numpy(tiles.encoder_coords(CELL)).to(self.device)
 
+    @property
+    def _query_tile(self) -> int | None:
+        return self.options.tile if self.options.query == "tile" else None
+
     def _query(self) -> str | int:
-        return (
-            self.options.tile if self.options.query == "tile" and self.options.tile is not None else self.options.query
-        )
+        return self.options.query if self._query_tile is None else self._query_tile
 
     def _query_name(self) -> str:
         return f"tile-{self.options.tile}" if self.options.query == "tile" else self.options.query
@@ -283,7 +288,7 @@ class Maker:
             name=f"occlusion_{_fit(name)}",
             kind="occlusion",
             drawn=values,
-            colours=Colours("diverging", f"score with less score without, {self._score(target)}"),
+            colours=Colours("diverging", f"score lost without the tile, {self._score(target)}"),
             title=f"contribution of each tile to class {name} by occlusion, left out {squares}",
             normalisation=f"none; tiles left out {squares}",
             more={"square_cells": side},
@@ -296,7 +301,7 @@ class Maker:
 
     def _score(self, target: int) -> str:
         name = self._head.task.classes[target]
-        return f"logit of {name}" if self._head.task.multi_label else f"log-odds of {name} against the others"
+        return f"logit of {name}" if self._head.task.multi_label else f"log-odds of class {name} against the others"
 
     def _of_head(
         self,
