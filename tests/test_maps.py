@@ -281,6 +281,29 @@ def test_a_head_of_another_encoder_or_class_is_refused(planted, tmp_path: Path, 
     assert "which has none" in capsys.readouterr().err
 
 
+def test_slides_of_another_encoder_than_the_first_are_named(tmp_path: Path, capsys) -> None:
+    write_ours(tmp_path / "f" / "a.h5")
+    write_ours(tmp_path / "f" / "b.h5", encoder="other")
+    words = ["--kind", "clusters", "--clusters", "2", "--out", str(tmp_path / "out")]
+    assert main(["map", str(tmp_path / "f"), *words]) == 3
+    assert "b: failed: b: expected embeddings of made, width 6, as of the first slide, got those of other" in (
+        capsys.readouterr().out
+    )
+
+
+def test_a_slide_of_one_tile_has_maps_too(planted, tmp_path: Path) -> None:
+    write_slide(tmp_path / "one.h5", np.ones((1, 3), np.float32), np.array([[4, 2]]), encoder="colour")
+    kinds = ("pca", "gradient", "occlusion", "head-attention")
+    options = MapOptions(kind=kinds, checkpoint=str(planted[0] / "tuned" / "fold_0"), device="cpu")
+    result = make_maps([tmp_path / "one.h5"], tmp_path / "out", options)
+    assert result.written == {"one": ["pca", "gradient_1", "occlusion_1", "head-attention"]} and not result.failed
+    assert np.isnan(np.load(tmp_path / "out" / "one" / "occlusion_1.npz")["values"]).all()  # nothing is left to score
+    said = json.loads((tmp_path / "out" / "one" / "occlusion_1.json").read_text())
+    assert said["curve"] is None and "curve" not in said["files"]
+    feature = json.loads((tmp_path / "out" / "one" / "occlusion_1.geojson").read_text())["features"][0]
+    assert feature["properties"]["measurements"] == {}
+
+
 def test_another_slide_of_the_same_name_is_not_drawn_under_the_tiles(planted, tmp_path: Path) -> None:
     from made_slides import paint_tissue, write_pyramid
 

@@ -116,6 +116,7 @@ class _Reader:
         self, entries: dict[str, Path], options: MapOptions, result: MapsResult, tell: Callable[[str], None]
     ) -> None:
         self.entries, self.options, self.result, self.tell = entries, options, result, tell
+        self.made: tuple[str | None, int] | None = None
 
     def slides(self) -> Iterator[tuple[str, TileEmbeddings]]:
         """(slide_id, its tiles in row-major order with cells) of every slide that has some."""
@@ -125,27 +126,30 @@ class _Reader:
             tiles: TileEmbeddings | None = None
             with self.recording(slide_id):
                 tiles = self.read(path)
+                self._check_alike(slide_id, tiles)
             if tiles is not None and len(tiles) == 0:
                 self.result.empty.append(slide_id)
                 self.tell(f"{slide_id}: no tiles, no map")
             elif tiles is not None:
                 yield slide_id, dataclasses.replace(tiles, slide_id=slide_id)
 
+    def _check_alike(self, slide_id: str, tiles: TileEmbeddings) -> None:
+        """Refuse embeddings of another encoder or width than those of the first slide that could be read."""
+        first = self.made = self.made or (tiles.encoder, tiles.embed_dim)
+        named = tiles.encoder is not None and first[0] is not None and tiles.encoder != first[0]
+        if named or tiles.embed_dim != first[1]:
+            raise FeatureFileError(
+                f"{slide_id}: expected embeddings of {first[0]}, width {first[1]}, as of the first slide, got those of "
+                f"{tiles.encoder}, width {tiles.embed_dim}. Give slides of one encoder."
+            )
+
     def read(self, path: Path) -> TileEmbeddings:
         return read_features(path, tile_size_level0=self.options.tile_size_level0, read_tensor=read_tensor)
 
     def embeddings(self) -> Iterator[npt.NDArray[np.float32]]:
-        """The embeddings (N, D) of every slide that has some; one of another width than the first is recorded."""
-        width = None
-        for slide_id, tiles in self.slides():
-            width = width or tiles.embed_dim
-            with self.recording(slide_id):
-                if tiles.embed_dim != width:
-                    raise FeatureFileError(
-                        f"{slide_id}: expected embeddings of width {width}, as of the first slide, got "
-                        f"{tiles.embed_dim}. Give slides of one encoder."
-                    )
-                yield np.asarray(tiles.features, np.float32)
+        """The embeddings (N, D) of every slide that has some."""
+        for _, tiles in self.slides():
+            yield np.asarray(tiles.features, np.float32)
 
     def described(self) -> tuple[str | None, int]:
         """(tile encoder, width D) of the first slide that has tiles."""
