@@ -331,6 +331,19 @@ class _SlideOnItsWay:
         vectors: its vectors on their way.
     """
 
+    __slots__ = (
+        "_job",
+        "_problem",
+        "_start",
+        "digest",
+        "entry",
+        "features",
+        "kept",
+        "tiled",
+        "tiles",
+        "vectors",
+    )
+
     def __init__(self, job: EmbedJob, entry: SlideEntry) -> None:
         self.entry = entry
         self.tiled: Status | None = None

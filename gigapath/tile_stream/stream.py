@@ -77,6 +77,20 @@ class SlideVectors:
         encoding_since: when (time.monotonic) the first batch with tiles of this slide went into an encoder, or None.
     """
 
+    # A cohort's slides are all announced at once: 171,189 of these should stay small.
+    __slots__ = (
+        "_all_read",
+        "_on_the_way",
+        "_over",
+        "_prepared",
+        "_problem",
+        "_ready",
+        "_source",
+        "_stream",
+        "_unprepared",
+        "encoding_since",
+    )
+
     def __init__(self, stream: "TileStream", source: Source) -> None:
         self.encoding_since: float | None = None
         self._stream = stream
@@ -87,7 +101,7 @@ class SlideVectors:
         self._over = False
         self._problem: BaseException | None = None
         self._on_the_way = 0
-        self._ready: deque[tuple[_Part, Vectors]] = deque()
+        self._ready: list[tuple[_Part, Vectors]] = []
 
     def wait_prepared(self) -> None:
         """Wait until the slide is prepared; raises what went wrong with that."""
@@ -115,7 +129,7 @@ class SlideVectors:
                     if not self._ready:
                         return
                     stream._check()  # a slide whose last tile is through is finished all the same
-                    part, vectors = self._ready.popleft()
+                    part, vectors = self._ready.pop(0)
                     stream._taken(part)
                 with stream.busy.working("write"):
                     yield part.first, vectors
@@ -126,8 +140,9 @@ class SlideVectors:
         """Take nothing more of this slide; what is still on its way is thrown away."""
         with self._stream._news:
             self._over = True
-            while self._ready:
-                self._stream._taken(self._ready.popleft()[0])
+            for part, _ in self._ready:
+                self._stream._taken(part)
+            self._ready.clear()
 
 
 class TileStream:
