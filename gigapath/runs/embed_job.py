@@ -339,6 +339,7 @@ class _SlideOnItsWay:
         "entry",
         "features",
         "kept",
+        "reader",
         "tiled",
         "tiles",
         "vectors",
