@@ -9,6 +9,7 @@ from gigapath.cli.arguments import add_options, options_from
 # what -> (module, its options class, one line of help). A module offers that class, `measure(options)` that yields
 # rows, `in_words(row)` and `HEADING`.
 KINDS = {
+    "read": ("gigapath.bench.reading", "ReadBench", "reading tiles against a plain loop with OpenSlide"),
     "tile-encoder": ("gigapath.bench.tile_encoder", "TileEncoderBench", "the tile encoder against a plain product"),
     "embed": ("gigapath.bench.embedding", "EmbedBench", "embed end to end against the encoder and the reader alone"),
     "probe": ("gigapath.bench.probe", "ProbeBench", "the linear probe against a plain loop: speed and peak memory"),
