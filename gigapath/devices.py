@@ -1,6 +1,7 @@
 """The device and the precision that words of the command line mean on this machine."""
 
 import contextlib
+import os
 import re
 import threading
 from collections.abc import Iterator
@@ -9,6 +10,9 @@ from typing import Any
 import torch
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
+# Set for a job that was granted GPUs, unless to one of _NO_GPU.
+_GRANTS = ("SLURM_JOB_GPUS", "SLURM_STEP_GPUS", "SLURM_GPUS_ON_NODE", "CUDA_VISIBLE_DEVICES")
+_NO_GPU = ("", "-1", "NoDevFiles")
 PRECISIONS = ("auto", "fp32", "fp16", "bf16")
 
 
@@ -16,11 +20,18 @@ def resolve_device(device: str | torch.device) -> torch.device:
     """The device that a name means on this machine; "auto" prefers CUDA, then MPS.
 
     Raises:
-        ValueError: it is none of the known names, or is not there. A job for a GPU never runs on the CPU unasked.
+        ValueError: it is none of the known names, or is not there. A job for a GPU never runs on the CPU unasked: not
+            where the GPU is named, and not with "auto" where a scheduler granted one.
     """
     name = str(device)
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        granted = next((word for word in _GRANTS if os.environ.get(word, "") not in _NO_GPU), None)
+        if name == "cpu" and granted is not None:
+            raise ValueError(
+                f"--device auto: expected a GPU, which {granted}={os.environ[granted]} grants to this job, but torch "
+                f"{torch.__version__} sees none. Check the driver and torch's build, or say --device cpu."
+            )
     if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", name):
         raise ValueError(f"--device: expected one of {', '.join(DEVICES)} or cuda:N, got {name!r}.")
     resolved = torch.device(name)

@@ -1,4 +1,4 @@
-"""The containers' files: built nowhere here, so their form is checked, and that both install the same locked versions."""
+"""The containers are built nowhere here: their form is checked, and that both install the same locked versions."""
 
 import re
 from pathlib import Path

@@ -1,0 +1,268 @@
+"""Runs in processes of their own that die: at a named point of the write path, or by a signal at any moment.
+
+The processes are forked from one that has imported everything, so that a run costs a tenth of a second and not four.
+
+python tests/killed_runs.py kills 20      as the slow test, with other seeds; prints what happened
+python tests/killed_runs.py soak 2000     memory and open files over that many slides
+"""
+
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from multiprocessing.context import ForkServerContext, ForkServerProcess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from made_slides import paint_tissue, write_pyramid
+from tiny_encoders import tiny_slide_encoder, tiny_tile_encoder
+
+import gigapath.features.h5
+import gigapath.features.ours
+import gigapath.files
+import gigapath.runs.embedding
+import gigapath.runs.engine
+import gigapath.runs.tiling
+from gigapath.cli.main import main
+from gigapath.runs.watching import Watcher
+
+TESTS = Path(__file__).parent
+DIED = 99
+# Where a process dies: function -> whether before or after it has done its work.
+POINTS = {
+    "open": ("open_temporary", "after"),
+    "after data": ("write", "after"),
+    "before flush": ("fsync", "before"),
+    "before rename": ("publish", "before"),
+    "after rename": ("publish", "after"),
+    "before status": ("write_status", "before"),
+}
+
+
+def make_slides(folder: Path, count: int, side: int = 340) -> Path:
+    """Small slides with tissue, no two alike, every ninth of them blank."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for number in range(count):
+        image = paint_tissue(side + 40 * (number % 5), side - 60, seed=number)
+        if number % 9 == 8:
+            image = np.full_like(image, 242)
+        write_pyramid(folder / f"s{number:02d}.tif", image, mpp=(0.5, 0.5), steps=(1,), tile=128)
+    return folder
+
+
+def embed(slides: Path, out: Path, *, point: str = "", at: int = 1, words: tuple[str, ...] = ()) -> None:
+    """`gigapath embed` with tiny encoders and plain pictures, in this process, which it ends."""
+    silence = os.open(os.devnull, os.O_WRONLY)
+    for stream in (1, 2):
+        os.dup2(silence, stream)
+    prepare(point, at)
+    given = ["--out", str(out), "--tile-size", "64", "--tile-encoder", "standin", "--device", "cpu", "--workers", "0"]
+    os._exit(main(["embed", str(slides), *given, "--batch-size", "8", *words]))
+
+
+def prepare(point: str = "", at: int = 1) -> None:
+    """Put in the tiny encoders and plain pictures; the process dies the `at`-th time that it comes to `point`."""
+    tiling, embedding = gigapath.runs.tiling, gigapath.runs.embedding
+    changes: dict[Any, dict[str, Any]] = {
+        embedding: {
+            "load_tile_encoder": lambda *_, **__: tiny_tile_encoder(),
+            "load_slide_encoder": lambda *_, **given: tiny_slide_encoder(given["in_chans"]),
+            "measure_rate": lambda *_: 1000.0,
+        },
+        tiling: {
+            "preview_picture": lambda _, overview: overview,
+            "write_preview": lambda path, *_, **__: gigapath.files.write_bytes_atomic(path, b"a picture"),
+            "contact_sheet": lambda *_: None,
+        },
+        gigapath.features.ours: {"KEEP_SECONDS": 0.02, "WORTH_SECONDS": 0.0},
+    }
+    for module, names in changes.items():
+        for name, value in names.items():
+            setattr(module, name, value)
+    if not point:
+        return
+    name, when = POINTS[point]
+    owners: dict[str, tuple[Any, ...]] = {
+        "open_temporary": (gigapath.features.h5,),
+        "write": (gigapath.features.ours.TileEmbeddingsWriter,),
+        "fsync": (os,),
+        "publish": (gigapath.features.h5,),
+        "write_status": (gigapath.runs.engine,),
+    }
+    left = [at]
+    for owner in owners[name]:
+        setattr(owner, name, _deadly(getattr(owner, name), left, when))
+
+
+def _deadly(real: Callable[..., Any], left: list[int], when: str) -> Callable[..., Any]:
+    def call(*args: Any, **given: Any) -> Any:
+        left[0] -= 1
+        if left[0] == 0 and when == "before":
+            os._exit(DIED)
+        value = real(*args, **given)
+        if left[0] == 0:
+            os._exit(DIED)
+        return value
+
+    return call
+
+
+def context() -> ForkServerContext:
+    """Where the processes come from."""
+    ctx = multiprocessing.get_context("forkserver")
+    paths = [str(TESTS.parent), str(TESTS), os.environ.get("PYTHONPATH", "")]
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))  # the server finds its modules by this alone
+    ctx.set_forkserver_preload(["killed_runs"])
+    try:
+        first = ctx.Process(target=int)
+        first.start()
+        first.join()
+    finally:
+        if before is None:
+            del os.environ["PYTHONPATH"]
+        else:
+            os.environ["PYTHONPATH"] = before
+    return ctx
+
+
+def start(ctx: ForkServerContext, slides: Path, out: Path, **given: Any) -> ForkServerProcess:
+    process = ctx.Process(target=embed, args=(slides, out), kwargs=given)
+    process.start()
+    return process
+
+
+def finish(process: ForkServerProcess, seconds: float = 60.0) -> int | None:
+    """The exit status; a process that hangs is killed, and has none."""
+    process.join(seconds)
+    if process.exitcode is None:
+        process.kill()
+        process.join()
+        return None
+    return process.exitcode
+
+
+def differences(unbroken: Path, out: Path) -> list[str]:
+    """What is not as an unbroken run leaves it: files that lack or are too many, other bytes, other statuses."""
+    one, other = _files(unbroken), _files(out)
+    found = [f"lacks {name}" for name in sorted(one.keys() - other.keys())]
+    found += [f"has {name}" for name in sorted(other.keys() - one.keys())]
+    for name in sorted(one.keys() & other.keys()):
+        same = _timeless(one[name]) == _timeless(other[name])
+        found += [] if same else [f"differs in {name}"]
+    return found
+
+
+def _files(out: Path) -> dict[str, Path]:
+    """The results of a run; every run adds records of its own besides."""
+    skipped = ("runs", "private")
+    return {
+        str(path.relative_to(out)): path
+        for path in out.rglob("*")
+        if path.is_file() and (path.relative_to(out).parts[0] not in skipped or "partial" in path.name)
+    }
+
+
+def _timeless(path: Path) -> Any:
+    """A file's content but for times: statuses and tables carry them."""
+    if path.suffix == ".json":
+        content = json.loads(path.read_text())
+        return {name: value for name, value in content.items() if name not in ("seconds", "ended")}
+    if path.name == "slides.csv":
+        rows = [line.split(",") for line in path.read_text().splitlines()]
+        timeless = [i for i, name in enumerate(rows[0]) if "seconds" not in name and name != "tiles/s"]
+        return [[row[i] for i in timeless] for row in rows]
+    return path.read_bytes()
+
+
+def kill_at_random(ctx: ForkServerContext, slides: Path, unbroken: Path, out: Path, seed: int, seconds: float) -> str:
+    """Start a run and kill it, again and again, until one gets through; what happened, in a line.
+
+    Each is killed at a moment drawn between nothing and a little more than an unbroken run takes.
+    """
+    random = np.random.default_rng(seed)
+    kills = 0
+    while True:
+        process = start(ctx, slides, out)
+        process.join(float(random.uniform(0, 1.2 * seconds if kills < 6 else 100 * seconds)))
+        if process.exitcode is not None:
+            break
+        process.kill()
+        process.join()
+        kills += 1
+    wrong = differences(unbroken, out)
+    rows = len(list(out.rglob("*.rows.partial")))
+    return f"seed {seed}: {kills} kills, exit {process.exitcode}, {rows} rows left, {wrong or 'as unbroken'}"
+
+
+def time_unbroken(ctx: ForkServerContext, slides: Path, out: Path) -> float:
+    """Do the unbroken run; its seconds."""
+    started = time.monotonic()
+    assert finish(start(ctx, slides, out)) == 0
+    return time.monotonic() - started
+
+
+class _Handles(Watcher):
+    """Writes down memory (MB) and open files once every so many slides."""
+
+    def __init__(self, every: int) -> None:
+        self.rows: list[tuple[int, float, int]] = []
+        self._every = every
+
+    def slide(self, row: Any, number: int, slides: int) -> None:
+        if number % self._every == 0:
+            pages = int(Path("/proc/self/statm").read_text().split()[1])
+            files = len(os.listdir("/proc/self/fd"))  # noqa: PTH208
+            self.rows.append((number, pages * os.sysconf("SC_PAGE_SIZE") / 1e6, files))
+
+
+def soak(count: int, folder: Path) -> list[tuple[int, float, int]]:
+    """(slides, MB of memory, open files) along a run over `count` slides, which are links to forty files."""
+    from gigapath.preprocessing.tiling import TileOptions
+    from gigapath.runs.embedding import run_embed
+    from gigapath.runs.options import EmbedOptions, RunOptions
+
+    files = sorted(make_slides(folder / "made", 40).iterdir())
+    (folder / "slides").mkdir()
+    for number in range(count):
+        (folder / "slides" / f"n{number:05d}.tif").symlink_to(files[number % 40])
+    prepare()
+    watch = _Handles(max(1, count // 10))
+    run_embed(
+        [folder / "slides"],
+        folder / "out",
+        tiling=TileOptions(tile_size=64),
+        embedding=EmbedOptions(tile_encoder="standin", device="cpu", batch_size=8),
+        options=RunOptions(workers=1),
+        watch=watch,
+    )
+    return watch.rows
+
+
+def by_hand() -> None:
+    what, count = sys.argv[1], int(sys.argv[2])
+    folder = Path(tempfile.mkdtemp())
+    try:
+        if what == "soak":
+            for row in soak(count, folder):
+                print("{} slides, {:.1f} MB, {} open files".format(*row))
+            return
+        ctx = context()
+        slides = make_slides(folder / "slides", 40)
+        seconds = time_unbroken(ctx, slides, folder / "unbroken")
+        print(f"unbroken: {seconds:.2f} s")
+        for seed in range(1000, 1000 + count):
+            print(kill_at_random(ctx, slides, folder / "unbroken", folder / f"out{seed}", seed, seconds), flush=True)
+    finally:
+        shutil.rmtree(folder)
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    by_hand()
