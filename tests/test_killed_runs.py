@@ -33,7 +33,7 @@ def many(tmp_path_factory: pytest.TempPathFactory, ctx) -> tuple[Path, Path, flo
 
 
 @pytest.mark.parametrize("point", POINTS)
-@pytest.mark.parametrize("at", [2, *(pytest.param(at, marks=pytest.mark.slow) for at in (1, 3, 5, 7))])
+@pytest.mark.parametrize("at", [2, *(pytest.param(at, marks=pytest.mark.slow) for at in (1, 3, 5))])
 def test_process_that_dies_on_the_write_path_is_made_good_by_the_next(
     point: str, at: int, few: tuple[Path, Path], ctx, tmp_path: Path
 ) -> None:
@@ -90,6 +90,6 @@ def test_two_runs_at_once_and_four_shards_at_once_lose_nothing(
 @pytest.mark.slow
 def test_memory_and_open_files_stay_flat_over_many_slides(tmp_path: Path) -> None:
     """The figures of 2,000 slides: `python tests/killed_runs.py soak 2000`."""
-    rows = killed_runs.soak(300, tmp_path)
+    rows = killed_runs.soak(120, tmp_path)
     assert rows[-1][2] <= rows[2][2], "open files"
     assert rows[-1][1] <= rows[2][1] + 30, "megabytes"

@@ -1,8 +1,10 @@
 """A canary planted wherever slides carry names is found in no output but `private/`."""
 
+import csv
 import getpass
 import json
 import socket
+import struct
 from pathlib import Path
 
 import cv2
@@ -12,6 +14,10 @@ from made_slides import paint_tissue, write_pyramid
 from tiny_encoders import tiny_tile_encoder
 
 from gigapath.cli.main import main
+from gigapath.cohort.dicom import _element, _skip
+from gigapath.cohort.manifest import SlideEntry
+from gigapath.cohort.privacy import recorded_paths
+from gigapath.cohort.pseudonyms import pseudonymised, read_key
 
 CANARY = "Doe,JANE_1953"
 LABEL_COLOUR = (255, 0, 255)  # like nothing on a slide
@@ -102,6 +108,69 @@ def test_label_is_in_no_picture(run_over_canaries: Path) -> None:
     for path in pictures:
         pixels = cv2.imread(str(path))[..., ::-1].astype(int)
         assert (np.abs(pixels - LABEL_COLOUR).sum(-1) < 60).mean() < 1e-4, path.name
+
+
+def test_pseudonyms_leave_no_name_outside_private(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, masks, key = tmp_path / "scans", tmp_path / "masks", tmp_path / "key"
+    folder.mkdir()
+    masks.mkdir()
+    key.write_text("a key of twenty-two by")
+    tissue = paint_tissue(500, 400)
+    write_pyramid(folder / f"{CANARY}.svs", tissue, mpp=(0.5, 0.5), steps=(1,), aperio=True)
+    (folder / f"{CANARY} broken.svs").write_text(CANARY)
+    outline = {"type": "Polygon", "coordinates": [[[0, 0], [320, 0], [320, 256], [0, 256], [0, 0]]]}
+    (masks / f"{CANARY}.geojson").write_text(json.dumps({"type": "Feature", "geometry": outline, "properties": {}}))
+    manifest = tmp_path / "cohort.csv"
+    rows = [f'"scans/{CANARY}.svs",{CANARY[:3]}-7,north,"{CANARY}"', f'"scans/{CANARY} broken.svs",{CANARY[:3]}-7,,']
+    manifest.write_text("\n".join(["path,patient_id,site,remark", *rows]) + "\n")
+    monkeypatch.setattr("gigapath.runs.embedding.load_tile_encoder", lambda *_, **__: tiny_tile_encoder())
+    out = tmp_path / "out"
+    words = [str(manifest), "--out", str(out), "--pseudonymise", str(key), "--tissue", str(masks)]
+    assert main(["tile", *words, *SMALL[:4]]) == 3
+    assert main(["embed", *words, *SMALL]) == 3
+    found = {name.split("/")[0] for name in [*outputs_with(out, CANARY), *outputs_with(out, f"{CANARY[:3]}-7")]}
+    assert found == {"private"}
+    assert {name.split("/")[0] for name in outputs_with(out, "a key of")} == set(), "nor is the key anywhere"
+    originals = {entry.slide_id: entry.original_id for entry in recorded_paths(out)}
+    assert sorted(originals.values()) == [CANARY, f"{CANARY} broken"]
+    with (out / "slides.csv").open(newline="") as file:
+        rows_made = {row["slide_id"]: row for row in csv.DictReader(file)}
+    assert rows_made.keys() == originals.keys() and all(len(name) == 20 for name in originals)
+    patients = {row["patient_id"] for row in rows_made.values()}
+    assert len(patients) == 1 and len(patients.pop()) == 20 and "remark" not in next(iter(rows_made.values()))
+    states = {originals[name]: (row["status"], row["tiles"]) for name, row in rows_made.items()}
+    assert states == {CANARY: ("done", "20"), f"{CANARY} broken": ("failed", "0")}, "the mask was found by the own name"
+
+
+def test_pseudonyms_follow_the_key_and_want_a_good_one(tmp_path: Path) -> None:
+    entry = SlideEntry("a", Path("a.svs"))
+    one, same, other = (pseudonymised([entry], key)[0].slide_id for key in (b"k" * 16, b"k" * 16, b"l" * 16))
+    assert one == same != other
+    with pytest.raises(FileNotFoundError, match="expected a file with a key"):
+        read_key(tmp_path / "none")
+    (tmp_path / "short").write_text("short\n")
+    with pytest.raises(ValueError, match="at least 16 bytes, got 5"):
+        read_key(tmp_path / "short")
+
+
+def test_canary_in_dicom_tags_is_found_nowhere(shared: Path, tmp_path: Path) -> None:
+    source = (shared / "data" / "slides" / "low-power.dcm").read_bytes()
+    position = 132
+    while True:  # behind the last element of group 0008
+        tag, length, value = _element(source, position, True)
+        if tag[0] > 0x0008:
+            break
+        position = _skip(source, value, length, True)
+    name, text = CANARY.encode() + b" " * (len(CANARY) % 2), b"F " + CANARY.encode()
+    text += b" " * (len(text) % 2)
+    tags = [(0x10, b"PN", name), (0x20, b"LO", name), (0x4000, b"LT", text)]
+    added = b"".join(struct.pack("<HH2sH", 0x10, tag, vr, len(value)) + value for tag, vr, value in tags)
+    (tmp_path / "scan.dcm").write_bytes(source[:position] + added + source[position:])
+    out = tmp_path / "out"
+    given = ["--slide-mpp", "0.5", "--tile-size", "64", "--tissue", "none", "--workers", "0"]
+    assert main(["tile", str(tmp_path / "scan.dcm"), "--out", str(out), *given]) == 0
+    assert len(list((out / "tiles").glob("*.h5"))) == 1
+    assert outputs_with(out, CANARY) == []
 
 
 def test_private_files_are_their_owners(run_over_canaries: Path) -> None:

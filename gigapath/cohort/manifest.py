@@ -32,6 +32,7 @@ class SlideEntry:
         mask: the tissue mask that the manifest names, or None.
         md5: what the manifest says the file's MD5 is, or "".
         columns: the manifest's other columns (patient_id, site, stain, ...), carried through as they are.
+        original_id: what the slide was called before it took a pseudonym, or ""; for `private/` alone.
     """
 
     slide_id: str
@@ -40,6 +41,7 @@ class SlideEntry:
     mask: Path | None = None
     md5: str = ""
     columns: Mapping[str, str] = field(default_factory=dict)
+    original_id: str = ""
 
 
 def find_slides(

@@ -15,7 +15,7 @@ from gigapath.files import write_text_atomic
 
 PRIVATE = "private"
 _PATHS = "paths.csv"
-_COLUMNS = ("slide_id", "path", "mpp", "mask")
+_COLUMNS = ("slide_id", "path", "mpp", "mask", "original_id")
 _SLIDES = "slides"
 # An absolute path of two parts or more; what stands before keeps "tiles/s" and addresses of the web whole.
 _ABSOLUTE = re.compile(r"(?<![\w.:/<>])(?:[A-Za-z]:)?[/\\](?:[^\s/\\:'\"]+[/\\])+[^\s:'\",;]*")
@@ -33,6 +33,8 @@ def without_paths(text: str, entry: SlideEntry) -> str:
             if len(folder.parts) > 1:  # "." and "/" would hit every other word
                 text = text.replace(str(folder), "<folder>")
         text = text.replace(path.name, entry.slide_id)
+    if entry.original_id:
+        text = text.replace(entry.original_id, entry.slide_id)
     return hide_paths(text)
 
 
@@ -106,12 +108,13 @@ def recorded_paths(out: Path) -> list[SlideEntry]:
 
 def _resolved(entry: SlideEntry) -> SlideEntry:
     mask = None if entry.mask is None else entry.mask.resolve()
-    return SlideEntry(entry.slide_id, entry.path.resolve(), entry.mpp, mask)
+    return SlideEntry(entry.slide_id, entry.path.resolve(), entry.mpp, mask, original_id=entry.original_id)
 
 
 def _row(entry: SlideEntry) -> list[Any]:
-    return [entry.slide_id, str(entry.path), entry.mpp, None if entry.mask is None else str(entry.mask)]
+    mask = None if entry.mask is None else str(entry.mask)
+    return [entry.slide_id, str(entry.path), entry.mpp, mask, entry.original_id]
 
 
-def _entry(slide_id: str, path: str, mpp: float | None, mask: str | None) -> SlideEntry:
-    return SlideEntry(slide_id, Path(path), mpp, None if mask is None else Path(mask))
+def _entry(slide_id: str, path: str, mpp: float | None, mask: str | None, original_id: str) -> SlideEntry:
+    return SlideEntry(slide_id, Path(path), mpp, None if mask is None else Path(mask), original_id=original_id)

@@ -125,7 +125,8 @@ def versions() -> dict[str, str]:
 
 def _cohort_digest(entries: Sequence[SlideEntry]) -> str:
     """SHA-256 over what the manifest says of the slides, without their paths."""
-    rows = [{**dataclasses.asdict(entry), "path": None, "mask": entry.mask is not None} for entry in entries]
+    private = {"path": None, "original_id": None}
+    rows = [{**dataclasses.asdict(entry), **private, "mask": entry.mask is not None} for entry in entries]
     return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()
 
 

@@ -47,7 +47,7 @@ def tissue_of(
         ValueError: the file is no mask of this slide, or classes are asked for where there are none.
     """
     if tissue not in METHODS:
-        return read_mask(_mask_file(Path(tissue), slide.slide_id), slide, overview, include=include, exclude=exclude)
+        return read_mask(mask_file(Path(tissue), slide.slide_id), slide, overview, include=include, exclude=exclude)
     if include or exclude:
         raise ValueError(f"--include, --exclude: expected --tissue FILE beside them, got --tissue {tissue}. Give one.")
     return published_tissue(slide, overview) if tissue == "published" else find_tissue(overview, tissue)
@@ -77,7 +77,7 @@ def _suffix(path: Path) -> str:
     return next((end for end in (*OUTLINES, *IMAGES, *COORDINATES) if name.endswith(end)), "")
 
 
-def _mask_file(path: Path, slide_id: str) -> Path:
+def mask_file(path: Path, slide_id: str) -> Path:
     """The mask of one slide: the file itself, or the one that bears the slide's id in a folder."""
     if path.is_dir():
         ends = (*OUTLINES, *IMAGES, *COORDINATES, "_patches.h5", ".coordinates.npz")

@@ -17,7 +17,7 @@ from gigapath.options import to_dict
 from gigapath.preprocessing.tiling import TileOptions
 from gigapath.runs.embed_job import EmbedJob
 from gigapath.runs.engine import CohortRun, RunResult
-from gigapath.runs.entries import check_tissue, chosen, share_in_words
+from gigapath.runs.entries import check_tissue, chosen, named, share_in_words
 from gigapath.runs.machine import threads
 from gigapath.runs.options import EmbedOptions, RunOptions
 from gigapath.runs.planning import estimate_tiles
@@ -71,7 +71,7 @@ def run_embed(
     out, tiling = Path(out), tiling or TileOptions()
     embedding, options, watch = embedding or EmbedOptions(), options or RunOptions(), watch or Watcher()
     with StopFlag(watch.stopping) as stop:
-        cohort = _entries(slides, out, embedding.tiles)
+        cohort = _entries(slides, out, embedding.tiles, tiling, options)
         ids = {entry.slide_id for entry in cohort}
         if not embedding.tiles:
             check_tissue(cohort, tiling)
@@ -240,10 +240,12 @@ def _plan(job: EmbedJob, todo: Sequence[SlideEntry]) -> Plan:
     return Plan(tuple(lines), len(entries), skipped, total, not unknown, facts)
 
 
-def _entries(slides: Sequence[str | Path], out: Path, tiles: str | None) -> list[SlideEntry]:
+def _entries(
+    slides: Sequence[str | Path], out: Path, tiles: str | None, tiling: TileOptions, options: RunOptions
+) -> list[SlideEntry]:
     """The slides of a run: those named, else those that a tiling run recorded."""
     if slides:
-        return find_slides(slides, exclude=out)
+        return named(find_slides(slides, exclude=out), tiling, options)
     if tiles is None:
         raise ValueError("expected slides, a folder or a manifest, got none. Name them, or say --tiles DIR.")
     for folder in (Path(tiles), Path(tiles).parent):

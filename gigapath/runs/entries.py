@@ -1,13 +1,15 @@
 """A slide of a cohort, opened and tiled as its row of the manifest and the options say together."""
 
+import contextlib
 import dataclasses
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from gigapath.cohort.manifest import SlideEntry
+from gigapath.cohort.pseudonyms import KEPT_COLUMNS, pseudonymised, read_key
 from gigapath.cohort.shards import parse_shard, take_shard
 from gigapath.cohort.status import read_status
-from gigapath.preprocessing.masks import METHODS
+from gigapath.preprocessing.masks import METHODS, mask_file
 from gigapath.preprocessing.slide import Slide, open_slide
 from gigapath.preprocessing.tiling import TileOptions
 from gigapath.runs.options import RunOptions
@@ -31,6 +33,26 @@ def options_for(entry: SlideEntry, tiling: TileOptions) -> TileOptions:
     return tiling if entry.mask is None else dataclasses.replace(tiling, tissue=str(entry.mask))
 
 
+def named(entries: list[SlideEntry], tiling: TileOptions, options: RunOptions) -> list[SlideEntry]:
+    """The slides under the names that this run gives them: pseudonyms with `--pseudonymise`.
+
+    Raises:
+        FileNotFoundError, ValueError: there is no key, or a poor one.
+    """
+    if options.pseudonymise is None:
+        return entries
+    key = read_key(options.pseudonymise)
+    if tiling.tissue not in METHODS and Path(tiling.tissue).is_dir():  # its masks bear the slides' own names
+        entries = [_with_mask(entry, Path(tiling.tissue)) for entry in entries]
+    return pseudonymised(entries, key)
+
+
+def _with_mask(entry: SlideEntry, folder: Path) -> SlideEntry:
+    with contextlib.suppress(FileNotFoundError):  # the stage says so
+        return entry if entry.mask is not None else dataclasses.replace(entry, mask=mask_file(folder, entry.slide_id))
+    return entry
+
+
 def chosen(
     entries: Sequence[SlideEntry], out: Path, verb: str, stages: Sequence[Path], options: RunOptions, *, tiles: Path
 ) -> list[SlideEntry]:
@@ -42,9 +64,13 @@ def chosen(
 
 
 def share_in_words(entries: Sequence[SlideEntry], cohort: Sequence[object], options: RunOptions) -> list[str]:
-    """A sentence where a run is for some slides of the cohort only."""
+    """Sentences where a run is for some slides of the cohort only, or under other names."""
     words = [f"shard {options.shard}"] * (options.shard is not None) + ["those that failed"] * bool(options.only)
-    return [f"{', '.join(words)}: {len(entries)} of {len(cohort)} slides."] if words else []
+    lines = [f"{', '.join(words)}: {len(entries)} of {len(cohort)} slides."] if words else []
+    if options.pseudonymise is not None:
+        kept = " and ".join(KEPT_COLUMNS)
+        lines.append(f"ids are pseudonyms; of the manifest's columns patient_id (a pseudonym too), {kept} are kept.")
+    return lines
 
 
 def only_failed(entries: Sequence[SlideEntry], stages: Sequence[Path]) -> list[SlideEntry]:

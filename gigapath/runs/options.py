@@ -48,6 +48,9 @@ class RunOptions(KeepOptions):
     shard: str | None = option(
         None, "do share I of N of the slides, cut to about equal numbers of tiles: one job of an array", metavar="I/N"
     )
+    pseudonymise: str | None = option(
+        None, "slides and patients get ids made from this key; who is who stands in private/ alone", metavar="KEYFILE"
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -25,7 +25,7 @@ from gigapath.preprocessing.preview import preview_picture, write_preview
 from gigapath.preprocessing.slide import SlideError
 from gigapath.preprocessing.tiling import TileOptions, TilePlan, plan_tiles
 from gigapath.runs.engine import CohortRun, Outcome, RunResult
-from gigapath.runs.entries import check_tissue, chosen, open_entry, options_for, share_in_words
+from gigapath.runs.entries import check_tissue, chosen, named, open_entry, options_for, share_in_words
 from gigapath.runs.machine import threads
 from gigapath.runs.options import RunOptions
 from gigapath.runs.planning import estimate_tiles, estimate_tiling
@@ -60,7 +60,8 @@ def run_tile(
         OutputError: the output folder can't be written.
     """
     out, tiling, options, watch = Path(out), tiling or TileOptions(), options or RunOptions(), watch or Watcher()
-    return tile_cohort(find_slides(slides, exclude=out), out, tiling, options, watch, command)
+    cohort = named(find_slides(slides, exclude=out), tiling, options)
+    return tile_cohort(cohort, out, tiling, options, watch, command)
 
 
 def tile_cohort(
