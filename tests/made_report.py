@@ -6,7 +6,13 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+import pytest
 from made_slides import UInt8Array, paint_tissue, write_pyramid
+from tiny_encoders import tiny_slide_encoder, tiny_tile_encoder
+
+from gigapath.preprocessing.tiling import TileOptions
+from gigapath.runs import embedding
+from gigapath.runs.options import EmbedOptions, RunOptions
 
 SCRIPT = "<script>alert(1)<_script>"  # a slide's id; an id can't hold a slash
 MARKUP = "</script><img src=x onerror=alert(2)>"  # a cell of the manifest
@@ -43,3 +49,20 @@ def write_cohort_slides(folder: Path, names: Sequence[str] = ("first", "second",
     with manifest.open("w", newline="") as file:
         csv.writer(file).writerows([["path", "slide_id", "patient_id", "site", "stain"], *rows])
     return manifest
+
+
+def make_run(folder: Path) -> Path:
+    """Embed the slides of `write_cohort_slides` with tiny encoders; the output folder."""
+    manifest = write_cohort_slides(folder / "slides")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(embedding, "load_tile_encoder", lambda *_, **__: tiny_tile_encoder())
+        patch.setattr(embedding, "load_slide_encoder", lambda *_, **__: tiny_slide_encoder())
+        embedding.run_embed(
+            [manifest],
+            folder / "out",
+            tiling=TileOptions(tile_size=64),
+            embedding=EmbedOptions(tile_encoder="standin", slide_encoder="gigapath-flash", device="cpu"),
+            options=RunOptions(workers=0),
+            command=["slides", "--out", str(folder / "out")],
+        )
+    return folder / "out"

@@ -12,21 +12,17 @@ from typing import Any
 import cv2
 import numpy as np
 import pytest
-from made_report import MARKUP, PLANTED, REGION, SCRIPT, write_cohort_slides
+from made_report import MARKUP, PLANTED, REGION, SCRIPT, make_run
 from PIL import Image
-from tiny_encoders import tiny_slide_encoder, tiny_tile_encoder
 
 from gigapath.cli.main import main
 from gigapath.features import read_tiles
-from gigapath.preprocessing.tiling import TileOptions
 from gigapath.report import ReportOptions, write_report
 from gigapath.report.page import json_for_html, script_text
 from gigapath.report.pictures import folder_name
 from gigapath.report.projection import project
 from gigapath.report.results import _mean_over_fits, _predictions
 from gigapath.report.tissue_tiles import distances, pick_tiles
-from gigapath.runs import embedding
-from gigapath.runs.options import EmbedOptions, RunOptions
 
 CANARY = "Doe,JANE_1953"
 
@@ -34,21 +30,9 @@ CANARY = "Doe,JANE_1953"
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The output folder of a small cohort, below a folder whose name is nobody's business."""
-    folder = tmp_path_factory.mktemp("report") / CANARY
-    manifest = write_cohort_slides(folder / "slides")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(embedding, "load_tile_encoder", lambda *_, **__: tiny_tile_encoder())
-        patch.setattr(embedding, "load_slide_encoder", lambda *_, **__: tiny_slide_encoder())
-        embedding.run_embed(
-            [manifest],
-            folder / "out",
-            tiling=TileOptions(tile_size=64),
-            embedding=EmbedOptions(tile_encoder="standin", slide_encoder="gigapath-flash", device="cpu"),
-            options=RunOptions(workers=0),
-            command=["slides", "--out", str(folder / "out")],
-        )
-    assert main(["report", str(folder / "out"), "--workers", "0"]) == 0
-    return folder / "out"
+    out = make_run(tmp_path_factory.mktemp("report") / CANARY)
+    assert main(["report", str(out), "--workers", "0"]) == 0
+    return out
 
 
 def page_data(path: Path) -> dict[str, Any]:
@@ -226,6 +210,32 @@ def test_slides_that_are_gone_are_shown_by_their_previews(run: Path, tmp_path: P
     assert level["w"] / level["h"] == pytest.approx(1900 / 1400, rel=0.01)
     picture = cv2.imread(str(out / "report_files" / PLANTED / level["file"]))
     assert picture[-20:].mean() > 200  # glass at the lower edge, no caption
+
+
+def test_maps_are_laid_over_and_what_is_no_map_is_left_out(tmp_path: Path) -> None:
+    from gigapath.report.maps import write_maps
+
+    cells = np.zeros((3, 5, 4), np.uint8)
+    cells[1, 2] = 10, 20, 30, 255
+    Image.fromarray(cells).save(tmp_path / "a_overlay.png")
+    said = {
+        **{"format": 1, "name": "a", "title": "rollout over layers", "heuristic": True, "model": "at /home/doe/x.pth"},
+        **{"overlay": {"level0": [128, 64, 320, 192]}, "files": {"overlay": "a_overlay.png"}},
+        "colour": {"palette": "sequential", "label": "w", "scope": "all", "low": 0, "high": 2, "colormap": "viridis"},
+    }
+    (tmp_path / "a.json").write_text(json.dumps(said))
+    (tmp_path / "b.json").write_text(json.dumps({**said, "format": 9}))
+    (tmp_path / "c.json").write_text(json.dumps({**said, "overlay": {"level0": None}}))
+    (tmp_path / "d.json").write_text("{")
+    (layer,) = write_maps(tmp_path / "out", tmp_path)
+    assert layer["title"] == "Rollout over layers (a heuristic)" and layer["facts"] == {"model": "at <path>"}
+    assert (layer["legend"]["low"], layer["legend"]["high"], len(layer["legend"]["stops"])) == (0, 2, 9)
+    assert [layer[side] for side in "xywh"] == [128, 64, 320, 192]
+    with Image.open(tmp_path / "out" / layer["file"]) as image:
+        assert list(image.size) == layer["pixels"] == [80, 48]
+        pixels = np.asarray(image)
+    assert (pixels[16:32, 32:48] == (10, 20, 30, 255)).all() and (pixels[..., 3] > 0).sum() == 256
+    assert write_maps(tmp_path / "out", tmp_path / "no such slide") == []
 
 
 # --------------------------------------------------------------------------------------------------------------- layout

@@ -649,7 +649,7 @@
       onOpen.push(() => addLayer(entry.tiles, opacity.value(), (item) => { shownTiles = item; }));
     }
     if (entry.maps.length) {
-      const opacity = slider("Opacity of the map", 65, (value) => shownMap && shownMap.setOpacity(value));
+      const opacity = slider("Opacity of the map", 50, (value) => shownMap && shownMap.setOpacity(value));
       const about = el("div", { class: "layer" });
       const choice = el("select", { "aria-label": "Map", onchange: () => showMap() },
         el("option", { value: "" }, "none"), entry.maps.map((map, index) => el("option", { value: String(index), selected: index === 0 }, map.title)));
@@ -715,12 +715,10 @@
 
     return {
       start() {
-        const navigator = stage.clientWidth > 620;
         viewer = OpenSeadragon({
           element: place, drawer: "canvas", showNavigationControl: false, crossOriginPolicy: false, visibilityRatio: 0.6,
           minZoomImageRatio: 0.7, maxZoomPixelRatio: 4, animationTime: 0.5, springStiffness: 9, preserveImageSizeOnResize: true,
-          showNavigator: navigator, navigatorPosition: "BOTTOM_RIGHT", navigatorSizeRatio: 0.16, navigatorOpacity: 1,
-          navigatorBackground: "transparent", navigatorBorderColor: "transparent", navigatorDisplayRegionColor: "#1f55c8", gestureSettingsMouse: { clickToZoom: false, dblClickToZoom: true },
+          gestureSettingsMouse: { clickToZoom: false, dblClickToZoom: true },
           tileSources: { type: "legacy-image-pyramid", levels: levels.map((level) => ({ url: address(entry, level.file), width: level.w, height: level.h })) },
         });
         viewer.canvas.setAttribute("role", "application");
@@ -737,7 +735,6 @@
         viewer.addHandler("tile-load-failed", (event) => { if (event.tiledImage === viewer.world.getItemAt(0)) missing(); });
         viewer.addHandler("update-viewport", scale);
         viewer.canvas.focus({ preventScroll: true });
-        window.gigapathViewer = viewer;
         function missing() {
           if (!stage.querySelector(".empty")) stage.append(el("div", { class: "empty" }, el("strong", {}, "A picture of this slide is missing"), "Make the report again, and keep report_files beside the page."));
         }

@@ -1,0 +1,287 @@
+"""The report's page in Chromium, from the disk and without network."""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from browser import chromium, complaints, wait_for
+from made_report import MARKUP, PLANTED, REGION, SCRIPT, make_run
+
+from gigapath.cli.main import main
+from gigapath.report import ReportOptions, write_report
+
+pytestmark = pytest.mark.slow
+
+# The viewer of the open slide, and what it shows.
+VIEWER = "OpenSeadragon.getViewer(document.querySelector('.viewer'))"
+DRAWN = f"{VIEWER} && {VIEWER}.world.getItemCount() > 1 && {VIEWER}.world.getItemAt(0).getFullyLoaded()"
+IDS = "[...document.querySelectorAll('.slides tbody .link')].map(link => link.textContent)"
+# Pictures that were asked for although they are not in view.
+EAGER = """[...document.querySelectorAll('.slides img[src]')].filter(image => {
+    const box = image.getBoundingClientRect();
+    return box.bottom < 0 || box.top > innerHeight;
+}).length"""
+# Texts whose contrast with what lies behind them is below 4.5, or 3 for large ones.
+PALE = """(() => {
+    const parse = (text) => (text.match(/[\\d.]+/g) || []).map(Number);
+    const light = (rgb) => rgb.slice(0, 3).map(v => v / 255)
+        .map(v => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4)
+        .reduce((sum, v, i) => sum + v * [0.2126, 0.7152, 0.0722][i], 0);
+    const behind = (node) => {
+        for (; node; node = node.parentElement) {
+            const colour = parse(getComputedStyle(node).backgroundColor);
+            if (colour.length && (colour.length < 4 || colour[3] > 0.99)) return colour;
+        }
+        return [255, 255, 255];
+    };
+    const found = [];
+    for (const node of document.querySelectorAll('body *')) {
+        const own = [...node.childNodes].some(child => child.nodeType === 3 && child.textContent.trim());
+        const style = getComputedStyle(node);
+        if (!own || !node.checkVisibility() || node.closest('[disabled], svg, script, .sr, .skip, option')) continue;
+        const pair = [light(parse(style.color)), light(behind(node))].sort((a, b) => b - a);
+        const contrast = (pair[0] + 0.05) / (pair[1] + 0.05);
+        const least = parseFloat(style.fontSize) >= 24 ? 3 : 4.5;
+        if (contrast < least) found.push([node.textContent.slice(0, 40), contrast]);
+    }
+    return found;
+})()"""
+# Controls that nothing names.
+UNNAMED = """[...document.querySelectorAll('button, input, select')].filter(node =>
+    node.checkVisibility() && !node.textContent.trim() && !node.labels?.length && !node.ariaLabel).length"""
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small cohort with maps and a report."""
+    pytest.importorskip("sklearn")
+    out = make_run(tmp_path_factory.mktemp("browser"))
+    assert main(["map", str(out), "--out", str(out / "maps"), "--clusters", "4", "--device", "cpu"]) == 0
+    write_report(out, options=ReportOptions(workers=0))
+    return out
+
+
+@pytest.fixture
+def page() -> Iterator[Any]:
+    with chromium() as driver:
+        yield driver
+
+
+def keys(page: Any, *pressed: str) -> None:
+    """Press keys where the focus is."""
+    from selenium.webdriver.common.action_chains import ActionChains
+
+    ActionChains(page).send_keys(*pressed).perform()
+
+
+def test_table_sorts_searches_and_filters(run: Path, page: Any) -> None:
+    page.get((run / "report.html").as_uri())
+    assert len(wait_for(page, IDS)) == 7
+    names = page.execute_script(f"return {IDS}")
+    assert SCRIPT in names and sorted(names, key=str.casefold) == sorted(names, key=str.casefold)
+    button = page.find_element("xpath", "//th/button[text()='tiles']")
+    button.click()
+    assert page.execute_script(f"return {IDS}")[-1] == PLANTED
+    button.click()
+    assert page.execute_script(f"return {IDS}")[0] == PLANTED
+    assert button.find_element("xpath", "..").get_attribute("aria-sort") == "descending"
+    search = page.find_element("css selector", "input[type=search]")
+    search.send_keys("P9")
+    assert sorted(page.execute_script(f"return {IDS}")) == ["broken", "gone"]
+    assert "2 of 7 slides" in page.page_source
+    search.clear()
+    search.send_keys("x")
+    search.send_keys("\b")
+    page.find_element("xpath", "//button[contains(@class, 'count')][.//span[contains(., 'no tissue')]]").click()
+    assert page.execute_script(f"return {IDS}") == ["blank"]
+    cells = "[...document.querySelectorAll('.slides td')].map(cell => cell.textContent)"
+    page.find_element("css selector", ".count").click()
+    assert MARKUP in page.execute_script(f"return {cells}")
+    assert page.execute_script("return document.querySelectorAll('img[onerror]').length") == 0
+    assert complaints(page) == []
+
+
+def test_slide_opens_zooms_and_closes_by_keyboard(run: Path, page: Any) -> None:
+    page.get((run / "report.html").as_uri())
+    wait_for(page, IDS)
+    link = next(each for each in page.find_elements("css selector", ".slides .link") if each.text == PLANTED)
+    page.execute_script("arguments[0].focus()", link)
+    keys(page, "\ue007")
+    wait_for(page, DRAWN)
+    assert page.execute_script("return document.getElementById('slide').open")
+    assert page.execute_script("return document.activeElement.classList.contains('openseadragon-canvas')")
+    assert "#slide=planted" in page.current_url
+    zoom = page.execute_script(f"return {VIEWER}.viewport.getZoom()")
+    keys(page, "+")
+    wait_for(page, f"{VIEWER}.viewport.getZoom() > {zoom * 1.05}")
+    centre = page.execute_script(f"return {VIEWER}.viewport.getCenter().x")
+    keys(page, "\ue014", "\ue014")  # right
+    wait_for(page, f"{VIEWER}.viewport.getCenter().x > {centre}")
+    page.find_element("css selector", "button[aria-label='Zoom out']").click()
+    page.find_element("css selector", "button[aria-label='Whole slide']").click()
+    wait_for(page, f"Math.abs({VIEWER}.viewport.getZoom() - {zoom}) < 0.01")
+    keys(page, "r", "f")
+    assert page.execute_script(f"return [{VIEWER}.viewport.getRotation(), {VIEWER}.viewport.getFlip()]") == [0, False]
+    page.execute_script("arguments[0].focus()", page.find_element("css selector", ".slide .close"))
+    keys(page, "\ue00c")
+    wait_for(page, "!document.getElementById('slide').open")
+    assert page.execute_script("return document.activeElement.textContent") == PLANTED
+    assert "#slide" not in page.current_url
+    assert complaints(page) == []
+
+
+def test_layers_follow_their_sliders_and_unusual_tiles_lie_on_the_planted_region(run: Path, page: Any) -> None:
+    page.get(f"{(run / 'report.html').as_uri()}#slide={PLANTED}")
+    wait_for(page, f"{DRAWN} && {VIEWER}.world.getItemCount() === 3")
+    opacity = f"[1, 2].map(i => {VIEWER}.world.getItemAt(i).getOpacity()).sort()"
+    assert page.execute_script(f"return {opacity}") == [0, 0.5]
+    slider = page.find_element("css selector", "input[aria-label='Opacity of the map']")
+    page.execute_script("arguments[0].focus()", slider)
+    keys(page, "\ue010")  # End
+    assert page.execute_script(f"return {opacity}") == [0, 1]
+    assert page.find_element("css selector", ".map-layer output").text == "100 %"
+    titles = [each.text for each in page.find_elements("css selector", "select[aria-label='Map'] option")]
+    assert titles[0] == "none" and any("clusters" in title for title in titles) and len(titles) == 3
+    page.find_element("xpath", "//select[@aria-label='Map']/option[text()='none']").click()
+    wait_for(page, f"{VIEWER}.world.getItemCount() === 2")
+    x, y, w, h = REGION
+    marks = page.execute_script(
+        f"return [...document.querySelectorAll('.mark.unusual')].map(mark => {VIEWER}.getOverlayById(mark)"
+        f".getBounds({VIEWER}.viewport)).map(box => [box.x, box.y, box.width, box.height].map(value => value * 1900))"
+    )
+    assert len(marks) == 6
+    inside = [
+        m for m in marks if x - 1 <= m[0] and m[0] + m[2] <= x + w + 1 and y - 1 <= m[1] and m[1] + m[3] <= y + h + 1
+    ]
+    assert len(inside) >= 5
+    page.find_element("css selector", ".crops.unusual .crop").click()
+    wait_for(page, f"{VIEWER}.viewport.getBounds().width * 1900 < 700")
+    page.find_element("css selector", "input[type=checkbox]").click()
+    assert page.execute_script("return [...document.querySelectorAll('.mark')].every(mark => mark.hidden)")
+    assert page.execute_script(
+        "return [...document.querySelectorAll('.crop img')].every(image => image.naturalWidth > 0)"
+    )
+    assert complaints(page) == []
+
+
+def test_points_lead_to_slides(run: Path, page: Any) -> None:
+    page.get((run / "report.html").as_uri())
+    wait_for(page, "document.querySelectorAll('.point').length === 4")
+    page.execute_script("document.querySelector('.plot svg').focus()")
+    keys(page, "\ue014")
+    first = wait_for(page, "document.querySelector('.plot-tip strong')").text
+    assert page.execute_script("return document.querySelector('.plot-tip img').dataset.src").startswith("report_files/")
+    keys(page, "\ue007")
+    wait_for(page, "document.getElementById('slide').open")
+    assert page.find_element("id", "slide-title").text == first
+    keys(page, "\ue00c")
+    wait_for(page, "!document.getElementById('slide').open")
+    colours = "new Set([...document.querySelectorAll('.point')].map(point => point.getAttribute('fill'))).size"
+    select = page.find_element("css selector", ".controls select")
+    by_column = {}
+    for option in select.find_elements("tag name", "option"):
+        option.click()
+        by_column[option.text] = page.execute_script(f"return {colours}")
+    assert by_column["site"] == 2 and by_column["stain"] == 2 and by_column["status"] == 1
+    assert complaints(page) == []
+
+
+def test_missing_pictures_are_said_and_never_broken(run: Path, page: Any, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(run, out)
+    shutil.rmtree(out / "report_files" / "first")
+    page.get((out / "report.html").as_uri())
+    wait_for(page, "document.querySelector('.slides tbody')")
+    page.execute_script("document.querySelector('.slides').scrollIntoView()")
+    wait_for(page, "[...document.querySelectorAll('.thumb.none')].some(box => box.textContent === 'picture missing')")
+    broken = "[...document.images].filter(image => image.src && image.complete && !image.naturalWidth).length"
+    assert page.execute_script(f"return {broken}") == 0
+    page.get(f"{(out / 'report.html').as_uri()}#slide=gone")
+    page.refresh()
+    assert "No picture of this slide" in wait_for(page, "document.querySelector('.stage .empty')").text
+    page.get(f"{(out / 'report.html').as_uri()}#slide=first")
+    page.refresh()
+    wait_for(page, "(document.querySelector('.stage .empty') || {textContent: ''}).textContent.includes('missing')")
+
+
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+@pytest.mark.parametrize("width", [1280, 390])
+def test_page_fits_and_is_readable(run: Path, width: int, dark: bool) -> None:
+    with chromium(width, 844, dark=dark, touch=width < 500) as page:
+        for address in ("", "#slide=planted"):
+            page.get("about:blank")
+            page.get((run / "report.html").as_uri() + address)
+            wait_for(page, DRAWN if address else IDS)
+            assert page.execute_script("return document.documentElement.scrollWidth") == width
+            assert page.execute_script(f"return {PALE}") == []
+            assert page.execute_script(f"return {UNNAMED}") == 0
+        ground = page.execute_script("return getComputedStyle(document.body).backgroundColor")
+        assert (sum(map(int, ground[4:-1].split(","))) < 200) is dark
+        assert complaints(page) == []
+
+
+def test_single_file_needs_nothing_beside_it(run: Path, page: Any, tmp_path: Path) -> None:
+    write_report(run, to=tmp_path, options=ReportOptions(single_file=True, side=600, workers=0))
+    page.get(f"{(tmp_path / 'report.html').as_uri()}#slide={PLANTED}")
+    wait_for(page, DRAWN)
+    pixel = (
+        f"[...{VIEWER}.drawer.canvas.getContext('2d').getImageData(9, {VIEWER}.drawer.canvas.height / 2, 1, 1).data]"
+    )
+    wait_for(page, f"{pixel}[3] === 255")
+    assert complaints(page) == []
+
+
+def test_scores_are_shown(page: Any, tmp_path: Path) -> None:
+    assert main(["probe", "--demo", "--out", str(tmp_path), "--replicates", "20", "--steps", "200"]) == 0
+    assert main(["report", str(tmp_path)]) == 0
+    page.get((tmp_path / "report.html").as_uri())
+    wait_for(page, "document.querySelectorAll('.block').length >= 4")
+    assert "AUROC" in page.find_element("tag name", "main").text
+    assert len(page.find_elements("css selector", ".curves path")) == 2
+    page.find_element("css selector", ".predictions .more").click()
+    assert len(page.find_elements("css selector", ".predictions tbody tr")) > 100
+    assert complaints(page) == []
+
+
+def test_two_thousand_slides_are_one_small_page_whose_pictures_wait(
+    run: Path, page: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, count = tmp_path / "out", 2000
+    for stage in ("tiles", "features_tiny", "slides_tinynet__tiny"):
+        (out / stage).mkdir(parents=True)
+        status = (run / stage / f"{PLANTED}.json").read_text()
+        for number in range(count):
+            named = status.replace(f'"{PLANTED}"', f'"slide-{number:04d}"')
+            (out / stage / f"slide-{number:04d}.json").write_text(named)
+    whole = run / "report_files" / PLANTED
+    maps = [path for path in whole.iterdir() if path.name.startswith("map_")]
+    record = json.loads((whole / "pictures.json").read_text())["pictures"]
+
+    def link(folder: Path, *_: object, **__: object) -> dict[str, Any]:
+        folder.mkdir(parents=True)
+        os.link(whole / "thumbnail.jpg", folder / "thumbnail.jpg")
+        return dict(record)
+
+    layers = [{"title": "map", "file": path.name, **dict.fromkeys("xywh", 1), "pixels": [9, 9]} for path in maps]
+    facts = {"legend": {"label": "k-means cluster"}, "facts": {"model": "tile embeddings of tiny", "trained": True}}
+    monkeypatch.setattr("gigapath.report.write.write_pictures", link)
+    monkeypatch.setattr("gigapath.report.write.write_maps", lambda *_: [{**layer, **facts} for layer in layers])
+    report = write_report(out)
+    assert report.slides == count
+    assert report.page.stat().st_size < 20e6
+    page.get(report.page.as_uri())
+    assert len(wait_for(page, IDS)) == 200
+    assert page.execute_script(f"return {EAGER}") == 0
+    page.execute_script("document.querySelector('.slides tbody tr:nth-child(100)').scrollIntoView()")
+    wait_for(page, "document.querySelectorAll('.slides img[src]').length > 3")
+    page.execute_script("document.querySelector('.slides tbody tr:nth-child(100)').scrollIntoView()")
+    asked = page.execute_script("return document.querySelectorAll('.slides img[src]').length")
+    assert asked <= 40
+    search = page.find_element("css selector", "input[type=search]")
+    search.send_keys("slide-1999")
+    assert page.execute_script(f"return {IDS}") == ["slide-1999"]
+    assert complaints(page) == []
