@@ -15,11 +15,7 @@ set -euo pipefail
 read -ra gigapath <<<"${GIGAPATH:-gigapath}"
 HF_HUB_OFFLINE=1 "${gigapath[@]}" embed --device cuda "$@" --shard "$SLURM_ARRAY_TASK_ID/${SHARDS:-$SLURM_ARRAY_TASK_MAX}" &
 job=$!
-trap 'kill -USR1 "$job" || true' USR1 TERM
-while :; do # a trapped signal ends `wait` before the job has ended
-    status=0
-    wait "$job" || status=$?
-    kill -0 "$job" 2>/dev/null || break
-done
+trap 'told=1; kill -USR1 "$job" || true' USR1 TERM
+while told='' status=0; wait "$job" || status=$?; [ -n "$told" ]; do :; done # a trapped signal ends `wait` early
 if [ "$status" -eq 75 ]; then scontrol requeue "$SLURM_JOB_ID"; fi
 exit "$status"
