@@ -273,6 +273,11 @@ def _machine() -> str:
     return _machine_token
 
 
+def real_path(path: Path) -> Path:
+    """The path without links, as `Path.resolve`, which raises for a link to itself where this gives the path."""
+    return Path(os.path.realpath(path))
+
+
 def safe_name(slide_id: str) -> str:
     """Check that a slide's id can be a file name, and return it unchanged.
 

@@ -245,6 +245,9 @@ def test_notes_are_no_faults(tmp_path: Path) -> None:
     assert names(look(write_clam(tmp_path / "c", FEATURES, CELLS, patches=False))) == {"no-encoder", "no-step"}
     assert names(look(write_ours(tmp_path, "random", attrs={"trained": False}))) == {"untrained"}
     assert names(look(write_mussel(tmp_path / "m", FEATURES, CELLS))) == {"no-encoder"}
+    dead = FEATURES.copy()
+    dead[:, :200] = 0.5
+    assert names(look(trident(tmp_path / "e", dead))) == {"dead-columns"}
     one = with_rows([4], FEATURES[5])
     assert names(look(trident(tmp_path / "d", one)), wrong=True) == {"duplicated-rows"}
 

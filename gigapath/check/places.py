@@ -23,6 +23,8 @@ def check_places(held: Contents) -> list[Finding]:
     coords = held.coords
     if coords is None:
         return []
+    if coords.ndim == 0 or (held.features is not None and held.features.ndim == 0):
+        return [Finding("shapes", "it holds single numbers where embeddings and coordinates should be.")]
     count = len(coords) if held.features is None else len(held.features)
     if coords.shape != (count, 2) or coords.dtype.kind not in "iuf":
         text = f"expected coords {(count, 2)}, got {coords.shape} of {coords.dtype}."

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from gigapath.cohort.dicom import series_uid
-from gigapath.files import safe_name
+from gigapath.files import real_path, safe_name
 from gigapath.preprocessing.slide import SLIDE_SUFFIXES, slide_id_of
 
 # A PNG in a folder of slides is a mask or a preview more often than a slide: it is taken when named, not when found.
@@ -18,6 +18,8 @@ _MANIFEST_SUFFIXES = (".csv", ".tsv")
 # What a run leaves in its output folder.
 _OUTPUT_FOLDERS = ("tiles", "previews", "features_", "slides_", "runs", "private", "report_files", "maps")
 _CONTACT_SHEET = "contact_sheet"
+# Bytes of a path and of one name in it on common file systems.
+_MAX_PATH, _MAX_PART = 4000, 255
 _KNOWN_COLUMNS = ("path", "slide_id", "mpp", "mask", "md5")
 
 
@@ -110,7 +112,7 @@ def read_manifest(path: Path) -> list[SlideEntry]:
         if len(cells) > len(header):
             raise ValueError(f"{path}: row {number} has {len(cells)} cells under {len(header)} columns.")
         row = {name: cell.strip() for name, cell in zip(header, cells, strict=False)}
-        if not row["path"]:
+        if not row.get("path"):
             raise ValueError(f"{path}: row {number} has no path.")
         entries.append(_entry_of(row, path.parent, where=f"{path}: row {number}"))
     if not entries:
@@ -119,6 +121,8 @@ def read_manifest(path: Path) -> list[SlideEntry]:
 
 
 def _entry_of(row: Mapping[str, str], folder: Path, *, where: str) -> SlideEntry:
+    for name in ("path", "mask"):
+        _check_path(row.get(name, ""), f"{where}: {name}")
     slide = folder / row["path"]
     if slide.is_dir():
         found = _slides_in(slide, None)
@@ -133,6 +137,14 @@ def _entry_of(row: Mapping[str, str], folder: Path, *, where: str) -> SlideEntry
         md5=row.get("md5", "").lower(),
         columns={name: cell for name, cell in row.items() if name not in _KNOWN_COLUMNS},
     )
+
+
+def _check_path(cell: str, where: str) -> None:
+    """Refuse what no file system takes: a zero byte, a name or a path that is too long."""
+    too_long = len(os.fsencode(cell)) > _MAX_PATH or max(map(len, os.fsencode(cell).split(b"/"))) > _MAX_PART
+    if "\0" in cell or too_long:
+        shown = cell if len(cell) <= 60 else cell[:60] + "..."
+        raise ValueError(f"{where}: expected the path of a file, got {shown!r}.")
 
 
 def _mpp_of(cell: str, where: str) -> float | None:
@@ -151,10 +163,10 @@ def _slides_in(folder: Path, exclude: Path | None) -> list[Path]:
     """Slide files below `folder`, sorted; one file for each DICOM series."""
     found = []
     seen = set()
-    top_folder = folder.resolve()
-    excluded = exclude.resolve() if exclude is not None and exclude.exists() else None
+    top_folder = real_path(folder)
+    excluded = real_path(exclude) if exclude is not None and exclude.exists() else None
     for top, subfolders, files in os.walk(folder, followlinks=True):
-        here = Path(top).resolve()
+        here = real_path(Path(top))
         written = here == excluded or _is_output(files, subfolders)
         if here in seen or (written and here != top_folder):  # a link back up ends here too
             subfolders.clear()
@@ -198,7 +210,7 @@ def _each_once(entries: Iterable[SlideEntry]) -> Iterator[SlideEntry]:
     """Drop an entry that repeats an earlier one's file and id: a folder and a file in it, both named."""
     seen = set()
     for entry in entries:
-        key = (entry.path.resolve(), entry.slide_id)
+        key = (real_path(entry.path), entry.slide_id)
         if key not in seen:
             seen.add(key)
             yield entry

@@ -11,7 +11,7 @@ from typing import Any
 
 from gigapath.cohort.manifest import SlideEntry
 from gigapath.cohort.status import derive
-from gigapath.files import write_text_atomic
+from gigapath.files import real_path, write_text_atomic
 
 PRIVATE = "private"
 _PATHS = "paths.csv"
@@ -27,9 +27,9 @@ def without_paths(text: str, entry: SlideEntry) -> str:
     for path in (entry.path, entry.mask):
         if path is None:
             continue
-        for form in (path.resolve(), path.absolute(), path):
+        for form in (real_path(path), path.absolute(), path):
             text = text.replace(str(form), entry.slide_id)
-        for folder in (path.resolve().parent, path.absolute().parent, path.parent):
+        for folder in (real_path(path).parent, path.absolute().parent, path.parent):
             if len(folder.parts) > 1:  # "." and "/" would hit every other word
                 text = text.replace(str(folder), "<folder>")
         text = text.replace(path.name, entry.slide_id)
@@ -107,8 +107,8 @@ def recorded_paths(out: Path) -> list[SlideEntry]:
 
 
 def _resolved(entry: SlideEntry) -> SlideEntry:
-    mask = None if entry.mask is None else entry.mask.resolve()
-    return SlideEntry(entry.slide_id, entry.path.resolve(), entry.mpp, mask, original_id=entry.original_id)
+    mask = None if entry.mask is None else real_path(entry.mask)
+    return SlideEntry(entry.slide_id, real_path(entry.path), entry.mpp, mask, original_id=entry.original_id)
 
 
 def _row(entry: SlideEntry) -> list[Any]:

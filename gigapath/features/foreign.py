@@ -16,6 +16,7 @@ import numpy as np
 from gigapath.features.cells import OPTION
 from gigapath.features.data import Array, Attrs, FeatureFileError
 from gigapath.features.h5 import open_h5, read_attrs, read_dataset
+from gigapath.features.npz import read_npz
 
 # Reads the one tensor of a `.pt` file as (N, D): handed in by code that may import torch.
 TensorReader = Callable[[Path], Array]
@@ -195,7 +196,7 @@ def read_slide2vec(path: Path, *, coordinates: Path | None, read_tensor: TensorR
         raise FileNotFoundError(f"{path}: no such file.")
     beside = coordinates or path.parent.parent / "tiles" / f"{path.stem}.coordinates.npz"
     if path.suffix == ".npz":
-        held = _read_npz(path)
+        held = read_npz(path)
         if "features" not in held:
             names = sorted(held)
             shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
@@ -210,7 +211,7 @@ def read_slide2vec(path: Path, *, coordinates: Path | None, read_tensor: TensorR
     features = _squeezed(features, path)
     if not beside.is_file():
         raise FileNotFoundError(f"{beside}: no such file; it holds the coordinates of {path.name} (slide2vec).")
-    places = _read_npz(beside)
+    places = read_npz(beside)
     missing = [name for name in ("x", "y") if name not in places]
     if missing:
         raise FeatureFileError(f"{beside.name}: expected arrays x and y, got {', '.join(sorted(places))}.")
@@ -244,23 +245,12 @@ def _rows_of(wanted: Array, held: Array, path: Path) -> Array:
     return np.asarray(order[positions])
 
 
-def _read_npz(path: Path) -> dict[str, Array]:
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            return {name: archive[name] for name in archive.files}
-    except PermissionError:
-        raise
-    except Exception as error:  # zipfile, zlib and numpy have a dozen kinds for broken bytes
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise FeatureFileError(f"{path.name}: expected an npz file, got something that is not ({reason}).") from error
-
-
 def _read_json(path: Path) -> Any:
     if not path.is_file():
         return {}
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise FeatureFileError(f"{path.name}: expected JSON, got something that is not ({error}).") from error
 
 

@@ -66,17 +66,33 @@ def _first_line(error: Exception) -> str:
     return str(error).strip().strip("'\"").splitlines()[0][:160] if str(error).strip() else type(error).__name__
 
 
+# gzip packs at most 1032 bytes into one; the other filters of HDF5 pack less.
+_MOST_PACKED = 1100
+
+
 def read_dataset(file: h5py.File, name: str) -> Array:
-    """A top-level dataset as an array; a missing one, or one that claims more than the file holds, is an error."""
+    """A top-level dataset as an array; errors as `find_dataset`."""
+    return np.asarray(find_dataset(file, name)[()])
+
+
+def find_dataset(file: h5py.File, name: str) -> h5py.Dataset:
+    """A top-level dataset, safe to read; a missing one, one that lies in another file, or one that claims more than
+    the file holds, is an error."""
     path = Path(file.filename)
     found = file.get(name)
     if not isinstance(found, h5py.Dataset):
         held = ", ".join(sorted(file)) or "nothing"
         raise FeatureFileError(f"{path.name}: expected a dataset {name!r}, got {held}. Name a feature file.")
+    if found.shape is None:
+        raise FeatureFileError(f"{path.name}: its dataset {name!r} holds nothing. Make it again.")
+    if found.external or found.is_virtual or found.file.filename != file.filename:
+        raise FeatureFileError(f"{path.name}: its dataset {name!r} lies in another file. Copy it into this one.")
     size = found.dtype.itemsize * int(np.prod(found.shape, dtype=object))
-    if found.chunks is None and size > path.stat().st_size:
+    # Chunks that were never written cost nothing on disk and everything in memory.
+    stored = path.stat().st_size if found.chunks is None else found.id.get_storage_size()
+    if size > stored * (1 if found.id.get_create_plist().get_nfilters() == 0 else _MOST_PACKED):
         raise FeatureFileError(f"{path.name}: its dataset {name!r} is cut short. Make it again or fetch it anew.")
-    return np.asarray(found[()])
+    return found
 
 
 # Kinds of attributes that are read. No tool needs others, and HDF5 crashes on damaged ones of variable length.

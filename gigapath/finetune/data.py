@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gigapath.features import FeatureFileError, read_features
-from gigapath.features.h5 import open_h5, read_attrs
+from gigapath.features.h5 import find_dataset, open_h5, read_attrs
 from gigapath.finetune.options import JoinOptions
 from gigapath.tensors import read_tensor
 
@@ -93,15 +93,15 @@ def look_at(path: Path, join: JoinOptions) -> FileFacts:
         return _facts(len(held), held.embed_dim, dict(held.attrs), held.encoder, held.features, path)
     with open_h5(path) as file:
         name = "feats" if "feats" in file else "features"
-        for needed in (name, "coords"):
-            if needed not in file:
-                held_names = ", ".join(sorted(file)) or "nothing"
-                raise FeatureFileError(f"{path.name}: expected datasets 'features' and 'coords', got {held_names}.")
-        shape = file[name].shape[-2:]
+        if name not in file or "coords" not in file:
+            held_names = ", ".join(sorted(file)) or "nothing"
+            raise FeatureFileError(f"{path.name}: expected datasets 'features' and 'coords', got {held_names}.")
+        features, coords = find_dataset(file, name), find_dataset(file, "coords")
+        shape = features.shape[-2:]
         if len(shape) != 2:
-            raise FeatureFileError(f"{path.name}: expected embeddings (N, D), got {file[name].shape}.")
-        attrs = {**read_attrs(file), **read_attrs(file["coords"]), **read_attrs(file[name])}
-        ends = file[name][..., : min(4, shape[0]), :], file[name][..., max(0, shape[0] - 4) :, :]
+            raise FeatureFileError(f"{path.name}: expected embeddings (N, D), got {features.shape}.")
+        attrs = {**read_attrs(file), **read_attrs(coords), **read_attrs(features)}
+        ends = features[..., : min(4, shape[0]), :], features[..., max(0, shape[0] - 4) :, :]
     encoder = attrs.get("encoder") or attrs.get("extractor")
     return _facts(shape[0], shape[1], attrs, encoder, np.concatenate([end.reshape(-1) for end in ends]), path)
 

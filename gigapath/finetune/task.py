@@ -78,8 +78,9 @@ def load_task(name: str | Path) -> Task:
     yaml = _yaml()
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path.name}: expected YAML, got something else ({str(error).splitlines()[0]}).") from error
+    except (yaml.YAMLError, ValueError, TypeError, OverflowError, RecursionError) as error:
+        reason = str(error).splitlines()[0][:160] if str(error) else type(error).__name__
+        raise ValueError(f"{path.name}: expected YAML, got something else ({reason}).") from error
     return task_from(content, path.name)
 
 
@@ -95,19 +96,21 @@ def task_from(content: Any, who: str) -> Task:
     missing = [key for key in ("name", "setting", "label_dict") if key not in content]
     if missing:
         raise ValueError(f"{who}: expected the key {', '.join(missing)}, which is not there.")
+    if not isinstance(content["name"], str | int | float):
+        raise ValueError(f"{who}: expected a name, got {_shown(content['name'])}.")
     if content["setting"] not in SETTINGS:
-        raise ValueError(f"{who}: expected setting {', '.join(SETTINGS)}, got {content['setting']!r}.")
+        raise ValueError(f"{who}: expected setting {', '.join(SETTINGS)}, got {_shown(content['setting'])}.")
     metrics = content.get("add_metrics") or []
-    if not isinstance(metrics, list) or set(metrics) - set(_METRICS):
-        raise ValueError(f"{who}: expected add_metrics of {', '.join(_METRICS)}, got {metrics!r}.")
+    if not isinstance(metrics, list) or any(metric not in _METRICS for metric in metrics):
+        raise ValueError(f"{who}: expected add_metrics of {', '.join(_METRICS)}, got {_shown(metrics)}.")
     max_tiles, shuffle = content.get("max_tiles", 1_000_000), content.get("shuffle_tiles", True)
     if not isinstance(max_tiles, int) or isinstance(max_tiles, bool) or max_tiles < 1:
-        raise ValueError(f"{who}: expected max_tiles of at least 1, got {max_tiles!r}.")
+        raise ValueError(f"{who}: expected max_tiles of at least 1, got {_shown(max_tiles)}.")
     if not isinstance(shuffle, bool):
-        raise ValueError(f"{who}: expected shuffle_tiles true or false, got {shuffle!r}.")
+        raise ValueError(f"{who}: expected shuffle_tiles true or false, got {_shown(shuffle)}.")
     for key in columns:
         if content.get(key) is not None and not isinstance(content[key], str):
-            raise ValueError(f"{who}: expected {key} to name a column, got {content[key]!r}.")
+            raise ValueError(f"{who}: expected {key} to name a column, got {_shown(content[key])}.")
     return Task(
         name=str(content["name"]),
         setting=content["setting"],
@@ -119,11 +122,17 @@ def task_from(content: Any, who: str) -> Task:
     )
 
 
+def _shown(value: Any) -> str:
+    """A value for a message; of lists and mappings the type alone: aliases of YAML make small files huge."""
+    plain = value is None or isinstance(value, str | int | float)
+    return repr(value)[:80] if plain else f"a {type(value).__name__}"
+
+
 def _classes(label_dict: Any, setting: str, who: str) -> tuple[str, ...]:
     """Names in the order of their index, which must run from 0 without a gap."""
     if not isinstance(label_dict, Mapping) or not label_dict:
-        raise ValueError(f"{who}: expected label_dict with a label and its index a line, got {label_dict!r}.")
-    by_index = {index: str(name) for name, index in label_dict.items() if isinstance(index, int)}
+        raise ValueError(f"{who}: expected label_dict with a label and its index a line, got {_shown(label_dict)}.")
+    by_index = {index: str(name) for name, index in label_dict.items() if type(index) is int}
     if sorted(by_index) != list(range(len(label_dict))):
         raise ValueError(f"{who}: expected the indices 0 to {len(label_dict) - 1} in label_dict, each once.")
     if setting == "binary" and len(by_index) != 2:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
+from gigapath.files import real_path
 from gigapath.linear_probe.table import worker_count
 from gigapath.linear_probe.zip_directory import (
     DEFLATED,
@@ -24,6 +25,7 @@ from gigapath.linear_probe.zip_directory import (
 SPAN_BYTES = 4 << 20  # read at once
 SPAN_GAP = 256 << 10  # bytes between two members that are worth reading over
 SPAN_FILES = 512  # files of a folder read by one task
+_MOST_UNPACKED = 1 << 30  # a member larger than this holds no vector
 _LOCAL_EXTRA = 1024  # a local header may carry more than the table says; a span's last member gets this much room
 
 
@@ -101,7 +103,7 @@ class FolderSource:
 
     def __init__(self, path: Path, accept: Callable[[str], bool]) -> None:
         self.path = path
-        self._entries = sorted(_walk(path, "", accept))
+        self._entries = sorted(_walk(path, "", accept, {real_path(path)}))
 
     def identity(self) -> str:
         """Names, sizes and times of change of all files."""
@@ -116,7 +118,13 @@ class FolderSource:
         return [list(rows[start : start + SPAN_FILES]) for start in rows[::SPAN_FILES]]
 
     def load(self, span: Sequence[int]) -> list[tuple[int, bytes | memoryview]]:
-        return [(index, (self.path / self._entries[index][0]).read_bytes()) for index in span]
+        return [(index, self._bytes(self._entries[index][0])) for index in span]
+
+    def _bytes(self, name: str) -> bytes:
+        try:
+            return (self.path / name).read_bytes()
+        except OSError as error:
+            raise ValueError(f"{name}: expected a file that can be read, got {error.strerror!r}.") from error
 
     def check(self, index: int, content: bytes | memoryview) -> None:
         """Nothing is known of a file in a folder but what its reader finds."""
@@ -133,7 +141,8 @@ def _unpacked(member: Member, block: memoryview, at: int) -> bytes | memoryview:
     if member.method == STORED:
         return content
     try:
-        return zlib.decompressobj(-15).decompress(content, member.size)
+        # One byte more than it should be: a member that unpacks to more is found out by its size. 0 means no limit.
+        return zlib.decompressobj(-15).decompress(content, min(member.size, _MOST_UNPACKED) + 1)
     except zlib.error:
         return b""
 
@@ -169,20 +178,28 @@ def visible(name: str) -> bool:
     return not any(part.startswith(".") or part == "__MACOSX" for part in name.split("/"))
 
 
-def _walk(folder: Path, prefix: str, accept: Callable[[str], bool]) -> Iterator[tuple[str, int, int]]:
+def _walk(folder: Path, prefix: str, accept: Callable[[str], bool], seen: set[Path]) -> Iterator[tuple[str, int, int]]:
+    """Name, size and time of change of each file; a folder that `seen` holds, such as one that links back, is not
+    entered."""
     with os.scandir(folder) as entries:
         for entry in entries:
             name = prefix + entry.name
-            if entry.is_dir():
-                yield from _walk(Path(entry.path), name + "/", accept)
-            elif accept(name):
-                status = entry.stat()
+            try:
+                inner = real_path(Path(entry.path)) if entry.is_dir() else None
+                status = entry.stat() if inner is None and accept(name) else None
+            except OSError as error:  # a link to nothing, or to itself
+                raise ValueError(f"{name}: expected a file, got {error.strerror!r}. Mend or remove it.") from error
+            if status is not None:
                 yield name, status.st_size, status.st_mtime_ns
+            elif inner is not None and inner not in seen:
+                seen.add(inner)
+                yield from _walk(Path(entry.path), name + "/", accept, seen)
 
 
 def _read_at(descriptor: int, offset: int, size: int) -> bytes:
     """Up to `size` bytes, fewer only at the end of the file."""
     pieces = []
+    size = min(size, os.fstat(descriptor).st_size - offset)  # a damaged table may claim anything
     while size > 0 and (piece := os.pread(descriptor, size, offset)):
         pieces.append(piece)
         offset += len(piece)

@@ -4,7 +4,9 @@ Coordinates in the file are level-0 pixels (x, y). A pixel belongs to an outline
 """
 
 import gzip
+import io
 import json
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +14,10 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+# Numbers in words pack to a tenth; what packs to a hundredth is none of ours.
+_MOST_PACKED = 100
+_MOST_UNPACKED = 64 << 20
 
 BoolImage = NDArray[np.bool_]
 Ring = NDArray[np.float64]
@@ -37,15 +43,14 @@ def read_outlines(path: Path) -> list[Outline]:
         ValueError: it is no GeoJSON, or an outline in it is broken.
     """
     try:
-        raw = path.read_bytes()
-        if raw[:2] == b"\x1f\x8b":
-            raw = gzip.decompress(raw)
-        document = json.loads(raw)
-    except (ValueError, EOFError, gzip.BadGzipFile) as error:
+        document = json.loads(_unpacked(path.read_bytes()))
+    except (ValueError, EOFError, gzip.BadGzipFile, zlib.error, RecursionError) as error:
         raise ValueError(f"{path.name}: expected GeoJSON, got something that does not parse ({error}).") from error
     features = document if isinstance(document, list) else [document]
     if len(features) == 1 and isinstance(features[0], dict) and features[0].get("type") == "FeatureCollection":
         features = features[0].get("features", [])
+    if not isinstance(features, list):
+        raise ValueError(f"{path.name}: expected a list of GeoJSON features, got {type(features).__name__}.")
     outlines = []
     for number, feature in enumerate(features):
         if not isinstance(feature, dict) or "type" not in feature:
@@ -53,9 +58,21 @@ def read_outlines(path: Path) -> list[Outline]:
         geometry = feature.get("geometry") if feature["type"] == "Feature" else feature
         try:
             outlines += [Outline(rings, _class_name(feature)) for rings in _polygons(geometry or {})]
-        except (TypeError, ValueError, IndexError, KeyError) as error:
+        except (TypeError, ValueError, IndexError, KeyError, AttributeError, OverflowError, RecursionError) as error:
             raise ValueError(f"{path.name}: outline {number} is broken ({error}). Export it again.") from error
     return outlines
+
+
+def _unpacked(raw: bytes) -> bytes:
+    """The bytes of a plain or gzipped file; one that grows far more than outlines do raises ValueError."""
+    if raw[:2] != b"\x1f\x8b":
+        return raw
+    most = max(_MOST_UNPACKED, _MOST_PACKED * len(raw))
+    with gzip.GzipFile(fileobj=io.BytesIO(raw)) as file:
+        unpacked = file.read(most + 1)
+    if len(unpacked) > most:
+        raise ValueError(f"{len(raw):,} bytes unpack to more than {most:,}")
+    return unpacked
 
 
 def _class_name(feature: dict[str, Any]) -> str:

@@ -5,6 +5,9 @@ from pathlib import Path
 import openslide
 import PIL.Image
 
+from gigapath.preprocessing.header import largest_tile
+
+TILE_PIXELS = 2**28  # of the file's own tiles: OpenSlide ends the process where it can't have the memory for one
 PLAIN_IMAGE_PIXELS = 89_000_000  # a plain image is decoded whole; Pillow itself warns from here on
 PLAIN_IMAGE_MODES = ("RGB", "RGBA", "L", "LA", "P", "CMYK", "YCbCr")
 
@@ -29,7 +32,7 @@ def open_handle(path: Path, slide_id: str) -> openslide.AbstractSlide:
     except OSError as error:
         raise SlideError(f"{who}: expected a readable file, got {error.strerror!r}. Check who may read it.") from error
     try:
-        return openslide.OpenSlide(str(path))
+        return _with_tiles_that_fit(openslide.OpenSlide(str(path)), who)
     except openslide.OpenSlideUnsupportedFormatError as error:
         unsupported: Exception = error
     except openslide.OpenSlideError as error:
@@ -56,3 +59,14 @@ def open_handle(path: Path, slide_id: str) -> openslide.AbstractSlide:
     if mode not in PLAIN_IMAGE_MODES:
         raise SlideError(f"{who}: expected 8-bit colours or greys, got mode {mode!r}. Convert it to 8-bit RGB.")
     return openslide.ImageSlide(str(path))
+
+
+def _with_tiles_that_fit(handle: openslide.OpenSlide, who: str) -> openslide.OpenSlide:
+    pixels = largest_tile(handle.properties)
+    if pixels > TILE_PIXELS:
+        handle.close()
+        raise SlideError(
+            f"{who}: expected tiles of at most {TILE_PIXELS // 2**20} megapixels in the file, got {pixels:.3g} pixels. "
+            "Its header is damaged: copy it again."
+        )
+    return handle

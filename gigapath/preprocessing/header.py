@@ -56,6 +56,15 @@ def stated_mpp(header: Mapping[str, str]) -> Mpp | None:
     return None
 
 
+def largest_tile(header: Mapping[str, str]) -> float:
+    """Pixels of the largest of the file's own tiles on any level, 0 where it states none."""
+    sides = (
+        [number(header, f"openslide.level[{level}].tile-{side}") or 0 for side in ("width", "height")]
+        for level in range(int(number(header, "openslide.level-count") or 0))
+    )
+    return max((width * height for width, height in sides), default=0.0)
+
+
 def allowed(header: Mapping[str, str]) -> dict[str, str | float]:
     """The entries that may reach outputs."""
     kept: dict[str, str | float] = {}

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from gigapath.features.foreign import clam_step
 from gigapath.features.h5 import open_h5, read_attrs, read_dataset
+from gigapath.features.npz import read_npy, read_npz
 from gigapath.preprocessing.annotations import choose, fill, read_outlines
 from gigapath.preprocessing.published import published_tissue
 from gigapath.preprocessing.slide import Overview, Slide
@@ -225,16 +226,18 @@ def _read_h5(path: Path) -> tuple[NDArray[np.float64], tuple[float, float]]:
 
 def _read_numpy(path: Path) -> tuple[NDArray[np.float64], tuple[float, float]]:
     """hs2p's and slide2vec's: fields x and y; the size as a field, or in the JSON beside."""
-    try:
-        held = np.load(path, allow_pickle=False)
-        names = held.files if isinstance(held, np.lib.npyio.NpzFile) else held.dtype.names or ()
-        x, y = (np.asarray(held[name]) for name in ("x", "y"))
-        size = held["tile_size_lv0"] if "tile_size_lv0" in names else None
-    except (OSError, ValueError, EOFError, KeyError, IndexError) as error:
-        raise ValueError(f"{path.name}: expected arrays x and y, got something else ({error}).") from error
+    held: Any = read_npz(path) if _suffix(path) == ".npz" else read_npy(path)
+    names = held if isinstance(held, dict) else held.dtype.names or ()
+    if "x" not in names or "y" not in names or np.shape(held["x"]) != np.shape(held["y"]):
+        raise ValueError(f"{path.name}: expected arrays x and y of one length, got {', '.join(names) or 'none'}.")
+    x, y = held["x"], held["y"]
+    size = held["tile_size_lv0"] if "tile_size_lv0" in names else None
     beside = path.with_name(f"{path.name.removesuffix('.npz')}.meta.json")
     if size is None and beside.is_file():
-        size = _find(json.loads(beside.read_text(encoding="utf-8")), "tile_size_lv0")
+        try:
+            size = _find(json.loads(beside.read_text(encoding="utf-8")), "tile_size_lv0")
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{beside.name}: expected JSON, got something that is not ({error}).") from error
     size = size if size is None or np.ndim(size) == 0 else np.asarray(size).ravel()[:1]
     return _checked(path, np.stack([x, y], axis=-1), size)
 
@@ -247,8 +250,13 @@ def _find(value: Any, name: str) -> Any:
 
 
 def _checked(path: Path, coords: NDArray[Any], size: Any) -> tuple[NDArray[np.float64], tuple[float, float]]:
-    if coords.ndim != 2 or coords.shape[1] != 2 or not np.isfinite(coords.astype(np.float64)).all():
-        raise ValueError(f"{path.name}: expected coordinates (N, 2), got {coords.shape}.")
+    if (
+        coords.ndim != 2
+        or coords.shape[1] != 2
+        or coords.dtype.kind not in "iuf"
+        or not np.isfinite(coords.astype(np.float64)).all()
+    ):
+        raise ValueError(f"{path.name}: expected finite coordinates (N, 2), got {coords.shape} of {coords.dtype}.")
     try:
         width, height = np.broadcast_to(np.asarray(size, np.float64), (2,)).tolist()
     except (TypeError, ValueError):

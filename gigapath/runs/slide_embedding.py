@@ -13,7 +13,7 @@ from gigapath.cohort.words import slides_in_words
 from gigapath.downloads import RELEASES
 from gigapath.encoding import load_slide_encoder
 from gigapath.features import FeatureFileError
-from gigapath.files import safe_name, sha256_of
+from gigapath.files import real_path, safe_name, sha256_of
 from gigapath.options import to_dict
 from gigapath.runs.engine import CohortRun, RunResult
 from gigapath.runs.entries import only_failed
@@ -127,7 +127,7 @@ def find_features(inputs: Sequence[str | Path]) -> list[SlideEntry]:
         for file in _files_in(path) if path.is_dir() else [path]:
             slide_id = safe_name(file.name.removesuffix(file.suffix).removesuffix(".patch"))
             known = entries.get(slide_id)
-            if known is not None and known.path.resolve() != file.resolve():
+            if known is not None and real_path(known.path) != real_path(file):
                 raise ValueError(f"two files hold the slide {slide_id!r}: {known.path} and {file}. Name one of them.")
             status = read_status(file.parent, slide_id)
             entries[slide_id] = SlideEntry(slide_id, file, columns=status.columns if status else {})
@@ -140,7 +140,8 @@ def _files_in(folder: Path) -> list[Path]:
         names = ", ".join(path.name for path in of_a_run)
         raise ValueError(f"{folder}: expected the tile embeddings of one encoder, got {names}. Name one of them.")
     for suffix in _SUFFIXES:
-        found = sorted((of_a_run[0] if of_a_run else folder).rglob(f"*{suffix}"))
+        inside = (of_a_run[0] if of_a_run else folder).rglob(f"*{suffix}")
+        found = sorted(path for path in inside if not path.is_dir())
         if found:
             return found
     raise ValueError(f"{folder}: expected files of tile embeddings ({', '.join(_SUFFIXES)}), found none.")
