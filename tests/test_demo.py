@@ -234,7 +234,7 @@ def test_scripts_run(name: str, demo_slide: Path | None, tmp_path: Path) -> None
 
 
 PICTURES = ("first_screen", "preview", "map_pca", "map_clusters", "map_similarity", "tissue", "scale")
-PICTURES += ("patch_pca", "patch_tokens", "head_maps")
+PICTURES += ("patch_pca", "patch_tokens", "head_maps", "report")
 
 
 def test_pictures_are_small_and_all_of_them_are_shown() -> None:

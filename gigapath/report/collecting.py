@@ -57,7 +57,6 @@ class Cohort:
         slide_folders: folders of slide embeddings.
         entries: slide_id -> the slide's file, where it is recorded.
         runs: records of what was done, oldest first.
-        notes: sentences on what could not be read.
     """
 
     folder: Path
@@ -67,7 +66,6 @@ class Cohort:
     slide_folders: tuple[Path, ...] = ()
     entries: Mapping[str, SlideEntry] = field(default_factory=dict)
     runs: tuple[Mapping[str, Any], ...] = ()
-    notes: tuple[str, ...] = ()
 
     def counts(self) -> dict[str, int]:
         """Slides by status, every status named."""
@@ -130,12 +128,7 @@ def collect_cohort(folder: Path) -> Cohort | None:
         stages += [max((of_slides[path] for path in theirs), key=len)] if theirs else []
     elif of_slides:
         stages.append(next(iter(of_slides.values())))
-    notes = []
-    entries: dict[str, SlideEntry] = {}
-    try:
-        entries = {entry.slide_id: entry for entry in recorded_paths(folder)}
-    except PermissionError:  # another user's run
-        notes.append("Where the slides lie is another user's to read: pictures come from the previews.")
+    entries = {entry.slide_id: entry for entry in recorded_paths(folder)}
     ids = sorted({*entries, *(slide_id for stage in stages for slide_id in stage)})
     if not ids:
         return None
@@ -147,7 +140,6 @@ def collect_cohort(folder: Path) -> Cohort | None:
         slide_folders=tuple(of_slides),
         entries=entries,
         runs=read_runs(folder),
-        notes=tuple(notes),
     )
 
 

@@ -95,7 +95,7 @@ def write_report(
             f"to {FILES}/ beside the page."
         )
     target = Path(to) if to is not None else folder
-    notes = list(cohort.notes) if cohort is not None else []
+    notes: list[str] = []
     data = _about(options, results, read_runs(folder) if cohort is None else cohort.runs)
     media: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="gigapath_report_") if options.single_file else nullcontext() as passing:
@@ -144,7 +144,7 @@ def _projections(cohort: Cohort, options: ReportOptions) -> tuple[list[Projectio
         try:
             projection = project_folder(folder, options.embedding, options.projection)
         except (ValueError, FileNotFoundError) as error:
-            notes.append(f"Slides of {folder.name} are not drawn: {error}")
+            notes.append(f"Slides of {folder.name} are not drawn: {str(error).replace(str(folder), folder.name)}")
             continue
         if projection is not None:
             found.append(projection)
