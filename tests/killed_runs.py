@@ -2,8 +2,8 @@
 
 The processes are forked from one that has imported everything, so that a run costs a tenth of a second and not four.
 
-python tests/killed_runs.py kills 20      as the slow test, with other seeds; prints what happened
-python tests/killed_runs.py soak 2000     memory and open files over that many slides
+python tests/killed_runs.py kills 20 1000     as the slow test, with seeds from 1000 on; prints what happened
+python tests/killed_runs.py soak 2000           memory and open files over that many slides
 """
 
 import json
@@ -211,18 +211,21 @@ def time_unbroken(ctx: ForkServerContext, slides: Path, out: Path) -> float:
 class _Handles(Watcher):
     """Writes down memory (MB) and open files once every so many slides."""
 
-    def __init__(self, every: int) -> None:
+    def __init__(self, every: int, aloud: bool) -> None:
         self.rows: list[tuple[int, float, int]] = []
         self._every = every
+        self._aloud = aloud
 
     def slide(self, row: Any, number: int, slides: int) -> None:
         if number % self._every == 0:
             pages = int(Path("/proc/self/statm").read_text().split()[1])
             files = len(os.listdir("/proc/self/fd"))  # noqa: PTH208
             self.rows.append((number, pages * os.sysconf("SC_PAGE_SIZE") / 1e6, files))
+            if self._aloud:
+                print("{} slides, {:.1f} MB, {} open files".format(*self.rows[-1]), flush=True)
 
 
-def soak(count: int, folder: Path) -> list[tuple[int, float, int]]:
+def soak(count: int, folder: Path, *, aloud: bool = False) -> list[tuple[int, float, int]]:
     """(slides, MB of memory, open files) along a run over `count` slides, which are links to forty files."""
     from gigapath.preprocessing.tiling import TileOptions
     from gigapath.runs.embedding import run_embed
@@ -233,7 +236,7 @@ def soak(count: int, folder: Path) -> list[tuple[int, float, int]]:
     for number in range(count):
         (folder / "slides" / f"n{number:05d}.tif").symlink_to(files[number % 40])
     prepare()
-    watch = _Handles(max(1, count // 10))
+    watch = _Handles(max(1, count // 10), aloud)
     run_embed(
         [folder / "slides"],
         folder / "out",
@@ -250,14 +253,14 @@ def by_hand() -> None:
     folder = Path(tempfile.mkdtemp())
     try:
         if what == "soak":
-            for row in soak(count, folder):
-                print("{} slides, {:.1f} MB, {} open files".format(*row))
+            soak(count, folder, aloud=True)
             return
         ctx = context()
         slides = make_slides(folder / "slides", 40)
         seconds = time_unbroken(ctx, slides, folder / "unbroken")
         print(f"unbroken: {seconds:.2f} s")
-        for seed in range(1000, 1000 + count):
+        first = int(sys.argv[3]) if len(sys.argv) > 3 else 1000
+        for seed in range(first, first + count):
             print(kill_at_random(ctx, slides, folder / "unbroken", folder / f"out{seed}", seed, seconds), flush=True)
     finally:
         shutil.rmtree(folder)

@@ -79,7 +79,8 @@ def remove_slide(out: Path, slide_id: str, *, dry_run: bool = False) -> Removal:
             if not left:
                 _unlink(sheet)
     handled = {*files, *edits}
-    mentions = [path for path in _texts(out) if path not in handled and _names(path, slide_id)]
+    texts = _texts(out) if handled else []  # a folder that no run wrote is not searched
+    mentions = [path for path in texts if path not in handled and _names(path, slide_id)]
     return Removal(
         files=_relative(files, out),
         edited=_relative(edits, out),
