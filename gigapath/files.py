@@ -14,7 +14,7 @@ import re
 import secrets
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -216,13 +216,19 @@ def _create_temporary(path: Path, mode: int) -> Path:
 
 
 def _temporary_name(name: str) -> str:
-    return f"{name}.{_machine()}-{os.getpid()}-{secrets.token_hex(3)}{PARTIAL_SUFFIX}"
+    return f"{name}.{writer_name()}-{secrets.token_hex(3)}{PARTIAL_SUFFIX}"
 
 
-def remove_abandoned(folder: Path | str) -> None:
+def writer_name() -> str:
+    """What the temporary files of this process have in their names; says nothing about whose they are."""
+    return f"{_machine()}-{os.getpid()}"
+
+
+def remove_abandoned(folder: Path | str, *, gone: Collection[str] = ()) -> None:
     """Remove what killed writers left behind in a folder, never what a living one is writing.
 
-    A partial file of this machine goes when its process is gone, one of another machine after a day without a write.
+    A partial file of this machine goes when its process is gone, one of another machine after a day without a write,
+    and those of `gone` (as `writer_name` says it) at once.
     """
     with contextlib.suppress(OSError), os.scandir(folder) as entries:
         for entry in entries:
@@ -230,11 +236,13 @@ def remove_abandoned(folder: Path | str) -> None:
             if match is None or entry.name in _LIVE:
                 continue
             with contextlib.suppress(OSError):
-                if match[1] == _machine():
-                    gone = int(match[2]) == os.getpid() or not _is_running(int(match[2]))
+                if f"{match[1]}-{match[2]}" in gone:
+                    over = True
+                elif match[1] == _machine():
+                    over = int(match[2]) == os.getpid() or not _is_running(int(match[2]))
                 else:
-                    gone = time.time() - entry.stat().st_mtime > ABANDONED_SECONDS
-                if gone:
+                    over = time.time() - entry.stat().st_mtime > ABANDONED_SECONDS
+                if over:
                     os.unlink(entry.path)  # noqa: PTH108
 
 

@@ -19,6 +19,7 @@ _COLUMNS = ("slide_id", "path", "mpp", "mask", "original_id")
 _SLIDES = "slides"
 # An absolute path of two parts or more; what stands before keeps "tiles/s" and addresses of the web whole.
 _ABSOLUTE = re.compile(r"(?<![\w.:/<>])(?:[A-Za-z]:)?[/\\](?:[^\s/\\:'\"]+[/\\])+[^\s:'\",;]*")
+_ADDRESS = "--ray-address"  # of a machine, which is nobody's business
 _NOT_A_PATH = ("hf_hub:", "hf-hub:", "http://", "https://")
 
 
@@ -44,15 +45,19 @@ def hide_paths(text: str) -> str:
 
 
 def redact(value: Any) -> Any:
-    """An option's value, or a word of the command line, with "<path>" in place of everything that names a file."""
+    """An option's value, or a word of the command line, with "<path>" in place of everything that names a file,
+    and "<address>" of a machine."""
     if isinstance(value, dict):
-        return {name: redact(item) for name, item in value.items()}
+        return {name: "<address>" if item and name == "ray_address" else redact(item) for name, item in value.items()}
     if isinstance(value, list | tuple):
-        return [redact(item) for item in value]
+        before = ["", *value]
+        return ["<address>" if word == _ADDRESS else redact(item) for word, item in zip(before, value, strict=False)]
     if not isinstance(value, str) or value.startswith(_NOT_A_PATH):
         return value
     if value.startswith("--") and "=" in value:
         name, _, rest = value.partition("=")
+        if name == _ADDRESS:
+            return f"{name}=<address>"
         return f"{name}={redact(rest)}"
     named = value.removeprefix("timm:")
     if named != value and not Path(named).exists():

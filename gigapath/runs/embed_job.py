@@ -130,6 +130,11 @@ class EmbedJob:
         """Take note of how many tiles each slide is thought to have; corrected slide by slide as they are tiled."""
         self._expected = dict(tiles)
 
+    @property
+    def expected(self) -> dict[str, int]:
+        """By slide, how many tiles it is thought to have that are to be embedded."""
+        return dict(self._expected)
+
     def redone(self, todo: Sequence[SlideEntry]) -> list[str]:
         """Sentences on results that are going to be made again because something that they depend on has changed."""
         tiles = tiling_identities(todo, self.tiling) if self.own_tiles else {}

@@ -1,13 +1,15 @@
 """`run_embed`: slides to tiles to tile embeddings to slide embeddings, each stage kept and reused by itself."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from gigapath.cohort.manifest import SlideEntry, find_slides
 from gigapath.cohort.privacy import recorded_paths
-from gigapath.cohort.reuse import check_unmixed
+from gigapath.cohort.reuse import check_unmixed, differences
 from gigapath.cohort.stopping import StopFlag
 from gigapath.cohort.words import in_bytes, in_words, slides_in_words, tiles_in_words
 from gigapath.devices import resolve_devices
@@ -24,6 +26,7 @@ from gigapath.runs.planning import estimate_tiles
 from gigapath.runs.slides import SlideStage, slides_folder
 from gigapath.runs.tiling import write_contact_sheet
 from gigapath.runs.watching import Plan, Watcher
+from gigapath.runs.worker import Survey
 from gigapath.slide_encoder import WEIGHTS_FILE
 from gigapath.tile_encoder import TileEncoder, load_tile_encoder
 from gigapath.tile_stream.settling import fitting_batch_size, settle
@@ -72,11 +75,8 @@ def run_embed(
     embedding, options, watch = embedding or EmbedOptions(), options or RunOptions(), watch or Watcher()
     with StopFlag(watch.stopping) as stop:
         cohort = _entries(slides, out, embedding.tiles, tiling, options)
-        ids = {entry.slide_id for entry in cohort}
         if not embedding.tiles:
             check_tissue(cohort, tiling)
-        encoders = _tile_encoders(embedding)
-        slide_encoder = _slide_encoder(embedding, encoders[0])
         resolved = {**to_dict(tiling), **to_dict(embedding), **to_dict(options)}
         run = CohortRun(
             out,
@@ -87,22 +87,100 @@ def run_embed(
             command,
             watch,
             stop,
-            cohort=sorted(ids),
+            cohort=sorted({entry.slide_id for entry in cohort}),
             max_failures=options.max_failures,
         )
-        job = _job(run, tiling, embedding, options, encoders, slide_encoder)
-        if not options.allow_mixed:
-            check_unmixed(job.features, job.run_identity(), ids)
-            if job.slides is not None:
-                check_unmixed(job.slides.folder, job.slides.run_identity(), ids)
-        run.entries = chosen(cohort, out, "embed", run.stages, options, tiles=job.tiles)
-        todo = [entry for entry in run.entries if not job.is_done(entry)]
-        with job:
-            job.announce(todo)
-            result = run.over_slides(todo, job.work, lambda: _plan(job, todo))
-        if job.own_tiles:
+        if options.engine == "ray":
+            result = _over_ray(run, tiling, embedding, options)
+        else:
+            job, todo = _prepare(run, tiling, embedding, options)
+            with job:
+                job.announce(todo)
+                result = run.over_slides(todo, job.work, lambda: _plan(job, todo))
+        if not embedding.tiles:
             write_contact_sheet(out)
     return result
+
+
+def _prepare(
+    run: CohortRun, tiling: TileOptions, embedding: EmbedOptions, options: RunOptions
+) -> tuple[EmbedJob, list[SlideEntry]]:
+    """The job over the slides of `run`, of which the options choose, and what is left to do."""
+    job = _job(run, tiling, embedding, options)
+    if not options.allow_mixed:
+        ids = set(run.cohort)
+        check_unmixed(job.features, job.run_identity(), ids)
+        if job.slides is not None:
+            check_unmixed(job.slides.folder, job.slides.run_identity(), ids)
+    run.entries = chosen(run.entries, run.out, "embed", run.stages, options, tiles=job.tiles)
+    return job, [entry for entry in run.entries if not job.is_done(entry)]
+
+
+def _over_ray(run: CohortRun, tiling: TileOptions, embedding: EmbedOptions, options: RunOptions) -> RunResult:
+    """The run by workers elsewhere, each with encoders of its own."""
+    from gigapath.runs.spreading import spread_embedding  # its own machinery, where it is asked for
+
+    if embedding.devices is not None or embedding.device not in ("auto", "cpu", "cuda"):
+        raise ValueError(
+            "--engine ray: expected --device auto, cpu or cuda, and no --devices: each worker has a device of its own."
+        )
+
+    def work(device: str, cores: int) -> EmbedWork:
+        mine = replace(embedding, device=device)
+        return EmbedWork(tuple(run.entries), tiling, mine, replace(options, workers=threads(options, cores)))
+
+    return spread_embedding(run, work, embedding.device, options)
+
+
+@dataclass(frozen=True)
+class EmbedWork:
+    """`run_embed`'s work on its way to a worker elsewhere."""
+
+    cohort: tuple[SlideEntry, ...]
+    tiling: TileOptions
+    embedding: EmbedOptions
+    options: RunOptions
+
+    def survey(self, run: CohortRun) -> tuple[EmbedJob, Survey]:
+        """The job of the first worker; the others take batches of its size."""
+        run.entries, run.cohort = self.cohort, sorted({entry.slide_id for entry in self.cohort})
+        job, todo = _prepare(run, self.tiling, self.embedding, self.options)
+        plan = _plan(job, todo)
+        found = Survey(
+            entries=tuple(run.entries),
+            todo=tuple(todo),
+            tiles=job.expected,
+            tiles_folder=job.tiles,
+            plan=plan,
+            stages=tuple(run.stages),
+            facts=dict(run.facts),
+            numerics=_numerics(job),
+            batch_size=job.batch_size,
+        )
+        return job, found
+
+    def join(self, run: CohortRun, survey: Survey | None) -> EmbedJob:
+        """The job of another worker.
+
+        Raises:
+            ValueError: it comes to other numbers than the first.
+        """
+        assert survey is not None
+        job = _job(run, self.tiling, replace(self.embedding, batch_size=survey.batch_size), self.options)
+        changed = differences(survey.numerics, _numerics(job))
+        if changed:
+            raise ValueError(
+                f"--engine ray: expected workers with equal numbers, got one with others: {'; '.join(changed)}. "
+                "Give each kind of machine a run and a folder of its own."
+            )
+        job.settled = settle(job.encoders, job.batch_size, several=True)
+        return job
+
+
+def _numerics(job: EmbedJob) -> dict[str, Any]:
+    """What all tile and slide embeddings of the run depend on."""
+    slides = {} if job.slides is None else job.slides.run_identity()
+    return {**job.run_identity(), **{f"slides: {name}": value for name, value in slides.items()}}
 
 
 def _job(
@@ -110,10 +188,10 @@ def _job(
     tiling: TileOptions,
     embedding: EmbedOptions,
     options: RunOptions,
-    encoders: tuple[TileEncoder, ...],
-    slide_encoder: SlideEncoder | None,
 ) -> EmbedJob:
-    """What the options come to: folders, batch size, threads."""
+    """What the options come to: encoders, folders, batch size, threads."""
+    encoders = _tile_encoders(embedding)
+    slide_encoder = _slide_encoder(embedding, encoders[0])
     encoder, tiles = encoders[0], run.out / "tiles"
     if embedding.tiles:
         given = Path(embedding.tiles)

@@ -4,7 +4,7 @@ import contextlib
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,9 @@ from gigapath.runs.watching import Plan, Watcher
 
 # slides.csv is derived again during a run once this many times its own cost has passed.
 _TABLE_SHARE = 20.0
+
+# Takes slides; gives (slide, its statuses) in the order in which they are through.
+Spread = Callable[[Sequence[SlideEntry]], Generator[tuple[SlideEntry, Sequence[Status]], None, None]]
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,7 @@ class CohortRun:
         keep_paths: whether `private/paths.csv` learns where the entries lie.
         cohort: ids of all slides that slides.csv lists, where `entries` are a share of them.
         max_failures: the run ends once more slides than this have failed, or None.
+        spread: brings slides through workers elsewhere, instead of one after the other in this process.
     """
 
     out: Path
@@ -92,6 +96,7 @@ class CohortRun:
     keep_paths: bool = True
     cohort: Sequence[str] = ()
     max_failures: int | None = None
+    spread: "Spread | None" = None
     _note: str = ""
 
     def over_slides(
@@ -195,9 +200,8 @@ class CohortRun:
         """Go through slides once; those that failed. More of them than allowed end the pass, and `_note` says so."""
         next_table = 0.0
         failed = []
-        for number, entry in enumerate(todo, start=1):
-            self.stop.check()
-            statuses = work(entry)
+        results = self._one_by_one(todo, work) if self.spread is None else self.spread(todo)
+        for number, (entry, statuses) in enumerate(results, start=1):
             if not all(status.finished for status in statuses):
                 failed.append(entry)
             self.watch.slide(slide_row(entry.slide_id, statuses), number, len(todo))
@@ -206,12 +210,20 @@ class CohortRun:
                     f"{len(failed)} of {number} slides failed, more than --max-failures {self.max_failures}: ended "
                     f"with {len(todo) - number} slides to do. Look at the reasons, then run the same command again."
                 )
+                results.close()
                 break
             now = time.monotonic()
             if now >= next_table and number < len(todo):
                 self._table()
                 next_table = time.monotonic() + _TABLE_SHARE * (time.monotonic() - now)
         return failed
+
+    def _one_by_one(
+        self, todo: Sequence[SlideEntry], work: Callable[[SlideEntry], Sequence[Status]]
+    ) -> Generator[tuple[SlideEntry, Sequence[Status]], None, None]:
+        for entry in todo:
+            self.stop.check()
+            yield entry, work(entry)
 
     def _table(self) -> list[dict[str, Any]]:
         """Write slides.csv; the rows of this run's slides."""

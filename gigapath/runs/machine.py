@@ -24,9 +24,11 @@ def available_cores() -> int:
     return max(1, min(counts))
 
 
-def threads(options: RunOptions) -> int:
-    """Threads that read: as asked, else one per core."""
-    return available_cores() if options.workers is None else options.workers
+def threads(options: RunOptions, cores: int | None = None) -> int:
+    """Threads that read: as asked, else one per core, of which there are `cores` or all that may be used."""
+    if options.workers is not None:
+        return options.workers
+    return cores or available_cores()
 
 
 def _cgroup_limits() -> list[float]:

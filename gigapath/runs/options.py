@@ -51,9 +51,25 @@ class RunOptions(KeepOptions):
     pseudonymise: str | None = option(
         None, "slides and patients get ids made from this key; who is who stands in private/ alone", metavar="KEYFILE"
     )
+    engine: str = option(
+        "local", "local: this process; ray: workers on the machines of a Ray cluster", choices=("local", "ray")
+    )
+    ray_address: str | None = option(
+        None,
+        "HOST:PORT of the Ray cluster, auto for the one that this machine belongs to, local for processes of this "
+        "machine (default: $RAY_ADDRESS, else local)",
+        metavar="ADDRESS",
+    )
+    worker_cores: int | None = option(
+        None,
+        "cores of each of Ray's workers (default: a GPU's share of its machine; 4 without GPUs; 1 to tile)",
+        at_least=1,
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.engine == "local" and (self.ray_address is not None or self.worker_cores is not None):
+            raise ValueError("--ray-address, --worker-cores: expected --engine ray beside them, got --engine local.")
         if self.shard is not None:
             parse_shard(self.shard)
 

@@ -7,7 +7,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -30,6 +30,7 @@ from gigapath.runs.machine import threads
 from gigapath.runs.options import RunOptions
 from gigapath.runs.planning import estimate_tiles, estimate_tiling
 from gigapath.runs.watching import Plan, Watcher
+from gigapath.runs.worker import Survey
 
 # Options that decide whether a slide is accepted, not which tiles come of it.
 _ACCEPTANCE = ("allow_upsampling", "allow_dark_background")
@@ -92,13 +93,49 @@ def tile_cohort(
             cohort=sorted(ids),
             max_failures=options.max_failures,
         )
-        result = run.over_slides(
-            todo,
-            lambda entry: [tile_slide(run, folder, entry, tiling, options)],
-            lambda: _plan(entries, todo, cohort, out, tiling, options),
-        )
+
+        def plan() -> Plan:
+            return _plan(entries, todo, cohort, out, tiling, options)
+
+        if options.engine == "ray":
+            from gigapath.runs.spreading import spread_tiling  # its own machinery, where it is asked for
+
+            result = spread_tiling(run, todo, lambda _, cores: TileWork(tiling, options, cores), plan, options)
+        else:
+            result = run.over_slides(todo, lambda entry: [tile_slide(run, folder, entry, tiling, options)], plan)
         write_contact_sheet(out)
     return result
+
+
+@dataclasses.dataclass(frozen=True)
+class TileWork:
+    """`tile_cohort`'s work on its way to a worker elsewhere, which reads with so many cores."""
+
+    tiling: TileOptions
+    options: RunOptions
+    cores: int
+
+    def survey(self, run: CohortRun) -> NoReturn:
+        raise AssertionError("a tiling run knows by itself what is to do")
+
+    def join(self, run: CohortRun, survey: Survey | None) -> "_TileJob":
+        return _TileJob(run, self.tiling, dataclasses.replace(self.options, workers=threads(self.options, self.cores)))
+
+
+@dataclasses.dataclass(frozen=True)
+class _TileJob:
+    run: CohortRun
+    tiling: TileOptions
+    options: RunOptions
+
+    def announce(self, entries: Sequence[SlideEntry]) -> None:
+        """Nothing is to be read ahead."""
+
+    def work(self, entry: SlideEntry) -> list[Status]:
+        """Tile a slide, unless a worker that was lost had just done it."""
+        folder = self.run.out / "tiles"
+        done = tiles_done(folder, entry, self.tiling, self.options)
+        return [done or tile_slide(self.run, folder, entry, self.tiling, self.options)]
 
 
 def tiles_done(folder: Path, entry: SlideEntry, tiling: TileOptions, options: RunOptions) -> Status | None:

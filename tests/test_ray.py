@@ -1,0 +1,277 @@
+"""`--engine ray` on two nodes of one core each, with real processes: shares, equal bytes, lost workers and nodes."""
+
+import importlib.util
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from made_slides import paint_tissue, write_pyramid
+
+from gigapath.cohort.manifest import SlideEntry
+from gigapath.cohort.status import Status
+from gigapath.preprocessing.tiling import TileOptions
+from gigapath.runs.engine import CohortRun, Outcome, RunResult
+from gigapath.runs.options import EmbedOptions, RunOptions
+from gigapath.runs.spreading import spread_tiling
+from gigapath.runs.tiling import run_tile
+from gigapath.runs.watching import Plan, Watcher
+from gigapath.runs.worker import Survey
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="needs ray: pip install 'gigapath[ray]'"),
+]
+ROOT = Path(__file__).parent.parent
+SEEDS = [int(word) for word in os.environ.get("GIGAPATH_RAY_SEEDS", "1 2 3").split()]
+TILING = TileOptions(tile_size=64)
+# Written anew by every run, or of the run itself.
+_ITS_OWN = ("seconds", "ended", "seconds_tile", "tiles/s")
+
+
+@pytest.fixture(scope="module")
+def slides(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """40 small slides of different sizes, and one that can't be read."""
+    folder = tmp_path_factory.mktemp("slides")
+    for number in range(40):
+        image = paint_tissue(600 + 40 * (number % 7), 500, seed=number)
+        write_pyramid(folder / f"s{number:02d}.tif", image, mpp=(0.5, 0.5), steps=(1, 4))
+    (folder / "broken.tif").write_bytes(b"II*\0" + bytes(200))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Any]:
+    """Two nodes of one core each; the first holds Ray's own services."""
+    os.environ |= {
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": "5e" * 32,
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}",
+        "OMP_NUM_THREADS": "1",
+        # A node that is gone is noticed within a second or two.
+        "RAY_health_check_initial_delay_ms": "0",
+        "RAY_health_check_period_ms": "500",
+        "RAY_health_check_failure_threshold": "3",
+    }
+    from ray.cluster_utils import Cluster
+
+    node = {"num_cpus": 1, "object_store_memory": 80_000_000, "include_dashboard": False}
+    made = Cluster(initialize_head=True, head_node_args=node)
+    made.node_args = {name: value for name, value in node.items() if name != "include_dashboard"}
+    made.second = made.add_node(**made.node_args)
+    made.wait_for_nodes()
+    yield made
+    import ray
+
+    ray.shutdown()
+    made.shutdown()
+
+
+@pytest.fixture(scope="module")
+def unbroken(slides: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("local")
+    assert run_tile([slides], out, tiling=TILING, options=RunOptions(workers=0)).counts["done"] == 40
+    return out
+
+
+def over_ray(cluster: Any, slides: Path, out: Path, watch: Watcher | None = None) -> RunResult:
+    options = RunOptions(engine="ray", ray_address=cluster.address)
+    return run_tile([slides], out, tiling=TILING, options=options, watch=watch)
+
+
+def content(out: Path) -> dict[str, object]:
+    """Every file of a run by its name; statuses without times, of slides.csv its name alone."""
+    found: dict[str, object] = {}
+    for path in sorted(path for path in out.rglob("*") if path.is_file()):
+        name = str(path.relative_to(out))
+        if name.startswith(("runs/", "private/2")):
+            continue
+        if path.suffix == ".json":
+            found[name] = {key: value for key, value in json.loads(path.read_text()).items() if key not in _ITS_OWN}
+        else:
+            found[name] = None if name == "slides.csv" else path.read_bytes()
+    return found
+
+
+def engine_facts(out: Path) -> dict[str, Any]:
+    facts: dict[str, Any] = json.loads(next((out / "runs").glob("*.json")).read_text())["facts"]["engine"]
+    return facts
+
+
+def check_equal(out: Path, unbroken: Path) -> None:
+    found, expected = content(out), content(unbroken)
+    assert found.keys() == expected.keys()
+    assert [name for name in found if found[name] != expected[name]] == []
+
+
+# ------------------------------------------------------------------------------------------------------- shares
+
+
+def test_each_of_two_nodes_does_its_share_at_the_same_time_and_the_files_are_equal(
+    cluster: Any, slides: Path, unbroken: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    result = over_ray(cluster, slides, tmp_path)
+    assert (result.outcome, result.counts["done"], result.counts["failed"]) == ("some slides failed", 40, 1)
+    check_equal(tmp_path, unbroken)
+    facts = engine_facts(tmp_path)
+    first, second = facts["machines"]
+    tiles = first["tiles"] + second["tiles"]
+    assert 0.35 <= first["tiles"] / tiles <= 0.65, facts
+    span = max(first["to_seconds"], second["to_seconds"]) - min(first["from_seconds"], second["from_seconds"])
+    both = min(first["to_seconds"], second["to_seconds"]) - max(first["from_seconds"], second["from_seconds"])
+    assert both > 0.5 * span and first["busy_seconds"] + second["busy_seconds"] > 1.2 * span, facts
+    said = capfd.readouterr()
+    assert (said.out + said.err).count("\n") < 5, "Ray keeps quiet"
+
+
+# ------------------------------------------------------------------------------------- what is lost on the way
+
+
+class Striking(Watcher):
+    """Strikes once so many slides are through."""
+
+    def __init__(self, after: int, strike: Any) -> None:
+        self._after, self._strike = after, strike
+
+    def slide(self, row: Any, number: int, slides: int) -> None:
+        if number == self._after:
+            # From beside the run, a moment later: at any point of a worker's writing.
+            threading.Timer(random.uniform(0.0, 0.3), self._strike).start()
+
+
+def workers() -> list[int]:
+    """Process numbers of the actors that are at work."""
+    found = subprocess.run(["ps", "-eo", "pid,args"], capture_output=True, text=True, check=True).stdout
+    return [int(line.split()[0]) for line in found.splitlines() if "ray::WorkerProcess" in line]
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_a_worker_killed_at_any_moment_leaves_exactly_the_files_of_an_unbroken_run(
+    cluster: Any, slides: Path, unbroken: Path, tmp_path: Path, seed: int
+) -> None:
+    random.seed(seed)
+    killed: list[int] = []
+
+    def kill() -> None:
+        killed.append(random.choice(sorted(workers())))
+        os.kill(killed[0], signal.SIGKILL)
+
+    result = over_ray(cluster, slides, tmp_path, Striking(random.randint(1, 25), kill))
+    assert killed and result.counts["done"] == 40
+    assert engine_facts(tmp_path)["lost_workers"] == 1
+    check_equal(tmp_path, unbroken)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_a_node_that_is_gone_leaves_exactly_the_files_of_an_unbroken_run(
+    cluster: Any, slides: Path, unbroken: Path, tmp_path: Path, seed: int
+) -> None:
+    random.seed(seed)
+    gone = threading.Event()
+
+    def remove() -> None:
+        cluster.remove_node(cluster.second, allow_graceful=False)
+        gone.set()
+
+    try:
+        result = over_ray(cluster, slides, tmp_path, Striking(random.randint(1, 25), remove))
+    finally:
+        gone.wait(20)
+        cluster.second = cluster.add_node(**cluster.node_args)
+        cluster.wait_for_nodes()
+    assert gone.is_set() and result.counts["done"] == 40
+    assert engine_facts(tmp_path)["lost_workers"] >= 1
+    check_equal(tmp_path, unbroken)
+
+
+@dataclass(frozen=True)
+class Deadly:
+    """Work of which one slide ends the process that does it."""
+
+    def join(self, run: CohortRun, survey: Survey | None) -> "DeadlyJob":
+        return DeadlyJob(run)
+
+    def survey(self, run: CohortRun) -> Any:
+        raise AssertionError
+
+
+@dataclass(frozen=True)
+class DeadlyJob:
+    run: CohortRun
+
+    def announce(self, entries: Sequence[SlideEntry]) -> None:
+        pass
+
+    def work(self, entry: SlideEntry) -> list[Status]:
+        if entry.slide_id == "s3":
+            os._exit(9)
+        return [self.run.attempt(self.run.out / "tiles", entry, "tiles", {}, lambda: Outcome(tiles=1))]
+
+
+def test_a_slide_that_kills_its_workers_fails_with_that_reason_and_the_others_go_on(
+    cluster: Any, tmp_path: Path
+) -> None:
+    entries = [SlideEntry(f"s{number}", tmp_path / f"s{number}.tif") for number in range(8)]
+    run = CohortRun(tmp_path, "tile", entries, [tmp_path / "tiles"], {})
+    options = RunOptions(engine="ray", ray_address=cluster.address)
+    result = spread_tiling(run, entries, lambda *_: Deadly(), lambda: Plan((), 8, 0), options)
+    assert result.counts["done"] == 7 and result.counts["failed"] == 1
+    assert "its worker was lost" in next(row["error"] for row in result.rows if row["slide_id"] == "s3")
+
+
+def test_a_signal_stops_the_run_and_the_next_one_goes_on(
+    cluster: Any, slides: Path, unbroken: Path, tmp_path: Path
+) -> None:
+    words = [sys.executable, "-m", "gigapath.cli.main", "tile", str(slides), "--out", str(tmp_path / "out")]
+    words += ["--tile-size", "64", "--engine", "ray", "--ray-address", cluster.address]
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen(words, stdout=log, stderr=subprocess.STDOUT, cwd=tmp_path)
+    until = time.monotonic() + 60
+    while "2/41" not in (tmp_path / "log").read_text() and time.monotonic() < until:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(20) == 75, (tmp_path / "log").read_text()
+    assert (tmp_path / "log").read_text().count("\n") < 60, "Ray keeps quiet"
+    done = {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / "tiles").glob("*.h5")}
+    assert 2 <= len(done) < 40
+    record = next((tmp_path / "out" / "runs").glob("*.json")).read_text()
+    assert cluster.address not in record and '"stopped"' in record
+    over_ray(cluster, slides, tmp_path / "out")
+    assert {path: path.stat().st_mtime_ns for path in done} == done, "nothing done is done again"
+    check_equal(tmp_path / "out", unbroken)
+
+
+def test_the_standin_s_embeddings_are_equal_to_the_last_bit(cluster: Any, tmp_path: Path) -> None:
+    from gigapath.features import read_features
+    from gigapath.runs.embedding import run_embed
+
+    (tmp_path / "slides").mkdir()
+    for number in range(4):
+        image = paint_tissue(700 + 200 * number, 700, seed=number)
+        write_pyramid(tmp_path / "slides" / f"s{number}.tif", image, mpp=(0.5, 0.5), steps=(1, 4))
+    chosen = EmbedOptions(tile_encoder="standin", device="cpu", batch_size=8)
+    tiling = TileOptions(max_tiles=9)
+    results = {}
+    for engine, options in (
+        ("local", RunOptions(workers=0)),
+        ("ray", RunOptions(engine="ray", ray_address=cluster.address, worker_cores=1)),
+    ):
+        result = run_embed([tmp_path / "slides"], tmp_path / engine, tiling=tiling, embedding=chosen, options=options)
+        assert (result.outcome, result.counts["done"]) == ("done", 4)
+        results[engine] = content(tmp_path / engine)
+    assert results["ray"].keys() == results["local"].keys()
+    assert [name for name, found in results["ray"].items() if found != results["local"][name]] == []
+    features = read_features(next((tmp_path / "ray").glob("features_*/s0.h5"))).features
+    assert np.abs(features[0] - features[-1]).max() > 1e-3, "two different tiles differ"
+    assert {machine["machine"] for machine in engine_facts(tmp_path / "ray")["machines"]} <= {1, 2}
