@@ -256,15 +256,20 @@ def test_principal_components_keep_distances_of_a_plane() -> None:
     np.testing.assert_allclose(np.linalg.norm(points[:, None] - points[None], axis=-1), apart, atol=1e-9)
 
 
-def test_tsne_keeps_groups_together() -> None:
-    pytest.importorskip("sklearn")
+@pytest.mark.parametrize(
+    ("method", "module", "said"),
+    [("tsne", "sklearn", "t-SNE (perplexity "), pytest.param("umap", "umap", "UMAP (15 ", marks=pytest.mark.slow)],
+)
+def test_layouts_keep_groups_together(method: str, module: str, said: str) -> None:
+    pytest.importorskip(module)
     random = np.random.default_rng(2)
-    vectors = np.concatenate([random.standard_normal((12, 5)), random.standard_normal((12, 5)) + 30])
-    points, words, _ = project(vectors, "tsne")
-    assert words.startswith("t-SNE (perplexity ")
-    middle = points[:12].mean(0), points[12:].mean(0)
+    vectors = random.standard_normal((60, 5)) + np.array([20, 20, 0, 0, 0])
+    vectors[30:, 1] -= 40
+    points, words, _ = project(vectors, method)
+    assert words.startswith(said)
+    middle = points[:30].mean(0), points[30:].mean(0)
     nearer = np.linalg.norm(points - middle[0], axis=1) < np.linalg.norm(points - middle[1], axis=1)
-    assert nearer[:12].all() and not nearer[12:].any()
+    assert nearer[:30].all() and not nearer[30:].any()
 
 
 # ------------------------------------------------------------------------------------------------------------- one file

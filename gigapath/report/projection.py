@@ -4,6 +4,7 @@ S slides, D width of an embedding.
 """
 
 import importlib.util
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -109,8 +110,11 @@ def _umap(vectors: FloatArray) -> tuple[FloatArray, str, tuple[str, str]]:
             "--projection umap: umap-learn is not installed. Install it (pip install 'gigapath[umap]'), or take tsne."
         ) from error
     neighbours = min(15, len(vectors) - 1)
-    # With a seed UMAP runs in one thread, and says so in a warning that n_jobs=1 answers.
-    found = umap.UMAP(n_neighbors=neighbours, metric="cosine", random_state=SEED, n_jobs=1).fit_transform(vectors)
+    # With a seed UMAP runs in one thread.
+    layout = umap.UMAP(n_neighbors=neighbours, metric="cosine", random_state=SEED, n_jobs=1)
+    with warnings.catch_warnings():  # of slides alike it says in three lines how it goes on, which it does
+        warnings.simplefilter("ignore", UserWarning)
+        found = layout.fit_transform(vectors)
     words = f"UMAP ({neighbours} neighbours, cosine, seed {SEED})"
     return np.asarray(found, np.float64), words, ("UMAP 1 (no unit)", "UMAP 2 (no unit)")
 

@@ -302,9 +302,13 @@
       const kinds = new Set(values.filter((value) => value !== null));
       if (kinds.size < 2 && name !== "status") columns.delete(name);
     }
-    const own = [...columns.keys()].filter((name) => !known.has(name) && !["status", "tiles", "tissue_area_mm2"].includes(name) && !name.startsWith("dropped_"));
+    const own = [...columns.keys()].filter((name) =>
+      !known.has(name) && !["status", "tiles", "tissue_area_mm2"].includes(name) && !name.startsWith("dropped_"));
+    // The first look is at labels, or at a column of the user's with few values: sites say more than a thousand patients.
+    const first = own.find((name) => name.endsWith("label"))
+      || own.find((name) => new Set(columns.get(name)).size <= palette.length + 1) || "tiles";
     const colour = el("select", { onchange: () => draw() },
-      [...columns.keys()].map((name) => el("option", { value: name, selected: name === (own[0] || "tiles") }, spaced(name))));
+      [...columns.keys()].map((name) => el("option", { value: name, selected: name === first }, spaced(name))));
     const which = el("select", { onchange: () => draw() },
       data.projections.map((each, index) => el("option", { value: String(index) }, `${each.name}, ${each.embedding}`)));
     const plot = el("div", { class: "plot" });
