@@ -275,3 +275,9 @@ def test_the_standin_s_embeddings_are_equal_to_the_last_bit(cluster: Any, tmp_pa
     features = read_features(next((tmp_path / "ray").glob("features_*/s0.h5"))).features
     assert np.abs(features[0] - features[-1]).max() > 1e-3, "two different tiles differ"
     assert {machine["machine"] for machine in engine_facts(tmp_path / "ray")["machines"]} <= {1, 2}
+
+
+def test_a_worker_that_no_machine_holds_is_one_sentence_at_once(cluster: Any, slides: Path, tmp_path: Path) -> None:
+    options = RunOptions(engine="ray", ray_address=cluster.address, worker_cores=9)
+    with pytest.raises(ValueError, match="expected a machine with 9 cores for a worker, got 1 at the most"):
+        run_tile([slides], tmp_path, tiling=TILING, options=options)

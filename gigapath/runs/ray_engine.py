@@ -113,6 +113,13 @@ class RayCrew:
             raise ValueError("--device: expected a cluster with GPUs for cuda, got one without. Use --device cpu.")
         self._gpu = gpus and self._device in ("auto", "cuda")
         self._cores = self._cores or self._usual_cores()
+        if not self.room():
+            most = max((int(node.get("CPU", 0)) for node in self._nodes()), default=0)
+            self.__exit__()
+            raise ValueError(
+                f"--worker-cores: expected a machine with {self._cores} cores for a worker, got {most} at the most. "
+                "Choose fewer."
+            )
         self._work = self._make_work("cuda" if self._gpu else "cpu", self._cores)
         return self
 
@@ -157,9 +164,10 @@ class RayCrew:
         try:
             ray.init(self._address, **quiet)
         except (OSError, RuntimeError, ValueError) as error:
+            said = (str(error).strip().splitlines() or [""])[0].rstrip(".")
             raise OSError(
-                f"--ray-address: expected a Ray cluster at {self._address!r}, got none: "
-                f"{(str(error).strip().splitlines() or [''])[0].rstrip('.')}. Start one with `ray start --head`."
+                f"--ray-address: expected a Ray cluster at {self._address!r}, got none: {said}. Start one with "
+                "`ray start --head`; where it wants a token, set RAY_AUTH_TOKEN."
             ) from error
 
     def _nodes(self) -> list[Mapping[str, float]]:
@@ -295,7 +303,9 @@ def import_ray(address: str) -> Any:
         raise ImportError("--engine ray: expected the package ray, got none. Install it: pip install 'gigapath[ray]'.")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is sent anywhere
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    if address == "local" and "ray" not in sys.modules and "RAY_AUTH_MODE" not in os.environ:
+    if address != "local":
+        os.environ.setdefault("RAY_NUM_REDIS_GET_RETRIES", "5")  # seconds that a cluster has for its first answer
+    elif "ray" not in sys.modules and "RAY_AUTH_MODE" not in os.environ:
         # A password of this run's own; Ray would leave one in the user's home.
         os.environ["RAY_AUTH_MODE"] = "token"
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
