@@ -13,10 +13,10 @@ from made_cohort import made_bag, write_cohort, write_csv, write_slide, write_ta
 from gigapath.features import FeatureFileError
 from gigapath.finetune.data import FileBags, ReadAhead, find_files, look_at_all
 from gigapath.finetune.labels import join_labels, read_labels
-from gigapath.finetune.new_task import new_task
 from gigapath.finetune.options import JoinOptions
 from gigapath.finetune.splits import audit, check_classes, draw_folds, keep_manifest, read_splits
 from gigapath.finetune.task import load_task
+from gigapath.finetune.task_writer import new_task
 
 MUTATION_HEADER = ["id", "file_name", "slide_id", "case_id", "EGFR", "KRAS", "TP53", "FAT1", "LRP1B", "pat_id"]
 

@@ -197,7 +197,9 @@ def test_tensorboard_gets_the_looks_where_it_is_installed(
         def __enter__(self) -> "Writer":
             return self
 
-        def __exit__(self, *error: object) -> None: ...
+        def __exit__(self, *error: object) -> None:
+            Path(self.folder).mkdir(parents=True, exist_ok=True)
+            (Path(self.folder) / "events.out.tfevents.1700000000.the-machine.42.0").touch()
 
         def add_scalar(self, name: str, value: float, step: int) -> None:
             written.append((Path(self.folder).name, name, value, step))
@@ -205,13 +207,13 @@ def test_tensorboard_gets_the_looks_where_it_is_installed(
     fake = types.ModuleType("torch.utils.tensorboard")
     fake.SummaryWriter = Writer  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", fake)
-    monkeypatch.setattr(report_module.importlib.util, "find_spec", lambda name: object())
     probe(made, tmp_path)
     looks = json.loads((tmp_path / "results.json").read_text())["looks"]
     assert [entry[2:] for entry in written if entry[1] == "validation/f1_weighted"] == [
         (look["val_f1"], look["step"]) for look in looks
     ]
     assert {entry[0] for entry in written} == {"seed_0"}
+    assert [file.name for file in (tmp_path / "tensorboard/seed_0").iterdir()] == ["events.out.tfevents"]
 
 
 def test_script_runs_the_recipe_from_any_folder(made: tuple[str, str], tmp_path: Path) -> None:

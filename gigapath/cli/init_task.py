@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(namespace: argparse.Namespace) -> int:
     """Write the file and say what is in it."""
-    from gigapath.finetune.new_task import new_task
+    from gigapath.finetune.task_writer import new_task
 
     to = Path(namespace.to or Path(namespace.labels).with_suffix(".yaml"))
     task, counts = new_task(

@@ -8,32 +8,32 @@ from collections.abc import Sequence
 
 import gigapath
 
-# verb -> (module under gigapath.cli, one line of help). A module offers `add_arguments(parser)` and
-# `run(namespace) -> exit status`.
+# verb -> (module under gigapath.cli, one line of help), in the order of use. A module offers `add_arguments(parser)`
+# and `run(namespace) -> exit status`.
 VERBS: dict[str, tuple[str, str]] = {
     "download": ("download", "Fetch weights, demo data and the published tables; resumed, checked."),
+    "doctor": ("doctor", "Look at this machine and installation: what is wrong, and the mend."),
     "plan": ("plan", "What a cohort is made of and what it will cost, from the slides' headers; a pilot on a few."),
-    "embed": ("embed", "Slides to tiles, tile embeddings and slide embeddings."),
-    "embed-tiles": ("embed_tiles", "Tile images through a tile encoder into one file for probes."),
-    "remove": ("remove", "Take a slide out of an output folder, every file and mention of it: consent withdrawn."),
-    "status": ("status", "How far a cohort is: slides by state and stage, rate, time left, failures by kind."),
-    "slide-embed": ("slide_embed", "Tile embeddings, ours or another tool's, to slide embeddings."),
     "tile": ("tile", "Find tissue and lay tiles: mask, tiles, previews. Look at them before embedding."),
+    "embed": ("embed", "Slides to tiles, tile embeddings and slide embeddings."),
+    "slide-embed": ("slide_embed", "Tile embeddings, ours or another tool's, to slide embeddings."),
+    "status": ("status", "How far a cohort is: slides by state and stage, rate, time left, failures by kind."),
+    "check": ("check", "Say what is wrong with feature files, ours or another tool's, and what it would do."),
+    "inspect": ("inspect", "Say what a feature file is, ours or another tool's."),
+    "convert": ("convert", "Tile embeddings as another tool's files: TRIDENT, CLAM, STAMP, slide2vec, the published."),
+    "export": ("export", "One table of slide vectors from a run: parquet, CSV or npz."),
+    "map": ("map", "Draw maps on slides: embeddings, attention, what a fitted head looks at; PNG, GeoJSON, arrays."),
+    "report": ("report", "One page on a run or a cohort: what failed, slides with tiles and maps, scores."),
+    "methods": ("methods", "Write the methods paragraph of a paper from the records of a run, with BibTeX."),
+    "remove": ("remove", "Take a slide out of an output folder, every file and mention of it: consent withdrawn."),
+    "embed-tiles": ("embed_tiles", "Tile images through a tile encoder into one file for probes."),
+    "probe": ("probe", "Fit and score a linear layer on frozen tile or slide embeddings."),
     "init-task": ("init_task", "Write a task file for fine-tuning from a CSV of labels."),
     "finetune": ("finetune", "Fine-tune the slide encoder on labelled slides: the published PANDA recipe, or yours."),
     "evaluate": ("evaluate", "Test a fitted head on another cohort; nothing is fitted."),
     "predict": ("predict", "Apply a fitted head to feature files."),
-    "export": ("export", "One table of slide vectors from a run: parquet, CSV or npz."),
-    "convert": ("convert", "Tile embeddings as another tool's files: TRIDENT, CLAM, STAMP, slide2vec, the published."),
-    "probe": ("probe", "Fit and score a linear layer on frozen tile or slide embeddings."),
-    "map": ("map", "Draw maps on slides: embeddings, attention, what a fitted head looks at; PNG, GeoJSON, arrays."),
-    "report": ("report", "One page on a run or a cohort: what failed, slides with tiles and maps, scores."),
     "bench": ("bench", "Measure this machine, side by side with plain ways of doing the same work."),
     "verify": ("verify", "Check a released pair: files, demo tile, slide encoder, PANDA tiles; a report to paste."),
-    "inspect": ("inspect", "Say what a feature file is, ours or another tool's."),
-    "methods": ("methods", "Write the methods paragraph of a paper from the records of a run, with BibTeX."),
-    "doctor": ("doctor", "Look at this machine and installation: what is wrong, and the mend."),
-    "check": ("check", "Say what is wrong with feature files, ours or another tool's, and what it would do."),
 }
 
 EXIT_FAILED_SLIDES = 3

@@ -13,16 +13,16 @@ if TYPE_CHECKING:
     from gigapath.finetune.apply import evaluate_head, predict
     from gigapath.finetune.fitted import FittedHead, load_head
     from gigapath.finetune.inputs import Inputs, Settings
-    from gigapath.finetune.new_task import new_task
     from gigapath.finetune.options import JoinOptions, ModelOptions, SplitOptions, TrainingOptions
     from gigapath.finetune.run import RunResult, finetune
     from gigapath.finetune.task import Task, load_task
+    from gigapath.finetune.task_writer import new_task
 
 _HOMES = {
     "apply": ("evaluate_head", "predict"),
     "fitted": ("FittedHead", "load_head"),
     "inputs": ("Inputs", "Settings"),
-    "new_task": ("new_task",),
+    "task_writer": ("new_task",),
     "options": ("JoinOptions", "ModelOptions", "SplitOptions", "TrainingOptions"),
     "run": ("RunResult", "finetune"),
     "task": ("Task", "load_task"),

@@ -18,6 +18,7 @@ from gigapath.finetune.labels import Labels
 from gigapath.finetune.task import Task
 from gigapath.finetune.training import Epoch
 from gigapath.metrics import Evaluation, confusion_matrix
+from gigapath.metrics.events import write_events
 from gigapath.metrics.plots import draw_confusion, draw_curves, plotting_available
 
 SHOWN = (
@@ -41,8 +42,6 @@ WORDS = {
     "brier": "Brier score",
     "ece": "calibration error (ECE)",
 }
-
-EVENTS = "events.out.tfevents"
 
 log = logging.getLogger(__name__)
 
@@ -99,19 +98,12 @@ def write_curves(folder: Path, history: Sequence[Epoch], title: str) -> None:
         write_bytes_atomic(folder / "curves.png", picture)
     else:
         log.warning("no pictures: matplotlib is not installed (pip install 'gigapath[train]')")
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        return
-    place = folder / "tensorboard"
-    with SummaryWriter(str(place)) as writer:  # type: ignore[no-untyped-call]
-        for entry in history:
-            for name, value in asdict(entry).items():
-                if name != "epoch" and value is not None:
-                    writer.add_scalar(name, value, entry.epoch)  # type: ignore[no-untyped-call]
-    # Its file is named after the machine, and a second run would add a second one: ours has one name, and is replaced.
-    newest = max(place.glob(f"{EVENTS}.*"), key=lambda file: file.stat().st_mtime)
-    newest.replace(place / EVENTS)
+    curves: dict[str, list[tuple[int, float]]] = {}
+    for entry in history:
+        for name, value in asdict(entry).items():
+            if name != "epoch" and value is not None:
+                curves.setdefault(name, []).append((entry.epoch, value))
+    write_events(folder / "tensorboard", curves)
 
 
 def summary(evaluations: Mapping[str, Sequence[Evaluation]]) -> list[dict[str, Any]]:

@@ -2,7 +2,6 @@
 file whole, `results.json` last: where it stands, the others belong to it."""
 
 import csv
-import importlib.util
 import io
 import logging
 import math
@@ -17,6 +16,7 @@ from gigapath.linear_probe.table import TEST, VALIDATION
 from gigapath.linear_probe.tiles import TileProbe
 from gigapath.metrics import confusion_matrix
 from gigapath.metrics.bootstrap import Estimate
+from gigapath.metrics.events import write_events
 from gigapath.metrics.plots import draw_confusion, draw_curves, plotting_available
 
 TERMS = (
@@ -51,8 +51,7 @@ def write_tile_report(out: Path, probe: TileProbe) -> list[str]:
         names += ["confusion.png", "curve.png"]
     else:
         log.warning("no pictures: matplotlib is not installed (pip install 'gigapath[train]')")
-    if importlib.util.find_spec("tensorboard") is not None and probe.results[0].looks:
-        _write_tensorboard(out / "tensorboard", probe)
+    if probe.results[0].looks and _write_tensorboard(out / "tensorboard", probe):
         names.append("tensorboard")
     write_json_atomic(results, to_json(probe))
     return [*names, "results.json"]
@@ -202,14 +201,15 @@ def _curve(probe: TileProbe) -> bytes:
     )
 
 
-def _write_tensorboard(folder: Path, probe: TileProbe) -> None:
-    from torch.utils.tensorboard import SummaryWriter
-
+def _write_tensorboard(folder: Path, probe: TileProbe) -> bool:
+    written = []
     for result in probe.results:
-        with SummaryWriter(str(folder / f"seed_{result.seed}")) as writer:  # type: ignore[no-untyped-call]
-            for look in result.looks:
-                writer.add_scalar("train/loss", look.train_loss, look.step)  # type: ignore[no-untyped-call]
-                writer.add_scalar("validation/f1_weighted", look.val_f1, look.step)  # type: ignore[no-untyped-call]
+        curves = {
+            "train/loss": [(look.step, look.train_loss) for look in result.looks],
+            "validation/f1_weighted": [(look.step, look.val_f1) for look in result.looks],
+        }
+        written.append(write_events(folder / f"seed_{result.seed}", curves))
+    return all(written)
 
 
 def _spread(values: Sequence[float]) -> dict[str, Any]:
