@@ -1,5 +1,6 @@
 """`--engine ray` on two nodes of one core each, with real processes: shares, equal bytes, lost workers and nodes."""
 
+import importlib
 import importlib.util
 import json
 import os
@@ -281,3 +282,16 @@ def test_a_worker_that_no_machine_holds_is_one_sentence_at_once(cluster: Any, sl
     options = RunOptions(engine="ray", ray_address=cluster.address, worker_cores=9)
     with pytest.raises(ValueError, match="expected a machine with 9 cores for a worker, got 1 at the most"):
         run_tile([slides], tmp_path, tiling=TILING, options=options)
+
+
+def test_a_machine_without_the_package_says_what_it_lacks(
+    cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "only_here.py").write_text("class Work:\n    pass\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    work = importlib.import_module("only_here").Work
+    entries = [SlideEntry("a", tmp_path / "a.tif")]
+    run = CohortRun(tmp_path / "out", "tile", entries, [tmp_path / "out" / "tiles"], {})
+    options = RunOptions(engine="ray", ray_address=cluster.address)
+    with pytest.raises(OSError, match=r"a worker could not start: .*No module named 'only_here'"):
+        spread_tiling(run, entries, lambda *_: work(), lambda: Plan((), 1, 0), options)

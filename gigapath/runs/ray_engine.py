@@ -255,7 +255,9 @@ class RayCrew:
     def _hear(self, ref: Any, worker: RayWorker, kind: str) -> list[News]:
         try:
             answer = self._ray.get(ref)
-        except self._ray.exceptions.RayActorError:
+        except self._ray.exceptions.RayActorError as error:
+            if kind == "start" and getattr(error, "actor_init_failed", False):
+                return [Report(error=_unborn(str(error)))]
             # The call that is in work says so too: told once.
             return [] if kind == "progress" else [Lost()]
         if kind == "progress":
@@ -347,6 +349,12 @@ def _signals_kept() -> Iterator[None]:
         with contextlib.suppress(ValueError):  # handlers are the main thread's
             for number, handler in kept.items():
                 signal.signal(number, handler)
+
+
+def _unborn(said: str) -> OSError:
+    """Why a worker's process can't even load the package, in one sentence."""
+    last = (said.strip().splitlines() or [""])[-1].strip().rstrip(".")
+    return OSError(f"a worker could not start: {last}. Install gigapath[ray], the same version, on every machine.")
 
 
 def _machine() -> str:
