@@ -566,6 +566,12 @@ def test_random_slide_encoder_is_labelled_in_every_output(slides: Path, tmp_path
 # ---------------------------------------------------------------------------------- how runs end
 
 
+@pytest.fixture
+def batch_by_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every batch's vectors are written, and told of, by themselves."""
+    monkeypatch.setattr("gigapath.tile_stream.stream._BLOCK", 1)
+
+
 class StopAfter(Watcher):
     """Sends this process a signal once so many batches are embedded."""
 
@@ -579,6 +585,7 @@ class StopAfter(Watcher):
             os.kill(os.getpid(), getattr(signal, self._name))
 
 
+@pytest.mark.usefixtures("batch_by_batch")
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
 def test_signal_stops_the_run_and_a_restart_ends_as_if_unbroken(slides: Path, tmp_path: Path, name: str) -> None:
     embed(slides, tmp_path / "unbroken")
@@ -595,6 +602,7 @@ def test_signal_stops_the_run_and_a_restart_ends_as_if_unbroken(slides: Path, tm
         assert arrays_of(path) == arrays_of(out / path.relative_to(tmp_path / "unbroken"))
 
 
+@pytest.mark.usefixtures("batch_by_batch")
 @pytest.mark.parametrize("store", ["float32", "float16"])
 def test_stopped_slide_goes_on_behind_its_rows_that_are_safe(
     slides: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, store: str
@@ -619,6 +627,7 @@ def test_stopped_slide_goes_on_behind_its_rows_that_are_safe(
     assert touched(out) != before
 
 
+@pytest.mark.usefixtures("batch_by_batch")
 def test_signal_after_the_last_batch_lets_the_tile_embeddings_be_finished(slides: Path, tmp_path: Path) -> None:
     batches = -(-len_of_tiles(slides / "a.tif", tmp_path / "tiled") // 16)
     out = tmp_path / "out"

@@ -181,6 +181,44 @@ def test_what_waits_for_the_caller_is_bounded(monkeypatch: pytest.MonkeyPatch) -
         assert [sum(len(block) for _, block in slide.blocks()) for slide in slides] == [41, 41, 41]
 
 
+def test_vectors_that_wait_come_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gigapath.tile_stream.stream._BLOCK", 10)
+    encoder = tiny_tile_encoder()
+    tiles = [picture(slide, 41) for slide in range(2)]
+    with TileStream([PlainPass(encoder)], 4, across=False) as stream:
+        slides = [stream.submit(Made(each)) for each in tiles]
+        stream.submit(Made(picture(2, 0))).wait_prepared()
+        first = list(slides[0].blocks())
+        while len(slides[1]._ready) < 11:
+            time.sleep(0.01)
+        second = list(slides[1].blocks())
+    assert [len(block) for _, block in second] == [8, 8, 8, 8, 9], "whole batches, at most ten vectors"
+    for found, each in zip((first, second), tiles, strict=True):
+        assert np.concatenate([block for _, block in found]).tobytes() == plainly(encoder, each, 4).tobytes()
+
+
+@pytest.mark.parametrize(("untaken", "seconds", "batches"), [(64, 0.05, 1), (4, 2 * LIMIT, 2)])
+def test_a_caller_is_woken_after_a_while_and_before_the_encoder_has_to_wait(
+    monkeypatch: pytest.MonkeyPatch, untaken: int, seconds: float, batches: int
+) -> None:
+    monkeypatch.setattr("gigapath.tile_stream.stream._UNTAKEN", untaken)
+    monkeypatch.setattr("gigapath.tile_stream.stream._CHECK_SECONDS", seconds)
+    go, calls = threading.Event(), []
+    encoder = tiny_tile_encoder()
+
+    def hold(*_: Any) -> None:
+        calls.append(1)
+        if len(calls) > batches:
+            go.wait(LIMIT)
+
+    encoder.model.register_forward_pre_hook(hold)
+    with TileStream([PlainPass(encoder)], 4) as stream:
+        blocks = stream.submit(Made(picture(0, 41))).blocks()
+        assert next(blocks)[1].shape == (4 * batches, WIDTH), "far fewer than a block, and the slide is not through"
+        go.set()
+        assert sum(len(block) for _, block in blocks) == 41 - 4 * batches
+
+
 # ---------------------------------------------------------------------------------- faults
 
 

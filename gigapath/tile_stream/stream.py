@@ -33,8 +33,11 @@ UInt8Array = npt.NDArray[np.uint8]
 _PLANNED = 1
 # Batches of vectors that the caller has not taken yet: a slide encoder may take a while, and vectors are small.
 _UNTAKEN = 64
-# How often a waiting caller asks whether to go on.
+# How often a waiting caller asks whether to go on, and takes what there is.
 _CHECK_SECONDS = 0.2
+# Vectors that are handed over at once, where so many come in that time: to be woken and to write costs a millisecond,
+# whatever their number.
+_BLOCK = 256
 
 
 class Source(Protocol):
@@ -121,20 +124,41 @@ class SlideVectors:
         try:
             while True:
                 with stream._news:
-                    stream._await(
-                        lambda: self._ready or self._problem is not None or (self._all_read and not self._on_the_way)
-                    )
+                    stream._await(self._is_worth_waking, after_a_while=lambda: bool(self._ready))
                     if self._problem is not None:
                         raise self._problem
                     if not self._ready:
                         return
                     stream._check()  # a slide whose last tile is through is finished all the same
-                    part, vectors = self._ready.pop(0)
-                    stream._taken(part)
+                    first, vectors = self._next_block()
                 with stream.busy.working("write"):
-                    yield part.first, vectors
+                    yield first, vectors
         finally:
             self.drop()
+
+    def _is_worth_waking(self) -> bool:
+        """Whether the caller has enough to do, or nothing to wait for. The lock is held."""
+        return (
+            self._problem is not None
+            or (self._all_read and not self._on_the_way)
+            or sum(part.count for part, _ in self._ready) >= _BLOCK
+            or (bool(self._ready) and 2 * self._stream._untaken >= _UNTAKEN)
+        )
+
+    def _next_block(self) -> tuple[int, Vectors]:
+        """Take the vectors of parts that follow each other, at most _BLOCK where they are several. The lock is held."""
+        self._ready.sort(key=lambda item: item[0].first)
+        first = end = self._ready[0][0].first
+        blocks: list[Vectors] = []
+        while self._ready:
+            part, vectors = self._ready[0]
+            if part.first != end or (blocks and end + part.count - first > _BLOCK):
+                break
+            del self._ready[0]
+            self._stream._taken(part)
+            blocks.append(vectors)
+            end += part.count
+        return first, blocks[0] if len(blocks) == 1 else np.concatenate(blocks)
 
     def drop(self) -> None:
         """Take nothing more of this slide; what is still on its way is thrown away."""
@@ -170,7 +194,9 @@ class TileStream:
         self._batch_size = batch_size
         self._across = across
         self._check = check
-        self._news = threading.Condition()
+        lock = threading.RLock()
+        self._news = threading.Condition(lock)
+        self._for_caller = threading.Condition(lock)
         # Everything below belongs to the lock, but for `_filling`, which is the reader's.
         depth = len(passes) + 1 if depth is None else depth
         self._free = depth + 1 + sum(1 + each.in_flight for each in passes)
@@ -228,6 +254,7 @@ class TileStream:
                 self._failure = self._failure or error
                 self._closing = True
                 self._news.notify_all()
+                self._for_caller.notify()
 
     def _plan(self) -> None:
         while True:
@@ -247,6 +274,7 @@ class TileStream:
                 if problem is None:
                     self._planned.append(slide)
                 self._news.notify_all()
+                self._for_caller.notify()
 
     def _read(self) -> None:
         while True:
@@ -280,7 +308,7 @@ class TileStream:
             problem = error
         with self._news:
             slide._problem, slide._all_read = slide._problem or problem, True
-            self._news.notify_all()
+            self._for_caller.notify()
 
     def _add(self, slide: SlideVectors, first: int, tiles: UInt8Array) -> None:
         """Cut tiles into the batch that is being filled, and into new ones."""
@@ -372,6 +400,8 @@ class TileStream:
                     part.slide._problem = part.slide._problem or error
                     self._taken(part)
             self._news.notify_all()
+            if any(part.slide._is_worth_waking() for part in batch.parts):
+                self._for_caller.notify()
 
     # -------------------------------------------------------------------------------------------------- waiting
 
@@ -390,13 +420,14 @@ class TileStream:
             self._news.wait()
         raise _Closed
 
-    def _await(self, holds: Callable[[], object]) -> None:
-        """Wait within the caller. The lock is held."""
+    def _await(self, holds: Callable[[], bool], after_a_while: Callable[[], bool] = lambda: False) -> None:
+        """Wait within the caller until `holds`, or after _CHECK_SECONDS `after_a_while`. The lock is held."""
+        patience = time.monotonic() + _CHECK_SECONDS
         while True:
             if self._failure is not None:
                 raise self._failure
-            if holds():
+            if holds() or (time.monotonic() >= patience and after_a_while()):
                 return
             self._check()
             assert not self._closing, "the stream is closed"
-            self._news.wait(_CHECK_SECONDS)
+            self._for_caller.wait(_CHECK_SECONDS)
