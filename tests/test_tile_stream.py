@@ -214,9 +214,10 @@ def test_a_caller_is_woken_after_a_while_and_before_the_encoder_has_to_wait(
     encoder.model.register_forward_pre_hook(hold)
     with TileStream([PlainPass(encoder)], 4) as stream:
         blocks = stream.submit(Made(picture(0, 41))).blocks()
-        assert next(blocks)[1].shape == (4 * batches, WIDTH), "far fewer than a block, and the slide is not through"
+        first = len(next(blocks)[1])  # the encoder holds still: the slide is not through
+        assert first in range(4, 4 * batches + 1), "far fewer than a block"
         go.set()
-        assert sum(len(block) for _, block in blocks) == 41 - 4 * batches
+        assert first + sum(len(block) for _, block in blocks) == 41
 
 
 # ---------------------------------------------------------------------------------- faults
