@@ -272,4 +272,4 @@ def test_pictures_are_made(demo_slide: Path | None, tmp_path: Path) -> None:
     done = subprocess.run(command, env=environment(tmp_path), capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr
     made = {path.stem for path in (tmp_path / "demo" / "pictures").iterdir()}
-    assert made == set(PICTURES)
+    assert made == set(PICTURES) - {"report"}, "the report's picture is one of a browser"
