@@ -6,6 +6,7 @@ python tests/killed_runs.py kills 20 1000     as the slow test, with seeds from 
 python tests/killed_runs.py soak 2000           memory and open files over that many slides
 """
 
+import itertools
 import json
 import multiprocessing
 import os
@@ -95,18 +96,19 @@ def prepare(point: str = "", at: int = 1) -> None:
         "publish": (gigapath.features.h5,),
         "write_status": (gigapath.runs.engine,),
     }
-    left = [at]
     for owner in owners[name]:
-        setattr(owner, name, _deadly(getattr(owner, name), left, when))
+        setattr(owner, name, _deadly(getattr(owner, name), at, when))
 
 
-def _deadly(real: Callable[..., Any], left: list[int], when: str) -> Callable[..., Any]:
+def _deadly(real: Callable[..., Any], at: int, when: str) -> Callable[..., Any]:
+    calls = itertools.count(1)  # several threads come here, and each call has its own number
+
     def call(*args: Any, **given: Any) -> Any:
-        left[0] -= 1
-        if left[0] == 0 and when == "before":
+        number = next(calls)
+        if number == at and when == "before":
             os._exit(DIED)
         value = real(*args, **given)
-        if left[0] == 0:
+        if number == at:
             os._exit(DIED)
         return value
 

@@ -3,7 +3,7 @@
 import contextlib
 import time
 from collections import deque
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,14 +16,13 @@ from gigapath.cohort.status import Status, read_status
 from gigapath.features import NUMERICS_VERSION, TileEmbeddingsWriter, Tiles, read_tiles
 from gigapath.features.kept_rows import KeptRows
 from gigapath.preprocessing.fast import reader_of_numbers
-from gigapath.preprocessing.reading import UInt8Array, iter_tiles
 from gigapath.preprocessing.slide import SlideError
 from gigapath.preprocessing.tiling import TileOptions
+from gigapath.runs.coming_slide import ComingSlide
 from gigapath.runs.engine import CohortRun, Outcome
-from gigapath.runs.entries import open_entry
 from gigapath.runs.options import RunOptions
 from gigapath.runs.slides import SlideStage
-from gigapath.runs.tiling import tile_slide, tiles_digest, tiles_done, tiling_identities
+from gigapath.runs.tiling import tiles_digest, tiles_done, tiling_identities
 from gigapath.tile_encoder import TileEncoder
 from gigapath.tile_stream.busy import Snapshot, bottleneck
 from gigapath.tile_stream.passes import PlainPass
@@ -68,7 +67,7 @@ class EmbedJob:
     slides: SlideStage | None
     settled: Settled | None = None
     _expected: dict[str, int] = field(default_factory=dict)
-    _coming: deque["_SlideOnItsWay"] = field(default_factory=deque)
+    _coming: deque[ComingSlide] = field(default_factory=deque)
     _stream: TileStream | None = None
     _told: Snapshot = (0.0, {})
 
@@ -154,7 +153,7 @@ class EmbedJob:
 
     def announce(self, entries: Sequence[SlideEntry]) -> None:
         """Say which slides are going to be worked on, in this order, so that they can be planned and read ahead."""
-        self._coming.extend(_SlideOnItsWay(self, entry) for entry in entries)
+        self._coming.extend(ComingSlide(self, entry) for entry in entries)
 
     def work(self, entry: SlideEntry) -> list[Status]:
         """Bring a slide through what is left to do; the status of each stage that was done.
@@ -186,7 +185,7 @@ class EmbedJob:
                 slide.vectors = self._stream.submit(slide)
         return self._stream
 
-    def _finish(self, slide: "_SlideOnItsWay", vectors: SlideVectors, stream: TileStream) -> list[Status]:
+    def _finish(self, slide: ComingSlide, vectors: SlideVectors, stream: TileStream) -> list[Status]:
         """Take a slide's vectors and write them, then the slide's own embeddings."""
         entry, statuses = slide.entry, []
         if slide.tiled is not None:
@@ -214,7 +213,7 @@ class EmbedJob:
 
     def _embed_tiles(
         self,
-        slide: "_SlideOnItsWay",
+        slide: ComingSlide,
         identity: dict[str, Any],
         vectors: SlideVectors,
         stream: TileStream,
@@ -321,106 +320,3 @@ class _Clock:
 
     def elapsed(self) -> float:
         return 0.0 if self._started is None else time.perf_counter() - self._started
-
-
-class _SlideOnItsWay:
-    """One slide and what the stream's threads found out about it before its turn to be written came.
-
-    Attributes:
-        tiled: the status of the tiling, where this run tiled the slide.
-        digest: names its tiles, where there are any.
-        tiles: its tiles, where they are to be embedded.
-        features: the status of its tile embeddings, where they were done before.
-        kept: the rows of its tile embeddings that are safe already, and keeps more.
-        reader: what reads its tiles, once they are being read.
-        vectors: its vectors on their way.
-    """
-
-    __slots__ = (
-        "_job",
-        "_problem",
-        "_start",
-        "digest",
-        "entry",
-        "features",
-        "kept",
-        "reader",
-        "tiled",
-        "tiles",
-        "vectors",
-    )
-
-    def __init__(self, job: EmbedJob, entry: SlideEntry) -> None:
-        self.entry = entry
-        self.tiled: Status | None = None
-        self.digest: str | None = None
-        self.tiles: Tiles | None = None
-        self.features: Status | None = None
-        self.kept: KeptRows | None = None
-        self.reader: str | None = None
-        self.vectors: SlideVectors | None = None
-        self._job = job
-        self._start = 0
-        self._problem: Exception | None = None
-
-    def prepare(self) -> None:
-        """Find out what is left to do, and tile the slide where that is to do; called from the planner's thread."""
-        job = self._job
-        if not job.own_tiles:
-            self._prepare_given()
-            return
-        self.digest = job.tiles_name(self.entry)
-        if self.digest is None:
-            self.tiled = tile_slide(job.run, job.tiles, self.entry, job.tiling, job.options)
-            if not self.tiled.finished:
-                return
-            self.digest = self.tiled.digest
-        self.features = job.features_done(self.entry, self.digest)
-        if self.features is None:
-            try:  # from their file also where this run made them: the features' file is the same to the last byte then
-                self.tiles = job.read_tiles(self.entry)
-            except (ValueError, OSError) as error:
-                self._problem = error
-                return
-            self._begin(self.tiles)
-
-    def _prepare_given(self) -> None:
-        """Likewise with the tiles of another folder, which are read once."""
-        job = self._job
-        try:
-            tiles = job.read_tiles(self.entry)
-            self.digest = tiles_digest(tiles, self.entry)
-        except (ValueError, OSError) as error:
-            self._problem = error
-            return
-        self.features = job.features_done(self.entry, self.digest)
-        if self.features is None:
-            self.tiles = tiles
-            self._begin(tiles)
-
-    def _begin(self, tiles: Tiles) -> None:
-        """Find where an earlier run came to."""
-        self.kept = self._job.kept_rows(self.entry, self._job.identity(self.digest or ""), tiles)
-        self._start = self.kept.find()
-
-    def checked_tiles(self) -> Tiles:
-        """The tiles that are to be embedded, or what is wrong with them."""
-        if self._problem is not None:
-            raise self._problem
-        assert self.tiles is not None
-        return self.tiles
-
-    def read(self) -> Generator[tuple[int, UInt8Array], None, None]:
-        """The pixels of the slide's tiles, where they are to be embedded; called from the reader's thread."""
-        if self.features is not None or self.tiles is None:
-            return
-        job = self._job
-        with open_entry(self.entry, job.tiling, job.options.reader) as slide:
-            size = self.tiles.attrs.get("slide_size")
-            if size is not None and tuple(size) != slide.dimensions:
-                raise SlideError(
-                    f"slide {self.entry.slide_id!r}: expected {size[0]} x {size[1]} pixels, as when it was tiled, got "
-                    f"{slide.dimensions[0]} x {slide.dimensions[1]}. Tile it again: --overwrite tiles."
-                )
-            self.reader = slide.fast.used(self.tiles.level)
-            yield from iter_tiles(slide, self.tiles, batch_size=job.batch_size, workers=job.workers, start=self._start)

@@ -1,0 +1,120 @@
+"""A slide of `run_embed` on its way: what the stream's threads find out before its turn to be written comes."""
+
+from collections.abc import Generator
+from typing import TYPE_CHECKING
+
+from gigapath.cohort.manifest import SlideEntry
+from gigapath.cohort.status import Status
+from gigapath.features import Tiles
+from gigapath.features.kept_rows import KeptRows
+from gigapath.preprocessing.reading import UInt8Array, iter_tiles
+from gigapath.preprocessing.slide import SlideError
+from gigapath.runs.entries import open_entry
+from gigapath.runs.tiling import tile_slide, tiles_digest
+from gigapath.tile_stream.stream import SlideVectors
+
+if TYPE_CHECKING:
+    from gigapath.runs.embed_job import EmbedJob
+
+
+class ComingSlide:
+    """One slide and what the stream's threads found out about it before its turn to be written came.
+
+    Attributes:
+        tiled: the status of the tiling, where this run tiled the slide.
+        digest: names its tiles, where there are any.
+        tiles: its tiles, where they are to be embedded.
+        features: the status of its tile embeddings, where they were done before.
+        kept: the rows of its tile embeddings that are safe already, and keeps more.
+        reader: what reads its tiles, once they are being read.
+        vectors: its vectors on their way.
+    """
+
+    __slots__ = (
+        "_job",
+        "_problem",
+        "_start",
+        "digest",
+        "entry",
+        "features",
+        "kept",
+        "reader",
+        "tiled",
+        "tiles",
+        "vectors",
+    )
+
+    def __init__(self, job: "EmbedJob", entry: SlideEntry) -> None:
+        self.entry = entry
+        self.tiled: Status | None = None
+        self.digest: str | None = None
+        self.tiles: Tiles | None = None
+        self.features: Status | None = None
+        self.kept: KeptRows | None = None
+        self.reader: str | None = None
+        self.vectors: SlideVectors | None = None
+        self._job = job
+        self._start = 0
+        self._problem: Exception | None = None
+
+    def prepare(self) -> None:
+        """Find out what is left to do, and tile the slide where that is to do; called from the planner's thread."""
+        job = self._job
+        if not job.own_tiles:
+            self._prepare_given()
+            return
+        self.digest = job.tiles_name(self.entry)
+        if self.digest is None:
+            self.tiled = tile_slide(job.run, job.tiles, self.entry, job.tiling, job.options)
+            if not self.tiled.finished:
+                return
+            self.digest = self.tiled.digest
+        self.features = job.features_done(self.entry, self.digest)
+        if self.features is None:
+            try:  # from their file also where this run made them: the features' file is the same to the last byte then
+                self.tiles = job.read_tiles(self.entry)
+            except (ValueError, OSError) as error:
+                self._problem = error
+                return
+            self._begin(self.tiles)
+
+    def _prepare_given(self) -> None:
+        """Likewise with the tiles of another folder, which are read once."""
+        job = self._job
+        try:
+            tiles = job.read_tiles(self.entry)
+            self.digest = tiles_digest(tiles, self.entry)
+        except (ValueError, OSError) as error:
+            self._problem = error
+            return
+        self.features = job.features_done(self.entry, self.digest)
+        if self.features is None:
+            self.tiles = tiles
+            self._begin(tiles)
+
+    def _begin(self, tiles: Tiles) -> None:
+        """Find where an earlier run came to."""
+        self.kept = self._job.kept_rows(self.entry, self._job.identity(self.digest or ""), tiles)
+        self._start = self.kept.find()
+
+    def checked_tiles(self) -> Tiles:
+        """The tiles that are to be embedded, or what is wrong with them."""
+        if self._problem is not None:
+            raise self._problem
+        assert self.tiles is not None
+        return self.tiles
+
+    def read(self) -> Generator[tuple[int, UInt8Array], None, None]:
+        """The pixels of the slide's tiles, where they are to be embedded; called from the reader's thread."""
+        if self.features is not None or self.tiles is None:
+            return
+        job = self._job
+        with open_entry(self.entry, job.tiling, job.options.reader) as slide:
+            size = self.tiles.attrs.get("slide_size")
+            if size is not None and tuple(size) != slide.dimensions:
+                raise SlideError(
+                    f"slide {self.entry.slide_id!r}: expected {size[0]} x {size[1]} pixels, as when it was tiled, got "
+                    f"{slide.dimensions[0]} x {slide.dimensions[1]}. Tile it again: --overwrite tiles."
+                )
+            self.reader = slide.fast.used(self.tiles.level)
+            yield from iter_tiles(slide, self.tiles, batch_size=job.batch_size, workers=job.workers, start=self._start)
