@@ -455,7 +455,7 @@ def test_slide_that_breaks_off_fails_alone(slides: Path, tmp_path: Path, monkeyp
 
     threads = set(threading.enumerate())
     embed(slides, tmp_path / "whole")
-    monkeypatch.setattr("gigapath.runs.embed_job.iter_tiles", broken)
+    monkeypatch.setattr("gigapath.runs.coming_slide.iter_tiles", broken)
     result = embed(slides, tmp_path / "out")
     rows = table(tmp_path / "out")
     assert result.outcome == "some slides failed"
