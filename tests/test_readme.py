@@ -102,6 +102,7 @@ def run_blocks() -> str:
                 exec(compile(block, str(README), "exec"), namespace)
             for command in commands(block) if language == "bash" else ():
                 words = [path for word in shlex.split(command) for path in spread(word)]
+                words = ["first" if word == "SLIDE_ID" else word for word in words]
                 if words[0] == "gigapath":
                     assert main(words[1:]) == 0, command
     return printed.getvalue()
@@ -109,7 +110,7 @@ def run_blocks() -> str:
 
 @pytest.fixture
 def folder_of_a_reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The current folder: `slides/` with two small slides."""
+    """The current folder: `slides/` with two small slides, and `cohort.csv` that lists them."""
     from made_slides import paint_tissue, write_pyramid
 
     monkeypatch.chdir(tmp_path)
@@ -117,6 +118,7 @@ def folder_of_a_reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for seed, name in enumerate(("first", "second")):
         image = paint_tissue(800, 1000, seed=seed)
         write_pyramid(Path("slides", f"{name}.tif"), image, mpp=(0.5, 0.5), steps=(1, 2))
+    Path("cohort.csv").write_text("path\nslides/first.tif\nslides/second.tif\n")
     return tmp_path
 
 
