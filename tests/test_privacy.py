@@ -20,6 +20,7 @@ from gigapath.cohort.privacy import recorded_paths
 from gigapath.cohort.pseudonyms import pseudonymised, read_key
 
 CANARY = "Doe,JANE_1953"
+TOKEN = "hf_CanaryOfATokenThatNobodyHas"
 LABEL_COLOUR = (255, 0, 255)  # like nothing on a slide
 SMALL = ["--tile-size", "64", "--workers", "0", "--device", "cpu", "--tile-encoder", "standin", "--hash", "full"]
 
@@ -68,6 +69,7 @@ def run_over_canaries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     manifest.write_text("\n".join(["path,slide_id,mask", *rows]) + "\n")
     monkeypatch.setattr("gigapath.runs.embedding.load_tile_encoder", lambda *_, **__: tiny_tile_encoder())
     monkeypatch.chdir(folder)  # the current folder is a path too
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
     out = tmp_path / "out"
     assert main(["tile", str(manifest), "--out", str(out), *SMALL[:4]]) == 3
     assert main(["embed", manifest.name, "--out", str(out), *SMALL]) == 3
@@ -79,6 +81,15 @@ def test_canary_is_found_in_private_alone(run_over_canaries: Path) -> None:
     found = outputs_with(run_over_canaries, CANARY)
     assert found, "the paths are recorded for their owner"
     assert {name.split("/")[0] for name in found} == {"private"}
+
+
+def test_token_is_neither_stored_nor_printed(capfd: pytest.CaptureFixture[str], run_over_canaries: Path) -> None:
+    assert main(["methods", str(run_over_canaries)]) == 0
+    assert main(["status", str(run_over_canaries)]) == 0
+    assert main(["embed", "--tile-encoder", "gigapath", "no.svs", "--out", str(run_over_canaries)]) == 1
+    said = capfd.readouterr()
+    assert "no.svs" in said.err and TOKEN not in said.out + said.err
+    assert outputs_with(run_over_canaries, TOKEN) == []
 
 
 def test_every_slide_came_out_as_it_should(run_over_canaries: Path) -> None:
