@@ -287,6 +287,20 @@ def test_a_folder_of_one_kind_passes(tmp_path: Path) -> None:
     assert folder_names(tmp_path) == set()
 
 
+def test_maps_and_exported_tables_in_the_folder_are_no_feature_files(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_ours(tmp_path)
+    (tmp_path / "maps/slide-1").mkdir(parents=True)
+    np.savez(tmp_path / "maps/slide-1/pca.npz", values=np.zeros(2), cells=np.zeros((2, 2)), coords_level0=CELLS[:2])
+    np.savez(tmp_path / "slides.npz", slide_ids=np.array(["slide-1"]), vectors=np.zeros((1, 4)), attrs="{}")
+    assert main(["check", str(tmp_path)]) == 0
+    assert capsys.readouterr().out.startswith("1 file checked: nothing wrong")
+    (tmp_path / "cut.npz").write_bytes((tmp_path / "slides.npz").read_bytes()[:100])
+    assert main(["check", str(tmp_path)]) == 3
+    assert "cut.npz" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("name", "attrs", "changes"),
     [

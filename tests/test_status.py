@@ -82,6 +82,12 @@ def test_status_prints_a_table_rates_and_reasons(out: Path, capsys: pytest.Captu
     assert said[-1] == "features_tiny: 2 failed: tile 7 of 1000 (x 512, y 0, level 1) can't be decoded. (s5, s6)"
 
 
+def test_one_slide_is_a_slide(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    put(tmp_path / "tiles", "s0", tiles=1000)
+    assert main(["status", str(tmp_path)]) == 0
+    assert capsys.readouterr().out.splitlines()[0].endswith(": 1 slide")
+
+
 def test_status_prints_json_and_refuses_other_folders(
     out: Path, tmp_path_factory: pytest.TempPathFactory, capsys: pytest.CaptureFixture[str]
 ) -> None:

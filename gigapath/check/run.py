@@ -1,6 +1,7 @@
 """`check_paths`: every file that is named or lies in a folder that is named, then the files of each folder together."""
 
 import json
+import zipfile
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -18,6 +19,8 @@ from gigapath.options import check_options, option
 
 SUFFIXES = (".h5", ".npz", ".pt")
 _COORDINATES = ".coordinates.npz"  # slide2vec's: read together with the embeddings
+# What `gigapath map` and `gigapath export` write: no tile embeddings, and no fault where they lie in the folder.
+_NO_FEATURES = ({"values.npy", "cells.npy"}, {"slide_ids.npy", "vectors.npy"})
 
 # Adds what a look at the slide itself finds; handed in, since it needs encoders.
 SlideChecker = Callable[[Contents], list[Finding]]
@@ -87,7 +90,10 @@ def find_files(paths: Sequence[str | Path]) -> list[Path]:
             inside = sorted(
                 file
                 for file in path.rglob("*")
-                if file.suffix in SUFFIXES and not file.name.endswith(_COORDINATES) and file.is_file()
+                if file.suffix in SUFFIXES
+                and not file.name.endswith(_COORDINATES)
+                and file.is_file()
+                and not _is_map_or_table(file)
             )
             if not inside:
                 raise FileNotFoundError(f"{path}: expected a folder with feature files ({', '.join(SUFFIXES)}), none.")
@@ -97,6 +103,18 @@ def find_files(paths: Sequence[str | Path]) -> list[Path]:
         else:
             raise FileNotFoundError(f"{path}: no such file or folder.")
     return list(found)
+
+
+def _is_map_or_table(path: Path) -> bool:
+    """Whether an .npz is a map or an exported table; one that can't be opened counts as a feature file."""
+    if path.suffix != ".npz":
+        return False
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = set(archive.namelist())
+    except (OSError, zipfile.BadZipFile):
+        return False
+    return any(own <= names for own in _NO_FEATURES)
 
 
 def check_file(

@@ -24,7 +24,7 @@ def run(namespace: argparse.Namespace) -> int:
     if namespace.json:
         print(json.dumps({"slides": slides, "stages": [dataclasses.asdict(stage) for stage in stages]}, indent=2))
         return 0
-    print(f"{namespace.out}: {slides:,} slides")
+    print(f"{namespace.out}: {slides:,} slide{'s' * (slides != 1)}")
     width = max(len(stage.folder) for stage in stages) if stages else 0
     titles = [state.replace("_", " ") for state in STATES]
     print(f"  {'':{width}}  " + "  ".join(f"{title:>9}" for title in [*titles, "tiles"]))

