@@ -20,6 +20,7 @@ from gigapath.finetune.training import Epoch
 from gigapath.metrics import Evaluation, confusion_matrix
 from gigapath.metrics.events import write_events
 from gigapath.metrics.plots import draw_confusion, draw_curves, plotting_available
+from gigapath.metrics.words import SCORE_WORDS
 
 SHOWN = (
     "accuracy",
@@ -32,16 +33,6 @@ SHOWN = (
     "brier",
     "ece",
 )
-WORDS = {
-    "balanced_accuracy": "balanced accuracy",
-    "auroc": "AUROC",
-    "auprc": "AUPRC",
-    "auroc_micro": "micro AUROC",
-    "auprc_micro": "micro AUPRC",
-    "kappa_quadratic": "quadratic-weighted kappa",
-    "brier": "Brier score",
-    "ece": "calibration error (ECE)",
-}
 
 log = logging.getLogger(__name__)
 
@@ -163,7 +154,7 @@ def lines(evaluations: Mapping[str, Sequence[Evaluation]]) -> list[str]:
             else:
                 spread = f" +- {np.std(defined, ddof=1):.4f}" if len(defined) > 1 else ""
                 cells.append(f"{np.mean(defined):.4f}{spread} ({len(defined)} folds)")
-        table.append([WORDS.get(name, name), *cells])
+        table.append([SCORE_WORDS.get(name, name), *cells])
     widths = [max(len(row[column]) for row in table) for column in range(len(table[0]))]
     shown = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in table]
     first = next(iter(evaluations.values()))[0]

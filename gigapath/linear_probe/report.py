@@ -18,22 +18,23 @@ from gigapath.metrics import confusion_matrix
 from gigapath.metrics.bootstrap import Estimate
 from gigapath.metrics.events import write_events
 from gigapath.metrics.plots import draw_confusion, draw_curves, plotting_available
+from gigapath.metrics.words import SCORE_WORDS
 
 TERMS = (
     "For research use only, not for diagnosis. Embeddings fall under the terms of the weights that made them; "
     "Prov-GigaPath's are for research."
 )
-SHOWN_SCORES = {
-    "accuracy": "accuracy",
-    "balanced_accuracy": "balanced accuracy",
-    "f1_weighted": "weighted F1",
-    "precision_macro": "macro precision",
-    "recall_macro": "macro recall",
-    "auroc": "AUROC",
-    "auprc": "AUPRC",
-    "brier": "Brier score",
-    "ece": "calibration error (ECE)",
-}
+SHOWN_SCORES = (
+    "accuracy",
+    "balanced_accuracy",
+    "f1_weighted",
+    "precision_macro",
+    "recall_macro",
+    "auroc",
+    "auprc",
+    "brier",
+    "ece",
+)
 
 log = logging.getLogger(__name__)
 
@@ -130,8 +131,8 @@ def summary_lines(probe: TileProbe) -> Iterator[str]:
     if len(probe.results) > 1:
         columns.append(f"mean and SD of {len(probe.results)} seeds")
     rows = [["", *columns]]
-    for name, words in SHOWN_SCORES.items():
-        row = [words, str(probe.evaluations[TEST][name])]
+    for name in SHOWN_SCORES:
+        row = [SCORE_WORDS[name], str(probe.evaluations[TEST][name])]
         row += [_short(control.evaluation[name]) for control in probe.controls.values()]
         if len(probe.results) > 1:
             spread = _spread(probe.seed_scores[name])

@@ -18,25 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from gigapath.cohort.privacy import hide_paths, redact
+from gigapath.metrics.words import SCORE_WORDS
 
 Block = dict[str, Any]
 
-WORDS = {
-    "accuracy": "accuracy",
-    "balanced_accuracy": "balanced accuracy",
-    "auroc": "AUROC",
-    "auprc": "AUPRC",
-    "auroc_micro": "micro AUROC",
-    "auprc_micro": "micro AUPRC",
-    "kappa_quadratic": "quadratic-weighted kappa",
-    "f1_weighted": "weighted F1",
-    "f1_macro": "macro F1",
-    "precision_macro": "macro precision",
-    "recall_macro": "macro recall",
-    "brier": "Brier score",
-    "ece": "calibration error (ECE)",
-    "log_loss": "log loss",
-}
 MOST_ROWS = 5000  # of predictions; above that the least certain of the truth are shown
 LEFT_ROWS = 1000
 
@@ -143,7 +128,7 @@ def _summary(rows: Sequence[Mapping[str, Any]]) -> Block:
                 cells.append(None)
             else:
                 cells.append({"value": row["mean"], "low": row["low"], "high": row["high"], "sd": row["sd_over_folds"]})
-        table.append([WORDS.get(score, score), *cells])
+        table.append([SCORE_WORDS.get(score, score), *cells])
     return {
         "kind": "scores",
         "title": "Scores on the test set" + (", mean over folds" if several else ""),
@@ -309,7 +294,7 @@ def _scores(title: str, columns: Mapping[str, Mapping[str, Any]]) -> Block:
             score = found["scores"].get(name)
             shown = isinstance(score, Mapping) and score.get("value") is not None
             cells.append({key: score.get(key) for key in ("value", "low", "high")} if shown else None)
-        rows.append([WORDS.get(name, name), *cells])
+        rows.append([SCORE_WORDS.get(name, name), *cells])
     intervals = next((found["intervals"] for found in columns.values() if found.get("intervals")), "")
     return {"kind": "scores", "title": title, "columns": list(columns), "rows": rows, "intervals": intervals}
 
