@@ -13,6 +13,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from gigapath.cohort.progress import failures_by_kind
 from gigapath.cohort.record import RUNS
 from gigapath.cohort.status import Status, read_statuses
 from gigapath.downloads import RELEASES
@@ -99,6 +100,9 @@ def methods(folder: Path | str) -> Methods:
         *(_slide_encoder(path, statuses, records, cautions) for path, statuses in slides.items() if statuses),
         _software(records, cautions),
     ]
+    warned = {slide_id: " ".join(fact.get("warnings") or ()) for slide_id, fact in facts.items()}
+    for sentence, ids in failures_by_kind({slide_id: text for slide_id, text in warned.items() if text}).items():
+        cautions.append(f"{_slides(len(ids))} ({ids[0]}{', ...' * (len(ids) > 1)}): {sentence}")
     unfinished = [status for stage in stages for status in stage.values() if status.status in ("stopped", "todo")]
     if unfinished:
         cautions.append(f"{_slides(len({status.slide_id for status in unfinished}))} not finished: run it to the end.")
@@ -128,7 +132,13 @@ def _tile_facts(
     """What was recorded of each slide's tiles: from their status, else (`--tiles` of another folder) from the file."""
     if tiles:
         return {
-            slide_id: {**status.identity, "target": status.identity.get("mpp"), **status.facts, "tiles": status.tiles}
+            slide_id: {
+                **status.identity,
+                "target": status.identity.get("mpp"),
+                **status.facts,
+                "tiles": status.tiles,
+                "warnings": status.warnings,
+            }
             for slide_id, status in tiles.items()
             if status.status == "done"
         }

@@ -114,6 +114,7 @@ def test_some_failed_slides_end_in_3_and_are_listed(
     said = capsys.readouterr().out
     assert "some slides failed: 2 done, 1 failed" in said
     assert "  broken: failed: expected a slide that OpenSlide reads" in said
+    assert said.count("broken: failed") == 2, "when it failed and at the end, not when it was tried once more"
     assert "Traceback" not in said
 
 
@@ -122,6 +123,7 @@ def test_a_signal_ends_in_75(
 ) -> None:
     from gigapath.cli.progress import Terminal
 
+    monkeypatch.setattr("gigapath.tile_stream.stream._BLOCK", 1)  # news of every batch
     monkeypatch.setattr(Terminal, "tiles", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
     assert embed(slides, tmp_path, "--batch-size", "4") == 75
     assert "stopped: 1 stopped, 1 todo" in capsys.readouterr().out

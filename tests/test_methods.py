@@ -104,6 +104,14 @@ def test_what_is_no_gigapath_embedding_is_said_plainly(
     assert "plain mean of its tile embeddings" in " ".join(said.out.split()) and "ding2023longnet" not in said.out
 
 
+def test_warnings_of_tiling_become_cautions(tmp_path: Path) -> None:
+    out = write_run(tmp_path)
+    for name in ("s0", "s1"):
+        warning = "--slide-mpp says 0.25 microns per pixel, the slide itself 0.499 (openslide.mpp)."
+        status(out / "tiles", name, "tiles", warnings=(warning,))
+    assert f"2 slides (s0, ...): {warning}" in methods(out).cautions
+
+
 def test_unfinished_runs_and_foreign_records_are_no_obstacle(tmp_path: Path) -> None:
     out = write_run(tmp_path)
     status(out / "features_gigapath", "s9", "features", "stopped")

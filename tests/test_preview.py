@@ -213,6 +213,19 @@ def test_contact_sheet_has_suspects_first_and_all_pages(
     ]
     assert red == [True, True, False, False, False, False]
     assert share(second[HEAD + 30 :], WHITE) < 1
+    heads: list[str] = []
+
+    def draw(_: object, head: str) -> Image:
+        heads.append(head)
+        return np.zeros((9, 9, 3), np.uint8)
+
+    monkeypatch.setattr("gigapath.preprocessing.contact_sheet.draw_page", draw)
+    warned = made_tiles(many, slide_id="slide 1", warnings=("upsampled 1.20 times",))
+    write_tiles(tmp_path / "tiles" / "slide 1.h5", warned)
+    contact_sheet(tmp_path, names[:3], failed=2)
+    assert heads == ["3 slides, 1 to look at first, 2 more failed (see slides.csv)"]
+    assert suspicions(warned) == ("a warning, see slides.csv",)
+    monkeypatch.undo()
     pages = contact_sheet(tmp_path, names[:3])
     assert sorted(file.name for file in tmp_path.glob("*.jpg")) == ["contact_sheet.jpg"]
     assert contact_sheet(tmp_path, []) == []

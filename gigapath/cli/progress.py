@@ -34,6 +34,7 @@ class Terminal(Watcher):
         self._bar: tqdm[Any] | None = None
         self._shown: Plan | None = None
         self._again = False
+        self._reasons: dict[str, str] = {}  # of the slides that failed
         self._at = ""  # the slide that the run is at
         self._busy = ""  # how busy the stages were of late
 
@@ -69,6 +70,11 @@ class Terminal(Watcher):
             self._bar.set_postfix_str(", ".join(part for part in (self._at, self._busy) if part), refresh=False)
 
     def slide(self, row: Mapping[str, Any], number: int, slides: int) -> None:
+        known = self._reasons.get(row["slide_id"]) == row["error"]
+        if row["status"] == "failed":
+            self._reasons[row["slide_id"]] = row["error"]
+            if known:  # tried once more, to no other end
+                return
         if self._bar is None:
             print(f"{number}/{slides} {_line(row)}", file=self._words, flush=True)
             return

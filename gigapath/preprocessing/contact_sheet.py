@@ -69,6 +69,8 @@ def suspicions(tiles: Tiles) -> tuple[str, ...]:
         found.append("pen")
     if int(attrs.get("tissue_pieces") or 0) > MANY_PIECES:
         found.append(f"{attrs['tissue_pieces']} pieces")
+    if attrs.get("warnings"):
+        found.append("a warning, see slides.csv")
     focus = _column(tiles, "focus")
     if np.isfinite(focus).any() and np.nanmedian(focus) < LOW_FOCUS:
         found.append("low focus")
@@ -91,7 +93,7 @@ def _tissue_share(tiles: Tiles) -> float | None:
     return float(area) / scanned if scanned else None
 
 
-def contact_sheet(out: Path, slide_ids: Sequence[str]) -> list[Path]:
+def contact_sheet(out: Path, slide_ids: Sequence[str], *, failed: int = 0) -> list[Path]:
     """Write `contact_sheet.jpg` (and `contact_sheet_2.jpg`, ...) of the slides tiled in an output folder.
 
     Suspects come first, those with more suspicions before the others; then by id. Slides without a tiles file are
@@ -100,6 +102,7 @@ def contact_sheet(out: Path, slide_ids: Sequence[str]) -> list[Path]:
     Args:
         out: the run's folder, with `tiles/<id>.h5` and `previews/<id>.jpg`.
         slide_ids: the slides.
+        failed: how many others failed, for the title.
 
     Returns:
         the pages.
@@ -113,10 +116,10 @@ def contact_sheet(out: Path, slide_ids: Sequence[str]) -> list[Path]:
         area = float(tiles.attrs.get("tissue_area_mm2") or 0)
         picture = out / "previews" / f"{slide_id}.jpg"
         entries.append(Entry(slide_id, picture, len(tiles), area, suspicions(tiles)))
-    return write_pages(out / "contact_sheet.jpg", entries)
+    return write_pages(out / "contact_sheet.jpg", entries, failed)
 
 
-def write_pages(path: Path, entries: Sequence[Entry]) -> list[Path]:
+def write_pages(path: Path, entries: Sequence[Entry], failed: int = 0) -> list[Path]:
     """Write the entries on as many pages as they need; pages of an earlier, longer run go."""
     order = sorted(entries, key=lambda entry: (-len(entry.suspicions), entry.slide_id))
     count = math.ceil(len(order) / (COLUMNS * ROWS))
@@ -125,7 +128,8 @@ def write_pages(path: Path, entries: Sequence[Entry]) -> list[Path]:
         part = order[page * COLUMNS * ROWS : (page + 1) * COLUMNS * ROWS]
         suspects = sum(bool(entry.suspicions) for entry in order)
         slides = "1 slide" if len(order) == 1 else f"{len(order):,} slides"
-        head = f"{slides}, {suspects:,} to look at first" + (f"; page {page + 1} of {count}" * (count > 1))
+        others = f", {failed:,} more failed (see slides.csv)" * (failed > 0)
+        head = f"{slides}, {suspects:,} to look at first{others}" + (f"; page {page + 1} of {count}" * (count > 1))
         write_jpeg(file, draw_page(part, head))
     for old in path.parent.glob(f"{path.stem}_*{path.suffix}"):
         if old not in pages and old.stem.removeprefix(f"{path.stem}_").isdigit():

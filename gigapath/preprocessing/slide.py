@@ -389,9 +389,10 @@ class Slide:
         low, high = PLAUSIBLE_MPP
         stated = f"{mpp.x:g}" if mpp.x == mpp.y else f"{mpp.x:g} x {mpp.y:g}"
         if not (low <= min(mpp.x, mpp.y) and max(mpp.x, mpp.y) <= high):
+            coarse = ", or leave the slide out where this is right: it is too coarse to show cells"
             raise SlideError(
                 f"slide {self.slide_id!r}: expected {low:g} to {high:g} microns per pixel, got {stated} from "
-                f"{mpp.source}. State the right value with --slide-mpp."
+                f"{mpp.source}. State the right value with --slide-mpp{coarse * (max(mpp.x, mpp.y) > high)}."
             )
         if self.objective_power is None:
             return

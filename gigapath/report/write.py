@@ -169,6 +169,16 @@ def _about(options: ReportOptions, results: Sequence[Results], runs: Sequence[Ma
     }
 
 
+def _encoder_in_words(cohort: Cohort) -> str | None:
+    """The tile encoder's name, and what the last run with it says of it: a stand-in must not pass for GigaPath."""
+    if cohort.features is None:
+        return None
+    name = cohort.features.name.removeprefix("features_")
+    said = [run.get("facts", {}).get("tile_encoder", {}) for run in cohort.runs]
+    described = [str(each.get("description", "")) for each in said if each.get("name") == name]
+    return f"{name} ({described[-1]})" if described and described[-1] else name
+
+
 def _of_slides(
     cohort: Cohort, results: Sequence[Results], media: Sequence[Mapping[str, Any]], projections: Sequence[Projection]
 ) -> dict[str, Any]:
@@ -196,7 +206,7 @@ def _of_slides(
         "media": list(media),
         "counts": cohort.counts(),
         "failures": [{"reason": reason, "slides": ids} for reason, ids in cohort.failures()],
-        "encoder": None if cohort.features is None else cohort.features.name.removeprefix("features_"),
+        "encoder": _encoder_in_words(cohort),
         "tiles_method": METHOD,
         "projections": [
             {
