@@ -79,7 +79,7 @@ def prepare(point: str = "", at: int = 1) -> None:
         tiling: {
             "preview_picture": lambda _, overview: overview,
             "write_preview": lambda path, *_, **__: gigapath.files.write_bytes_atomic(path, b"a picture"),
-            "contact_sheet": lambda *_: None,
+            "contact_sheet": lambda *_, **__: None,
         },
         gigapath.features.ours: {"KEEP_SECONDS": 0.02, "WORTH_SECONDS": 0.0},
     }
