@@ -30,6 +30,7 @@ import gigapath.files
 import gigapath.runs.embedding
 import gigapath.runs.engine
 import gigapath.runs.tiling
+import gigapath.tile_stream.stream
 from gigapath.cli.main import main
 from gigapath.runs.watching import Watcher
 
@@ -67,14 +68,17 @@ def embed(slides: Path, out: Path, *, point: str = "", at: int = 1, words: tuple
     os._exit(main(["embed", str(slides), *given, "--batch-size", "8", *words]))
 
 
-def prepare(point: str = "", at: int = 1) -> None:
-    """Put in the tiny encoders and plain pictures; the process dies the `at`-th time that it comes to `point`."""
+def prepare(point: str = "", at: int = 1) -> Callable[[], None]:
+    """Put in the tiny encoders and plain pictures; the process dies the `at`-th time that it comes to `point`.
+
+    Returns:
+        takes the encoders and pictures out again.
+    """
     tiling, embedding = gigapath.runs.tiling, gigapath.runs.embedding
     changes: dict[Any, dict[str, Any]] = {
         embedding: {
             "load_tile_encoder": lambda *_, **__: tiny_tile_encoder(),
             "load_slide_encoder": lambda *_, **given: tiny_slide_encoder(given["in_chans"]),
-            "measure_rate": lambda *_: 1000.0,
         },
         tiling: {
             "preview_picture": lambda _, overview: overview,
@@ -82,12 +86,19 @@ def prepare(point: str = "", at: int = 1) -> None:
             "contact_sheet": lambda *_, **__: None,
         },
         gigapath.features.ours: {"KEEP_SECONDS": 0.02, "WORTH_SECONDS": 0.0},
+        gigapath.tile_stream.stream: {"_BLOCK": 8},  # every batch is written by itself
     }
+    before = [(module, name, getattr(module, name)) for module, names in changes.items() for name in names]
     for module, names in changes.items():
         for name, value in names.items():
             setattr(module, name, value)
+
+    def undo() -> None:
+        for module, name, value in before:
+            setattr(module, name, value)
+
     if not point:
-        return
+        return undo
     name, when = POINTS[point]
     owners: dict[str, tuple[Any, ...]] = {
         "open_temporary": (gigapath.features.h5,),
@@ -98,6 +109,7 @@ def prepare(point: str = "", at: int = 1) -> None:
     }
     for owner in owners[name]:
         setattr(owner, name, _deadly(getattr(owner, name), at, when))
+    return undo
 
 
 def _deadly(real: Callable[..., Any], at: int, when: str) -> Callable[..., Any]:
@@ -237,16 +249,19 @@ def soak(count: int, folder: Path, *, aloud: bool = False) -> list[tuple[int, fl
     (folder / "slides").mkdir()
     for number in range(count):
         (folder / "slides" / f"n{number:05d}.tif").symlink_to(files[number % 40])
-    prepare()
+    undo = prepare()
     watch = _Handles(max(1, count // 10), aloud)
-    run_embed(
-        [folder / "slides"],
-        folder / "out",
-        tiling=TileOptions(tile_size=64),
-        embedding=EmbedOptions(tile_encoder="standin", device="cpu", batch_size=8),
-        options=RunOptions(workers=1),
-        watch=watch,
-    )
+    try:
+        run_embed(
+            [folder / "slides"],
+            folder / "out",
+            tiling=TileOptions(tile_size=64),
+            embedding=EmbedOptions(tile_encoder="standin", device="cpu", batch_size=8),
+            options=RunOptions(workers=1),
+            watch=watch,
+        )
+    finally:
+        undo()
     return watch.rows
 
 
