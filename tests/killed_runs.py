@@ -24,6 +24,7 @@ import numpy as np
 from made_slides import paint_tissue, write_pyramid
 from tiny_encoders import tiny_slide_encoder, tiny_tile_encoder
 
+import gigapath.cohort.sheet
 import gigapath.features.h5
 import gigapath.features.ours
 import gigapath.files
@@ -83,8 +84,8 @@ def prepare(point: str = "", at: int = 1) -> Callable[[], None]:
         tiling: {
             "preview_picture": lambda _, overview: overview,
             "write_preview": lambda path, *_, **__: gigapath.files.write_bytes_atomic(path, b"a picture"),
-            "contact_sheet": lambda *_, **__: None,
         },
+        gigapath.cohort.sheet: {"contact_sheet": lambda *_, **__: None},
         gigapath.features.ours: {"KEEP_SECONDS": 0.02, "WORTH_SECONDS": 0.0},
         gigapath.tile_stream.stream: {"_BLOCK": 8},  # every batch is written by itself
     }

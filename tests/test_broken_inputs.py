@@ -43,7 +43,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiny encoders under every name, no pictures."""
     monkeypatch.setattr("gigapath.runs.tiling.preview_picture", lambda _, overview: overview)
     monkeypatch.setattr("gigapath.runs.tiling.write_preview", lambda *_, **__: None)
-    monkeypatch.setattr("gigapath.runs.tiling.contact_sheet", lambda *_, **__: None)
+    monkeypatch.setattr("gigapath.cohort.sheet.contact_sheet", lambda *_, **__: None)
     monkeypatch.setattr("gigapath.runs.embedding.load_tile_encoder", lambda name, **_: tiny_tile_encoder())
     load = lambda name, **given: tiny_slide_encoder(given["in_chans"])  # noqa: E731
     monkeypatch.setattr("gigapath.runs.embedding.load_slide_encoder", load)

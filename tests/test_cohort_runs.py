@@ -39,7 +39,7 @@ def slides(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("gigapath.runs.tiling.preview_picture", lambda _, overview: overview)
     monkeypatch.setattr("gigapath.runs.tiling.write_preview", lambda *_, **__: None)
-    monkeypatch.setattr("gigapath.runs.tiling.contact_sheet", lambda *_, **__: None)
+    monkeypatch.setattr("gigapath.cohort.sheet.contact_sheet", lambda *_, **__: None)
 
 
 def tile(slides: Path, out: Path, *, watch: Watcher | None = None, **run: Any) -> RunResult:

@@ -83,7 +83,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> dic
     if "pictures" not in request.fixturenames:
         monkeypatch.setattr("gigapath.runs.tiling.preview_picture", lambda _, overview: overview)
         monkeypatch.setattr("gigapath.runs.tiling.write_preview", lambda *_, **__: None)
-        monkeypatch.setattr("gigapath.runs.tiling.contact_sheet", lambda *_, **__: None)
+        monkeypatch.setattr("gigapath.cohort.sheet.contact_sheet", lambda *_, **__: None)
 
     def load(name: str, **_: Any) -> Any:
         return tiny_tile_encoder(**{"name": "tiny", **changes})

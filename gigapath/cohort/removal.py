@@ -12,9 +12,9 @@ from typing import Any
 from gigapath.cohort.privacy import PRIVATE, recorded_paths
 from gigapath.cohort.record import RUNS
 from gigapath.cohort.shards import FOLDER as SHARDS
+from gigapath.cohort.sheet import draw_contact_sheet
 from gigapath.cohort.status import SLIDES_CSV
 from gigapath.files import PARTIAL_SUFFIX, OutputError, safe_name, write_text_atomic
-from gigapath.preprocessing.contact_sheet import contact_sheet
 
 REMOVED = "<removed>"
 _FOLDERS = ("tiles", "previews", "features_", "slides_", "contextual_")
@@ -73,11 +73,8 @@ def remove_slide(out: Path, slide_id: str, *, dry_run: bool = False) -> Removal:
                 _unlink(file)
             else:
                 write_text_atomic(file, text, mode=0o600 if file.parent.name == PRIVATE else 0o666)
-        if shown:
-            left = sorted(path.stem for path in (out / "tiles").glob("*.h5"))
-            contact_sheet(out, left)
-            if not left:
-                _unlink(sheet)
+        if shown and not draw_contact_sheet(out):
+            _unlink(sheet)
     handled = {*files, *edits}
     texts = _texts(out) if handled else []  # a folder that no run wrote is not searched
     mentions = [path for path in texts if path not in handled and _names(path, slide_id)]

@@ -13,7 +13,6 @@ from gigapath.files import write_json_atomic, write_text_atomic
 
 STATES = ("done", "no_tissue", "failed", "stopped", "todo")
 FINISHED = ("done", "no_tissue")
-STAGES = ("tiles", "features", "slides")
 SLIDES_CSV = "slides.csv"
 _FIRST_COLUMNS = ("slide_id", "status", "tiles", "seconds", "tiles/s", "error")
 _DERIVED_AT_MOST = 3

@@ -5,7 +5,7 @@ Each offers `forward_packed(features (T, D), coords (T, 2), lengths) -> logits (
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -23,16 +23,6 @@ ATTENTION_WIDTH = 256  # of the gate
 EMBEDDING_WIDTH = 512  # of tiles in ABMIL without a slide encoder
 
 Groups = list[dict[str, Any]]
-
-
-class Head(Protocol):
-    """A model that is trained on bags; also an `nn.Module`."""
-
-    def forward_packed(self, images: Tensor, coords: Tensor, lengths: Sequence[int]) -> Tensor: ...
-
-    def parameter_groups(
-        self, learning_rate: float, weight_decay: float, layer_decay: float, *, published: bool = False
-    ) -> Groups: ...
 
 
 class GatedAttention(nn.Module):

@@ -141,7 +141,7 @@ class _Progress:
     """
 
     def __init__(self, folder: Path, identity: dict[str, object], width: int) -> None:
-        self._folder, self._identity, self._width = folder, identity, width
+        self._folder, self._identity = folder, identity
         self._state = folder / "state.json"
         self._widths = {"features": width, "colours": COLOURS}
         self._since_flush = 0

@@ -147,6 +147,7 @@ class EmbedJob:
         return finished(self.features, entry.slide_id, self.identity(tiles), allow_mixed=self.options.allow_mixed)
 
     def identity(self, tiles: str) -> dict[str, Any]:
+        """Everything that a slide's tile embeddings depend on; `tiles` names its tiles."""
         return {**self.run_identity(), "tiles": tiles}
 
     # ------------------------------------------------------------------------------------------------- the stages

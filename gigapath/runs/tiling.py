@@ -13,13 +13,13 @@ import numpy as np
 
 from gigapath.cohort.manifest import SlideEntry, find_slides
 from gigapath.cohort.reuse import check_unmixed, digest, finished, redone
-from gigapath.cohort.status import Status, changed, derive, read_statuses
+from gigapath.cohort.sheet import draw_contact_sheet
+from gigapath.cohort.status import Status, changed, derive
 from gigapath.cohort.stopping import StopFlag
 from gigapath.cohort.words import in_words, slides_in_words, tiles_in_words
 from gigapath.features import NUMERICS_VERSION, Tiles, write_tiles
 from gigapath.files import sha256_of
 from gigapath.options import to_dict
-from gigapath.preprocessing.contact_sheet import contact_sheet
 from gigapath.preprocessing.masks import METHODS
 from gigapath.preprocessing.preview import preview_picture, write_preview
 from gigapath.preprocessing.slide import SlideError
@@ -240,13 +240,7 @@ def slide_facts(plan: TilePlan) -> dict[str, Any]:
 
 def write_contact_sheet(out: Path) -> None:
     """Put the previews of all slides of an output folder on one sheet, suspects first."""
-    tiles = out / "tiles"
-
-    def draw() -> None:
-        failed = {name for name, status in read_statuses(tiles).items() if status.status == "failed"}
-        contact_sheet(out, sorted({path.stem for path in tiles.glob("*.h5")} - failed), failed=len(failed))
-
-    derive(draw, lambda: changed([tiles]))
+    derive(lambda: draw_contact_sheet(out), lambda: changed([out / "tiles"]))
 
 
 def _mask_digest(path: Path, slide_id: str) -> str:
