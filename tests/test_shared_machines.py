@@ -29,13 +29,9 @@ def slides(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def tiny() -> Iterator[None]:
     """Tiny encoders and plain pictures, for this file alone."""
-    owners = [killed_runs.gigapath.runs.embedding, killed_runs.gigapath.runs.tiling, killed_runs.gigapath.features.ours]
-    before = [dict(vars(owner)) for owner in owners]
-    killed_runs.prepare()
+    undo = killed_runs.prepare()
     yield
-    for owner, names in zip(owners, before, strict=True):
-        for name, value in names.items():
-            setattr(owner, name, value)
+    undo()
 
 
 def embed(slides: Path, out: Path) -> RunResult:
