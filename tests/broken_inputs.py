@@ -111,6 +111,18 @@ def good_slide(folder: Path, name: str = "good.tif", seed: int = 0) -> Path:
     return write_pyramid(folder / name, paint_tissue(620, 500, seed=seed), mpp=(0.5, 0.5), steps=(1, 2))
 
 
+# File names that can't be ids, of slides that are good otherwise -> what is said of each.
+BAD_NAMES = {
+    "line\nend": "control characters",
+    "return\rand\ttab": "control characters",
+    "\x1b[2Jescape\x07": "control characters",
+    "back\\slash": "slashes",
+    "..\\up": "slashes",
+    "x" * 190: "at most 180 bytes",
+    "é" * 100: "at most 180 bytes",
+}
+
+
 def write_slides(folder: Path) -> dict[str, Path]:
     """name -> a slide that can't be tiled, or that must at least not stop the others; none is good."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -174,6 +186,7 @@ def write_slides(folder: Path) -> dict[str, Path]:
         "quote'and,comma": (".tif", tif, cut(0.4)),
         "-dash-first": (".tif", tif, cut(0.4)),
         "percent%s{x}": (".tif", tif, cut(0.4)),
+        **{name: (".tif", tif, cut(1.0)) for name in BAD_NAMES},
     }
     found = {}
     for name, (suffix, content, change) in changes.items():

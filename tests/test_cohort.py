@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from gigapath.cohort.dicom import series_uid
-from gigapath.cohort.manifest import SlideEntry, find_slides, id_problems, read_manifest
+from gigapath.cohort.manifest import SlideEntry, find_slides, read_manifest
 from gigapath.cohort.privacy import record_run, recorded_paths, redact, without_paths
 from gigapath.cohort.record import RunRecord
 from gigapath.cohort.reuse import check_unmixed, digest, finished
@@ -97,12 +97,6 @@ def test_find_slides_names_what_is_missing_or_empty(tmp_path: Path) -> None:
         find_slides([tmp_path / "nothing.svs"])
     with pytest.raises(ValueError, match="expected a folder with slides, found none"):
         find_slides([tmp_path])
-
-
-@pytest.mark.parametrize("slide_id", ["../up", "a/b", "", " ", "a\\b", "x" * 300, ".."])
-def test_find_slides_refuses_ids_that_leave_the_output_folder(tmp_path: Path, slide_id: str) -> None:
-    (problem,) = id_problems([SlideEntry(slide_id, tmp_path / "a.svs")])
-    assert "slide id: expected" in problem
 
 
 def test_read_manifest_carries_columns_and_resolves_paths_beside_it(tmp_path: Path) -> None:

@@ -4,11 +4,11 @@ import csv
 import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from gigapath.cohort.dicom import series_uid
-from gigapath.files import real_path, safe_name
+from gigapath.files import name_problem, one_line, quoted_name, real_path
 from gigapath.preprocessing.slide import SLIDE_SUFFIXES, slide_id_of
 
 # A PNG in a folder of slides is a mask or a preview more often than a slide: it is taken when named, not when found.
@@ -28,13 +28,14 @@ class SlideEntry:
     """One slide of a cohort.
 
     Attributes:
-        slide_id: the name of everything that is written about the slide.
+        slide_id: the name of everything that is written about the slide; with escapes where `problem` is about it.
         path: the slide's file; of a DICOM series its largest file.
         mpp: microns per level-0 pixel that the manifest states, or None.
         mask: the tissue mask that the manifest names, or None.
         md5: what the manifest says the file's MD5 is, or "".
         columns: the manifest's other columns (patient_id, site, stain, ...), carried through as they are.
         original_id: what the slide was called before it took a pseudonym, or ""; for `private/` alone.
+        problem: why the slide can't be worked on, whatever is in its file, or ""; it fails with this sentence.
     """
 
     slide_id: str
@@ -44,6 +45,7 @@ class SlideEntry:
     md5: str = ""
     columns: Mapping[str, str] = field(default_factory=dict)
     original_id: str = ""
+    problem: str = ""
 
 
 def find_slides(
@@ -53,12 +55,12 @@ def find_slides(
 
     A folder is searched with its subfolders; data folders of .mrxs slides, hidden folders and folders that this
     package wrote are not entered. The files of one DICOM series are one slide. A slide that two inputs name is taken
-    once.
+    once. One whose id can't be a file name is found with that `problem`, for the run to record.
 
     Args:
         inputs: slide files, folders of them, manifests (.csv or .tsv with a column `path`).
         exclude: a folder that is not searched: the run's own output.
-        check_ids: refuse ids that collide or can't be file names; without, `id_problems` tells all of them.
+        check_ids: refuse ids that collide; without, `id_problems` tells all of them.
 
     Raises:
         FileNotFoundError: an input doesn't exist.
@@ -72,7 +74,7 @@ def find_slides(
     named = set(_one_of_each_series(path for path in paths if path.is_file()))
     for path in paths:
         if path.is_dir():
-            found = [SlideEntry(slide_id_of(file), file) for file in _slides_in(path, exclude)]
+            found = [_found(file) for file in _slides_in(path, exclude)]
             if not found:
                 known = " ".join(suffix[1:] for suffix in _FOUND_SUFFIXES)
                 raise ValueError(f"{path}: expected a folder with slides, found none. Recognised: {known}.")
@@ -80,12 +82,25 @@ def find_slides(
         elif path.suffix.lower() in _MANIFEST_SUFFIXES:
             entries += read_manifest(path)
         elif path in named:
-            entries.append(SlideEntry(slide_id_of(path), path))
+            entries.append(_found(path))
     entries = list(_each_once(entries))
     problems = id_problems(entries) if check_ids else []
     if problems:
         raise ValueError(problems[0])
     return entries
+
+
+def _found(file: Path) -> SlideEntry:
+    return _named(SlideEntry(slide_id_of(file), file), "Rename the file, or give it a slide_id in a manifest.")
+
+
+def _named(entry: SlideEntry, mend: str) -> SlideEntry:
+    """The entry as it is, or with its problem where its id can't be a file name."""
+    wanted = name_problem(entry.slide_id)
+    if wanted is None:
+        return entry
+    problem = entry.problem or f"slide id: expected {wanted}. {mend}"
+    return replace(entry, slide_id=quoted_name(entry.slide_id), problem=problem)
 
 
 def read_manifest(path: Path) -> list[SlideEntry]:
@@ -121,30 +136,33 @@ def read_manifest(path: Path) -> list[SlideEntry]:
 
 
 def _entry_of(row: Mapping[str, str], folder: Path, *, where: str) -> SlideEntry:
-    for name in ("path", "mask"):
-        _check_path(row.get(name, ""), f"{where}: {name}")
-    slide = folder / row["path"]
-    if slide.is_dir():
+    problem = next((found for name in ("path", "mask") if (found := _path_problem(name, row.get(name, "")))), "")
+    # What no file system takes is looked for nowhere: the name that stands for it is that of no file.
+    slide, mask = (folder / (quoted_name(cell) if problem else cell) for cell in (row["path"], row.get("mask", "")))
+    if not problem and slide.is_dir():
         found = _slides_in(slide, None)
         if len(found) != 1:
             raise ValueError(f"{where}: expected one slide in the folder {slide}, found {len(found)}.")
         slide = found[0]
-    return SlideEntry(
-        slide_id=row.get("slide_id") or slide_id_of(slide),
+    entry = SlideEntry(
+        slide_id=row.get("slide_id") or slide_id_of(Path(row["path"]) if problem else slide),
         path=slide,
         mpp=_mpp_of(row.get("mpp", ""), where),
-        mask=folder / row["mask"] if row.get("mask") else None,
+        mask=mask if row.get("mask") else None,
         md5=row.get("md5", "").lower(),
         columns={name: cell for name, cell in row.items() if name not in _KNOWN_COLUMNS},
+        problem=problem,
     )
+    return _named(entry, "Give it another slide_id in the manifest.")
 
 
-def _check_path(cell: str, where: str) -> None:
-    """Refuse what no file system takes: a zero byte, a name or a path that is too long."""
+def _path_problem(name: str, cell: str) -> str:
+    """What is wrong with a path that no file system takes: a zero byte, a name or a path that is too long."""
     too_long = len(os.fsencode(cell)) > _MAX_PATH or max(map(len, os.fsencode(cell).split(b"/"))) > _MAX_PART
-    if "\0" in cell or too_long:
-        shown = cell if len(cell) <= 60 else cell[:60] + "..."
-        raise ValueError(f"{where}: expected the path of a file, got {shown!r}.")
+    if "\0" not in cell and not too_long:
+        return ""
+    got = "one with a zero byte" if "\0" in cell else "one that is too long"
+    return f"{name}: expected the path of a file, got {got}. Mend its row in the manifest."
 
 
 def _mpp_of(cell: str, where: str) -> float | None:
@@ -217,18 +235,14 @@ def _each_once(entries: Iterable[SlideEntry]) -> Iterator[SlideEntry]:
 
 
 def id_problems(entries: Iterable[SlideEntry]) -> list[str]:
-    """A sentence for each id that a run would refuse: two slides have it, or it can't be a file's name."""
+    """A sentence for each id that a run would refuse, since two slides have it."""
     owners: dict[str, SlideEntry] = {}
     problems = []
     for entry in entries:
-        try:
-            safe_name(entry.slide_id)
-        except ValueError as error:
-            problems.append(f"{entry.path}: {error}")
-            continue
         if entry.slide_id in owners:
+            both = f"{one_line(str(owners[entry.slide_id].path))} and {one_line(str(entry.path))}"
             problems.append(
-                f"two slides have the id {entry.slide_id!r}: {owners[entry.slide_id].path} and {entry.path}. "
+                f"two slides have the id '{entry.slide_id}': {both}. "
                 "Give them different ones in a manifest (columns path, slide_id)."
             )
         owners.setdefault(entry.slide_id, entry)

@@ -11,11 +11,11 @@ from typing import Any
 
 from gigapath.cohort.manifest import SlideEntry
 from gigapath.cohort.status import derive
-from gigapath.files import real_path, write_text_atomic
+from gigapath.files import one_line, real_path, write_text_atomic
 
 PRIVATE = "private"
 _PATHS = "paths.csv"
-_COLUMNS = ("slide_id", "path", "mpp", "mask", "original_id")
+_COLUMNS = ("slide_id", "path", "mpp", "mask", "original_id", "problem")
 _SLIDES = "slides"
 # An absolute path of two parts or more; what stands before keeps "tiles/s" and addresses of the web whole.
 _ABSOLUTE = re.compile(r"(?<![\w.:/<>])(?:[A-Za-z]:)?[/\\](?:[^\s/\\:'\"]+[/\\])+[^\s:'\",;]*")
@@ -92,7 +92,8 @@ def derive_paths(out: Path) -> None:
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
         writer.writerow(_COLUMNS)
-        writer.writerows(["" if cell is None else cell for cell in _row(entry)] for entry in recorded_paths(out))
+        rows = (_row(entry) for entry in recorded_paths(out))
+        writer.writerows(["" if cell is None else one_line(str(cell)) for cell in row] for row in rows)
         write_private(out, _PATHS, text.getvalue())
 
     derive(write, lambda: sorted(path.name for path in (out / PRIVATE).glob("*.json")))
@@ -113,13 +114,17 @@ def recorded_paths(out: Path) -> list[SlideEntry]:
 
 def _resolved(entry: SlideEntry) -> SlideEntry:
     mask = None if entry.mask is None else real_path(entry.mask)
-    return SlideEntry(entry.slide_id, real_path(entry.path), entry.mpp, mask, original_id=entry.original_id)
+    kept = {"original_id": entry.original_id, "problem": entry.problem}
+    return SlideEntry(entry.slide_id, real_path(entry.path), entry.mpp, mask, **kept)
 
 
 def _row(entry: SlideEntry) -> list[Any]:
     mask = None if entry.mask is None else str(entry.mask)
-    return [entry.slide_id, str(entry.path), entry.mpp, mask, entry.original_id]
+    return [entry.slide_id, str(entry.path), entry.mpp, mask, entry.original_id, entry.problem]
 
 
-def _entry(slide_id: str, path: str, mpp: float | None, mask: str | None, original_id: str) -> SlideEntry:
-    return SlideEntry(slide_id, Path(path), mpp, None if mask is None else Path(mask), original_id=original_id)
+def _entry(
+    slide_id: str, path: str, mpp: float | None, mask: str | None, original_id: str, problem: str = ""
+) -> SlideEntry:
+    outline = None if mask is None else Path(mask)
+    return SlideEntry(slide_id, Path(path), mpp, outline, original_id=original_id, problem=problem)

@@ -127,6 +127,8 @@ def _cohort_digest(entries: Sequence[SlideEntry]) -> str:
     """SHA-256 over what the manifest says of the slides, without their paths."""
     private = {"path": None, "original_id": None}
     rows = [{**dataclasses.asdict(entry), **private, "mask": entry.mask is not None} for entry in entries]
+    for row in rows:
+        del row["problem"]  # follows from the others
     return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()
 
 

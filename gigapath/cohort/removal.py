@@ -50,14 +50,14 @@ def remove_slide(out: Path, slide_id: str, *, dry_run: bool = False) -> Removal:
 
     Args:
         out: the output folder.
-        slide_id: the slide, by its whole id.
+        slide_id: the slide, by its whole id as slides.csv has it.
         dry_run: change nothing.
 
     Raises:
         FileNotFoundError: there is no such folder.
         OutputError: a file can't be removed or written.
     """
-    safe_name(slide_id)
+    safe_name(slide_id.replace("\\", "_"))  # a slide whose name is bad is listed with escapes
     if not out.is_dir():
         raise FileNotFoundError(f"no such folder: {out}")
     hide = _hiding(out, slide_id)
@@ -117,7 +117,8 @@ def _edits(out: Path, slide_id: str, hide: Callable[[str], str]) -> dict[Path, s
             continue
         cleaned = _cleaned(content, slide_id, hide)
         if cleaned != content:
-            edits[path] = json.dumps(cleaned, indent=2, ensure_ascii=False) + "\n"
+            # Paths need not be valid UTF-8; as escapes they are kept.
+            edits[path] = json.dumps(cleaned, indent=2, ensure_ascii=path.parent.name == PRIVATE) + "\n"
     return edits
 
 
@@ -156,9 +157,10 @@ def _texts(out: Path) -> list[Path]:
 
 
 def _names(path: Path, slide_id: str) -> bool:
-    """Whether a text names the slide as a whole word."""
+    """Whether a text names the slide as a whole word, also as JSON writes it."""
     text = _read(path)
-    return text is not None and re.search(rf"(?<![\w.-]){re.escape(slide_id)}(?![\w-])", text) is not None
+    forms = "|".join(re.escape(form) for form in {slide_id, json.dumps(slide_id)[1:-1]})
+    return text is not None and re.search(rf"(?<![\w.-])(?:{forms})(?![\w-])", text) is not None
 
 
 def _read(path: Path) -> str | None:

@@ -15,6 +15,7 @@ from gigapath.cohort.record import RunRecord
 from gigapath.cohort.status import STATES, Status, read_status, slide_row, write_slides_csv, write_status
 from gigapath.cohort.stopping import StopFlag, Stopped
 from gigapath.features import NUMERICS_VERSION
+from gigapath.preprocessing.slide import SlideError
 from gigapath.runs.watching import Plan, Watcher
 
 # slides.csv is derived again during a run once this many times its own cost has passed.
@@ -153,6 +154,8 @@ class CohortRun:
         stopped = None
         error = ""
         try:
+            if entry.problem:
+                raise SlideError(entry.problem)
             outcome = work()
         except Stopped as signal:
             stopped = signal
@@ -189,9 +192,10 @@ class CohortRun:
     def _loop(self, todo: Sequence[SlideEntry], work: Callable[[SlideEntry], Sequence[Status]]) -> str:
         try:
             failed = self._pass(todo, work)
-            if failed and not self._note:
-                self.watch.retrying(len(failed))
-                failed = self._pass(failed, work)
+            again = [entry for entry in failed if not entry.problem]
+            if again and not self._note:
+                self.watch.retrying(len(again))
+                failed = [entry for entry in failed if entry.problem] + self._pass(again, work)
         except Stopped:
             return "stopped"
         return "some slides failed" if failed else "done"

@@ -10,13 +10,19 @@ from gigapath.cohort.pseudonyms import KEPT_COLUMNS, pseudonymised, read_key
 from gigapath.cohort.shards import parse_shard, take_shard
 from gigapath.cohort.status import read_status
 from gigapath.preprocessing.masks import METHODS, mask_file
-from gigapath.preprocessing.slide import Slide, open_slide
+from gigapath.preprocessing.slide import Slide, SlideError, open_slide
 from gigapath.preprocessing.tiling import TileOptions
 from gigapath.runs.options import RunOptions
 
 
 def open_entry(entry: SlideEntry, tiling: TileOptions, reader: str = "auto") -> Slide:
-    """Open a slide with the scale that the manifest or the options state, to be read by `reader`."""
+    """Open a slide with the scale that the manifest or the options state, to be read by `reader`.
+
+    Raises:
+        SlideError: it can't be opened, or has a `problem`.
+    """
+    if entry.problem:
+        raise SlideError(entry.problem)
     source = "manifest" if entry.mpp is not None else "--slide-mpp"
     return open_slide(
         entry.path,

@@ -13,7 +13,7 @@ from gigapath.cohort.words import slides_in_words
 from gigapath.downloads import RELEASES
 from gigapath.encoding import load_slide_encoder
 from gigapath.features import FeatureFileError
-from gigapath.files import real_path, safe_name, sha256_of
+from gigapath.files import name_problem, one_line, quoted_name, real_path, sha256_of
 from gigapath.options import to_dict
 from gigapath.runs.engine import CohortRun, RunResult
 from gigapath.runs.entries import only_failed
@@ -125,12 +125,16 @@ def find_features(inputs: Sequence[str | Path]) -> list[SlideEntry]:
         if not path.exists():
             raise FileNotFoundError(f"no such file or folder of tile embeddings: {path}")
         for file in _files_in(path) if path.is_dir() else [path]:
-            slide_id = safe_name(file.name.removesuffix(file.suffix).removesuffix(".patch"))
+            slide_id, problem = file.name.removesuffix(file.suffix).removesuffix(".patch"), ""
+            wanted = name_problem(slide_id)
+            if wanted is not None:
+                slide_id, problem = quoted_name(slide_id), f"slide id: expected {wanted}. Rename the file."
             known = entries.get(slide_id)
             if known is not None and real_path(known.path) != real_path(file):
-                raise ValueError(f"two files hold the slide {slide_id!r}: {known.path} and {file}. Name one of them.")
+                both = f"{one_line(str(known.path))} and {one_line(str(file))}"
+                raise ValueError(f"two files hold the slide '{slide_id}': {both}. Name one of them.")
             status = read_status(file.parent, slide_id)
-            entries[slide_id] = SlideEntry(slide_id, file, columns=status.columns if status else {})
+            entries[slide_id] = SlideEntry(slide_id, file, columns=status.columns if status else {}, problem=problem)
     return list(entries.values())
 
 
