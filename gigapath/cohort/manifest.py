@@ -136,7 +136,7 @@ def read_manifest(path: Path) -> list[SlideEntry]:
 
 
 def _entry_of(row: Mapping[str, str], folder: Path, *, where: str) -> SlideEntry:
-    problem = next((found for name in ("path", "mask") if (found := _path_problem(name, row.get(name, "")))), "")
+    problem = _path_problem("path", row["path"]) or _path_problem("mask", row.get("mask", ""))
     # What no file system takes is looked for nowhere: the name that stands for it is that of no file.
     slide, mask = (folder / (quoted_name(cell) if problem else cell) for cell in (row["path"], row.get("mask", "")))
     if not problem and slide.is_dir():

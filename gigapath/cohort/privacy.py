@@ -114,8 +114,14 @@ def recorded_paths(out: Path) -> list[SlideEntry]:
 
 def _resolved(entry: SlideEntry) -> SlideEntry:
     mask = None if entry.mask is None else real_path(entry.mask)
-    kept = {"original_id": entry.original_id, "problem": entry.problem}
-    return SlideEntry(entry.slide_id, real_path(entry.path), entry.mpp, mask, **kept)
+    return SlideEntry(
+        entry.slide_id,
+        real_path(entry.path),
+        entry.mpp,
+        mask,
+        original_id=entry.original_id,
+        problem=entry.problem,
+    )
 
 
 def _row(entry: SlideEntry) -> list[Any]:
