@@ -43,6 +43,10 @@ class TileTransform:
         mean, std = (" ".join(f"{value:g}" for value in values) for values in (self.mean, self.std))
         return f"resize {self.resize} {self.interpolation}, centre crop {self.crop}, mean {mean}, std {std}"
 
+    def keeps(self, tile_size: int) -> bool:
+        """Whether `cut` leaves every pixel of square tiles of this side as it is."""
+        return self.resize == self.crop == tile_size
+
     def compose(self) -> transforms.Compose:
         """The transform of one PIL image, as torchvision writes it; gives float32 (3, crop, crop)."""
         return transforms.Compose(

@@ -31,7 +31,7 @@ import gigapath.files
 import gigapath.runs.embedding
 import gigapath.runs.engine
 import gigapath.runs.tiling
-import gigapath.tile_stream.stream
+import gigapath.tile_stream.vectors
 from gigapath.cli.main import main
 from gigapath.runs.watching import Watcher
 
@@ -87,7 +87,7 @@ def prepare(point: str = "", at: int = 1) -> Callable[[], None]:
         },
         gigapath.cohort.sheet: {"contact_sheet": lambda *_, **__: None},
         gigapath.features.ours: {"KEEP_SECONDS": 0.02, "WORTH_SECONDS": 0.0},
-        gigapath.tile_stream.stream: {"_BLOCK": 8},  # every batch is written by itself
+        gigapath.tile_stream.vectors: {"_BLOCK": 8},  # every batch is written by itself
     }
     before = [(module, name, getattr(module, name)) for module, names in changes.items() for name in names]
     for module, names in changes.items():

@@ -9,8 +9,11 @@ import numpy.typing as npt
 import tifffile
 
 from gigapath.bench.made_slide import write_large
+from gigapath.features import Tiles
+from gigapath.preprocessing.grid import plan_grid
+from gigapath.preprocessing.slide import Slide
 
-__all__ = ["paint_tissue", "write_large", "write_pyramid", "write_scn"]
+__all__ = ["all_tiles", "paint_tissue", "write_large", "write_pyramid", "write_scn"]
 
 UInt8Array = npt.NDArray[np.uint8]
 
@@ -143,3 +146,24 @@ def write_scn(
                 software=False,
             )
     return path
+
+
+def all_tiles(slide: Slide, *, mpp: float = 0.5, tile_size: int = 64) -> Tiles:
+    """Every tile of a slide's grid, tissue or not."""
+    grid = plan_grid(slide, mpp=mpp, tile_size=tile_size, allow_upsampling=True)
+    cells = np.stack(np.meshgrid(np.arange(grid.columns), np.arange(grid.rows)), axis=-1).reshape(-1, 2)
+    n = len(cells)
+    return Tiles(
+        slide_id=slide.slide_id,
+        coords_level0=grid.corners(cells),
+        cells=cells,
+        tissue_fraction=np.ones(n),
+        section=np.ones(n, int),
+        qc=np.zeros((n, 0)),
+        qc_names=(),
+        level=grid.level,
+        read_size=grid.read_size,
+        tile_size=tile_size,
+        tile_size_level0=grid.pitch,
+        mpp=float(np.mean(grid.mpp)),
+    )

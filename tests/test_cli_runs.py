@@ -123,7 +123,7 @@ def test_a_signal_ends_in_75(
 ) -> None:
     from gigapath.cli.progress import Terminal
 
-    monkeypatch.setattr("gigapath.tile_stream.stream._BLOCK", 1)  # news of every batch
+    monkeypatch.setattr("gigapath.tile_stream.vectors._BLOCK", 1)  # news of every batch
     monkeypatch.setattr(Terminal, "tiles", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
     assert embed(slides, tmp_path, "--batch-size", "4") == 75
     assert "stopped: 1 stopped, 1 todo" in capsys.readouterr().out

@@ -228,11 +228,11 @@ from pathlib import Path
 import torch
 from tiny_encoders import tiny_tile_encoder
 import gigapath.runs.embedding as embedding
-import gigapath.tile_stream.stream as stream
+import gigapath.tile_stream.vectors as vectors
 from gigapath.runs.options import EmbedOptions, RunOptions
 from gigapath.runs.watching import Watcher
 torch.set_num_threads(1)
-stream._BLOCK = 16  # news of every batch
+vectors._BLOCK = 16  # news of every batch
 embedding.load_tile_encoder = lambda *_, **__: tiny_tile_encoder()
 
 def resident():

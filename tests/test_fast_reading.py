@@ -13,8 +13,8 @@ import numpy.typing as npt
 import openslide
 import pytest
 import tifffile
-from made_slides import paint_tissue, write_pyramid, write_scn
-from test_reading import all_tiles, reader_threads
+from made_slides import all_tiles, paint_tissue, write_pyramid, write_scn
+from test_reading import reader_threads
 
 from gigapath.features import Tiles
 from gigapath.preprocessing import blocks, fast, tiff

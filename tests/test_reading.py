@@ -11,34 +11,11 @@ import numpy as np
 import openslide
 import pytest
 import tifffile
-from made_slides import paint_tissue, write_large, write_pyramid, write_scn
+from made_slides import all_tiles, paint_tissue, write_large, write_pyramid, write_scn
 
-from gigapath.features import Tiles
 from gigapath.preprocessing.fast import READERS
-from gigapath.preprocessing.grid import plan_grid
 from gigapath.preprocessing.reading import filter_name, iter_tiles, read_tile, resample
 from gigapath.preprocessing.slide import Slide, SlideError, open_slide
-
-
-def all_tiles(slide: Slide, *, mpp: float = 0.5, tile_size: int = 64) -> Tiles:
-    """Every tile of the grid."""
-    grid = plan_grid(slide, mpp=mpp, tile_size=tile_size, allow_upsampling=True)
-    cells = np.stack(np.meshgrid(np.arange(grid.columns), np.arange(grid.rows)), axis=-1).reshape(-1, 2)
-    n = len(cells)
-    return Tiles(
-        slide_id=slide.slide_id,
-        coords_level0=grid.corners(cells),
-        cells=cells,
-        tissue_fraction=np.ones(n),
-        section=np.ones(n, int),
-        qc=np.zeros((n, 0)),
-        qc_names=(),
-        level=grid.level,
-        read_size=grid.read_size,
-        tile_size=tile_size,
-        tile_size_level0=grid.pitch,
-        mpp=float(np.mean(grid.mpp)),
-    )
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,7 @@ from gigapath.cli.main import main
 from gigapath.encoding import EncoderError, load_slide_encoder
 from gigapath.features import read_features, read_slide, read_slides, read_tiles
 from gigapath.files import OutputError
-from gigapath.preprocessing.reading import iter_tiles
+from gigapath.preprocessing.reading import TileReader
 from gigapath.preprocessing.slide import SlideError, open_slide
 from gigapath.preprocessing.tiling import TileOptions
 from gigapath.runs.embedding import run_embed
@@ -447,15 +447,16 @@ def test_batch_that_the_memory_does_not_hold_is_halved_and_recorded(
 
 
 def test_slide_that_breaks_off_fails_alone(slides: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(slide: Any, tiles: Any, **given: Any) -> Any:
-        for first, pixels in iter_tiles(slide, tiles, **given):
-            if tiles.slide_id == "a" and first:
-                raise SlideError("slide 'a': tile 16 can't be decoded")
-            yield first, pixels
+    fill = TileReader.fill
+
+    def broken(self: TileReader, index: int, out: Any) -> None:
+        if self._tiles.slide_id == "a" and index >= 16:
+            raise SlideError(f"slide 'a': tile {index} can't be decoded")
+        fill(self, index, out)
 
     threads = set(threading.enumerate())
     embed(slides, tmp_path / "whole")
-    monkeypatch.setattr("gigapath.runs.coming_slide.iter_tiles", broken)
+    monkeypatch.setattr(TileReader, "fill", broken)
     result = embed(slides, tmp_path / "out")
     rows = table(tmp_path / "out")
     assert result.outcome == "some slides failed"
@@ -569,7 +570,7 @@ def test_random_slide_encoder_is_labelled_in_every_output(slides: Path, tmp_path
 @pytest.fixture
 def batch_by_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every batch's vectors are written, and told of, by themselves."""
-    monkeypatch.setattr("gigapath.tile_stream.stream._BLOCK", 1)
+    monkeypatch.setattr("gigapath.tile_stream.vectors._BLOCK", 1)
 
 
 class StopAfter(Watcher):

@@ -3,7 +3,7 @@
 import dataclasses
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from gigapath.devices import reproducible, resolve_devices
 from gigapath.encoding import EncoderError, OutOfMemory, encode_padded
+from gigapath.preprocessing.places import Take, fill_places
 from gigapath.standin import weights_file
 from gigapath.tile_encoder import TileEncoder, load_tile_encoder
 from gigapath.tile_stream.busy import BusyTimes, bottleneck
@@ -32,24 +33,33 @@ def picture(slide: int, count: int, side: int = 64) -> Pixels:
 
 
 class Made:
-    """A slide of random tiles in memory, read `chunk` tiles at a time; `fail` may raise at any point."""
+    """A slide of random tiles in memory, read by so many threads; `fail` may raise at any point."""
 
     def __init__(
-        self, tiles: Pixels, chunk: int = 4, fail: Callable[[str, int], None] = lambda point, first: None
+        self,
+        tiles: Pixels,
+        threads: int = 1,
+        fail: Callable[[str, int], None] = lambda point, index: None,
+        encoder: TileEncoder | None = None,
     ) -> None:
-        self.tiles, self.chunk, self.fail = tiles, chunk, fail
-        self.closed = False
+        self.tiles, self.threads, self.fail = tiles, threads, fail
+        self.transform = (encoder or tiny_tile_encoder()).transform
+        self.prepared = self.closed = False
 
     def prepare(self) -> None:
         self.fail("prepare", 0)
+        self.prepared = True
 
-    def read(self) -> Generator[tuple[int, Pixels], None, None]:
-        try:
-            for first in range(0, len(self.tiles), self.chunk):
-                self.fail("read", first)
-                yield first, self.tiles[first : first + self.chunk]
-        finally:
-            self.closed = True
+    def read(self, take: Take) -> None:
+        def fill(index: int, row: Pixels) -> None:
+            self.fail("read", index)
+            self.transform.cut(self.tiles[index : index + 1], row[None])
+
+        fill_places(fill, take, len(self.tiles), workers=self.threads)
+
+    def close(self) -> None:
+        assert self.prepared and not self.closed
+        self.closed = True
 
 
 def collect(stream: TileStream, sources: list[Made]) -> list[npt.NDArray[np.float32]]:
@@ -85,15 +95,15 @@ def nothing_hangs_and_no_thread_is_left() -> Iterator[None]:
 
 @pytest.mark.parametrize("across", [True, False])
 @pytest.mark.parametrize("devices", [1, 2, 3])
-@pytest.mark.parametrize(("chunk", "depth"), [(4, None), (3, 0), (64, 5)])
-def test_vectors_are_those_of_the_plain_path(across: bool, devices: int, chunk: int, depth: int | None) -> None:
+@pytest.mark.parametrize(("threads", "depth"), [(1, None), (2, 0), (3, 5)])
+def test_vectors_are_those_of_the_plain_path(across: bool, devices: int, threads: int, depth: int | None) -> None:
     encoder = tiny_tile_encoder()
     tiles = [picture(slide, count) for slide, count in enumerate(COUNTS)]
     expected = [plainly(encoder, each, 4) for each in tiles]
     assert np.abs(expected[0][0] - expected[0][1]).max() > 1e-3
     for order in (range(len(COUNTS)), (4, 2, 0, 1, 3)):
-        with TileStream([PlainPass(encoder)] * devices, 4, across=across, depth=depth) as stream:
-            found = collect(stream, [Made(tiles[n], chunk) for n in order])
+        with TileStream([PlainPass(encoder)] * devices, 4, across=across, depth=depth, readers=threads) as stream:
+            found = collect(stream, [Made(tiles[n], threads) for n in order])
         assert [each.tobytes() for each in found] == [expected[n].tobytes() for n in order]
 
 
@@ -107,7 +117,7 @@ def test_vectors_of_the_stand_in_are_those_of_the_plain_path() -> None:
     expected = [plainly(encoder, each, 4) for each in tiles]
     with TileStream([PlainPass(encoder)] * 2, 4) as stream:
         for each, wanted in zip(tiles, expected, strict=True):
-            blocks = dict(stream.submit(Made(each)).blocks())
+            blocks = dict(stream.submit(Made(each, encoder=encoder)).blocks())
             assert np.concatenate([blocks[first] for first in sorted(blocks)]).tobytes() == wanted.tobytes()
 
 
@@ -163,14 +173,28 @@ def test_what_waits_for_the_encoder_is_bounded() -> None:
         deadline = time.monotonic() + 0.5
         while time.monotonic() < deadline:
             time.sleep(0.02)
-        # One batch in the encoder, two that wait, one being filled, and a chunk in the reader's hands.
-        assert max(firsts) <= 4 * 4
+        # One batch in the encoder, two that wait, and one being filled.
+        assert max(firsts) == 4 * 4 - 1
         go.set()
         assert sum(len(block) for _, block in vectors.blocks()) == 200
 
 
+@pytest.mark.parametrize(("threads", "buffers"), [(1, 4), (3, 6)])
+def test_buffers_are_few_and_taken_again(threads: int, buffers: int) -> None:
+    class Seeing(PlainPass):
+        def start(self, pixels: Tensor) -> Callable[[], npt.NDArray[np.float32]]:
+            seen.append(pixels)  # kept, so that no other lies where it lay
+            return super().start(pixels)
+
+    seen: list[Tensor] = []
+    with TileStream([Seeing(tiny_tile_encoder())], 4, readers=threads) as stream:
+        collect(stream, [Made(picture(slide, 101), threads) for slide in range(3)])
+    assert len(seen) == 76
+    assert len({pixels.data_ptr() for pixels in seen}) <= buffers
+
+
 def test_what_waits_for_the_caller_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gigapath.tile_stream.stream._UNTAKEN", 3)
+    monkeypatch.setattr("gigapath.tile_stream.batches._UNTAKEN", 3)
     encoder, seen = tiny_tile_encoder(), []
     encoder.model.register_forward_pre_hook(lambda *_: seen.append(1))
     with TileStream([PlainPass(encoder)] * 2, 4) as stream:
@@ -182,7 +206,7 @@ def test_what_waits_for_the_caller_is_bounded(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_vectors_that_wait_come_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gigapath.tile_stream.stream._BLOCK", 10)
+    monkeypatch.setattr("gigapath.tile_stream.vectors._BLOCK", 10)
     encoder = tiny_tile_encoder()
     tiles = [picture(slide, 41) for slide in range(2)]
     with TileStream([PlainPass(encoder)], 4, across=False) as stream:
@@ -201,8 +225,8 @@ def test_vectors_that_wait_come_in_blocks(monkeypatch: pytest.MonkeyPatch) -> No
 def test_a_caller_is_woken_after_a_while_and_before_the_encoder_has_to_wait(
     monkeypatch: pytest.MonkeyPatch, untaken: int, seconds: float, batches: int
 ) -> None:
-    monkeypatch.setattr("gigapath.tile_stream.stream._UNTAKEN", untaken)
-    monkeypatch.setattr("gigapath.tile_stream.stream._CHECK_SECONDS", seconds)
+    monkeypatch.setattr("gigapath.tile_stream.batches._UNTAKEN", untaken)
+    monkeypatch.setattr("gigapath.tile_stream.waiting._CHECK_SECONDS", seconds)
     go, calls = threading.Event(), []
     encoder = tiny_tile_encoder()
 
@@ -286,6 +310,47 @@ def test_a_vector_that_is_not_finite_fails_its_own_slide() -> None:
         with pytest.raises(ValueError, match="tiny: a vector is not finite in fp32"):
             list(white.blocks())
         assert sum(len(block) for _, block in last.blocks()) == 3
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_a_slide_that_fails_where_no_buffer_is_free_lets_the_others_go_on(threads: int) -> None:
+    """The row that is never filled holds back every batch behind it, until the stream hears that it never will be."""
+    encoder = tiny_tile_encoder()
+    tiles = [picture(slide, 60) for slide in range(3)]
+    full = threading.Event()
+
+    def fail(point: str, index: int) -> None:
+        if (point, index) == ("read", 1):
+            full.wait(0.3 if threads > 1 else 0)  # the other threads fill all buffers meanwhile
+            raise OSError("a bad sector")
+
+    sources = [Made(each, threads) for each in tiles]
+    sources[1].fail = fail
+    with TileStream([PlainPass(encoder)], 4, depth=0, readers=threads) as stream:
+        first, broken, last = (stream.submit(source) for source in sources)
+        for vectors, expected in ((first, tiles[0]), (last, tiles[2])):
+            blocks = dict(vectors.blocks())
+            found = np.concatenate([blocks[index] for index in sorted(blocks)])
+            assert found.tobytes() == plainly(encoder, expected, 4).tobytes()
+            if vectors is first:
+                with pytest.raises(OSError, match="a bad sector"):
+                    list(broken.blocks())
+
+
+def test_slides_that_were_prepared_are_closed_however_it_ends() -> None:
+    go = threading.Event()
+    encoder = tiny_tile_encoder()
+    encoder.model.register_forward_pre_hook(lambda *_: (go.wait(LIMIT), None)[-1])
+    sources = [Made(picture(slide, 50)) for slide in range(4)]
+    with TileStream([PlainPass(encoder)], 4) as stream:
+        for source in sources:
+            stream.submit(source)
+        while not sources[1].prepared:
+            time.sleep(0.01)
+        assert not sources[0].closed, "it is being read"
+        threading.Timer(0.1, go.set).start()
+    assert [source.closed for source in sources] == [source.prepared for source in sources]
+    assert not sources[3].prepared
 
 
 def test_a_caller_that_fails_or_leaves_ends_the_threads() -> None:

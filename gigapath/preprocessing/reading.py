@@ -1,12 +1,13 @@
-"""Tiles from a slide as pixels: one named filter, always in order, through threads or in the caller.
+"""Tiles from a slide as pixels: one named filter, through threads or in the caller.
 
-B tiles of a batch, T side of a tile. The pixels depend on the tile alone: not on workers, prefetch or batch size.
+`iter_tiles` gives them in order, in arrays of their own; `read_into` puts them where somebody else wants them. B tiles
+of a batch, T side of a tile. The pixels depend on the tile alone: not on workers, prefetch or batch size.
 """
 
 import itertools
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import cv2
@@ -15,6 +16,7 @@ import numpy.typing as npt
 
 from gigapath.features import Tiles
 from gigapath.preprocessing.fast import OPENSLIDE
+from gigapath.preprocessing.places import Take, fill_places
 from gigapath.preprocessing.slide import Slide, SlideError
 
 UInt8Array = npt.NDArray[np.uint8]
@@ -186,3 +188,43 @@ def _read_ahead(
 def _empty_batch(tiles: Tiles, first: int, batch_size: int) -> UInt8Array:
     n = min(batch_size, len(tiles) - first)
     return np.empty((n, tiles.tile_size, tiles.tile_size, 3), np.uint8)
+
+
+def read_into(
+    slide: Slide,
+    tiles: Tiles,
+    take: Take,
+    *,
+    cut: Callable[[UInt8Array, UInt8Array], object] | None = None,
+    workers: int = 0,
+    start: int = 0,
+) -> None:
+    """Read tiles straight into places that somebody else owns, such as the rows of batches.
+
+    What is to be cut is decoded into one tile's array a thread, which stays in the processor's cache. When this returns
+    or raises, no thread is left and every place is done.
+
+    Args:
+        slide: the open slide; it must stay open while this runs.
+        tiles: which tiles, and how they are read.
+        take: gives the places, as `fill_places` asks for them.
+        cut: puts tiles (n, T, T, 3) into rows (n, S, S, 3), from any thread; None where a row is a whole tile.
+        workers: threads that read, of which the caller is one.
+        start: index of the first tile to read.
+
+    Raises:
+        SlideError: a tile can't be read; names the slide and the tile.
+    """
+    reader = TileReader(slide, tiles, range(start, len(tiles)))
+    scratch = threading.local()
+
+    def fill(index: int, row: UInt8Array) -> None:
+        if cut is None:
+            reader.fill(index, row)
+            return
+        if not hasattr(scratch, "tile"):
+            scratch.tile = np.empty((1, tiles.tile_size, tiles.tile_size, 3), np.uint8)
+        reader.fill(index, scratch.tile[0])
+        cut(scratch.tile, row[None])
+
+    fill_places(fill, take, len(tiles), workers=workers, start=start)

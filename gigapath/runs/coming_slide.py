@@ -1,17 +1,17 @@
 """A slide of `run_embed` on its way: what the stream's threads find out before its turn to be written comes."""
 
-from collections.abc import Generator
 from typing import TYPE_CHECKING
 
 from gigapath.cohort.manifest import SlideEntry
 from gigapath.cohort.status import Status
 from gigapath.features import Tiles
 from gigapath.features.kept_rows import KeptRows
-from gigapath.preprocessing.reading import UInt8Array, iter_tiles
-from gigapath.preprocessing.slide import SlideError
+from gigapath.preprocessing.places import Take
+from gigapath.preprocessing.reading import read_into
+from gigapath.preprocessing.slide import Slide, SlideError
 from gigapath.runs.entries import open_entry
 from gigapath.runs.tiling import tile_slide, tiles_digest
-from gigapath.tile_stream.stream import SlideVectors
+from gigapath.tile_stream.vectors import SlideVectors
 
 if TYPE_CHECKING:
     from gigapath.runs.embed_job import EmbedJob
@@ -32,6 +32,7 @@ class ComingSlide:
 
     __slots__ = (
         "_job",
+        "_opened",
         "_problem",
         "_start",
         "digest",
@@ -54,11 +55,13 @@ class ComingSlide:
         self.reader: str | None = None
         self.vectors: SlideVectors | None = None
         self._job = job
+        self._opened: Slide | None = None
         self._start = 0
         self._problem: Exception | None = None
 
     def prepare(self) -> None:
-        """Find out what is left to do, and tile the slide where that is to do; called from the planner's thread."""
+        """Find out what is left to do, tile the slide where that is to do, and open it to be read; called from the
+        planner's thread, so that the slide before is read meanwhile."""
         job = self._job
         if not job.own_tiles:
             self._prepare_given()
@@ -93,9 +96,21 @@ class ComingSlide:
             self._begin(tiles)
 
     def _begin(self, tiles: Tiles) -> None:
-        """Find where an earlier run came to."""
-        self.kept = self._job.kept_rows(self.entry, self._job.identity(self.digest or ""), tiles)
+        """Find where an earlier run came to, and open the slide."""
+        job = self._job
+        self.kept = job.kept_rows(self.entry, job.identity(self.digest or ""), tiles)
         self._start = self.kept.find()
+        try:
+            self._opened = slide = open_entry(self.entry, job.tiling, job.options.reader)
+            size = tiles.attrs.get("slide_size")
+            if size is not None and tuple(size) != slide.dimensions:
+                raise SlideError(
+                    f"slide {self.entry.slide_id!r}: expected {size[0]} x {size[1]} pixels, as when it was tiled, got "
+                    f"{slide.dimensions[0]} x {slide.dimensions[1]}. Tile it again: --overwrite tiles."
+                )
+            self.reader = slide.fast.used(tiles.level)
+        except Exception as error:  # the slide's own, whatever it is
+            self._problem = error
 
     def checked_tiles(self) -> Tiles:
         """The tiles that are to be embedded, or what is wrong with them."""
@@ -104,17 +119,18 @@ class ComingSlide:
         assert self.tiles is not None
         return self.tiles
 
-    def read(self) -> Generator[tuple[int, UInt8Array], None, None]:
-        """The pixels of the slide's tiles, where they are to be embedded; called from the reader's thread."""
-        if self.features is not None or self.tiles is None:
+    def read(self, take: Take) -> None:
+        """Read the slide's tiles into the places that `take` gives, where they are to be embedded; called from the
+        reader's thread."""
+        if self._opened is None or self.tiles is None or self._problem is not None:
             return
         job = self._job
-        with open_entry(self.entry, job.tiling, job.options.reader) as slide:
-            size = self.tiles.attrs.get("slide_size")
-            if size is not None and tuple(size) != slide.dimensions:
-                raise SlideError(
-                    f"slide {self.entry.slide_id!r}: expected {size[0]} x {size[1]} pixels, as when it was tiled, got "
-                    f"{slide.dimensions[0]} x {slide.dimensions[1]}. Tile it again: --overwrite tiles."
-                )
-            self.reader = slide.fast.used(self.tiles.level)
-            yield from iter_tiles(slide, self.tiles, batch_size=job.batch_size, workers=job.workers, start=self._start)
+        transform = job.encoder.transform
+        cut = None if transform.keeps(self.tiles.tile_size) else transform.cut
+        read_into(self._opened, self.tiles, take, cut=cut, workers=job.workers, start=self._start)
+
+    def close(self) -> None:
+        """Let go of the slide's file."""
+        if self._opened is not None:
+            self._opened.close()
+            self._opened = None

@@ -27,7 +27,8 @@ from gigapath.tile_encoder import TileEncoder
 from gigapath.tile_stream.busy import Snapshot, bottleneck
 from gigapath.tile_stream.passes import PlainPass
 from gigapath.tile_stream.settling import Settled
-from gigapath.tile_stream.stream import SlideVectors, TileStream
+from gigapath.tile_stream.stream import TileStream
+from gigapath.tile_stream.vectors import SlideVectors
 
 # How often a run tells how busy its stages are.
 _TELL_SECONDS = 1.0
@@ -180,7 +181,9 @@ class EmbedJob:
         if self._stream is None:
             passes = self.settled.passes if self.settled else tuple(PlainPass(encoder) for encoder in self.encoders)
             across = self.settled is not None and self.settled.across
-            self._stream = TileStream(passes, self.batch_size, across=across, check=self.run.stop.check)
+            self._stream = TileStream(
+                passes, self.batch_size, across=across, readers=max(1, self.workers), check=self.run.stop.check
+            )
         for slide in self._coming:
             if slide.vectors is None:
                 slide.vectors = self._stream.submit(slide)
