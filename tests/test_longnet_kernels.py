@@ -10,8 +10,15 @@ from plain_longnet import plain_dilated_attention
 from torch import Tensor
 
 from gigapath.longnet import attention as attention_module
-from gigapath.longnet import kernels
-from gigapath.longnet.attention import attention, choose_kernel, find_fault, forget_choices, use_kernel
+from gigapath.longnet import kernels, linear
+from gigapath.longnet.attention import (
+    attention,
+    choose_kernel,
+    find_fault,
+    flash_attn_func,
+    forget_choices,
+    use_kernel,
+)
 from gigapath.longnet.dilated import dilated_attention
 from gigapath.longnet.kernels import KERNELS, PLAIN
 
@@ -207,6 +214,44 @@ def test_zero_keys_are_exact_forwards_and_backwards(name, zero_keys) -> None:
     for mine, theirs in zip(ours, real, strict=True):
         assert (mine.grad - theirs.grad).abs().max() <= 1e-9
     assert not lse.requires_grad
+
+
+@pytest.mark.parametrize("name", ["plain", "cpu-flash"])
+def test_strides_of_the_arguments_play_no_part(name) -> None:
+    random = torch.Generator().manual_seed(2)
+    apart = [torch.randn(2, 8, 33, 4, generator=random).permute(0, 2, 3, 1) for _ in range(3)]  # (B, L, H, D)
+    answers = []
+    with use_kernel(name):
+        for given in (apart, [x.contiguous() for x in apart]):
+            mine = [x.clone(memory_format=torch.preserve_format).requires_grad_() for x in given]
+            assert mine[0].stride() == given[0].stride()
+            out, lse = flash_attn_func(*mine)
+            packed = dilated_attention(*(x[0] for x in mine), (33,), ((8, 1), (20, 2)))
+            (out.square().sum() + packed.square().sum()).backward()
+            answers.append([out, lse, packed, *(x.grad for x in mine)])
+    for one, other in zip(*answers, strict=True):
+        assert (one - other).abs().max() <= 1e-5 * other.abs().max()
+
+
+@pytest.mark.parametrize("name", ["plain", "cpu-flash"])
+def test_second_derivatives_are_refused_not_wrong(name) -> None:
+    q = torch.randn(1, 2, 5, 8, dtype=torch.float64, requires_grad=True)
+    with use_kernel(name):
+        for out in (attention(q, q, q)[0], dilated_attention(q[0], q[0], q[0], (2,), ((4, 1),))):
+            (first,) = torch.autograd.grad(out.square().sum(), q, create_graph=True)
+            with pytest.raises(RuntimeError, match="once_differentiable"):
+                first.square().sum().backward()
+
+
+def test_kernels_are_checked_whatever_device_is_the_default() -> None:
+    """Scripts say torch.set_default_device("cuda"); the meta device stands for any that is not the CPU."""
+    forget_choices()
+    linear.find_fused_product.cache_clear()
+    q = torch.randn(1, 2, 5, 8)
+    with torch.device("meta"):
+        assert choose_kernel(q).name == "cpu-flash"
+        assert linear.find_fused_product() is not None
+    forget_choices()
 
 
 def test_attention_refuses_empty_sequences() -> None:

@@ -16,6 +16,7 @@ from weights_recipe import fill
 
 import gigapath
 from gigapath import slide_encoder
+from gigapath.longnet.linear import bfloat16_pays
 from gigapath.slide_encoder import ARCHITECTURES, LongNetViT, create_model
 
 FLASH = "gigapath_slide_enc12l384d"
@@ -118,6 +119,21 @@ def test_timms_registry_gives_no_random_weights_for_pretrained_ones() -> None:
         timm.create_model(FLASH, pretrained=True, in_chans=12, depth=1)
 
 
+def test_auto_precision_is_measured_on_the_cpu_also_where_a_checkpoint_is_loaded(monkeypatch, checkpoint) -> None:
+    measured = []
+
+    def record(a, b):
+        measured.append(a.device.type)
+        return product(a, b)
+
+    product = torch.mm
+    monkeypatch.setattr(torch, "mm", record)
+    bfloat16_pays.cache_clear()
+    load(checkpoint, linear_precision="auto")
+    assert set(measured) == {"cpu"}
+    bfloat16_pays.cache_clear()
+
+
 def test_building_draws_each_weight_once_and_loading_draws_none(checkpoint) -> None:
     class Drawn(TorchDispatchMode):
         """Counts the elements that random operations write outside of the meta device, and the largest tensor."""
@@ -148,6 +164,7 @@ def test_building_and_loading_cost_the_parameters_and_little_more(tmp_path) -> N
     code = """
 import resource, sys, time
 import torch
+from gigapath.longnet.linear import bfloat16_pays
 from gigapath.slide_encoder import create_model
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -171,6 +188,7 @@ if not sys.argv[1]:
 def test_memory_of_inference_is_linear_with_a_small_constant() -> None:
     code = """
 import torch
+from gigapath.longnet.linear import bfloat16_pays
 from gigapath.slide_encoder import create_model
 def status(key):
     return int(next(line for line in open("/proc/self/status") if line.startswith(key)).split()[1]) * 1024

@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from gigapath.longnet.kernels import KERNELS, PLAIN, Extra, Kernel, candidates, wide_dtype
 
@@ -66,6 +67,12 @@ def attend(
         return *add_zero_keys(out, lse, zero_keys), extra
 
 
+def side_by_side(*tensors: Tensor) -> list[Tensor]:
+    """The tensors with the entries of their last dimension side by side, as the kernels read them: torch's own take
+    other strides without a word and answer with other numbers."""
+    return [tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in tensors]
+
+
 def attend_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, extra: Extra, scale: float, kernel: Kernel
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -87,7 +94,9 @@ class _Attention(torch.autograd.Function):
         ctx.mark_non_differentiable(lse)
         return out, lse
 
+    # What was saved carries no gradient: a second derivative would come out wrong, so it is refused.
     @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator,misc]
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse = ctx.saved_tensors
         found = attend_backward(grads[0], q, k, v, out, lse, ctx.extra, ctx.scale, ctx.kernel)
@@ -103,7 +112,7 @@ def attention(
     scale: float | None = None,
     kernel: Kernel | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Attend from every query to every key, and to `zero_keys` keys that are zero vectors.
+    """Attend from every query to every key, and to `zero_keys` keys that are zero vectors; differentiable once.
 
     Args:
         q: queries (B, H, N, E), N at least 1.
@@ -122,7 +131,7 @@ def attention(
             "Leave empty slides out."
         )
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    out, lse = _Attention.apply(q, k, v, zero_keys, scale, kernel or choose_kernel(q))
+    out, lse = _Attention.apply(*side_by_side(q, k, v), zero_keys, scale, kernel or choose_kernel(q))
     return out, lse
 
 
@@ -219,7 +228,7 @@ def find_fault(kernel: Kernel, device: torch.device, dtype: torch.dtype, head_di
     with torch.no_grad():
         for case, (rows, stride, zero_keys) in {"short": (5, 1, 0), "ragged": (197, 3, 120)}.items():
             random = torch.Generator().manual_seed(rows)
-            made = torch.randn(4, 2, rows * stride, 3, head_dim, generator=random).to(dtype)
+            made = torch.randn(4, 2, rows * stride, 3, head_dim, generator=random, device="cpu").to(dtype)
             try:
                 got = _everything(kernel, made.to(device), stride, zero_keys)
             except Exception as error:  # whatever a private operation raises, the plain kernel serves

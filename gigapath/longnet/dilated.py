@@ -15,8 +15,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from gigapath.longnet.attention import attend, attend_backward, choose_kernel
+from gigapath.longnet.attention import attend, attend_backward, choose_kernel, side_by_side
 from gigapath.longnet.kernels import Extra, Kernel, wide_dtype
 
 # Output of one launch, in bytes: a kernel's answer exists beside the merged one for a moment.
@@ -206,6 +207,7 @@ class _DilatedAttention(torch.autograd.Function):
         return merged.to(q.dtype)
 
     @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator,misc]
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, total, *parts = ctx.saved_tensors
         sums = [torch.zeros(q.shape, dtype=total.dtype, device=q.device) for _ in range(3)]
@@ -231,10 +233,10 @@ def dilated_attention(
     *,
     kernel: Kernel | None = None,
 ) -> Tensor:
-    """Attend within each slide by several branches and average them by their log-sum-exps.
+    """Attend within each slide by several branches and average them by their log-sum-exps; differentiable once.
 
     Args:
-        q: queries (T, H, E), the last dimension contiguous.
+        q: queries (T, H, E).
         k: keys (T, H, E).
         v: values (T, H, E).
         lengths: tokens of each slide, T in all.
@@ -249,6 +251,7 @@ def dilated_attention(
             f"dilated_attention: expected lengths of at least 1 that add up to {q.shape[0]} tokens, got {lengths}. "
             "Give the number of tokens of each slide."
         )
+    q, k, v = side_by_side(q, k, v)
     largest = LARGEST_LAUNCH["cpu" if q.device.type == "cpu" else "other"] // (q.shape[2] * q.element_size())
     plans = [
         tuple(part for block in plan_blocks(lengths, segment, dilation, q.shape[1]) for part in block.parts(largest))

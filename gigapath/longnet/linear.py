@@ -80,7 +80,9 @@ class Linear(nn.Linear):
 def find_fused_product() -> Any:
     """oneDNN's linear operation with an activation, after a check against the public ones; None where it fails."""
     random = torch.Generator().manual_seed(0)
-    x, weight, bias = (torch.randn(*shape, generator=random) for shape in ((2, 5, 24), (40, 24), (40,)))
+    # On the CPU by name: a script, or the loading of a checkpoint, may have made another device the default.
+    shapes = ((2, 5, 24), (40, 24), (40,))
+    x, weight, bias = (torch.randn(*shape, generator=random, device="cpu") for shape in shapes)
     try:
         operation = torch.ops.mkldnn._linear_pointwise
         with torch.no_grad():
@@ -103,7 +105,7 @@ def bfloat16_pays() -> bool:
     """Whether this machine's bfloat16 product is at least twice as fast as its float32 product, by a quick try."""
     seconds = {}
     for dtype in (torch.float32, torch.bfloat16):
-        a, b = torch.ones(1024, 1024, dtype=dtype), torch.ones(1024, 1024, dtype=dtype)
+        a, b = (torch.ones(1024, 1024, dtype=dtype, device="cpu") for _ in range(2))
         tries = []
         for _ in range(6):
             start = time.perf_counter()
