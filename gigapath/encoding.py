@@ -21,7 +21,6 @@ from gigapath.downloads import RELEASES, release_of
 from gigapath.downloads.digests import remembered_sha256
 from gigapath.features import TileEmbeddings, parse_embedding
 from gigapath.longnet.attention import choose_kernel
-from gigapath.pos_embed import checked_coords
 from gigapath.slide_encoder import WEIGHTS_FILE, LongNetViT, create_model
 from gigapath.tile_encoder import TileEncoder
 from gigapath.weights import find_weights, load_state_dict, tell_architecture
@@ -271,11 +270,7 @@ def pooled_states(
         return pooled
 
     numbers = itertools.count()
-    tile_size = float(model.tile_size)
-    checked = checked_coords(coords, tile_size, model.slide_ngrids)
-    tiles = model.patch_embed(features.to(model.cls_token.dtype))  # (N, E)
-    tiles = tiles + model.pos_embed.rows(model.coords_to_pos(checked, tile_size)).to(tiles)
-    tokens = torch.cat([model.cls_token[0].to(tiles), tiles])[None]  # (1, N + 1, E); the class token's position is 0
+    tokens = model.embed_tokens(features[None], coords[None], (len(features) + 1,))  # (1, N + 1, E)
     answer = model.encoder(token_embeddings=tokens, return_all_hiddens=True, summarise=pool)
     return torch.stack(answer["encoder_states"]), pool(answer["encoder_out"])
 

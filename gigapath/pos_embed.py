@@ -6,7 +6,9 @@ frequencies `w_k = 10000 ** (-k / (D / 4))`, in float64, rounded to float32. The
 would be 1,000,001 rows, 3 GB.
 """
 
+import math
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -69,7 +71,7 @@ class LazyPosEmbed:
         if columns is ...:
             columns = slice(None)
         if isinstance(rows, slice):
-            found = self.rows(torch.arange(self.shape[1])[rows])
+            found = self.rows(torch.arange(*rows.indices(self.shape[1]), device="cpu"))
         elif isinstance(rows, int):
             found = self.rows(torch.tensor(rows))
         else:
@@ -102,32 +104,44 @@ def cells_of(coords: Tensor, tile_size: float) -> Tensor:
     return torch.floor(wide.double() / tile_size)
 
 
-def checked_coords(coords: Tensor, tile_size: float, grid_size: int) -> Tensor:
+def checked_coords(coords: Tensor, tile_size: float, grid_size: int, lengths: Sequence[int] | None = None) -> Tensor:
     """Pixel coordinates that all lie in the grid of cells.
 
     Cell -1, that is coordinates above -tile_size, is moved to 0 with one warning; TRIDENT's own test makes such.
 
     Args:
-        coords: (..., 2), (x, y) in pixels; half precision is widened.
+        coords: (B, L, 2), (x, y) in pixels; half precision is widened.
         tile_size: pixels of a cell's side, in the coordinates' unit.
         grid_size: cells of a side.
+        lengths: tiles of each slide where coords is (1, T, 2), slides one after another; for the message.
 
     Returns:
         The coordinates, float32 where they came in half precision, else in their own dtype.
 
     Raises:
-        ValueError: NaN, infinite or outside of the grid; names the first offending row.
+        ValueError: NaN, infinite or outside of the grid; names the first offending row. Or no size of a tile.
     """
+    if not 0 < tile_size < math.inf:
+        raise ValueError(
+            f"slide encoder: expected a tile_size above 0, got {tile_size:g}. Give the distance of neighbouring tiles "
+            "in the unit of the coordinates."
+        )
     if coords.dtype in (torch.float16, torch.bfloat16):
         coords = coords.float()
     cells = cells_of(coords, tile_size)
     wrong = ~((cells >= -1) & (cells < grid_size)).all(-1)  # NaN compares false
     if bool(wrong.any()):
-        row = [int(i) for i in wrong.nonzero()[0]]
+        slide, row = (int(i) for i in wrong.nonzero()[0])
+        found = tuple(coords[slide, row].tolist())
+        slides = coords.shape[0]
+        if lengths is not None and slides == 1:
+            slides = len(lengths)
+            while row >= lengths[slide]:
+                slide, row = slide + 1, row - lengths[slide]
         raise ValueError(
             f"slide encoder: expected coordinates within {grid_size} x {grid_size} cells of {tile_size:g} pixels, got "
-            f"(x, y) = {tuple(coords[tuple(row)].tolist())} in row {row[-1]}"
-            + (f" of slide {row[0]}" if len(row) > 1 and coords.shape[0] > 1 else "")
+            f"(x, y) = {found} in row {row}"
+            + (f" of slide {slide}" if slides > 1 else "")
             + ". Check that coordinates and tile_size are in the same pixels, and that half precision did not overflow."
         )
     if bool((cells < 0).any()):

@@ -35,6 +35,7 @@ WEIGHTS_FILE = "slide_encoder.pth"
 _FROM_TIMM = {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir", "pretrained_model_args"}
 # Options besides the published ones.
 _OURS = {"mlp_ratio", "checkpoint_activations", "linear_precision"}
+_AUTOCAST_TAKES = (torch.float32, torch.float16, torch.bfloat16)
 
 Pool = Callable[..., Tensor]  # (tokens, lengths) -> embeddings
 
@@ -215,27 +216,42 @@ class LongNetViT(nn.Module):
         if 0 in x.shape[:2]:
             raise ValueError("slide encoder: expected at least one tile, got none. Leave empty slides out.")
 
-    def _embed(
-        self, x: Tensor, coords: Tensor, lengths: tuple[int, ...], all_layer_embed: bool, pool: Pool | None = None
-    ) -> Embeddings:
-        """The embeddings of slides with `lengths` tokens, the class token counted, from (B, L, .) or (1, T, .)."""
+    def embed_tokens(self, x: Tensor, coords: Tensor, lengths: Sequence[int]) -> Tensor:
+        """What the encoder starts from: projected tiles with their positions, behind the class token of their slide.
+
+        Args:
+            x: tile embeddings (B, L, in_chans), or (1, T, in_chans) of slides one after another.
+            coords: (B, L, 2) or (1, T, 2), as in `forward`.
+            lengths: tokens of each slide, its class token counted.
+
+        Returns:
+            (B, L + 1, D) or (1, T + slides, D); float32 under autocast, as the sums of the layers are then.
+
+        Raises:
+            ValueError: a coordinate outside of the grid.
+        """
         tile_size = float(self.tile_size)
-        coords = checked_coords(coords.to(x.device), tile_size, self.slide_ngrids)
-        if not torch.is_autocast_enabled(x.device.type):
+        counts = [length - 1 for length in lengths]
+        coords = checked_coords(coords.to(x.device), tile_size, self.slide_ngrids, counts)
+        # Autocast brings float32 and half precision to its own type, and nothing else.
+        if not torch.is_autocast_enabled(x.device.type) or x.dtype not in _AUTOCAST_TAKES:
             x = x.to(self.cls_token.dtype)
         tiles = self.patch_embed(x)
         # In the weights' dtype, so that autocast leaves the sum in float32.
         tiles = tiles + self.pos_embed[:, self.coords_to_pos(coords, tile_size), :][0].to(self.cls_token.dtype)
         token = (self.cls_token + self.pos_embed[:, :1, :].to(self.cls_token)).to(tiles.dtype)
-        parts = torch.split(tiles.flatten(0, 1), [length - 1 for length in lengths])
+        parts = torch.split(tiles.flatten(0, 1), counts)
         tokens = torch.cat([piece for part in parts for piece in (token[0], part)])
-        tokens = tokens.view(x.shape[0], -1, self.embed_dim)  # (B, N, D) or (1, T + B, D)
-        del tiles, parts
+        return tokens.view(x.shape[0], -1, self.embed_dim)
 
+    def _embed(
+        self, x: Tensor, coords: Tensor, lengths: tuple[int, ...], all_layer_embed: bool, pool: Pool | None = None
+    ) -> Embeddings:
+        """The embeddings of slides with `lengths` tokens, the class token counted, from (B, L, .) or (1, T, .)."""
         pooled = partial(pool or self._pool, lengths=lengths)
         answer = self.encoder(
             src_tokens=None,
-            token_embeddings=tokens,
+            token_embeddings=self.embed_tokens(x, coords, lengths),
             return_all_hiddens=all_layer_embed,
             lengths=lengths,
             summarise=pooled,

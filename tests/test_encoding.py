@@ -94,13 +94,27 @@ def test_pooled_states_equal_the_model_called_four_times() -> None:
     assert (states[-1] - default).abs().max() > 1e-2
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_computes_as_the_model_does_and_sums_in_float32(dtype: torch.dtype) -> None:
+    tiles = some_embeddings(40)
+    features, coords = torch.from_numpy(tiles.features), torch.from_numpy(tiles.encoder_coords())
+    model, seen = tiny_longnet(), []
+    with torch.inference_mode(), torch.autocast("cpu", dtype=dtype):
+        states, default = pooled_states(
+            model, features, coords, see_tokens=lambda state, tokens: seen.append(tokens.dtype)
+        )
+        assert set(seen) == {torch.float32}
+        assert torch.equal(states[:, 0], torch.cat(model(features, coords, all_layer_embed=True)))
+        assert torch.equal(default[:1], model(features, coords)[0])
+
+
 def test_slide_encoder_gets_cells_times_256_whatever_the_slide_is_scanned_at() -> None:
     encoder, seen = tiny_slide_encoder(), []
     assert encoder.model is not None
     original = encoder.model.coords_to_pos
     encoder.model.coords_to_pos = lambda coords, size: (seen.append(coords), original(coords, size))[1]  # type: ignore[method-assign]
     arrays = encoder.embed(some_embeddings())
-    assert seen[0].tolist() == (some_embeddings().cells * 256).tolist()  # type: ignore[operator]
+    assert seen[0].tolist() == [(some_embeddings().cells * 256).tolist()]  # type: ignore[operator]
     assert {name: value.shape for name, value in arrays.items()} == {
         "states_mean": (3, 32),
         "states_class": (3, 32),

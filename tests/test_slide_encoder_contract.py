@@ -91,6 +91,8 @@ def test_slide2vec_gives_coordinates_without_batch() -> None:
 def test_mussel_runs_under_half_autocast_on_the_cpu() -> None:
     model = narrow_model(global_pool=True)
     x, coords = made_tiles(1, 60)
+    with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16):  # numpy's own type is float64
+        assert torch.equal(model(x.double(), coords)[0], model(x, coords)[0])
     with torch.inference_mode():
         exact = model(x, coords)[0]
         with torch.autocast("cpu", dtype=torch.float16):

@@ -24,6 +24,27 @@ def test_coordinates_outside_the_grid_name_the_first_row(value) -> None:
         narrow_model()(x, coords)
 
 
+def test_coordinates_outside_the_grid_name_the_slide_of_packed_ones() -> None:
+    x, coords = made_tiles(2, 30)
+    coords[1, 17, 1] = 256_000
+    mask = torch.ones(2, 30, dtype=torch.bool)
+    mask[0, 25:] = False
+    for call in (
+        lambda model: model(x, coords, valid_mask=mask),
+        lambda model: model.forward_packed(x.view(-1, 12), coords.view(-1, 2), [30, 30]),
+    ):
+        with pytest.raises(ValueError, match="row 17 of slide 1"):
+            call(narrow_model())
+
+
+@pytest.mark.parametrize("size", [0, -256, float("nan"), float("inf")])
+def test_a_tile_size_that_is_none_is_named(size) -> None:
+    model = narrow_model()
+    model.tile_size = size
+    with pytest.raises(ValueError, match="tile_size above 0"):
+        model(*made_tiles(1, 5))
+
+
 def test_half_precision_that_overflowed_is_named() -> None:
     x, coords = made_tiles(1, 30)
     coords[0, 4] = 70000

@@ -14,8 +14,10 @@ from numpy.typing import NDArray
 from gigapath.features.names import parse_embedding
 from gigapath.files import safe_name
 
-# Raised only when the numbers in the files change; reuse compares this, not the package's version.
+# Raised only when the numbers in the files change; reuse compares these, not the package's version. The slide encoder
+# has one of its own, so that nothing is tiled or embedded again for its sake (2: its sums are float32 under autocast).
 NUMERICS_VERSION = 1
+SLIDE_NUMERICS_VERSION = 2
 
 Attrs = Mapping[str, Any]
 Array = NDArray[Any]

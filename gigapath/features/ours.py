@@ -13,6 +13,7 @@ import numpy as np
 import gigapath
 from gigapath.features.data import (
     NUMERICS_VERSION,
+    SLIDE_NUMERICS_VERSION,
     Array,
     Attrs,
     FeatureFileError,
@@ -224,7 +225,7 @@ class TileEmbeddingsWriter:
 def write_slide(path: Path | str, embeddings: SlideEmbeddings) -> None:
     """Write the embeddings of one slide, whole or not at all."""
     with H5Writer(path) as writer:
-        attrs = {"numerics_version": NUMERICS_VERSION, **embeddings.attrs}
+        attrs = {"numerics_version": SLIDE_NUMERICS_VERSION, **embeddings.attrs}
         _write_root(writer.file, "slide", embeddings.slide_id, attrs)
         for name in _STATES:
             value = getattr(embeddings, name)
@@ -237,7 +238,7 @@ def write_tile_vectors(path: Path | str, tiles: TileEmbeddings, attrs: Attrs) ->
     that `tiles` has, in the unit that its `frame` names."""
     step = tiles.tile_size_level0
     with H5Writer(path) as writer:
-        own = {"numerics_version": NUMERICS_VERSION, "tile_size_level0": step, "frame": tiles.frame}
+        own = {"numerics_version": SLIDE_NUMERICS_VERSION, "tile_size_level0": step, "frame": tiles.frame}
         _write_root(writer.file, "features", tiles.slide_id, {**own, **attrs})
         for name in ("features", "coords", "cells", "tissue_fraction", "section", "qc"):
             value = getattr(tiles, name)

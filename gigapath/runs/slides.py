@@ -15,7 +15,7 @@ from gigapath.cohort.reuse import digest, finished
 from gigapath.cohort.status import Status
 from gigapath.encoding import SlideEncoder, mean_of_rows
 from gigapath.features import (
-    NUMERICS_VERSION,
+    SLIDE_NUMERICS_VERSION,
     SlideEmbeddings,
     TileEmbeddings,
     read_features,
@@ -69,7 +69,7 @@ class SlideStage:
 
     def run_identity(self) -> dict[str, Any]:
         """The part of the identity that all slides share."""
-        shared: dict[str, Any] = {"slide_encoder": self.encoder.name, "numerics_version": NUMERICS_VERSION}
+        shared: dict[str, Any] = {"slide_encoder": self.encoder.name, "numerics_version": SLIDE_NUMERICS_VERSION}
         if self.encoder.model is None:  # a sum in float64 on the CPU, whatever the device
             return shared
         return {
