@@ -1,14 +1,13 @@
 """Tile encoders: the released ones, the stand-in, timm's, and checkpoints on disk; pixels in, one vector a tile out.
 
-`create_model` and the two architectures in timm's registry serve callers of the published package;
-`load_tile_encoder` is what the command line uses. B tiles of a batch, T pixels of a tile's side, D width.
+`create_model` and the two architectures in timm's registry, from `gigapath.tile_architectures`, serve callers of the
+published package; `load_tile_encoder` is what the command line uses. B tiles of a batch, T pixels of a tile's side, D
+width.
 """
 
 import contextlib
-import inspect
 import re
-import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,9 +19,6 @@ import numpy.typing as npt
 import timm
 import torch
 from timm.data import resolve_model_data_config  # type: ignore[attr-defined]
-from timm.layers import SwiGLUPacked  # type: ignore[attr-defined]
-from timm.models import register_model
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from gigapath import standin
@@ -31,140 +27,30 @@ from gigapath.downloads import HUB_PREFIXES, RELEASES, Release
 from gigapath.downloads.digests import remembered_sha256
 from gigapath.downloads.hub import hub_error
 from gigapath.downloads.table import TILE_FILE
+from gigapath.tile_architectures import (
+    create_model,
+    gigapath_tile_enc_dinov2s,
+    gigapath_tile_enc_vitg,
+    loaded,
+    vision_transformer,
+    without_storage,
+)
 from gigapath.tile_transform import RELEASED_TRANSFORM, TileTransform
 from gigapath.weights import assign_weights, find_weights, load_state_dict, tell_architecture
 
-__all__ = ["RELEASED_TRANSFORM", "TileEncoder", "create_model", "load_tile_encoder"]  # timm adds the architectures
+__all__ = [
+    "RELEASED_TRANSFORM",
+    "TileEncoder",
+    "create_model",
+    "gigapath_tile_enc_dinov2s",
+    "gigapath_tile_enc_vitg",
+    "load_tile_encoder",
+]
 
 _AUTOCAST = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
-# What timm's factory hands to every architecture besides the model's own arguments.
-_FROM_TIMM = {"pretrained_cfg", "pretrained_cfg_overlay", "cache_dir", "pretrained_model_args"}
-_MODEL_ARGUMENTS = set(inspect.signature(VisionTransformer).parameters) - {"device", "dtype"}
-
 # A seed of its own for random weights, so that two runs agree and the caller's generator is left alone.
 _RANDOM_SEED = 0
-
-
-# ------------------------------------------------------------------------------------------ released architectures
-
-
-@register_model
-def gigapath_tile_enc_dinov2s(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
-    """GigaPath-Flash's tile encoder: ViT-S/16 with SwiGLU, 384-d, 21,681,024 parameters, 174 entries.
-
-    With `pretrained`, the released weights: so `timm.create_model("hf_hub:prov-gigapath/prov-gigapath-flash",
-    pretrained=True)` gives them once this module is imported (the published package's registration ignores
-    `pretrained` and gives random weights there, without a word).
-    """
-    return _create("gigapath_tile_enc_dinov2s", pretrained, kwargs)
-
-
-@register_model
-def gigapath_tile_enc_vitg(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
-    """Prov-GigaPath's tile encoder: ViT-g/16 with SwiGLU, 1536-d, 1,134,953,984 parameters; built without network."""
-    return _create("gigapath_tile_enc_vitg", pretrained, kwargs)
-
-
-_SIZES: dict[str, dict[str, Any]] = {
-    "gigapath_tile_enc_dinov2s": {"embed_dim": 384, "depth": 12, "num_heads": 6, "mlp_ratio": 2048 / 384},
-    "gigapath_tile_enc_vitg": {"embed_dim": 1536, "depth": 40, "num_heads": 24, "mlp_ratio": 5.33334},
-}
-
-
-def _create(arch: str, pretrained: bool, kwargs: dict[str, Any]) -> VisionTransformer:
-    """What timm's registry calls: the model, with the weights of the repository or folder that timm names."""
-    given = {name: value for name, value in kwargs.items() if name not in _FROM_TIMM}
-    if not pretrained:
-        return _vision_transformer(arch, given)
-    config = kwargs.get("pretrained_cfg")
-    config = config if isinstance(config, dict) else vars(config) if hasattr(config, "hf_hub_id") else {}
-    released = next(release.repo for release in RELEASES.values() if release.tile_arch == arch)
-    source = config.get("file") or f"hf_hub:{config.get('hf_hub_id') or released}"
-    path = find_weights(source, TILE_FILE, cache_dir=kwargs.get("cache_dir"))
-    return _loaded(arch, load_state_dict(path), given)
-
-
-def _vision_transformer(arch: str, given: dict[str, Any]) -> VisionTransformer:
-    """The architecture with its arguments, the caller's over them; what the model does not know is warned of."""
-    given = {name: value for name, value in given.items() if value is not None}
-    unknown = sorted(set(given) - _MODEL_ARGUMENTS)
-    if unknown:
-        warnings.warn(f"{arch}: ignored what this model has no use for: {', '.join(unknown)}", stacklevel=4)
-    arguments: dict[str, Any] = {
-        "img_size": 224,
-        "patch_size": 16,
-        "mlp_layer": SwiGLUPacked,
-        "act_layer": nn.SiLU,
-        "init_values": 1e-5,
-        "num_classes": 0,
-        "global_pool": "token",
-        "class_token": True,
-        "reg_tokens": 0,
-        **_SIZES[arch],
-    }
-    model = VisionTransformer(**arguments | {name: given[name] for name in given if name not in unknown})
-    # So that timm's own `create_transform(**resolve_model_data_config(model))` is the released transform.
-    config: Any = {
-        "architecture": arch,
-        "input_size": (3, RELEASED_TRANSFORM.crop, RELEASED_TRANSFORM.crop),
-        "crop_pct": RELEASED_TRANSFORM.crop / RELEASED_TRANSFORM.resize,
-        "interpolation": RELEASED_TRANSFORM.interpolation,
-        "mean": RELEASED_TRANSFORM.mean,
-        "std": RELEASED_TRANSFORM.std,
-        "num_classes": model.num_classes,
-        "first_conv": "patch_embed.proj",
-        "classifier": "head",
-    }
-    model.pretrained_cfg = model.default_cfg = config
-    return model
-
-
-def _loaded(arch: str, state: Mapping[str, Tensor], given: dict[str, Any]) -> VisionTransformer:
-    """The architecture with a checkpoint's weights; nothing is initialised first, and no second copy is made."""
-    model: VisionTransformer = _without_storage(lambda: _vision_transformer(arch, given))
-    assign_weights(arch, model, state)
-    return model
-
-
-def _without_storage(build: Callable[[], Any]) -> Any:
-    """Build a model on the meta device; old versions of timm read numbers back while they build, and can't."""
-    try:
-        with torch.device("meta"):
-            return build()
-    except (NotImplementedError, RuntimeError):
-        return build()
-
-
-def create_model(
-    pretrained: str,
-    model_arch: str = "gigapath_tile_enc_dinov2s",
-    local_dir: str | Path | None = None,
-    **kwargs: Any,
-) -> nn.Module:
-    """Create a tile encoder, as the published package's function of this name does.
-
-    Args:
-        pretrained: `hf_hub:REPO`, a file, a folder with `pytorch_model.bin`, or "" for random weights.
-        model_arch: an architecture of this module.
-        local_dir: a folder for the hub's file; None for the hub's cache.
-        **kwargs: arguments of the model; what it does not know is ignored with one warning.
-
-    Returns:
-        The model, which takes float32 (B, 3, 224, 224) and gives (B, D).
-
-    Raises:
-        FileNotFoundError, PermissionError: the weights are not to be had (never random ones in their place).
-        ValueError: an unknown architecture, or a checkpoint of another one.
-    """
-    if model_arch not in _SIZES:
-        raise ValueError(f"create_model: expected model_arch {' or '.join(_SIZES)}, got {model_arch!r}.")
-    if pretrained == "":
-        return _vision_transformer(model_arch, kwargs)
-    return _loaded(model_arch, load_state_dict(find_weights(pretrained, TILE_FILE, local_dir)), kwargs)
-
-
-# --------------------------------------------------------------------------------------------------- tile encoders
 
 
 @dataclass(frozen=True)
@@ -300,10 +186,10 @@ def load_tile_encoder(
 def _released_encoder(release: Release, random_weights: bool) -> dict[str, Any]:
     arch = release.tile_arch
     if random_weights:
-        model, sha256 = _seeded(lambda: _vision_transformer(arch, {})), None
+        model, sha256 = _seeded(lambda: vision_transformer(arch, {})), None
     else:
         path = find_weights(f"hf_hub:{release.repo}", TILE_FILE, strict=True)
-        model, sha256 = _loaded(arch, load_state_dict(path), {}), remembered_sha256(path)
+        model, sha256 = loaded(arch, load_state_dict(path), {}), remembered_sha256(path)
     return _parts(release.name, model, sha256, f"{release.repo}'s tile encoder ({arch}, {release.tile_dim}-d)")
 
 
@@ -315,7 +201,7 @@ def _standin_encoder(random_weights: bool) -> dict[str, Any]:
         model, sha256 = _seeded(build), None
     else:
         path = standin.weights_file()
-        model, sha256 = _without_storage(build), standin.SHA256
+        model, sha256 = without_storage(build), standin.SHA256
         assign_weights("the stand-in", model, standin.standin_state(path))
     return _parts("standin", model, sha256, standin.DESCRIPTION) | {"transform": _timm_transform(model)}
 
@@ -332,7 +218,7 @@ def _file_encoder(name: str, random_weights: bool) -> dict[str, Any]:
         ) from error
     state = load_state_dict(path)
     arch = tell_architecture(state, "tile", path)
-    model, sha256 = _loaded(arch, state, {}), remembered_sha256(path)
+    model, sha256 = loaded(arch, state, {}), remembered_sha256(path)
     release = next((release for release in RELEASES.values() if release.tile_sha256 == sha256), None)
     if release:
         return _parts(release.name, model, sha256, f"{release.repo}'s tile encoder ({arch}), from a local file")

@@ -12,7 +12,7 @@ from fake_weights import fill
 from PIL import Image
 from timm.models import register_model
 
-from gigapath import tile_encoder, weights
+from gigapath import tile_architectures, tile_encoder, weights
 from gigapath.downloads import DOWNLOADS, RELEASES, RemoteFile
 from gigapath.files import git_blob_id, sha256_of
 from gigapath.slide_encoder import LongNetViT
@@ -38,7 +38,7 @@ def made_release(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     `pytorch_model.bin`, `slide_encoder.pth`, and `images/` with the demo tile and its vector.
     """
     size = {"embed_dim": WIDTH, "depth": 1, "num_heads": 2, "mlp_ratio": 2.0}
-    monkeypatch.setitem(tile_encoder._SIZES, TILE_ARCH, size)
+    monkeypatch.setitem(tile_architectures.SIZES, TILE_ARCH, size)
     tile = fill(tile_encoder.create_model("", TILE_ARCH))
     with torch.no_grad():
         tile.pos_embed.zero_()

@@ -170,12 +170,12 @@ class FakeHub:
         import torch
         from fake_weights import fill, filled
 
-        from gigapath import tile_encoder
+        from gigapath import tile_architectures, tile_encoder
         from gigapath.downloads import RELEASES
         from gigapath.files import sha256_of
 
         self.folder = folder
-        sizes = tile_encoder._SIZES["gigapath_tile_enc_vitg"]
+        sizes = tile_architectures.SIZES["gigapath_tile_enc_vitg"]
         monkeypatch.setitem(sizes, "depth", 1)
         shapes = json.loads((ROOT / "tests/goldens/state_dict_keys.json").read_text())
         for name, release in RELEASES.items():

@@ -19,7 +19,7 @@ from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
 from torchvision import transforms
 
-from gigapath import standin, tile_encoder
+from gigapath import standin, tile_architectures, tile_encoder
 from gigapath.devices import resolve_device, resolve_precision
 from gigapath.downloads import RELEASES
 from gigapath.files import sha256_of
@@ -175,17 +175,19 @@ def test_create_model_never_makes_weights_up(tmp_path: Path) -> None:
         create_model(str(saved("more.bin", state | filled({"mask_token": (1, 384)}))))
     with pytest.raises(ValueError, match="gigapath_tile_enc_dinov2s or gigapath_tile_enc_vitg"):
         create_model("", "gigapath_tile_enc")
+    with pytest.raises(ValueError, match="expected weights, got None"):
+        create_model(None)  # type: ignore[arg-type]
 
 
 def test_create_model_loads_where_timm_can_not_build_without_storage(monkeypatch: pytest.MonkeyPatch) -> None:
     # Before version 1.0.20 or so timm reads numbers back while it builds, which the meta device refuses.
-    build = tile_encoder._vision_transformer
+    build = tile_architectures.vision_transformer
 
     def reads_back(arch: str, given: dict[str, Any]) -> Any:
         assert torch.linspace(0, 1, 3)[0].item() == 0
         return build(arch, given)
 
-    monkeypatch.setattr(tile_encoder, "_vision_transformer", reads_back)
+    monkeypatch.setattr(tile_architectures, "vision_transformer", reads_back)
     model = create_model(str(flash_tile_checkpoint()))
     assert torch.equal(model.state_dict()["norm.bias"], filled({"norm.bias": (384,)})["norm.bias"])
 
