@@ -12,9 +12,10 @@
 # Some tasks again: `SHARDS=16 sbatch --array=3,7 ...`. In a container: GIGAPATH="apptainer exec gigapath.sif gigapath".
 set -euo pipefail
 read -ra gigapath <<<"${GIGAPATH:-gigapath}"
+job=''
+trap 'told=1; [ -z "$job" ] || kill -USR1 "$job" || true' USR1 TERM # before the run, so that no signal kills this script
 "${gigapath[@]}" tile "$@" --shard "$SLURM_ARRAY_TASK_ID/${SHARDS:-$SLURM_ARRAY_TASK_MAX}" &
 job=$!
-trap 'told=1; kill -USR1 "$job" || true' USR1 TERM
 while told='' status=0; wait "$job" || status=$?; [ -n "$told" ]; do :; done # a trapped signal ends `wait` early
 if [ "$status" -eq 75 ]; then scontrol requeue "$SLURM_JOB_ID"; fi
 exit "$status"
