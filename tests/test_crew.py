@@ -258,7 +258,10 @@ class MadeWork:
         return [done(entry.slide_id)]
 
 
-def test_a_worker_announces_each_slide_once_and_says_what_went_wrong(tmp_path: Path) -> None:
+def test_a_worker_announces_each_slide_once_and_says_what_went_wrong(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # a worker changes the current folder: it is set back afterwards
     work = MadeWork()
     worker = WorkerProcess(work, "tile", tmp_path, str(tmp_path), lambda: "here")
     assert str(worker.start(None, first=True).error) == "no such encoder"
