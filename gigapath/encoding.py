@@ -159,7 +159,7 @@ class SlideEncoder:
 
         Raises:
             EncoderError: the encoder failed, for want of memory or otherwise.
-            ValueError: a tile lies outside of the encoder's grid.
+            ValueError: a tile lies outside of the encoder's grid, or an embedding is not finite.
         """
         mean = {"tile_mean": mean_of_rows(tiles.features)[None]}
         if self.model is None:
@@ -167,7 +167,10 @@ class SlideEncoder:
         features = torch.from_numpy(np.ascontiguousarray(tiles.features))
         coords = torch.from_numpy(tiles.encoder_coords(_CELL))
         with self._failures(len(tiles)):
-            return {**self._states(self.model, features, coords, after_layer), **mean}
+            states = self._states(self.model, features, coords, after_layer)
+        for value in states.values():
+            self._check_finite(tiles, value)
+        return {**states, **mean}
 
     def embed_tiles(
         self, tiles: TileEmbeddings, name: str = "default:tiles", *, after_layer: Callable[[], None] = lambda: None
@@ -181,6 +184,10 @@ class SlideEncoder:
 
         Returns:
             (N, E) float32; for all-states (N, (depth + 1) * E).
+
+        Raises:
+            EncoderError: the encoder failed, for want of memory or otherwise.
+            ValueError: another name, a state that is not there, a tile outside of the grid, a vector not finite.
         """
         wanted = parse_embedding(name)
         if wanted.pooling != "tiles" or self.model is None:
@@ -203,7 +210,16 @@ class SlideEncoder:
         coords = torch.from_numpy(tiles.encoder_coords(_CELL))
         with self._failures(len(tiles)):
             self._states(self.model, features, coords, after_layer, keep)
+        for value in kept:
+            self._check_finite(tiles, value)
         return kept[0] if len(kept) == 1 else np.concatenate(kept, axis=1)
+
+    def _check_finite(self, tiles: TileEmbeddings, value: npt.NDArray[np.float32]) -> None:
+        if not np.isfinite(value).all():
+            raise ValueError(
+                f"slide encoder {self.name}: an embedding of {tiles.slide_id} is not finite in {self.precision}. "
+                "Try --precision fp32."
+            )
 
     @contextlib.contextmanager
     def _failures(self, count: int) -> Iterator[None]:

@@ -1,5 +1,6 @@
 """Encoding: full batches of one shape, streams into the file, all states of a slide in one pass, the pair rule."""
 
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -123,6 +124,17 @@ def test_slide_encoder_gets_cells_times_256_whatever_the_slide_is_scanned_at() -
         "tile_mean": (1, WIDTH),
     }
     np.testing.assert_allclose(arrays["tile_mean"][0], some_embeddings().features.mean(0), atol=1e-6)
+
+
+def test_slide_embeddings_that_overflow_half_precision_are_refused() -> None:
+    tiles = dataclasses.replace(some_embeddings(), features=np.full((7, WIDTH), 6e4, np.float32))
+    encoder = dataclasses.replace(tiny_slide_encoder(), precision="fp16")
+    for work in (encoder.embed, encoder.embed_tiles):
+        with pytest.raises(
+            ValueError, match=r"tinynet: an embedding of s is not finite in fp16\. Try --precision fp32"
+        ):
+            work(tiles)
+    assert all(np.isfinite(value).all() for value in tiny_slide_encoder().embed(tiles).values())
 
 
 def test_slide_encoder_takes_values_as_stored() -> None:
