@@ -69,11 +69,11 @@ def convert(found: TileEmbeddings, to: str, folder: Path | str, *, scale: Scale 
 def coords_at_level0(found: TileEmbeddings, scale: Scale) -> tuple[Array, tuple[float, float]]:
     """(N, 2) int64 top-left corners in level-0 pixels, and the distance (x, y) between neighbours in them.
 
-    Micrometres and pixels of another level are scaled and rounded to whole pixels.
+    Micrometres and pixels of another level are scaled; all are rounded to whole pixels.
     """
     step = _step(found)
     if found.frame == "level0":
-        return found.coords.astype(np.int64), step
+        return np.rint(found.coords).astype(np.int64), step
     if scale.slide_mpp is None:
         raise ValueError(
             f"{found.slide_id}: its coordinates are not level-0 pixels. State the slide's mpp with --slide-mpp."

@@ -98,6 +98,15 @@ def test_every_tools_file_becomes_ours_and_goes_back(tool: str, shuffle: bool, t
             assert back.attrs[name] == found.attrs[name], name
 
 
+def test_corners_a_hair_below_a_whole_pixel_stay_on_it(tmp_path: Path) -> None:
+    coords = CELLS.astype(np.float64) * 512 - 1e-6
+    attrs = {"coords": {"patch_size_level0": 512, "patch_size": 256}}
+    path = write_h5(tmp_path / "a.h5", {"features": FEATURES, "coords": coords}, attrs)
+    found = read_features(path)
+    (written,) = convert(found, "trident", tmp_path / "out")
+    np.testing.assert_array_equal(read_features(written).coords, np.rint(found.coords))
+
+
 def test_published_files_have_neighbours_one_cell_apart(tmp_path: Path) -> None:
     (path,) = convert(read_features(write_ours(tmp_path)), "published", tmp_path / "out")
     with h5py.File(path, "r") as file:

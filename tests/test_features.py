@@ -8,6 +8,8 @@ import os
 import subprocess
 import sys
 import textwrap
+import tracemalloc
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -570,6 +572,27 @@ def test_untrained_vectors_are_called_so(tmp_path: Path) -> None:
         read_slides(tmp_path)
     export_table(tmp_path, tmp_path / "t.csv")
     assert (tmp_path / "t.csv").read_text().splitlines()[1].startswith("a,default:mean,False,")
+
+
+def test_one_untrained_slide_among_trained_ones_is_called_so(run: Path) -> None:
+    attrs = {"trained": False, "slide_encoder": "gigapath", "encoder": "gigapath", "precision": "fp32"}
+    write_slide(run / "slides_gigapath__gigapath" / "z.h5", make_slide("z", attrs=attrs))
+    with pytest.warns(UserWarning, match="untrained slide encoder"), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*differ in trained")
+        read_slides(run, allow_mixed=True)
+
+
+def test_read_slides_keeps_the_vectors_that_are_asked_for_alone(tmp_path: Path) -> None:
+    states = np.zeros((50, 2000), np.float32)  # 400 kB
+    for number in range(30):
+        slide = SlideEmbeddings(slide_id=f"s{number}", tile_mean=states[:1], states_mean=states)
+        write_slide(tmp_path / "slides_x" / f"s{number}.h5", slide)
+    tracemalloc.start()
+    try:
+        read_slides(tmp_path, "state:3")
+        assert tracemalloc.get_traced_memory()[1] < 4e6
+    finally:
+        tracemalloc.stop()
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".npz", ".parquet"])

@@ -193,8 +193,9 @@ def test_evaluate_refuses_other_features(fitted, tmp_path, capsys, made, match) 
     assert match in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
-def test_evaluate_refuses_slides_that_trained(fitted, tmp_path, capsys) -> None:
-    words = ["evaluate", str(fitted / "out" / "fold_0"), str(fitted / "features"), "--out", str(tmp_path / "out")]
+@pytest.mark.parametrize("head", ["fold_0", "fold_0/head.json", "fold_0/controls/abmil_tiles"])
+def test_evaluate_refuses_slides_that_trained(fitted, tmp_path, capsys, head) -> None:
+    words = ["evaluate", str(fitted / "out" / head), str(fitted / "features"), "--out", str(tmp_path / "out")]
     assert main([*words, "--labels", str(fitted / "labels.csv"), "--device", "cpu"]) == 1
     assert "18 of the slides trained or chose this head" in capsys.readouterr().err
 

@@ -1,6 +1,7 @@
 """Scores against scikit-learn, weights against repeated rows, intervals against what they promise."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -210,6 +211,13 @@ def test_paired_difference_is_zero_for_equals_and_tight_for_alikes() -> None:
     assert difference.high - difference.low < (alone.high - alone.low) / 2
     with pytest.raises(ValueError, match="same rows"):
         paired_difference(predictions, made(300, 2, seed=9))
+    grouped = replace(predictions, groups=np.arange(300) // 3)
+    with pytest.raises(ValueError, match="same groups"):
+        paired_difference(grouped, predictions)
+    with pytest.raises(ValueError, match="same groups"):
+        paired_difference(grouped, replace(predictions, groups=np.arange(300) // 2))
+    with pytest.raises(ValueError, match="same folds"):
+        paired_difference(replace(predictions, folds=np.arange(300) % 2), predictions)
 
 
 @pytest.mark.parametrize("slope", [0.5, 1.0, 2.0])

@@ -174,6 +174,17 @@ def test_logistic_regression_is_scikit_learns(classes: int, penalty: float) -> N
     assert np.allclose(ours.sum(axis=1), 1)
 
 
+@pytest.mark.parametrize("start", [-30.0, -3.0, 0.0])
+def test_minimum_is_found_beside_values_that_are_not_numbers(start: float) -> None:
+    """-log(1 - p) - 3 p, defined below 1, has its minimum at 2/3; a step may leap over the end."""
+
+    def objective(point: torch.Tensor) -> tuple[float, torch.Tensor]:
+        return float((-torch.log(1 - point) - 3 * point).sum()), 1 / (1 - point) - 3
+
+    found = solvers.minimise(objective, torch.tensor([start], dtype=torch.float64))
+    assert found.item() == pytest.approx(2 / 3, abs=1e-5)
+
+
 def test_entries_that_never_change_are_left_out() -> None:
     features, labels = planted(200, 6)
     features[:, 3] = 7.0

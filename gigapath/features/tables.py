@@ -4,13 +4,13 @@ import csv
 import io
 import json
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from gigapath.features.data import Array, FeatureFileError, SlideEmbeddings
+from gigapath.features.data import Array, Attrs, FeatureFileError
 from gigapath.features.h5 import open_h5, read_attrs
 from gigapath.features.names import parse_embedding
 from gigapath.features.ours import read_slide
@@ -78,7 +78,7 @@ def read_slides(
             were made again since.
     """
     ids, vectors, slides = _gather(folder, embedding, allow_mixed=allow_mixed)
-    if parse_embedding(embedding).kind != "tile-mean" and slides[0].attrs.get("trained") is False:
+    if parse_embedding(embedding).kind != "tile-mean" and any(attrs.get("trained") is False for attrs in slides):
         warnings.warn(f"{Path(folder).name}: these vectors come from an untrained slide encoder.", stacklevel=2)
     return ids, vectors
 
@@ -108,7 +108,7 @@ def export_table(
         raise ValueError(f"--to: expected a file ending in {', '.join(TABLE_FORMATS)}, got {to.name!r}.")
     ids, vectors, slides = _gather(folder, embedding, allow_mixed=allow_mixed)
     name = str(parse_embedding(embedding))
-    trained = ["" if (value := slide.attrs.get("trained")) is None else bool(value) for slide in slides]
+    trained = ["" if (value := attrs.get("trained")) is None else bool(value) for attrs in slides]
     if to.suffix == ".csv":
         _write_csv(to, ids, vectors, name, trained)
     elif to.suffix == ".npz":
@@ -121,33 +121,45 @@ def export_table(
     return vectors.shape[0], vectors.shape[1]
 
 
-def _gather(folder: Path | str, embedding: str, *, allow_mixed: bool) -> tuple[list[str], Array, list[SlideEmbeddings]]:
+def _gather(folder: Path | str, embedding: str, *, allow_mixed: bool) -> tuple[list[str], Array, list[Attrs]]:
+    """Ids, sorted, their vectors (S, D), and what their files say of themselves; of each slide's many embeddings only
+    the one asked for is kept."""
     parse_embedding(embedding)
     folder = find_slide_folder(folder)
     files = sorted(folder.glob("*.h5"))
     if not files:
         raise FileNotFoundError(f"{folder}: no slide embeddings (*.h5) in it.")
-    slides: dict[str, SlideEmbeddings] = {}
+    slides: dict[str, tuple[Attrs, Array | ValueError]] = {}
     for file in files:
         slide = read_slide(file)
         if slide.slide_id in slides:
             raise ValueError(f"{folder.name}: two files of slide {slide.slide_id!r}. Remove one.")
-        slides[slide.slide_id] = slide
-    ordered = [slides[slide_id] for slide_id in sorted(slides)]
-    _refuse_mixed(ordered, folder, allow_mixed)
-    _refuse_outdated(ordered, folder, allow_mixed)
-    vectors = [slide.select(embedding) for slide in ordered]
+        try:
+            chosen: Array | ValueError = slide.select(embedding).copy()
+        except ValueError as error:  # that slides are mixed says more, where they are
+            chosen = error
+        slides[slide.slide_id] = slide.attrs, chosen
+    ids = sorted(slides)
+    attrs = {slide_id: slides[slide_id][0] for slide_id in ids}
+    _refuse_mixed(attrs, folder, allow_mixed)
+    _refuse_outdated(attrs, folder, allow_mixed)
+    vectors = []
+    for slide_id in ids:
+        held = slides[slide_id][1]
+        if isinstance(held, ValueError):
+            raise held
+        vectors.append(held)
     widths = sorted({len(vector) for vector in vectors})
     if len(widths) > 1:
         raise FeatureFileError(f"{folder.name}: expected vectors of one width, got {', '.join(map(str, widths))}.")
-    return [slide.slide_id for slide in ordered], np.stack(vectors), ordered
+    return ids, np.stack(vectors), list(attrs.values())
 
 
-def _refuse_mixed(slides: Sequence[SlideEmbeddings], folder: Path, allow_mixed: bool) -> None:
+def _refuse_mixed(slides: Mapping[str, Attrs], folder: Path, allow_mixed: bool) -> None:
     for name in SAME_THROUGHOUT:
         values: dict[str, str] = {}
-        for slide in slides:
-            values.setdefault(str(slide.attrs.get(name)), slide.slide_id)
+        for slide_id, attrs in slides.items():
+            values.setdefault(str(attrs.get(name)), slide_id)
         if len(values) > 1:
             shown = ", ".join(f"{value} ({slide_id})" for value, slide_id in list(values.items())[:3])
             text = f"{folder.name}: its slides differ in {name}: {shown}."
@@ -156,16 +168,16 @@ def _refuse_mixed(slides: Sequence[SlideEmbeddings], folder: Path, allow_mixed: 
             warnings.warn(text, stacklevel=4)
 
 
-def _refuse_outdated(slides: Sequence[SlideEmbeddings], folder: Path, allow_mixed: bool) -> None:
+def _refuse_outdated(slides: Mapping[str, Attrs], folder: Path, allow_mixed: bool) -> None:
     """Refuse vectors of tile embeddings that the run has made again since, where those lie beside them."""
     encoder = folder.name.partition("__")[2].removesuffix("__sections")
     outdated = []
-    for slide in slides:
-        of_slide = str(slide.attrs.get("of_slide", slide.slide_id))
+    for slide_id, attrs in slides.items():
+        of_slide = str(attrs.get("of_slide", slide_id))
         now = _identity(folder.parent / f"features_{encoder}" / f"{of_slide}.h5")
-        before = str(slide.attrs.get("features"))
+        before = str(attrs.get("features"))
         if now is not None and now != before and not before.startswith("sha256:"):
-            outdated.append(slide.slide_id)
+            outdated.append(slide_id)
     if outdated:
         text = (
             f"{folder.name}: {len(outdated)} of its slides ({outdated[0]}) are older than their tile embeddings, which "
@@ -188,12 +200,12 @@ def _identity(features: Path) -> str | None:
     return None if found is None else str(found)
 
 
-def _in_common(slides: Sequence[SlideEmbeddings]) -> dict[str, Any]:
-    first = slides[0].attrs
+def _in_common(slides: Sequence[Attrs]) -> dict[str, Any]:
+    first = slides[0]
     return {
         name: first[name]
         for name in first
-        if all(slide.attrs.get(name) == first[name] for slide in slides) and not isinstance(first[name], np.ndarray)
+        if all(attrs.get(name) == first[name] for attrs in slides) and not isinstance(first[name], np.ndarray)
     }
 
 

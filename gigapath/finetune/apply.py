@@ -18,6 +18,7 @@ from gigapath.finetune.fitted import FittedHead, load_head
 from gigapath.finetune.inputs import check_folder
 from gigapath.finetune.labels import bare_name, join_labels, read_labels, shown
 from gigapath.finetune.options import JoinOptions
+from gigapath.finetune.splits import TABLE
 
 
 @dataclass(frozen=True)
@@ -139,13 +140,14 @@ def evaluate_head(
 
 
 def _refuse_seen(checkpoint: Path, slide_ids: Sequence[str]) -> None:
-    """Refuse slides that trained the head, as far as the run's split table beside it tells."""
-    folder = checkpoint if checkpoint.is_dir() else checkpoint.parent
-    table = folder.parent / "splits.csv"
-    if not table.is_file():
+    """Refuse slides that trained the head, as far as the split table of its run tells: a fold's folder lies beside it,
+    a control's in one of the fold."""
+    folder = (checkpoint if checkpoint.is_dir() else checkpoint.parent).absolute()
+    fold = next((place for place in (folder, *folder.parents) if (place.parent / TABLE).is_file()), None)
+    if fold is None:
         return
-    with table.open(newline="", encoding="utf-8") as file:
-        sets = {row["slide_id"]: row.get(folder.name, "") for row in csv.DictReader(file)}
+    with (fold.parent / TABLE).open(newline="", encoding="utf-8") as file:
+        sets = {row.get("slide_id"): row.get(fold.name, "") for row in csv.DictReader(file)}
     seen = [slide_id for slide_id in slide_ids if sets.get(slide_id) in ("train", "val")]
     if seen:
         raise ValueError(

@@ -232,7 +232,7 @@ def _search(
     low, high = 0.0, math.inf
     for _ in range(SEARCHES):
         new_value, gradient = objective(point + size * direction)
-        if new_value > value + 1e-4 * size * slope:
+        if not new_value <= value + 1e-4 * size * slope:  # NaN is not
             high = size
         elif float(gradient @ direction) < 0.9 * slope:
             low = size

@@ -97,9 +97,16 @@ def evaluate(predictions: Predictions, *, replicates: int = REPLICATES, seed: in
 def paired_difference(
     first: Predictions, second: Predictions, *, replicates: int = REPLICATES, seed: int = 0
 ) -> dict[str, Estimate]:
-    """Scores of the first minus scores of the second on the same rows, with intervals from the same draws."""
+    """Scores of the first minus scores of the second on the same rows, with intervals from the same draws.
+
+    Raises:
+        ValueError: other truth, classes, groups or folds: nothing is paired then.
+    """
     if not np.array_equal(first.truth, second.truth):
         raise ValueError("paired_difference: expected the same rows with the same truth in the same order.")
+    for name in ("groups", "folds"):
+        if not _equal(getattr(first, name), getattr(second, name)):
+            raise ValueError(f"paired_difference: expected the same {name} for both, or none for both.")
     scorers = [Scorer(first), Scorer(second)]
     if scorers[0].names != scorers[1].names:
         raise ValueError("paired_difference: expected the same classes for both.")
@@ -107,6 +114,10 @@ def paired_difference(
     drawn = _replicate_scores(scorers, first, replicates, seed)
     values = {name: plain[0][name] - plain[1][name] for name in scorers[0].names}
     return _estimates(scorers[0].names, values, drawn[0] - drawn[1])
+
+
+def _equal(one: npt.NDArray[np.generic] | None, other: npt.NDArray[np.generic] | None) -> bool:
+    return one is other or (one is not None and other is not None and np.array_equal(one, other))
 
 
 def bootstrap_weights(
