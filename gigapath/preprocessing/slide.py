@@ -21,6 +21,7 @@ import openslide
 from gigapath.preprocessing.fast import READERS, FastReader
 from gigapath.preprocessing.handle import SlideError, open_handle
 from gigapath.preprocessing.header import SCANNERS, Mpp, allowed, number, stated_mpp
+from gigapath.preprocessing.plausible import check_scale, scanned_area
 
 __all__ = ["SLIDE_SUFFIXES", "Mpp", "Overview", "Slide", "SlideError", "open_slide", "slide_id_of"]
 
@@ -32,8 +33,6 @@ SLIDE_SUFFIXES = (
     *(".dcm", ".czi", ".jpeg", ".jpg", ".png"),
 )
 
-PLAUSIBLE_MPP = (0.08, 4.0)
-OBJECTIVE_MARGIN = 0.35  # share by which mpp may differ from 10 / objective power
 SAME_SCALE = 0.02  # x and y this close are one scale, averaged
 OVERVIEW_MPP = 8.0
 OVERVIEW_SIDE = 8192  # no overview grows beyond this many pixels a side
@@ -148,10 +147,9 @@ class Slide:
         self.properties = allowed(header)
         self.objective_power = number(header, "openslide.objective-power")
         self.stated_mpp = stated_mpp(header)
-        self.bounds = self._find_bounds()
-        self.fast = FastReader(
-            path, self.vendor, self.level_dimensions, self.level_downsamples, self._read_apart, reader
-        )
+        self.bounds = scanned_area(slide_id, self.dimensions, self.properties)
+        sizes, downsamples = self.level_dimensions, self.level_downsamples
+        self.fast = FastReader(path, self.vendor, sizes, downsamples, self._read_apart, reader)
 
     def __enter__(self) -> "Slide":
         return self
@@ -185,10 +183,10 @@ class Slide:
             return self._override
         if self.stated_mpp is not None:
             mpp = self.stated_mpp
-            self._check_plausible(mpp)
+            check_scale(self.slide_id, mpp, self.objective_power)
         elif self._mpp_from_objective and self.objective_power is not None:
             mpp = Mpp(10 / self.objective_power, 10 / self.objective_power, "objective power")
-            self._check_plausible(mpp)
+            check_scale(self.slide_id, mpp, self.objective_power)
         else:
             power = self.objective_power
             way = "" if power is None else f" or take 10 / objective power ({power:g}) with --mpp-from-objective"
@@ -368,40 +366,6 @@ class Slide:
                 f"slide {self.slide_id!r}: expected {width} x {height} readable pixels at x {x}, y {y} of level "
                 f"{level}, got an error from the decoder. The file is damaged or cut short: copy it again."
             ) from error
-
-    def _find_bounds(self) -> tuple[int, int, int, int]:
-        """(x, y, w, h) of the scanned area, cut to the slide."""
-        width, height = self.dimensions
-        named = [self.properties.get(f"openslide.bounds-{part}") for part in ("x", "y", "width", "height")]
-        if any(value is None for value in named):
-            return 0, 0, width, height
-        x, y, w, h = (int(float(value)) for value in named if value is not None)
-        left, top, right, bottom = max(0, x), max(0, y), min(width, x + w), min(height, y + h)
-        if right <= left or bottom <= top:
-            raise SlideError(
-                f"slide {self.slide_id!r}: expected bounds inside {width} x {height} pixels, got x {x}, y {y}, "
-                f"{w} x {h}. The header contradicts itself: convert the slide again."
-            )
-        return left, top, right - left, bottom - top
-
-    def _check_plausible(self, mpp: Mpp) -> None:
-        """Raise SlideError where brightfield scanners don't work at this scale or the objective contradicts it."""
-        low, high = PLAUSIBLE_MPP
-        stated = f"{mpp.x:g}" if mpp.x == mpp.y else f"{mpp.x:g} x {mpp.y:g}"
-        if not (low <= min(mpp.x, mpp.y) and max(mpp.x, mpp.y) <= high):
-            coarse = ", or leave the slide out where this is right: it is too coarse to show cells"
-            raise SlideError(
-                f"slide {self.slide_id!r}: expected {low:g} to {high:g} microns per pixel, got {stated} from "
-                f"{mpp.source}. State the right value with --slide-mpp{coarse * (max(mpp.x, mpp.y) > high)}."
-            )
-        if self.objective_power is None:
-            return
-        nominal = 10 / self.objective_power
-        if max(abs(value / nominal - 1) for value in (mpp.x, mpp.y)) > OBJECTIVE_MARGIN:
-            raise SlideError(
-                f"slide {self.slide_id!r}: expected about {nominal:g} microns per pixel for an objective power of "
-                f"{self.objective_power:g}, got {stated} from {mpp.source}. State the right value with --slide-mpp."
-            )
 
 
 def _on_white(rgba: UInt8Array) -> UInt8Array:

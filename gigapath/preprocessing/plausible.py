@@ -1,0 +1,51 @@
+"""What a header claims of a slide's scale and place, and where it contradicts itself."""
+
+from collections.abc import Mapping
+
+from gigapath.preprocessing.handle import SlideError
+from gigapath.preprocessing.header import Mpp
+
+PLAUSIBLE_MPP = (0.08, 4.0)
+OBJECTIVE_MARGIN = 0.35  # share by which mpp may differ from 10 / objective power
+
+
+def check_scale(slide_id: str, mpp: Mpp, objective_power: float | None) -> None:
+    """Raise SlideError where brightfield scanners don't work at this scale or the objective contradicts it."""
+    low, high = PLAUSIBLE_MPP
+    stated = f"{mpp.x:g}" if mpp.x == mpp.y else f"{mpp.x:g} x {mpp.y:g}"
+    if not (low <= min(mpp.x, mpp.y) and max(mpp.x, mpp.y) <= high):
+        coarse = ", or leave the slide out where this is right: it is too coarse to show cells"
+        raise SlideError(
+            f"slide {slide_id!r}: expected {low:g} to {high:g} microns per pixel, got {stated} from "
+            f"{mpp.source}. State the right value with --slide-mpp{coarse * (max(mpp.x, mpp.y) > high)}."
+        )
+    if objective_power is None:
+        return
+    nominal = 10 / objective_power
+    if max(abs(value / nominal - 1) for value in (mpp.x, mpp.y)) > OBJECTIVE_MARGIN:
+        raise SlideError(
+            f"slide {slide_id!r}: expected about {nominal:g} microns per pixel for an objective power of "
+            f"{objective_power:g}, got {stated} from {mpp.source}. State the right value with --slide-mpp."
+        )
+
+
+def scanned_area(
+    slide_id: str, dimensions: tuple[int, int], properties: Mapping[str, str | float]
+) -> tuple[int, int, int, int]:
+    """(x, y, w, h) of what was scanned in level-0 pixels, cut to the slide; all of it where no bounds are named.
+
+    Raises:
+        SlideError: the bounds lie outside the slide.
+    """
+    width, height = dimensions
+    named = [properties.get(f"openslide.bounds-{part}") for part in ("x", "y", "width", "height")]
+    if any(value is None for value in named):
+        return 0, 0, width, height
+    x, y, w, h = (int(float(value)) for value in named if value is not None)
+    left, top, right, bottom = max(0, x), max(0, y), min(width, x + w), min(height, y + h)
+    if right <= left or bottom <= top:
+        raise SlideError(
+            f"slide {slide_id!r}: expected bounds inside {width} x {height} pixels, got x {x}, y {y}, "
+            f"{w} x {h}. The header contradicts itself: convert the slide again."
+        )
+    return left, top, right - left, bottom - top
