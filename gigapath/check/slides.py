@@ -51,7 +51,8 @@ class SlideCheck:
         if isinstance(encoder, str):
             return [_skipped(encoder)]
         try:
-            with open_slide(entry.path, slide_id=entry.slide_id, slide_mpp=entry.mpp) as slide:
+            fast = bool(held.attrs.get("fast_transform"))
+            with open_slide(entry.path, slide_id=entry.slide_id, slide_mpp=entry.mpp, fast_transform=fast) as slide:
                 return compare_tiles(held, slide, encoder, sample=self.options.sample)
         except (ValueError, OSError) as error:
             return [Finding("slide-unreadable", str(error), "The embeddings can't be compared with it.")]
@@ -136,8 +137,14 @@ def _read(held: Contents, slide: Slide, rows: npt.NDArray[Any]) -> npt.NDArray[n
     level, read_size = held.attrs.get("level"), held.attrs.get("read_size")
     if level is None or read_size is None or "converted_from" in held.attrs:
         level, read_size = 0, (round(held.step[0]), round(held.step[1]))
-    corners = np.rint(held.coords[rows]).astype(np.int64).tolist()
-    return np.stack([resample(slide.read(x, y, int(level), *read_size), (size, size)) for x, y in corners])
+    corners = np.rint(held.coords[rows]).astype(np.int64)
+    places = np.concatenate([corners, np.broadcast_to(np.array(read_size), corners.shape)], axis=1)
+    shrunk = slide.fast.shrunk(int(level), places, size)
+    pixels = np.empty((len(rows), size, size, 3), np.uint8)
+    for index, (x, y) in enumerate(corners.tolist()):
+        if shrunk is None or not shrunk.read(index, pixels[index]):
+            pixels[index] = resample(slide.read(x, y, int(level), *read_size), (size, size))
+    return pixels
 
 
 def _unit(vectors: npt.NDArray[Any]) -> Float32Array:

@@ -12,7 +12,8 @@ from gigapath.features import FeatureFileError
 from gigapath.features.h5 import is_complete, open_h5, read_attrs
 
 # What must be one within a folder, or the results can't be compared with each other.
-NUMERICS = ("weights_sha256", "precision", "device", "batch_size", "reader", "filter", "numerics_version")
+FAST_TRANSFORM = "fast_transform"  # in an identity only where it was asked for
+NUMERICS = ("weights_sha256", "precision", "device", "batch_size", "reader", FAST_TRANSFORM, "numerics_version")
 
 
 def digest(identity: Mapping[str, Any]) -> str:
@@ -69,7 +70,8 @@ def redone(folder: Path, identities: Mapping[str, Mapping[str, Any]]) -> list[st
     for slide_id, identity in identities.items():
         before = read_status(folder, slide_id)
         if before is not None and before.finished:
-            reasons.update(differences({name: before.identity.get(name) for name in identity}, identity))
+            named = {*identity, FAST_TRANSFORM} & {*identity, *before.identity}
+            reasons.update(differences({name: before.identity.get(name) for name in named}, identity))
     return [f"{folder.name}: {count} made before in other numbers, now again: {why}." for why, count in reasons.items()]
 
 

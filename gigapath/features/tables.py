@@ -25,6 +25,7 @@ SAME_THROUGHOUT = (
     "precision",
     "device",
     "batch_shape",
+    "fast_transform",
     "store",
     "slide_encoder",
     "slide_weights_sha256",

@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from gigapath.preprocessing.blocks import Regions
 from gigapath.preprocessing.handle import SlideError
+from gigapath.preprocessing.shrinking import ShrunkTiles, shrunk_tiles
 from gigapath.preprocessing.tiff import BlockError, TiffLevel, tiff_levels
 
 UInt8Array = npt.NDArray[np.uint8]
@@ -45,6 +46,7 @@ class FastReader:
         level_downsamples: tuple[float, ...],
         read: Read,
         reader: str,
+        fast_transform: bool = False,
     ) -> None:
         """
         Args:
@@ -54,8 +56,9 @@ class FastReader:
             level_downsamples: OpenSlide's downsamples.
             read: (x, y, level, width, height) to OpenSlide's pixels, x and y in level-0 pixels; raises SlideError.
             reader: one of READERS.
+            fast_transform: decode JPEG blocks smaller for tiles that must shrink.
         """
-        self.reader = reader
+        self.reader, self._fast_transform = reader, fast_transform
         self._path, self._vendor, self._read = path, vendor, read
         self._level_dimensions, self._downsamples = level_dimensions, level_downsamples
         self._lock = threading.Lock()
@@ -89,6 +92,23 @@ class FastReader:
             level: the level.
             places: (N, 4) int64 x and y of the top-left corner in level-0 pixels, width and height in the level's.
         """
+        found = self._boxes(level, places)
+        return None if found is None else Regions(*found)
+
+    def shrunk(self, level: int, places: npt.NDArray[np.int64], tile_size: int) -> ShrunkTiles | None:
+        """Rectangles as tiles by the fast transform, or None where they are read and resampled in the ordinary way:
+        nobody asked for it, OpenSlide reads the level, its blocks aren't JPEG, or the tiles don't shrink.
+
+        Args:
+            level: the level.
+            places: (N, 4) as for `regions`.
+            tile_size: side of a tile.
+        """
+        found = self._boxes(level, places) if self._fast_transform else None
+        return None if found is None else shrunk_tiles(*found, tile_size)
+
+    def _boxes(self, level: int, places: npt.NDArray[np.int64]) -> tuple[int, TiffLevel, npt.NDArray[np.int64]] | None:
+        """The open file, the level and the places in its pixels, where there is anything to read without OpenSlide."""
         found = self._level(level)
         if found is None or self._file is None or not len(places):
             return None
@@ -97,7 +117,7 @@ class FastReader:
         boxes[:, :2] = np.rint(exact)
         if self.reader != "fast":
             boxes[(boxes[:, :2] != exact).any(axis=1), 0] = -1  # between pixels: not served
-        return Regions(self._file, found, boxes)
+        return self._file, found, boxes
 
     def _level(self, index: int) -> TiffLevel | None:
         """The level as its blocks, where this reader serves it."""

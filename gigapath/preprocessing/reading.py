@@ -45,6 +45,18 @@ def resample(pixels: UInt8Array, size: tuple[int, int]) -> UInt8Array:
     return out.astype(np.uint8, copy=False)
 
 
+def filter_of(slide: Slide, tiles: Tiles) -> str:
+    """What is done to these tiles of an open slide, for the record: `filter_name`, or the fast transform's."""
+    shrunk = slide.fast.shrunk(tiles.level, _places(tiles, tiles.coords_level0), tiles.tile_size)
+    return filter_name(tiles.read_size, tiles.tile_size) if shrunk is None else shrunk.filter
+
+
+def _places(tiles: Tiles, corners: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """Corners (N, 2) with what is read there: (N, 4) x and y in level-0 pixels, width and height in the level's."""
+    sizes = np.broadcast_to(np.array(tiles.read_size), corners.shape)
+    return np.concatenate([corners, sizes], axis=1).astype(np.int64)
+
+
 class TileReader:
     """Pixels of a slide's tiles, cheapest in their order; may be used from several threads."""
 
@@ -66,8 +78,10 @@ class TileReader:
         self._tiles, self._start = tiles, indices.start
         self._size = tiles.tile_size, tiles.tile_size
         corners = tiles.coords_level0[indices.start : indices.stop]
-        sizes = np.broadcast_to(np.array(tiles.read_size), corners.shape)
-        self._read = slide.reads(tiles.level, np.concatenate([corners, sizes], axis=1).astype(np.int64))
+        places = _places(tiles, corners)
+        self._shrunk = slide.fast.shrunk(tiles.level, places, tiles.tile_size)
+        # Beside the fast transform no block is to be held for tiles that never ask for it.
+        self._read = slide.reads(tiles.level, places, plainly=self._shrunk is not None)
         self._scratch = threading.local()  # one array a thread for pixels that are resampled
 
     def fill(self, index: int, out: UInt8Array) -> None:
@@ -77,6 +91,8 @@ class TileReader:
             SlideError: they can't be read; names the slide and the tile.
         """
         tiles = self._tiles
+        if self._shrunk is not None and self._shrunk.read(index - self._start, out):
+            return
         try:
             pixels = self._read(index - self._start, self._space(out))
         except SlideError as error:

@@ -7,7 +7,7 @@ from gigapath.cohort.status import Status
 from gigapath.features import Tiles
 from gigapath.features.kept_rows import KeptRows
 from gigapath.preprocessing.places import Take
-from gigapath.preprocessing.reading import read_into
+from gigapath.preprocessing.reading import filter_of, read_into
 from gigapath.preprocessing.slide import Slide, SlideError
 from gigapath.runs.entries import open_entry
 from gigapath.runs.tiling import tile_slide, tiles_digest
@@ -26,7 +26,7 @@ class ComingSlide:
         tiles: its tiles, where they are to be embedded.
         features: the status of its tile embeddings, where they were done before.
         kept: the rows of its tile embeddings that are safe already, and keeps more.
-        reader: what reads its tiles, once they are being read.
+        reading: what reads its tiles (`reader`) and makes them their size (`filter`), where they are to be embedded.
         vectors: its vectors on their way.
     """
 
@@ -39,7 +39,7 @@ class ComingSlide:
         "entry",
         "features",
         "kept",
-        "reader",
+        "reading",
         "tiled",
         "tiles",
         "vectors",
@@ -52,7 +52,7 @@ class ComingSlide:
         self.tiles: Tiles | None = None
         self.features: Status | None = None
         self.kept: KeptRows | None = None
-        self.reader: str | None = None
+        self.reading: dict[str, str] = {}
         self.vectors: SlideVectors | None = None
         self._job = job
         self._opened: Slide | None = None
@@ -101,14 +101,16 @@ class ComingSlide:
         self.kept = job.kept_rows(self.entry, job.identity(self.digest or ""), tiles)
         self._start = self.kept.find()
         try:
-            self._opened = slide = open_entry(self.entry, job.tiling, job.options.reader)
+            self._opened = slide = open_entry(
+                self.entry, job.tiling, job.options.reader, fast_transform=job.fast_transform
+            )
             size = tiles.attrs.get("slide_size")
             if size is not None and tuple(size) != slide.dimensions:
                 raise SlideError(
                     f"slide {self.entry.slide_id!r}: expected {size[0]} x {size[1]} pixels, as when it was tiled, got "
                     f"{slide.dimensions[0]} x {slide.dimensions[1]}. Tile it again: --overwrite tiles."
                 )
-            self.reader = slide.fast.used(tiles.level)
+            self.reading = {"reader": slide.fast.used(tiles.level), "filter": filter_of(slide, tiles)}
         except Exception as error:  # the slide's own, whatever it is
             self._problem = error
 

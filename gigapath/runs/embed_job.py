@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from gigapath.cohort.manifest import SlideEntry
-from gigapath.cohort.reuse import digest, finished, redone
+from gigapath.cohort.reuse import FAST_TRANSFORM, digest, finished, redone
 from gigapath.cohort.status import Status, read_status
 from gigapath.features import NUMERICS_VERSION, TileEmbeddingsWriter, Tiles, read_tiles
 from gigapath.features.kept_rows import KeptRows
@@ -53,6 +53,7 @@ class EmbedJob:
         own_tiles: whether this run makes the tiles, or takes those of another folder.
         slides: the slide stage, or None.
         settled: how the devices are used; None for the plain way, a slide at a time.
+        fast_transform: whether tiles that must shrink are read by the quick approximations.
     """
 
     run: CohortRun
@@ -67,6 +68,7 @@ class EmbedJob:
     own_tiles: bool
     slides: SlideStage | None
     settled: Settled | None = None
+    fast_transform: bool = False
     _expected: dict[str, int] = field(default_factory=dict)
     _coming: deque[ComingSlide] = field(default_factory=deque)
     _stream: TileStream | None = None
@@ -95,6 +97,7 @@ class EmbedJob:
             "batch_size": self.batch_size,
             "store": self.store,
             "reader": reader_of_numbers(self.options.reader),
+            **({FAST_TRANSFORM: True} if self.fast_transform else {}),
             "numerics_version": NUMERICS_VERSION,
         }
 
@@ -244,14 +247,14 @@ class EmbedJob:
                 writer.write(first, block)
                 self.run.watch.tiles(len(block))
                 self._tell(stream)
-            if slide.reader is not None:
-                writer.amend({"reader": slide.reader})
+            writer.amend(slide.reading)
             written.start()  # what follows is flushing and verifying
         facts = {
             "tile_encoder": self.encoder.name,
             "precision": self.encoder.precision,
             "device": self.encoder.device.type,
             "trained": self.encoder.trained,
+            **slide.reading,
         }
         return Outcome(
             "done" if len(tiles) else "no_tissue",

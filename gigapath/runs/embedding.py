@@ -73,6 +73,11 @@ def run_embed(
     """
     out, tiling = Path(out), tiling or TileOptions()
     embedding, options, watch = embedding or EmbedOptions(), options or RunOptions(), watch or Watcher()
+    if embedding.fast_transform and options.reader == "openslide":
+        raise ValueError(
+            "--fast-transform: expected --reader auto or fast beside it, got openslide, which never decodes a block "
+            "smaller. Drop one."
+        )
     with StopFlag(watch.stopping) as stop:
         cohort = _entries(slides, out, embedding.tiles, tiling, options)
         if not embedding.tiles:
@@ -213,6 +218,7 @@ def _job(
         tiles=tiles,
         own_tiles=not embedding.tiles,
         slides=slides,
+        fast_transform=embedding.fast_transform,
     )
     run.stages = [
         *([tiles] if job.own_tiles else []),
@@ -289,6 +295,8 @@ def _plan(job: EmbedJob, todo: Sequence[SlideEntry]) -> Plan:
         f"tile encoder: {encoder.description}; {_device_name(job.encoders)}, {encoder.precision}, "
         f"batches of {job.batch_size}, {job.workers} reading threads."
     )
+    if job.fast_transform:
+        lines.append("fast transform: tiles that must shrink are approximated where their blocks are JPEG.")
     lines.append(f"slide encoder: {job.slides.encoder.description if job.slides else 'none'}.")
     if job.tiling.max_tiles is not None and job.own_tiles:
         lines.append(f"at most {job.tiling.max_tiles} tiles a slide, spread evenly (seed {job.tiling.seed}).")

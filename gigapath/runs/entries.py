@@ -15,8 +15,8 @@ from gigapath.preprocessing.tiling import TileOptions
 from gigapath.runs.options import RunOptions
 
 
-def open_entry(entry: SlideEntry, tiling: TileOptions, reader: str = "auto") -> Slide:
-    """Open a slide with the scale that the manifest or the options state, to be read by `reader`.
+def open_entry(entry: SlideEntry, tiling: TileOptions, reader: str = "auto", *, fast_transform: bool = False) -> Slide:
+    """Open a slide with the scale that the manifest or the options state, to be read as `open_slide` says.
 
     Raises:
         SlideError: it can't be opened, or has a `problem`.
@@ -31,6 +31,7 @@ def open_entry(entry: SlideEntry, tiling: TileOptions, reader: str = "auto") -> 
         mpp_source=source,
         mpp_from_objective=tiling.mpp_from_objective,
         reader=reader,
+        fast_transform=fast_transform,
     )
 
 

@@ -94,6 +94,10 @@ class EmbedOptions:
     )
     precision: str = option("auto", "auto is fp16 on CUDA, fp32 elsewhere", choices=_PRECISIONS)
     batch_size: int | None = option(None, "tiles per batch (default: by encoder and device)", at_least=1)
+    fast_transform: bool = option(
+        False,
+        "tiles that must shrink: JPEG blocks decoded at 1/2, 1/4 or 1/8, then a linear filter; quicker, other numbers",
+    )
     store: str = option("float32", "how tile embeddings are stored", choices=("float32", "float16"))
     random_weights: bool = option(False, "untrained weights, for trying things; every output says so")
 
