@@ -275,6 +275,15 @@ def test_site_alone_scores_what_the_site_knows() -> None:
     assert list(per_site) == ["here", "there"] and per_site["here"].rows == int((sites[2000:] == "here").sum())
 
 
+def test_logits_are_no_probabilities() -> None:
+    logits = np.array([[2.0, -1.0], [0.3, 0.7]])
+    with pytest.raises(ValueError, match=r"between 0 and 1, got \[ ?2\. -1\. ?\] in row 0.*softmax"):
+        Predictions(np.array([0, 1]), logits, ("a", "b"))
+    with pytest.raises(ValueError, match=r"between 0 and 1, got .*sigmoid"):
+        Predictions(np.array([[0, 1], [1, 1]]), logits, ("a", "b"))
+    Predictions(np.array([[0, 1], [1, 1]]), np.array([[0.9, 0.9], [0.0, 1.0]]), ("a", "b"))
+
+
 @pytest.mark.parametrize(
     ("truth", "said", "message"),
     [

@@ -12,6 +12,7 @@ import numpy.typing as npt
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
 
+_ROUNDING = 1e-3  # of a probability in half precision
 CALIBRATION_BINS = 15  # equal widths between 0 and 1, of the confidence in the predicted class
 
 
@@ -48,6 +49,13 @@ class Predictions:
         if not np.isfinite(probabilities).all():
             row = int(np.flatnonzero(~np.isfinite(probabilities).all(axis=1))[0])
             raise ValueError(f"Predictions: expected finite probabilities, got {probabilities[row]} in row {row}.")
+        off = ((probabilities < -_ROUNDING) | (probabilities > 1 + _ROUNDING)).any(axis=1)
+        if off.any():
+            row = int(np.argmax(off))
+            raise ValueError(
+                f"Predictions: expected probabilities between 0 and 1, got {probabilities[row]} in row {row}. Logits go "
+                f"through a {'sigmoid' if truth.ndim == 2 else 'softmax'} first."
+            )
         if truth.ndim == 2 and truth.shape != (rows, classes):
             raise ValueError(f"Predictions: expected truth of shape ({rows}, {classes}), got {truth.shape}.")
         limit = 1 if truth.ndim == 2 else classes - 1
