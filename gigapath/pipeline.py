@@ -44,7 +44,8 @@ __all__ = [
     "tile_one_slide",
 ]
 
-_CORNER = re.compile(r"(-?\d+)x_(-?\d+)y\.\w+$")
+# A hyphen that joins the corner to a word is no sign.
+_CORNER = re.compile(r"((?<![0-9A-Za-z])-?\d+|\d+)x_(-?\d+)y\.\w+$")
 
 
 class TileEncodingDataset(Dataset[dict[str, Any]]):

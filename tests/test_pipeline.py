@@ -100,6 +100,20 @@ def test_dataset_gives_images_and_their_corners(tiled: tuple[Path, Path]) -> Non
     assert f"{int(item['coords'][0]):05d}x_{int(item['coords'][1]):05d}y.png" == paths[1].name
 
 
+@pytest.mark.parametrize(
+    ("name", "corner"),
+    [
+        ("00256x_00512y.png", [256, 512]),
+        ("-0128x_-0064y.png", [-128, -64]),  # as symmetric padding gives them
+        ("slide-00256x_00512y.png", [256, 512]),
+        ("TCGA-01.-0128x_00512y.png", [-128, 512]),
+    ],
+)
+def test_dataset_reads_a_sign_only_where_no_word_is_joined_by_it(name: str, corner: list[int], tmp_path: Path) -> None:
+    Image.new("RGB", (4, 4)).save(tmp_path / name)
+    assert TileEncodingDataset([tmp_path / name])[0]["coords"].tolist() == corner
+
+
 def test_dataset_names_a_file_without_corners(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"tile\.png: expected a tile's name"):
         TileEncodingDataset([tmp_path / "tile.png"])[0]

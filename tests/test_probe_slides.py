@@ -132,7 +132,7 @@ def test_no_label_means_no_score() -> None:
     vectors, labels = generator.normal(size=(300, 20)), np.arange(300) % 2
     generator.shuffle(labels)
     groups = np.array([f"p{number // 2}" for number in range(300)])
-    said, _ = fit_fold(vectors, labels, groups, np.arange(200), np.arange(200, 300), 0)
+    said, _ = fit_fold(vectors, labels, groups, np.arange(200), np.arange(200, 300), 0, names="ab")
     assert abs(roc_auc_score(labels[200:], said[:, 1]) - 0.5) < 0.18
 
 
@@ -142,11 +142,11 @@ def test_test_slides_have_no_say_in_the_fit() -> None:
     vectors[:, 0] += labels
     groups = np.array([f"p{number}" for number in range(80)])
     train, test = np.arange(60), np.arange(60, 80)
-    said, penalty = fit_fold(vectors, labels, groups, train, test, 0)
+    said, penalty = fit_fold(vectors, labels, groups, train, test, 0, names="ab")
     changed = vectors.copy()
     changed[61:] = 1e6
     again, penalty_again = fit_fold(
-        changed, 1 - labels * (np.arange(80) < 60) - (np.arange(80) >= 60), groups, train, test, 0
+        changed, 1 - labels * (np.arange(80) < 60) - (np.arange(80) >= 60), groups, train, test, 0, names="ab"
     )
     assert penalty == penalty_again
     # The labels of the training slides were flipped too, so the first test slide's probabilities change places.
@@ -158,7 +158,7 @@ def test_fewer_slides_than_entries_give_the_fit_in_full_width() -> None:
     generator = np.random.default_rng(5)
     vectors, labels = generator.normal(size=(40, 200)), np.arange(40) % 2
     groups = np.array([f"p{number}" for number in range(40)])
-    said, penalty = fit_fold(vectors, labels, groups, np.arange(30), np.arange(30, 40), 0)
+    said, penalty = fit_fold(vectors, labels, groups, np.arange(30), np.arange(30, 40), 0, names="ab")
     features, target = torch.from_numpy(vectors), torch.from_numpy(labels)
     head = LogisticRegression(features, target, torch.arange(30), 2).fit(penalty)
     assert np.abs(head.probabilities(features, torch.arange(30, 40)) - said).max() < 2e-3
@@ -247,7 +247,19 @@ Change = Callable[[list[dict[str, str]]], list[dict[str, str]]]
                 {**row, "label": "mutant" if row["patient_id"] in ("P01", "P03") else "wild"} for row in rows
             ],
             {},
-            "occurs in 2 groups, fewer than 3 folds",
+            "the class mutant occurs in 2 groups, fewer than 3 folds. Take fewer folds",
+        ),
+        (
+            lambda rows: [
+                {
+                    **row,
+                    "set": "test" if row["patient_id"] > "P20" else "train",
+                    "label": "mutant" if row["patient_id"] in ("P01", "P03", "P30") else "wild",
+                }
+                for row in rows
+            ],
+            {"split": "set"},
+            "the class mutant occurs in 2 groups, fewer than the 3 folds by which the penalty is chosen",
         ),
     ],
 )

@@ -250,7 +250,7 @@ def test_folds_keep_groups_together_and_classes_even() -> None:
     generator = np.random.default_rng(0)
     groups = generator.integers(0, 60, 300)
     labels = (groups % 4 == 0).astype(np.int64)  # a quarter of the groups
-    fold = group_folds(labels, groups, 5, seed=1)
+    fold = group_folds(labels, groups, 5, seed=1, names="abc")
     assert all(len(set(fold[groups == group])) == 1 for group in set(groups.tolist()))
     for label in (0, 1):
         shares = np.bincount(fold[labels == label], minlength=5) / (labels == label).sum()
@@ -258,12 +258,12 @@ def test_folds_keep_groups_together_and_classes_even() -> None:
     tested = np.concatenate([test for _, test in splits_of_folds(fold)])
     assert sorted(tested.tolist()) == list(range(300))
     assert all(not set(groups[train]) & set(groups[test]) for train, test in splits_of_folds(fold))
-    assert not np.array_equal(fold, group_folds(labels, groups, 5, seed=2))
-    assert np.array_equal(fold, group_folds(labels, groups, 5, seed=1))
+    assert not np.array_equal(fold, group_folds(labels, groups, 5, seed=2, names="abc"))
+    assert np.array_equal(fold, group_folds(labels, groups, 5, seed=1, names="abc"))
 
 
 def test_folds_refuse_a_class_in_too_few_groups() -> None:
     labels = np.array([0] * 10 + [1] * 10)
     groups = np.array([*range(10), *([10] * 5), *([11] * 5)])
-    with pytest.raises(ValueError, match="class number 1 occurs in 2 groups, fewer than 3 folds"):
-        group_folds(labels, groups, 3, seed=0)
+    with pytest.raises(ValueError, match="the class b occurs in 2 groups, fewer than 3 folds"):
+        group_folds(labels, groups, 3, seed=0, names=("a", "b"))

@@ -51,7 +51,8 @@ class CohortResult:
         by_patient: scores over patients, whose slides' probabilities are averaged; None where patients are not known
             or a patient's slides have different labels.
         by_site: scores of each site's slides alone.
-        site_alone: scores of a predictor that knows the site only; None without sites or with several labels.
+        site_alone: scores of a predictor that knows the site only, over the units of `headline`; None without sites or
+            with several labels.
         slope: of the calibration.
         at_threshold: label -> threshold, sensitivity and specificity, where there are thresholds.
         notes: sentences on what is not defined.
@@ -202,7 +203,8 @@ def evaluate_cohort(
         if training is not None and training.sites is not None and not task.multi_label:
             known = site_probabilities(training.truth, np.asarray(training.sites), sites, len(task.classes))
             blind = Predictions(labels.truth, known, task.classes, groups=patients, ordinal=task.ordinal)
-            site_alone = evaluate(blind, replicates=replicates, seed=seed)
+            units = blind if by_patient is None else average_by_group(blind)
+            site_alone = evaluate(units, replicates=replicates, seed=seed)
     return CohortResult(
         slides=slides,
         by_slide=by_slide,

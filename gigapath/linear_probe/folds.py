@@ -1,6 +1,6 @@
 """Folds in which a group stays together and every fold gets its share of each class."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -8,7 +8,15 @@ import numpy.typing as npt
 IntArray = npt.NDArray[np.int64]
 
 
-def group_folds(labels: IntArray, groups: npt.NDArray[np.generic], folds: int, *, seed: int) -> IntArray:
+def group_folds(
+    labels: IntArray,
+    groups: npt.NDArray[np.generic],
+    folds: int,
+    *,
+    seed: int,
+    names: Sequence[str],
+    too_few: str = "fewer than {folds} folds. Take fewer folds",
+) -> IntArray:
     """The fold (N,) 0 .. folds-1 of each row.
 
     Groups are taken in a drawn order, those with most rows of one kind first, and each goes where it leaves the
@@ -19,6 +27,8 @@ def group_folds(labels: IntArray, groups: npt.NDArray[np.generic], folds: int, *
         groups: (N,) rows of one value stay together.
         folds: number of folds.
         seed: of the order.
+        names: of the classes, for the error.
+        too_few: what the error says of a class that occurs in fewer groups.
 
     Raises:
         ValueError: a class occurs in fewer groups than there are folds.
@@ -33,8 +43,8 @@ def group_folds(labels: IntArray, groups: npt.NDArray[np.generic], folds: int, *
     rarest = int(np.where(present, groups_of_class, count + 1).argmin())
     if groups_of_class[rarest] < folds:
         raise ValueError(
-            f"folds: class number {rarest} occurs in {groups_of_class[rarest]} groups, fewer than {folds} folds. "
-            "Take fewer folds, or leave the class out."
+            f"folds: the class {names[rarest]} occurs in {groups_of_class[rarest]} groups, "
+            f"{too_few.format(folds=folds)}, or leave the class out."
         )
     shares = rows[:, present] / rows[:, present].sum(axis=0)
     order = np.random.default_rng(seed).permutation(count)

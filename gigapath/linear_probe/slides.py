@@ -6,6 +6,7 @@ inside the training folds, so that no test slide has a say in anything.
 Legend: S slides, D width, C classes, K folds, R repeats.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -104,7 +105,10 @@ def probe_slides(
     penalties: dict[str, tuple[float, ...]] = {}
     with one_thread(torch.device("cpu")):
         for name, vectors in data.vectors.items():
-            fits = [fit_fold(vectors, data.labels, data.groups, train, test, options.seed) for train, test in folds]
+            fits = [
+                fit_fold(vectors, data.labels, data.groups, train, test, options.seed, names=data.classes)
+                for train, test in folds
+            ]
             said[name] = np.concatenate([probabilities for probabilities, _ in fits])
             penalties[name] = tuple(penalty for _, penalty in fits)
     classes = len(data.classes)
@@ -155,7 +159,8 @@ def _folds(data: SlideData, options: ProbeOptions, slide_options: SlideProbeOpti
         return [(np.flatnonzero(~data.test), np.flatnonzero(data.test))]
     found: list[tuple[IntArray, IntArray]] = []
     for repeat in range(slide_options.repeats):
-        drawn = group_folds(data.labels, data.groups, slide_options.folds, seed=options.seed + repeat)
+        seed = options.seed + repeat
+        drawn = group_folds(data.labels, data.groups, slide_options.folds, seed=seed, names=data.classes)
         found += splits_of_folds(drawn)
     return found
 
@@ -191,12 +196,27 @@ def _score(
 
 
 def fit_fold(
-    vectors: FloatArray, labels: IntArray, groups: TextArray, train: IntArray, test: IntArray, seed: int
+    vectors: FloatArray,
+    labels: IntArray,
+    groups: TextArray,
+    train: IntArray,
+    test: IntArray,
+    seed: int,
+    *,
+    names: Sequence[str],
 ) -> tuple[FloatArray, float]:
     """Fit on the training slides with the penalty that folds inside them choose; (probabilities of the test slides,
-    penalty)."""
+    penalty). `names` are those of the classes."""
     classes = int(labels.max()) + 1
-    inner = list(splits_of_folds(group_folds(labels[train], groups[train], INNER_FOLDS, seed=seed)))
+    drawn = group_folds(
+        labels[train],
+        groups[train],
+        INNER_FOLDS,
+        seed=seed,
+        names=names,
+        too_few="fewer than the {folds} folds by which the penalty is chosen among the training slides. Add slides",
+    )
+    inner = list(splits_of_folds(drawn))
     losses: dict[float, float] = dict.fromkeys(PENALTIES, 0.0)
     fits = [_Fit(vectors, labels, train[fit], classes) for fit, _ in inner]
     tried: list[float] = []
