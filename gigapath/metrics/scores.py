@@ -53,8 +53,8 @@ class Predictions:
         if off.any():
             row = int(np.argmax(off))
             raise ValueError(
-                f"Predictions: expected probabilities between 0 and 1, got {probabilities[row]} in row {row}. Logits go "
-                f"through a {'sigmoid' if truth.ndim == 2 else 'softmax'} first."
+                f"Predictions: expected probabilities between 0 and 1, got {probabilities[row]} in row {row}. "
+                f"Logits go through a {'sigmoid' if truth.ndim == 2 else 'softmax'} first."
             )
         if truth.ndim == 2 and truth.shape != (rows, classes):
             raise ValueError(f"Predictions: expected truth of shape ({rows}, {classes}), got {truth.shape}.")
