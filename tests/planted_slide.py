@@ -7,13 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from made_cohort import write_csv, write_slide, write_task
+from made_cohort import write_csv, write_slide, write_splits, write_task
 from made_slides import UInt8Array, paint_tissue, write_scn
 
 from gigapath.cohort.manifest import SlideEntry
 from gigapath.cohort.privacy import record_run
 from gigapath.features import TileEmbeddingsWriter, Tiles
-from gigapath.finetune import Inputs, ModelOptions, Settings, SplitOptions, TrainingOptions, finetune
+from gigapath.finetune import Inputs, ModelOptions, Settings, TrainingOptions, finetune
 from gigapath.preprocessing.reading import iter_tiles
 from gigapath.preprocessing.slide import open_slide
 from gigapath.preprocessing.tiling import TileOptions, plan_tiles
@@ -69,8 +69,19 @@ def write_planted_run(folder: Path) -> Tiles:
     return tiles
 
 
-def fit_head(folder: Path, *, head: str = "abmil-tiles", slides: int = 24, epochs: int = 12, **model: object) -> Path:
-    """Fit a head on slides with and without such a region, painted at 1 / 16; the folder of the fitted head."""
+def fit_head(
+    folder: Path,
+    *,
+    head: str = "abmil-tiles",
+    slides: int = 24,
+    epochs: int = 12,
+    base_lr: float = 0.3,
+    **model: object,
+) -> Path:
+    """Fit a head on slides with and without such a region, painted at 1 / 16; the folder of the fitted head.
+
+    Four of the slides are kept from training.
+    """
     rows = []
     for number in range(slides):
         image = paint_planted(16, planted=number % 2 == 1, seed=10 + number)
@@ -78,20 +89,21 @@ def fit_head(folder: Path, *, head: str = "abmil-tiles", slides: int = 24, epoch
         row, column = np.nonzero(tiles.mean(axis=(2, 3, 4)) < 235)
         cells = np.stack([column, row], axis=1)
         write_slide(
-            folder / "train" / f"slide-{number:02d}.h5",
+            folder / "train" / f"slide-{number:03d}.h5",
             colour_features(tiles[row, column]),
             cells,
             encoder="colour",
         )
-        rows.append([f"slide-{number:02d}", number % 2])
+        rows.append([f"slide-{number:03d}", number % 2])
     write_csv(folder / "labels.csv", ["slide_id", "label"], rows)
     task = write_task(folder / "task.yaml", classes=2)
+    splits = write_splits(folder / "splits", (range(4, slides), (0, 1), (2, 3)))
     training = TrainingOptions(
-        epochs=epochs, gradient_accumulation=4, base_lr=0.3, device="cpu", replicates=0, workers=1, layer_decay=1.0
+        epochs=epochs, gradient_accumulation=4, base_lr=base_lr, device="cpu", replicates=0, workers=1, layer_decay=1.0
     )
     finetune(
-        Inputs(str(task), str(folder / "train"), str(folder / "labels.csv"), pretrained=""),
+        Inputs(str(task), str(folder / "train"), str(folder / "labels.csv"), str(splits), pretrained=""),
         folder / "tuned",
-        Settings(split=SplitOptions(folds=3), model=ModelOptions(head=head, dropout=0.0, **model), training=training),
+        Settings(model=ModelOptions(head=head, dropout=0.0, **model), training=training),
     )
     return folder / "tuned" / "fold_0"

@@ -11,11 +11,16 @@ from PIL import Image
 from planted_slide import ID, OFFSET, REGION, SIZE, covered, fit_head, overlap, write_planted_run
 
 from gigapath.cli.main import main
+from gigapath.cohort.status import Status, write_status
 from gigapath.features import TileEmbeddingsWriter, Tiles
+from gigapath.files import sha256_of
 from gigapath.maps import (
     Colours,
     MapOptions,
+    Place,
+    TileMap,
     cosine_similarity,
+    draw_map,
     drawing,
     fit_clusters,
     fit_components,
@@ -24,7 +29,9 @@ from gigapath.maps import (
     sample_tiles,
     tiles_geojson,
 )
-from gigapath.maps.heads import occluded_squares
+from gigapath.maps.data import category_colour
+from gigapath.maps.heads import Curves, occluded_squares
+from gigapath.preprocessing import preview
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -32,7 +39,16 @@ def small_pictures():
     """Pictures of few pixels: quick to draw."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(drawing, "DPI", 40)
+        patch.setattr(preview, "SIDE", 400)
         yield
+
+
+@pytest.fixture
+def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Figures are drawn and seen by other tests: this one is about what stands beside them."""
+    monkeypatch.setattr("gigapath.maps.files.draw_map", lambda *_, **__: None)
+    monkeypatch.setattr("gigapath.maps.files.draw_curve", lambda *_: None)
+    monkeypatch.setattr("gigapath.maps.files.png", lambda figure: b"")
 
 
 @pytest.fixture(scope="module")
@@ -41,9 +57,12 @@ def planted(tmp_path_factory) -> tuple[Path, Tiles]:
     folder = tmp_path_factory.mktemp("planted")
     tiles = write_planted_run(folder)
     head = fit_head(folder)
-    kinds = ["pca", "clusters", "similarity", "head-attention", "gradient", "occlusion"]
-    words = ["--kind", *kinds, "--clusters", "4", "--tile", "20", "--checkpoint", str(head), "--device", "cpu"]
-    assert main(["map", str(folder / "run"), "--out", str(folder / "maps"), *words]) == 0
+    words = ["--clusters", "4", "--tile", "20", "--checkpoint", str(head), "--device", "cpu"]
+    drawn, beside = ("clusters", "head-attention"), ("pca", "similarity", "gradient", "occlusion")
+    assert main(["map", str(folder / "run"), "--out", str(folder / "maps"), "--kind", *drawn, *words]) == 0
+    with pytest.MonkeyPatch.context() as patch:  # figures of each palette are made, but not all of them rendered
+        patch.setattr("gigapath.maps.files.png", lambda figure: b"")
+        assert main(["map", str(folder / "run"), "--out", str(folder / "maps"), "--kind", *beside, *words]) == 0
     return folder, tiles
 
 
@@ -158,9 +177,11 @@ def test_every_map_states_what_it_is(planted) -> None:
     assert not list((folder / "maps").rglob("*.partial"))
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_maps_of_the_slide_encoder_and_of_a_head_on_it(planted, tmp_path: Path) -> None:
     folder, tiles = planted
-    head = fit_head(folder / "longnet", head="abmil", slides=9, epochs=1, model_arch=NARROW, feat_layer="2")
+    kind = {"head": "linear", "model_arch": NARROW, "feat_layer": "2", "global_pool": True}
+    head = fit_head(folder / "longnet", slides=12, epochs=4, base_lr=0.05, **kind)
     kinds = ("attention", "rollout", "gradient")
     options = MapOptions(kind=kinds, layer=(1, 3), attention_head=2, query="class", checkpoint=str(head), device="cpu")
     result = make_maps([folder / "run"], tmp_path, options)
@@ -174,10 +195,92 @@ def test_maps_of_the_slide_encoder_and_of_a_head_on_it(planted, tmp_path: Path) 
     said = json.loads((tmp_path / ID / "attention_class_layer-3_head-2.json").read_text())
     assert (said["layer"], said["head"], said["query"]) == (3, 2, "from the class token")
     assert "layer 3 of 3" in said["title"] and len(said["details"]["branches"]) == 5
+    assert said["weight"].endswith("on zero keys of padding")
     rolled = json.loads((tmp_path / ID / "rollout_class.json").read_text())
     assert rolled["heuristic"] is True and "heuristic" in rolled["title"]
+    held = np.load(tmp_path / ID / "gradient_1.npz")["values"]
+    true = covered(tiles.coords_level0 - OFFSET) >= 0.5
+    assert overlap(held >= held.max() / 2, true) >= 0.5  # through the slide encoder, whose region this head was shown
+    drawn = json.loads((tmp_path / ID / "gradient_1.json").read_text())
+    assert drawn["curve"]["deletion_minus_random"] < 0 < drawn["curve"]["insertion_minus_random"]
+    assert drawn["check"].endswith("the ranking holds") and "state 2 of" in drawn["model"]
+    tensors = sha256_of(Path(head) / "head.safetensors")
+    assert {one["made_from"]["head_sha256"] for one in (said, rolled, drawn)} == {tensors}
 
 
+def test_a_curve_says_in_words_whether_the_ranking_holds() -> None:
+    shares, flat = np.linspace(0, 1, 7), np.zeros(7, np.float32)
+    down = np.linspace(0, -6, 7, dtype=np.float32)
+    for left_out, brought_in, verdict in ((down, -down, "holds"), (down, down, "one way only"), (-down, down, "NOT")):
+        curves = Curves(shares, left_out, brought_in, np.stack([flat] * 3), np.stack([flat] * 3))
+        assert verdict in curves.in_words() and f"by {left_out.mean():+.3g} against random" in curves.in_words()
+        assert curves.to_dict()["random_orders"] == 3
+
+
+def test_a_picture_says_model_colours_normalisation_and_verdict_and_names_only_clusters_that_are_there() -> None:
+    place = Place(slide_id="a$b$c", cells=np.array([[0, 0], [1, 0], [0, 1]], np.int32))
+    facts = {"model": "a head on an encoder", "normalisation": "none", "check": "the ranking holds"}
+    colours = Colours("diverging", "log-odds", -2.0, 2.0, "range over all slides given")
+    figure = draw_map(
+        TileMap(name="m", kind="gradient", values=np.zeros(3), colours=colours, title="t", facts=facts), place
+    )
+    words = [text.get_text() for text in figure.texts]
+    assert words == [
+        "a$b$c: t",
+        "a head on an encoder",
+        "colour: log-odds from -2 to 2 (range over all slides given)",
+        "normalisation: none",
+        "check: the ranking holds",
+    ]
+    names = tuple(f"cluster {number}" for number in range(1, 5))
+    colours = Colours("categories", "k-means cluster", names=names)
+    figure = draw_map(
+        TileMap(name="m", kind="clusters", values=np.array([2, 0, 2]), colours=colours, title="t", facts=facts), place
+    )
+    legend = figure.axes[0].get_legend()
+    assert [text.get_text() for text in legend.get_texts()] == ["cluster 1: 1", "cluster 3: 2"]
+    assert legend.get_title().get_text() == "tiles, 2 of\n4 clusters"
+    shown = [tuple(round(255 * part) for part in patch.get_facecolor()[:3]) for patch in legend.get_patches()]
+    assert shown == [category_colour(0, 4), category_colour(2, 4)]  # those of the clusters, whoever else is there
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_a_map_says_what_it_was_made_from(tmp_path: Path) -> None:
+    a, b = write_ours(tmp_path / "f" / "a.h5"), write_ours(tmp_path / "f" / "b.h5")
+    options = MapOptions(kind=("pca",), device="cpu")
+
+    def made() -> list[dict[str, str]]:
+        make_maps([tmp_path / "f"], tmp_path / "out", options)
+        return [json.loads((tmp_path / "out" / name / "pca.json").read_text())["made_from"] for name in "ab"]
+
+    first, again = made(), made()
+    assert first == again and first[0]["features_folder"] is None and first[0]["head_sha256"] is None
+    write_ours(b, seed=2)  # other embeddings of the same tiles
+    now = made()
+    assert (
+        now[0]["features_sha256"] == first[0]["features_sha256"] and now[1]["tiles_sha256"] == first[1]["tiles_sha256"]
+    )
+    assert now[1]["features_sha256"] != first[1]["features_sha256"]
+    assert now[0]["cohort_sha256"] == now[1]["cohort_sha256"] != first[0]["cohort_sha256"]
+    write_ours(a, count=5)
+    write_status(tmp_path / "f", Status("a", "features", "done", digest="abc"))
+    fewer = made()[0]
+    assert fewer["tiles_sha256"] != first[0]["tiles_sha256"]
+    assert (fewer["features_folder"], fewer["features_digest"]) == ("f", "abc")
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_a_stopped_run_leaves_no_map_that_passes_for_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_ours(tmp_path / "f" / "a.h5")
+    options = MapOptions(kind=("pca",), device="cpu")
+    make_maps([tmp_path / "f"], tmp_path / "out", options)
+    monkeypatch.setattr("gigapath.maps.run.write_pictures", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        make_maps([tmp_path / "f"], tmp_path / "out", options)
+    assert not (tmp_path / "out" / "a" / "pca.json").exists()
+
+
+@pytest.mark.usefixtures("no_figures")
 def test_colours_are_common_to_all_slides_unless_asked_otherwise(tmp_path: Path) -> None:
     random = np.random.default_rng(0)
     cells = np.stack([np.arange(30) % 6 + 3, np.arange(30) // 6 + 1], axis=1)
@@ -185,7 +288,7 @@ def test_colours_are_common_to_all_slides_unless_asked_otherwise(tmp_path: Path)
         write_slide(tmp_path / "f" / f"{name}.h5", random.standard_normal((30, 4)).astype(np.float32) + shift, cells)
     ranges = {}
     for scope in ("all", "slide"):
-        options = MapOptions(kind=("similarity", "pca"), tile=0, range=scope, device="cpu")
+        options = MapOptions(kind=("similarity",), tile=0, range=scope, device="cpu")
         make_maps([tmp_path / "f"], tmp_path / scope, options)
         said = [json.loads((tmp_path / scope / name / "similarity_a_0.json").read_text()) for name in "ab"]
         ranges[scope] = [(one["colour"]["low"], one["colour"]["high"]) for one in said]
@@ -195,15 +298,16 @@ def test_colours_are_common_to_all_slides_unless_asked_otherwise(tmp_path: Path)
     assert ranges["all"][0][0] == pytest.approx(low, abs=0.3)
 
 
-def write_ours(path: Path, *, count: int | None = None, **attrs: object) -> Path:
+def write_ours(path: Path, *, count: int | None = None, seed: int = 1, **attrs: object) -> Path:
     """One of our own files of random embeddings; `count` 0 for a slide without tissue."""
     tiles = make_tiles(path.stem) if count is None else make_tiles(path.stem).take(np.arange(count))
     with TileEmbeddingsWriter(path, tiles, embed_dim=6, attrs={"encoder": "made", **attrs}) as writer:
         if len(tiles):
-            writer.write(0, np.random.default_rng(1).standard_normal((len(tiles), 6)).astype(np.float32))
+            writer.write(0, np.random.default_rng(seed).standard_normal((len(tiles), 6)).astype(np.float32))
     return path
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_slides_that_fail_or_are_empty_are_named_and_the_others_go_on(tmp_path: Path, capsys) -> None:
     write_ours(tmp_path / "f" / "good.h5", trained=False)
     write_ours(tmp_path / "f" / "bare.h5", count=0)
@@ -220,6 +324,7 @@ def test_slides_that_fail_or_are_empty_are_named_and_the_others_go_on(tmp_path: 
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["good"]
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_other_tools_files_are_drawn_and_ones_without_a_step_say_which_option_helps(tmp_path: Path, capsys) -> None:
     features = np.random.default_rng(0).standard_normal((8, 6)).astype(np.float32)
     trident = write_trident(tmp_path / "trident", features)
@@ -281,6 +386,7 @@ def test_a_head_of_another_encoder_or_class_is_refused(planted, tmp_path: Path, 
     assert "which has none" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_slides_of_another_encoder_than_the_first_are_named(tmp_path: Path, capsys) -> None:
     write_ours(tmp_path / "f" / "a.h5")
     write_ours(tmp_path / "f" / "b.h5", encoder="other")
@@ -293,10 +399,10 @@ def test_slides_of_another_encoder_than_the_first_are_named(tmp_path: Path, caps
 
 def test_a_slide_of_one_tile_has_maps_too(planted, tmp_path: Path) -> None:
     write_slide(tmp_path / "one.h5", np.ones((1, 3), np.float32), np.array([[4, 2]]), encoder="colour")
-    kinds = ("pca", "gradient", "occlusion", "head-attention")
+    kinds = ("pca", "gradient", "occlusion")
     options = MapOptions(kind=kinds, checkpoint=str(planted[0] / "tuned" / "fold_0"), device="cpu")
     result = make_maps([tmp_path / "one.h5"], tmp_path / "out", options)
-    assert result.written == {"one": ["pca", "gradient_1", "occlusion_1", "head-attention"]} and not result.failed
+    assert result.written == {"one": ["pca", "gradient_1", "occlusion_1"]} and not result.failed
     assert np.isnan(np.load(tmp_path / "out" / "one" / "occlusion_1.npz")["values"]).all()  # nothing is left to score
     said = json.loads((tmp_path / "out" / "one" / "occlusion_1.json").read_text())
     assert said["curve"] is None and "curve" not in said["files"]

@@ -45,6 +45,7 @@ class FittedHead:
         made: what the features are made of (encoder, mpp, numerics), as in `data.FileFacts`.
         calibration: temperature and thresholds.
         precision: in which it was evaluated.
+        sha256: of the file of its tensors; "" of a head that was never in one.
     """
 
     model: nn.Module
@@ -54,6 +55,7 @@ class FittedHead:
     made: dict[str, Any]
     calibration: Calibration
     precision: str
+    sha256: str = ""
 
     def check_features(self, made: dict[str, Any], who: str) -> None:
         """Refuse features that state another encoder, mpp or numerics than those that trained."""
@@ -133,4 +135,5 @@ def load_head(path: Path | str) -> FittedHead:
     model = build_head(options, pretrained="", input_dim=held["input_dim"], n_classes=len(task.classes))
     model.load_state_dict(checkpoints.load_tensors(folder / held["tensors"]))
     calibration = Calibration(held["temperature"], tuple(held["thresholds"]), held["fitted_on"])
-    return FittedHead(model, task, options, held["input_dim"], held["features"], calibration, held["precision"])
+    made = held["features"]
+    return FittedHead(model, task, options, held["input_dim"], made, calibration, held["precision"], held["sha256"])

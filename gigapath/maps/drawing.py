@@ -1,6 +1,7 @@
 """Maps as matplotlib figures: tiles over the slide with axes in millimetres, and the curves of a head's map."""
 
 import io
+from collections.abc import Sequence
 from dataclasses import dataclass
 from textwrap import wrap
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from gigapath.maps.data import Place, TileMap, category_colour
+from gigapath.maps.data import Colours, Place, TileMap, category_colour
 from gigapath.metrics.plots import COLOURS
 from gigapath.preprocessing.slide import Overview
 
@@ -16,7 +17,9 @@ LONG_SIDE = 6.2  # of a panel, inches
 SHORT_SIDE = 2.4  # a panel is not drawn narrower
 DPI = 150
 _GROUND = "#f2f2f2"
+_SOFT = "#444444"
 _TITLE_SIZE, _TEXT_SIZE = 11, 9
+_LINE, _MARGIN = 0.2, 0.08  # inches
 
 
 @dataclass(frozen=True)
@@ -49,8 +52,8 @@ def draw_map(
     scale = LONG_SIDE / max(frame.width, frame.height)
     width, height = max(SHORT_SIDE, frame.width * scale), max(SHORT_SIDE, frame.height * scale)
     figure_width = max(7.5, columns * (width + 0.7) + 1.4)
-    lines = _heading(tile_map, place, figure_width)
-    figure = _figure(figure_width, rows * (height + 0.75) + 0.22 * len(lines) + 0.35)
+    heading = _heading(tile_map, place)
+    figure = _figure(figure_width, rows * (height + 0.75) + 0.2, heading)
     axes = np.atleast_1d(figure.subplots(rows, columns, sharex=True, sharey=True)).ravel()
     if overview is not None:
         _show_slide(axes[0], overview.image, frame)
@@ -58,9 +61,9 @@ def draw_map(
         _show_slide(axes[1], _pale(overview.image), frame)
     else:
         axes[0].set_facecolor(_GROUND)
-    over = axes[-1]
+    over, opacity = axes[-1], opacity if overview is not None else 1.0
     over.imshow(
-        tile_rgba(tile_map, place, opacity if overview is not None else 1.0),
+        tile_rgba(tile_map, place, opacity),
         extent=_tiles_extent(place, frame),
         interpolation="nearest",
         zorder=2,
@@ -76,8 +79,7 @@ def draw_map(
         axis.set_ylabel(f"y ({frame.unit})", fontsize=_TEXT_SIZE)
         axis.tick_params(labelsize=_TEXT_SIZE)
         axis.label_outer()
-    figure.suptitle("\n".join(lines), fontsize=_TITLE_SIZE, x=0.02, ha="left")
-    _legend(figure, list(axes), tile_map)
+    _legend(figure, list(axes), tile_map, opacity)
     return figure
 
 
@@ -86,15 +88,25 @@ def draw_curve(tile_map: TileMap, place: Place) -> Any:
     curve = tile_map.curve
     if curve is None:
         raise ValueError(f"draw_curve: expected a map of a fitted head, got {tile_map.kind!r}.")
-    figure = _figure(9.0, 4.6)
-    lines = [f"{place.slide_id}: does this map rank tiles by their weight for the score?", *wrap(tile_map.title, 100)]
+    heading = [
+        f"{place.slide_id}: does this map rank tiles by their weight for the score?",
+        tile_map.title,
+        str(tile_map.facts["model"]),
+        str(tile_map.facts["check"]),
+    ]
+    figure = _figure(9.0, 4.3, heading)
     both = figure.subplots(1, 2, sharey=True)
     for axis, way, words in zip(both, ("deletion", "insertion"), ("tiles left out", "tiles brought in"), strict=True):
         shares = np.asarray(curve["shares"]) * 100
         spread = np.asarray(curve[f"random_{way}"])
         axis.plot(shares, curve[way], color=COLOURS[0], marker="o", label="highest in the map first")
         axis.plot(
-            shares, spread.mean(axis=0), color=COLOURS[1], linestyle="--", marker="s", label="at random, mean and range"
+            shares,
+            spread.mean(axis=0),
+            color=COLOURS[1],
+            linestyle="--",
+            marker="s",
+            label=f"at random, mean and range of {len(spread)} orders",
         )
         axis.fill_between(shares, spread.min(axis=0), spread.max(axis=0), color=COLOURS[1], alpha=0.2, linewidth=0)
         axis.set_xlabel(f"{words} (% of {len(tile_map.values):,}; one stays)")
@@ -107,8 +119,8 @@ def draw_curve(tile_map: TileMap, place: Place) -> Any:
         axis.set_axisbelow(True)
         axis.spines[["top", "right"]].set_visible(False)
     both[0].set_ylabel(str(tile_map.facts.get("score", "score")))
-    both[0].legend(frameon=False, fontsize=_TEXT_SIZE)
-    figure.suptitle("\n".join(lines), fontsize=_TITLE_SIZE, x=0.02, ha="left")
+    handles, words = both[0].get_legend_handles_labels()
+    figure.legend(handles, words, loc="outside lower center", ncols=2, frameon=False, fontsize=_TEXT_SIZE)
     return figure
 
 
@@ -127,10 +139,28 @@ def png(figure: Any) -> bytes:
     return buffer.getvalue()
 
 
-def _figure(width: float, height: float) -> Any:
+def _figure(width: float, height: float, heading: Sequence[str]) -> Any:
+    """A figure of `width` x `height` inches beneath a heading, whose first sentence is its title."""
     from matplotlib.figure import Figure
 
-    return Figure(figsize=(width, height), layout="constrained")
+    first, *others = heading
+    lines = [(line, True) for line in wrap(first, int(width * 11.5))]
+    lines += [(line, False) for sentence in others for line in wrap(sentence, int(width * 15))]
+    whole = height + _LINE * len(lines) + _MARGIN
+    figure = Figure(figsize=(width, whole), layout="constrained")
+    figure.get_layout_engine().set(rect=(0, 0, 1, height / whole))  # type: ignore[call-arg, union-attr]
+    for row, (line, is_title) in enumerate(lines):
+        figure.text(
+            _MARGIN / width,
+            1 - (_LINE * row + _MARGIN) / whole,
+            line,
+            va="top",
+            fontsize=_TITLE_SIZE if is_title else _TEXT_SIZE,
+            fontweight="bold" if is_title else "normal",
+            color="black" if is_title else _SOFT,
+            parse_math=False,  # an id may hold a dollar sign
+        )
+    return figure
 
 
 def _frame(place: Place, overview: Overview | None) -> Frame:
@@ -186,9 +216,9 @@ def _outline(axis: Any, tile: int, place: Place, frame: Frame) -> None:
 
 
 def _pale(image: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
-    """In light greys, so that the stain does not mix with a map's colours."""
+    """In light greys, so that neither stain nor dark tissue mixes with a map's colours."""
     grey = image @ np.array([0.299, 0.587, 0.114])
-    return np.repeat((255 - (255 - grey) * 0.85).astype(np.uint8)[..., None], 3, axis=2)
+    return np.repeat((255 - (255 - grey) * 0.45).astype(np.uint8)[..., None], 3, axis=2)
 
 
 def _show_slide(axis: Any, image: npt.NDArray[np.uint8], frame: Frame) -> None:
@@ -200,20 +230,28 @@ def _show_slide(axis: Any, image: npt.NDArray[np.uint8], frame: Frame) -> None:
     )
 
 
-def _heading(tile_map: TileMap, place: Place, width: float) -> list[str]:
-    """Title lines: slide and map, model, what the colours mean."""
-    letters = int(width * 12.5)
-    colours = tile_map.colours
-    scale = "" if colours.palette in ("categories", "rgb") else f" from {colours.low:.3g} to {colours.high:.3g}"
+def _heading(tile_map: TileMap, place: Place) -> list[str]:
+    """Slide and map; model; what the colours mean; what was divided by what; where weight fell; a curve's verdict."""
+    colours, facts = tile_map.colours, tile_map.facts
+    scale = ""
+    if colours.palette not in ("categories", "rgb"):
+        scale = f" from {_figures(colours.low, colours)} to {_figures(colours.high, colours)}"
     sentences = [
         f"{place.slide_id}: {tile_map.title}",
-        str(tile_map.facts["model"]),
+        str(facts["model"]),
         f"colour: {colours.label}{scale} ({colours.scope})",
+        f"normalisation: {facts['normalisation']}",
     ]
-    return [line for sentence in sentences for line in wrap(sentence, letters)]
+    return sentences + [f"{name}: {facts[name]}" for name in ("weight", "check") if facts.get(name)]
 
 
-def _legend(figure: Any, axes: list[Any], tile_map: TileMap) -> None:
+def _figures(value: float, colours: Colours) -> str:
+    """Three figures of a limit; 0 where it is next to nothing beside the range."""
+    return "0" if abs(value) < 1e-3 * (colours.high - colours.low) else f"{value:.3g}"
+
+
+def _legend(figure: Any, axes: list[Any], tile_map: TileMap, opacity: float) -> None:
+    """A colour bar, or the clusters that this slide has, in the colours that its tiles have over white."""
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize
     from matplotlib.patches import Patch
@@ -223,11 +261,12 @@ def _legend(figure: Any, axes: list[Any], tile_map: TileMap) -> None:
         counts = np.bincount(tile_map.values, minlength=len(colours.names))
         patches = [
             Patch(
-                facecolor="#{:02x}{:02x}{:02x}".format(*category_colour(index, len(colours.names))),
+                facecolor=[part / 255 for part in category_colour(index, len(colours.names))] + [opacity],
                 edgecolor="0.3",
                 label=f"{name}: {count:,}",
             )
             for index, (name, count) in enumerate(zip(colours.names, counts, strict=True))
+            if count
         ]
         beside = axes[-1] if axes[-1].get_subplotspec().rowspan.start == 0 else axes[0]
         beside.legend(
@@ -237,10 +276,15 @@ def _legend(figure: Any, axes: list[Any], tile_map: TileMap) -> None:
             borderaxespad=0.0,
             frameon=False,
             fontsize=_TEXT_SIZE,
-            title="tiles",
+            title="tiles" if len(patches) == len(counts) else f"tiles, {len(patches)} of\n{len(counts)} clusters",
+            title_fontsize=_TEXT_SIZE,
+            alignment="left",
         )
     elif colours.palette != "rgb":
         shades = ScalarMappable(Normalize(colours.low, colours.high), colours.colormap)
-        bar = figure.colorbar(shades, ax=axes, extend="both", shrink=0.8, aspect=30, pad=0.02)
-        bar.set_label("\n".join(wrap(colours.label, 60)), fontsize=_TEXT_SIZE)
+        held = tile_map.values[np.isfinite(tile_map.values)]
+        beyond = bool((held < colours.low).any()), bool((held > colours.high).any())
+        extend = {(False, False): "neither", (True, False): "min", (False, True): "max"}.get(beyond, "both")
+        bar = figure.colorbar(shades, ax=axes, extend=extend, shrink=0.8, aspect=30, pad=0.02, alpha=opacity)
+        bar.set_label("\n".join(wrap(colours.label, 60)), fontsize=_TEXT_SIZE, parse_math=False)
         bar.ax.tick_params(labelsize=_TEXT_SIZE)

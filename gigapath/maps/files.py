@@ -13,13 +13,22 @@
 
 The JSON: `format` 1, `slide_id`, `name`, `kind` (of `options.KINDS`), `title`, `model` (in words), `trained` (false
 where a part has random weights), `layer`, `head`, `query`, `target` (null where it has none), `normalisation`,
-`heuristic` (true for rollout), `colour` (`palette`, `label`, `scope`; `low`, `high`, `colormap`; or `categories` of
-`name` and `colour`), `tiles`, `tile` (`pitch_level0`, `pitch_mm`), `slide` (`size`, `bounds`, `mpp_level0`, `at_hand`),
-`overlay` (`level0` [x, y, w, h] absolute, `shape` [rows, columns]), `marked_tile` (the row that the map is about,
-outlined in the figure), `files` (their names by role), `curve` (numbers of the curve), `details` (what else the kind
-states, such as the weight on zero keys), `note`, `version`, `terms`. What is not known is null. No paths.
+`heuristic` (true for rollout), `weight` (of attention: its shares on tiles, class token and zero keys), `check` (of a
+head's map: what its curve says of it), `made_from` (below), `colour` (`palette`, `label`, `scope`; `low`, `high`,
+`colormap`; or `categories` of `name`, `colour` and `tiles`), `tiles`, `tile` (`pitch_level0`, `pitch_mm`), `slide`
+(`size`, `bounds`, `mpp_level0`, `at_hand`), `overlay` (`level0` [x, y, w, h] absolute, `shape` [rows, columns]),
+`marked_tile` (the row that the map is about, outlined in the figure), `files` (their names by role), `curve` (numbers
+of the curve), `details` (what else the kind states, such as the weight on zero keys), `note`, `version`, `terms`. What
+is not known is null. No paths.
+
+`made_from` tells a map that is out of date: `features_sha256` and `tiles_sha256` of the slide's embeddings and of the
+places of its tiles, `features_folder` and `features_digest` as the run's status file names them (null where there is
+none), `cohort_sha256` of all slides that gave the range and what is fitted, `head_sha256` of a fitted head's tensors.
+A map that is made again loses its JSON first, so that what a stopped run leaves is never taken for whole.
 """
 
+import contextlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +44,13 @@ from gigapath.preprocessing.slide import Overview
 
 FORMAT = 1
 TERMS = "For research use only, not for diagnosis."
-STATED = ("model", "trained", "layer", "head", "query", "target", "normalisation", "heuristic")
+STATED = ("model", "trained", "layer", "head", "query", "target", "normalisation", "heuristic", "weight", "check")
 
 
 def write_arrays(folder: Path, tile_map: TileMap, place: Place) -> None:
-    """Write `NAME.npz`, whole or not at all."""
+    """Write `NAME.npz`, whole or not at all; the JSON of an earlier map of that name goes before."""
+    with contextlib.suppress(FileNotFoundError):
+        (folder / f"{tile_map.name}.json").unlink()
     arrays = {"values": tile_map.values, "cells": place.cells, **tile_map.arrays}
     if place.coords_level0 is not None:
         arrays["coords_level0"] = place.coords_level0
@@ -48,7 +59,14 @@ def write_arrays(folder: Path, tile_map: TileMap, place: Place) -> None:
 
 
 def write_pictures(
-    folder: Path, tile_map: TileMap, place: Place, overview: Overview | None, *, opacity: float, note: str = ""
+    folder: Path,
+    tile_map: TileMap,
+    place: Place,
+    overview: Overview | None,
+    *,
+    made_from: Mapping[str, Any],
+    opacity: float,
+    note: str = "",
 ) -> list[str]:
     """Write everything else of a map, its JSON last; the names of all its files."""
     name = tile_map.name
@@ -62,9 +80,8 @@ def write_pictures(
     if tile_map.curve is not None:
         files["curve"] = f"{name}_curve.png"
         write_bytes_atomic(folder / files["curve"], png(draw_curve(tile_map, place)))
-    write_json_atomic(
-        folder / f"{name}.json", describe(tile_map, place, files, at_hand=overview is not None, note=note)
-    )
+    said = describe(tile_map, place, files, made_from=made_from, at_hand=overview is not None, note=note)
+    write_json_atomic(folder / f"{name}.json", said)
     return [*files.values(), f"{name}.json"]
 
 
@@ -83,13 +100,23 @@ def map_geojson(tile_map: TileMap, place: Place) -> str:
 
 
 def describe(
-    tile_map: TileMap, place: Place, files: dict[str, str], *, at_hand: bool, note: str = ""
+    tile_map: TileMap,
+    place: Place,
+    files: dict[str, str],
+    *,
+    made_from: Mapping[str, Any],
+    at_hand: bool,
+    note: str = "",
 ) -> dict[str, Any]:
     """The JSON of a map; see this module's docstring."""
     facts = dict(tile_map.facts)
     pitch, mpp, grid = place.pitch_level0, place.mpp_level0, place.grid_level0
     pitch_mm = None if pitch is None or mpp is None else [p * m / 1000 for p, m in zip(pitch, mpp, strict=True)]
     stated = {name: facts.pop(name, None) for name in STATED}
+    colour = tile_map.colours.to_dict()
+    if "categories" in colour:
+        counts = np.bincount(tile_map.values, minlength=len(tile_map.colours.names)).tolist()
+        colour["categories"] = [{**each, "tiles": n} for each, n in zip(colour["categories"], counts, strict=True)]
     return {
         "format": FORMAT,
         "slide_id": place.slide_id,
@@ -98,7 +125,8 @@ def describe(
         "title": tile_map.title,
         **stated,
         "heuristic": bool(stated["heuristic"]),
-        "colour": tile_map.colours.to_dict(),
+        "made_from": {**made_from, "head_sha256": facts.pop("head_sha256", None)},
+        "colour": colour,
         "tiles": len(place),
         "tile": {"pitch_level0": None if pitch is None else list(pitch), "pitch_mm": pitch_mm},
         "slide": {

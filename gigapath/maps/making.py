@@ -160,12 +160,13 @@ class Maker:
                 values=weights * (len(tiles) + 1),
                 colours=Colours("sequential", "attention weight x number of tokens (1 = even)"),
                 title=f"attention of the slide encoder, layer {read.layer} of {model.depth}, {heads}, "
-                f"{self._query_words()}; {_shares(weights.sum(), on_class, lost)}",
+                f"{self._query_words()}",
                 facts={
                     **self._of_encoder(tiles),
                     "layer": read.layer,
                     "head": "mean" if one is None else one,
                     "query": self._query_words(),
+                    "weight": _shares(weights.sum(), on_class, lost),
                     "normalisation": "drawn: weight x number of tokens; in the npz the weights themselves, of which "
                     "tiles, class token and zero keys add up to 1 in each head, nothing renormalised",
                     "tiles_weight": float(weights.sum()),
@@ -196,13 +197,13 @@ class Maker:
             kind="rollout",
             values=found.tiles * (len(tiles) + 1),
             colours=Colours("sequential", "rolled-out weight x number of tokens (1 = even)"),
-            title=f"attention rollout over layers 1 to {depth}, a heuristic, {self._query_words()}; "
-            f"{_shares(found.tiles.sum(), found.class_token, found.zero_keys)}",
+            title=f"attention rollout over layers 1 to {depth}, a heuristic, {self._query_words()}",
             facts={
                 **self._of_encoder(tiles),
                 "layer": f"1 to {depth}",
                 "head": "mean",
                 "query": self._query_words(),
+                "weight": _shares(found.tiles.sum(), found.class_token, found.zero_keys),
                 "heuristic": True,
                 "normalisation": "drawn: weight x number of tokens; each layer counts attention (mean of heads) and "
                 "residual path half each, nothing renormalised",
@@ -235,11 +236,13 @@ class Maker:
         assert self.encoder is not None
         on = _of_tiles(tiles)
         untrained = "" if self.encoder.trained else " (UNTRAINED: random weights)"
+        of_head = self.options.checkpoint is not None and self.options.slide_encoder is None
         return {
             "model": f"slide encoder {self.encoder.name}{untrained} on {on['model']}",
             "trained": self.encoder.trained and on["trained"],
             "slide_encoder": self.encoder.name,
             "slide_weights_sha256": self.encoder.weights_sha256,
+            "head_sha256": self.encoder.weights_sha256 if of_head else None,
             "tile_encoder": tiles.encoder,
         }
 
@@ -318,11 +321,12 @@ class Maker:
         more: dict[str, Any] | None = None,
     ) -> TileMap:
         """A head's map with its curve."""
-        head, curve = self._head, None
+        head, curves = self._head, None
         if np.isfinite(values).all():
-            curve = deletion_and_insertion(head, bag, values, target, self.device, seed=self.options.seed).to_dict()
-        made_of = head.made.get("encoder") or "tile embeddings of an encoder that the head does not name"
-        arch = "" if head.options.head == "abmil-tiles" else f" on {head.options.model_arch}"
+            curves = deletion_and_insertion(head, bag, values, target, self.device, seed=self.options.seed)
+        made_of = head.made.get("encoder") or "an encoder that the head does not name"
+        of_tiles = head.options.head == "abmil-tiles"
+        on = "" if of_tiles else f" on state {head.options.feat_layer} of {head.options.model_arch}"
         return TileMap(
             name=name,
             kind=kind,
@@ -330,17 +334,19 @@ class Maker:
             colours=colours,
             title=title,
             facts={
-                "model": f"fitted head {head.options.head}{arch}, task {head.task.name}, on {made_of}",
+                "model": f"fitted head {head.options.head}{on}, task {head.task.name}; tile embeddings of {made_of}",
                 "trained": True,
-                "layer": None if head.options.head == "abmil-tiles" else head.options.feat_layer,
+                "layer": None if of_tiles else head.options.feat_layer,
                 "head": head.options.head,
                 "target": head.task.classes[target],
                 "normalisation": normalisation,
+                "check": None if curves is None else f"{self._score(target)}; {curves.in_words()}",
                 "score": self._score(target),
+                "head_sha256": head.sha256,
                 **(more or {}),
             },
             arrays={"scores": values},
-            curve=curve,
+            curve=None if curves is None else curves.to_dict(),
         )
 
 

@@ -17,7 +17,7 @@ from gigapath.devices import resolve_device
 from gigapath.downloads import RELEASES
 from gigapath.encoding import SlideEncoder, load_slide_encoder
 from gigapath.features import FeatureFileError, TileEmbeddings, read_features
-from gigapath.files import OutputError
+from gigapath.files import OutputError, check_writable
 from gigapath.finetune.data import CELL, Bag, look_at_all
 from gigapath.finetune.fitted import FittedHead, load_head
 from gigapath.finetune.options import JoinOptions
@@ -26,6 +26,7 @@ from gigapath.maps.data import FloatArray, Place, TileMap, place_of
 from gigapath.maps.embeddings import fit_clusters, fit_components, sample_tiles
 from gigapath.maps.files import write_arrays, write_pictures
 from gigapath.maps.heads import check_attends, check_target
+from gigapath.maps.identity import cohort_sha256, made_from
 from gigapath.maps.making import ChosenTile, Maker
 from gigapath.maps.options import HEAD_KINDS, MapOptions
 from gigapath.metrics.plots import plotting_available
@@ -78,6 +79,7 @@ def make_maps(
     if not plotting_available():
         raise ImportError("matplotlib: not installed. Maps need it: pip install 'gigapath[train]'.")
     entries = {entry.slide_id: entry.path for entry in find_features(features)}
+    check_writable(out)
     result = MapsResult()
     reader = _Reader(entries, options, result, tell)
     if next(reader.slides(), None) is None:
@@ -85,6 +87,7 @@ def make_maps(
     maker = _make_maker(reader, options)
     places: dict[str, Place] = {}
     drawn: dict[str, list[TileMap]] = {}
+    sources: dict[str, dict[str, str | None]] = {}
     for slide_id, tiles in reader.slides():
         with reader.recording(slide_id):
             if maker.head is not None:
@@ -94,7 +97,9 @@ def make_maps(
             for tile_map in maker.maps(tiles, bag):
                 write_arrays(out / slide_id, tile_map, place)
                 maps.append(dataclasses.replace(tile_map, arrays={}))
+            sources[slide_id] = made_from(entries[slide_id], tiles)
             places[slide_id], drawn[slide_id] = place, maps
+    cohort = cohort_sha256(sources)
     slides = _slide_files(options, entries)
     common = _values_by_name(drawn)
     for slide_id, maps in drawn.items():
@@ -103,7 +108,15 @@ def make_maps(
             for tile_map in maps:
                 values = tile_map.sample() if options.range == "slide" else common[tile_map.name]
                 ranged = dataclasses.replace(tile_map, colours=tile_map.colours.spanning(values, SCOPES[options.range]))
-                write_pictures(out / slide_id, ranged, place, overview, opacity=options.opacity, note=note)
+                write_pictures(
+                    out / slide_id,
+                    ranged,
+                    place,
+                    overview,
+                    made_from={**sources[slide_id], "cohort_sha256": cohort},
+                    opacity=options.opacity,
+                    note=note,
+                )
             result.written[slide_id] = [tile_map.name for tile_map in maps]
             tell(f"{slide_id}: {', '.join(result.written[slide_id])}{f' ({note})' if note else ''}")
     return result
@@ -206,7 +219,7 @@ def _encoder(reader: _Reader, options: MapOptions, head: FittedHead | None, devi
             )
         name = f"of the fitted head ({head.options.model_arch}, task {head.task.name})"
         model = model.to(device).eval()
-        return SlideEncoder(name, True, None, None, name, device, "fp32", model)
+        return SlideEncoder(name, True, head.sha256, None, name, device, "fp32", model)
     of_tiles, width = reader.described()
     wanted = options.slide_encoder or (
         of_tiles if of_tiles in RELEASES else "gigapath" if options.random_weights else "mean"
