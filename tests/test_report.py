@@ -1,6 +1,7 @@
 """`gigapath report`: what the page holds, without a browser."""
 
 import base64
+import dataclasses
 import hashlib
 import html
 import json
@@ -16,6 +17,7 @@ from made_report import MARKUP, PLANTED, REGION, SCRIPT, make_run
 from PIL import Image
 
 from gigapath.cli.main import main
+from gigapath.cohort.status import read_status, write_status
 from gigapath.features import read_tiles
 from gigapath.report import ReportOptions, write_report
 from gigapath.report.page import json_for_html, script_text
@@ -213,7 +215,7 @@ def test_slides_that_are_gone_are_shown_by_their_previews(run: Path, tmp_path: P
 
 
 def test_maps_are_laid_over_and_what_is_no_map_is_left_out(tmp_path: Path) -> None:
-    from gigapath.report.maps import write_maps
+    from gigapath.report.maps import Sources, write_maps
 
     cells = np.zeros((3, 5, 4), np.uint8)
     cells[1, 2] = 10, 20, 30, 255
@@ -227,7 +229,8 @@ def test_maps_are_laid_over_and_what_is_no_map_is_left_out(tmp_path: Path) -> No
     (tmp_path / "b.json").write_text(json.dumps({**said, "format": 9}))
     (tmp_path / "c.json").write_text(json.dumps({**said, "overlay": {"level0": None}}))
     (tmp_path / "d.json").write_text("{")
-    (layer,) = write_maps(tmp_path / "out", tmp_path)
+    (layer,) = write_maps(tmp_path / "out", tmp_path, Sources("a"))
+    assert layer["stale"] == layer["cohort"] == ""  # it does not say what it was made from
     assert layer["title"] == "Rollout over layers (a heuristic)" and layer["facts"] == {"model": "at <path>"}
     assert (layer["legend"]["low"], layer["legend"]["high"], len(layer["legend"]["stops"])) == (0, 2, 9)
     assert [layer[side] for side in "xywh"] == [128, 64, 320, 192]
@@ -235,7 +238,74 @@ def test_maps_are_laid_over_and_what_is_no_map_is_left_out(tmp_path: Path) -> No
         assert list(image.size) == layer["pixels"] == [80, 48]
         pixels = np.asarray(image)
     assert (pixels[16:32, 32:48] == (10, 20, 30, 255)).all() and (pixels[..., 3] > 0).sum() == 256
-    assert write_maps(tmp_path / "out", tmp_path / "no such slide") == []
+    assert write_maps(tmp_path / "out", tmp_path / "no such slide", Sources("a")) == []
+
+
+def test_maps_that_are_out_of_date_say_so(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("gigapath.maps.drawing.DPI", 20)
+    out, options = tmp_path / "out", ReportOptions(side=256, workers=0)
+    shutil.copytree(run, out, ignore=shutil.ignore_patterns("report*"))
+    for names in (["first", "second"], [PLANTED]):
+        files = [str(out / "features_tiny" / f"{name}.h5") for name in names]
+        assert main(["map", *files, "--out", str(out / "maps"), "--kind", "pca", "--device", "cpu"]) == 0
+
+    def maps() -> tuple[dict[str, str], list[str]]:
+        data = page_data(write_report(out, options=options).page)
+        return {name: media_of(data, name)["maps"][0]["stale"] for name in ("first", "second", PLANTED)}, data["notes"]
+
+    stale, notes = maps()
+    assert set(stale.values()) == {""}
+    assert [note.partition(":")[0] for note in notes] == [
+        "Tile embeddings, principal components as red, green and blue"
+    ]
+    assert "2 runs of gigapath map" in notes[0] and "all slides at once" in notes[0]
+    status = read_status(out / "features_tiny", "first")
+    assert status is not None
+    write_status(out / "features_tiny", dataclasses.replace(status, digest="another"))
+    (out / "features_tiny" / f"{PLANTED}.json").unlink()
+    stale, notes = maps()
+    assert stale["first"].startswith("Out of date: the slide's tiles or embeddings were made anew")
+    assert "no longer there" in stale[PLANTED] and stale["second"] == ""
+    assert "2 maps of 2 slides are out of date" in notes[0] and len(notes) == 1
+    write_status(out / "features_tiny", status)
+    assert maps()[0]["first"] == ""
+    (out / "fold_0").mkdir()
+    (out / "fold_0" / "head.json").write_text('{"sha256": "of this head"}')
+    path = out / "maps" / "first" / "pca.json"
+    values = json.loads(path.read_text())
+    for head, said in (("of this head", ""), ("of another", "Of another head")):
+        path.write_text(json.dumps({**values, "made_from": {**values["made_from"], "head_sha256": head}}))
+        assert maps()[0]["first"].partition(":")[0] == said
+    capsys.readouterr()
+
+
+def test_pictures_that_are_shown_no_more_are_removed_and_nothing_else(run: Path, tmp_path: Path) -> None:
+    out, options = tmp_path / "out", ReportOptions(workers=0)
+    shutil.copytree(run, out)
+    files = out / "report_files"
+    (files / "first" / "mine.txt").write_text("the user's")
+    (files / "second" / "map_0123456789.png").write_bytes(b"of a map that is gone")
+    (files / "second" / "level_9.jpg").write_bytes(b"of a larger picture")
+    (files / "second" / "notes.jpg").write_bytes(b"the user's")
+    (files / "album").mkdir()
+    (files / "album" / "thumbnail.jpg").write_bytes(b"the user's: no record of ours beside it")
+    (files / "elsewhere").symlink_to(tmp_path / "other")
+    shutil.copytree(files / PLANTED, tmp_path / "other")
+    whole = {path.name for path in (tmp_path / "other").iterdir()}
+    for name in ("first", PLANTED):
+        assert main(["remove", name, str(out)]) == 0
+    write_report(out, options=options)
+    assert [path.name for path in (files / "first").iterdir()] == ["mine.txt"]
+    assert not (files / PLANTED).exists()
+    left = {path.name for path in (files / "second").iterdir()}
+    assert "notes.jpg" in left and "thumbnail.jpg" in left and not left & {"map_0123456789.png", "level_9.jpg"}
+    assert [path.name for path in (files / "album").iterdir()] == ["thumbnail.jpg"]
+    assert {path.name for path in (tmp_path / "other").iterdir()} == whole
+    write_report(out, options=ReportOptions(workers=0, single_file=True, side=256))
+    assert sorted(path.name for path in files.iterdir()) == ["album", "elsewhere", "first", "second"]
+    assert [path.name for path in (files / "second").iterdir()] == ["notes.jpg"]  # the page holds the others itself
 
 
 # --------------------------------------------------------------------------------------------------------------- layout

@@ -267,7 +267,12 @@ def test_two_thousand_slides_are_one_small_page_whose_pictures_wait(
         return dict(record)
 
     layers = [{"title": "map", "file": path.name, **dict.fromkeys("xywh", 1), "pixels": [9, 9]} for path in maps]
-    facts = {"legend": {"label": "k-means cluster"}, "facts": {"model": "tile embeddings of tiny", "trained": True}}
+    facts = {
+        "stale": "",
+        "cohort": "",
+        "legend": {"label": "k-means cluster"},
+        "facts": {"model": "tile embeddings of tiny", "trained": True},
+    }
     monkeypatch.setattr("gigapath.report.write.write_pictures", link)
     monkeypatch.setattr("gigapath.report.write.write_maps", lambda *_: [{**layer, **facts} for layer in layers])
     report = write_report(out)

@@ -54,6 +54,7 @@ class Cohort:
         slides: sorted by id.
         tiles: the folder of tiles, or None.
         features: the folder of tile embeddings that the report goes by, or None.
+        embedded: name of each folder of tile embeddings -> slide_id -> digest of what is there and whole.
         slide_folders: folders of slide embeddings.
         entries: slide_id -> the slide's file, where it is recorded.
         runs: records of what was done, oldest first.
@@ -63,6 +64,7 @@ class Cohort:
     slides: tuple[SlideRow, ...]
     tiles: Path | None = None
     features: Path | None = None
+    embedded: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     slide_folders: tuple[Path, ...] = ()
     entries: Mapping[str, SlideEntry] = field(default_factory=dict)
     runs: tuple[Mapping[str, Any], ...] = ()
@@ -137,6 +139,10 @@ def collect_cohort(folder: Path) -> Cohort | None:
         slides=tuple(_slide(slide_id, stages) for slide_id in ids),
         tiles=tiles,
         features=features,
+        embedded={
+            path.name: {slide_id: status.digest for slide_id, status in statuses.items() if status.finished}
+            for path, statuses in of_features.items()
+        },
         slide_folders=tuple(of_slides),
         entries=entries,
         runs=read_runs(folder),
@@ -180,6 +186,15 @@ def read_runs(folder: Path) -> tuple[Mapping[str, Any], ...]:
             record = json.loads(path.read_text(encoding="utf-8"))
             found.append({name: record[name] for name in _RUN_FIELDS if name in record})
     return tuple(found)
+
+
+def fitted_heads(folder: Path) -> frozenset[str]:
+    """SHA-256 of the fitted heads in the output folder of a fine-tuning run, or in those right below a folder."""
+    found = set()
+    for path in (*folder.glob("fold_*/head.json"), *folder.glob("*/fold_*/head.json")):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            found.add(str(json.loads(path.read_text(encoding="utf-8"))["sha256"]))
+    return frozenset(found)
 
 
 def is_trained(folder: Path) -> bool:

@@ -8,7 +8,7 @@ import contextlib
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from gigapath.cohort.manifest import SlideEntry
 from gigapath.features import Tiles
-from gigapath.files import write_bytes_atomic, write_json_atomic
+from gigapath.files import output_error, write_bytes_atomic, write_json_atomic
 from gigapath.preprocessing.preview import LEAST_WIDTH, PANEL
 from gigapath.preprocessing.preview import SIDE as PREVIEW_SIDE
 from gigapath.preprocessing.slide import Overview, Slide, SlideError, open_slide
@@ -32,6 +32,7 @@ DRAWN_BY = 1  # raised when what is drawn changes, so that older pictures are dr
 THUMBNAIL_SIDE = 320
 LEAST_LEVEL = 640  # the longer side of the smallest level
 QUALITY = 82
+_MADE = re.compile(r"level_\d+\.jpg|thumbnail\.jpg|crops\.jpg|tiles\.png|map_[0-9a-f]{10}\.png")
 FROM_PREVIEW = "Drawn from the preview: {why}."
 
 RGBImage = npt.NDArray[np.uint8]
@@ -60,6 +61,41 @@ def folder_name(slide_id: str) -> str:
     if plain == slide_id:
         return plain
     return f"{plain}-{hashlib.sha256(slide_id.encode()).hexdigest()[:8]}"
+
+
+def remove_unshown(files: Path, shown: Mapping[str, Collection[str]]) -> None:
+    """Remove the pictures of earlier reports that the page does not show any more, and folders that are empty then.
+
+    Only files go whose names this package gives, in folders that hold its record; what else lies there stays.
+
+    Args:
+        files: the folder `report_files`.
+        shown: folder of a slide -> names of the files that the page shows of it.
+
+    Raises:
+        OutputError: a file can't be removed.
+    """
+    for record in sorted(files.glob(f"*/{RECORD}")):
+        folder = record.parent
+        if folder.is_symlink() or not _is_ours(record):
+            continue
+        keep = shown.get(folder.name)
+        old = [path for path in folder.iterdir() if _MADE.fullmatch(path.name) and path.name not in (keep or ())]
+        try:
+            for path in [*old, *([record] if keep is None else [])]:
+                path.unlink()
+        except OSError as error:
+            raise output_error(folder, error) from error
+        if keep is None:
+            with contextlib.suppress(OSError):  # something of the user's lies in it
+                folder.rmdir()
+
+
+def _is_ours(record: Path) -> bool:
+    try:
+        return {"identity", "pictures"} <= json.loads(record.read_text(encoding="utf-8")).keys()
+    except (OSError, ValueError, AttributeError):
+        return False
 
 
 def write_pictures(folder: Path, cohort: Cohort, slide: SlideRow, *, side: int, workers: int = 0) -> dict[str, Any]:

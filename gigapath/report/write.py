@@ -12,12 +12,12 @@ from typing import Any
 
 import gigapath
 from gigapath.cohort.privacy import hide_paths
-from gigapath.files import write_text_atomic
-from gigapath.report.collecting import Cohort, collect_cohort, read_runs
-from gigapath.report.maps import write_maps
+from gigapath.files import check_writable, write_text_atomic
+from gigapath.report.collecting import Cohort, collect_cohort, fitted_heads, read_runs
+from gigapath.report.maps import Sources, notes_on_maps, write_maps
 from gigapath.report.options import MAX_IN_ONE_FILE, ReportOptions
 from gigapath.report.page import render
-from gigapath.report.pictures import folder_name, write_pictures
+from gigapath.report.pictures import folder_name, remove_unshown, write_pictures
 from gigapath.report.projection import Projection, project_folder
 from gigapath.report.results import Results, collect_results
 from gigapath.report.tissue_tiles import METHOD
@@ -95,6 +95,7 @@ def write_report(
             f"to {FILES}/ beside the page."
         )
     target = Path(to) if to is not None else folder
+    check_writable(target)
     notes: list[str] = []
     data = _about(options, results, read_runs(folder) if cohort is None else cohort.runs)
     media: list[dict[str, Any]] = []
@@ -102,7 +103,9 @@ def write_report(
         files = Path(passing) if passing is not None else target / FILES
         if cohort is not None:
             of_maps = Path(maps) if maps is not None else home / "maps"
-            media = _pictures(cohort, files, of_maps, options, on_slide)
+            heads = fitted_heads(folder)
+            media = _pictures(cohort, files, of_maps, heads, options, on_slide)
+            notes += notes_on_maps([entry["maps"] for entry in media])
             projections, said = _projections(cohort, options)
             notes += said
             data |= _of_slides(cohort, results, media, projections)
@@ -110,6 +113,8 @@ def write_report(
             data["files"] = _contents(files, media)
     data["notes"] = [hide_paths(note) for note in notes]
     write_text_atomic(target / PAGE, render(options.title, data))
+    shown = {} if options.single_file else {entry["folder"]: set(_names(entry)) for entry in media}
+    remove_unshown(target / FILES, shown)
     bare = tuple(
         slide.slide_id
         for slide, entry in zip(cohort.slides if cohort is not None else (), media, strict=True)
@@ -122,6 +127,7 @@ def _pictures(
     cohort: Cohort,
     files: Path,
     maps: Path,
+    heads: frozenset[str],
     options: ReportOptions,
     on_slide: Callable[[str, int, int], None],
 ) -> list[dict[str, Any]]:
@@ -131,7 +137,8 @@ def _pictures(
     for number, slide in enumerate(cohort.slides, start=1):
         place = files / folder_name(slide.slide_id)
         pictures = write_pictures(place, cohort, slide, side=options.picture_side, workers=workers)
-        layers = write_maps(place, maps / slide.slide_id) if "frame" in pictures else []
+        sources = Sources(slide.slide_id, cohort.embedded, heads)
+        layers = write_maps(place, maps / slide.slide_id, sources) if "frame" in pictures else []
         media.append({"folder": place.name, **pictures, "maps": layers})
         on_slide(slide.slide_id, number, len(cohort.slides))
     return media

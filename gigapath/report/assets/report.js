@@ -656,7 +656,8 @@
       const opacity = slider("Opacity of the map", 50, (value) => shownMap && shownMap.setOpacity(value));
       const about = el("div", { class: "layer" });
       const choice = el("select", { "aria-label": "Map", onchange: () => showMap() },
-        el("option", { value: "" }, "none"), entry.maps.map((map, index) => el("option", { value: String(index), selected: index === 0 }, map.title)));
+        el("option", { value: "" }, "none"), entry.maps.map((map, index) =>
+          el("option", { value: String(index), selected: index === 0 && !map.stale }, map.stale ? `out of date: ${map.title}` : map.title)));
       const showMap = () => {
         if (shownMap) viewer.world.removeItem(shownMap);
         shownMap = null;
@@ -751,11 +752,12 @@
   }
 
   function mapLegend(map) {
-    const parts = [];
+    const parts = [el("strong", { class: "map-title" }, map.title)]; // in full: the choice above may cut it
+    if (map.stale) parts.push(el("p", { class: "alert" }, map.stale));
     if (map.legend && map.legend.stops) parts.push(rampBar(map.legend.stops, map.legend.low, map.legend.high));
     if (map.legend && map.legend.items) {
       parts.push(el("div", { class: "legend" }, map.legend.items.map((item) =>
-        el("span", { class: "status" }, el("span", { class: "swatch", style: `background: ${item.colour}` }), item.name))));
+        el("span", { class: "status" }, el("span", { class: "swatch", style: `background: ${item.colour}` }), item.tiles ? `${item.name}: ${whole.format(item.tiles)}` : item.name))));
     }
     if (map.legend && map.legend.label) parts.push(el("p", { class: "note" }, map.legend.label));
     parts.push(factList(Object.entries(map.facts)));
