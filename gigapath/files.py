@@ -71,7 +71,18 @@ class OutputError(OSError):
 def output_error(path: Path, error: OSError) -> OutputError:
     """The one sentence for a failed write of `path`; folders above its own are left out of it, since errors are
     stored beside the results and paths are private."""
+    taken = next((folder for folder in (path.parent, *path.parent.parents) if folder.is_file()), None)
+    if taken is not None:
+        return _taken(taken, error)
     return OutputError(f"{path.parent.name}/{path.name} could not be written: {_reason(error)}.", error.errno)
+
+
+def _taken(folder: Path, error: OSError) -> OutputError:
+    return OutputError(
+        f"the output folder {folder.name} could not be made: a file of that name is there. Choose another output "
+        "folder.",
+        error.errno,
+    )
 
 
 def _reason(error: OSError) -> str:
@@ -92,6 +103,8 @@ def check_writable(folder: Path | str) -> None:
         temporary.touch(exist_ok=False)
         temporary.unlink()
     except OSError as error:
+        if folder.is_file():
+            raise _taken(folder, error) from error
         raise OutputError(
             f"the output folder {folder.name} could not be written: {_reason(error)}.", error.errno
         ) from error

@@ -10,11 +10,13 @@ import textwrap
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gigapath import files
+from gigapath.cohort.status import Status, write_status
 from gigapath.files import (
     OutputError,
     atomic_file,
@@ -88,7 +90,7 @@ def test_refused_system_call_gives_one_sentence_and_leaves_nothing(
 
 def test_folder_that_cannot_be_made_gives_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "taken").write_text("a file")
-    with pytest.raises(OutputError, match=r"could not be written: .*Check the output folder"):
+    with pytest.raises(OutputError, match=r"folder taken could not be made: a file of that name is there"):
         write_text_atomic(tmp_path / "taken" / "sub" / "a.txt", "a")
 
 
@@ -278,3 +280,45 @@ def test_large_content_goes_through_whole(tmp_path: Path) -> None:
     content = bytes(range(256)) * 20_000
     write_bytes_atomic(tmp_path / "a", content)
     assert (tmp_path / "a").read_bytes() == content
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["tile", "SLIDE"],
+        ["embed", "SLIDE", "--tile-encoder", "standin"],
+        ["slide-embed", "FEATURES"],
+        ["map", "FEATURES", "--kind", "pca"],
+        ["report", "RUN", "--to", "OUT"],
+        ["convert", "FEATURES", "--to", "trident"],
+        ["probe", "--demo"],
+    ],
+    ids=lambda words: words[0],
+)
+def test_an_output_folder_that_is_a_file_is_one_sentence(
+    words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from feature_files import make_tiles
+    from made_slides import paint_tissue, write_pyramid
+    from tiny_encoders import tiny_tile_encoder
+
+    from gigapath.cli.main import main
+    from gigapath.features import TileEmbeddingsWriter
+
+    monkeypatch.setattr("gigapath.runs.embedding.load_tile_encoder", lambda *_, **__: tiny_tile_encoder())
+    run, out = tmp_path / "run", tmp_path / "taken"
+    out.write_text("a file of the user's")
+    write_pyramid(tmp_path / "s.tif", paint_tissue(700, 500), mpp=(0.5, 0.5), steps=(1,))
+    tiles = make_tiles("s")
+    with TileEmbeddingsWriter(run / "features_made" / "s.h5", tiles, embed_dim=4, attrs={"encoder": "made"}) as writer:
+        writer.write(0, np.ones((len(tiles), 4), np.float32))
+    write_status(run / "features_made", Status("s", "features", "done"))
+    given = {"SLIDE": tmp_path / "s.tif", "FEATURES": run / "features_made", "RUN": run, "OUT": out}
+    aimed = [str(given.get(word, word)) for word in words]
+    if str(out) not in aimed:
+        aimed += ["--out", str(out)]
+    assert main(aimed) == 1
+    said = capsys.readouterr().err
+    sentence = "the output folder taken could not be made: a file of that name is there. Choose another output folder."
+    assert said == f"gigapath {words[0]}: {sentence}\n"
+    assert out.read_text() == "a file of the user's"

@@ -204,3 +204,12 @@ for name in {modules!r}:
 """
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-2000:]
+
+
+def test_the_top_level_shows_public_names_alone() -> None:
+    import gigapath
+
+    shown = [name for name in dir(gigapath) if not (name.startswith("__") and name.endswith("__"))]
+    assert {"read_slides", "read_features", "maps", "slide_encoder"} <= set(shown)
+    assert not [name for name in shown if name.startswith("_") or name in ("Any", "TYPE_CHECKING", "importlib")]
+    assert all(word in (gigapath.read_slides.__doc__ or "") for word in ("default", "state:I", "tile-mean", "trident"))

@@ -77,7 +77,10 @@ def find_slides(
             found = [_found(file) for file in _slides_in(path, exclude)]
             if not found:
                 known = " ".join(suffix[1:] for suffix in _FOUND_SUFFIXES)
-                raise ValueError(f"{path}: expected a folder with slides, found none. Recognised: {known}.")
+                raise ValueError(
+                    f"{path}: expected a folder with slides, found none. Recognised: {known}; png where the file "
+                    "itself is named."
+                )
             entries += found
         elif path.suffix.lower() in _MANIFEST_SUFFIXES:
             entries += read_manifest(path)
