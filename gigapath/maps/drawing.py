@@ -146,7 +146,7 @@ def _figure(width: float, height: float, heading: Sequence[str]) -> Any:
     first, *others = heading
     lines = [(line, True) for line in wrap(first, int(width * 11.5))]
     lines += [(line, False) for sentence in others for line in wrap(sentence, int(width * 15))]
-    whole = height + _LINE * len(lines) + _MARGIN
+    whole = height + _LINE * len(lines) + 2 * _MARGIN
     figure = Figure(figsize=(width, whole), layout="constrained")
     figure.get_layout_engine().set(rect=(0, 0, 1, height / whole))  # type: ignore[call-arg, union-attr]
     for row, (line, is_title) in enumerate(lines):
@@ -245,6 +245,10 @@ def _heading(tile_map: TileMap, place: Place) -> list[str]:
     return sentences + [f"{name}: {facts[name]}" for name in ("weight", "check") if facts.get(name)]
 
 
+def _hex(colour: tuple[int, int, int]) -> str:
+    return "#{:02x}{:02x}{:02x}".format(*colour)
+
+
 def _figures(value: float, colours: Colours) -> str:
     """Three figures of a limit; 0 where it is next to nothing beside the range."""
     return "0" if abs(value) < 1e-3 * (colours.high - colours.low) else f"{value:.3g}"
@@ -261,7 +265,7 @@ def _legend(figure: Any, axes: list[Any], tile_map: TileMap, opacity: float) -> 
         counts = np.bincount(tile_map.values, minlength=len(colours.names))
         patches = [
             Patch(
-                facecolor=[part / 255 for part in category_colour(index, len(colours.names))] + [opacity],
+                facecolor=(_hex(category_colour(index, len(colours.names))), opacity),
                 edgecolor="0.3",
                 label=f"{name}: {count:,}",
             )

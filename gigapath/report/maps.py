@@ -48,7 +48,7 @@ class Sources:
             made_from: what the map's JSON says of it.
         """
         folder, digest, head = (made_from.get(key) for key in ("features_folder", "features_digest", "head_sha256"))
-        if digest is not None and folder in self.embedded:
+        if folder is not None and folder in self.embedded:
             now = self.embedded[folder].get(self.slide_id)
             if now is None:
                 return f"Out of date: the slide's tile embeddings are no longer there. {AGAIN}"

@@ -93,7 +93,7 @@ def remove_unshown(files: Path, shown: Mapping[str, Collection[str]]) -> None:
 
 def _is_ours(record: Path) -> bool:
     try:
-        return {"identity", "pictures"} <= json.loads(record.read_text(encoding="utf-8")).keys()
+        return bool({"identity", "pictures"} <= json.loads(record.read_text(encoding="utf-8")).keys())
     except (OSError, ValueError, AttributeError):
         return False
 
