@@ -37,6 +37,7 @@ from gigapath.features import (
     write_slide,
     write_tiles,
 )
+from gigapath.features.h5 import open_h5
 from gigapath.features.ours import nominal_magnification
 from gigapath.files import OutputError
 
@@ -634,3 +635,10 @@ def test_csv_gives_back_every_float32(values: list[float], tmp_path_factory: pyt
     export_table(folder, folder / "t.csv", embedding="tile-mean")
     cells = (folder / "t.csv").read_text().splitlines()[1].split(",")[3:]
     assert [float(np.float32(cell)) for cell in cells] == values
+
+
+def test_an_error_without_words_is_named_by_its_kind(tmp_path: Path) -> None:
+    path = tmp_path / "a.h5"
+    h5py.File(path, "w").close()
+    with pytest.raises(FeatureFileError, match=r"a\.h5: could not be read to the end \(KeyError\)"), open_h5(path):
+        raise KeyError("")

@@ -63,7 +63,8 @@ def _what_it_is(path: Path, error: Exception) -> str:
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).strip().strip("'\"").splitlines()[0][:160] if str(error).strip() else type(error).__name__
+    lines = str(error).strip().strip("'\"").splitlines()  # a KeyError quotes its key, which may be empty
+    return lines[0][:160] if lines else type(error).__name__
 
 
 # gzip packs at most 1032 bytes into one; the other filters of HDF5 pack less.
