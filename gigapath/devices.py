@@ -110,3 +110,22 @@ def reproducible(device: torch.device) -> Iterator[None]:
             _reproducible_users -= 1
             if _reproducible_users == 0:
                 _reproducible_flags.__exit__(None, None, None)
+
+
+@contextlib.contextmanager
+def at_most_threads(cores: int) -> Iterator[None]:
+    """Let torch compute with at most `cores` threads within this block, in the thread that enters it.
+
+    Torch counts the machine's cores; a job that was granted 4 of 64 would share them among 64 threads. OpenMP keeps the
+    number by calling thread, and one that has not been told gets a pool of the machine's size at its first product,
+    whatever the main thread was told: so each thread that runs an encoder enters a block of its own.
+    """
+    before = torch.get_num_threads()  # asking tells OpenMP the number in this thread
+    if before <= cores:
+        yield
+        return
+    torch.set_num_threads(cores)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

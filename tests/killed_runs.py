@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from made_slides import paint_tissue, write_pyramid
-from tiny_encoders import tiny_slide_encoder, tiny_tile_encoder
+from made_slides import make_slides
+from tiny_encoders import mean_colour_encoder
 
 import gigapath.cohort.sheet
 import gigapath.features.h5
@@ -48,19 +48,8 @@ POINTS = {
 }
 
 
-def make_slides(folder: Path, count: int, side: int = 340) -> Path:
-    """Small slides with tissue, no two alike, every ninth of them blank."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for number in range(count):
-        image = paint_tissue(side + 40 * (number % 5), side - 60, seed=number)
-        if number % 9 == 8:
-            image = np.full_like(image, 242)
-        write_pyramid(folder / f"s{number:02d}.tif", image, mpp=(0.5, 0.5), steps=(1,), tile=128)
-    return folder
-
-
 def embed(slides: Path, out: Path, *, point: str = "", at: int = 1, words: tuple[str, ...] = ()) -> None:
-    """`gigapath embed` with tiny encoders and plain pictures, in this process, which it ends."""
+    """`gigapath embed` with mean colours and plain pictures, in this process, which it ends."""
     silence = os.open(os.devnull, os.O_WRONLY)
     for stream in (1, 2):
         os.dup2(silence, stream)
@@ -70,23 +59,21 @@ def embed(slides: Path, out: Path, *, point: str = "", at: int = 1, words: tuple
 
 
 def prepare(point: str = "", at: int = 1) -> Callable[[], None]:
-    """Put in the tiny encoders and plain pictures; the process dies the `at`-th time that it comes to `point`.
+    """Put in mean colours and plain pictures; the process dies the `at`-th time that it comes to `point`.
 
     Returns:
-        takes the encoders and pictures out again.
+        takes colours and pictures out again.
     """
     tiling, embedding = gigapath.runs.tiling, gigapath.runs.embedding
     changes: dict[Any, dict[str, Any]] = {
-        embedding: {
-            "load_tile_encoder": lambda *_, **__: tiny_tile_encoder(),
-            "load_slide_encoder": lambda *_, **given: tiny_slide_encoder(given["in_chans"]),
-        },
+        embedding: {"load_tile_encoder": lambda *_, **__: mean_colour_encoder()},  # its slide encoder is the mean
         tiling: {
             "preview_picture": lambda _, overview: overview,
             "write_preview": lambda path, *_, **__: gigapath.files.write_bytes_atomic(path, b"a picture"),
         },
         gigapath.cohort.sheet: {"contact_sheet": lambda *_, **__: None},
         gigapath.features.ours: {"KEEP_SECONDS": 0.02, "WORTH_SECONDS": 0.0},
+        os: {"fsync": lambda _: None},  # a killed process takes nothing with it that the system has
         gigapath.tile_stream.vectors: {"_BLOCK": 8},  # every batch is written by itself
     }
     before = [(module, name, getattr(module, name)) for module, names in changes.items() for name in names]

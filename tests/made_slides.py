@@ -167,3 +167,14 @@ def all_tiles(slide: Slide, *, mpp: float = 0.5, tile_size: int = 64) -> Tiles:
         tile_size_level0=grid.pitch,
         mpp=float(np.mean(grid.mpp)),
     )
+
+
+def make_slides(folder: Path, count: int, side: int = 340) -> Path:
+    """Small slides with tissue, no two alike, every ninth of them blank."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for number in range(count):
+        image = paint_tissue(side + 40 * (number % 5), side - 60, seed=number)
+        if number % 9 == 8:
+            image = np.full_like(image, 242)
+        write_pyramid(folder / f"s{number:02d}.tif", image, mpp=(0.5, 0.5), steps=(1,), tile=128)
+    return folder

@@ -16,7 +16,7 @@ import torch
 from made_cohort import NARROW, write_cohort, write_splits, write_task
 from made_embeddings import made_vectors, pt_bytes, write_zip
 from made_embeddings import write_csv as write_rows
-from tiny_encoders import tiny_slide_encoder, tiny_tile_encoder
+from tiny_encoders import mean_colour_encoder, tiny_slide_encoder
 
 from gigapath.cli.main import main
 from gigapath.files import quoted_name
@@ -45,7 +45,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("gigapath.runs.tiling.preview_picture", lambda _, overview: overview)
     monkeypatch.setattr("gigapath.runs.tiling.write_preview", lambda *_, **__: None)
     monkeypatch.setattr("gigapath.cohort.sheet.contact_sheet", lambda *_, **__: None)
-    monkeypatch.setattr("gigapath.runs.embedding.load_tile_encoder", lambda name, **_: tiny_tile_encoder())
+    monkeypatch.setattr("gigapath.runs.embedding.load_tile_encoder", lambda name, **_: mean_colour_encoder())
     load = lambda name, **given: tiny_slide_encoder(given["in_chans"])  # noqa: E731
     monkeypatch.setattr("gigapath.runs.embedding.load_slide_encoder", load)
     monkeypatch.setattr("gigapath.runs.slide_embedding.load_slide_encoder", load)

@@ -1,4 +1,7 @@
-"""The containers are built nowhere here: their form is checked, and that both install the same locked versions."""
+"""Of the containers the form is checked, and that both install the same locked versions: engines are rarely at hand.
+
+By hand: `buildah bud --pull-never --isolation chroot -f scripts/containers/Dockerfile .` on any base of that name.
+"""
 
 import re
 from pathlib import Path

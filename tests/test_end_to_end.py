@@ -3,6 +3,7 @@ its coordinates, and memory does not grow with the slide."""
 
 import csv
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -222,26 +223,39 @@ print(json.dumps({"status": status, "peak": peak / 1000, "heavy": heavy}))
 """
 
 _EMBED = """
-import json, sys
+import json, os, sys, threading
 sys.path.insert(0, "tests")
 from pathlib import Path
-import torch
+import cv2, torch
 from tiny_encoders import tiny_tile_encoder
+import gigapath.runs.embed_job as embed_job
 import gigapath.runs.embedding as embedding
 import gigapath.tile_stream.vectors as vectors
 from gigapath.runs.options import EmbedOptions, RunOptions
 from gigapath.runs.watching import Watcher
-torch.set_num_threads(1)
+from gigapath.tile_encoder import TileEncoder
+cv2.setNumThreads(1)
+embedding.available_cores = embed_job.available_cores = lambda: 1  # of those that OpenMP was told of
 vectors._BLOCK = 16  # news of every batch
 embedding.load_tile_encoder = lambda *_, **__: tiny_tile_encoder()
+
+def forward(self, pixels, real=TileEncoder.forward):
+    torch.ones(800, 800) @ torch.ones(800, 800)  # large enough for all threads there are
+    return real(self, pixels)
+TileEncoder.forward = forward
+
+def native_threads():
+    return len(os.listdir("/proc/self/task")) - threading.active_count()
 
 def resident():
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096 / 1e6
 
 class Memory(Watcher):
     seen = []
+    threads = native_threads()
     def tiles(self, count):
         self.seen.append(resident())
+        Memory.threads = max(Memory.threads, native_threads())
 
 def embed(slide, out):
     Memory.seen = []
@@ -249,14 +263,21 @@ def embed(slide, out):
     embedding.run_embed([slide], out, embedding=options, options=RunOptions(workers=2), watch=Memory())
     return Memory.seen
 
+before, own = Memory.threads, torch.get_num_threads()
 small, large = (embed(slide, slide + ".out") for slide in sys.argv[1:3])
-print(json.dumps({"small": small, "large": large, "end": resident()}))
+more = Memory.threads - before
+print(json.dumps({"small": small, "large": large, "more": more, "kept": torch.get_num_threads() == own}))
 """
 
 
-def run_python(code: str, *words: str) -> dict[str, Any]:
+def run_python(code: str, *words: str, **variables: str) -> dict[str, Any]:
     done = subprocess.run(
-        [sys.executable, "-c", code, *words], cwd=REPOSITORY, capture_output=True, text=True, check=True
+        [sys.executable, "-c", code, *words],
+        cwd=REPOSITORY,
+        env={**os.environ, **variables},
+        capture_output=True,
+        text=True,
+        check=True,
     )
     answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return answer
@@ -272,10 +293,13 @@ def test_a_process_that_only_tiles_stays_small_and_imports_no_torch(tmp_path: Pa
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs /proc")
-def test_memory_does_not_grow_with_the_slide(tmp_path: Path) -> None:
+def test_memory_does_not_grow_with_the_slide_nor_threads_with_the_machine(tmp_path: Path) -> None:
     small = write_large(tmp_path / "small.tif", (6_144, 6_144))
     large = write_large(tmp_path / "large.tif", (12_288, 12_288))
-    answer = run_python(_EMBED, str(small), str(large))
+    # One arena of memory for all threads: which of several a new thread gets is chance, and worth 25 MB here.
+    answer = run_python(_EMBED, str(small), str(large), OMP_NUM_THREADS="12", MALLOC_ARENA_MAX="1")
     assert len(answer["large"]) > 2.5 * len(answer["small"]), "four times the area takes many more batches"
     assert max(answer["large"]) - max(answer["small"]) < 30
     assert max(answer["large"]) - answer["large"][0] < 30
+    assert answer["more"] <= 1, "no thread that computes brings a pool of twelve"
+    assert answer["kept"], "the process has torch's own number again"

@@ -62,7 +62,7 @@ def test_signal_ends_a_run_with_75_and_the_next_one_goes_on(
     slides, unbroken, _ = many
     run = start(ctx, slides, tmp_path)
     end = time.monotonic() + 60
-    while not list(tmp_path.glob("features_tiny/*.h5")):
+    while not list(tmp_path.glob("features_mean-colour/*.h5")):
         assert time.monotonic() < end
         time.sleep(0.005)
     os.kill(run.pid or 0, getattr(signal, name))

@@ -10,7 +10,7 @@ import pytest
 from broken_inputs import good_slide
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_encoders import tiny_tile_encoder
+from tiny_encoders import mean_colour_encoder
 
 from gigapath.cli.main import main
 from gigapath.cohort.manifest import find_slides
@@ -32,7 +32,7 @@ SMALL = ["--tile-size", "64", "--workers", "0"]
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gigapath.runs.embedding.load_tile_encoder", lambda *_, **__: tiny_tile_encoder())
+    monkeypatch.setattr("gigapath.runs.embedding.load_tile_encoder", lambda *_, **__: mean_colour_encoder())
 
 
 @pytest.fixture(scope="module")
@@ -148,7 +148,7 @@ def test_shards_pseudonyms_and_plan_know_slides_with_bad_names(
     assert originals == {"good", "also"} | expected()
     embed = ["embed", "--tiles", str(out), "--out", str(out), "--tile-encoder", "standin", "--device", "cpu"]
     assert main([*embed, *SMALL]) == 3
-    failed = [status for name in rows if (status := read_status(out / "features_tiny", name)).status == "failed"]
+    failed = [status for name in rows if (status := read_status(out / "features_mean-colour", name)).status == "failed"]
     assert len(failed) == len(expected()) and all("slide id: expected" in status.error for status in failed)
 
     capsys.readouterr()

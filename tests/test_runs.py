@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import threading
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -626,6 +627,40 @@ def test_stopped_slide_goes_on_behind_its_rows_that_are_safe(
     embed(slide, out, watch=notes, store=store, overwrite="features")
     assert sum(notes.counted) == whole, "all of them are made again"
     assert touched(out) != before
+
+
+@pytest.mark.usefixtures("batch_by_batch")
+@pytest.mark.parametrize("times", [1, 2])
+def test_slide_that_fails_is_retried_behind_its_rows_and_leaves_none_when_it_fails_again(
+    slides: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, times: int
+) -> None:
+    monkeypatch.setattr("gigapath.features.ours.KEEP_SECONDS", -1.0)
+    monkeypatch.setattr("gigapath.features.ours.WORTH_SECONDS", -1.0)
+    slide, out = slides / "a.tif", tmp_path / "out"
+    embed(slide, tmp_path / "unbroken")
+    last = len(read_tiles(tmp_path / "unbroken/tiles/a.h5")) - 1
+    rows = out / "features_tiny/a.h5.rows.partial"
+    real, passes = TileReader.fill, [[]]
+
+    def fill(self: TileReader, index: int, place: Any) -> None:
+        passes[-1].append(index)
+        if index == last and len(passes) <= times:
+            until = time.monotonic() + 20
+            while not rows.exists() and time.monotonic() < until:
+                time.sleep(0.01)
+            passes.append([])
+            raise SlideError("slide 'a': a tile can't be read.")
+        real(self, index, place)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TileReader, "fill", fill)
+        result = embed(slide, out)
+    assert (min(passes[0]), result.counts["failed"]) == (0, times - 1)
+    assert min(passes[1]) >= 16, "the second attempt begins behind whole batches"
+    assert not any("partial" in name for name in files_in(out)), "nothing of a slide that failed for good is left"
+    assert embed(slide, out).outcome == "done"
+    for path in (tmp_path / "unbroken").rglob("*.h5"):
+        assert path.read_bytes() == (out / path.relative_to(tmp_path / "unbroken")).read_bytes()
 
 
 @pytest.mark.usefixtures("batch_by_batch")

@@ -27,8 +27,8 @@ def slides(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def tiny() -> Iterator[None]:
-    """Tiny encoders and plain pictures, for this file alone."""
+def mean_colours() -> Iterator[None]:
+    """Mean colours and plain pictures, for this file alone."""
     undo = killed_runs.prepare()
     yield
     undo()

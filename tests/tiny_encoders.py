@@ -1,7 +1,8 @@
 """Encoders of a few thousand parameters, for tests of everything around them."""
 
+import mean_colour
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from gigapath.encoding import SlideEncoder
 from gigapath.slide_encoder import LongNetViT
@@ -29,6 +30,28 @@ def tiny_tile_encoder(
         device=torch.device("cpu"),
         precision=precision,
         model=model.eval().requires_grad_(False),
+    )
+
+
+class MeanColourEncoder(TileEncoder):
+    """The runs' form of `mean_colour.colours`: no operation of torch's takes part."""
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return torch.from_numpy(mean_colour.colours(pixels.numpy()))
+
+
+def mean_colour_encoder() -> TileEncoder:
+    """A tile's vector is the mean and the spread of its colours; costs nothing, and says where its pixels went."""
+    return MeanColourEncoder(
+        name=mean_colour.NAME,
+        embed_dim=mean_colour.WIDTH,
+        trained=True,
+        weights_sha256="c0" * 32,
+        transform=TileTransform(64, 56, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)),
+        description="mean colours, for tests",
+        device=torch.device("cpu"),
+        precision="fp32",
+        model=nn.Identity(),
     )
 
 

@@ -25,8 +25,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(namespace: argparse.Namespace) -> int:
     """Embed all tiles; 75 when a signal came, and the same command goes on from there."""
     from gigapath.cohort.stopping import StopFlag, Stopped
+    from gigapath.devices import at_most_threads
     from gigapath.linear_probe.embedding import embed_tiles
     from gigapath.linear_probe.tile_sets import open_tile_set
+    from gigapath.runs.machine import available_cores
     from gigapath.tile_encoder import load_tile_encoder
 
     options = options_from(namespace, EmbedTilesOptions)
@@ -42,7 +44,7 @@ def run(namespace: argparse.Namespace) -> int:
     )
     print(f"{len(tiles):,} tiles, {encoder.description}")
     started = time.perf_counter()
-    with StopFlag() as stop:
+    with StopFlag() as stop, at_most_threads(available_cores()):
         try:
             resumed = embed_tiles(
                 tiles,

@@ -9,7 +9,7 @@ from typing import Any
 
 from gigapath.cohort.status import Status, read_status, read_statuses
 from gigapath.features import FeatureFileError
-from gigapath.features.h5 import is_complete, open_h5, read_attrs
+from gigapath.features.h5 import is_complete, open_h5, read_attr
 
 # What must be one within a folder, or the results can't be compared with each other.
 FAST_TRANSFORM = "fast_transform"  # in an identity only where it was asked for
@@ -97,7 +97,7 @@ def check_unmixed(folder: Path, identity: Mapping[str, Any], slide_ids: Collecti
 def _is_whole(path: Path, identity: str) -> bool:
     try:
         with open_h5(path) as file:
-            return is_complete(file) and read_attrs(file).get("identity") == identity
+            return is_complete(file) and read_attr(file, "identity") == identity
     except (FeatureFileError, OSError):
         return False
 

@@ -103,11 +103,18 @@ _READ_TYPES = (h5py.h5t.TypeIntegerID, h5py.h5t.TypeFloatID, h5py.h5t.TypeEnumID
 def read_attrs(item: Any) -> dict[str, Any]:
     """The attributes of a file or dataset as plain values: text as str, numbers as Python numbers, arrays as tuples;
     "None" as TRIDENT and we write it is None. Attributes of other kinds (compounds, references) are left out."""
-    return {str(name): plain_value(item.attrs[name]) for name in item.attrs if _is_readable(item, name)}
+    attrs = item.attrs
+    return {str(name): plain_value(attrs[name]) for name in attrs if _is_readable(attrs, name)}
 
 
-def _is_readable(item: Any, name: str) -> bool:
-    return isinstance(item.attrs.get_id(name).get_type(), _READ_TYPES)
+def read_attr(item: Any, name: str) -> Any:
+    """One attribute as `read_attrs` has it, in a fraction of the time; None where there is none."""
+    attrs = item.attrs
+    return plain_value(attrs[name]) if name in attrs and _is_readable(attrs, name) else None
+
+
+def _is_readable(attrs: h5py.AttributeManager, name: str) -> bool:
+    return isinstance(attrs.get_id(name).get_type(), _READ_TYPES)
 
 
 def plain_value(value: Any) -> Any:
@@ -278,4 +285,4 @@ class H5Writer:
 
 def is_complete(file: h5py.File) -> bool:
     """True where one of our files was finished."""
-    return "complete" in file.attrs and _is_readable(file, "complete") and bool(plain_value(file.attrs["complete"]))
+    return bool(read_attr(file, "complete"))

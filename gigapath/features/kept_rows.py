@@ -50,7 +50,7 @@ class KeptRows:
     @property
     def file(self) -> Path:
         """Where the rows lie."""
-        return self.path.with_name(f"{self.path.name}.rows{PARTIAL_SUFFIX}")
+        return rows_file(self.path)
 
     @property
     def count(self) -> int:
@@ -143,3 +143,8 @@ class KeptRows:
         found = magic, identity.rstrip(b"\0"), (whole, width), kind.rstrip(b"\0")
         mine = _MAGIC, self.identity.encode(), self.shape, self.dtype.str.encode()
         return (count, crc) if found == mine and count <= whole else None
+
+
+def rows_file(path: Path) -> Path:
+    """Where the kept rows of a file in the making lie."""
+    return path.with_name(f"{path.name}.rows{PARTIAL_SUFFIX}")

@@ -21,7 +21,7 @@ from gigapath.features.data import (
     TileEmbeddings,
     Tiles,
 )
-from gigapath.features.h5 import H5Writer, is_complete, open_h5, read_attrs, read_dataset, write_attrs
+from gigapath.features.h5 import H5Writer, is_complete, open_h5, read_attr, read_attrs, read_dataset, write_attrs
 from gigapath.features.kept_rows import KeptRows
 from gigapath.files import OutputError
 
@@ -266,7 +266,7 @@ def read_slide(path: Path | str) -> SlideEmbeddings:
 
 def stage_of(file: h5py.File) -> str | None:
     """The stage that one of our files belongs to ("tiles", "features", "slide"), None for other tools' files."""
-    stage = read_attrs(file).get("stage")
+    stage = read_attr(file, "stage")
     ours = "numerics_version" in file.attrs and "implementation" in file.attrs
     return str(stage) if ours and stage else None
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from gigapath.features.data import Array, Attrs, FeatureFileError
-from gigapath.features.h5 import open_h5, read_attrs
+from gigapath.features.h5 import open_h5, read_attr
 from gigapath.features.names import parse_embedding
 from gigapath.features.ours import read_slide
 from gigapath.files import atomic_file, write_bytes_atomic
@@ -198,7 +198,7 @@ def _identity(features: Path) -> str | None:
         return None
     try:
         with open_h5(features) as file:
-            found = read_attrs(file).get("identity")
+            found = read_attr(file, "identity")
     except FeatureFileError:
         return None
     return None if found is None else str(found)

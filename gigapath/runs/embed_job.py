@@ -20,6 +20,7 @@ from gigapath.preprocessing.slide import SlideError
 from gigapath.preprocessing.tiling import TileOptions
 from gigapath.runs.coming_slide import ComingSlide
 from gigapath.runs.engine import CohortRun, Outcome
+from gigapath.runs.machine import available_cores
 from gigapath.runs.options import RunOptions
 from gigapath.runs.slides import SlideStage
 from gigapath.runs.tiling import tiles_digest, tiles_done, tiling_identities
@@ -185,7 +186,12 @@ class EmbedJob:
             passes = self.settled.passes if self.settled else tuple(PlainPass(encoder) for encoder in self.encoders)
             across = self.settled is not None and self.settled.across
             self._stream = TileStream(
-                passes, self.batch_size, across=across, readers=max(1, self.workers), check=self.run.stop.check
+                passes,
+                self.batch_size,
+                across=across,
+                readers=max(1, self.workers),
+                cores=available_cores(),
+                check=self.run.stop.check,
             )
         for slide in self._coming:
             if slide.vectors is None:

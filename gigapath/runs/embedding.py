@@ -12,7 +12,7 @@ from gigapath.cohort.privacy import recorded_paths
 from gigapath.cohort.reuse import check_unmixed, differences
 from gigapath.cohort.stopping import StopFlag
 from gigapath.cohort.words import in_bytes, in_words, slides_in_words, tiles_in_words
-from gigapath.devices import resolve_devices
+from gigapath.devices import at_most_threads, resolve_devices
 from gigapath.downloads import RELEASES
 from gigapath.encoding import SlideEncoder, load_slide_encoder
 from gigapath.options import to_dict
@@ -20,7 +20,7 @@ from gigapath.preprocessing.tiling import TileOptions
 from gigapath.runs.embed_job import EmbedJob
 from gigapath.runs.engine import CohortRun, RunResult
 from gigapath.runs.entries import check_tissue, chosen, named, share_in_words
-from gigapath.runs.machine import threads
+from gigapath.runs.machine import available_cores, threads
 from gigapath.runs.options import EmbedOptions, RunOptions
 from gigapath.runs.planning import estimate_tiles
 from gigapath.runs.slides import SlideStage, slides_folder
@@ -78,7 +78,7 @@ def run_embed(
             "--fast-transform: expected --reader auto or fast beside it, got openslide, which never decodes a block "
             "smaller. Drop one."
         )
-    with StopFlag(watch.stopping) as stop:
+    with StopFlag(watch.stopping) as stop, at_most_threads(available_cores()):
         cohort = _entries(slides, out, embedding.tiles, tiling, options)
         if not embedding.tiles:
             check_tissue(cohort, tiling)

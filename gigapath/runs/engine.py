@@ -15,6 +15,7 @@ from gigapath.cohort.record import RunRecord
 from gigapath.cohort.status import STATES, Status, read_status, slide_row, write_slides_csv, write_status
 from gigapath.cohort.stopping import StopFlag, Stopped
 from gigapath.features import NUMERICS_VERSION
+from gigapath.features.kept_rows import rows_file
 from gigapath.preprocessing.slide import SlideError
 from gigapath.runs.watching import Plan, Watcher
 
@@ -196,9 +197,18 @@ class CohortRun:
             if again and not self._note:
                 self.watch.retrying(len(again))
                 failed = [entry for entry in failed if entry.problem] + self._pass(again, work)
+                self._drop_rows(failed)
         except Stopped:
             return "stopped"
         return "some slides failed" if failed else "done"
+
+    def _drop_rows(self, failed: Sequence[SlideEntry]) -> None:
+        """Remove the rows that slides which failed twice have kept: a file that can't be read to the end may have been
+        wrong before that too, so what mends it begins with its first tile. A stopped or killed slide's rows stay."""
+        for entry in failed:
+            for folder in self.stages:
+                with contextlib.suppress(OSError):
+                    rows_file(folder / f"{entry.slide_id}.h5").unlink(missing_ok=True)
 
     def _pass(self, todo: Sequence[SlideEntry], work: Callable[[SlideEntry], Sequence[Status]]) -> list[SlideEntry]:
         """Go through slides once; those that failed. More of them than allowed end the pass, and `_note` says so."""

@@ -10,6 +10,7 @@ from gigapath.cohort.reuse import check_unmixed
 from gigapath.cohort.status import Status, read_status
 from gigapath.cohort.stopping import StopFlag
 from gigapath.cohort.words import slides_in_words
+from gigapath.devices import at_most_threads
 from gigapath.downloads import RELEASES
 from gigapath.encoding import load_slide_encoder
 from gigapath.features import FeatureFileError
@@ -17,6 +18,7 @@ from gigapath.files import name_problem, one_line, quoted_name, real_path, sha25
 from gigapath.options import to_dict
 from gigapath.runs.engine import CohortRun, RunResult
 from gigapath.runs.entries import only_failed
+from gigapath.runs.machine import available_cores
 from gigapath.runs.options import KeepOptions, SlideEmbedOptions
 from gigapath.runs.slides import SlideStage, describe_features, slides_folder
 from gigapath.runs.watching import Plan, Watcher
@@ -51,7 +53,7 @@ def run_slide_embed(
         OutputError: the output folder can't be written, or is full.
     """
     embedding, options, watch = embedding or SlideEmbedOptions(), options or KeepOptions(), watch or Watcher()
-    with StopFlag(watch.stopping) as stop:
+    with StopFlag(watch.stopping) as stop, at_most_threads(available_cores()):
         entries = find_features(features)
         out = _output_folder(entries, out)
         encoder_name, width = _first_described(entries)

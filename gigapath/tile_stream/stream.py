@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
 
+from gigapath.devices import at_most_threads
 from gigapath.encoding import encoder_failures
 from gigapath.tile_stream.batches import Batch, Batches
 from gigapath.tile_stream.busy import BusyTimes
@@ -35,6 +36,7 @@ class TileStream:
         across: fill batches across the slides' borders; else the last batch of each slide is padded.
         depth: full batches that wait for an encoder, by default one more than there are devices.
         readers: threads by which a slide is read.
+        cores: threads that torch computes with at the most, or None to leave that to torch.
         check: is called by a caller who waits; it may raise to stop.
 
     Attributes:
@@ -49,12 +51,14 @@ class TileStream:
         across: bool = True,
         depth: int | None = None,
         readers: int = 1,
+        cores: int | None = None,
         check: Callable[[], None] = lambda: None,
     ) -> None:
         self.busy = BusyTimes({"plan": 1, "read": readers, "encode": len(passes), "write": 1, "slides": 1})
         self._passes = passes
         self._batch_size = batch_size
         self._across = across
+        self._cores = cores
         self._waiting = Waiting(check)
         depth = len(passes) + 1 if depth is None else depth
         self._batches = Batches(
@@ -106,7 +110,8 @@ class TileStream:
 
     def _run(self, work: Callable[[], None]) -> None:
         try:
-            work()
+            with contextlib.nullcontext() if self._cores is None else at_most_threads(self._cores):
+                work()
         except Closed:
             pass
         except BaseException as error:

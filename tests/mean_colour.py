@@ -1,0 +1,158 @@
+"""An encoder without torch for runs that are killed: a tile's vector is the mean and spread of each of its colours.
+
+`colours` is all of it. `run_mean_colours` brings a cohort through tiles, tile embeddings and slide embeddings with it,
+in this process or over Ray, by the code that every run goes through but for torch's part: a process that takes
+another's place is there in a fraction of the seconds that torch's import takes.
+"""
+
+import contextlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import numpy.typing as npt
+
+import gigapath.runs.tiling
+from gigapath.cohort.manifest import SlideEntry, find_slides
+from gigapath.cohort.reuse import digest, finished
+from gigapath.cohort.status import Status
+from gigapath.features import SlideEmbeddings, TileEmbeddingsWriter, read_tiles, write_slide
+from gigapath.features.kept_rows import KeptRows
+from gigapath.files import write_bytes_atomic
+from gigapath.preprocessing.reading import iter_tiles
+from gigapath.preprocessing.tiling import TileOptions
+from gigapath.runs.engine import CohortRun, Outcome, RunResult
+from gigapath.runs.entries import open_entry
+from gigapath.runs.options import RunOptions
+from gigapath.runs.tiling import tile_slide, tiles_done
+from gigapath.runs.watching import Plan, Watcher
+from gigapath.runs.worker import Survey
+
+NAME = "mean-colour"
+WIDTH = 6
+TILING = TileOptions(tile_size=64)
+_BATCH = 8
+
+
+def colours(pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+    """Mean and standard deviation of red, green and blue of each tile, in float32 (B, 6).
+
+    From whole sums of bytes, so a tile's vector is the same to the last bit wherever it stands.
+
+    Args:
+        pixels: uint8 (B, T, T, 3).
+    """
+    values = pixels.reshape(len(pixels), -1, 3).astype(np.int64)
+    mean, square = values.mean(axis=1), (values**2).mean(axis=1)
+    return np.concatenate([mean, np.sqrt(square - mean**2)], axis=1).astype(np.float32) / 255
+
+
+def plain() -> contextlib.ExitStack:
+    """Within it no previews are drawn, and nothing is flushed: what a killed process has written, the system has."""
+    stack = contextlib.ExitStack()
+    pictures = {
+        "preview_picture": lambda _, overview: overview,
+        "write_preview": lambda path, *_, **__: write_bytes_atomic(path, b"a picture"),
+    }
+    stack.enter_context(mock.patch.multiple(gigapath.runs.tiling, **pictures))
+    stack.enter_context(mock.patch("os.fsync", lambda _: None))
+    return stack
+
+
+def run_mean_colours(slides: Path, out: Path, options: RunOptions, watch: Watcher | None = None) -> RunResult:
+    """Tiles, tile embeddings and slide embeddings of a folder of slides, by `options.engine`."""
+    entries = find_slides([slides], exclude=out)
+    stages = [out / "tiles", out / f"features_{NAME}", out / f"slides_mean__{NAME}"]
+    run = CohortRun(out, "embed", entries, stages, {}, watch=watch or Watcher())
+    job = MeanColourJob(run)
+    todo = [entry for entry in entries if not job.is_done(entry)]
+
+    def plan() -> Plan:
+        return Plan((), len(entries), len(entries) - len(todo))
+
+    if options.engine == "ray":
+        from gigapath.runs.spreading import spread_tiling
+
+        return spread_tiling(run, todo, lambda *_: MeanColours(), plan, options)
+    with plain():
+        return run.over_slides(todo, job.work, plan)
+
+
+@dataclass(frozen=True)
+class MeanColours:
+    """The work on its way to a worker."""
+
+    def survey(self, run: CohortRun) -> Any:
+        raise AssertionError("the run knows by itself what is to do")
+
+    def join(self, run: CohortRun, survey: Survey | None) -> "MeanColourJob":
+        plain()  # for good: the process is this run's
+        return MeanColourJob(run)
+
+
+@dataclass(frozen=True)
+class MeanColourJob:
+    """Brings a slide through the three stages; what is done and holds is left as it is."""
+
+    run: CohortRun
+    options: RunOptions = field(default_factory=lambda: RunOptions(workers=0))
+
+    def announce(self, entries: Sequence[SlideEntry]) -> None:
+        """Nothing is read ahead."""
+
+    def is_done(self, entry: SlideEntry) -> bool:
+        tiled = self._tiled(entry)
+        features = None if tiled is None else self._finished("features", entry, tiled.digest)
+        return features is not None and self._finished("slides", entry, features.digest) is not None
+
+    def work(self, entry: SlideEntry) -> list[Status]:
+        tiles = self.run.out / "tiles"
+        statuses = [self._tiled(entry) or tile_slide(self.run, tiles, entry, TILING, self.options)]
+        for stage, embed in (("features", self._embed_tiles), ("slides", self._embed_slide)):
+            if not statuses[-1].finished:
+                break
+            before = statuses[-1].digest
+            done = self._finished(stage, entry, before)
+            statuses.append(done or self._attempt(stage, entry, before, embed))
+        return statuses
+
+    def _tiled(self, entry: SlideEntry) -> Status | None:
+        return tiles_done(self.run.out / "tiles", entry, TILING, self.options)
+
+    def _folder(self, stage: str) -> Path:
+        return self.run.out / {"features": f"features_{NAME}", "slides": f"slides_mean__{NAME}"}[stage]
+
+    def _finished(self, stage: str, entry: SlideEntry, before: str) -> Status | None:
+        return finished(self._folder(stage), entry.slide_id, {"encoder": NAME, "before": before})
+
+    def _attempt(self, stage: str, entry: SlideEntry, before: str, embed: Any) -> Status:
+        identity = {"encoder": NAME, "before": before}
+        path = self._folder(stage) / f"{entry.slide_id}.h5"
+        return self.run.attempt(path.parent, entry, stage, identity, lambda: embed(entry, path, digest(identity)))
+
+    def _embed_tiles(self, entry: SlideEntry, path: Path, identity: str) -> Outcome:
+        tiles = read_tiles(self.run.out / "tiles" / path.name)
+        kept = KeptRows(path, identity, (len(tiles), WIDTH), np.dtype("float32"), step=_BATCH)
+        start, attrs = kept.find(), {"encoder": NAME, "identity": identity}
+        with (
+            open_entry(entry, TILING) as slide,
+            TileEmbeddingsWriter(path, tiles, embed_dim=WIDTH, attrs=attrs, kept=kept) as writer,
+        ):
+            for first, pixels in iter_tiles(slide, tiles, batch_size=_BATCH, start=start):
+                self.run.stop.check()
+                writer.write(first, colours(pixels))
+        return Outcome("done" if len(tiles) else "no_tissue", len(tiles), digest=identity)
+
+    def _embed_slide(self, entry: SlideEntry, path: Path, identity: str) -> Outcome:
+        from gigapath.features import read_features
+
+        tiles = read_features(self._folder("features") / path.name)
+        if not len(tiles):
+            return Outcome("no_tissue")
+        mean = tiles.features.mean(axis=0, dtype=np.float64).astype(np.float32)[None]
+        attrs = {"encoder": NAME, "identity": identity}
+        write_slide(path, SlideEmbeddings(slide_id=entry.slide_id, attrs=attrs, tile_mean=mean))
+        return Outcome(tiles=len(tiles), digest=identity)
