@@ -52,10 +52,10 @@ def encode_padded(pixels: npt.NDArray[np.uint8], encoder: TileEncoder, batch_siz
         EncoderError: the encoder failed, for want of memory or otherwise.
         ValueError: a vector is not finite.
     """
-    cut = np.zeros((batch_size, *[encoder.transform.crop] * 2, 3), np.uint8)
-    encoder.transform.cut(pixels, cut[: len(pixels)])
+    batch = np.zeros((batch_size, *[encoder.transform.resize] * 2, 3), np.uint8)
+    encoder.transform.fit(pixels, batch[: len(pixels)])
     with encoder_failures(encoder, batch_size):
-        vectors = encoder.forward(torch.from_numpy(cut).to(encoder.device)).cpu().numpy()
+        vectors = encoder.forward(torch.from_numpy(batch).to(encoder.device)).cpu().numpy()
     return encoder.checked(vectors[: len(pixels)])
 
 

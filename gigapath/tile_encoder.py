@@ -99,13 +99,13 @@ class TileEncoder:
         Raises:
             ValueError: the batch has another form, or a vector is not finite.
         """
-        return self.checked(self.forward(torch.from_numpy(self.transform.cut(tiles)).to(self.device)).cpu().numpy())
+        return self.checked(self.forward(torch.from_numpy(self.transform.fit(tiles)).to(self.device)).cpu().numpy())
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """One batch through the second half of the transform and the model, on the encoder's device.
+        """One batch through what follows resizing, and the model, on the encoder's device.
 
         Args:
-            pixels: uint8 (B, crop, crop, 3), on the device.
+            pixels: uint8 (B, S, S, 3) on the device, S the transform's `resize`.
 
         Returns:
             float32 (B, D), there; a GPU may still be computing it.

@@ -43,10 +43,6 @@ class TileTransform:
         mean, std = (" ".join(f"{value:g}" for value in values) for values in (self.mean, self.std))
         return f"resize {self.resize} {self.interpolation}, centre crop {self.crop}, mean {mean}, std {std}"
 
-    def keeps(self, tile_size: int) -> bool:
-        """Whether `cut` leaves every pixel of square tiles of this side as it is."""
-        return self.resize == self.crop == tile_size
-
     def compose(self) -> transforms.Compose:
         """The transform of one PIL image, as torchvision writes it; gives float32 (3, crop, crop)."""
         return transforms.Compose(
@@ -68,44 +64,46 @@ class TileTransform:
         Returns:
             float32 (B, 3, crop, crop), channels last in memory.
         """
-        return self.normalise(torch.from_numpy(self.cut(tiles)).to(device))
+        return self.normalise(torch.from_numpy(self.fit(tiles)).to(device))
 
-    def cut(self, tiles: npt.NDArray[np.uint8], out: npt.NDArray[np.uint8] | None = None) -> npt.NDArray[np.uint8]:
-        """The transform's first half, in bytes: resize and centre crop.
+    def fits(self, tile_size: int) -> bool:
+        """Whether square tiles of this side are not resampled."""
+        return tile_size == self.resize
 
-        It is the one copy on the way to a device's own buffer, and a quarter less to send than whole tiles. Tiles whose
-        side is `resize` already are not resampled; others go through Pillow one by one.
+    def fit(self, tiles: npt.NDArray[np.uint8], out: npt.NDArray[np.uint8] | None = None) -> npt.NDArray[np.uint8]:
+        """The transform's first part, in bytes, on the host: resize. Tiles that fit stay as they are; others go through
+        Pillow one by one.
 
         Args:
             tiles: uint8 (B, T, T, 3), RGB.
-            out: where to put them, uint8 (B, crop, crop, 3), or None for an array of its own.
+            out: where to put them, uint8 (B, resize, resize, 3), or None for an array of its own.
 
         Returns:
-            uint8 (B, crop, crop, 3).
+            uint8 (B, resize, resize, 3).
         """
         if tiles.dtype != np.uint8 or tiles.ndim != 4 or tiles.shape[1] != tiles.shape[2] or tiles.shape[3] != 3:
             raise ValueError(f"TileTransform: expected uint8 tiles (B, T, T, 3), got {tiles.dtype} {tiles.shape}.")
-        start = round((self.resize - self.crop) / 2)
-        inner = slice(start, start + self.crop)
-        if tiles.shape[1] != self.resize:
-            tiles = self._resized(tiles)
+        resized = tiles if self.fits(tiles.shape[1]) else self._resized(tiles)
         if out is None:
-            out = np.empty((len(tiles), self.crop, self.crop, 3), np.uint8)
-        out[...] = tiles[:, inner, inner]
+            return resized.copy() if resized is tiles else resized
+        out[...] = resized
         return out
 
     def normalise(self, pixels: Tensor) -> Tensor:
-        """The second half, in floats, where the pixels are: scale to [0, 1] and normalise per channel.
+        """The other parts, where the pixels are: cut the centre, scale to [0, 1] and normalise per channel.
 
         Args:
-            pixels: uint8 (B, crop, crop, 3).
+            pixels: uint8 (B, resize, resize, 3).
 
         Returns:
             float32 (B, 3, crop, crop), channels last in memory.
         """
+        start = round((self.resize - self.crop) / 2)
+        inner = pixels[:, start : start + self.crop, start : start + self.crop]
         # Tensors, not Python numbers: CUDA multiplies by the reciprocal of a number, which rounds differently.
         whole, mean, std = (torch.tensor(v, device=pixels.device) for v in ((255.0,) * 3, self.mean, self.std))
-        scaled = pixels.to(torch.float32).div_(whole).sub_(mean).div_(std)  # (B, crop, crop, 3)
+        floats = inner.to(torch.float32, memory_format=torch.contiguous_format)  # the cut costs no copy of its own
+        scaled = floats.div_(whole).sub_(mean).div_(std)  # (B, crop, crop, 3)
         return scaled.permute(0, 3, 1, 2)
 
     def _resized(self, tiles: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:

@@ -74,7 +74,7 @@ def test_places_hold_the_bytes_of_the_tiles(slide_path: Path, workers: int, mpp:
         assert len(np.unique(expected.reshape(len(expected), -1), axis=0)) == len(expected)  # no two alike
         whole, inner = Table(len(tiles), 64), Table(len(tiles), 56)
         read_into(slide, tiles, whole.take, workers=workers)
-        read_into(slide, tiles, inner.take, workers=workers, cut=cut, start=7)
+        read_into(slide, tiles, inner.take, workers=workers, fit=cut, start=7)
     assert whole.pixels.tobytes() == expected.tobytes()
     assert inner.pixels[7:].tobytes() == expected[7:, 4:-4, 4:-4].tobytes() and not inner.pixels[:7].any()
     for table, first in ((whole, 0), (inner, 7)):
@@ -96,7 +96,7 @@ def test_nothing_lies_between_a_tile_and_its_place(slide_path: Path, monkeypatch
         read_into(slide, tiles, table.take, workers=2)
         assert sorted(targets) == [row.__array_interface__["data"][0] for row in table.pixels]
         targets.clear()
-        read_into(slide, tiles, Table(len(tiles), 56).take, workers=2, cut=cut)
+        read_into(slide, tiles, Table(len(tiles), 56).take, workers=2, fit=cut)
         assert len(targets) == len(tiles) and len(set(targets)) <= 2, "one tile's array a thread"
 
 

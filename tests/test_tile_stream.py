@@ -53,7 +53,7 @@ class Made:
     def read(self, take: Take) -> None:
         def fill(index: int, row: Pixels) -> None:
             self.fail("read", index)
-            self.transform.cut(self.tiles[index : index + 1], row[None])
+            self.transform.fit(self.tiles[index : index + 1], row[None])
 
         fill_places(fill, take, len(self.tiles), workers=self.threads)
 

@@ -211,20 +211,20 @@ def read_into(
     tiles: Tiles,
     take: Take,
     *,
-    cut: Callable[[UInt8Array, UInt8Array], object] | None = None,
+    fit: Callable[[UInt8Array, UInt8Array], object] | None = None,
     workers: int = 0,
     start: int = 0,
 ) -> None:
     """Read tiles straight into places that somebody else owns, such as the rows of batches.
 
-    What is to be cut is decoded into one tile's array a thread, which stays in the processor's cache. When this returns
-    or raises, no thread is left and every place is done.
+    What doesn't fit is read into one tile's array a thread, which stays in the processor's cache. When this returns or
+    raises, no thread is left and every place is done.
 
     Args:
         slide: the open slide; it must stay open while this runs.
         tiles: which tiles, and how they are read.
         take: gives the places, as `fill_places` asks for them.
-        cut: puts tiles (n, T, T, 3) into rows (n, S, S, 3), from any thread; None where a row is a whole tile.
+        fit: puts tiles (n, T, T, 3) into rows (n, S, S, 3), from any thread; None where T is S.
         workers: threads that read, of which the caller is one.
         start: index of the first tile to read.
 
@@ -235,12 +235,12 @@ def read_into(
     scratch = threading.local()
 
     def fill(index: int, row: UInt8Array) -> None:
-        if cut is None:
+        if fit is None:
             reader.fill(index, row)
             return
         if not hasattr(scratch, "tile"):
             scratch.tile = np.empty((1, tiles.tile_size, tiles.tile_size, 3), np.uint8)
         reader.fill(index, scratch.tile[0])
-        cut(scratch.tile, row[None])
+        fit(scratch.tile, row[None])
 
     fill_places(fill, take, len(tiles), workers=workers, start=start)

@@ -128,8 +128,8 @@ class ComingSlide:
             return
         job = self._job
         transform = job.encoder.transform
-        cut = None if transform.keeps(self.tiles.tile_size) else transform.cut
-        read_into(self._opened, self.tiles, take, cut=cut, workers=job.workers, start=self._start)
+        fit = None if transform.fits(self.tiles.tile_size) else transform.fit
+        read_into(self._opened, self.tiles, take, fit=fit, workers=job.workers, start=self._start)
 
     def close(self) -> None:
         """Let go of the slide's file."""

@@ -1,6 +1,6 @@
 """Batches of one fixed shape on their way from the threads that read tiles to the encoders, in recycled buffers.
 
-The threads that read put each tile straight into its row. B tiles of a batch, C pixels of a row's side.
+The threads that read put each tile straight into its row. B tiles of a batch, S pixels of a row's side.
 """
 
 import time
@@ -43,7 +43,7 @@ class Batch:
     """A buffer, and what lies in it.
 
     Attributes:
-        pixels: uint8 (B, C, C, 3).
+        pixels: uint8 (B, S, S, 3).
         parts: what its rows hold, in order.
         count: rows that were handed out.
         unfilled: of these, rows that a thread is still filling.
@@ -62,7 +62,7 @@ class Place:
 
     Attributes:
         first: index of the first tile.
-        pixels: uint8 (n, C, C, 3), to be filled.
+        pixels: uint8 (n, S, S, 3), to be filled.
     """
 
     __slots__ = ("_batch", "_batches", "_since", "_slide", "first", "pixels")
@@ -94,7 +94,7 @@ class Batches:
         Args:
             waiting: the stream's lock.
             busy: how busy its stages are.
-            shape: B and C.
+            shape: B and S.
             pinned: whether buffers should lie in page-locked memory.
             others: buffers beside those that are being filled.
             readers: threads that fill them.

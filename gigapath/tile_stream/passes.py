@@ -33,7 +33,8 @@ class Pass(Protocol):
         """Begin with a batch.
 
         Args:
-            pixels: uint8 (B, crop, crop, 3) in the host's memory; not to be touched before the answer is there.
+            pixels: uint8 (B, S, S, 3) in the host's memory, S the transform's `resize`; not to be touched before the
+                answer is there.
 
         Returns:
             Waits for float32 (B, D).
@@ -120,7 +121,7 @@ def choose_pass(
 
 
 def made_batch(encoder: TileEncoder, batch_size: int, seed: int = 0) -> Tensor:
-    """A batch of made tiles, no two alike: uint8 (B, crop, crop, 3)."""
-    side = encoder.transform.crop
+    """A batch of made tiles, no two alike: uint8 (B, S, S, 3), S the transform's `resize`."""
+    side = encoder.transform.resize
     pixels = np.random.default_rng(seed).integers(0, 256, (batch_size, side, side, 3), np.uint8)
     return torch.from_numpy(pixels)

@@ -111,7 +111,7 @@ def places_are_equal(encoder: TileEncoder, batch: Tensor, vectors: Vectors) -> b
 
     Args:
         encoder: the encoder.
-        batch: uint8 (B, crop, crop, 3).
+        batch: uint8 (B, S, S, 3).
         vectors: (B, D), what the encoder gave for it.
     """
     step = len(batch) // 2 + 1

@@ -64,7 +64,7 @@ class TileStream:
         self._batches = Batches(
             self._waiting,
             self.busy,
-            (batch_size, passes[0].encoder.transform.crop),
+            (batch_size, passes[0].encoder.transform.resize),
             pinned=any(each.pinned for each in passes),
             others=depth + sum(1 + each.in_flight for each in passes),
             readers=readers,
