@@ -132,6 +132,7 @@ def plain_value(value: Any) -> Any:
 
 def write_attrs(item: Any, attrs: Mapping[str, Any]) -> None:
     """Write attributes: None as "None", a dict as JSON, a tuple or list as an array; other objects are refused."""
+    written = item.attrs
     for name, value in attrs.items():
         if value is None:
             stored: Any = "None"
@@ -143,7 +144,7 @@ def write_attrs(item: Any, attrs: Mapping[str, Any]) -> None:
             stored = value
         else:
             raise ValueError(f"attribute {name}: expected text, numbers or a dict, got {type(value).__name__}.")
-        item.attrs[name] = stored
+        written[name] = stored
 
 
 def _array_value(name: str, value: list[Any] | tuple[Any, ...]) -> Any:
