@@ -1,41 +1,31 @@
-"""How much order, pitch, coordinate type, pooling and state move the embedding of a slide.
+"""How much order, pitch, coordinate type, pooling and state move the embedding of a slide; half precision and the fast
+transform that of a tile.
 
     python demo/what_moves_an_embedding.py
     python demo/what_moves_an_embedding.py --weights hf_hub:prov-gigapath/prov-gigapath-flash --features SLIDE.h5
+    python demo/what_moves_an_embedding.py --slide SLIDE.svs --tile-encoder gigapath
 
 Prints a table: each row changes one thing that tools do differently, and says how far the slide's vector moves from
-`default`. Without --weights the encoder has made weights (seeded by name, as in tests/goldens), and without --features
-the tiles are made too: then the numbers show the machinery, not pathology.
+`default`. Without --weights the encoder has random weights, and without --features the tiles are made: then the numbers
+show the machinery, not pathology. With --slide the rows are of the slide's tiles: how far each tile's vector moves from
+the one in float32 by the ordinary transform. The fast transform has something to do where tiles must shrink, as those
+at 0.5 microns a pixel from a slide scanned at 0.25.
 """
 
 import argparse
-import hashlib
+import copy
+from dataclasses import replace
 
 import numpy as np
 import torch
 
 import gigapath
+from gigapath.preprocessing.reading import filter_of, iter_tiles
+from gigapath.preprocessing.slide import open_slide
+from gigapath.preprocessing.tiling import TileOptions, plan_tiles
+from gigapath.tile_encoder import load_tile_encoder
 
 WIDTHS = {"gigapath_slide_enc12l768d": 1536, "gigapath_slide_enc12l384d": 384}
-
-
-def made_weights(model):
-    """Give each weight values from its own name; returns the model."""
-    state = model.state_dict()
-    for name, old in state.items():
-        seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "little")
-        new = torch.randn(old.shape, generator=torch.Generator().manual_seed(seed))
-        if name.endswith("weight") and new.ndim == 1:
-            new = 1 + 0.1 * new
-        elif name.endswith("bias"):
-            new = 0.1 * new
-        elif new.ndim == 2:
-            new = new / new.shape[1] ** 0.5
-        else:
-            new = 0.02 * new
-        state[name] = new
-    model.load_state_dict(state)
-    return model
 
 
 def made_tiles(count, width):
@@ -90,32 +80,110 @@ def rows(model, features, cells):
     model.float()
 
 
-def main(argv=None):
-    """Read the command line, print the table; returns it."""
-    parser = argparse.ArgumentParser(
-        description="How much order, pitch, pooling, state, coordinates move an embedding."
-    )
-    parser.add_argument("--weights", default="", help="hf_hub:REPO or slide_encoder.pth (default: made weights)")
-    parser.add_argument("--arch", choices=sorted(WIDTHS), default="gigapath_slide_enc12l384d")
-    parser.add_argument("--features", help="tile embeddings of a slide (default: made ones)")
-    parser.add_argument("--tiles", type=int, default=1500, help="made tiles")
-    words = parser.parse_args(argv)
+def slide_table(words):
+    """The lines of the table of a slide's embedding."""
     width = WIDTHS[words.arch]
     if words.features:
         tiles = gigapath.read_features(words.features, embed_dim=width)
         features, cells = tiles.features.astype(np.float32), tiles.cells
     else:
         features, cells = made_tiles(words.tiles, width)
+    torch.manual_seed(0)
     model = gigapath.slide_encoder.create_model(words.weights, words.arch, width, global_pool=True).eval()
-    model = model if words.weights else made_weights(model)
-    weights = f"weights of {words.weights}" if words.weights else "MADE weights (seeded by name, never trained)"
+    if not words.weights:
+        for name, values in model.named_parameters():
+            if name.endswith("weight") and values.ndim == 1:  # norms begin as ones, and two in a row as one
+                values.data.mul_(1 + 0.1 * torch.randn(values.shape))
+    weights = f"weights of {words.weights}" if words.weights else "RANDOM weights (never trained)"
     of = "a slide's tiles" if words.features else "made tiles"
     lines = [f"{words.arch}, {weights}, {len(features)} {of}", ""]
     lines += ["| what changes | cosine | relative difference |", "|---|---|---|"]
     for what, changed, before in rows(model, features, cells):
-        a, b = changed.astype(np.float64), before.astype(np.float64)
-        cosine = a @ b / np.linalg.norm(a) / np.linalg.norm(b)
-        lines.append(f"| {what} | {cosine:.4f} | {np.linalg.norm(a - b) / np.linalg.norm(b):.2g} |")
+        (cosine,), (relative,) = apart(changed[None], before[None])
+        lines.append(f"| {what} | {cosine:.4f} | {relative:.2g} |")
+    return lines
+
+
+def apart(changed, before):
+    """Cosines and relative differences of vectors (N, D), row by row."""
+    a, b = changed.astype(np.float64), before.astype(np.float64)
+    norm = np.linalg.norm
+    return (a * b).sum(1) / norm(a, axis=1) / norm(b, axis=1), norm(a - b, axis=1) / norm(b, axis=1)
+
+
+def tile_encoder(name, precision):
+    """A tile encoder; NAME-random has random weights."""
+    encoder = load_tile_encoder(
+        name.removesuffix("-random"), device="auto", precision=precision, random_weights=name.endswith("-random")
+    )
+    if not encoder.trained:
+        for weight, values in encoder.model.named_parameters():
+            if weight.endswith("gamma"):  # timm's 1e-5 would make all tiles one
+                values.fill_(1)
+    return encoder
+
+
+def read(path, words, *, fast):
+    """Pixels (N, T, T, 3) of a slide's tiles, and what filter made them."""
+    with open_slide(path, slide_mpp=words.slide_mpp, fast_transform=fast) as slide:
+        tiles = plan_tiles(slide, TileOptions(mpp=words.mpp, max_tiles=words.tiles)).tiles
+        if not len(tiles):
+            raise ValueError(f"--slide: expected a slide with tissue, got none in {path}. Name another.")
+        pixels = np.concatenate([pixels for _, pixels in iter_tiles(slide, tiles, batch_size=32)])
+        return pixels, filter_of(slide, tiles), tiles.read_size[0]
+
+
+def tile_rows(name, ordinary, fast):
+    """(what changes, the tiles' vectors)."""
+
+    def vectors(encoder, pixels=ordinary):
+        return np.concatenate([encoder.encode(pixels[first : first + 32]) for first in range(0, len(pixels), 32)])
+
+    encoder = tile_encoder(name, "fp32")
+    default = vectors(encoder)
+    yield "nothing", default
+    yield "precision: fp16 autocast", vectors(tile_encoder(name, "fp16"))
+    yield "precision: bf16 autocast", vectors(tile_encoder(name, "bf16"))
+    half = copy.deepcopy(encoder.model)
+    for values in half.parameters():
+        values.copy_(values.half().float())
+    yield "precision: weights rounded to fp16", vectors(replace(encoder, model=half))
+    yield "fast transform", vectors(encoder, fast)
+    yield "another tile of the slide", np.roll(default, 1, axis=0)
+
+
+def tile_table(words):
+    """The lines of the table of the tiles' embeddings."""
+    ordinary, way, side = read(words.slide, words, fast=False)
+    fast, fast_way, _ = read(words.slide, words, fast=True)
+    weights = "RANDOM weights (never trained)" if words.tile_encoder.endswith("-random") else "trained weights"
+    lines = [f"{words.tile_encoder}, {weights}, {len(ordinary)} tiles of {side} pixels"]
+    lines += [f"ordinary transform: {way}; fast transform: {fast_way}", ""]
+    lines += ["| what changes | cosine (least) | relative difference (largest) |", "|---|---|---|"]
+    changes = tile_rows(words.tile_encoder, ordinary, fast)
+    _, default = next(changes)
+    for what, changed in changes:
+        cosine, relative = apart(changed, default)
+        cosines = f"{np.median(cosine):.5f} ({cosine.min():.5f})"
+        lines.append(f"| {what} | {cosines} | {np.median(relative):.2g} ({relative.max():.2g}) |")
+    return lines
+
+
+def main(argv=None):
+    """Read the command line, print the table; returns it."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
+    parser.add_argument("--weights", default="", help="hf_hub:REPO or slide_encoder.pth (default: random weights)")
+    parser.add_argument("--arch", choices=sorted(WIDTHS), default="gigapath_slide_enc12l384d")
+    parser.add_argument("--features", help="tile embeddings of a slide (default: made ones)")
+    parser.add_argument("--tiles", type=int, default=1500, help="tiles, at most where they are a slide's")
+    parser.add_argument("--slide", help="a slide: what moves the embeddings of its tiles")
+    parser.add_argument("--slide-mpp", type=float, help="microns per level-0 pixel, instead of what the slide says")
+    parser.add_argument("--mpp", type=float, default=0.5, help="microns per pixel of a tile")
+    parser.add_argument(
+        "--tile-encoder", default="standin", help="as for gigapath embed, or gigapath-flash-random (with --slide)"
+    )
+    words = parser.parse_args(argv)
+    lines = tile_table(words) if words.slide else slide_table(words)
     print("\n".join(lines))
     return lines
 

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import timm
 import torch
-from fake_weights import fill
 from PIL import Image
 from timm.models import register_model
+from weights_recipe import fill
 
 from gigapath import tile_architectures, tile_encoder, weights
 from gigapath.downloads import DOWNLOADS, RELEASES, RemoteFile

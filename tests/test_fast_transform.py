@@ -4,6 +4,7 @@ import csv
 import dataclasses
 from collections import Counter
 from pathlib import Path
+from runpy import run_path
 from typing import Any
 
 import numpy as np
@@ -280,6 +281,24 @@ def test_a_run_records_it_wherever_numbers_are_compared(tmp_path: Path) -> None:
     change = np.abs(plain.features - fast.features).max()
     assert 0 < change < 0.1 * np.abs(plain.features - plain.features[::-1]).max()
     assert methods(out).cautions == []
+
+
+def test_the_demo_sets_it_beside_half_precision(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write_pyramid(tmp_path / "a.tif", paint_tissue(2300, 1800, mpp=0.25), mpp=(0.25, 0.25), steps=(1,))
+    monkeypatch.setattr(
+        "gigapath.tile_encoder.load_tile_encoder", lambda _, *, precision, **__: tiny_tile_encoder(precision=precision)
+    )
+    demo = run_path(str(Path(__file__).parent.parent / "demo" / "what_moves_an_embedding.py"))
+    lines = demo["main"](["--slide", str(path), "--tiles", "4"])
+    assert lines[0] == "standin, trained weights, 4 tiles of 512 pixels"
+    assert lines[1] == "ordinary transform: cv2-area; fast transform: jpeg-scaled-2"
+    moved = {row.split(" | ")[0][2:]: float(row.split(" | ")[2].split(" ")[0]) for row in lines[5:]}
+    another = moved.pop("another tile of the slide")
+    assert all(0 < change < another for change in moved.values())
+    assert moved["precision: fp16 autocast"] < moved["precision: bf16 autocast"]
+    assert capsys.readouterr().out.splitlines() == lines
 
 
 @pytest.mark.usefixtures("tiny")

@@ -168,7 +168,7 @@ class FakeHub:
         import huggingface_hub
         import timm.models._hub
         import torch
-        from fake_weights import fill, filled
+        from weights_recipe import fill, filled
 
         from gigapath import tile_architectures, tile_encoder
         from gigapath.downloads import RELEASES

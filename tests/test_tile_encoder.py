@@ -14,10 +14,11 @@ import pytest
 import timm
 import timm.models._hub
 import torch
-from fake_weights import filled, flash_tile_checkpoint, saved, slide_checkpoint
+from fake_weights import flash_tile_checkpoint, saved, slide_checkpoint
 from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
 from torchvision import transforms
+from weights_recipe import filled
 
 from gigapath import standin, tile_architectures, tile_encoder
 from gigapath.devices import resolve_device, resolve_precision

@@ -409,7 +409,7 @@ def test_verify_passes_on_the_released_architecture_of_flash(tmp_path: Path, mon
 def test_demo_shows_what_moves_an_embedding(capsys: pytest.CaptureFixture[str]) -> None:
     demo = run_path(str(ROOT / "demo" / "what_moves_an_embedding.py"))
     lines = demo["main"](["--tiles", "60"])
-    assert "MADE weights (seeded by name, never trained), 60 made tiles" in lines[0]
+    assert "RANDOM weights (never trained), 60 made tiles" in lines[0]
     moved = {row.split(" | ")[0][2:]: float(row.split(" | ")[2].rstrip(" |")) for row in lines[4:]}
     assert moved.pop("precision: float64 instead of float32") < 1e-5
     assert len(moved) == 11

@@ -10,9 +10,9 @@ import huggingface_hub
 import huggingface_hub.constants
 import pytest
 import torch
-from fake_weights import filled
 from huggingface_hub.utils import GatedRepoError, LocalEntryNotFoundError
 from torch import nn
+from weights_recipe import filled
 
 from gigapath import weights
 from gigapath.downloads import RELEASES, digests

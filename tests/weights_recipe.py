@@ -1,17 +1,18 @@
 """Weights and inputs of the goldens (goldens/README.md): every tensor is filled from its own name."""
 
 import hashlib
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
 
-def fill(model: nn.Module) -> nn.Module:
-    """Fill every entry of the state dict from its name."""
-    state = model.state_dict()
-    for name, old in state.items():
+def filled(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
+    """A state dict of these names and shapes."""
+    state = {}
+    for name, shape in shapes.items():
         seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "little")
-        new = torch.randn(old.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float32)
+        new = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float32)
         if name.endswith("weight") and new.ndim == 1:
             new = 1 + 0.1 * new
         elif name.endswith("bias"):
@@ -21,7 +22,12 @@ def fill(model: nn.Module) -> nn.Module:
         else:
             new = 0.02 * new
         state[name] = new
-    model.load_state_dict(state)
+    return state
+
+
+def fill(model: nn.Module) -> nn.Module:
+    """Fill every entry of a model's state dict; returns the model."""
+    model.load_state_dict(filled({name: tuple(old.shape) for name, old in model.state_dict().items()}))
     return model
 
 
