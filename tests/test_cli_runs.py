@@ -377,7 +377,7 @@ def test_output_folder_that_is_a_file_ends_in_one_sentence(
 ) -> None:
     (tmp_path / "out").write_text("a file")
     assert main(["tile", str(slides), "--out", str(tmp_path / "out"), *SMALL]) == 1
-    assert "could not be written" in one_sentence(capsys, "tile")
+    assert "a file of that name is there" in one_sentence(capsys, "tile")
 
 
 @pytest.mark.parametrize("after", [3, 6, 9, 12, 15, 18])
