@@ -5,7 +5,8 @@
   const slides = data.slides;
   const main = document.getElementById("main");
   const words = { done: "done", no_tissue: "no tissue", failed: "failed", stopped: "stopped", todo: "to do" };
-  const palette = ["#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9", "#8a6d00"];
+  const dark = matchMedia("(prefers-color-scheme: dark)").matches;
+  const palette = [dark ? "#3d94d6" : "#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9", "#8a6d00"];
   const other = "#8b93a1";
   const cividis = ["#00224e", "#2a3f6d", "#575d6d", "#7d7c78", "#a59c74", "#d3c164", "#fee838"];
   // What slides.csv says of every slide; other columns are the user's own, and stand in the table.
@@ -13,7 +14,7 @@
     "seconds", "tiles/s", "seconds_tile", "seconds_embed", "seconds_slide_embed", "vendor", "scanner", "width", "height",
     "objective_power", "mpp_x", "mpp_y", "mpp_source", "level", "read_width", "read_height", "tile_size", "mpp",
     "tissue_method", "tissue_threshold", "tissue_pieces", "tile_encoder", "slide_encoder", "precision", "device",
-    "trained", "file_sha256",
+    "trained", "file_sha256", "reader", "filter", "transform",
   ]);
 
   // ------------------------------------------------------------------------------------------------------ small parts
@@ -56,6 +57,10 @@
     if (Number.isInteger(value)) return whole.format(value);
     return String(Number(value.toPrecision(4)));
   }
+  const tissue = (value) => (typeof value === "number" && value ? (value >= 0.1 ? value.toFixed(2) : value.toPrecision(2)) : shown(value)); // mm²
+  /** Words as nodes: an option such as --slide-mpp is never broken at its dashes. */
+  const wording = (text) => text.split(/(--[a-z][\w-]*)/).filter(Boolean)
+    .map((part) => (part.startsWith("--") ? el("span", { class: "option" }, part) : part));
   const plural = (count, word) => `${whole.format(count)} ${word}${count === 1 ? "" : "s"}`;
   const spaced = (name) => name.replaceAll("_", " ");
   const address = (entry, file) =>
@@ -88,6 +93,9 @@
     return box;
   }
 
+  /** A time of a record, such as 2026-11-23T16:29:14+00:00, as people write it. */
+  const moment = (text) => String(text || "").replace(/^(\S{10})T(\d\d:\d\d).*(\+00:00|Z)$/, "$1 $2 UTC");
+
   const status = (state) => el("span", { class: `status ${state}` }, el("span", { class: `dot ${state}` }), words[state]);
 
   /** A card with a heading; beneath it what it says, and at the right its controls. */
@@ -113,7 +121,7 @@
     const parts = [`made ${data.made}`, `gigapath ${data.version}`];
     if (data.encoder) parts.push(`tile embeddings: ${data.encoder}`);
     document.getElementById("meta").textContent = parts.join(" · ");
-    for (const note of data.notes) main.append(el("p", { class: "note" }, note));
+    for (const note of data.notes) main.append(el("p", { class: "notice" }, wording(note)));
   }
 
   function drawCounts() {
@@ -147,7 +155,7 @@
     for (const { reason, slides: ids } of data.failures) {
       const few = ids.slice(0, 8).map(slideLink);
       list.append(
-        el("li", {}, el("strong", {}, plural(ids.length, "slide")), `: ${reason}`,
+        el("li", {}, el("strong", {}, plural(ids.length, "slide")), ": ", wording(reason),
           el("div", { class: "who" }, few, ids.length > 8 ? `and ${whole.format(ids.length - 8)} more` : null)),
       );
     }
@@ -159,16 +167,19 @@
   const PAGE = 200; // rows put into the page at once; search and sorting see all
   const table = { order: [], rows: new Map(), limit: PAGE, column: null, down: false };
 
+  /** How many tiles; nothing where the slide never came so far as to have any. */
+  const tilesOf = (row) => (slides.tiles[row] || ["done", "no_tissue"].includes(slides.status[row]) ? slides.tiles[row] : null);
+
   function tableColumns() {
     const column = (name) => slides.columns.indexOf(name);
     const get = (index) => (row) => slides.values[row][index];
     const columns = [
       { name: "slide", get: (row) => slides.ids[row] },
       { name: "status", get: (row) => words[slides.status[row]] },
-      { name: "tiles", get: (row) => slides.tiles[row], number: true },
+      { name: "tiles", get: tilesOf, number: true },
     ];
     if (column("tissue_area_mm2") >= 0) {
-      columns.push({ name: "tissue, mm²", get: get(column("tissue_area_mm2")), number: true });
+      columns.push({ name: "tissue, mm²", get: get(column("tissue_area_mm2")), number: true, said: tissue });
     }
     const own = slides.columns
       .map((name, index) => ({ name: spaced(name), raw: name, get: get(index) }))
@@ -222,10 +233,10 @@
     const why = slides.errors[row] || slides.warnings[row].join(" ");
     const node = el("tr", { onclick: (event) => { if (!event.target.closest("button")) openSlide(row); } },
       el("td", { class: "thumb-cell" }, thumbnail(row)),
-      el("td", {}, slideLink(slides.ids[row]), why ? el("div", { class: "why" }, why) : null),
+      el("td", {}, slideLink(slides.ids[row]), why ? el("div", { class: "why" }, wording(why)) : null),
       el("td", { class: "status-cell" }, status(slides.status[row])),
       rest.map((column) => {
-        const value = shown(column.get(row));
+        const value = (column.said || shown)(column.get(row));
         return el("td", { class: column.number ? "number" : null, "data-name": value === "" ? null : column.name }, value);
       }));
     table.rows.set(row, node);
@@ -326,14 +337,14 @@
       const values = columns.get(colour.value);
       const colours = colouring(rows.map((row) => (row === undefined ? null : values[row])));
       const narrow = plot.clientWidth < 560;
-      const width = narrow ? 420 : 960, height = narrow ? 400 : 470, edge = 26;
+      const width = narrow ? 420 : 960, height = narrow ? 400 : 470, edge = 26, left = 46;
       const extent = [0, 1].map((axis) => {
         const all = projection.points.map((point) => point[axis]);
         const low = all.reduce((a, b) => Math.min(a, b)), high = all.reduce((a, b) => Math.max(a, b));
         return [low, high - low || 1];
       });
       const at = projection.points.map((point) => [
-        edge + ((point[0] - extent[0][0]) / extent[0][1]) * (width - 2 * edge),
+        left + ((point[0] - extent[0][0]) / extent[0][1]) * (width - left - edge),
         height - edge - 14 - ((point[1] - extent[1][0]) / extent[1][1]) * (height - 2 * edge - 14),
       ]);
       const radius = rows.length > 800 ? 4 : rows.length > 150 ? 5.5 : 7;
@@ -378,8 +389,8 @@
         plot.lastChild.textContent = `${projection.ids[index]}, ${text}`;
         const scale = plot.clientWidth / width;
         const [x, y] = at[index].map((value) => value * scale);
-        const left = x + 16 + 190 > plot.clientWidth ? x - 16 - 190 : x + 16;
-        tip.style.left = `${Math.max(0, Math.min(left, plot.clientWidth - 190))}px`;
+        const aside = x + 16 + 190 > plot.clientWidth ? x - 16 - 190 : x + 16;
+        tip.style.left = `${Math.max(0, Math.min(aside, plot.clientWidth - 190))}px`;
         tip.style.top = `${Math.max(0, Math.min(y - 40, plot.clientHeight - tip.offsetHeight))}px`;
       }
       function keys(event) {
@@ -496,11 +507,13 @@
     const pad = (y1 - y0 || Math.abs(y1) || 1) * 0.06;
     const x = (value) => left + ((scaled(value) - x0) / (x1 - x0 || 1)) * (width - left - right);
     const y = (value) => height - bottom - ((value - y0 + pad) / (y1 - y0 + 2 * pad)) * (height - top - bottom);
+    const upwards = ticks(y0, y1);
+    const digits = upwards.length > 1 ? Math.max(0, -Math.floor(Math.log10(upwards[1] - upwards[0]) + 1e-9)) : 3; // all alike
     const across = block.log ? [] : ticks(x0, x1).filter((value) => block.x !== "epoch" || Number.isInteger(value));
     const picture = svg("svg", { viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": `${panel.y} over ${block.x}` },
-      ticks(y0, y1).map((value) => [
+      upwards.map((value) => [
         svg("line", { class: "axis", x1: left, x2: width - right, y1: y(value), y2: y(value) }),
-        svg("text", { x: left - 8, y: y(value) + 4, "text-anchor": "end" }, shown(value))]).flat(),
+        svg("text", { x: left - 8, y: y(value) + 4, "text-anchor": "end" }, value.toFixed(digits))]).flat(),
       (block.log ? [10 ** x0, 10 ** x1] : across).map((value) =>
         svg("text", { x: x(value), y: height - bottom + 18, "text-anchor": "middle" }, shown(value))),
       svg("text", { x: (left + width - right) / 2, y: height - 6, "text-anchor": "middle" }, block.x),
@@ -596,7 +609,7 @@
     const view = entry.levels ? slideViewer(entry, stage, side) : null;
     if (!view) {
       const why = slides.errors[row] || (slides.status[row] === "todo" ? "Nothing has been done for this slide yet." : "The slide's file could not be read, and it has no preview.");
-      stage.append(el("div", { class: "empty" }, el("strong", {}, "No picture of this slide"), why));
+      stage.append(el("div", { class: "empty" }, el("strong", {}, "No picture of this slide"), el("p", {}, wording(why))));
     }
     side.append(...facts(row, entry));
     return {
@@ -770,8 +783,8 @@
   function facts(row, entry) {
     const held = slides.columns.map((name, index) => [name, slides.values[row][index]]).filter(([, value]) => value !== null && value !== "");
     const parts = [];
-    const said = [slides.errors[row], ...slides.warnings[row], entry.note].filter(Boolean);
-    if (said.length) parts.push(el("section", {}, el("h3", {}, "Notes"), said.map((text) => el("p", {}, text))));
+    const said = [entry.levels ? slides.errors[row] : "", ...slides.warnings[row], entry.note].filter(Boolean); // an error stands in place of the picture
+    if (said.length) parts.push(el("section", {}, el("h3", {}, "Notes"), said.map((text) => el("p", {}, wording(text)))));
     if (held.length) parts.push(el("section", {}, el("h3", {}, "Facts"), factList(held)));
     if (entry.levels) {
       parts.push(el("p", { class: "keys" }, "In the picture: ", el("kbd", {}, "arrows"), " move, ", el("kbd", {}, "+"), " ", el("kbd", {}, "−"), " zoom, ", el("kbd", {}, "0"), " whole slide; ", el("kbd", {}, "Esc"), " closes."));
@@ -790,7 +803,7 @@
     const named = (title, rows) => (rows.length ? [el("h3", {}, title), el("table", {}, el("tbody", {}, rows))] : []);
     for (const run of data.runs.slice(-10)) {
       foot.append(el("details", {},
-        el("summary", {}, `gigapath ${run.verb}, ${run.started || ""}: ${run.outcome || ""}`),
+        el("summary", {}, `gigapath ${run.verb}, ${moment(run.started)}: ${run.outcome || "not ended"}`),
         el("div", { class: "runs" }, el("pre", {}, (run.command || []).join(" ")),
           named("Options", pairs(run.options)), named("Versions", pairs(run.versions)), named("Found out", pairs(run.facts)))));
     }
