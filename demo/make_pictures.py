@@ -16,6 +16,8 @@ from pathlib import Path
 import cv2
 import numpy as np
 from at_hand import OUTPUTS, slide_at_hand
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from PIL import Image
@@ -30,6 +32,7 @@ from gigapath.preprocessing.slide import open_slide, slide_id_of
 HERE = Path(__file__).resolve().parent
 QUALITY = 82
 MAP_WIDTH = 1100  # pixels
+MAP_OPACITY = 0.7
 
 # The picture of a notebook's figure: name -> (notebook, words of the cell that draws it).
 FROM_NOTEBOOKS = {
@@ -74,25 +77,32 @@ def first_screen(run, maps, slide_path, mpp, chosen):
     figure = Figure(figsize=(13, 4.9), layout="constrained")
     panels = figure.subplots(1, 4, sharey=True)
     tiling = preview(run, slide_id)
-    for axes, image in zip(panels, (overview.image, tiling, overview.image, overview.image), strict=True):
+    grey = overview.image.mean(axis=2, keepdims=True).repeat(3, axis=2)
+    pale = (255 - (255 - grey) * 0.45).astype(np.uint8)  # so that the stain does not mix with a map's colours
+    for axes, image in zip(panels, (overview.image, tiling, pale, pale), strict=True):
         axes.imshow(image, extent=(0, size[0], size[1], 0))
         axes.set_xlabel("x (mm)")
     similar = next(maps.glob("similarity_*_overlay.png"))
+    about = json.loads(Path(str(similar).replace("_overlay.png", ".json")).read_text(encoding="utf-8"))["colour"]
+    shares = json.loads((maps / "pca.json").read_text(encoding="utf-8"))["details"]["variance_shares"]
     for axes, overlay in ((panels[2], maps / "pca_overlay.png"), (panels[3], similar)):
         extent = (start[0], end[0], end[1], start[1])
-        axes.imshow(np.asarray(Image.open(overlay)), extent=extent, interpolation="nearest", alpha=0.7)
+        axes.imshow(np.asarray(Image.open(overlay)), extent=extent, interpolation="nearest", alpha=MAP_OPACITY)
         axes.set(xlim=(0, size[0]), ylim=(size[1], 0))
     pitch = np.array(tiles.tile_size_level0) * scale
-    panels[3].add_patch(Rectangle(corner, *pitch, fill=False, edgecolor="#D55E00", linewidth=2))
+    panels[3].add_patch(Rectangle(corner, *pitch, fill=False, edgecolor="black", linewidth=2.5))
+    shades = ScalarMappable(Normalize(about["low"], about["high"]), about["colormap"])
+    bar = figure.colorbar(shades, ax=list(panels), alpha=MAP_OPACITY, extend="both", aspect=30, pad=0.01, shrink=0.8)
+    bar.set_label("cosine similarity to the framed tile")
     panels[0].set_ylabel("y (mm)")
     titles = (
         "a slide",
-        f"its tissue, {len(tiles)} tiles",
-        "tile embeddings: three principal\ncomponents as RGB",
-        "tile embeddings: similarity\nto the framed tile (yellow: alike)",
+        f"its tissue (green), {len(tiles)} tiles (blue)",
+        "tile embeddings: 3 components as red,\ngreen, blue ({:.0%}, {:.0%}, {:.0%} of variance)".format(*shares),
+        "tile embeddings: similarity\nto the framed tile",
     )
     for axes, title in zip(panels, titles, strict=True):
-        axes.set_title(title)
+        axes.set_title(title, fontsize=10.5)
     return figure
 
 
@@ -119,7 +129,13 @@ def tissue_cases(work, image, mpp):
         ("bad: --tissue none keeps glass", image, {"tissue": "none"}),
         ("blank glass: no tissue, no tiles,\nand the status says so", blank, {}),
     ]
-    figure = Figure(figsize=(12, 8.6), layout="constrained")
+    figure = Figure(figsize=(12, 8.9), layout="constrained")
+    width_mm, height_mm = image.shape[1] * mpp / 1000, image.shape[0] * mpp / 1000
+    figure.suptitle(
+        f"Each picture: {width_mm:.2f} x {height_mm:.2f} mm. Green: outline of the tissue. Blue: tiles of 0.128 mm; "
+        "tissue outside them is faded. Orange: left out.",
+        fontsize=10,
+    )
     for number, (axes, (title, pixels, given)) in enumerate(zip(figure.subplots(2, 4).flat, cases, strict=True)):
         path = work / "cases" / f"case-{number}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -154,8 +170,13 @@ def scale_cases(work, image, mpp):
         with open_slide(path, slide_mpp=stated) as slide:
             axes.imshow(read_tile(slide, tiles, index), extent=(0, tiles.tile_size, tiles.tile_size, 0))
         focus = tiles.qc[index, tiles.qc_names.index("focus")]
-        axes.set_title(f"{title}\nfocus {focus:.3g}", fontsize=9)
-        axes.set(xlabel="pixels of the tile", xticks=range(0, 257, 64), yticks=range(0, 257, 64))
+        axes.set_title(f"{title}\nfocus {focus:.0f} cycles per mm", fontsize=9)
+        axes.set(
+            xlabel="x (pixels of the tile)",
+            ylabel="y (pixels)" if number == 0 else "",
+            xticks=range(0, 257, 64),
+            yticks=range(0, 257, 64),
+        )
     return figure
 
 

@@ -124,7 +124,7 @@ def _write_map(target: Path, path: Path, sources: Sources) -> dict[str, Any]:
 def _legend(colour: Mapping[str, Any]) -> dict[str, Any]:
     legend: dict[str, Any] = {"label": f"{colour['label']} (range: {colour['scope']})"}
     if "categories" in colour:
-        legend["label"] = colour["label"]
+        legend["label"] = f"{colour['label']}: tiles on this slide"
         legend["items"] = [each for each in colour["categories"] if each.get("tiles") != 0]
     elif colour.get("colormap") in RAMPS:
         legend |= {"stops": RAMPS[colour["colormap"]], "low": colour["low"], "high": colour["high"]}
