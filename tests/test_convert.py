@@ -235,4 +235,4 @@ def test_output_that_cannot_be_written_ends_the_command(tmp_path: Path, capsys: 
     with pytest.raises(OutputError):
         convert(read_features(path), "published", tmp_path / "out")
     assert main(["convert", str(path), "--to", "published", "--out", str(tmp_path / "out")]) == 1
-    assert "could not be written" in capsys.readouterr().err
+    assert "a file of that name is there" in capsys.readouterr().err
