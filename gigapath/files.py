@@ -14,7 +14,7 @@ import re
 import secrets
 import socket
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -385,3 +385,11 @@ def _feed(digest: Any, path: Path) -> None:
     with path.open("rb") as file:
         while block := file.read(1 << 20):
             digest.update(block)
+
+
+def separator_hint(header: Sequence[str]) -> str:
+    """What to do about a table whose columns came as one, as spreadsheets in many countries write it; else ""."""
+    for mark, marks in ((";", "semicolons"), ("\t", "tabs")):
+        if len(header) == 1 and mark in header[0]:
+            return f" Its columns stand between {marks}: save it with commas."
+    return ""

@@ -94,13 +94,14 @@ def methods(folder: Path | str) -> Methods:
     records = _records(folder)
     cautions: list[str] = []
     facts = _tile_facts(tiles, features)
-    paragraphs = [
+    every = [
         _cohort(stages, facts),
         _tiling(facts, cautions),
         *(_tile_encoder(path, statuses, records, cautions) for path, statuses in features.items() if statuses),
         *(_slide_encoder(path, statuses, records, cautions) for path, statuses in slides.items() if statuses),
         _software(records, cautions),
     ]
+    paragraphs = list(dict.fromkeys(every))  # two encoders without a slide encoder each say so once
     warned = {slide_id: " ".join(fact.get("warnings") or ()) for slide_id, fact in facts.items()}
     for sentence, ids in failures_by_kind({slide_id: text for slide_id, text in warned.items() if text}).items():
         cautions.append(f"{_slides(len(ids))} ({ids[0]}{', ...' * (len(ids) > 1)}): {sentence}")

@@ -399,3 +399,20 @@ def test_disk_that_fills_up_at_any_file_stops_the_run_and_leaves_whole_files(
     monkeypatch.undo()
     assert not [name for name in leftovers(tmp_path) if name.endswith(".partial")]
     assert run_tile([slides], tmp_path).counts["done"] == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["tiel", "a.svs"], "gigapath: expected a verb, got 'tiel'; did you mean tile?"),
+        (["inspect"], "gigapath inspect: the following arguments are required: FILE. See gigapath inspect --help."),
+        (["inspect", "a.h5", "--jsn"], "gigapath inspect: unrecognized arguments: --jsn. See gigapath inspect --help."),
+    ],
+)
+def test_wrong_words_are_one_line_and_say_where_the_right_ones_are(
+    words: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(words)
+    err = capsys.readouterr().err
+    assert stopped.value.code == 2 and err.startswith(said) and err.count("\n") == 1

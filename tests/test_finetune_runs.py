@@ -98,11 +98,20 @@ def test_plan_and_table_are_told(fitted, capsys) -> None:
     assert main([*map(str, words), *FAST, *RECIPE]) == 0  # everything is done: nothing is trained again
     told = capsys.readouterr().out
     assert "slides: 24, tiles: 312 (median 13 a slide, largest 14), folds: 2" in told
-    assert all(word in told for word in ("parameters trained: ", "memory: about", "time: about", "AUROC", "tile mean"))
+    assert all(
+        word in told
+        for word in (
+            "parameters trained: ",
+            "memory: less than 0.1 GB at the largest slide",
+            "time: about",
+            "AUROC",
+            "tile mean",
+        )
+    )
     assert "epoch 1/3" not in told
     assert (fitted / "out" / "fold_1" / "head.safetensors").read_bytes() == before
     assert main([*map(str, words), *FAST, *RECIPE, "--epochs", "4"]) == 1
-    assert "another run, which differs in training" in capsys.readouterr().err
+    assert "another run, which differs in training (epochs 3 -> 4)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

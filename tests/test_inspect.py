@@ -203,3 +203,17 @@ def test_export_writes_the_table_that_it_names(tmp_path: Path, capsys: pytest.Ca
         "gigapath export: a: it holds no default:mean; without a slide encoder take tile-mean."
         in capsys.readouterr().err
     )
+
+
+def test_inspect_of_a_folder_names_its_files_and_several_are_told_by_their_paths(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one, two = tmp_path / "one" / "a.h5", tmp_path / "two" / "a.h5"
+    for path in (one, two):
+        path.parent.mkdir()
+        write_ours(path)
+    assert main(["inspect", str(one.parent)]) == 1
+    assert "got a folder. Name its files" in capsys.readouterr().err
+    assert main(["inspect", str(one), str(two)]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith(f"{one}: tile embeddings") and f"\n\n{two}: tile embeddings" in out

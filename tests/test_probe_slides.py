@@ -15,6 +15,7 @@ from sklearn.metrics import roc_auc_score
 
 from gigapath.cli.main import main
 from gigapath.features import SlideEmbeddings, read_slide, write_slide
+from gigapath.linear_probe.labels import parse_labels
 from gigapath.linear_probe.options import ProbeOptions, SlideProbeOptions
 from gigapath.linear_probe.slide_report import to_json
 from gigapath.linear_probe.slides import fit_fold, probe_slides
@@ -182,7 +183,7 @@ def test_command_line_prints_one_table_and_writes_it(
     assert main([*arguments, "--out", str(tmp_path / "a")]) == 0
     printed = capsys.readouterr().out
     for words in (
-        "80 slides of 40 patient_id: 40 mutant, 40 wild",
+        "80 slides of 40 groups (patient_id): 40 mutant, 40 wild",
         "tile-mean",
         "state:1:class",
         "AUROC against tile-mean",
@@ -289,3 +290,17 @@ def test_untrained_slide_encoder_is_noted(copied: tuple[Path, Path]) -> None:
             opened.attrs["trained"] = False
     found = probe_slides(folder, table, ProbeOptions(replicates=0), QUICK)
     assert any("untrained slide encoder" in note for note in found.notes)
+
+
+def test_a_run_without_the_name_of_an_embedding_says_how_to_probe_its_slides(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "run" / "slides_mean__standin").mkdir(parents=True)
+    (tmp_path / "run" / "slides_mean__standin" / "a.h5").touch()
+    assert main(["probe", str(tmp_path / "run"), "--labels", "labels.csv", "--out", str(tmp_path / "out")]) == 1
+    assert "--embedding tile-mean" in capsys.readouterr().err
+
+
+def test_labels_between_semicolons_say_so(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="between semicolons: save it with commas"):
+        parse_labels(b"slide_id;label\na;0\n", "labels.csv", label="label", split=None, group=None)

@@ -91,3 +91,12 @@ def test_remove_the_last_slide_takes_the_contact_sheet_along(tmp_path: Path) -> 
     assert (out / "contact_sheet.jpg").exists()
     remove_slide(out, "one")
     assert not list(out.rglob("*.jpg")) and not list(out.rglob("*.h5"))
+
+
+def test_remove_by_the_name_of_its_file_is_refused_and_told_the_id(
+    out: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    assert main(["remove", "QXZ7.tif", str(out)]) == 1  # its mentions would go, and its embeddings stay
+    assert "Its id is 'QXZ7'" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before

@@ -33,12 +33,19 @@ def run(namespace: argparse.Namespace) -> int:
     for name in namespace.files:
         path = Path(name)
         try:
+            if path.is_dir():
+                raise ValueError(f"{name}: expected a feature file, got a folder. Name its files: {path}/*.h5.")
             found = describe(path, tile_size_level0=namespace.tile_size_level0, read_tensor=_read_tensor)
         except (ValueError, OSError) as error:
             print(f"gigapath inspect: {error}", file=sys.stderr)
             status = 1
             continue
-        print(json.dumps(found, ensure_ascii=False) if namespace.json else "\n".join(in_words(found)))
+        if namespace.json:
+            print(json.dumps(found, ensure_ascii=False))
+        elif len(namespace.files) == 1:
+            print("\n".join(in_words(found)))
+        else:  # by their paths: folders of several tools hold files of one name
+            print("\n".join(in_words({**found, "file": name})) + "\n" * (name != namespace.files[-1]))
     return status
 
 

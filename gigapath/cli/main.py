@@ -1,10 +1,12 @@
 """`gigapath VERB ...`: finds the verb's module and runs it; nothing heavy is imported before that."""
 
 import argparse
+import difflib
 import importlib
 import os
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 import gigapath
 
@@ -41,9 +43,16 @@ EXIT_STOPPED = 75
 EXIT_PIPE = 141  # as a shell says it: 128 + SIGPIPE
 
 
+class _Parser(argparse.ArgumentParser):
+    """A parser that says what is off in one line: argparse's usage of forty options would push it off the screen."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message.rstrip('.')}. See {self.prog} --help.\n")
+
+
 def build_parser(verb: str | None) -> argparse.ArgumentParser:
     """The parser of `gigapath`; only the chosen verb's module is imported."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="gigapath",
         description="Prov-GigaPath: whole-slide images to tiles, tile embeddings and slide embeddings. "
         "For research use only.",
@@ -66,7 +75,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     verb = next((word for word in arguments if not word.startswith("-")), None)
     parser = build_parser(verb)
-    namespace = parser.parse_args(arguments)
+    if verb is not None and verb not in VERBS:
+        near = difflib.get_close_matches(verb, VERBS, n=1)
+        parser.error(f"expected a verb, got {verb!r}" + f"; did you mean {near[0]}?" * len(near))
+    namespace, unknown = parser.parse_known_args(arguments)
+    if unknown:  # said here, where the verb is known: argparse would say it of `gigapath` as a whole
+        parser.prog = f"{parser.prog} {verb}" if verb else parser.prog
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     namespace.words = arguments[1:]  # for the record of a run
     if namespace.verb is None:
         parser.print_help()

@@ -15,14 +15,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(namespace: argparse.Namespace) -> int:
-    """Print the paragraphs and the BibTeX entries; cautions go to stderr too, lest they be lost in a pipe."""
+    """Print the paragraphs and the BibTeX entries; cautions go to stderr too where stdout is no terminal."""
     found = methods(namespace.folder)
     if namespace.json:
         print(json.dumps(dataclasses.asdict(found), indent=2, ensure_ascii=False))
         return 0
     for caution in found.cautions:
         print(f"CAUTION: {caution}")
-        print(f"gigapath methods: {caution}", file=sys.stderr)
+        if not sys.stdout.isatty():
+            print(f"gigapath methods: {caution}", file=sys.stderr)
     print("\n\n".join(textwrap.fill(paragraph, 100) for paragraph in found.paragraphs))
     print()
     print("\n\n".join(found.bibtex))

@@ -39,6 +39,11 @@ def run(namespace: argparse.Namespace) -> int:
         raise ValueError("expected either EMBEDDINGS or --demo. Name a zip, folder or file of embeddings.")
     if slide_options.embedding is not None:
         return _slides(namespace, options, slide_options, out)
+    if namespace.embeddings and any(Path(namespace.embeddings).glob("slides_*/*.h5")):
+        raise ValueError(
+            f"{namespace.embeddings}: expected embeddings of tiles with a label each, got the output of a run. "
+            "To probe its slides name their embedding, such as --embedding tile-mean."
+        )
     return _tiles(namespace, options, out)
 
 

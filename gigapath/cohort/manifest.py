@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from gigapath.cohort.dicom import series_uid
-from gigapath.files import name_problem, one_line, quoted_name, real_path
+from gigapath.files import name_problem, one_line, quoted_name, real_path, separator_hint
 from gigapath.preprocessing.slide import SLIDE_SUFFIXES, slide_id_of
 
 # A PNG in a folder of slides is a mask or a preview more often than a slide: it is taken when named, not when found.
@@ -122,7 +122,8 @@ def read_manifest(path: Path) -> list[SlideEntry]:
             raise ValueError(f"{path}: expected a CSV table in UTF-8, but {error}.") from None
     header = [name.strip() for name in rows[0]] if rows else []
     if "path" not in header or len(set(header)) != len(header):
-        raise ValueError(f"{path}: expected a header with one column `path`, got {', '.join(header) or 'nothing'}.")
+        got = ", ".join(header) or "nothing"
+        raise ValueError(f"{path}: expected a header with one column `path`, got {got}." + separator_hint(header))
     entries = []
     for number, cells in enumerate(rows[1:], start=2):
         if not any(cell.strip() for cell in cells):

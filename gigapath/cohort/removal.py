@@ -15,6 +15,7 @@ from gigapath.cohort.shards import FOLDER as SHARDS
 from gigapath.cohort.sheet import draw_contact_sheet
 from gigapath.cohort.status import SLIDES_CSV
 from gigapath.files import PARTIAL_SUFFIX, OutputError, safe_name, write_text_atomic
+from gigapath.preprocessing.slide import slide_id_of
 
 REMOVED = "<removed>"
 _FOLDERS = ("tiles", "previews", "features_", "slides_", "contextual_")
@@ -55,6 +56,7 @@ def remove_slide(out: Path, slide_id: str, *, dry_run: bool = False) -> Removal:
 
     Raises:
         FileNotFoundError: there is no such folder.
+        ValueError: the file's name instead of the slide's id: its mentions would go and its results stay.
         OutputError: a file can't be removed or written.
     """
     safe_name(slide_id.replace("\\", "_"))  # a slide whose name is bad is listed with escapes
@@ -62,6 +64,11 @@ def remove_slide(out: Path, slide_id: str, *, dry_run: bool = False) -> Removal:
         raise FileNotFoundError(f"no such folder: {out}")
     hide = _hiding(out, slide_id)
     files = _files_of(out, slide_id)
+    if not files and slide_id_of(Path(slide_id)) != slide_id and _files_of(out, slide_id_of(Path(slide_id))):
+        raise ValueError(
+            f"{out}: expected the id of a slide, got {slide_id!r}, the name of its file. Its id is "
+            f"{slide_id_of(Path(slide_id))!r}."
+        )
     edits = _edits(out, slide_id, hide)
     sheet = out / "contact_sheet.jpg"
     shown = sheet.exists() and any(file.parent.name in ("tiles", "previews") for file in files)

@@ -124,7 +124,7 @@ def hub_error(error: Exception, repo: str, filename: str, folder: Path) -> OSErr
     who = f"hf_hub:{repo}/{filename}"
     hub: Any = huggingface_hub.utils  # where old and new versions of the client have the errors
     release = next((release for release in RELEASES.values() if release.repo == repo), None)
-    without = " To try without these weights: `--tile-encoder standin`." if release else ""
+    without = " `gigapath embed --tile-encoder standin` tries things without these weights." if release else ""
     status = getattr(getattr(error, "response", None), "status_code", None)
     if isinstance(error, hub.GatedRepoError) or status == 403 or (status == 401 and release):
         have = (

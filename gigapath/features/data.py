@@ -154,6 +154,14 @@ class TileEmbeddings:
         _check(self, "section", (count,))
         _check(self, "qc", (count, len(self.qc_names)))
 
+    def __repr__(self) -> str:
+        """One line: a notebook shows it at the end of a cell, where the arrays would fill pages."""
+        width, encoder = self.features.shape[1], self.encoder or "not stated"
+        return (
+            f"TileEmbeddings({self.slide_id!r}: {len(self):,} tiles, features {len(self)} x {width} "
+            f"{self.features.dtype}, encoder {encoder})"
+        )
+
     def __len__(self) -> int:
         return len(self.features)
 

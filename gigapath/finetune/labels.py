@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from gigapath.files import separator_hint
 from gigapath.finetune.options import JoinOptions
 from gigapath.finetune.task import Task
 
@@ -133,7 +134,10 @@ def column_of(header: Sequence[str], stated: str | None, usual: Sequence[str], w
     found = stated or next((column for column in usual if column in header), None)
     if found is None:
         raise ValueError(
-            f"{what}: expected a column {' or '.join(usual)}, got {', '.join(header[:12])}. Name it as {key}."
+            f"{what}: expected a column {' or '.join(usual)}, got {', '.join(header[:12])}. "
+            f"Name it as {key} of the task"
+            + (" (`gigapath init-task --label COL` writes it)." if key == "label_column" else ".")
+            + separator_hint(header)
         )
     return found
 

@@ -51,10 +51,14 @@ class Plan:
             f"slides: {len(self.tiles):,}, tiles: {sum(self.tiles):,} (median {int(np.median(self.tiles)):,} a slide, "
             f"largest {max(self.tiles):,}), folds: {self.folds}",
             f"parameters trained: {self.trained:,}",
-            f"memory: about {self.memory / 1e9:.1f} GB at the largest slide, {self.available / 1e9:.1f} GB are free",
+            f"memory: {_gigabytes(self.memory)} at the largest slide, {self.available / 1e9:.1f} GB are free",
             f"time: about {_duration(self.seconds)}, processes: {self.processes}",
             *([self.advice] if self.advice else []),
         ]
+
+
+def _gigabytes(size: int) -> str:
+    return f"about {size / 1e9:.1f} GB" if size >= 50_000_000 else "less than 0.1 GB"
 
 
 def operations(model: nn.Module, tiles: int) -> float:

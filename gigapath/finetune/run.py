@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from gigapath.cohort.record import versions
+from gigapath.cohort.reuse import differences
 from gigapath.downloads import HUB_PREFIXES
 from gigapath.features import FeatureFileError
 from gigapath.files import sha256_of, write_json_atomic, write_text_atomic
@@ -178,8 +179,12 @@ class _Run:
         kept, now = json.loads(path.read_text(encoding="utf-8"))["identity"], self._identity()
         differing = [key for key in now if kept.get(key) != now[key]]
         if differing:
+            said = []
+            for key in differing:
+                inner = isinstance(kept.get(key), dict) and isinstance(now[key], dict)
+                said.append(f"{key} ({', '.join(differences(kept[key], now[key]))})" if inner else key)
             raise ValueError(
-                f"{self.out}: it holds another run, which differs in {', '.join(differing)}. Choose another --out, or "
+                f"{self.out}: it holds another run, which differs in {', '.join(said)}. Choose another --out, or "
                 "give the same options to go on with it."
             )
 

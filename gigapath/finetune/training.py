@@ -114,7 +114,7 @@ class Trainer:
         for epoch in range(len(history), options.epochs):
             history.append(self._epoch(model, optimizer, scaler, fold, epoch))
             if self.processes.rank == 0:
-                log.info("%s", describe_epoch(history[-1], options.epochs))
+                log.info("fold %d, %s", fold.number, describe_epoch(history[-1], options.epochs))
             if options.select == "val" and _is_best(history):
                 best = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
             if self.processes.rank == 0:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from gigapath.files import separator_hint
 from gigapath.linear_probe.table import EmbeddingTable, bare_name, split_of_word
 
 NAME_COLUMNS = ("input", "file", "name")
@@ -81,7 +82,10 @@ def parse_labels(
     where = {column: index for index, column in reversed(list(enumerate(header)))}
     name_column = next((column for column in name_columns if column in where), None)
     if name_column is None:
-        raise ValueError(f"{source}: expected a column {' or '.join(name_columns)}, got {', '.join(header)}.")
+        raise ValueError(
+            f"{source}: expected a column {' or '.join(name_columns)}, got {', '.join(header)}."
+            + separator_hint(header)
+        )
     if label not in where:
         raise ValueError(f"{source}: expected a column {label}, got {', '.join(header)}. Name it with --label.")
     if group is not None and group not in where:

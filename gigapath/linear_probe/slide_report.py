@@ -66,7 +66,7 @@ def to_json(probe: SlideProbe) -> dict[str, Any]:
 def slide_summary_lines(probe: SlideProbe) -> Iterator[str]:
     """The table for a person, line by line."""
     data = probe.data
-    groups = f" of {data.facts['groups']:,} {data.group_column}" if data.group_column else ""
+    groups = f" of {data.facts['groups']:,} groups ({data.group_column})" if data.group_column else ""
     counts = ", ".join(f"{count:,} {name}" for name, count in data.facts["slides_of_class"].items())
     positive = f" (positive: {data.classes[1]})" if len(data.classes) == 2 else ""
     yield f"{data.facts['slides']:,} slides{groups}: {counts}{positive}"

@@ -195,7 +195,7 @@ class Slide:
             way = "" if power is None else f" or take 10 / objective power ({power:g}) with --mpp-from-objective"
             raise SlideError(
                 f"slide {self.slide_id!r}: expected microns per pixel in the file, got none. "
-                f"State them with --slide-mpp{way}."
+                f"State them with --slide-mpp (for all slides of the run) or in a manifest's column `mpp`{way}."
             )
         if abs(mpp.x - mpp.y) <= SAME_SCALE * mpp.mean:
             return Mpp(mpp.mean, mpp.mean, mpp.source)

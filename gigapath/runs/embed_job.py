@@ -307,6 +307,9 @@ class EmbedJob:
         """The slide's tiles, from their file."""
         path = self.tiles / f"{entry.slide_id}.h5"
         if not path.is_file():
+            tiled = None if self.own_tiles else read_status(self.tiles, entry.slide_id)
+            if tiled is not None and tiled.status == "failed":  # its reason is worth more than that it has no tiles
+                raise SlideError(tiled.error)
             raise SlideError(
                 f"slide {entry.slide_id!r}: expected its tiles, got none in the folder of --tiles. Tile it there first."
             )
