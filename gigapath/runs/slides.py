@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from gigapath.cohort.manifest import SlideEntry
 from gigapath.cohort.reuse import digest, finished
@@ -27,6 +26,7 @@ from gigapath.features.h5 import open_h5, read_attrs
 from gigapath.features.ours import open_ours, stage_of
 from gigapath.runs.engine import CohortRun, Outcome
 from gigapath.runs.options import KeepOptions
+from gigapath.tensors import read_tensor
 
 # What a slide's file repeats of its tile embeddings.
 _CARRIED = ("encoder", "weights_sha256", "transform", "precision", "device", "batch_shape", "store", "mpp", "tile_size")
@@ -210,7 +210,7 @@ class SlideStage:
             path,
             tile_size_level0=self.tile_size_level0,
             cells=self.encoder.model is not None,
-            read_tensor=_read_tensor,
+            read_tensor=read_tensor,
         )
         self._check_encoder(tiles.encoder)
         self.encoder.check_pair(tiles.encoder, tiles.embed_dim)
@@ -238,7 +238,7 @@ def describe_features(path: Path) -> tuple[str | None, int]:
     if is_ours(path):
         with open_ours(path, "features") as file:
             return read_attrs(file).get("encoder"), int(file["features"].shape[1])
-    tiles = read_features(path, cells=False, read_tensor=_read_tensor)
+    tiles = read_features(path, cells=False, read_tensor=read_tensor)
     return tiles.encoder, tiles.embed_dim
 
 
@@ -248,11 +248,3 @@ def is_ours(path: Path) -> bool:
         return False
     with open_h5(path) as file:
         return stage_of(file) is not None
-
-
-def _read_tensor(path: Path) -> Array:
-    """The one tensor (N, D) of a `.pt` file; nothing but tensors is loaded."""
-    loaded = torch.load(path, map_location="cpu", weights_only=True)
-    if not isinstance(loaded, torch.Tensor):
-        raise ValueError(f"{path.name}: expected one tensor of tile embeddings, got {type(loaded).__name__}.")
-    return np.asarray(loaded.float().numpy())
