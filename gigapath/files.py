@@ -347,6 +347,14 @@ def quoted_name(name: str) -> str:
     return quoted or "\\empty"
 
 
+def folder_name(slide_id: str) -> str:
+    """A folder name that every file system and every address takes, one for each slide id."""
+    plain = re.sub(r"[^A-Za-z0-9._-]", "_", slide_id).strip(".")[:80]
+    if plain == slide_id:
+        return plain
+    return f"{plain}-{hashlib.sha256(slide_id.encode()).hexdigest()[:8]}"
+
+
 def one_line(text: str) -> str:
     """A text, such as a path, with escapes in place of line ends, other control characters and what is no UTF-8."""
     return "".join(_escape(character) if _breaks_lines(character) else character for character in text)

@@ -38,6 +38,10 @@ def out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     assert main(["slide-embed", str(out), "--per", "section"]) == 0
     assert main(["tile", str(slides / "QXZ7.tif"), "--out", str(out), *SMALL, "--shard", "1/1"]) == 0
     (out / "features_tiny" / "QXZ7.h5.0123abcd-1-abcdef.partial").write_bytes(b"half")
+    for folder, file in (("maps/QXZ7", "pca.npz"), ("maps/QXZ7-b", "pca.npz"), ("report_files/QXZ7", "crops.jpg")):
+        (out / folder).mkdir(parents=True)
+        (out / folder / file).write_bytes(b"pixels")
+    (out / "maps" / "QXZ7" / "my_notes.txt").write_text("mine")
     (out / "notes.md").write_text("QXZ7 has a fold")
     return out
 
@@ -53,6 +57,8 @@ def test_remove_leaves_nothing_of_a_slide_and_everything_of_the_others(
         assert f"{name}\n" in said, name
     assert "taken out of: slides.csv" in said and "drawn anew: contact_sheet.jpg" in said
     assert "still named in, and left: notes.md" in said
+    assert "removed: maps/QXZ7/pca.npz" in said and not (out / "report_files/QXZ7").exists()
+    assert [path.name for path in (out / "maps").rglob("*.*")] == ["my_notes.txt", "pca.npz"], "another's, and my own"
     (out / "notes.md").unlink()
     for words in ("QXZ7.", '"QXZ7"', "QXZ7,"):
         assert named(out, words) == [], words

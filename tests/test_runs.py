@@ -286,12 +286,24 @@ def test_changed_precision_redoes_features_and_slides_and_keeps_tiles(
 def test_changed_tiling_that_gives_equal_tiles_keeps_the_embeddings(slides: Path, tmp_path: Path) -> None:
     embed(slides, tmp_path)
     before, notes = touched(tmp_path), Notes()
-    embed(slides, tmp_path, tiling=TileOptions(tile_size=TILE, max_tiles=100_000), watch=notes)
+    embed(slides, tmp_path, tiling=TileOptions(tile_size=TILE, max_tiles=100_000), watch=notes, overwrite="tiles")
     assert "tiles: 3 made before in other numbers, now again: max_tiles none -> 100000." in notes.plans[0].lines
     after = touched(tmp_path)
     assert {name for name in after if after[name] != before[name]} == {f"tiles/{n}.h5" for n in ("a", "b", "blank")}
-    embed(slides, tmp_path, tiling=TileOptions(tile_size=TILE, max_tiles=10))
+    embed(slides, tmp_path, tiling=TileOptions(tile_size=TILE, max_tiles=10), overwrite="tiles")
     assert len(read_features(tmp_path / "features_tiny/a.h5")) == 10
+
+
+def test_tiles_that_were_looked_at_are_not_made_anew_by_embed(slides: Path, tmp_path: Path) -> None:
+    run_tile([slides], tmp_path, tiling=TileOptions(tile_size=TILE, max_tiles=7), options=RunOptions(workers=0))
+    before = touched(tmp_path)
+    with pytest.raises(ValueError, match=r"options with which .* others: max_tiles 7 -> none \(3\).*--overwrite tiles"):
+        embed(slides, tmp_path)
+    assert touched(tmp_path) == before
+    embed(slides, tmp_path, tiling=TileOptions(tile_size=TILE, max_tiles=7))
+    assert len(read_features(tmp_path / "features_tiny/a.h5")) == 7
+    embed([], tmp_path / "other", tiles=str(tmp_path))
+    assert len(read_features(tmp_path / "other/features_tiny/a.h5")) == 7, "taken as they are"
 
 
 def test_overwrite_does_one_stage_again(slides: Path, tmp_path: Path) -> None:

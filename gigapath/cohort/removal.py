@@ -1,5 +1,6 @@
 """Taking one slide out of an output folder, for consent withdrawn: its files, its rows, every mention of it."""
 
+import contextlib
 import csv
 import io
 import json
@@ -14,12 +15,14 @@ from gigapath.cohort.record import RUNS
 from gigapath.cohort.shards import FOLDER as SHARDS
 from gigapath.cohort.sheet import draw_contact_sheet
 from gigapath.cohort.status import SLIDES_CSV
-from gigapath.files import PARTIAL_SUFFIX, OutputError, safe_name, write_text_atomic
+from gigapath.files import PARTIAL_SUFFIX, OutputError, folder_name, safe_name, write_text_atomic
 from gigapath.preprocessing.slide import slide_id_of
 
 REMOVED = "<removed>"
 _FOLDERS = ("tiles", "previews", "features_", "slides_", "contextual_")
 _SUFFIXES = (".h5", ".json", ".jpg")
+# What the files of maps and of the report's pictures end in, in the slide's own folder.
+_PICTURES = (".json", ".png", ".jpg", ".npz", ".geojson", PARTIAL_SUFFIX)
 _TEXTS = (".csv", ".json", ".txt", ".md", ".html", ".tsv", ".yaml", ".log")
 _TEXT_BYTES = 100_000_000
 
@@ -75,6 +78,9 @@ def remove_slide(out: Path, slide_id: str, *, dry_run: bool = False) -> Removal:
     if not dry_run:
         for file in files:
             _unlink(file)
+        for folder in _picture_folders(out, slide_id):
+            with contextlib.suppress(OSError):  # somebody's own file lies there too
+                folder.rmdir()
         for file, text in edits.items():
             if text is None:
                 _unlink(file)
@@ -94,12 +100,20 @@ def remove_slide(out: Path, slide_id: str, *, dry_run: bool = False) -> Removal:
 
 
 def _files_of(out: Path, slide_id: str) -> list[Path]:
-    """The files of a slide in every stage, its pieces' and unfinished ones included."""
+    """The files of a slide in every stage, its pieces' and unfinished ones included, its maps and its pictures."""
     name = re.escape(slide_id)
     ending = "|".join(re.escape(suffix) for suffix in _SUFFIXES)
     form = re.compile(rf"{name}(\.section-\d+)?({ending})(\..*{re.escape(PARTIAL_SUFFIX)})?")
     folders = [path for path in out.iterdir() if path.name.startswith(_FOLDERS) and path.is_dir()]
-    return sorted(path for folder in folders for path in folder.iterdir() if form.fullmatch(path.name))
+    files = [path for folder in folders for path in folder.iterdir() if form.fullmatch(path.name)]
+    pictures = [path for folder in _picture_folders(out, slide_id) for path in folder.iterdir()]
+    return sorted([*files, *(path for path in pictures if path.suffix in _PICTURES and path.is_file())])
+
+
+def _picture_folders(out: Path, slide_id: str) -> list[Path]:
+    """The slide's folders of maps and of the report's pictures, those that are there."""
+    folders = (out / "maps" / slide_id, out / "report_files" / folder_name(slide_id))
+    return [folder for folder in folders if folder.is_dir()]
 
 
 def _edits(out: Path, slide_id: str, hide: Callable[[str], str]) -> dict[Path, str | None]:

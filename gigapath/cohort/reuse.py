@@ -14,6 +14,8 @@ from gigapath.features.h5 import is_complete, open_h5, read_attr
 # What must be one within a folder, or the results can't be compared with each other.
 FAST_TRANSFORM = "fast_transform"  # in an identity only where it was asked for
 NUMERICS = ("weights_sha256", "precision", "device", "batch_size", "reader", FAST_TRANSFORM, "numerics_version")
+# What the tiles' identity names beside what somebody chose.
+_NOT_CHOSEN = ("slide_bytes", "numerics_version")
 
 
 def digest(identity: Mapping[str, Any]) -> str:
@@ -73,6 +75,31 @@ def redone(folder: Path, identities: Mapping[str, Mapping[str, Any]]) -> list[st
             named = {*identity, FAST_TRANSFORM} & {*identity, *before.identity}
             reasons.update(differences({name: before.identity.get(name) for name in named}, identity))
     return [f"{folder.name}: {count} made before in other numbers, now again: {why}." for why, count in reasons.items()]
+
+
+def check_same_tiles(folder: Path, identities: Mapping[str, Mapping[str, Any]]) -> None:
+    """Refuse to make tiles anew, which somebody may have looked at, because another run has other options of tiling.
+
+    Tiles of a slide whose file has changed, or of other numerics of this package, are made anew all the same.
+
+    Args:
+        folder: the stage's folder.
+        identities: by slide, what its tiles would depend on.
+
+    Raises:
+        ValueError: names what differs and the ways to go on.
+    """
+    changed: Counter[str] = Counter()
+    for slide_id, identity in identities.items():
+        before = read_status(folder, slide_id)
+        if before is not None and before.finished:
+            changed.update(differences(*(_without(each, _NOT_CHOSEN) for each in (before.identity, identity))))
+    if changed:
+        found = "; ".join(f"{what} ({count})" for what, count in changed.most_common(3))
+        raise ValueError(
+            f"{folder.name}: expected the options with which the slides were tiled before, got others: {found}. Give "
+            f"those again, or --tiles {folder.parent} to take the tiles as they are, or --overwrite tiles."
+        )
 
 
 def check_unmixed(folder: Path, identity: Mapping[str, Any], slide_ids: Collection[str]) -> None:

@@ -5,7 +5,6 @@ where that still holds, nothing is drawn again. Pixels come from the slide's own
 """
 
 import contextlib
-import hashlib
 import json
 import re
 from collections.abc import Collection, Mapping, Sequence
@@ -53,14 +52,6 @@ class Base:
     rectangle_level0: tuple[float, float, float, float]
     mpp: float | None
     note: str = ""
-
-
-def folder_name(slide_id: str) -> str:
-    """A folder name that every file system and every address takes, one for each slide id."""
-    plain = re.sub(r"[^A-Za-z0-9._-]", "_", slide_id).strip(".")[:80]
-    if plain == slide_id:
-        return plain
-    return f"{plain}-{hashlib.sha256(slide_id.encode()).hexdigest()[:8]}"
 
 
 def remove_unshown(files: Path, shown: Mapping[str, Collection[str]]) -> None:

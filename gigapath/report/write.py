@@ -12,12 +12,12 @@ from typing import Any
 
 import gigapath
 from gigapath.cohort.privacy import hide_paths
-from gigapath.files import check_writable, write_text_atomic
+from gigapath.files import check_writable, folder_name, write_text_atomic
 from gigapath.report.collecting import Cohort, collect_cohort, fitted_heads, read_runs
 from gigapath.report.maps import Sources, notes_on_maps, write_maps
 from gigapath.report.options import MAX_IN_ONE_FILE, ReportOptions
 from gigapath.report.page import render
-from gigapath.report.pictures import folder_name, remove_unshown, write_pictures
+from gigapath.report.pictures import remove_unshown, write_pictures
 from gigapath.report.projection import Projection, project_folder
 from gigapath.report.results import Results, collect_results
 from gigapath.report.tissue_tiles import METHOD

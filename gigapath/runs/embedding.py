@@ -9,7 +9,7 @@ import torch
 
 from gigapath.cohort.manifest import SlideEntry, find_slides
 from gigapath.cohort.privacy import recorded_paths
-from gigapath.cohort.reuse import check_unmixed, differences
+from gigapath.cohort.reuse import check_same_tiles, check_unmixed, differences
 from gigapath.cohort.stopping import StopFlag
 from gigapath.cohort.words import in_bytes, in_words, slides_in_words, tiles_in_words
 from gigapath.devices import at_most_threads, resolve_devices
@@ -24,7 +24,7 @@ from gigapath.runs.machine import available_cores, threads
 from gigapath.runs.options import EmbedOptions, RunOptions
 from gigapath.runs.planning import estimate_tiles
 from gigapath.runs.slides import SlideStage, slides_folder
-from gigapath.runs.tiling import write_contact_sheet
+from gigapath.runs.tiling import tiling_identities, write_contact_sheet
 from gigapath.runs.watching import Plan, Watcher
 from gigapath.runs.worker import Survey
 from gigapath.slide_encoder import WEIGHTS_FILE
@@ -66,8 +66,8 @@ def run_embed(
         command: the words of the command line, for the record.
 
     Raises:
-        ValueError: no slides, ids that collide, unknown encoders, encoders that are no pair, mixed numerics, an
-            encoder that fails.
+        ValueError: no slides, ids that collide, unknown encoders, encoders that are no pair, mixed numerics, tiles
+            that were made with other options, an encoder that fails.
         FileNotFoundError, PermissionError, ConnectionError: an input or the weights are not to be had.
         OutputError: the output folder can't be written, or is full.
     """
@@ -82,6 +82,8 @@ def run_embed(
         cohort = _entries(slides, out, embedding.tiles, tiling, options)
         if not embedding.tiles:
             check_tissue(cohort, tiling)
+            if not options.overwrites("tiles"):
+                check_same_tiles(out / "tiles", tiling_identities(cohort, tiling))
         resolved = {**to_dict(tiling), **to_dict(embedding), **to_dict(options)}
         run = CohortRun(
             out,
