@@ -54,6 +54,9 @@ echo
 echo "The picture of what was kept:   $out/previews"
 echo "The table of slides:            $out/slides.csv"
 echo "The embeddings of the tiles:    $out/features_$encoder"
+if [ "$PYTHON" = "$CHECKOUT/.venv/bin/python" ] && [ -z "${VIRTUAL_ENV:-}" ]; then
+    echo "For the command gigapath itself: source $CHECKOUT/.venv/bin/activate"
+fi
 echo "The embedding of the slide, read by three lines of Python, and what they print:"
 echo
 printf '%s\n' "$lines" "$printed"

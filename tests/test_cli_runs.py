@@ -126,7 +126,8 @@ def test_a_signal_ends_in_75(
     monkeypatch.setattr("gigapath.tile_stream.vectors._BLOCK", 1)  # news of every batch
     monkeypatch.setattr(Terminal, "tiles", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
     assert embed(slides, tmp_path, "--batch-size", "4") == 75
-    assert "stopped: 1 stopped, 1 todo" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "stopped: 1 stopped, 1 todo" in said and "the same command goes on from here." in said
     monkeypatch.undo()
 
 

@@ -33,4 +33,6 @@ def run(namespace: argparse.Namespace) -> int:
     for row in found.rows:
         shares = ", ".join(f"{name[2:]} {share:.3f}" for name, share in row.items() if name.startswith("p_"))
         print(f"{row['slide_id']}: {row['predicted'] or 'none'} ({shares})")
+    if namespace.out:
+        print(f"written to {namespace.out}")
     return EXIT_FAILED_SLIDES if found.failed else 0

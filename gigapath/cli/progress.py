@@ -7,7 +7,7 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
-from gigapath.cohort.words import in_words
+from gigapath.cohort.words import in_words, tiles_in_words
 from gigapath.runs.engine import RunResult
 from gigapath.runs.watching import Plan, Watcher
 from gigapath.tile_stream.busy import bottleneck
@@ -120,7 +120,10 @@ class Terminal(Watcher):
             print(json.dumps(document, indent=2))
         counts = ", ".join(f"{count} {state.replace('_', ' ')}" for state, count in result.counts.items() if count)
         tiles = sum(row["tiles"] for row in result.rows)
-        print(f"{result.outcome}: {counts}; {tiles:,} tiles in {in_words(result.seconds)}.", file=self._words)
+        done = f"{counts or 'no slide to do'}; {tiles_in_words(tiles)} in {in_words(result.seconds)}"
+        print(f"{result.outcome}: {done}.", file=self._words)
+        if result.outcome == "stopped":
+            print("What is done is kept: the same command goes on from here.", file=self._words)
         if result.note:
             print(result.note, file=self._words)
         failed = [row for row in result.rows if row["status"] == "failed"]
@@ -148,4 +151,4 @@ def _line(row: Mapping[str, Any]) -> str:
         return f"{words}: {row['error'].removeprefix(prefix)}"
     rate = f", {row['tiles/s']:.3g} tiles/s" if row["tiles/s"] else ""
     warnings = f". {row['warnings']}" if row["warnings"] else ""
-    return f"{words}, {row['tiles']:,} tiles, {row['seconds']:.1f} s{rate}{warnings}"
+    return f"{words}, {tiles_in_words(row['tiles'])}, {row['seconds']:.1f} s{rate}{warnings}"

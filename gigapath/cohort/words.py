@@ -6,9 +6,11 @@ def slides_in_words(count: int) -> str:
     return "1 slide" if count == 1 else f"{count} slides"
 
 
-def tiles_in_words(count: int, *, exact: bool) -> str:
+def tiles_in_words(count: int, *, exact: bool = True) -> str:
     """A number of tiles that says whether it is counted."""
-    return f"{count:,} tiles" if exact else f"about {rounded(count):,} tiles (by the slides' sizes)"
+    if exact:
+        return "1 tile" if count == 1 else f"{count:,} tiles"
+    return f"about {rounded(count):,} tiles (by the slides' sizes)"
 
 
 def rounded(count: int) -> int:
