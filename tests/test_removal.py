@@ -95,7 +95,13 @@ def test_remove_the_last_slide_takes_the_contact_sheet_along(tmp_path: Path) -> 
     out = tmp_path / "out"
     run_tile([tmp_path / "one.tif"], out, options=RunOptions(workers=0))
     assert (out / "contact_sheet.jpg").exists()
+    mine = tmp_path / "mine" / "map.png"
+    mine.parent.mkdir()
+    mine.write_bytes(b"pixels")
+    (out / "maps").mkdir()
+    (out / "maps" / "one").symlink_to(mine.parent)
     remove_slide(out, "one")
+    assert mine.exists(), "what a link leads to is somebody's own"
     assert not list(out.rglob("*.jpg")) and not list(out.rglob("*.h5"))
 
 

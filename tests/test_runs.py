@@ -297,7 +297,7 @@ def test_changed_tiling_that_gives_equal_tiles_keeps_the_embeddings(slides: Path
 def test_tiles_that_were_looked_at_are_not_made_anew_by_embed(slides: Path, tmp_path: Path) -> None:
     run_tile([slides], tmp_path, tiling=TileOptions(tile_size=TILE, max_tiles=7), options=RunOptions(workers=0))
     before = touched(tmp_path)
-    with pytest.raises(ValueError, match=r"options with which .* others: max_tiles 7 -> none \(3\).*--overwrite tiles"):
+    with pytest.raises(ValueError, match=r"others: max_tiles 7 -> none \(3 slides\).*--overwrite tiles"):
         embed(slides, tmp_path)
     assert touched(tmp_path) == before
     embed(slides, tmp_path, tiling=TileOptions(tile_size=TILE, max_tiles=7))

@@ -111,9 +111,9 @@ def _files_of(out: Path, slide_id: str) -> list[Path]:
 
 
 def _picture_folders(out: Path, slide_id: str) -> list[Path]:
-    """The slide's folders of maps and of the report's pictures, those that are there."""
+    """The slide's folders of maps and of the report's pictures, those that are there; what a link leads to stays."""
     folders = (out / "maps" / slide_id, out / "report_files" / folder_name(slide_id))
-    return [folder for folder in folders if folder.is_dir()]
+    return [folder for folder in folders if folder.is_dir() and not folder.is_symlink()]
 
 
 def _edits(out: Path, slide_id: str, hide: Callable[[str], str]) -> dict[Path, str | None]:

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from gigapath.cohort.status import Status, read_status, read_statuses
+from gigapath.cohort.words import slides_in_words
 from gigapath.features import FeatureFileError
 from gigapath.features.h5 import is_complete, open_h5, read_attr
 
-# What must be one within a folder, or the results can't be compared with each other.
 FAST_TRANSFORM = "fast_transform"  # in an identity only where it was asked for
+# What must be one within a folder, or the results can't be compared with each other.
 NUMERICS = ("weights_sha256", "precision", "device", "batch_size", "reader", FAST_TRANSFORM, "numerics_version")
 # What the tiles' identity names beside what somebody chose.
 _NOT_CHOSEN = ("slide_bytes", "numerics_version")
@@ -80,7 +81,8 @@ def redone(folder: Path, identities: Mapping[str, Mapping[str, Any]]) -> list[st
 def check_same_tiles(folder: Path, identities: Mapping[str, Mapping[str, Any]]) -> None:
     """Refuse to make tiles anew, which somebody may have looked at, because another run has other options of tiling.
 
-    Tiles of a slide whose file has changed, or of other numerics of this package, are made anew all the same.
+    Only slides that are named in `identities` are looked at. Tiles of a slide whose file has changed, or of other
+    numerics of this package, are made anew all the same.
 
     Args:
         folder: the stage's folder.
@@ -95,7 +97,7 @@ def check_same_tiles(folder: Path, identities: Mapping[str, Mapping[str, Any]]) 
         if before is not None and before.finished:
             changed.update(differences(*(_without(each, _NOT_CHOSEN) for each in (before.identity, identity))))
     if changed:
-        found = "; ".join(f"{what} ({count})" for what, count in changed.most_common(3))
+        found = "; ".join(f"{what} ({slides_in_words(count)})" for what, count in changed.most_common(3))
         raise ValueError(
             f"{folder.name}: expected the options with which the slides were tiled before, got others: {found}. Give "
             f"those again, or --tiles {folder.parent} to take the tiles as they are, or --overwrite tiles."

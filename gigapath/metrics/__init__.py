@@ -1,4 +1,5 @@
-"""Scores of a classifier, their bootstrap intervals, and the pictures that go with them; numpy alone.
+"""Scores of a classifier, their bootstrap intervals, and the pictures that go with them; numpy alone,
+but for `events`, which hands curves to TensorBoard.
 
 predictions = Predictions(truth, probabilities, class_names=("normal", "tumour"), groups=slide_of_tile)
 evaluation = evaluate(predictions, replicates=2000, seed=0)

@@ -82,8 +82,6 @@ def run_embed(
         cohort = _entries(slides, out, embedding.tiles, tiling, options)
         if not embedding.tiles:
             check_tissue(cohort, tiling)
-            if not options.overwrites("tiles"):
-                check_same_tiles(out / "tiles", tiling_identities(cohort, tiling))
         resolved = {**to_dict(tiling), **to_dict(embedding), **to_dict(options)}
         run = CohortRun(
             out,
@@ -120,6 +118,8 @@ def _prepare(
         if job.slides is not None:
             check_unmixed(job.slides.folder, job.slides.run_identity(), ids)
     run.entries = chosen(run.entries, run.out, "embed", run.stages, options, tiles=job.tiles)
+    if job.own_tiles and not options.overwrites("tiles"):
+        check_same_tiles(job.tiles, tiling_identities(run.entries, tiling))
     return job, [entry for entry in run.entries if not job.is_done(entry)]
 
 

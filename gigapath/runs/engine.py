@@ -98,7 +98,7 @@ class CohortRun:
     keep_paths: bool = True
     cohort: Sequence[str] = ()
     max_failures: int | None = None
-    spread: "Spread | None" = None
+    spread: Spread | None = None
     _note: str = ""
 
     def over_slides(
