@@ -79,7 +79,7 @@ def cleaned(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
         cell.id = f"cell-{number:02d}"
         cell.metadata = {}
         if cell.cell_type == "code":
-            cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]  # libraries' warnings
+            cell.outputs = joined([output for output in cell.outputs if output.get("name") != "stderr"])  # warnings
         for output in cell.get("outputs", ()):
             if output.output_type in ("display_data", "execute_result"):
                 output.metadata = {}
@@ -88,6 +88,17 @@ def cleaned(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
                     kind, content = small_picture(base64.b64decode(png))
                     output.data[kind] = base64.b64encode(content).decode()
     return notebook
+
+
+def joined(outputs: list[nbformat.NotebookNode]) -> list[nbformat.NotebookNode]:
+    """`outputs` with neighbouring pieces of one stream as one: where they were cut depends on the time they took."""
+    whole: list[nbformat.NotebookNode] = []
+    for output in outputs:
+        if whole and output.output_type == "stream" and whole[-1].get("name") == output.name:
+            whole[-1].text += output.text
+        else:
+            whole.append(output)
+    return whole
 
 
 def small_picture(png: bytes) -> tuple[str, bytes]:

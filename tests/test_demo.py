@@ -144,6 +144,17 @@ def test_patch_tokens_of_a_vision_transformer_lie_on_its_grid() -> None:
         assert np.allclose(tokens[0, 3, 5], encoder.model.forward_features(images)[0, 1 + 3 * 14 + 5], atol=1e-5)
 
 
+def test_cleaned_notebooks_have_one_output_a_stream_wherever_a_warning_cut_it() -> None:
+    def said(name: str, text: str) -> nbformat.NotebookNode:
+        return nbformat.v4.new_output("stream", name=name, text=text)
+
+    picture = nbformat.v4.new_output("display_data")
+    cut = [said("stdout", "a"), said("stderr", "warning"), said("stdout", "b"), picture, said("stdout", "c")]
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("", outputs=cut)])
+    outputs = cleaned(notebook).cells[0].outputs
+    assert outputs == [said("stdout", "ab"), picture, said("stdout", "c")]
+
+
 def test_pictures_of_notebooks_are_made_small() -> None:
     import io
 
