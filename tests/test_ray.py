@@ -71,7 +71,7 @@ def small_unbroken(small: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Any]:
     """Two nodes of one core each; the first holds Ray's own services."""
-    os.environ |= {
+    environment = {
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": "5e" * 32,
         "RAY_USAGE_STATS_ENABLED": "0",
@@ -82,6 +82,13 @@ def cluster() -> Iterator[Any]:
         "RAY_health_check_period_ms": "500",
         "RAY_health_check_failure_threshold": "3",
     }
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        yield from two_nodes()
+
+
+def two_nodes() -> Iterator[Any]:
     from ray.cluster_utils import Cluster
 
     node = {"num_cpus": 1, "object_store_memory": 80_000_000, "include_dashboard": False}
@@ -256,27 +263,24 @@ def test_a_slide_that_kills_its_workers_fails_with_that_reason_and_the_others_go
     assert "its worker was lost" in next(row["error"] for row in result.rows if row["slide_id"] == "s3")
 
 
-def test_a_signal_stops_the_run_and_the_next_one_goes_on(cluster: Any, slides: Path, tmp_path: Path) -> None:
-    (tmp_path / "few").mkdir()
-    for number in range(0, 40, 3):
-        (tmp_path / "few" / f"s{number:02d}.tif").symlink_to(slides / f"s{number:02d}.tif")
-    unbroken = tmp_path / "unbroken"
-    assert run_tile([tmp_path / "few"], unbroken, tiling=TILING, options=RunOptions(workers=0)).counts["done"] == 14
-    words = [sys.executable, "-m", "gigapath.cli.main", "tile", str(tmp_path / "few"), "--out", str(tmp_path / "out")]
+def test_a_signal_stops_the_run_and_the_next_one_goes_on(
+    cluster: Any, slides: Path, unbroken: Path, tmp_path: Path
+) -> None:
+    words = [sys.executable, "-m", "gigapath.cli.main", "tile", str(slides), "--out", str(tmp_path / "out")]
     words += ["--tile-size", "64", "--engine", "ray", "--ray-address", cluster.address]
     with (tmp_path / "log").open("w") as log:
         process = subprocess.Popen(words, stdout=log, stderr=subprocess.STDOUT, cwd=tmp_path)
     until = time.monotonic() + 60
-    while "2/14" not in (tmp_path / "log").read_text() and time.monotonic() < until:
+    while "2/42" not in (tmp_path / "log").read_text() and time.monotonic() < until:
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
     assert process.wait(20) == 75, (tmp_path / "log").read_text()
-    assert (tmp_path / "log").read_text().count("\n") < 60, "Ray keeps quiet"
+    assert (tmp_path / "log").read_text().count("\n") < 100, "Ray keeps quiet"
     done = {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / "tiles").glob("*.h5")}
-    assert 2 <= len(done) < 14
+    assert 2 <= len(done) < 40
     record = next((tmp_path / "out" / "runs").glob("*.json")).read_text()
     assert cluster.address not in record and '"stopped"' in record
-    over_ray(cluster, tmp_path / "few", tmp_path / "out")
+    over_ray(cluster, slides, tmp_path / "out")
     assert {path: path.stat().st_mtime_ns for path in done} == done, "nothing done is done again"
     check_equal(tmp_path / "out", unbroken)
 
