@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 
@@ -16,6 +15,8 @@ def read_tensor(path: Path | str) -> NDArray[np.floating]:
         FileNotFoundError: no such file.
         ValueError: not a file of one tensor of floats; one sentence that names it.
     """
+    import torch  # takes seconds, which only `.pt` files need
+
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file.")

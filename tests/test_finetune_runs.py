@@ -501,7 +501,10 @@ def test_missing_extra_is_named(monkeypatch, tmp_path, capsys) -> None:
 
 
 def test_logging_of_runs_does_not_pile_up(fitted) -> None:
-    assert logging.getLogger("gigapath.finetune").handlers == []
+    words = ["finetune", "--task", "panda", "--features", "f", "--labels", "l.csv", "--out", "o", "--epochs", "0"]
+    assert main(words) == 1  # refused before anything begins
+    logger = logging.getLogger("gigapath.finetune")
+    assert (logger.handlers, logger.level) == ([], logging.NOTSET)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from gigapath.check import CheckOptions, FileReport, Finding, check_paths
 from gigapath.check.run import SlideChecker, as_json
 from gigapath.cli.arguments import add_options, options_from
 from gigapath.cli.main import EXIT_FAILED_SLIDES
-from gigapath.features.data import Array
+from gigapath.tensors import read_tensor
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,7 +35,7 @@ def run(namespace: argparse.Namespace) -> int:
         checker = SlideCheck(options)
     say = (lambda report: None) if namespace.json else _print_file
     reports, folders = check_paths(
-        namespace.paths, options=options, read_tensor=_read_tensor, check_slide=checker, after_file=say
+        namespace.paths, options=options, read_tensor=read_tensor, check_slide=checker, after_file=say
     )
     wrong = sum(report.wrong for report in reports), sum(folder.wrong for folder in folders)
     if namespace.json:
@@ -69,9 +69,3 @@ def _print_findings(name: str, findings: list[Finding]) -> None:
         mark = "WRONG" if finding.wrong else "note"
         print(f"  {mark} {finding.name}: {' '.join([finding.text, finding.effect]).strip()}")
     sys.stdout.flush()
-
-
-def _read_tensor(path: Path) -> Array:
-    from gigapath.tensors import read_tensor  # torch, which only .pt files need
-
-    return read_tensor(path)

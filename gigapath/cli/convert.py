@@ -7,7 +7,7 @@ from pathlib import Path
 from gigapath.cli.main import EXIT_FAILED_SLIDES
 from gigapath.convert import FORMATS, Scale, convert
 from gigapath.features import read_features
-from gigapath.features.data import Array
+from gigapath.tensors import read_tensor
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -47,7 +47,7 @@ def run(namespace: argparse.Namespace) -> int:
     failed, done = 0, set[str]()
     for path in paths:
         try:
-            found = read_features(path, tile_size_level0=namespace.tile_size_level0, read_tensor=_read_tensor)
+            found = read_features(path, tile_size_level0=namespace.tile_size_level0, read_tensor=read_tensor)
             if found.slide_id in done:
                 raise ValueError(f"{path}: a second file of slide {found.slide_id!r}. Convert it into another folder.")
             written = convert(found, namespace.to, namespace.out, scale=scale)
@@ -75,9 +75,3 @@ def find_features(words: list[str]) -> list[Path]:
             raise FileNotFoundError(f"{word}: no file of tile embeddings (.h5, .npz, .pt) there.")
         found += inside
     return found
-
-
-def _read_tensor(path: Path) -> Array:
-    from gigapath.tensors import read_tensor  # torch, which only .pt files need
-
-    return read_tensor(path)

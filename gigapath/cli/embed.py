@@ -28,8 +28,7 @@ def run(namespace: argparse.Namespace) -> int:
     options = options_from(namespace, RunOptions)
     from gigapath.runs.embedding import run_embed  # torch takes seconds: a wrong word is told before
 
-    watch = Terminal("tile", machine=namespace.json)
-    try:
+    with Terminal("tile", machine=namespace.json) as watch:
         result = run_embed(
             namespace.slides,
             namespace.out,
@@ -39,6 +38,4 @@ def run(namespace: argparse.Namespace) -> int:
             watch=watch,
             command=namespace.words,
         )
-    finally:
-        watch.close()
     return watch.report(result)

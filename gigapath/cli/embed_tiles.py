@@ -6,9 +6,8 @@ import time
 from pathlib import Path
 
 from gigapath.cli.arguments import add_options, options_from
+from gigapath.cli.main import EXIT_STOPPED
 from gigapath.linear_probe.options import EmbedTilesOptions
-
-EXIT_STOPPED = 75
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -1,8 +1,10 @@
 """`gigapath finetune`: fine-tune the slide encoder on labelled slides."""
 
 import argparse
+import contextlib
 import logging
 import sys
+from collections.abc import Iterator
 
 from gigapath.cli.arguments import add_options, options_from
 from gigapath.cli.main import EXIT_STOPPED
@@ -52,10 +54,6 @@ def run(namespace: argparse.Namespace) -> int:
         finetune,
     )
 
-    handler = logging.StreamHandler(sys.stdout)
-    logger = logging.getLogger("gigapath.finetune")
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
     settings = Settings(
         join=options_from(namespace, JoinOptions),
         split=options_from(namespace, SplitOptions),
@@ -65,12 +63,24 @@ def run(namespace: argparse.Namespace) -> int:
     )
     inputs = Inputs(namespace.task, namespace.features, namespace.labels, namespace.splits, namespace.pretrained)
     try:
-        with StopFlag() as stop:
+        with StopFlag() as stop, _news_on_stdout():
             finetune(inputs, namespace.out, settings, say=lambda line: print(line, flush=True), check_stop=stop.check)
     except Stopped as stopped:
         print(f"gigapath finetune: stopped by {stopped}; the same command goes on after the last finished epoch.")
         return EXIT_STOPPED
-    finally:
-        logger.removeHandler(handler)
     print(f"Results: {namespace.out}")
     return 0
+
+
+@contextlib.contextmanager
+def _news_on_stdout() -> Iterator[None]:
+    """Print what fine-tuning tells of itself through `logging`, within this block only."""
+    logger, handler = logging.getLogger("gigapath.finetune"), logging.StreamHandler(sys.stdout)
+    before = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
+        logger.removeHandler(handler)

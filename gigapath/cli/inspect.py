@@ -5,8 +5,8 @@ import json
 import sys
 from pathlib import Path
 
-from gigapath.features.data import Array
 from gigapath.features.describe import describe, in_words
+from gigapath.tensors import read_tensor
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,7 +35,7 @@ def run(namespace: argparse.Namespace) -> int:
         try:
             if path.is_dir():
                 raise ValueError(f"{name}: expected a feature file, got a folder. Name its files: {path}/*.h5.")
-            found = describe(path, tile_size_level0=namespace.tile_size_level0, read_tensor=_read_tensor)
+            found = describe(path, tile_size_level0=namespace.tile_size_level0, read_tensor=read_tensor)
         except (ValueError, OSError) as error:
             print(f"gigapath inspect: {error}", file=sys.stderr)
             status = 1
@@ -47,9 +47,3 @@ def run(namespace: argparse.Namespace) -> int:
         else:  # by their paths: folders of several tools hold files of one name
             print("\n".join(in_words({**found, "file": name})) + "\n" * (name != namespace.files[-1]))
     return status
-
-
-def _read_tensor(path: Path) -> Array:
-    from gigapath.tensors import read_tensor  # torch, which only .pt files need
-
-    return read_tensor(path)

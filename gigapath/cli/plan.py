@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from gigapath.cli.arguments import add_options, options_from
+from gigapath.cli.main import EXIT_FAILED_SLIDES
 from gigapath.cli.progress import Terminal
 from gigapath.cohort.progress import failures_by_kind
 from gigapath.cohort.words import in_bytes, in_words, slides_in_words, tiles_in_words
@@ -14,7 +15,6 @@ from gigapath.downloads import RELEASES
 from gigapath.preprocessing.tiling import TileOptions
 from gigapath.runs.surveying import Survey, SurveyOptions, run_pilot, survey
 
-EXIT_FAILED_SLIDES = 3
 _SHOWN = 10
 _NAMED = 5
 _BAR = 30
@@ -36,11 +36,8 @@ def run(namespace: argparse.Namespace) -> int:
     found, entries = survey(namespace.slides, tiling, exclude=out)
     failed = False
     if options.pilot is not None and out is not None:
-        watch = Terminal("slide", machine=True, document=False)
-        try:
+        with Terminal("slide", machine=True, document=False) as watch:
             found, result = run_pilot(found, entries, out, options.pilot, tiling, watch=watch, command=namespace.words)
-        finally:
-            watch.close()
         failed = watch.report(result) != 0
     rate, source = options.tiles_per_second, "stated"
     if rate is None and options.tile_encoder is not None:

@@ -7,12 +7,13 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
+from gigapath.cli.main import EXIT_FAILED_SLIDES, EXIT_STOPPED
 from gigapath.cohort.words import in_words, tiles_in_words
 from gigapath.runs.engine import RunResult
 from gigapath.runs.watching import Plan, Watcher
 from gigapath.tile_stream.busy import bottleneck
 
-EXIT_STATUS = {"done": 0, "some slides failed": 3, "stopped": 75}
+EXIT_STATUS = {"done": 0, "some slides failed": EXIT_FAILED_SLIDES, "stopped": EXIT_STOPPED}
 _FAILURES_SHOWN = 20
 _STAGES = {"plan": "tiling", "read": "reading", "encode": "device", "write": "writing", "slides": "slide encoder"}
 _SHOWN_SHARE = 0.05
@@ -20,6 +21,8 @@ _SHOWN_SHARE = 0.05
 
 class Terminal(Watcher):
     """Draws a bar where somebody watches; elsewhere writes a line a slide, without carriage returns.
+
+    Use it as a context manager: no bar is left.
 
     Args:
         unit: what is counted, "tile" or "slide".
@@ -37,6 +40,12 @@ class Terminal(Watcher):
         self._reasons: dict[str, str] = {}  # of the slides that failed
         self._at = ""  # the slide that the run is at
         self._busy = ""  # how busy the stages were of late
+
+    def __enter__(self) -> "Terminal":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def plan(self, plan: Plan) -> None:
         self._shown = plan

@@ -35,8 +35,7 @@ def run(namespace: argparse.Namespace) -> int:
         raise ValueError(f"--to: expected a file ending in {', '.join(TABLE_FORMATS)}, got {namespace.to!r}.")
     from gigapath.runs.slide_embedding import run_slide_embed  # torch takes seconds: a wrong word is told before
 
-    watch = Terminal("slide", machine=namespace.json)
-    try:
+    with Terminal("slide", machine=namespace.json) as watch:
         result = run_slide_embed(
             namespace.features,
             namespace.out,
@@ -45,8 +44,6 @@ def run(namespace: argparse.Namespace) -> int:
             watch=watch,
             command=namespace.words,
         )
-    finally:
-        watch.close()
     if namespace.to and result.results is not None and result.counts["done"]:
         export_table(result.results, namespace.to, embedding=embedding.embedding, allow_mixed=options.allow_mixed)
     return watch.report(result)

@@ -18,8 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(namespace: argparse.Namespace) -> int:
-    watch = Terminal("slide", machine=namespace.json)
-    try:
+    with Terminal("slide", machine=namespace.json) as watch:
         result = run_tile(
             namespace.slides,
             namespace.out,
@@ -28,6 +27,4 @@ def run(namespace: argparse.Namespace) -> int:
             watch=watch,
             command=namespace.words,
         )
-    finally:
-        watch.close()
     return watch.report(result)
