@@ -136,8 +136,11 @@ def write_published(folder: Path, features: np.ndarray, cells: np.ndarray = CELL
     return write_h5(folder / "h5_files" / "slide-1.h5", {"features": features, "coords": coords})
 
 
-def write_slide2vec(folder: Path, features: np.ndarray, cells: np.ndarray = CELLS, *, order: np.ndarray) -> Path:
+def write_slide2vec(
+    folder: Path, features: np.ndarray, cells: np.ndarray = CELLS, *, order: np.ndarray | None = None
+) -> Path:
     """`order` shuffles the embeddings against the coordinates; their tile_index says so."""
+    order = np.arange(len(features)) if order is None else order
     (folder / "tile_embeddings").mkdir(parents=True)
     (folder / "tiles").mkdir()
     index = np.arange(len(features), dtype=np.int32)
@@ -155,3 +158,17 @@ def write_slide2vec(folder: Path, features: np.ndarray, cells: np.ndarray = CELL
     meta = {"encoder_name": "prov-gigapath", "tile_size_lv0": 512, "requested_spacing_um": 0.5}
     (folder / "tile_embeddings" / "slide-1.meta.json").write_text(json.dumps(meta))
     return path
+
+
+def write_foreign(tool: str, folder: Path, features: np.ndarray, order: np.ndarray) -> Path:
+    """The file that `tool` would write for the slide of CELLS, its tiles in `order`."""
+    if tool == "slide2vec":
+        return write_slide2vec(folder, features, order=order)
+    write = {
+        "trident": write_trident,
+        "clam": write_clam,
+        "stamp": write_stamp,
+        "mussel": write_mussel,
+        "published": write_published,
+    }[tool]
+    return write(folder, features[order], CELLS[order])

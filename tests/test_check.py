@@ -205,8 +205,8 @@ FOREIGN: list[tuple[str, str, Callable[[Path], Path]]] = [
     ("unreadable", "CLAM's coordinates of another slide", lambda p: change(
         write_clam(p, FEATURES, CELLS), put("coords", COORDS.astype(np.int32) + 512))),
     ("unreadable", "slide2vec without coordinates", lambda p: _without_coordinates(
-        write_slide2vec(p, FEATURES, CELLS, order=np.arange(30)))),
-    ("unreadable", "an npz that is none", lambda p: _broken(write_slide2vec(p, FEATURES, CELLS, order=np.arange(30)))),
+        write_slide2vec(p, FEATURES, CELLS))),
+    ("unreadable", "an npz that is none", lambda p: _broken(write_slide2vec(p, FEATURES, CELLS))),
     ("width", "a width that is not the encoder's", lambda p: trident(p, FEATURES[:, :768])),
 ]  # fmt: skip
 

@@ -13,8 +13,8 @@ from feature_files import (
     make_tiles,
     shuffled,
     write_clam,
+    write_foreign,
     write_h5,
-    write_mussel,
     write_published,
     write_slide2vec,
     write_stamp,
@@ -33,17 +33,8 @@ FEATURES = make_features()
 @pytest.fixture(params=["trident", "clam", "stamp", "mussel", "published", "slide2vec"])
 def foreign(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[str, Path, dict[str, Any]]:
     """(tool, its file of the made slide in an order of its own, what has to be stated to read it)."""
-    if request.param == "slide2vec":
-        return "slide2vec", write_slide2vec(tmp_path, FEATURES, order=ORDER), {}
-    write = {
-        "trident": write_trident,
-        "clam": write_clam,
-        "stamp": write_stamp,
-        "mussel": write_mussel,
-        "published": write_published,
-    }[request.param]
     stated = {"tile_size_level0": 256} if request.param == "published" else {}
-    return request.param, write(tmp_path, FEATURES[ORDER], CELLS[ORDER]), stated
+    return request.param, write_foreign(request.param, tmp_path, FEATURES, ORDER), stated
 
 
 def test_read_features_gives_every_tool_the_same_cells_and_order(foreign: tuple[str, Path, dict[str, Any]]) -> None:
@@ -179,7 +170,7 @@ def test_stamp_slide_features_are_refused(tmp_path: Path) -> None:
 
 
 def test_slide2vec_pt_goes_through_the_reader_it_is_given(tmp_path: Path) -> None:
-    path = write_slide2vec(tmp_path, FEATURES, order=np.arange(len(FEATURES))).with_suffix(".pt")
+    path = write_slide2vec(tmp_path, FEATURES).with_suffix(".pt")
     path.write_bytes(b"stands for a tensor")
     with pytest.raises(FeatureFileError, match=r"slide-1\.pt.*needs torch"):
         read_features(path)

@@ -175,7 +175,7 @@ def test_inspect_names_what_it_could_not_read_and_goes_on(tmp_path: Path, capsys
 
 def test_inspect_reads_slide2vec_tensors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     torch = pytest.importorskip("torch")
-    path = write_slide2vec(tmp_path, FEATURES, order=np.arange(8)).with_suffix(".pt")
+    path = write_slide2vec(tmp_path, FEATURES).with_suffix(".pt")
     torch.save(torch.from_numpy(FEATURES), path)
     assert np.array_equal(read_features(path, read_tensor=read_tensor).features, FEATURES)
     assert main(["inspect", str(path)]) == 0
