@@ -1,7 +1,5 @@
 """A slide of `run_embed` on its way: what the stream's threads find out before its turn to be written comes."""
 
-from typing import TYPE_CHECKING
-
 from gigapath.cohort.manifest import SlideEntry
 from gigapath.cohort.status import Status
 from gigapath.features import Tiles
@@ -9,12 +7,10 @@ from gigapath.features.kept_rows import KeptRows
 from gigapath.preprocessing.places import Take
 from gigapath.preprocessing.reading import filter_of, read_into
 from gigapath.preprocessing.slide import Slide, SlideError
+from gigapath.runs.embed_stages import EmbedStages
 from gigapath.runs.entries import open_entry
 from gigapath.runs.tiling import tile_slide, tiles_digest
 from gigapath.tile_stream.vectors import SlideVectors
-
-if TYPE_CHECKING:
-    from gigapath.runs.embed_job import EmbedJob
 
 
 class ComingSlide:
@@ -31,9 +27,9 @@ class ComingSlide:
     """
 
     __slots__ = (
-        "_job",
         "_opened",
         "_problem",
+        "_stages",
         "_start",
         "digest",
         "entry",
@@ -45,7 +41,7 @@ class ComingSlide:
         "vectors",
     )
 
-    def __init__(self, job: "EmbedJob", entry: SlideEntry) -> None:
+    def __init__(self, stages: EmbedStages, entry: SlideEntry) -> None:
         self.entry = entry
         self.tiled: Status | None = None
         self.digest: str | None = None
@@ -54,7 +50,7 @@ class ComingSlide:
         self.kept: KeptRows | None = None
         self.reading: dict[str, str] = {}
         self.vectors: SlideVectors | None = None
-        self._job = job
+        self._stages = stages
         self._opened: Slide | None = None
         self._start = 0
         self._problem: Exception | None = None
@@ -62,20 +58,20 @@ class ComingSlide:
     def prepare(self) -> None:
         """Find out what is left to do, tile the slide where that is to do, and open it to be read; called from the
         planner's thread, so that the slide before is read meanwhile."""
-        job = self._job
-        if not job.own_tiles:
+        stages = self._stages
+        if not stages.own_tiles:
             self._prepare_given()
             return
-        self.digest = job.tiles_name(self.entry)
+        self.digest = stages.tiles_name(self.entry)
         if self.digest is None:
-            self.tiled = tile_slide(job.run, job.tiles, self.entry, job.tiling, job.options)
+            self.tiled = tile_slide(stages.run, stages.tiles, self.entry, stages.tiling, stages.options)
             if not self.tiled.finished:
                 return
             self.digest = self.tiled.digest
-        self.features = job.features_done(self.entry, self.digest)
+        self.features = stages.features_done(self.entry, self.digest)
         if self.features is None:
             try:  # from their file also where this run made them: the features' file is the same to the last byte then
-                self.tiles = job.read_tiles(self.entry)
+                self.tiles = stages.read_tiles(self.entry)
             except (ValueError, OSError) as error:
                 self._problem = error
                 return
@@ -83,26 +79,26 @@ class ComingSlide:
 
     def _prepare_given(self) -> None:
         """Likewise with the tiles of another folder, which are read once."""
-        job = self._job
+        stages = self._stages
         try:
-            tiles = job.read_tiles(self.entry)
+            tiles = stages.read_tiles(self.entry)
             self.digest = tiles_digest(tiles, self.entry)
         except (ValueError, OSError) as error:
             self._problem = error
             return
-        self.features = job.features_done(self.entry, self.digest)
+        self.features = stages.features_done(self.entry, self.digest)
         if self.features is None:
             self.tiles = tiles
             self._begin(tiles)
 
     def _begin(self, tiles: Tiles) -> None:
         """Find where an earlier run came to, and open the slide."""
-        job = self._job
-        self.kept = job.kept_rows(self.entry, job.identity(self.digest or ""), tiles)
+        stages = self._stages
+        self.kept = stages.kept_rows(self.entry, stages.identity(self.digest or ""), tiles)
         self._start = self.kept.find()
         try:
             self._opened = slide = open_entry(
-                self.entry, job.tiling, job.options.reader, fast_transform=job.fast_transform
+                self.entry, stages.tiling, stages.options.reader, fast_transform=stages.fast_transform
             )
             size = tiles.attrs.get("slide_size")
             if size is not None and tuple(size) != slide.dimensions:
@@ -126,10 +122,10 @@ class ComingSlide:
         reader's thread."""
         if self._opened is None or self.tiles is None or self._problem is not None:
             return
-        job = self._job
-        transform = job.encoder.transform
+        stages = self._stages
+        transform = stages.encoder.transform
         fit = None if transform.fits(self.tiles.tile_size) else transform.fit
-        read_into(self._opened, self.tiles, take, fit=fit, workers=job.workers, start=self._start)
+        read_into(self._opened, self.tiles, take, fit=fit, workers=stages.workers, start=self._start)
 
     def close(self) -> None:
         """Let go of the slide's file."""
