@@ -21,7 +21,8 @@ from gigapath.features.data import Array
 from gigapath.features.h5 import H5Writer, write_attrs
 from gigapath.features.ours import nominal_magnification
 from gigapath.features.scale import all_facts, tile_mpp, tile_pixels
-from gigapath.files import safe_name, write_bytes_atomic, write_json_atomic
+from gigapath.file_names import safe_name
+from gigapath.files import write_bytes_atomic, write_json_atomic
 
 # Pixels of a tile as the slide encoder counts them: the published code divides coordinates by this.
 _CELL = 256

@@ -5,7 +5,6 @@ B tiles of a batch, N tiles of a slide, D width of a tile embedding, E width of 
 
 import contextlib
 import itertools
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from gigapath.devices import resolve_device, resolve_precision
 from gigapath.downloads import RELEASES, release_of
 from gigapath.downloads.digests import remembered_sha256
 from gigapath.features import TileEmbeddings, parse_embedding
+from gigapath.file_names import plain_name
 from gigapath.longnet.attention import choose_kernel
 from gigapath.slide_encoder import WEIGHTS_FILE, LongNetViT, create_model
 from gigapath.tile_encoder import TileEncoder
@@ -339,7 +339,7 @@ def load_slide_encoder(
         )
         known = next(known for known in RELEASES.values() if known.slide_arch == arch)
         release = known if known.slide_sha256 == sha256 else None
-        short = release.name if release else f"{re.sub(r'[^A-Za-z0-9._-]', '_', path.stem)}-{sha256[:8]}"
+        short = release.name if release else f"{plain_name(path.stem)}-{sha256[:8]}"
     else:
         known, arch, short, pretrained = release, release.slide_arch, release.name, ""
         if not random_weights:

@@ -1,5 +1,5 @@
 """Files that are whole or absent: a temporary name in the same folder, flushed, renamed; one sentence when the disk
-says no; names that stay inside the output folder; checksums.
+says no; checksums.
 
 A killed process leaves at most a `<name>.<token>.partial` beside the file it was writing. A later writer in that folder
 removes it once its process is known to be gone.
@@ -19,11 +19,6 @@ from pathlib import Path
 from typing import Any
 
 PARTIAL_SUFFIX = ".partial"
-
-# A file name holds 255 bytes on common file systems; the slide's share leaves room for suffixes and `.partial`.
-MAX_NAME_BYTES = 180
-# Of a longer name so much is shown, and so many digits of its digest.
-_QUOTED_BYTES, _QUOTED_DIGITS = 100, 16
 
 # A partial file of another machine is taken for abandoned after this long without a write.
 ABANDONED_SECONDS = 24 * 3600.0
@@ -299,79 +294,6 @@ def _machine() -> str:
 def real_path(path: Path) -> Path:
     """The path without links, as `Path.resolve`, which raises for a link to itself where this gives the path."""
     return Path(os.path.realpath(path))
-
-
-def safe_name(slide_id: str) -> str:
-    """Check that a slide's id can be a file name, and return it unchanged.
-
-    Ids are never altered: what would leave the output folder, hide in it or break a table raises ValueError.
-    """
-    wanted = name_problem(slide_id)
-    if wanted is not None:
-        shown = slide_id if len(slide_id) <= 60 else slide_id[:60] + "..."
-        raise ValueError(f"slide id: expected {wanted}, got {shown!r}. Give slide_id in a manifest.")
-    return slide_id
-
-
-def name_problem(slide_id: str) -> str | None:
-    """What an id would have to be, where it can't be a file name as it is; else None."""
-    if not slide_id or slide_id != slide_id.strip():
-        return "a name that is not empty and has no space at its ends"
-    if slide_id in (".", "..") or "/" in slide_id or "\\" in slide_id:
-        return "a name without slashes"
-    if any(_is_control(character) for character in slide_id):
-        return "a name without control characters such as line ends"
-    try:
-        too_long = len(slide_id.encode("utf-8")) > MAX_NAME_BYTES
-    except UnicodeEncodeError:
-        return "a name in valid UTF-8"
-    return f"a name of at most {MAX_NAME_BYTES} bytes" if too_long else None
-
-
-def quoted_name(name: str) -> str:
-    """A name that `safe_name` refuses, with escapes as Python writes them: fit for a file's name and a line of a table.
-
-    Different names stay different, and none becomes one that `safe_name` takes: those have no backslash. A long name is
-    cut, and ends in a digest of the whole.
-    """
-    start, stop = len(name) - len(name.lstrip()), len(name.rstrip())
-    if name in (".", ".."):
-        start = 1
-    quoted = "".join(
-        _escape(character) if not start <= index < stop or character in "/\\" or _breaks_lines(character) else character
-        for index, character in enumerate(name)
-    )
-    if len(quoted.encode()) > MAX_NAME_BYTES:
-        digest = hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()[:_QUOTED_DIGITS]
-        quoted = quoted.encode()[:_QUOTED_BYTES].decode("utf-8", "ignore").rstrip() + "\\..." + digest
-    return quoted or "\\empty"
-
-
-def folder_name(slide_id: str) -> str:
-    """A folder name that every file system and every address takes, one for each slide id."""
-    plain = re.sub(r"[^A-Za-z0-9._-]", "_", slide_id).strip(".")[:80]
-    if plain == slide_id:
-        return plain
-    return f"{plain}-{hashlib.sha256(slide_id.encode()).hexdigest()[:8]}"
-
-
-def one_line(text: str) -> str:
-    """A text, such as a path, with escapes in place of line ends, other control characters and what is no UTF-8."""
-    return "".join(_escape(character) if _breaks_lines(character) else character for character in text)
-
-
-def _is_control(character: str) -> bool:
-    return ord(character) < 32 or ord(character) == 127
-
-
-def _breaks_lines(character: str) -> bool:
-    return _is_control(character) or "\ud800" <= character <= "\udfff"  # the latter is a byte of no UTF-8
-
-
-def _escape(character: str) -> str:
-    known = {"\\": "\\\\", "\n": "\\n", "\r": "\\r", "\t": "\\t"}
-    number = ord(character)
-    return known.get(character) or (f"\\x{number:02x}" if number < 256 else f"\\u{number:04x}")
 
 
 def sha256_of(path: Path | str) -> str:

@@ -6,7 +6,6 @@ width.
 """
 
 import contextlib
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +26,7 @@ from gigapath.downloads import HUB_PREFIXES, RELEASES, Release
 from gigapath.downloads.digests import remembered_sha256
 from gigapath.downloads.hub import hub_error
 from gigapath.downloads.table import TILE_FILE
+from gigapath.file_names import plain_name
 from gigapath.tile_architectures import (
     create_model,
     gigapath_tile_enc_dinov2s,
@@ -222,7 +222,7 @@ def _file_encoder(name: str, random_weights: bool) -> dict[str, Any]:
     release = next((release for release in RELEASES.values() if release.tile_sha256 == sha256), None)
     if release:
         return _parts(release.name, model, sha256, f"{release.repo}'s tile encoder ({arch}), from a local file")
-    short = re.sub(r"[^A-Za-z0-9._-]", "_", path.stem)
+    short = plain_name(path.stem)
     return _parts(f"{short}-{sha256[:8]}", model, sha256, f"a checkpoint of {arch} with sha256 {sha256}")
 
 
@@ -251,7 +251,7 @@ def _timm_encoder(name: str, random_weights: bool) -> dict[str, Any]:
     if not isinstance(output, Tensor) or output.ndim != 2:
         raise ValueError(f"--tile-encoder: expected a model that gives one vector a tile, got 'timm:{name}'.")
     sha256 = None if random_weights else _timm_sha256(model.pretrained_cfg)
-    short = "timm-" + re.sub(r"[^A-Za-z0-9._-]", "_", name)
+    short = "timm-" + plain_name(name)
     description = f"timm's {name} ({output.shape[1]}-d), with the transform of its own config"
     return _parts(short, model, sha256, description) | {"transform": transform, "embed_dim": output.shape[1]}
 

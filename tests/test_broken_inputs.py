@@ -19,7 +19,7 @@ from made_embeddings import write_csv as write_rows
 from tiny_encoders import mean_colour_encoder, tiny_slide_encoder
 
 from gigapath.cli.main import main
-from gigapath.files import quoted_name
+from gigapath.file_names import quoted_name
 from gigapath.linear_probe import EmbeddingTable, write_table
 
 SECONDS = 30  # for what takes a fraction of one

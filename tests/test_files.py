@@ -17,11 +17,11 @@ from hypothesis import strategies as st
 
 from gigapath import files
 from gigapath.cohort.status import Status, write_status
+from gigapath.file_names import safe_name
 from gigapath.files import (
     OutputError,
     atomic_file,
     git_blob_id,
-    safe_name,
     sha256_of,
     write_bytes_atomic,
     write_json_atomic,

@@ -16,7 +16,7 @@ from gigapath.cli.main import main
 from gigapath.cohort.manifest import find_slides
 from gigapath.cohort.privacy import recorded_paths
 from gigapath.cohort.status import read_status
-from gigapath.files import MAX_NAME_BYTES, name_problem, quoted_name
+from gigapath.file_names import MAX_NAME_BYTES, name_problem, quoted_name
 
 # The file's name -> the slide's id and some words of its reason.
 BAD = {

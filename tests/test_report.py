@@ -19,7 +19,7 @@ from PIL import Image
 from gigapath.cli.main import main
 from gigapath.cohort.status import read_status, write_status
 from gigapath.features import read_tiles
-from gigapath.files import folder_name
+from gigapath.file_names import folder_name
 from gigapath.report import ReportOptions, write_report
 from gigapath.report.page import json_for_html, script_text
 from gigapath.report.projection import project

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from gigapath.cohort.dicom import series_uid
-from gigapath.files import name_problem, one_line, quoted_name, real_path, separator_hint
+from gigapath.file_names import name_problem, one_line, quoted_name
+from gigapath.files import real_path, separator_hint
 from gigapath.preprocessing.slide import SLIDE_SUFFIXES, slide_id_of
 
 # A PNG in a folder of slides is a mask or a preview more often than a slide: it is taken when named, not when found.

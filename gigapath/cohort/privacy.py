@@ -11,7 +11,8 @@ from typing import Any
 
 from gigapath.cohort.manifest import SlideEntry
 from gigapath.cohort.status import derive
-from gigapath.files import one_line, real_path, write_text_atomic
+from gigapath.file_names import one_line
+from gigapath.files import real_path, write_text_atomic
 
 PRIVATE = "private"
 _PATHS = "paths.csv"

@@ -15,7 +15,8 @@ from gigapath.cohort.record import RUNS
 from gigapath.cohort.shards import FOLDER as SHARDS
 from gigapath.cohort.sheet import draw_contact_sheet
 from gigapath.cohort.status import SLIDES_CSV
-from gigapath.files import PARTIAL_SUFFIX, OutputError, folder_name, safe_name, write_text_atomic
+from gigapath.file_names import folder_name, safe_name
+from gigapath.files import PARTIAL_SUFFIX, OutputError, write_text_atomic
 from gigapath.preprocessing.slide import slide_id_of
 
 REMOVED = "<removed>"

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gigapath.features.names import parse_embedding
-from gigapath.files import safe_name
+from gigapath.file_names import safe_name
 
 # Raised only when the numbers in the files change; reuse compares these, not the package's version. The slide encoder
 # has one of its own, so that nothing is tiled or embedded again for its sake (2: its sums are float32 under autocast).

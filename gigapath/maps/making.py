@@ -1,6 +1,5 @@
 """The maps of one slide, from its tile embeddings and what was fitted or loaded once for all slides."""
 
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +10,7 @@ import torch
 
 from gigapath.encoding import SlideEncoder
 from gigapath.features import TileEmbeddings
+from gigapath.file_names import plain_name
 from gigapath.finetune.data import CELL, Bag
 from gigapath.finetune.fitted import FittedHead
 from gigapath.maps.attention import encoder_attention, rollout
@@ -366,4 +366,4 @@ def _shares(on_tiles: float, on_class: float, lost: float) -> str:
 
 def _fit(name: str) -> str:
     """A word that can be part of a file's name."""
-    return re.sub(r"[^A-Za-z0-9._-]", "_", name)[:60]
+    return plain_name(name)[:60]

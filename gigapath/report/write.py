@@ -12,7 +12,8 @@ from typing import Any
 
 import gigapath
 from gigapath.cohort.privacy import hide_paths
-from gigapath.files import check_writable, folder_name, write_text_atomic
+from gigapath.file_names import folder_name
+from gigapath.files import check_writable, write_text_atomic
 from gigapath.report.collecting import Cohort, collect_cohort, fitted_heads, read_runs
 from gigapath.report.maps import Sources, notes_on_maps, write_maps
 from gigapath.report.options import MAX_IN_ONE_FILE, ReportOptions

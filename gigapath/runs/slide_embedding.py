@@ -1,7 +1,6 @@
 """`run_slide_embed`: tile embeddings, ours or another tool's, to the embeddings of slides."""
 
 import dataclasses
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,7 +13,8 @@ from gigapath.devices import at_most_threads
 from gigapath.downloads import RELEASES
 from gigapath.encoding import load_slide_encoder
 from gigapath.features import FeatureFileError
-from gigapath.files import name_problem, one_line, quoted_name, real_path, sha256_of
+from gigapath.file_names import name_problem, one_line, plain_name, quoted_name
+from gigapath.files import real_path, sha256_of
 from gigapath.options import to_dict
 from gigapath.runs.engine import CohortRun, RunResult
 from gigapath.runs.entries import only_failed
@@ -73,7 +73,7 @@ def run_slide_embed(
         before = [
             path for path in (out / "tiles", entries[0].path.parent) if path.is_relative_to(out) and path.is_dir()
         ]
-        folder = slides_folder(out, slide_encoder.name, _fit_for_a_name(encoder_name or "features"), embedding.form)
+        folder = slides_folder(out, slide_encoder.name, plain_name(encoder_name or "features"), embedding.form)
         stage = SlideStage(
             slide_encoder, folder, options, embedding.tile_size_level0, encoder_name, form=embedding.form
         )
@@ -178,7 +178,3 @@ def _features_name(entry: SlideEntry) -> str:
     """Names a slide's tile embeddings: as the run that made them does, else by the file's content."""
     status = read_status(entry.path.parent, entry.slide_id)
     return status.digest if status is not None and status.digest else f"sha256:{sha256_of(entry.path)}"
-
-
-def _fit_for_a_name(encoder: str) -> str:
-    return re.sub(r"[^A-Za-z0-9._-]", "_", encoder)

@@ -24,7 +24,8 @@ from PIL import Image, PngImagePlugin
 from tqdm import tqdm
 
 from gigapath.features import NUMERICS_VERSION
-from gigapath.files import safe_name, write_bytes_atomic, write_text_atomic
+from gigapath.file_names import safe_name
+from gigapath.files import write_bytes_atomic, write_text_atomic
 from gigapath.preprocessing.data.foreground_segmentation import segment_foreground
 from gigapath.preprocessing.data.thumbnails import save_thumbnails
 from gigapath.preprocessing.data.tiling import tile_array_2d
