@@ -17,15 +17,12 @@ import numpy as np
 import gigapath
 from gigapath.features import TileEmbeddings
 from gigapath.features.cells import cells_of
-from gigapath.features.data import Array
+from gigapath.features.data import CELL, Array
 from gigapath.features.h5 import H5Writer, write_attrs
 from gigapath.features.ours import nominal_magnification
 from gigapath.features.scale import all_facts, tile_mpp, tile_pixels
 from gigapath.file_names import safe_name
 from gigapath.files import write_bytes_atomic, write_json_atomic
-
-# Pixels of a tile as the slide encoder counts them: the published code divides coordinates by this.
-_CELL = 256
 
 # `numerics_version` of embeddings that another tool computed: never equal to one of ours.
 FOREIGN_NUMERICS = 0
@@ -253,7 +250,7 @@ def _to_stamp(found: TileEmbeddings, folder: Path, scale: Scale) -> list[Path]:
         "extractor": found.encoder or "unknown",
         "unit": "um",
         "tile_size_um": float(np.mean(size)),
-        "tile_size_px": tile_pixels(found.attrs, found.source) or _CELL,
+        "tile_size_px": tile_pixels(found.attrs, found.source) or CELL,
         "code_hash": "converted",
         "feat_type": "tile",
     }
@@ -311,9 +308,9 @@ def _write_npz(path: Path, **arrays: Any) -> None:
 
 
 def _to_published(found: TileEmbeddings, folder: Path, scale: Scale) -> list[Path]:
-    """What the published fine-tuning script reads: coordinates at the tile's level, neighbours 256 apart."""
+    """What the published fine-tuning script reads: coordinates at the tile's level, neighbours CELL apart."""
     assert found.cells is not None
-    coords = (found.cells.astype(np.float32)) * _CELL
+    coords = found.cells.astype(np.float32) * CELL
     return [_write_h5(folder / f"{found.slide_id}.h5", found.features.astype(np.float32), coords)]
 
 

@@ -25,8 +25,6 @@ from gigapath.slide_encoder import WEIGHTS_FILE, LongNetViT, create_model
 from gigapath.tile_encoder import TileEncoder
 from gigapath.weights import find_weights, load_state_dict, tell_architecture
 
-# Encoders get tiles `tile_size` pixels apart; the released slide encoders count 256 to a cell.
-_CELL = 256
 _AUTOCAST = {"fp16": torch.float16, "bf16": torch.bfloat16}
 _RANDOM_SEED = 0
 # Rows summed at once for the mean of a slide's tiles: the sum must not depend on how they were batched.
@@ -165,7 +163,7 @@ class SlideEncoder:
         if self.model is None:
             return mean
         features = torch.from_numpy(np.ascontiguousarray(tiles.features))
-        coords = torch.from_numpy(tiles.encoder_coords(_CELL))
+        coords = torch.from_numpy(tiles.encoder_coords())
         with self._failures(len(tiles)):
             states = self._states(self.model, features, coords, after_layer)
         for value in states.values():
@@ -207,7 +205,7 @@ class SlideEncoder:
                 kept.append(tokens.float().cpu().numpy())
 
         features = torch.from_numpy(np.ascontiguousarray(tiles.features))
-        coords = torch.from_numpy(tiles.encoder_coords(_CELL))
+        coords = torch.from_numpy(tiles.encoder_coords())
         with self._failures(len(tiles)):
             self._states(self.model, features, coords, after_layer, keep)
         for value in kept:

@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parent.parent / "gigapath"
 
 # A module may import modules of its own layer's unit (folder) and of layers below, never sideways or up.
 LAYERS = [
-    {"options", "files", "file_names"},
+    {"options", "files", "file_names", "lazy"},
     {"downloads"},
     {"features", "tensors", "weights", "devices", "longnet", "pos_embed"},
     {"preprocessing", "tile_transform", "standin", "slide_encoder", "metrics"},
@@ -25,7 +25,7 @@ LAYERS = [
     {"cli"},
 ]
 RANK = {unit: rank for rank, units in enumerate(LAYERS) for unit in units}
-WITHOUT_TORCH = {"options", "files", "file_names", "features", "preprocessing", "cohort", "downloads", "report"}
+WITHOUT_TORCH = {"options", "files", "file_names", "lazy", "features", "preprocessing", "cohort", "downloads", "report"}
 
 
 def unit_of(path: Path) -> str:

@@ -17,7 +17,8 @@ from gigapath.bench.protocol import Work, compare, product
 from gigapath.bench.slide_encoder import WIDTHS
 from gigapath.classification_head import ClassificationHead
 from gigapath.devices import resolve_device
-from gigapath.finetune.data import CELL, Bag, FileBags, MemoryBags, ReadAhead, look_at_all
+from gigapath.features.data import CELL
+from gigapath.finetune.data import Bag, FileBags, MemoryBags, ReadAhead, look_at_all
 from gigapath.finetune.options import JoinOptions, TrainingOptions
 from gigapath.finetune.plan import operations
 from gigapath.finetune.processes import Processes, training_precision

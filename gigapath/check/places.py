@@ -5,12 +5,9 @@ import numpy as np
 from gigapath.check.contents import Contents
 from gigapath.check.findings import Finding, share
 from gigapath.features.cells import observed_step, row_major
-from gigapath.features.data import FRAMES, Array
-from gigapath.features.describe import GRID
+from gigapath.features.data import CELL, FRAMES, GRID, Array
 from gigapath.features.scale import all_facts
 
-# Pixels of a tile as the slide encoder counts them: what a tool divides by where a file states no distance.
-_CELL = 256
 # Fewer gaps between columns and rows than this say nothing about the grid: a few tiles picked from it may all be far
 # from each other.
 _FEW_GAPS = 4
@@ -67,7 +64,7 @@ def check_places(held: Contents) -> list[Finding]:
 def _pitch(held: Contents) -> tuple[float, float] | None:
     """What the file's coordinates are divided by: as it states, else as the published code does."""
     if held.step is None and held.tool == "published":
-        return float(_CELL), float(_CELL)
+        return float(CELL), float(CELL)
     return held.step
 
 

@@ -19,6 +19,11 @@ from gigapath.file_names import safe_name
 NUMERICS_VERSION = 1
 SLIDE_NUMERICS_VERSION = 2
 
+# Pixels of a cell as the published code takes coordinates: its slide encoder only divides by this.
+CELL = 256
+# Side of the slide encoder's grid: a cell beyond it has no position.
+GRID = 1000
+
 Attrs = Mapping[str, Any]
 Array = NDArray[Any]
 
@@ -186,7 +191,7 @@ class TileEmbeddings:
         held = {name: None if value is None else value[indices] for name, value in held.items()}
         return dataclasses.replace(self, **held)
 
-    def encoder_coords(self, tile_size: int = 256) -> Array:
+    def encoder_coords(self, tile_size: int = CELL) -> Array:
         """(N, 2) int64, `cells * tile_size`: what the slide encoder takes."""
         if self.cells is None:
             raise ValueError(f"{self.slide_id}: the cells of its tiles are not known; read the file with cells.")

@@ -6,15 +6,12 @@ from typing import Any
 import numpy as np
 
 from gigapath.features.cells import observed_step, row_major
-from gigapath.features.data import FRAMES, Array, FeatureFileError
+from gigapath.features.data import FRAMES, GRID, Array, FeatureFileError
 from gigapath.features.foreign import TensorReader, coordinates_file_step
 from gigapath.features.h5 import open_h5, read_attrs, read_dataset
 from gigapath.features.ours import read_slide, read_tiles, stage_of
 from gigapath.features.reading import read_features
 from gigapath.features.scale import tile_mpp
-
-# Side of the slide encoder's grid: a cell beyond it has no position.
-GRID = 1000
 
 _TOOLS = {
     "gigapath": "gigapath",

@@ -13,13 +13,12 @@ import numpy as np
 import numpy.typing as npt
 
 from gigapath.features import FeatureFileError, read_features
+from gigapath.features.data import CELL, GRID
 from gigapath.features.h5 import find_dataset, open_h5, read_attrs
 from gigapath.finetune.options import JoinOptions
 from gigapath.tensors import read_tensor
 
 SUFFIXES = (".h5", ".npz", ".pt")
-CELL = 256  # pixels of a cell as the slide encoder takes them; it only divides by this
-GRID = 1000  # cells on a side of its grid
 MPP_TOLERANCE = 0.02
 KEPT_BYTES = 1 << 30  # bags of a cohort up to this size stay in memory after the first pass
 # Attributes by which files say how far apart their tiles lie (ours, TRIDENT's, CLAM's and Mussel's, STAMP's).

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from gigapath.features.data import CELL
 from gigapath.finetune.data import Bag
 from gigapath.finetune.heads import pack
 from gigapath.finetune.options import TrainingOptions
@@ -139,7 +140,7 @@ def _probe(model: nn.Module, input_dim: int, precision: str, device: torch.devic
 
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     side = int(PROBE_TILES**0.5)
-    cells = np.stack(np.meshgrid(np.arange(side), np.arange(side)), axis=-1).reshape(-1, 2) * 256
+    cells = np.stack(np.meshgrid(np.arange(side), np.arange(side)), axis=-1).reshape(-1, 2) * CELL
     bag = Bag(np.ones((PROBE_TILES, input_dim), np.float32), cells.astype(np.int64))
     state = torch.get_rng_state()
     model.train()

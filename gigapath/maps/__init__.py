@@ -6,8 +6,9 @@ result = make_maps(["out"], "maps", MapOptions(kind=("attention",), layer=(1, 12
 Names are looked up when they are used: the options alone need no torch.
 """
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from gigapath.lazy import lazy_names
 
 if TYPE_CHECKING:
     from gigapath.maps.attention import LayerAttention, Rollout, encoder_attention, rollout
@@ -18,18 +19,6 @@ if TYPE_CHECKING:
     from gigapath.maps.heads import deletion_and_insertion, gradient_times_input, head_attention, occlusion
     from gigapath.maps.options import MapOptions
     from gigapath.maps.run import MapsResult, look_at_slide, make_maps
-
-_HOMES = {
-    "attention": ("LayerAttention", "Rollout", "encoder_attention", "rollout"),
-    "data": ("Colours", "Place", "TileMap", "place_of"),
-    "drawing": ("draw_curve", "draw_map", "tile_rgba"),
-    "embeddings": ("cosine_similarity", "fit_clusters", "fit_components", "sample_tiles"),
-    "geojson": ("tiles_geojson",),
-    "heads": ("deletion_and_insertion", "gradient_times_input", "head_attention", "occlusion"),
-    "options": ("MapOptions",),
-    "run": ("MapsResult", "look_at_slide", "make_maps"),
-}
-_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
     "Colours",
@@ -58,8 +47,16 @@ __all__ = [
     "tiles_geojson",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME_OF:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_HOME_OF[name]}"), name)
+__getattr__, __dir__ = lazy_names(
+    __name__,
+    {
+        "attention": ("LayerAttention", "Rollout", "encoder_attention", "rollout"),
+        "data": ("Colours", "Place", "TileMap", "place_of"),
+        "drawing": ("draw_curve", "draw_map", "tile_rgba"),
+        "embeddings": ("cosine_similarity", "fit_clusters", "fit_components", "sample_tiles"),
+        "geojson": ("tiles_geojson",),
+        "heads": ("deletion_and_insertion", "gradient_times_input", "head_attention", "occlusion"),
+        "options": ("MapOptions",),
+        "run": ("MapsResult", "look_at_slide", "make_maps"),
+    },
+)

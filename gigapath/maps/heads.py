@@ -14,6 +14,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from gigapath.features.data import CELL
 from gigapath.finetune.data import Bag
 from gigapath.finetune.fitted import FittedHead
 from gigapath.finetune.heads import GatedAttention, pack
@@ -120,7 +121,7 @@ def occlusion(head: FittedHead, bag: Bag, target: int, device: torch.device) -> 
 
 def occluded_squares(coords: IntArray) -> tuple[IntArray, int]:
     """(N,) number of the square that each tile lies in, and the side in cells: the least with at most MOST_BLOCKS."""
-    cells = (np.asarray(coords) - np.asarray(coords).min(axis=0)) // 256
+    cells = (np.asarray(coords) - np.asarray(coords).min(axis=0)) // CELL
     side = 1
     while True:
         _, numbers = np.unique(cells // side, axis=0, return_inverse=True)

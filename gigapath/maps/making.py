@@ -11,7 +11,7 @@ import torch
 from gigapath.encoding import SlideEncoder
 from gigapath.features import TileEmbeddings
 from gigapath.file_names import plain_name
-from gigapath.finetune.data import CELL, Bag
+from gigapath.finetune.data import Bag
 from gigapath.finetune.fitted import FittedHead
 from gigapath.maps.attention import encoder_attention, rollout
 from gigapath.maps.data import Colours, TileMap
@@ -216,7 +216,7 @@ class Maker:
 
     def _inputs(self, tiles: TileEmbeddings) -> tuple[torch.Tensor, torch.Tensor]:
         features = torch.from_numpy(np.ascontiguousarray(tiles.features, np.float32)).to(self.device)
-        return features, torch.from_numpy(tiles.encoder_coords(CELL)).to(self.device)
+        return features, torch.from_numpy(tiles.encoder_coords()).to(self.device)
 
     @property
     def _query_tile(self) -> int | None:

@@ -18,7 +18,7 @@ from gigapath.downloads import RELEASES
 from gigapath.encoding import SlideEncoder, load_slide_encoder
 from gigapath.features import FeatureFileError, TileEmbeddings, read_features
 from gigapath.files import OutputError, check_writable
-from gigapath.finetune.data import CELL, Bag, look_at_all
+from gigapath.finetune.data import Bag, look_at_all
 from gigapath.finetune.fitted import FittedHead, load_head
 from gigapath.finetune.options import JoinOptions
 from gigapath.maps.attention import check_layers
@@ -253,7 +253,7 @@ def _check_made(head: FittedHead, path: Path, options: MapOptions) -> None:
 
 
 def _bag_of(tiles: TileEmbeddings) -> Bag:
-    return Bag(np.asarray(tiles.features, dtype=np.float32), tiles.encoder_coords(CELL))
+    return Bag(np.asarray(tiles.features, dtype=np.float32), tiles.encoder_coords())
 
 
 def _values_by_name(drawn: dict[str, list[TileMap]]) -> dict[str, FloatArray]:
