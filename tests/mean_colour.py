@@ -29,7 +29,7 @@ from gigapath.runs.entries import open_entry
 from gigapath.runs.options import RunOptions
 from gigapath.runs.tiling import tile_slide, tiles_done
 from gigapath.runs.watching import Plan, Watcher
-from gigapath.runs.worker import Survey
+from gigapath.runs.worker import Agenda
 
 NAME = "mean-colour"
 WIDTH = 6
@@ -85,10 +85,10 @@ def run_mean_colours(slides: Path, out: Path, options: RunOptions, watch: Watche
 class MeanColours:
     """The work on its way to a worker."""
 
-    def survey(self, run: CohortRun) -> Any:
+    def agenda(self, run: CohortRun) -> Any:
         raise AssertionError("the run knows by itself what is to do")
 
-    def join(self, run: CohortRun, survey: Survey | None) -> "MeanColourJob":
+    def join(self, run: CohortRun, agenda: Agenda | None) -> "MeanColourJob":
         plain()  # for good: the process is this run's
         return MeanColourJob(run)
 

@@ -22,7 +22,7 @@ from gigapath.runs import crew, ray_engine, spreading
 from gigapath.runs.crew import Lost, News, Ready, Report, Spread
 from gigapath.runs.engine import CohortRun
 from gigapath.runs.options import RunOptions
-from gigapath.runs.worker import Survey, WorkerProcess
+from gigapath.runs.worker import Agenda, WorkerProcess
 
 
 class StandIn:
@@ -242,10 +242,10 @@ class MadeWork:
     def __init__(self) -> None:
         self.seen: list[tuple[str, ...]] = []
 
-    def survey(self, run: CohortRun) -> tuple[Any, Survey]:
+    def agenda(self, run: CohortRun) -> tuple[Any, Agenda]:
         raise ValueError("no such encoder")
 
-    def join(self, run: CohortRun, survey: Survey | None) -> "MadeWork":
+    def join(self, run: CohortRun, agenda: Agenda | None) -> "MadeWork":
         return self
 
     def announce(self, slides: Sequence[SlideEntry]) -> None:

@@ -28,7 +28,7 @@ from gigapath.runs.options import EmbedOptions, RunOptions
 from gigapath.runs.spreading import spread_tiling
 from gigapath.runs.tiling import run_tile
 from gigapath.runs.watching import Plan, Watcher
-from gigapath.runs.worker import Survey
+from gigapath.runs.worker import Agenda
 
 pytestmark = [
     pytest.mark.slow,
@@ -232,10 +232,10 @@ def test_a_node_that_is_gone_leaves_exactly_the_files_of_an_unbroken_run(
 class Deadly:
     """Work of which one slide ends the process that does it."""
 
-    def join(self, run: CohortRun, survey: Survey | None) -> "DeadlyJob":
+    def join(self, run: CohortRun, agenda: Agenda | None) -> "DeadlyJob":
         return DeadlyJob(run)
 
-    def survey(self, run: CohortRun) -> Any:
+    def agenda(self, run: CohortRun) -> Any:
         raise AssertionError
 
 

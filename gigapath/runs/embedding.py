@@ -26,7 +26,7 @@ from gigapath.runs.planning import estimate_tiles
 from gigapath.runs.slides import SlideStage, slides_folder
 from gigapath.runs.tiling import tiling_identities, write_contact_sheet
 from gigapath.runs.watching import Plan, Watcher
-from gigapath.runs.worker import Survey
+from gigapath.runs.worker import Agenda
 from gigapath.slide_encoder import WEIGHTS_FILE
 from gigapath.tile_encoder import TileEncoder, load_tile_encoder
 from gigapath.tile_stream.settling import fitting_batch_size, settle
@@ -148,12 +148,12 @@ class EmbedWork:
     embedding: EmbedOptions
     options: RunOptions
 
-    def survey(self, run: CohortRun) -> tuple[EmbedJob, Survey]:
+    def agenda(self, run: CohortRun) -> tuple[EmbedJob, Agenda]:
         """The job of the first worker; the others take batches of its size."""
         run.entries, run.cohort = self.cohort, sorted({entry.slide_id for entry in self.cohort})
         job, todo = _prepare(run, self.tiling, self.embedding, self.options)
         plan = _plan(job, todo)
-        found = Survey(
+        found = Agenda(
             entries=tuple(run.entries),
             todo=tuple(todo),
             tiles=job.expected,
@@ -166,15 +166,15 @@ class EmbedWork:
         )
         return job, found
 
-    def join(self, run: CohortRun, survey: Survey | None) -> EmbedJob:
+    def join(self, run: CohortRun, agenda: Agenda | None) -> EmbedJob:
         """The job of another worker.
 
         Raises:
             ValueError: it comes to other numbers than the first.
         """
-        assert survey is not None
-        job = _job(run, self.tiling, replace(self.embedding, batch_size=survey.batch_size), self.options)
-        changed = differences(survey.numerics, _numerics(job))
+        assert agenda is not None
+        job = _job(run, self.tiling, replace(self.embedding, batch_size=agenda.batch_size), self.options)
+        changed = differences(agenda.numerics, _numerics(job))
         if changed:
             raise ValueError(
                 f"--engine ray: expected workers with equal numbers, got one with others: {'; '.join(changed)}. "

@@ -24,7 +24,7 @@ from gigapath.files import remove_abandoned
 from gigapath.runs.crew import PATIENCE_SECONDS, Lost, News, Ready, Report
 from gigapath.runs.engine import CohortRun
 from gigapath.runs.machine import available_cores
-from gigapath.runs.worker import Hello, Survey, Work, WorkerProcess
+from gigapath.runs.worker import Agenda, Hello, Work, WorkerProcess
 
 _CONNECT_SECONDS = 5.0
 _PROGRESS_SECONDS = 1.0
@@ -97,7 +97,7 @@ class RayCrew:
         self._workers: list[RayWorker] = []
         self._machines: dict[str, int] = {}
         self._writers: list[str] = []
-        self._survey: Survey | None = None
+        self._agenda: Agenda | None = None
 
     # ------------------------------------------------------------------------------------------------- the cluster
 
@@ -184,7 +184,7 @@ class RayCrew:
 
     # ------------------------------------------------------------------------------------------------- the workers
 
-    def survey(self) -> tuple[RayWorker, Survey]:
+    def agenda(self) -> tuple[RayWorker, Agenda]:
         """Hire the first worker and let it look at the cohort.
 
         Raises:
@@ -197,9 +197,9 @@ class RayCrew:
             self._run.stop.check()
             for _, news in self.news(_POLL_SECONDS):
                 if isinstance(news, Ready):
-                    assert worker.hello is not None and worker.hello.survey is not None
-                    self._survey = worker.hello.survey
-                    return worker, self._survey
+                    assert worker.hello is not None and worker.hello.agenda is not None
+                    self._agenda = worker.hello.agenda
+                    return worker, self._agenda
                 worker.end()
                 if isinstance(news, Report) and news.error is not None:
                     raise news.error
@@ -212,7 +212,7 @@ class RayCrew:
         return sum(int(node.get("CPU", 0) // self.cores) for node in self._nodes())
 
     def hire(self) -> RayWorker:
-        first = self._survey is None and self._device != "none"
+        first = self._agenda is None and self._device != "none"
         actor = self._ray.remote(WorkerProcess).options(
             num_cpus=self.cores,
             num_gpus=int(self._gpu),
@@ -224,7 +224,7 @@ class RayCrew:
             self, actor.remote(self._work, self._run.verb, Path(self._run.out).absolute(), str(Path.cwd()), _machine)
         )
         self._workers.append(worker)
-        self.await_(worker.actor.start.remote(self._survey, first=first), worker, "start")
+        self.await_(worker.actor.start.remote(self._agenda, first=first), worker, "start")
         return worker
 
     def forget(self, worker: RayWorker) -> None:

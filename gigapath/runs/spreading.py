@@ -44,13 +44,13 @@ def spread_embedding(
     check_writable(run.out)
     with RayCrew(run, make_work, address=options.ray_address, cores=options.worker_cores, device=device) as crew:
         try:
-            first, survey = crew.survey()
+            first, agenda = crew.agenda()
         except Stopped as signal:
             raise KeyboardInterrupt(str(signal)) from signal
-        run.entries, run.stages = survey.entries, survey.stages
-        run.facts.update(survey.facts)
-        weights = weigh(survey.todo, survey.tiles_folder)
-        return _over_slides(run, crew, survey.todo, weights, lambda: survey.plan, first, survey.tiles)
+        run.entries, run.stages = agenda.entries, agenda.stages
+        run.facts.update(agenda.facts)
+        weights = weigh(agenda.todo, agenda.tiles_folder)
+        return _over_slides(run, crew, agenda.todo, weights, lambda: agenda.plan, first, agenda.tiles)
 
 
 def _over_slides(

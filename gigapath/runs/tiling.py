@@ -30,7 +30,7 @@ from gigapath.runs.machine import threads
 from gigapath.runs.options import RunOptions
 from gigapath.runs.planning import estimate_tiles, estimate_tiling
 from gigapath.runs.watching import Plan, Watcher
-from gigapath.runs.worker import Survey
+from gigapath.runs.worker import Agenda
 
 # Options that decide whether a slide is accepted, not which tiles come of it.
 _ACCEPTANCE = ("allow_upsampling", "allow_dark_background")
@@ -115,10 +115,10 @@ class TileWork:
     options: RunOptions
     cores: int
 
-    def survey(self, run: CohortRun) -> NoReturn:
+    def agenda(self, run: CohortRun) -> NoReturn:
         raise AssertionError("a tiling run knows by itself what is to do")
 
-    def join(self, run: CohortRun, survey: Survey | None) -> "_TileJob":
+    def join(self, run: CohortRun, agenda: Agenda | None) -> "_TileJob":
         return _TileJob(run, self.tiling, dataclasses.replace(self.options, workers=threads(self.options, self.cores)))
 
 

@@ -32,8 +32,8 @@ class Job(Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
-class Survey:
-    """What the first worker of a crew finds out for the run: it has the encoders.
+class Agenda:
+    """What a run has to do, as the first worker of its crew finds out: it has the encoders.
 
     Attributes:
         entries: the slides that the run is for.
@@ -61,10 +61,10 @@ class Survey:
 class Work(Protocol):
     """A verb's work, on its way to a worker: plain values."""
 
-    def survey(self, run: CohortRun) -> tuple[Job, Survey]:
-        """The job of the first worker, and what it finds out."""
+    def agenda(self, run: CohortRun) -> tuple[Job, Agenda]:
+        """The job of the first worker, and what it finds that there is to do."""
 
-    def join(self, run: CohortRun, survey: Survey | None) -> Job:
+    def join(self, run: CohortRun, agenda: Agenda | None) -> Job:
         """The job of another worker, which does as the first one."""
 
 
@@ -75,13 +75,13 @@ class Hello:
     Attributes:
         machine: a name for its machine, which stays in the run's memory.
         writer: what the names of its unfinished files have in them.
-        survey: what it found out, where it was asked.
+        agenda: what there is to do, where it was asked.
         error: why it can't work, or None.
     """
 
     machine: str = ""
     writer: str = ""
-    survey: Survey | None = None
+    agenda: Agenda | None = None
     error: Exception | None = None
 
 
@@ -114,7 +114,7 @@ class WorkerProcess:
             os.chdir(cwd)
         self._run = CohortRun(out, verb, [], [], {}, watch=self._watch, stop=self._stop)
 
-    def start(self, survey: Survey | None, *, first: bool) -> Hello:
+    def start(self, agenda: Agenda | None, *, first: bool) -> Hello:
         """Build the job."""
         found = None
         try:
@@ -124,9 +124,9 @@ class WorkerProcess:
                     "file system that all machines share."
                 )
             if first:
-                self._job, found = self._work.survey(self._run)
+                self._job, found = self._work.agenda(self._run)
             else:
-                self._job = self._work.join(self._run, survey)
+                self._job = self._work.join(self._run, agenda)
         except Exception as error:
             return Hello(error=error)
         return Hello(self._machine(), writer_name(), found)
