@@ -84,14 +84,14 @@ def run_embed(
             check_tissue(cohort, tiling)
         resolved = {**to_dict(tiling), **to_dict(embedding), **to_dict(options)}
         run = CohortRun(
-            out,
-            "embed",
-            cohort,
-            [],
-            resolved,
-            command,
-            watch,
-            stop,
+            out=out,
+            verb="embed",
+            entries=cohort,
+            stages=[],
+            options=resolved,
+            command=command,
+            watch=watch,
+            stop=stop,
             cohort=sorted({entry.slide_id for entry in cohort}),
             max_failures=options.max_failures,
         )

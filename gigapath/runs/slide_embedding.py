@@ -11,7 +11,7 @@ from gigapath.cohort.stopping import StopFlag
 from gigapath.cohort.words import slides_in_words
 from gigapath.devices import at_most_threads
 from gigapath.downloads import RELEASES
-from gigapath.encoding import load_slide_encoder
+from gigapath.encoding import SlideEncoder, load_slide_encoder
 from gigapath.features import FeatureFileError
 from gigapath.file_names import name_problem, one_line, plain_name, quoted_name
 from gigapath.files import real_path, sha256_of
@@ -57,19 +57,7 @@ def run_slide_embed(
         entries = find_features(features)
         out = _output_folder(entries, out)
         encoder_name, width = _first_described(entries)
-        name = embedding.slide_encoder
-        if name is None:
-            name = encoder_name if encoder_name in RELEASES else "gigapath" if embedding.random_weights else "mean"
-        slide_encoder = load_slide_encoder(
-            name,
-            in_chans=width,
-            device=embedding.device,
-            precision=embedding.precision,
-            random_weights=embedding.random_weights and name in RELEASES,
-        )
-        slide_encoder.check_pair(encoder_name, width)
-        if slide_encoder.model is None and embedding.form.endswith(":tiles"):
-            raise ValueError(f"--embedding {embedding.embedding}: expected a slide encoder with layers, got the mean.")
+        slide_encoder = _slide_encoder(embedding, encoder_name, width)
         before = [
             path for path in (out / "tiles", entries[0].path.parent) if path.is_relative_to(out) and path.is_dir()
         ]
@@ -86,14 +74,14 @@ def run_slide_embed(
         todo = [entry for entry in entries if stage.done(entry.slide_id, names[entry.slide_id]) is None]
         resolved = {**to_dict(embedding), **to_dict(options)}
         run = CohortRun(
-            out,
-            "slide-embed",
-            entries,
-            [*before, folder],
-            resolved,
-            command,
-            watch,
-            stop,
+            out=out,
+            verb="slide-embed",
+            entries=entries,
+            stages=[*before, folder],
+            options=resolved,
+            command=command,
+            watch=watch,
+            stop=stop,
             keep_paths=False,
             cohort=ids,
             max_failures=options.max_failures,
@@ -112,6 +100,30 @@ def run_slide_embed(
             return [stage.embed(run, entry, entry.path, names[entry.slide_id])]
 
         return dataclasses.replace(run.over_slides(todo, work, lambda: plan), results=folder)
+
+
+def _slide_encoder(embedding: SlideEmbedOptions, tile_encoder: str | None, width: int) -> SlideEncoder:
+    """The slide encoder that the options mean for these tile embeddings; one that was trained on others is refused.
+
+    Args:
+        embedding: which slide encoder.
+        tile_encoder: what the files name, or None.
+        width: D.
+    """
+    name = embedding.slide_encoder
+    if name is None:
+        name = tile_encoder if tile_encoder in RELEASES else "gigapath" if embedding.random_weights else "mean"
+    slide_encoder = load_slide_encoder(
+        name,
+        in_chans=width,
+        device=embedding.device,
+        precision=embedding.precision,
+        random_weights=embedding.random_weights and name in RELEASES,
+    )
+    slide_encoder.check_pair(tile_encoder, width)
+    if slide_encoder.model is None and embedding.form.endswith(":tiles"):
+        raise ValueError(f"--embedding {embedding.embedding}: expected a slide encoder with layers, got the mean.")
+    return slide_encoder
 
 
 def find_features(inputs: Sequence[str | Path]) -> list[SlideEntry]:

@@ -82,14 +82,14 @@ def tile_cohort(
         entries = chosen(cohort, out, "tile", [folder], options, tiles=folder)
         todo = [entry for entry in entries if tiles_done(folder, entry, tiling, options) is None]
         run = CohortRun(
-            out,
-            "tile",
-            entries,
-            [folder],
-            {**to_dict(tiling), **to_dict(options)},
-            command,
-            watch,
-            stop,
+            out=out,
+            verb="tile",
+            entries=entries,
+            stages=[folder],
+            options={**to_dict(tiling), **to_dict(options)},
+            command=command,
+            watch=watch,
+            stop=stop,
             cohort=sorted(ids),
             max_failures=options.max_failures,
         )
