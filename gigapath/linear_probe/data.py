@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gigapath.linear_probe.archive import Report, read_embeddings
-from gigapath.linear_probe.labels import class_names, join_labels, own_labels, read_labels
+from gigapath.linear_probe.labels import Joined, LabelRows, class_names, join_labels, own_labels, read_labels
 from gigapath.linear_probe.options import ProbeOptions
 from gigapath.linear_probe.pcam import slides_of_tiles
 from gigapath.linear_probe.table import SPLITS, TRAIN, EmbeddingTable, Float32Array
@@ -100,20 +100,11 @@ def load_data(
     rows_of_split = {split: np.flatnonzero(split_of_row == split) for split in SPLITS}
     _check_splits(rows_of_split, label_of_row, classes, listed.source)
     warnings = []
-    group_column, used_groups = listed.group_column, None
-    if listed.groups is not None:
-        used_groups = [listed.groups[index] for index in joined.used]
-    elif pcam_meta is not None:
-        names = [table.names[row] for row in joined.rows]
-        used_classes = [index_of_label[label] for label in used_labels]
-        used_groups, group_column = slides_of_tiles(Path(pcam_meta), names, joined.splits, used_classes), "wsi"
-        if used_groups is None:
-            warnings.append("PCam's meta files don't fit these tiles' names and labels, so intervals are over tiles")
-    groups = None
-    if used_groups is not None:
-        groups = np.full(len(table), "", dtype=f"U{max(map(len, used_groups), default=1)}")
-        groups[rows] = used_groups
+    groups, group_column = _groups_of_rows(table, listed, joined, label_of_row, pcam_meta)
+    if groups is not None:
         _check_groups(groups, rows_of_split, group_column, allow_leakage=options.allow_leakage)
+    elif pcam_meta is not None:
+        warnings.append("PCam's meta files don't fit these tiles' names and labels, so intervals are over tiles")
     if joined.unembedded or joined.unlabelled:
         warnings.append(
             f"{len(joined.unembedded):,} labels without embedding and {len(joined.unlabelled):,} embeddings without "
@@ -129,7 +120,7 @@ def load_data(
         labels=label_of_row,
         classes=classes,
         groups=groups,
-        group_column=group_column if groups is not None else None,
+        group_column=group_column,
         colours=table.colours,
         facts={
             "embeddings": Path(embeddings).name,
@@ -139,13 +130,32 @@ def load_data(
             "width": table.features.shape[1],
             "tiles": {split: len(found) for split, found in rows_of_split.items()},
             "classes": list(classes),
-            "group_column": group_column if groups is not None else None,
+            "group_column": group_column,
             "labels_without_embedding": len(joined.unembedded),
             "embeddings_without_label": len(joined.unlabelled),
             "identical_across_splits": twins,
         },
         warnings=tuple(warnings),
     )
+
+
+def _groups_of_rows(
+    table: EmbeddingTable, listed: LabelRows, joined: Joined, label_of_row: IntArray, pcam_meta: Path | str | None
+) -> tuple[npt.NDArray[np.str_] | None, str | None]:
+    """The patient or slide of each row, "" where it has no label, and what they are called; None where nothing says
+    them. The labels' own groups come first, then what PCam's meta files say."""
+    found: list[str] | None = None
+    column = listed.group_column
+    if listed.groups is not None:
+        found = [listed.groups[index] for index in joined.used]
+    elif pcam_meta is not None:
+        names, classes = [table.names[row] for row in joined.rows], label_of_row[joined.rows].tolist()
+        found, column = slides_of_tiles(Path(pcam_meta), names, joined.splits, classes), "wsi"
+    if found is None:
+        return None, None
+    groups = np.full(len(table), "", dtype=f"U{max(map(len, found), default=1)}")
+    groups[joined.rows] = found
+    return groups, column
 
 
 def identical_across_splits(table: EmbeddingTable, rows: dict[str, IntArray]) -> int:

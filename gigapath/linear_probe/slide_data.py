@@ -5,6 +5,7 @@ Legend: S slides, D width.
 
 import warnings
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gigapath.features import read_slides
-from gigapath.linear_probe.labels import class_names, parse_labels
+from gigapath.linear_probe.labels import LabelRows, class_names, parse_labels
 from gigapath.linear_probe.options import ProbeOptions
 from gigapath.linear_probe.table import TEST
 
@@ -93,11 +94,7 @@ def load_slides(
         group_columns=GROUP_COLUMNS,
         more_columns=SITE_COLUMNS,
     )
-    row_of_key: dict[str, int] = {}
-    for row, written in enumerate(listed.names):
-        key = slide_key(written, id_rule)
-        if row_of_key.setdefault(key, row) != row:
-            raise ValueError(f"{listed.source}: {key} has two rows ({row_of_key[key] + 2} and {row + 2}). Keep one.")
+    row_of_key = _rows_by_key(listed, id_rule)
     ids, vectors, notes = _read_vectors(folder, names)
     keys = [slide_key(slide, id_rule) for slide in ids]
     unlabelled = [slide for slide, key in zip(ids, keys, strict=True) if key not in row_of_key]
@@ -119,14 +116,9 @@ def load_slides(
     index_of_label, classes = class_names(written_labels, options.positive)
     if len(classes) < 2:
         raise ValueError(f"{listed.source}: expected slides of two classes, got {', '.join(classes) or 'no slides'}.")
+    groups = _groups_of_slides(listed, rows, slide_ids)
     if listed.groups is None:
         notes.append("no column names the patients, so each slide counts as one; --group COL names it")
-        groups = np.array(slide_ids)
-    else:
-        groups = np.array([listed.groups[row] for row in rows])
-        if (groups == "").any():
-            empty = slide_ids[int(np.flatnonzero(groups == "")[0])]
-            raise ValueError(f"{listed.source}: {empty} has no {listed.group_column}. Fill it in.")
     test = None
     if options.split is not None:
         test = np.array([listed.splits[row] == TEST for row in rows])
@@ -159,6 +151,27 @@ def load_slides(
     if not options.allow_leakage:
         _audit(data)
     return data
+
+
+def _rows_by_key(listed: LabelRows, id_rule: str) -> dict[str, int]:
+    """What a slide is compared by -> its row of the CSV; ValueError where two rows are of one slide."""
+    row_of_key: dict[str, int] = {}
+    for row, written in enumerate(listed.names):
+        key = slide_key(written, id_rule)
+        if row_of_key.setdefault(key, row) != row:
+            raise ValueError(f"{listed.source}: {key} has two rows ({row_of_key[key] + 2} and {row + 2}). Keep one.")
+    return row_of_key
+
+
+def _groups_of_slides(listed: LabelRows, rows: Sequence[int], slide_ids: Sequence[str]) -> TextArray:
+    """(S,) patients by the CSV, or the slides themselves where no column says them; ValueError where one is empty."""
+    if listed.groups is None:
+        return np.array(slide_ids)
+    groups = np.array([listed.groups[row] for row in rows])
+    if (groups == "").any():
+        empty = slide_ids[int(np.flatnonzero(groups == "")[0])]
+        raise ValueError(f"{listed.source}: {empty} has no {listed.group_column}. Fill it in.")
+    return groups
 
 
 def _read_vectors(folder: Path | str, names: list[str]) -> tuple[list[str], dict[str, FloatArray], list[str]]:
