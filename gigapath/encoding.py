@@ -364,6 +364,14 @@ def load_slide_encoder(
     )
 
 
+def usual_slide_encoder(tile_encoder: str | None, *, random_weights: bool) -> str:
+    """The slide encoder where nobody names one: that of the tile encoder's own release, else the mean, or with
+    `random_weights` an untrained one."""
+    if tile_encoder in RELEASES:
+        return tile_encoder
+    return "gigapath" if random_weights else "mean"
+
+
 def find_slide_checkpoint(name: str) -> Path:
     """The checkpoint that a name of the command line means; ValueError lists the known names where it is no file."""
     if not Path(name).expanduser().exists():

@@ -25,8 +25,6 @@ from gigapath.maps.heads import (
 )
 from gigapath.maps.options import MapOptions
 
-# Maps of one slide in this form hold no range yet: it is found when all slides are known.
-
 
 @dataclass(frozen=True, eq=False)
 class ChosenTile:
@@ -39,7 +37,7 @@ class ChosenTile:
 
 @dataclass(frozen=True, eq=False)
 class Maker:
-    """Makes the maps of a slide.
+    """Makes the maps of a slide. They hold no range yet: that is found when all slides are known.
 
     Attributes:
         options: which maps.

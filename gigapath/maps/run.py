@@ -15,7 +15,7 @@ from gigapath.cohort.manifest import SlideEntry, find_slides
 from gigapath.cohort.privacy import recorded_paths, without_paths
 from gigapath.devices import resolve_device
 from gigapath.downloads import RELEASES
-from gigapath.encoding import SlideEncoder, load_slide_encoder
+from gigapath.encoding import SlideEncoder, load_slide_encoder, usual_slide_encoder
 from gigapath.features import FeatureFileError, TileEmbeddings, read_features
 from gigapath.files import OutputError, check_writable
 from gigapath.finetune.data import Bag, look_at_all
@@ -221,9 +221,7 @@ def _encoder(reader: _Reader, options: MapOptions, head: FittedHead | None, devi
         model = model.to(device).eval()
         return SlideEncoder(name, True, head.sha256, None, name, device, "fp32", model)
     of_tiles, width = reader.described()
-    wanted = options.slide_encoder or (
-        of_tiles if of_tiles in RELEASES else "gigapath" if options.random_weights else "mean"
-    )
+    wanted = options.slide_encoder or usual_slide_encoder(of_tiles, random_weights=options.random_weights)
     if wanted == "mean":
         raise ValueError(
             "--kind attention: expected a slide encoder with layers, got the mean of the tiles, which attends to "

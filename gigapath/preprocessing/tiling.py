@@ -14,7 +14,7 @@ from gigapath.preprocessing.masks import tissue_of
 from gigapath.preprocessing.published import published_shares
 from gigapath.preprocessing.quality import QC_NAMES, tile_qc
 from gigapath.preprocessing.reading import filter_name
-from gigapath.preprocessing.slide import Overview, Slide, SlideError
+from gigapath.preprocessing.slide import SAME_SCALE, Overview, Slide, SlideError
 from gigapath.preprocessing.tissue import TissueMask, area_shares, has_dark_background, tile_fractions, tile_sections
 
 IntArray = npt.NDArray[np.integer[Any]]
@@ -233,7 +233,7 @@ def _warnings(slide: Slide, grid: Grid, options: TileOptions, dark: bool) -> lis
             f"tiles {options.mpp:g}."
         )
     stated = slide.stated_mpp
-    if stated is not None and stated.source != slide.mpp.source and abs(slide.mpp.mean / stated.mean - 1) > 0.02:
+    if stated is not None and stated.source != slide.mpp.source and abs(slide.mpp.mean / stated.mean - 1) > SAME_SCALE:
         found.append(
             f"{slide.mpp.source} says {slide.mpp.mean:g} microns per pixel, the slide itself {stated.mean:g} "
             f"({stated.source})."

@@ -11,7 +11,7 @@ from gigapath.cohort.stopping import StopFlag
 from gigapath.cohort.words import slides_in_words
 from gigapath.devices import at_most_threads
 from gigapath.downloads import RELEASES
-from gigapath.encoding import SlideEncoder, load_slide_encoder
+from gigapath.encoding import SlideEncoder, load_slide_encoder, usual_slide_encoder
 from gigapath.features import FeatureFileError
 from gigapath.file_names import name_problem, one_line, plain_name, quoted_name
 from gigapath.files import real_path, sha256_of
@@ -112,7 +112,7 @@ def _slide_encoder(embedding: SlideEmbedOptions, tile_encoder: str | None, width
     """
     name = embedding.slide_encoder
     if name is None:
-        name = tile_encoder if tile_encoder in RELEASES else "gigapath" if embedding.random_weights else "mean"
+        name = usual_slide_encoder(tile_encoder, random_weights=embedding.random_weights)
     slide_encoder = load_slide_encoder(
         name,
         in_chans=width,
