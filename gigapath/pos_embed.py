@@ -49,13 +49,12 @@ class LazyPosEmbed:
     """Stands for the (1, n * n + 1, D) float32 table and computes the rows that are asked for.
 
     `pos_embed[:, rows, :]` takes a tensor of row numbers of any shape and returns (1, *rows.shape, D) on the rows'
-    device; `pos_embed[:, :1, :]` and other slices return their rows on the CPU. It is no parameter and no buffer: the
-    table is not in the checkpoints.
+    device; `pos_embed[:, :1, :]` and other slices return their rows on `device`. It is no parameter and no buffer: the
+    table is not in the checkpoints; its model sets `device` and `dtype`.
     """
 
-    dtype = torch.float32
-
     def __init__(self, embed_dim: int, grid_size: int) -> None:
+        self.device, self.dtype = torch.device("cpu"), torch.float32
         self._frequencies = torch.from_numpy(_frequencies(embed_dim))
         self.grid_size = grid_size
         self.shape = torch.Size((1, grid_size * grid_size + 1, embed_dim))
@@ -71,12 +70,12 @@ class LazyPosEmbed:
         if columns is ...:
             columns = slice(None)
         if isinstance(rows, slice):
-            found = self.rows(torch.arange(*rows.indices(self.shape[1]), device="cpu"))
+            found = self.rows(torch.arange(*rows.indices(self.shape[1]), device="cpu")).to(self.device)
         elif isinstance(rows, int):
-            found = self.rows(torch.tensor(rows))
+            found = self.rows(torch.tensor(rows, device="cpu")).to(self.device)
         else:
             found = self.rows(torch.as_tensor(rows))
-        result = found[None][batch]
+        result = found[None].to(self.dtype)[batch]
         return result if columns == slice(None) else result[..., columns]
 
     def rows(self, positions: Tensor) -> Tensor:

@@ -139,6 +139,13 @@ class LongNetViT(nn.Module):
         """Names of the parameters that weight decay leaves alone: all of one dimension."""
         return {name for name, parameter in self.named_parameters() if parameter.ndim == 1}
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "LongNetViT":
+        """Move or convert the model, the table of positions with it, as if that were a buffer."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if isinstance(self.pos_embed, LazyPosEmbed):
+            self.pos_embed.device, self.pos_embed.dtype = self.cls_token.device, self.cls_token.dtype
+        return self
+
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Keep one activation per layer in training and compute the others again in the backward pass."""
         self.encoder.checkpoint_activations = enable

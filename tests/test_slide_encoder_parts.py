@@ -96,6 +96,14 @@ def test_encoder_answers_with_a_dict_and_layers_with_a_pair() -> None:
         model.encoder(token_embeddings=tokens, encoder_padding_mask=torch.zeros(2, 30))
 
 
+@pytest.mark.parametrize("autocast", [False, True])
+def test_encoder_takes_embeddings_of_any_strides(autocast) -> None:
+    encoder, tokens = narrow_model().encoder, torch.randn(30, 2, 32).transpose(0, 1)
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        found, expected = (encoder(token_embeddings=x)["encoder_out"] for x in (tokens, tokens.contiguous()))
+    assert torch.equal(found, expected)
+
+
 def test_subclasses_may_change_positions_and_segments() -> None:
     class Shifted(NarrowLongNet):
         def coords_to_pos(self, coords, tile_size=256):
@@ -106,6 +114,25 @@ def test_subclasses_may_change_positions_and_segments() -> None:
     with torch.no_grad():
         moved = coords + torch.tensor([0, 256])
         assert (shifted(x, coords)[0] - model(x, moved)[0]).abs().max() <= 1e-6
+
+
+def test_positions_follow_the_model_for_who_writes_the_forward_pass_anew() -> None:
+    class Own(NarrowLongNet):
+        """The published pass: every part on the device and in the dtype of the model, the positions too."""
+
+        def forward(self, x, coords):
+            x = self.patch_embed(x) + self.pos_embed[:, self.coords_to_pos(coords, self.tile_size), :].squeeze(0)
+            x = torch.cat([(self.cls_token + self.pos_embed[:, :1, :]).expand(len(x), -1, -1), x], dim=1)
+            return [self.norm(self.encoder(src_tokens=None, token_embeddings=x)["encoder_out"])[:, 0]]
+
+    x, coords = made_tiles(2, 30)
+    own, model = fill(Own(in_chans=12, embed_dim=32, depth=2)).eval(), narrow_model()
+    with torch.inference_mode():
+        for dtype in (torch.float32, torch.float16, torch.float64):
+            found, expected = own.to(dtype)(x.to(dtype), coords)[0], model.to(dtype)(x.to(dtype), coords)[0]
+            assert found.dtype == dtype
+            assert (found - expected).abs().max() <= (5e-3 if dtype == torch.float16 else 1e-5)
+    assert nn.Sequential(own).to("meta")[0].pos_embed[:, :1, :].device.type == "meta"
 
 
 def test_segments_come_from_the_method_that_callers_replace(monkeypatch) -> None:

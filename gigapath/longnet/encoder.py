@@ -132,7 +132,8 @@ class EncoderLayer(nn.Module):
         `_is_watched` rules that out."""
         qkv = self.self_attn.project(self.self_attn_layer_norm(x))
         attended = self.self_attn.attend(qkv, lengths, x.shape)
-        x = attended.add_(x) if attended.dtype == x.dtype else x + attended  # autocast gives another dtype
+        # Autocast gives another dtype, and the sum has the strides of x then.
+        x = attended.add_(x) if attended.dtype == x.dtype else (x + attended).contiguous()
         self.ffn.add_to(x, self.final_layer_norm)
         return x
 
