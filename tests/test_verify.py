@@ -92,7 +92,7 @@ def test_verify_passes_on_what_is_right_and_writes_a_table_to_paste(
         "slide encoder, forward",
         "slide encoder, as embed runs it",
     ]
-    assert "1, 7, 150 tiles, all states, both poolings" in report["table"]
+    assert "1, 7, 150 tiles, all states, both poolings (reference of gigapath-open, NOT of the" in report["table"]
     assert report["table"] in capsys.readouterr().out
     assert str(release.parent) not in json.dumps(report), "no path of this machine"
 
@@ -282,6 +282,52 @@ def test_verify_of_flash_needs_no_demo_tile(release: Path, capsys: pytest.Captur
     assert status == 1
     assert len(failures(report)) == 2
     assert {c["what"]: c["said"] for c in report["checks"]}["demo tile"] == "no vector was released for gigapath-flash."
+
+
+def test_verify_checks_what_a_folder_holds_and_says_what_it_lacks(release: Path, reference: Path) -> None:
+    (release / "pytorch_model.bin").unlink()
+    status, report = verify(release, "--reference", str(reference))
+    said = {check["what"]: (check["status"], check["said"]) for check in report["checks"]}
+    assert status == 0 and said["file pytorch_model.bin"] == ("skipped", "not in the folder of --weights.")
+    assert said["demo tile"] == ("skipped", "no tile encoder.")
+    assert said["slide encoder, forward"][0] == "passed"
+
+
+def test_verify_fails_a_damaged_file_and_goes_on(release: Path, reference: Path) -> None:
+    (release / "pytorch_model.bin").write_bytes((release / "pytorch_model.bin").read_bytes()[:1000])
+    status, report = verify(release, "--reference", str(reference))
+    assert status == 1
+    hashed, loaded = failures(report)
+    assert hashed.startswith("file pytorch_model.bin: expected sha256")
+    assert loaded.startswith("tile encoder: ") and "cut off or damaged" in loaded
+    assert "slide encoder, forward" in [check["what"] for check in report["checks"] if check["status"] == "passed"]
+
+
+def test_verify_passes_no_answer_that_is_not_a_number(release: Path, reference: Path) -> None:
+    with np.load(reference) as archive:
+        arrays = dict(archive)
+    arrays["150/states_mean"][5, 3] = np.nan
+    np.savez(reference, **arrays)
+    (release / "pytorch_model.bin").unlink()
+    status, report = verify(release, "--reference", str(reference))
+    assert status == 1
+    assert [said.split(": ", 1)[1] for said in failures(report)] == [
+        "150 tiles: numbers in the reference are NaN or infinite."
+    ] * 2
+
+
+def test_verify_refuses_wrong_words_before_it_computes(
+    release: Path, reference: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("gigapath.verify.run.remembered_sha256", None)
+    for words, sentence in (
+        (["--panda", str(tmp_path), str(tmp_path / "none")], "--panda: no such folder"),
+        (["--panda", str(tmp_path), str(tmp_path)], "found none in common"),
+        (["--reference", str(reference), "--tile-encoder", "gigapath-flash"], "one of gigapath_slide_enc12l384d"),
+        (["--out", str(tmp_path)], "expected a file, got a folder"),
+    ):
+        assert main(["verify", "--weights", str(release), *words]) == 1
+        assert sentence in capsys.readouterr().err
 
 
 def test_reference_of_another_kind_is_refused(release: Path, reference: Path, tmp_path: Path) -> None:

@@ -63,16 +63,19 @@ def _centre(pixels: Array, side: int = 224) -> Array:
     return pixels[start : start + side, start : start + side]
 
 
-def check_demo_tile(release: str, encoder: TileEncoder, folder: Path) -> Iterator[Check]:
+def check_demo_tile(release: str, encoder: TileEncoder | None, folder: Path) -> Iterator[Check]:
     """Checks of the two files, of the transform, and of the vector in each precision.
 
     Args:
         release: name of the released pair.
-        encoder: its tile encoder, in fp32.
+        encoder: its tile encoder, in fp32; None where it is not to be had.
         folder: holds `images/prov_normal_000_1.png` and `.pt`, or the two files themselves.
     """
     if release != HAS_DEMO:
         yield Check("demo tile", SKIPPED, f"no vector was released for {release}.")
+        return
+    if encoder is None:
+        yield Check("demo tile", SKIPPED, "no tile encoder.")
         return
     found: list[Path] = []
     for file in DOWNLOADS["demo-tile"].files:

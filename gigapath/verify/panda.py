@@ -4,7 +4,7 @@ The published tiling records x and y with the tissue box's y and x added to them
 coordinates is tried, and the one under which the embeddings agree is named.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -32,37 +32,34 @@ _SUFFIXES = (".tiff", ".tif", ".svs", ".png")
 _BATCH = 16
 
 
-def check_panda(
-    h5_folder: Path, slide_folder: Path, encoder: TileEncoder, release: str, *, slides: int, tiles: int
-) -> Iterator[Check]:
-    """One check a slide that both folders hold, those with published counts first.
+def check_panda(pairs: Sequence[tuple[Path, Path]], encoder: TileEncoder, release: str, tiles: int) -> Iterator[Check]:
+    """One check a slide.
 
     Args:
-        h5_folder: the official files, `<slide_id>.h5`.
-        slide_folder: the slides.
+        pairs: official file and slide of each, from `find_pairs`.
         encoder: the release's tile encoder.
         release: name of the released pair.
-        slides: most slides.
         tiles: most tiles of a slide that are embedded again.
     """
-    pairs = _pairs(h5_folder, slide_folder)
-    if not pairs:
-        raise ValueError(
-            f"--panda: expected slides ({', '.join(_SUFFIXES)}) with the names of the h5 files, found none in common."
-        )
-    for features, slide in sorted(pairs, key=lambda pair: pair[0].stem[:8] not in OFFICIAL_COUNTS)[:slides]:
+    for features, slide in pairs:
         try:
             yield _check_slide(features, slide, encoder, release, tiles)
         except (ValueError, OSError) as error:
             yield Check(f"PANDA {features.stem[:8]}", FAILED, " ".join(str(error).split()))
 
 
-def _pairs(h5_folder: Path, slide_folder: Path) -> list[tuple[Path, Path]]:
+def find_pairs(h5_folder: Path, slide_folder: Path, most: int) -> list[tuple[Path, Path]]:
+    """The official files `<slide_id>.h5` and their slides that both folders hold, those with published counts first."""
     for folder in (h5_folder, slide_folder):
         if not folder.is_dir():
             raise FileNotFoundError(f"--panda: no such folder: {folder}")
     by_id = {path.stem: path for path in sorted(slide_folder.rglob("*")) if path.suffix.lower() in _SUFFIXES}
-    return [(file, by_id[file.stem]) for file in sorted(h5_folder.rglob("*.h5")) if file.stem in by_id]
+    pairs = [(file, by_id[file.stem]) for file in sorted(h5_folder.rglob("*.h5")) if file.stem in by_id]
+    if not pairs:
+        raise ValueError(
+            f"--panda: expected slides ({', '.join(_SUFFIXES)}) with the names of the h5 files, found none in common."
+        )
+    return sorted(pairs, key=lambda pair: pair[0].stem[:8] not in OFFICIAL_COUNTS)[:most]
 
 
 def _check_slide(features: Path, path: Path, encoder: TileEncoder, release: str, most: int) -> Check:

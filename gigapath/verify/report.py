@@ -48,10 +48,10 @@ def as_json(checks: Sequence[Check]) -> list[dict[str, Any]]:
 
 
 def cosine(a: Array, b: Array) -> float:
-    """Cosine of two arrays taken as vectors, in float64; 0 where one is zero."""
+    """Cosine of two arrays taken as vectors, in float64; 0 where one is zero or not finite."""
     a, b = a.ravel().astype(np.float64), b.ravel().astype(np.float64)
     length = float(np.linalg.norm(a) * np.linalg.norm(b))
-    return float(a @ b) / length if length > 0 else 0.0
+    return float(a @ b) / length if 0 < length < np.inf else 0.0
 
 
 def distance(a: Array, b: Array) -> float:
