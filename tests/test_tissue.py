@@ -207,6 +207,21 @@ def test_specks_frames_and_fill_are_dropped_by_reason() -> None:
     assert found.mask[~ellipse(inside.shape, grow=3)].sum() == 0
 
 
+def test_blocks_that_the_scanner_missed_are_no_tissue_and_pigment_is() -> None:
+    image, inside = section()
+    blocks = np.zeros(inside.shape, bool)
+    blocks[96:128, 128:160] = blocks[180:212, 290:330] = True  # amid tissue, four tiles of 16; amid glass
+    image[blocks] = (2, 1, 1)
+    pigmented = find_tissue(overview(image))
+    assert pigmented.mask[96:128, 128:160].all()
+    image[blocks] = 0
+    found = find_tissue(overview(image))
+    assert not found.mask[blocks].any()
+    assert found.dropped["black"][blocks].all()
+    assert not (found.mask & ~ellipse(inside.shape, grow=3)).any()  # nor are the grey edges that it has in a JPEG
+    assert tiles_kept(pigmented) - tiles_kept(found) >= {(i, j) for i in (8, 9) for j in (6, 7)}
+
+
 def test_dark_tissue_that_reaches_the_border_is_no_frame() -> None:
     image = field()
     image[:150, :300] = textured((150, 300), (60, 45, 50), depth=10)

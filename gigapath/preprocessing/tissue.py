@@ -96,7 +96,7 @@ def find_tissue(overview: Overview, method: str = "otsu") -> TissueMask:
     if has_dark_background(overview):
         return _bright_on_dark(overview)
     fill = overview.opaque & (stain.extremes(image)[0] <= ink.FILL_LEVEL)
-    unscanned = ink.at_border(fill)
+    unscanned = ink.at_border(fill) | _missing(image)
     frame = _dark_frame(image) & ~fill
     frame |= _grey_edges(image, frame | unscanned)
     pen = ink.pen_pixels(image, overview.mpp)
@@ -206,6 +206,12 @@ def _dark_frame(image: NDArray[np.uint8]) -> BoolImage:
         for row in np.flatnonzero(lines[: clear[-1]]) if clear.size else ():
             marks[row] |= rows[row]
     return frame
+
+
+def _missing(image: NDArray[np.uint8]) -> BoolImage:
+    """(h, w): blocks that are black to the last bit, as scanners leave what they could not read; no pigment is."""
+    black: BoolImage = stain.extremes(image)[0] == 0
+    return np.asarray(cv2.morphologyEx(black.astype(np.uint8), cv2.MORPH_OPEN, np.ones((5, 5), np.uint8))) > 0
 
 
 def _grey_edges(image: NDArray[np.uint8], dark: BoolImage) -> BoolImage:
