@@ -781,7 +781,7 @@ def test_plan_tells_tiles_bytes_time_and_ways_out_of_a_long_one(
     text = "\n".join(notes.plans[0].lines)
     assert "3 slides: 3 to do, 0 done before" in text
     assert "about" in text
-    assert "tiles (by the slides' sizes)" in text
+    assert "tiles (by the slides' sizes; a third or three times as many are possible)" in text
     assert "tiles/s (one batch, measured here)" in text
     assert "hundred times as fast" not in text
     assert not notes.plans[0].exact

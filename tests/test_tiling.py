@@ -244,10 +244,16 @@ def test_no_tissue_and_no_room_are_plans_without_tiles(tmp_path: Path) -> None:
     with open_slide(write_pyramid(tmp_path / "blank.tif", blank, mpp=(0.5, 0.5))) as slide:
         plan = plan_tiles(slide, TileOptions())
     assert (len(plan.tiles), plan.mask.state, plan.dropped) == (0, "blank", {"background": 20})
+    assert len(plan.warnings) == 1 and "--tissue published or none, or a mask's PATH" in plan.warnings[0]
+    blank[445:579, 445:579] = (190, 110, 170)  # a corner of four tiles
+    with open_slide(write_pyramid(tmp_path / "little.tif", blank, mpp=(0.5, 0.5))) as slide:
+        plan = plan_tiles(slide, TileOptions())
+    assert (len(plan.tiles), plan.mask.pieces) == (0, 1)
+    assert len(plan.warnings) == 1 and "Lower --min-tissue" in plan.warnings[0]
     with open_slide(write_pyramid(tmp_path / "tiny.tif", paint_tissue(500, 200), mpp=(0.5, 0.5))) as slide:
         plan = plan_tiles(slide, TileOptions())
     assert len(plan.tiles) == 0
-    assert any("no whole tile of 256 x 256" in warning for warning in plan.warnings)
+    assert len(plan.warnings) == 1 and "no whole tile of 256 x 256" in plan.warnings[0]
 
 
 def test_an_override_that_contradicts_the_slide_is_warned_of(tmp_path: Path) -> None:

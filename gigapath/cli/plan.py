@@ -10,7 +10,7 @@ from gigapath.cli.arguments import add_options, options_from
 from gigapath.cli.main import EXIT_FAILED_SLIDES
 from gigapath.cli.progress import Terminal
 from gigapath.cohort.progress import failures_by_kind
-from gigapath.cohort.words import in_bytes, in_words, slides_in_words, tiles_in_words
+from gigapath.cohort.words import in_bytes, in_words, rounded, slides_in_words
 from gigapath.downloads import RELEASES
 from gigapath.preprocessing.tiling import TileOptions
 from gigapath.runs.surveying import Survey, SurveyOptions, run_pilot, survey
@@ -84,7 +84,7 @@ def lines(found: Survey, rate: float | None, source: str) -> Iterable[str]:
     yield from _listed("identical files", groups)
     yield from _listed("ids that look like names or dates", found.odd_ids)
     yield (
-        f"{tiles_in_words(found.tiles, exact=False)}: {found.tissue_share:.0%} of the places are taken for tissue, "
+        f"about {rounded(found.tiles):,} tiles: {found.tissue_share:.0%} of the places are taken for tissue, "
         + (f"as on {slides_in_words(found.piloted)} of the pilot." if found.piloted else "as is usual.")
     )
     sizes = ", ".join(f"{in_bytes(found.tiles * release.tile_dim * 4)} ({name})" for name, release in RELEASES.items())

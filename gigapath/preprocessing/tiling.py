@@ -109,7 +109,7 @@ def plan_tiles(slide: Slide, options: TileOptions, *, workers: int = 0) -> TileP
         chosen = spread_evenly(cells, options.max_tiles, options.seed)
         dropped["max tiles"] = len(cells) - len(chosen)
         cells = cells[chosen]
-    warnings = tuple(_warnings(slide, grid, options, dark))
+    warnings = (*_warnings(slide, grid, options, dark), *_without_tiles(mask, options, grid, len(cells)))
     at = cells[:, 1], cells[:, 0]
     tiles = Tiles(
         slide_id=slide.slide_id,
@@ -243,3 +243,17 @@ def _warnings(slide: Slide, grid: Grid, options: TileOptions, dark: bool) -> lis
     if grid.columns == 0 or grid.rows == 0:
         found.append(f"no whole tile of {grid.pitch[0]} x {grid.pitch[1]} level-0 pixels fits into the slide.")
     return found
+
+
+def _without_tiles(mask: TissueMask, options: TileOptions, grid: Grid, count: int) -> list[str]:
+    """What to do about a slide that got no tile, where somebody sees tissue on it."""
+    if count or not grid.columns * grid.rows:
+        return []
+    if mask.pieces:
+        return [f"no tile holds {options.min_tissue:g} of tissue. Lower --min-tissue where these pieces matter."]
+    if mask.method != "otsu":
+        return []
+    return [
+        "nothing stands out from the glass as stain does. Where its preview shows tissue, faded say, use --tissue "
+        "published or none, or a mask's PATH."
+    ]
