@@ -299,7 +299,21 @@ def test_cells_of_a_grid_are_its_columns_wherever_it_starts(
         coords = np.rint(coords)
     found = cells_of(coords, (step, step), who="made.h5")
     assert np.array_equal(found - found[0], cells - cells[0])
-    assert np.abs(found[0] - coords[0] / step).max() <= 0.5 + 1 / step
+    assert np.abs(found[0] - coords[0] / step).max() <= 1 + 1 / step
+
+
+def test_first_cell_of_a_grid_is_the_one_that_tools_divide_to() -> None:
+    coords = np.array([[400, 700], [912, 1212]])
+    assert cells_of(coords, (512.0, 512.0), who="a.h5").tolist() == (coords // 512).tolist()
+    assert cells_of(coords * 0.2526, (129.33, 129.33), who="a.h5").tolist() == (coords // 512).tolist()
+    rounded = np.rint(np.arange(5) * 506.6)[2:, None].repeat(2, axis=1)
+    assert cells_of(rounded, (506.6, 506.6), who="a.h5")[:, 0].tolist() == [2, 3, 4]
+    microns = np.float32(128.0) * np.arange(3) - np.float32(4e-6)  # as STAMP stores them
+    assert cells_of(np.stack([microns, microns], axis=1), (128.0, 128.0), who="a.h5").tolist() == [
+        [0, 0],
+        [1, 1],
+        [2, 2],
+    ]
 
 
 @settings(derandomize=True, deadline=None, max_examples=50)

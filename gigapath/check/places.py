@@ -4,7 +4,7 @@ import numpy as np
 
 from gigapath.check.contents import Contents
 from gigapath.check.findings import Finding, share
-from gigapath.features.cells import observed_step, row_major
+from gigapath.features.cells import first_cell, observed_step, row_major
 from gigapath.features.data import CELL, FRAMES, GRID, Array
 from gigapath.features.scale import all_facts
 
@@ -163,8 +163,8 @@ def _grid_finding(held: Contents, off: Array, pitch: tuple[float, float]) -> Fin
 def _check_cells(held: Contents, places: Array, pitch: tuple[float, float], *, on_grid: bool) -> list[Finding]:
     findings = []
     origin = places.min(axis=0)
-    whole_origin = np.floor(origin / pitch + 0.5)
-    cells = np.rint((places - origin) / pitch) + whole_origin if on_grid else np.floor(places / pitch + 0.5)
+    first = first_cell(origin, np.asarray(pitch))
+    cells = np.rint((places - origin) / pitch) + first if on_grid else np.floor(places / pitch + 0.5)
     if held.cells is not None:
         stored = held.cells.astype(np.int64)
         moved = (stored - stored[0] != np.rint((places - places[0]) / pitch)).any(axis=1)

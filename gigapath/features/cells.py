@@ -11,7 +11,8 @@ def cells_of(coords: Array, step: tuple[float, float], *, who: str) -> Array:
     """The cells `round(coords / step)` of tiles, neighbours one apart.
 
     Where all tiles lie on one grid of that step, wherever it starts, its phase is taken out before rounding, so that
-    corners rounded to whole pixels, or a grid that starts half a step in, cannot put two neighbours into one cell.
+    corners rounded to whole pixels, or a grid that starts half a step in, cannot put two neighbours into one cell. The
+    grid's own first cell is floor(coords / step) then, as the slide encoder and the tools themselves divide.
 
     Args:
         coords: (N, 2) top-left (x, y), any unit.
@@ -37,7 +38,7 @@ def cells_of(coords: Array, step: tuple[float, float], *, who: str) -> Array:
     origin = places.min(axis=0)
     steps = (places - origin) / pitch
     on_one_grid = bool((np.abs(steps - np.rint(steps)) * pitch <= np.maximum(1.0, 1e-3 * pitch)).all())
-    cells = np.rint(steps) + _round(origin / pitch) if on_one_grid else _round(places / pitch)
+    cells = np.rint(steps) + first_cell(origin, pitch) if on_one_grid else _round(places / pitch)
     if np.abs(cells).max() >= 2**31:
         raise FeatureFileError(f"{who}: its coordinates are too far out for a step of {pitch.tolist()}.")
     whole = cells.astype(np.int32)
@@ -51,6 +52,16 @@ def cells_of(coords: Array, step: tuple[float, float], *, who: str) -> Array:
             f"State the distance between neighbouring tiles with {OPTION}, or tile again without overlap."
         )
     return whole
+
+
+def first_cell(origin: Array, step: Array) -> Array:
+    """The (2,) cell of the corner at which a grid of this step begins.
+
+    Corners on a step that is no whole number were rounded by up to half a unit; those on one are off by what float32
+    lacks.
+    """
+    rounding = np.where(step == np.rint(step), 1e-4 * step, 0.51)
+    return np.asarray(np.floor((origin + rounding) / step))
 
 
 def observed_step(coords: Array) -> float | None:
