@@ -208,6 +208,8 @@ def test_command_converts_folders_and_names_what_failed(tmp_path: Path, capsys: 
     out = str(tmp_path / "out")
     assert main(["convert", str(folder), "--to", "trident", "--out", out]) == 0
     assert "2 of 2 files converted." in capsys.readouterr().out
+    assert main(["convert", str(tmp_path / "out"), "--to", "published", "--out", str(tmp_path / "of_the_run")]) == 0
+    assert "2 of 2 files converted." in capsys.readouterr().out
     assert sorted(path.name for path in (tmp_path / "out" / "features_gigapath").iterdir()) == [
         "slide-1.h5",
         "slide-2.h5",
@@ -218,7 +220,7 @@ def test_command_converts_folders_and_names_what_failed(tmp_path: Path, capsys: 
     assert "2 of 4 files converted." in captured.out
     assert "text.h5: expected an HDF5 file" in captured.err and "a second file of slide 'slide-1'" in captured.err
     assert main(["convert", str(tmp_path / "none"), "--to", "clam", "--out", out]) == 1
-    assert "no file of tile embeddings" in capsys.readouterr().err
+    assert "no file or folder of tile embeddings" in capsys.readouterr().err
     assert main(["convert", str(folder), "--to", "clam", "--out", out, "--slide-mpp", "0"]) == 1
     assert "--slide-mpp: expected a value above 0" in capsys.readouterr().err
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from gigapath.cli.main import EXIT_FAILED_SLIDES
 from gigapath.convert import FORMATS, Scale, convert
 from gigapath.features import read_features
+from gigapath.features.reading import feature_files
 from gigapath.tensors import read_tensor
 
 
@@ -62,16 +63,16 @@ def run(namespace: argparse.Namespace) -> int:
 
 
 def find_features(words: list[str]) -> list[Path]:
-    """The files that are named, and those directly in the folders that are named, in order.
+    """The files that are named, and those in the folders that are named, in order.
 
     Raises:
-        FileNotFoundError: neither a file nor a folder, or a folder without such files.
+        FileNotFoundError: neither a file nor a folder.
+        ValueError: a folder without such files, or with those of several encoders.
     """
     found: list[Path] = []
     for word in words:
         path = Path(word)
-        inside = [path] if path.is_file() else sorted(p for p in path.glob("*") if p.suffix in (".h5", ".npz", ".pt"))
-        if not inside:
-            raise FileNotFoundError(f"{word}: no file of tile embeddings (.h5, .npz, .pt) there.")
-        found += inside
+        if not path.exists():
+            raise FileNotFoundError(f"{word}: no file or folder of tile embeddings there.")
+        found += feature_files(path) if path.is_dir() else [path]
     return found

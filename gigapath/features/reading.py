@@ -11,8 +11,29 @@ from gigapath.features.foreign import Held, TensorReader, read_foreign_h5, read_
 from gigapath.features.h5 import open_h5, read_attrs, read_dataset
 from gigapath.features.ours import open_ours, stage_of
 
+# Looked for in this order: a folder that holds some of the first holds no features under the others.
+_SUFFIXES = (".h5", ".npz", ".pt")
+
 # Rows that are looked at at once, so that a check needs no second copy of a large array.
 _CHECK_ROWS = 4096
+
+
+def feature_files(folder: Path) -> list[Path]:
+    """The files of tile embeddings below a folder; of a run's output folder those of its one `features_*`.
+
+    Raises:
+        ValueError: there is none, or the run holds those of several encoders.
+    """
+    of_a_run = sorted(path for path in folder.glob("features_*") if path.is_dir())
+    if len(of_a_run) > 1:
+        names = ", ".join(path.name for path in of_a_run)
+        raise ValueError(f"{folder}: expected the tile embeddings of one encoder, got {names}. Name one of them.")
+    for suffix in _SUFFIXES:
+        inside = (of_a_run[0] if of_a_run else folder).rglob(f"*{suffix}")
+        found = sorted(path for path in inside if not path.is_dir())
+        if found:
+            return found
+    raise ValueError(f"{folder}: expected files of tile embeddings ({', '.join(_SUFFIXES)}), found none.")
 
 
 def read_features(

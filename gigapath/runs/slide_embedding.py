@@ -13,6 +13,7 @@ from gigapath.devices import at_most_threads
 from gigapath.downloads import RELEASES
 from gigapath.encoding import SlideEncoder, load_slide_encoder, usual_slide_encoder
 from gigapath.features import FeatureFileError
+from gigapath.features.reading import feature_files
 from gigapath.file_names import name_problem, one_line, plain_name, quoted_name
 from gigapath.files import real_path, sha256_of
 from gigapath.options import to_dict
@@ -22,9 +23,6 @@ from gigapath.runs.machine import available_cores
 from gigapath.runs.options import KeepOptions, SlideEmbedOptions
 from gigapath.runs.slides import SlideStage, describe_features, slides_folder
 from gigapath.runs.watching import Plan, Watcher
-
-# Looked for in this order: a folder that holds some of the first holds no features under the others.
-_SUFFIXES = (".h5", ".npz", ".pt")
 
 
 def run_slide_embed(
@@ -138,7 +136,7 @@ def find_features(inputs: Sequence[str | Path]) -> list[SlideEntry]:
         path = Path(name)
         if not path.exists():
             raise FileNotFoundError(f"no such file or folder of tile embeddings: {path}")
-        for file in _files_in(path) if path.is_dir() else [path]:
+        for file in feature_files(path) if path.is_dir() else [path]:
             slide_id, problem = file.name.removesuffix(file.suffix).removesuffix(".patch"), ""
             wanted = name_problem(slide_id)
             if wanted is not None:
@@ -150,19 +148,6 @@ def find_features(inputs: Sequence[str | Path]) -> list[SlideEntry]:
             status = read_status(file.parent, slide_id)
             entries[slide_id] = SlideEntry(slide_id, file, columns=status.columns if status else {}, problem=problem)
     return list(entries.values())
-
-
-def _files_in(folder: Path) -> list[Path]:
-    of_a_run = sorted(path for path in folder.glob("features_*") if path.is_dir())
-    if len(of_a_run) > 1:
-        names = ", ".join(path.name for path in of_a_run)
-        raise ValueError(f"{folder}: expected the tile embeddings of one encoder, got {names}. Name one of them.")
-    for suffix in _SUFFIXES:
-        inside = (of_a_run[0] if of_a_run else folder).rglob(f"*{suffix}")
-        found = sorted(path for path in inside if not path.is_dir())
-        if found:
-            return found
-    raise ValueError(f"{folder}: expected files of tile embeddings ({', '.join(_SUFFIXES)}), found none.")
 
 
 def _output_folder(entries: Sequence[SlideEntry], out: str | Path | None) -> Path:
