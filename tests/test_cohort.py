@@ -92,6 +92,15 @@ def test_find_slides_knows_slides_from_results_in_one_folder(tmp_path: Path) -> 
     assert [entry.slide_id for entry in find_slides([tmp_path], exclude=tmp_path)] == ["two", "one"]
 
 
+def test_find_slides_says_how_many_pngs_it_passes_over(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for name in ("one.svs", "masks/one.PNG", "two.png", ".hidden.png", "case.mrxs", "case/Data.png"):
+        touch(tmp_path / name)
+    assert ids_in(tmp_path) == ["case", "one"]
+    assert caplog.messages == [f"{tmp_path}: 2 PNG files are not taken for slides. Name the files where they are."]
+    assert ids_in(tmp_path / "one.svs", tmp_path / "two.png") == ["one", "two"]
+    assert len(caplog.messages) == 1
+
+
 def test_find_slides_names_what_is_missing_or_empty(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"no such slide, folder or manifest: .*nothing\.svs"):
         find_slides([tmp_path / "nothing.svs"])

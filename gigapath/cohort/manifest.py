@@ -1,6 +1,7 @@
 """From what a user names (slide files, folders, manifests) to the list of slides, each with one id."""
 
 import csv
+import logging
 import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -11,6 +12,8 @@ from gigapath.cohort.dicom import series_uid
 from gigapath.file_names import name_problem, one_line, quoted_name
 from gigapath.files import real_path, separator_hint
 from gigapath.preprocessing.slide import SLIDE_SUFFIXES, slide_id_of
+
+logger = logging.getLogger(__name__)
 
 # A PNG in a folder of slides is a mask or a preview more often than a slide: it is taken when named, not when found.
 _FOUND_SUFFIXES = tuple(suffix for suffix in SLIDE_SUFFIXES if suffix != ".png")
@@ -75,7 +78,11 @@ def find_slides(
     named = set(_one_of_each_series(path for path in paths if path.is_file()))
     for path in paths:
         if path.is_dir():
-            found = [_found(file) for file in _slides_in(path, exclude)]
+            files, pictures = _slides_in(path, exclude)
+            found = [_found(file) for file in files]
+            if found and pictures:
+                words = "1 PNG file is" if pictures == 1 else f"{pictures} PNG files are"
+                logger.warning("%s: %s not taken for slides. Name the files where they are.", path, words)
             if not found:
                 known = " ".join(suffix[1:] for suffix in _FOUND_SUFFIXES)
                 raise ValueError(
@@ -145,7 +152,7 @@ def _entry_of(row: Mapping[str, str], folder: Path, *, where: str) -> SlideEntry
     # What no file system takes is looked for nowhere: the name that stands for it is that of no file.
     slide, mask = (folder / (quoted_name(cell) if problem else cell) for cell in (row["path"], row.get("mask", "")))
     if not problem and slide.is_dir():
-        found = _slides_in(slide, None)
+        found, _ = _slides_in(slide, None)
         if len(found) != 1:
             raise ValueError(f"{where}: expected one slide in the folder {slide}, found {len(found)}.")
         slide = found[0]
@@ -182,9 +189,10 @@ def _mpp_of(cell: str, where: str) -> float | None:
     return mpp
 
 
-def _slides_in(folder: Path, exclude: Path | None) -> list[Path]:
-    """Slide files below `folder`, sorted; one file for each DICOM series."""
+def _slides_in(folder: Path, exclude: Path | None) -> tuple[list[Path], int]:
+    """Slide files below `folder`, sorted, one file for each DICOM series; and how many PNG files there are beside."""
     found = []
+    pictures = 0
     seen = set()
     top_folder = real_path(folder)
     excluded = real_path(exclude) if exclude is not None and exclude.exists() else None
@@ -206,9 +214,10 @@ def _slides_in(folder: Path, exclude: Path | None) -> list[Path]:
         keeps_jpegs = any(name.endswith((".vms", ".vmu")) for name in names)
         for name in files:
             part = keeps_jpegs and name.lower().endswith(_JPEG_SUFFIXES)
+            pictures += name.lower().endswith(".png") and not name.startswith(".")
             if name.lower().endswith(_FOUND_SUFFIXES) and not part and not name.startswith("."):
                 found.append(Path(top, name))
-    return sorted(_one_of_each_series(found))
+    return sorted(_one_of_each_series(found)), pictures
 
 
 def _is_output(files: Iterable[str], subfolders: Iterable[str]) -> bool:
