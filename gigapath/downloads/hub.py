@@ -142,12 +142,10 @@ def hub_error(error: Exception, repo: str, filename: str, folder: Path) -> OSErr
         )
     if isinstance(error, (hub.LocalEntryNotFoundError, hub.OfflineModeIsEnabled)):
         why = "HF_HUB_OFFLINE is set" if huggingface_hub.constants.HF_HUB_OFFLINE else "the hub can't be reached"
-        ahead = (
-            f"Fetch it where there is a network (`gigapath download {release.name}`)" if release else "Fetch it ahead"
-        )
+        by = f" by `gigapath download {release.name}`" if release else ""
         return FileNotFoundError(
-            f"{who}: not in the hub's cache, and {why}. {ahead}; HF_HOME names the cache, and a local file will do "
-            f"as well.{without}"
+            f"{who}: not in the hub's cache, and {why}. Fetch it{by} where there is a network, HF_HUB_OFFLINE is not "
+            f"set and HF_HOME names the same cache; a local file will do as well.{without}"
         )
     if isinstance(error, hub.EntryNotFoundError):
         return FileNotFoundError(f"{who}: the repository has no such file. Check the name.")
