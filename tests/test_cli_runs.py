@@ -58,7 +58,7 @@ def test_tile_then_embed_tells_a_log_what_is_done(
     assert "2 slides: 2 to tile, 0 done before" in said
     assert "1/2 a: done, " in said
     assert "2/2 b: done, " in said
-    assert "done: 2 done; " in said
+    assert "done: 2 done, " in said and "tiles on those done; " in said
     assert embed(slides, tmp_path) == 0
     captured = capsys.readouterr()
     assert "tile encoder: a tiny encoder for tests; cpu, fp32, batches of 32" in captured.out
@@ -127,7 +127,8 @@ def test_a_signal_ends_in_75(
     monkeypatch.setattr(Terminal, "tiles", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
     assert embed(slides, tmp_path, "--batch-size", "4") == 75
     said = capsys.readouterr().out
-    assert "stopped: 1 stopped, 1 todo" in said and "the same command goes on from here." in said
+    assert "stopped: 1 stopped, 1 todo, 0 tiles on those done; " in said
+    assert "the same command goes on from here." in said
     monkeypatch.undo()
 
 

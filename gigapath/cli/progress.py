@@ -128,9 +128,9 @@ class Terminal(Watcher):
             }
             print(json.dumps(document, indent=2))
         counts = ", ".join(f"{count} {state.replace('_', ' ')}" for state, count in result.counts.items() if count)
-        tiles = sum(row["tiles"] for row in result.rows)
-        done = f"{counts or 'no slide to do'}; {tiles_in_words(tiles)} in {in_words(result.seconds)}"
-        print(f"{result.outcome}: {done}.", file=self._words)
+        tiles = sum(row["tiles"] for row in result.rows if row["status"] == "done")
+        done = f"{counts or 'no slide to do'}, {tiles_in_words(tiles)} on those done"
+        print(f"{result.outcome}: {done}; {in_words(result.seconds)}.", file=self._words)
         if result.outcome == "stopped":
             print("What is done is kept: the same command goes on from here.", file=self._words)
         if result.note:
