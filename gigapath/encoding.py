@@ -367,9 +367,10 @@ def load_slide_encoder(
 def usual_slide_encoder(tile_encoder: str | None, *, random_weights: bool) -> str:
     """The slide encoder where nobody names one: that of the tile encoder's own release, else the mean, or with
     `random_weights` an untrained one."""
-    if tile_encoder in RELEASES:
-        return tile_encoder
-    return "gigapath" if random_weights else "mean"
+    if random_weights:
+        release = (tile_encoder or "").removesuffix("-random")
+        return release if release in RELEASES else "gigapath"
+    return tile_encoder if tile_encoder in RELEASES else "mean"
 
 
 def find_slide_checkpoint(name: str) -> Path:

@@ -17,6 +17,7 @@ from gigapath.encoding import (
     load_slide_encoder,
     mean_of_rows,
     pooled_states,
+    usual_slide_encoder,
 )
 from gigapath.features import SlideEmbeddings, TileEmbeddings
 
@@ -226,3 +227,19 @@ def test_vectors_of_tiles_need_a_name_of_theirs() -> None:
         tiny_slide_encoder().embed_tiles(some_embeddings(), "default")
     with pytest.raises(ValueError, match="expected a state of 0 to 2"):
         tiny_slide_encoder().embed_tiles(some_embeddings(), "state:3:tiles")
+
+
+@pytest.mark.parametrize(
+    ("tiles", "trained", "untrained"),
+    [
+        ("gigapath-flash", "gigapath-flash", "gigapath-flash"),
+        ("gigapath-flash-random", "mean", "gigapath-flash"),
+        ("standin", "mean", "gigapath"),
+        (None, "mean", "gigapath"),
+    ],
+)
+def test_slide_encoder_that_nobody_names_is_the_pair_of_the_tiles(
+    tiles: str | None, trained: str, untrained: str
+) -> None:
+    assert usual_slide_encoder(tiles, random_weights=False) == trained
+    assert usual_slide_encoder(tiles, random_weights=True) == untrained
