@@ -13,10 +13,10 @@
 # In a container: GIGAPATH="apptainer exec --nv gigapath.sif gigapath".
 set -euo pipefail
 read -ra gigapath <<<"${GIGAPATH:-gigapath}"
-job=''
-trap 'told=1; [ -z "$job" ] || kill -USR1 "$job" || true' USR1 TERM # before the run, so that no signal kills this script
+told=''
+trap 'told=1; kill -USR1 $(jobs -p) || true' USR1 TERM # before the run, so that no signal kills this script
 HF_HUB_OFFLINE=1 "${gigapath[@]}" embed --device cuda "$@" --shard "$SLURM_ARRAY_TASK_ID/${SHARDS:-$SLURM_ARRAY_TASK_MAX}" &
-job=$!
-while told='' status=0; wait "$job" || status=$?; [ -n "$told" ]; do :; done # a trapped signal ends `wait` early
-if [ "$status" -eq 75 ]; then scontrol requeue "$SLURM_JOB_ID"; fi
+[ -z "$told" ] || kill -USR1 $! || true # a signal that came before the run
+while told='' status=0; wait $! || status=$?; [ -n "$told" ]; do :; done # a trapped signal ends `wait` early
+case "$status" in 75 | 138) scontrol requeue "$SLURM_JOB_ID" ;; esac # 138: the signal came before gigapath listened
 exit "$status"

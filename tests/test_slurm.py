@@ -11,6 +11,10 @@ import pytest
 ROOT = Path(__file__).parent.parent
 FAKE_GIGAPATH = """#!/usr/bin/env bash
 echo "$HF_HUB_OFFLINE|$*" >>"$LOG"
+if [ -n "${DEAF:-}" ]; then
+  echo started >>"$LOG"
+  exec sleep 60
+fi
 stop() { echo "heard $1" >>"$LOG"; sleep 0.3; exit 75; }
 trap 'stop USR1' USR1
 trap 'stop TERM' TERM
@@ -74,6 +78,15 @@ def test_signal_before_the_limit_reaches_the_run_and_the_job_is_requeued(cluster
     job.send_signal(signal.SIGUSR1)
     assert job.wait(20) == 75
     assert cluster.said()[-2:] == ["heard USR1", "scontrol requeue 4711"], "the script waited for the run to end"
+
+
+@pytest.mark.parametrize("script", ["slurm_tile.sh", "slurm_embed.sh"])
+def test_job_is_requeued_where_the_signal_ends_a_run_that_does_not_listen_yet(cluster: Cluster, script: str) -> None:
+    job = cluster.start(script, "c.csv", "--out", "o", DEAF="1")
+    cluster.wait_for("started")
+    job.send_signal(signal.SIGTERM)
+    assert job.wait(20) == 128 + signal.SIGUSR1
+    assert cluster.said()[-1] == "scontrol requeue 4711"
 
 
 @pytest.mark.parametrize("script", ["slurm_tile.sh", "slurm_embed.sh"])
