@@ -88,7 +88,7 @@ def test_wheel_holds_the_package_and_nothing_else(built: Path) -> None:
     viewer = "gigapath/report/assets/openseadragon"
     assert {f"{viewer}/openseadragon.min.js", f"{viewer}/LICENSE.txt", f"{info}/licenses/{viewer}/LICENSE.txt"} <= names
     assert {f"gigapath/report/assets/report.{kind}" for kind in ("html", "css", "js")} <= names
-    assert "gigapath = gigapath.cli.main:main" in entry_points
+    assert "gigapath = gigapath.cli.main:command" in entry_points
 
 
 def test_sdist_holds_the_package_and_what_builds_it(built: Path) -> None:

@@ -4,6 +4,7 @@ import argparse
 import difflib
 import importlib
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
@@ -102,5 +103,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_STOPPED
 
 
+def command() -> NoReturn:
+    """`gigapath` as a program. Once all is said, Ctrl-C has nothing left to stop: Python, which is clearing up, would
+    print lines about exceptions that it ignores."""
+    status = main()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    sys.exit(status)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    command()
