@@ -17,6 +17,7 @@ from gigapath.cohort.progress import failures_by_kind
 from gigapath.cohort.record import RUNS
 from gigapath.cohort.reuse import FAST_TRANSFORM
 from gigapath.cohort.status import Status, read_statuses
+from gigapath.cohort.words import without_name
 from gigapath.downloads import RELEASES
 from gigapath.features.h5 import open_h5, read_attrs
 from gigapath.preprocessing.masks import METHODS
@@ -196,7 +197,8 @@ def _cohort(stages: Sequence[Mapping[str, Status]], facts: Mapping[str, Mapping[
 
 def _reason(status: Status) -> str:
     """Why a slide failed, without its id, so that equal reasons count together."""
-    text = re.sub(r"^slide '[^']*': ", "", status.error.replace(status.slide_id, "the slide"))
+    text = status.error.removeprefix(f"slide {status.slide_id!r}: ")
+    text = without_name(text, status.slide_id, "the slide")
     text = re.sub(r"tile \d+ of \d+ \([^)]*\)", "a tile", text)
     return text.split(". ")[0].rstrip(".") or "no reason was recorded"
 

@@ -43,7 +43,8 @@ def test_read_progress_counts_by_stage_and_state(out: Path) -> None:
     slides, (tiles, features) = read_progress(out)
     assert slides == 11
     assert tiles.counts == {"done": 9, "no_tissue": 0, "failed": 1, "stopped": 0, "todo": 1}
-    assert features.counts == {"done": 5, "no_tissue": 0, "failed": 2, "stopped": 1, "todo": 3}
+    assert features.counts == {"done": 5, "no_tissue": 0, "failed": 3, "stopped": 1, "todo": 2}, "s9 never comes here"
+    assert (tiles.left, features.left) == (1, 3), "what failed is not left to do"
     assert (tiles.folder, tiles.tiles, features.tiles) == ("tiles", 9000, 5000)
 
 
@@ -51,9 +52,9 @@ def test_read_progress_takes_the_rate_of_the_last_hour_by_the_clock(out: Path) -
     _, (tiles, features) = read_progress(out)
     assert features.tiles_per_second == pytest.approx(4000 / 40)
     assert features.slides_per_second == pytest.approx(4 / 40)
-    assert features.tiles_left == 6000, "two slides without counts are taken for the mean"
-    assert features.seconds_left == pytest.approx(60.0)
-    assert tiles.seconds_left == pytest.approx(2 / 1.0)
+    assert features.tiles_left == 3000, "a slide without a count is taken for the mean"
+    assert features.seconds_left == pytest.approx(30.0)
+    assert tiles.seconds_left == pytest.approx(1 / 1.0)
     assert features.last == 7040.0
 
 
@@ -63,12 +64,15 @@ def test_read_progress_groups_failures_by_kind(out: Path) -> None:
     assert tiles.failures == {"expected microns per pixel in the file, got none.": ("s9",)}
     errors = {"s1": "slide 's1': 2 of 'p' and s1", "s2": "slide 's2': 31 of 'q' and s2", "s3": "other"}
     assert failures_by_kind(errors) == {"2 of 'p' and ...": ("s1", "s2"), "other": ("s3",)}
+    short = failures_by_kind({"e": "slide 'e': expected the level of e.", "1": "slide '1': tile 11 of 1."})
+    assert list(short) == ["expected the level of ....", "tile 11 of ...."], "a short id is a part of other words"
 
 
 def test_read_progress_passes_over_broken_files_and_needs_no_table(out: Path) -> None:
     (out / "slides.csv").unlink()
     (out / "tiles/s0.json").write_text('{"status": ')
     (out / "tiles/s1.json").write_text("[]")
+    (out / "features_tiny/s8.json").write_text('{"status": "done", "tiles": "many", "ended": null, "error": 3}')
     slides, (tiles, _) = read_progress(out)
     assert (slides, tiles.counts["done"], tiles.counts["todo"]) == (10, 7, 2)
 
@@ -77,9 +81,19 @@ def test_status_prints_a_table_rates_and_reasons(out: Path, capsys: pytest.Captu
     assert main(["status", str(out)]) == 0
     said = capsys.readouterr().out.splitlines()
     assert said[0].endswith(": 11 slides")
-    assert said[3].split() == ["features_tiny", "5", "0", "2", "1", "3", "5,000"]
-    assert "6 slides/min, 100 tiles/s; 6 slides with about 6,000 tiles left: about 60 s." in said[5]
-    assert said[-1] == "features_tiny: 2 failed: tile 7 of 1000 (x 512, y 0, level 1) can't be decoded. (s5, s6)"
+    assert said[3].split() == ["features_tiny", "5", "0", "3", "1", "2", "5,000"]
+    assert "6 slides/min, 100 tiles/s; 3 slides with about 3,000 tiles left: about 30 s." in said[5]
+    assert said[-1].startswith("What failed is not counted as left: the same command tries it again")
+    assert said[-2] == "features_tiny: 2 failed: tile 7 of 1000 (x 512, y 0, level 1) can't be decoded. (s5, s6)"
+
+
+def test_slide_that_failed_in_a_stage_before_has_failed_in_its_own_encoders_stages_alone(tmp_path: Path) -> None:
+    put(tmp_path / "features_tiny", "s0", "failed", error="no.")
+    put(tmp_path / "features_other", "s0", tiles=4, ended=1.0)
+    put(tmp_path / "slides_mean__tiny", "s1", tiles=4, ended=1.0)
+    put(tmp_path / "slides_mean__other", "s1", tiles=4, ended=1.0)
+    states = {stage.folder: (stage.counts["failed"], stage.left) for stage in read_progress(tmp_path)[1]}
+    assert states["slides_mean__tiny"] == (1, 0) and states["slides_mean__other"] == (0, 1)
 
 
 def test_one_slide_is_a_slide(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -100,13 +114,17 @@ def test_status_prints_json_and_refuses_other_folders(
     assert "expected the output folder of a run" in errors and "no such folder" in errors
 
 
-def test_status_imports_nothing_heavy(out: Path) -> None:
+def test_status_imports_nothing_heavy_and_ctrl_c_at_its_end_says_nothing(out: Path) -> None:
     code = (
-        f"import sys\nfrom gigapath.cli.main import main\nmain(['status', {str(out)!r}])\n"
-        "print(sorted({'torch', 'numpy', 'h5py', 'cv2', 'openslide', 'PIL'} & set(sys.modules)))"
+        "import atexit, os, signal, sys\nfrom gigapath.cli.main import command\n"
+        "heavy = {'torch', 'numpy', 'h5py', 'cv2', 'openslide', 'PIL'}\n"
+        "atexit.register(lambda: os.kill(os.getpid(), signal.SIGINT))\n"  # the last to be called
+        "atexit.register(lambda: print(sorted(heavy & set(sys.modules))))\n"
+        f"sys.argv = ['gigapath', 'status', {str(out)!r}]\ncommand()"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.splitlines()[-1] == "[]"
+    assert run.stderr == ""
 
 
 def main_5000() -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from gigapath.cohort.progress import StageProgress, read_progress
 from gigapath.cohort.status import STATES
-from gigapath.cohort.words import in_words
+from gigapath.cohort.words import in_words, slides_in_words
 
 _KINDS_SHOWN = 10
 _SLIDES_SHOWN = 5
@@ -24,7 +24,7 @@ def run(namespace: argparse.Namespace) -> int:
     if namespace.json:
         print(json.dumps({"slides": slides, "stages": [dataclasses.asdict(stage) for stage in stages]}, indent=2))
         return 0
-    print(f"{namespace.out}: {slides:,} slide{'s' * (slides != 1)}")
+    print(f"{namespace.out}: {slides_in_words(slides)}")
     width = max(len(stage.folder) for stage in stages) if stages else 0
     titles = [state.replace("_", " ") for state in STATES]
     print(f"  {'':{width}}  " + "  ".join(f"{title:>9}" for title in [*titles, "tiles"]))
@@ -37,6 +37,8 @@ def run(namespace: argparse.Namespace) -> int:
             print(line)
     for stage in stages:
         _print_failures(stage)
+    if any(stage.counts["failed"] for stage in stages):
+        print("What failed is not counted as left: the same command tries it again, --only failed tries it alone.")
     return 0
 
 
@@ -49,10 +51,9 @@ def _pace(stage: StageProgress) -> str:
         line += f"; {_rate(stage.slides_per_second * 60)} slides/min"
         if stage.folder != "tiles":
             line += f", {_rate(stage.tiles_per_second or 0)} tiles/s"
-    left = sum(stage.counts[state] for state in STATES if state not in ("done", "no_tissue"))
-    if left and stage.seconds_left is not None:
+    if stage.left and stage.seconds_left is not None:
         tiles = "" if stage.folder == "tiles" else f" with about {stage.tiles_left:,} tiles"
-        line += f"; {left:,} slides{tiles} left: about {in_words(stage.seconds_left)}"
+        line += f"; {slides_in_words(stage.left)}{tiles} left: about {in_words(stage.seconds_left)}"
     return line + "."
 
 

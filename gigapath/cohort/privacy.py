@@ -11,6 +11,7 @@ from typing import Any
 
 from gigapath.cohort.manifest import SlideEntry
 from gigapath.cohort.status import derive
+from gigapath.cohort.words import without_name
 from gigapath.file_names import one_line
 from gigapath.files import real_path, write_text_atomic
 
@@ -35,8 +36,7 @@ def without_paths(text: str, entry: SlideEntry) -> str:
             if len(folder.parts) > 1:  # "." and "/" would hit every other word
                 text = text.replace(str(folder), "<folder>")
         text = text.replace(path.name, entry.slide_id)
-    if entry.original_id:
-        text = text.replace(entry.original_id, entry.slide_id)
+    text = without_name(text, entry.original_id, entry.slide_id)
     return hide_paths(text)
 
 

@@ -5,12 +5,13 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from gigapath.cohort.status import FINISHED, SLIDES_CSV, STATES
+from gigapath.cohort.words import without_name
 
 # Folders of stages, in the order of the work.
 _STAGE_FOLDERS = ("tiles", "features_", "slides_", "contextual_")
@@ -25,14 +26,16 @@ class StageProgress:
 
     Attributes:
         folder: name of the stage's folder.
-        counts: slides by status, every status named.
+        counts: slides by status, every status named; what failed in an earlier stage never comes to this one, and has
+            failed here too.
         tiles: tiles of finished slides.
         last: when the newest result came, in seconds since 1970 (UTC); 0 where there is none.
         tiles_per_second: by the clock, all jobs together, over the hour before the newest result; None without one.
         slides_per_second: the same for slides.
-        tiles_left: about how many tiles are to do; slides whose tiles are not counted are taken to be like the others.
+        left: slides that are stopped or to do; those that failed are not.
+        tiles_left: about how many tiles these have; slides whose tiles are not counted are taken to be like the others.
         seconds_left: at that rate, or None where there is none.
-        failures: kind of failure -> slides, the most frequent first.
+        failures: kind of failure -> slides, the most frequent first; each in the stage where it failed.
     """
 
     folder: str
@@ -41,6 +44,7 @@ class StageProgress:
     last: float = 0.0
     tiles_per_second: float | None = None
     slides_per_second: float | None = None
+    left: int = 0
     tiles_left: int = 0
     seconds_left: float | None = None
     failures: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
@@ -70,7 +74,9 @@ def read_progress(out: Path) -> tuple[int, list[StageProgress]]:
         for slide_id, status in found.items()
         if status["status"] in FINISHED
     }
-    return len(ids), [_progress(name, found, ids, counted) for name, found in stages.items()]
+    return len(ids), [
+        _progress(name, found, ids, counted, _failed_before(name, stages)) for name, found in stages.items()
+    ]
 
 
 def failures_by_kind(errors: Mapping[str, str]) -> dict[str, tuple[str, ...]]:
@@ -83,10 +89,10 @@ def failures_by_kind(errors: Mapping[str, str]) -> dict[str, tuple[str, ...]]:
     """
     kinds: dict[str, list[str]] = {}
     for slide_id in sorted(errors):
-        text = re.sub(r"'[^']*'", "...", errors[slide_id].replace(slide_id, "..."))
+        text = re.sub(r"'[^']*'", "...", without_name(errors[slide_id], slide_id, "..."))
         kinds.setdefault(re.sub(r"(?<![\w.])\d[\d.,]*\d|(?<![\w.])\d", "N", text), []).append(slide_id)
     said = {
-        errors[slides[0]].removeprefix(f"slide {slides[0]!r}: ").replace(slides[0], "..."): tuple(slides)
+        without_name(errors[slides[0]].removeprefix(f"slide {slides[0]!r}: "), slides[0], "..."): tuple(slides)
         for slides in kinds.values()
     }
     return dict(sorted(said.items(), key=lambda item: (-len(item[1]), item[0])))
@@ -96,12 +102,25 @@ def _order(folder: Path) -> tuple[int, str]:
     return next(i for i, start in enumerate(_STAGE_FOLDERS) if folder.name.startswith(start)), folder.name
 
 
+def _failed_before(name: str, stages: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> set[str]:
+    """Slides that failed in a stage before the one of this name: their tiles, or their tile embeddings."""
+    encoder = name.split("__")[1] if "__" in name else ""
+    before = [folder for folder in ("tiles", f"features_{encoder}") if folder != name and folder in stages]
+    return {slide_id for folder in before for slide_id, row in stages[folder].items() if row["status"] == "failed"}
+
+
 def _progress(
-    folder: str, found: Mapping[str, Mapping[str, Any]], ids: Iterable[str], counted: Mapping[str, int]
+    folder: str,
+    found: Mapping[str, Mapping[str, Any]],
+    ids: Iterable[str],
+    counted: Mapping[str, int],
+    failed_before: Collection[str],
 ) -> StageProgress:
-    counts = Counter(found[slide_id]["status"] if slide_id in found else "todo" for slide_id in ids)
+    states = dict.fromkeys(ids, "todo") | dict.fromkeys(failed_before, "failed")
+    states |= {slide_id: row["status"] for slide_id, row in found.items()}
+    counts = Counter(states.values())
     done = {slide_id: status for slide_id, status in found.items() if status["status"] in FINISHED}
-    left = [slide_id for slide_id in ids if slide_id not in done]
+    left = [slide_id for slide_id, state in states.items() if state in ("stopped", "todo")]
     known = [counted[slide_id] for slide_id in left if slide_id in counted]
     mean = sum(counted.values()) / len(counted) if counted else 0.0
     tiles_left = sum(known) + round(mean * (len(left) - len(known)))
@@ -119,6 +138,7 @@ def _progress(
         last=last,
         tiles_per_second=tiles_rate,
         slides_per_second=slides_rate,
+        left=len(left),
         tiles_left=tiles_left,
         seconds_left=todo / rate if rate else None,
         failures=failures_by_kind(
@@ -141,7 +161,8 @@ def _read_folder(folder: Path) -> dict[str, dict[str, Any]]:
             try:
                 values = json.loads(_content(name, descriptor))
                 row = {key: values.get(key, default) for key, default in _FIELDS.items()}
-                if row["status"] in STATES:
+                numbers = all(isinstance(row[key], int | float) for key in ("tiles", "seconds", "ended"))
+                if row["status"] in STATES and numbers and isinstance(row["error"], str):
                     found[name.removesuffix(".json")] = row
             except (OSError, ValueError, AttributeError):
                 continue

@@ -75,11 +75,22 @@ def read_status(folder: Path, slide_id: str) -> Status | None:
         values = json.loads(status_path(folder, slide_id).read_text(encoding="utf-8"))
         known = {name.name for name in dataclasses.fields(Status)}
         status = Status(**{name: value for name, value in values.items() if name in known})
-    except (OSError, ValueError, TypeError, AttributeError):
+        status = dataclasses.replace(status, warnings=tuple(status.warnings))
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
         return None
-    if status.slide_id != slide_id or status.status not in STATES:
-        return None
-    return dataclasses.replace(status, warnings=tuple(status.warnings))
+    return status if status.slide_id == slide_id and status.status in STATES and _has_form(status) else None
+
+
+def _has_form(status: Status) -> bool:
+    """Whether what was read has the types that are written: whoever else writes there must not end a run."""
+    numbers = (status.tiles, status.seconds, status.numerics_version, status.ended)
+    texts = (status.stage, status.error, status.digest, *status.warnings)
+    tables = (status.identity, status.facts, status.columns)
+    return (
+        all(isinstance(value, int | float) for value in numbers)
+        and all(isinstance(value, str) for value in texts)
+        and all(isinstance(value, dict) for value in tables)
+    )
 
 
 def read_statuses(folder: Path) -> dict[str, Status]:

@@ -1,9 +1,11 @@
-"""Counts, sizes and times as people read them."""
+"""Counts, sizes and times as people read them, and sentences without the slide that they are about."""
+
+import re
 
 
 def slides_in_words(count: int) -> str:
     """A number of slides."""
-    return "1 slide" if count == 1 else f"{count} slides"
+    return "1 slide" if count == 1 else f"{count:,} slides"
 
 
 def tiles_in_words(count: int, *, exact: bool = True) -> str:
@@ -39,3 +41,9 @@ def in_bytes(count: float) -> str:
             return f"{count:.0f} {unit}"
         count /= 1000
     return f"{count:.1f} GB"
+
+
+def without_name(text: str, name: str, instead: str) -> str:
+    """A text with another word in place of a name, where it stands by itself: the slide called "a" or "12" leaves
+    other words and numbers as they are."""
+    return re.sub(rf"(?<![^\W_]){re.escape(name)}(?![^\W_])", lambda _: instead, text) if name else text
