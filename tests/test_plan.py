@@ -1,6 +1,7 @@
 """`gigapath plan`: what a cohort is made of, from headers alone; suspects among files and ids; the pilot."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -66,6 +67,16 @@ def test_survey_tells_what_the_headers_say(cohort: Path) -> None:
     assert found.duplicates == (("Doe_Jane 2021-03-04", "again", "half"),)
     assert found.odd_ids == {"Doe_Jane 2021-03-04": "a date"}
     assert found.id_problems == ()
+
+
+def test_survey_says_what_is_missing_in_words_and_waits_for_no_pipe(cohort: Path, tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        os.mkfifo(tmp_path / f"{name}.tif")
+    found, entries = survey([cohort, tmp_path], TileOptions(tile_size=64))
+    errors = {header.slide_id: header.error for header in found.headers}
+    assert errors["gone"] == "expected a slide file, got none of the name 'gone'."
+    assert errors["one"].startswith("expected a slide file, got a pipe")
+    assert identical_files(entries) == list(found.duplicates)
 
 
 def test_survey_reads_no_pixel(cohort: Path, monkeypatch: pytest.MonkeyPatch) -> None:

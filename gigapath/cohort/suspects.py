@@ -48,7 +48,8 @@ def identical_files(entries: Iterable[SlideEntry]) -> list[tuple[str, ...]]:
     Sizes are compared first, then three pieces of the files of equal size, and only then whole files.
     """
     groups: list[tuple[str, ...]] = []
-    for of_size in _alike(entries, lambda path: path.stat().st_size):
+    regular = (entry for entry in entries if entry.path.is_file())  # reading a pipe would wait for ever
+    for of_size in _alike(regular, lambda path: path.stat().st_size):
         for of_pieces in _alike(of_size, _pieces):
             real = {entry.path.resolve() for entry in of_pieces}
             same = [of_pieces] if len(real) == 1 else _alike(of_pieces, sha256_of)

@@ -1,5 +1,6 @@
 """`survey`: what a cohort is made of and what it will cost, from the slides' headers alone; `run_pilot` tiles a few."""
 
+import contextlib
 import math
 from collections import Counter
 from collections.abc import Sequence
@@ -159,8 +160,10 @@ def survey(
 def read_header(entry: SlideEntry, tiling: TileOptions) -> Header:
     """What a slide's header says; what is wrong with it becomes part of the answer."""
     header = Header(entry.slide_id)
+    with contextlib.suppress(OSError):  # opening it says better what is wrong
+        if entry.path.is_file():  # reading a pipe would wait for ever
+            header = replace(header, bytes=entry.path.stat().st_size, missing_bytes=missing_bytes(entry.path))
     try:
-        header = replace(header, bytes=entry.path.stat().st_size, missing_bytes=missing_bytes(entry.path))
         with open_entry(entry, tiling) as slide:
             header = replace(header, vendor=slide.vendor, scanner=slide.scanner, mpp_problem=_no_scale(slide))
             header = replace(header, mpp=slide.mpp.mean, mpp_problem=_contradiction(slide))
