@@ -66,18 +66,17 @@ class OutputError(OSError):
 def output_error(path: Path, error: OSError) -> OutputError:
     """The one sentence for a failed write of `path`; folders above its own are left out of it, since errors are
     stored beside the results and paths are private."""
-    taken = next((folder for folder in (path.parent, *path.parent.parents) if folder.is_file()), None)
-    if taken is not None:
-        return _taken(taken, error)
-    return OutputError(f"{path.parent.name}/{path.name} could not be written: {_reason(error)}.", error.errno)
+    words = f"{path.parent.name}/{path.name} could not be written: {_reason(error)}."
+    return _taken(path.parent, error) or OutputError(words, error.errno)
 
 
-def _taken(folder: Path, error: OSError) -> OutputError:
-    return OutputError(
-        f"the output folder {folder.name} could not be made: a file of that name is there. Choose another output "
-        "folder.",
-        error.errno,
-    )
+def _taken(folder: Path, error: OSError) -> OutputError | None:
+    """The sentence where a file stands in the way of a folder or of one above it."""
+    for taken in (folder, *folder.parents):
+        if taken.is_file():
+            words = f"the output folder {taken.name} could not be made: a file of that name is there."
+            return OutputError(f"{words} Choose another output folder.", error.errno)
+    return None
 
 
 def _reason(error: OSError) -> str:
@@ -98,11 +97,8 @@ def check_writable(folder: Path | str) -> None:
         temporary.touch(exist_ok=False)
         temporary.unlink()
     except OSError as error:
-        if folder.is_file():
-            raise _taken(folder, error) from error
-        raise OutputError(
-            f"the output folder {folder.name} could not be written: {_reason(error)}.", error.errno
-        ) from error
+        words = f"the output folder {folder.name} could not be written: {_reason(error)}."
+        raise _taken(folder, error) or OutputError(words, error.errno) from error
 
 
 def is_write_error(error: OSError, temporary: Path) -> bool:
@@ -297,24 +293,16 @@ def real_path(path: Path) -> Path:
 
 
 def sha256_of(path: Path | str) -> str:
-    """SHA-256 of a file's bytes, in hex; read in pieces."""
-    digest = hashlib.sha256()
-    _feed(digest, Path(path))
-    return digest.hexdigest()
+    """SHA-256 of a file's bytes, in hex."""
+    return hex_digest(Path(path), hashlib.sha256())
 
 
-def git_blob_id(path: Path | str) -> str:
-    """The id that git gives to a file of these bytes: SHA-1 over `blob <size>\\0` and the content."""
-    path = Path(path)
-    digest = hashlib.sha1(f"blob {path.stat().st_size}\0".encode(), usedforsecurity=False)
-    _feed(digest, path)
-    return digest.hexdigest()
-
-
-def _feed(digest: Any, path: Path) -> None:
+def hex_digest(path: Path, digest: Any) -> str:
+    """The digest of `hashlib`, which may have been fed already, over a file's bytes, in hex; read in pieces."""
     with path.open("rb") as file:
         while block := file.read(1 << 20):
             digest.update(block)
+    return str(digest.hexdigest())
 
 
 def separator_hint(header: Sequence[str]) -> str:

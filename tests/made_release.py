@@ -14,7 +14,8 @@ from weights_recipe import fill
 
 from gigapath import tile_architectures, tile_encoder, weights
 from gigapath.downloads import DOWNLOADS, RELEASES, RemoteFile
-from gigapath.files import git_blob_id, sha256_of
+from gigapath.downloads.digests import digest_of
+from gigapath.files import sha256_of
 from gigapath.slide_encoder import LongNetViT
 from gigapath.tile_encoder import load_tile_encoder
 
@@ -79,7 +80,7 @@ def _make_demo(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def record_demo(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Take the demo tile's two files, as they are now, for the released ones."""
     files = tuple(
-        RemoteFile(file.file, file.sources, digest=f"git:{git_blob_id(folder / file.file)}")
+        RemoteFile(file.file, file.sources, digest=digest_of(folder / file.file, "git"))
         for file in DOWNLOADS["demo-tile"].files
     )
     monkeypatch.setitem(DOWNLOADS, "demo-tile", dataclasses.replace(DOWNLOADS["demo-tile"], files=files))

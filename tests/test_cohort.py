@@ -7,6 +7,7 @@ import signal
 import struct
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -213,6 +214,16 @@ def test_status_round_trips_and_a_broken_file_counts_as_none(tmp_path: Path) -> 
         assert read_status(tmp_path, "a") is None
 
 
+@pytest.mark.parametrize(
+    "wrong", [{"tiles": "many"}, {"warnings": 3}, {"warnings": [3]}, {"facts": []}, {"ended": None}, {"error": {}}]
+)
+def test_status_of_another_form_counts_as_none(tmp_path: Path, wrong: dict[str, Any]) -> None:
+    write_status(tmp_path, Status("a", "tiles", "done"))
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **wrong}))
+    assert read_status(tmp_path, "a") is None
+
+
 def test_slides_csv_says_how_each_slide_stands(tmp_path: Path) -> None:
     tiles, features = tmp_path / "tiles", tmp_path / "features_x"
     write_status(tiles, Status("a", "tiles", "done", 10, 1.0, facts={"vendor": "aperio"}, columns={"site": "n"}))
@@ -327,7 +338,7 @@ def test_run_records_are_added_never_overwritten_and_hold_no_path(tmp_path: Path
 
 def test_record_of_an_unwritable_folder_is_one_sentence(tmp_path: Path) -> None:
     blocker = touch(tmp_path / "file")
-    with pytest.raises(OutputError, match="could not be written"):
+    with pytest.raises(OutputError, match="folder file could not be made: a file of that name is there"):
         RunRecord(blocker / "out", "tile", {}).start([])
 
 
@@ -339,6 +350,11 @@ def test_without_paths_leaves_ids_and_words(tmp_path: Path) -> None:
     )
     cleaned = without_paths(text, entry)
     assert cleaned == ("s1: broken; s1 at 3 tiles/s, s1 and <folder>/x, <path>; see https://example.org/a/b")
+
+
+def test_without_paths_leaves_words_that_a_short_name_is_a_part_of() -> None:
+    entry = SlideEntry("0f3e", Path("12.svs"), original_id="12")
+    assert without_paths("12.svs: tile 3 of 512, as of 12_b", entry) == "0f3e: tile 3 of 512, as of 0f3e_b"
 
 
 def test_redact_knows_names_of_models_from_paths(tmp_path: Path) -> None:

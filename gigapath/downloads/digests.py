@@ -8,7 +8,7 @@ from pathlib import Path
 
 import huggingface_hub.constants
 
-from gigapath.files import git_blob_id, sha256_of, write_json_atomic
+from gigapath.files import hex_digest, sha256_of, write_json_atomic
 
 logger = logging.getLogger(__name__)
 
@@ -23,12 +23,9 @@ def digest_of(path: Path, kind: str) -> str:
     if kind == "sha256":
         return f"sha256:{sha256_of(path)}"
     if kind == "git":
-        return f"git:{git_blob_id(path)}"
-    digest = hashlib.md5(usedforsecurity=False)
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return f"md5:{digest.hexdigest()}"
+        digest = hashlib.sha1(f"blob {path.stat().st_size}\0".encode(), usedforsecurity=False)
+        return f"git:{hex_digest(path, digest)}"
+    return f"md5:{hex_digest(path, hashlib.md5(usedforsecurity=False))}"
 
 
 def remembered_sha256(path: Path) -> str:
