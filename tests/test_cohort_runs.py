@@ -271,3 +271,18 @@ def test_slide_that_another_run_finishes_meanwhile_is_not_marked_as_failed(tmp_p
     found = read_status(tmp_path, "a")
     assert found is not None and slide_row("a", [found])["error"] == "gone"
     assert found.ended > 1.7e9
+
+
+def test_columns_that_are_added_or_mended_reach_what_is_kept(slides: Path, tmp_path: Path) -> None:
+    manifest, out = tmp_path / "m.csv", tmp_path / "out"
+    manifest.write_text(f"path,patient_id\n{slides}/s0.tif,p1\n{slides}/s1.tif,p1\n")
+    tile(manifest, out)
+    made = (out / "tiles" / "s0.h5").stat().st_mtime_ns
+    manifest.write_text(f"path,patient_id,grade\n{slides}/s0.tif,p2,3\n")
+    tile(manifest, out)
+    rows = table(out)
+    assert (rows["s0"]["patient_id"], rows["s0"]["grade"]) == ("p2", "3")
+    assert rows["s1"]["patient_id"] == "p1", "the manifest of today doesn't name it"
+    tile(slides / "s0.tif", out)
+    assert table(out)["s0"]["grade"] == "3", "without a manifest what is known stays"
+    assert (out / "tiles" / "s0.h5").stat().st_mtime_ns == made, "nothing was done again"

@@ -164,6 +164,30 @@ def test_pseudonyms_follow_the_key_and_want_a_good_one(tmp_path: Path) -> None:
         read_key(tmp_path / "short")
 
 
+def test_slides_take_one_name_in_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Another key, or none where there was one: each slide would be there twice, once under its own name."""
+    (tmp_path / "one").write_text("one key of some bytes")
+    (tmp_path / "other").write_text("another key of some bytes")
+    (tmp_path / "scan-7.svs").write_text("no slide")
+
+    def tile(out: str, *words: str) -> int:
+        return main(["tile", str(tmp_path / "scan-7.svs"), "--out", str(tmp_path / out), "--workers", "0", *words])
+
+    one, other = (["--pseudonymise", str(tmp_path / name)] for name in ("one", "other"))
+    assert tile("hidden", *one) == tile("hidden", *one) == tile("plain") == tile("plain") == 3
+    before = outputs_with(tmp_path / "hidden", "")
+    capsys.readouterr()
+    assert tile("hidden", *other) == tile("hidden") == tile("plain", *one) == 1
+    said = capsys.readouterr().err
+    for words in (
+        "got pseudonyms of another key",
+        "got their own names",
+        "the slides' own names, as before, got pseud",
+    ):
+        assert words in said
+    assert "scan-7" not in said and outputs_with(tmp_path / "hidden", "") == before
+
+
 def test_canary_in_dicom_tags_is_found_nowhere(shared: Path, tmp_path: Path) -> None:
     source = (shared / "data" / "slides" / "low-power.dcm").read_bytes()
     position = 132

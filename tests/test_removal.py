@@ -112,3 +112,20 @@ def test_remove_by_the_name_of_its_file_is_refused_and_told_the_id(
     assert main(["remove", "QXZ7.tif", str(out)]) == 1  # its mentions would go, and its embeddings stay
     assert "Its id is 'QXZ7'" in capsys.readouterr().err
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+
+
+def test_remove_by_the_name_before_the_pseudonym_names_the_id(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "key").write_text("a key of twenty-two by")
+    write_pyramid(tmp_path / "QXZ7.tif", paint_tissue(500, 400), mpp=(0.5, 0.5), steps=(1,))
+    out = tmp_path / "out"
+    words = ["tile", str(tmp_path / "QXZ7.tif"), "--out", str(out), "--pseudonymise", str(tmp_path / "key")]
+    assert main([*words, *SMALL]) == 0
+    (slide_id,) = [path.stem for path in (out / "tiles").glob("*.h5")]
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    assert main(["remove", "QXZ7", str(out)]) == 1
+    assert f"Its id is '{slide_id}'." in capsys.readouterr().err
+    assert before == {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    assert main(["remove", slide_id, str(out)]) == 0
+    assert named(out, slide_id) == []

@@ -362,6 +362,16 @@ def test_tiles_of_another_folder_are_taken_and_slides_found_by_them(slides: Path
     assert table(tmp_path / "out")["blank"]["status"] == "no_tissue"
 
 
+@pytest.mark.parametrize("out", ["tiled", "out"])
+def test_table_says_of_given_tiles_what_it_says_of_own_ones(slides: Path, tmp_path: Path, out: str) -> None:
+    (tmp_path / "m.csv").write_text(f"path,patient_id\n{slides}/a.tif,p1\n")
+    run_tile([tmp_path / "m.csv"], tmp_path / "tiled", tiling=TILING)
+    embed([], tmp_path / out, tiles=str(tmp_path / "tiled"))
+    row = table(tmp_path / out)["a"]
+    assert (row["status"], row["patient_id"], row["tile_encoder"]) == ("done", "p1", "tiny")
+    assert row.get("vendor") == ("generic-tiff" if out == "tiled" else None)
+
+
 def test_tiles_that_are_missing_or_of_another_slide_fail_that_slide(slides: Path, tmp_path: Path) -> None:
     tiled = tmp_path / "tiled"
     run_tile([slides / "a.tif", slides / "b.tif"], tiled, tiling=TILING)

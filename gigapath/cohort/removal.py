@@ -60,7 +60,8 @@ def remove_slide(out: Path, slide_id: str, *, dry_run: bool = False) -> Removal:
 
     Raises:
         FileNotFoundError: there is no such folder.
-        ValueError: the file's name instead of the slide's id: its mentions would go and its results stay.
+        ValueError: the file's name instead of the slide's id, or the name from before it took a pseudonym: its
+            mentions would go and its results stay.
         OutputError: a file can't be removed or written.
     """
     safe_name(slide_id.replace("\\", "_"))  # a slide whose name is bad is listed with escapes
@@ -72,6 +73,12 @@ def remove_slide(out: Path, slide_id: str, *, dry_run: bool = False) -> Removal:
         raise ValueError(
             f"{out}: expected the id of a slide, got {slide_id!r}, the name of its file. Its id is "
             f"{slide_id_of(Path(slide_id))!r}."
+        )
+    pseudonyms = sorted({entry.slide_id for entry in recorded_paths(out) if entry.original_id == slide_id})
+    if not files and pseudonyms:
+        raise ValueError(
+            f"{out}: expected the id of a slide, got {slide_id!r}, its name before it took a pseudonym. Its id is "
+            f"{' and '.join(map(repr, pseudonyms))}."
         )
     edits = _edits(out, slide_id, hide)
     sheet = out / "contact_sheet.jpg"

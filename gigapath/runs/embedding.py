@@ -10,6 +10,7 @@ import torch
 from gigapath.cohort.manifest import SlideEntry, find_slides
 from gigapath.cohort.privacy import recorded_paths
 from gigapath.cohort.reuse import check_same_tiles, check_unmixed, differences
+from gigapath.cohort.status import read_statuses
 from gigapath.cohort.stopping import StopFlag
 from gigapath.cohort.words import in_bytes, in_words, slides_in_words, tiles_in_words
 from gigapath.devices import at_most_threads, resolve_devices
@@ -19,7 +20,7 @@ from gigapath.options import to_dict
 from gigapath.preprocessing.tiling import TileOptions
 from gigapath.runs.embed_job import EmbedJob
 from gigapath.runs.engine import CohortRun, RunResult
-from gigapath.runs.entries import check_tissue, chosen, named, share_in_words
+from gigapath.runs.entries import check_names, check_tissue, chosen, named, share_in_words
 from gigapath.runs.machine import available_cores, threads
 from gigapath.runs.options import EmbedOptions, RunOptions
 from gigapath.runs.planning import estimate_tiles
@@ -80,6 +81,7 @@ def run_embed(
         )
     with StopFlag(watch.stopping) as stop, at_most_threads(available_cores()):
         cohort = _entries(slides, out, embedding.tiles, tiling, options)
+        check_names(cohort, out)
         if not embedding.tiles:
             check_tissue(cohort, tiling)
         resolved = {**to_dict(tiling), **to_dict(embedding), **to_dict(options)}
@@ -222,8 +224,9 @@ def _job(
         slides=slides,
         fast_transform=embedding.fast_transform,
     )
+    shown = job.own_tiles or tiles.resolve() == (run.out / "tiles").resolve()
     run.stages = [
-        *([tiles] if job.own_tiles else []),
+        *([tiles] if shown else []),  # so that slides.csv says what is known of the tiles
         job.features,
         *([slides.folder] if slides is not None else []),
     ]
@@ -339,7 +342,9 @@ def _entries(
     for folder in (Path(tiles), Path(tiles).parent):
         entries = recorded_paths(folder)
         if entries:
-            return entries
+            tiled = read_statuses(folder / "tiles")
+            columns = {slide_id: status.columns for slide_id, status in tiled.items()}
+            return [replace(entry, columns=columns.get(entry.slide_id, {})) for entry in entries]
     raise FileNotFoundError(
         f"{tiles}: expected a folder made by gigapath tile, with private/paths.csv. Name the slides."
     )

@@ -5,7 +5,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +126,7 @@ class CohortRun:
         record.start(self.entries, keep_paths=self.keep_paths)
         rows: list[dict[str, Any]] = []
         try:
+            self._renew_columns()
             plan = make_plan()
             self.facts["plan"] = dict(plan.facts)
             self.watch.plan(plan)
@@ -189,6 +190,18 @@ class CohortRun:
         if stopped is not None:
             raise stopped
         return status
+
+    def _renew_columns(self) -> None:
+        """Let results that are kept carry what the manifest says today: columns are added and mended between runs.
+
+        A run over files of tile embeddings, which keeps no paths, knows no more than an earlier status said.
+        """
+        named = [entry for entry in self.entries if entry.columns and self.keep_paths]
+        for folder in self.stages:
+            for entry in named:
+                status = read_status(folder, entry.slide_id)
+                if status is not None and status.finished and status.columns != entry.columns:
+                    write_status(folder, replace(status, columns=entry.columns))
 
     def _loop(self, todo: Sequence[SlideEntry], work: Callable[[SlideEntry], Sequence[Status]]) -> str:
         try:

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from gigapath.cohort.manifest import SlideEntry
+from gigapath.cohort.privacy import recorded_paths
 from gigapath.cohort.pseudonyms import KEPT_COLUMNS, pseudonymised, read_key
 from gigapath.cohort.shards import parse_shard, take_shard
 from gigapath.cohort.status import read_status
@@ -58,6 +59,25 @@ def _with_mask(entry: SlideEntry, folder: Path) -> SlideEntry:
     with contextlib.suppress(FileNotFoundError):  # the stage says so
         return entry if entry.mask is not None else dataclasses.replace(entry, mask=mask_file(folder, entry.slide_id))
     return entry
+
+
+def check_names(entries: Iterable[SlideEntry], out: Path) -> None:
+    """Refuse names other than those under which the folder has the same slides: each would be there twice, and once
+    under its own name where pseudonyms were wanted.
+
+    Raises:
+        ValueError: pseudonyms of another key, or of none where the folder has some, or the other way round.
+    """
+    before = {entry.original_id or entry.slide_id: entry for entry in recorded_paths(out)}
+    for entry in entries:
+        earlier = before.get(entry.original_id or entry.slide_id, entry)
+        if earlier.slide_id != entry.slide_id:
+            had = "pseudonyms of the key of before" if earlier.original_id else "the slides' own names, as before"
+            got = "pseudonyms of another key" if earlier.original_id else "pseudonyms"
+            raise ValueError(
+                f"--pseudonymise: expected {had}, got {got if entry.original_id else 'their own names'}: {out.name} "
+                "would hold slides under two names. Run it as before, or use another --out."
+            )
 
 
 def chosen(

@@ -18,14 +18,14 @@ from gigapath.cohort.status import Status, changed, derive
 from gigapath.cohort.stopping import StopFlag
 from gigapath.cohort.words import in_words, slides_in_words, tiles_in_words
 from gigapath.features import NUMERICS_VERSION, Tiles, write_tiles
-from gigapath.files import sha256_of
+from gigapath.files import hex_digest, sha256_of
 from gigapath.options import to_dict
 from gigapath.preprocessing.masks import METHODS
 from gigapath.preprocessing.preview import preview_picture, write_preview
 from gigapath.preprocessing.slide import SlideError
 from gigapath.preprocessing.tiling import TileOptions, TilePlan, plan_tiles
 from gigapath.runs.engine import CohortRun, Outcome, RunResult
-from gigapath.runs.entries import check_tissue, chosen, named, open_entry, options_for, share_in_words
+from gigapath.runs.entries import check_names, check_tissue, chosen, named, open_entry, options_for, share_in_words
 from gigapath.runs.machine import threads
 from gigapath.runs.options import RunOptions
 from gigapath.runs.planning import estimate_tiles, estimate_tiling
@@ -76,6 +76,7 @@ def tile_cohort(
     """`run_tile` for slides that are found already."""
     with StopFlag(watch.stopping) as stop:
         check_tissue(cohort, tiling)
+        check_names(cohort, out)
         folder = out / "tiles"
         ids = {entry.slide_id for entry in cohort}
         check_unmixed(folder, {"numerics_version": NUMERICS_VERSION}, set() if options.allow_mixed else ids)
@@ -254,13 +255,10 @@ def _file_facts(entry: SlideEntry, options: RunOptions) -> Mapping[str, Any]:
     if options.hash != "full":
         return {}
     if entry.md5:
-        md5 = hashlib.md5(usedforsecurity=False)
-        with entry.path.open("rb") as file:
-            while block := file.read(1 << 20):
-                md5.update(block)
-        if md5.hexdigest() != entry.md5:
+        md5 = hex_digest(entry.path, hashlib.md5(usedforsecurity=False))
+        if md5 != entry.md5:
             raise SlideError(
-                f"slide {entry.slide_id!r}: expected MD5 {entry.md5} by the manifest, got {md5.hexdigest()}. "
+                f"slide {entry.slide_id!r}: expected MD5 {entry.md5} by the manifest, got {md5}. "
                 "Copy the slide again, or mend the manifest."
             )
     return {"file_sha256": sha256_of(entry.path)}
