@@ -134,8 +134,8 @@ def _check_spacing(held: Contents, places: Array, pitch: tuple[float, float]) ->
     looks = f"coordinates look like {power}: " if power and not stated else f"{seen}: "
     text = f"{looks}neighbours are {_number(apart)} cells apart."
     effect = (
-        "The slide encoder takes neighbours for strangers: on made weights the cosine with the right embedding was "
-        "0.68 at two cells. State the distance with --tile-size-level0, or convert the file."
+        "The slide encoder takes neighbours for strangers: on random weights the cosine with the right embedding was "
+        "0.58 at two cells. State the distance with --tile-size-level0, or convert the file."
     )
     return [Finding("neighbours", text, effect)]
 
