@@ -12,7 +12,7 @@ from planted_slide import ID, OFFSET, REGION, SIZE, covered, fit_head, overlap, 
 
 from gigapath.cli.main import main
 from gigapath.cohort.status import Status, write_status
-from gigapath.features import TileEmbeddingsWriter, Tiles
+from gigapath.features import TileEmbeddingsWriter, Tiles, read_features
 from gigapath.files import sha256_of
 from gigapath.maps import (
     Colours,
@@ -206,6 +206,20 @@ def test_maps_of_the_slide_encoder_and_of_a_head_on_it(planted, tmp_path: Path) 
     assert drawn["check"].endswith("the ranking holds") and "state 2 of" in drawn["model"]
     tensors = sha256_of(Path(head) / "head.safetensors")
     assert {one["made_from"]["head_sha256"] for one in (said, rolled, drawn)} == {tensors}
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_attention_is_checked_on_the_class_that_the_head_answers(planted, tmp_path: Path) -> None:
+    """It is of no class itself: on a slide of the first class the second one's score says nothing of its ranking."""
+    folder, tiles = planted
+    held = read_features(folder / "run" / "features_colour" / f"{ID}.h5")
+    away = covered(tiles.coords_level0 - OFFSET) == 0
+    write_slide(tmp_path / "pale.h5", held.features[away], tiles.cells[away], encoder="colour")
+    head = str(folder / "tuned" / "fold_0")
+    options = MapOptions(kind=("head-attention", "gradient"), checkpoint=head, device="cpu")
+    assert make_maps([tmp_path / "pale.h5"], tmp_path, options).written == {"pale": ["head-attention", "gradient_1"]}
+    said = json.loads((tmp_path / "pale" / "head-attention.json").read_text())
+    assert said["target"] == "0" and "class 0 against" in said["check"]
 
 
 def test_a_curve_says_in_words_whether_the_ranking_holds() -> None:

@@ -40,14 +40,17 @@ def class_scores(logits: Tensor, target: int, task: Task) -> Tensor:
 
 def choose_target(head: FittedHead, name: str | None, bag: Bag, device: torch.device) -> int:
     """The class that a name means; without one the second of two, else the one that the head predicts for the bag."""
-    classes = head.task.classes
     if name is not None:
         return check_target(head.task, name)
-    if len(classes) == 2 and not head.task.multi_label:
+    if len(head.task.classes) == 2 and not head.task.multi_label:
         return 1
+    return predicted_class(head, bag, device)
+
+
+def predicted_class(head: FittedHead, bag: Bag, device: torch.device) -> int:
+    """The class with the highest logit for the bag."""
     with torch.no_grad():
-        logits = _logits(head, [bag], device)
-    return int(logits[0].argmax())
+        return int(_logits(head, [bag], device)[0].argmax())
 
 
 def check_target(task: Task, name: str) -> int:

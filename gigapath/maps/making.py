@@ -17,11 +17,13 @@ from gigapath.maps.attention import encoder_attention, rollout
 from gigapath.maps.data import Colours, TileMap
 from gigapath.maps.embeddings import Clusters, Components, cosine_similarity
 from gigapath.maps.heads import (
+    check_target,
     choose_target,
     deletion_and_insertion,
     gradient_times_input,
     head_attention,
     occlusion,
+    predicted_class,
 )
 from gigapath.maps.options import MapOptions
 
@@ -248,7 +250,9 @@ class Maker:
 
     def _head_attention(self, bag: Bag) -> Iterator[TileMap]:
         weights = head_attention(self._head, bag, self.device)
-        target = choose_target(self._head, self.options.target, bag, self.device)
+        # Attention is of no class: what it ranks is the tiles that made the head answer as it does.
+        name = self.options.target or self._head.task.classes[predicted_class(self._head, bag, self.device)]
+        target = check_target(self._head.task, name)
         yield self._of_head(
             bag,
             weights,

@@ -42,7 +42,8 @@ class MapOptions:
     )
     target: str | None = option(
         None,
-        "the class whose score is explained (default: of two classes the second, else the one predicted)",
+        "the class whose score is explained (default: of two classes the second, else, and for head-attention, the one "
+        "predicted)",
         metavar="CLASS",
     )
     slide_encoder: str | None = option(

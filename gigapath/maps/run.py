@@ -239,6 +239,8 @@ def _chosen_tile(reader: _Reader, options: MapOptions) -> ChosenTile:
         known = ", ".join(list(reader.entries)[:5])
         raise ValueError(f"--of-slide: expected a slide of those given ({known}, ...), got {slide_id!r}.")
     tiles, row = reader.read(reader.entries[slide_id]), options.tile or 0
+    if len(tiles) == 0:
+        raise ValueError(f"--tile: expected a tile of {slide_id}, got a slide without tiles. Name one with --of-slide.")
     if row >= len(tiles):
         raise ValueError(f"--tile: expected a tile of {slide_id} from 0 to {len(tiles) - 1}, got {row}.")
     return ChosenTile(slide_id, row, np.asarray(tiles.features[row], np.float32))
