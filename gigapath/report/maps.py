@@ -122,7 +122,7 @@ def _write_map(target: Path, path: Path, sources: Sources) -> dict[str, Any]:
 
 
 def _legend(colour: Mapping[str, Any]) -> dict[str, Any]:
-    legend: dict[str, Any] = {"label": f"{colour['label']} (range: {colour['scope']})"}
+    legend: dict[str, Any] = {"label": f"{colour['label']} ({colour['scope']})"}
     if "categories" in colour:
         legend["label"] = f"{colour['label']}: tiles on this slide"
         legend["items"] = [each for each in colour["categories"] if each.get("tiles") != 0]

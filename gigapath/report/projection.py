@@ -60,7 +60,9 @@ def project_folder(folder: Path, embedding: str | None, method: str) -> Projecti
         ImportError: a method that is not installed was asked for.
     """
     name = embedding or ("tile-mean" if folder.name.startswith("slides_mean__") else "default")
-    ids, vectors = read_slides(folder, name)
+    with warnings.catch_warnings():  # that the encoder is untrained stands at the picture
+        warnings.simplefilter("ignore", UserWarning)
+        ids, vectors = read_slides(folder, name)
     if len(ids) < LEAST:
         return None
     points, words, axes = project(vectors.astype(np.float64), method)

@@ -163,7 +163,7 @@ def _cohort_blocks(values: Mapping[str, Any], classes: Sequence[str]) -> Iterato
     if test.get("by_site"):
         yield {"kind": "group", "title": "Test set by site", "blocks": [_scores("", test["by_site"])]}
     if test.get("confusion") and len(test["confusion"]) == len(classes):
-        yield {"kind": "confusion", "title": "Confusion", "classes": classes, "counts": test["confusion"]}
+        yield {"kind": "confusion", "title": "Confusion matrix", "classes": classes, "counts": test["confusion"]}
     history = values.get("history") or []
     if history:
         yield _history(history)
@@ -179,7 +179,7 @@ def _history(history: Sequence[Mapping[str, Any]]) -> Block:
         "kind": "curves",
         "title": "Learning curve",
         "x": "epoch",
-        "panels": [{"y": "loss (nats)", "lines": lines}],
+        "panels": [{"y": "mean loss of a slide (nats, lower is better)", "lines": lines}],
     }
 
 
@@ -200,7 +200,7 @@ def _tile_probe(folder: Path, name: str, values: Mapping[str, Any]) -> Results:
     blocks = [_scores("Scores", columns)]
     classes = [str(each) for each in task.get("classes") or ()]
     if values.get("confusion_test"):
-        title = "Confusion, test set"
+        title = "Confusion matrix, test set"
         blocks.append({"kind": "confusion", "title": title, "classes": classes, "counts": values["confusion_test"]})
     if values.get("looks"):
         blocks.append(_looks(values["looks"], values.get("chosen") or {}))

@@ -6,7 +6,7 @@
   const main = document.getElementById("main");
   const words = { done: "done", no_tissue: "no tissue", failed: "failed", stopped: "stopped", todo: "to do" };
   const dark = matchMedia("(prefers-color-scheme: dark)").matches;
-  const palette = [dark ? "#3d94d6" : "#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9", "#8a6d00"];
+  const palette = [dark ? "#3d94d6" : "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8a6d00"];
   const other = "#8b93a1";
   const cividis = ["#00224e", "#2a3f6d", "#575d6d", "#7d7c78", "#a59c74", "#d3c164", "#fee838"];
   // What slides.csv says of every slide; other columns are the user's own, and stand in the table.
@@ -16,6 +16,13 @@
     "tissue_method", "tissue_threshold", "tissue_pieces", "tile_encoder", "slide_encoder", "precision", "device",
     "trained", "file_sha256", "reader", "filter", "transform",
   ]);
+  const inWords = {
+    seconds: "time, seconds", seconds_tile: "tiling, seconds", seconds_embed: "tile encoder, seconds",
+    seconds_slide_embed: "slide encoder, seconds", "tiles/s": "tiles a second", width: "width, pixels", height: "height, pixels",
+    objective_power: "objective, times", mpp_x: "microns a pixel, x", mpp_y: "microns a pixel, y", mpp_source: "scale stated by",
+    level: "level read", read_width: "read for a tile, pixels in x", read_height: "read for a tile, pixels in y",
+    tile_size: "side of a tile, pixels", mpp: "microns a pixel of tiles", tissue_area_mm2: "tissue, mm²",
+  };
 
   // ------------------------------------------------------------------------------------------------------ small parts
 
@@ -63,6 +70,8 @@
     .map((part) => (part.startsWith("--") ? el("span", { class: "option" }, part) : part));
   const plural = (count, word) => `${whole.format(count)} ${word}${count === 1 ? "" : "s"}`;
   const spaced = (name) => name.replaceAll("_", " ");
+  /** A column of slides.csv with its unit. */
+  const named = (name) => inWords[name] || (name.startsWith("dropped_") ? `tiles left out: ${spaced(name.slice(8))}` : spaced(name));
   const address = (entry, file) =>
     data.files ? data.files[`${entry.folder}/${file}`] : `report_files/${encodeURIComponent(entry.folder)}/${file}`;
 
@@ -319,7 +328,7 @@
     const first = own.find((name) => name.endsWith("label"))
       || own.find((name) => new Set(columns.get(name)).size <= palette.length + 1) || "tiles";
     const colour = el("select", { onchange: () => draw() },
-      [...columns.keys()].map((name) => el("option", { value: name, selected: name === first }, spaced(name))));
+      [...columns.keys()].map((name) => el("option", { value: name, selected: name === first }, named(name))));
     const which = el("select", { onchange: () => draw() },
       data.projections.map((each, index) => el("option", { value: String(index) }, `${each.name}, ${each.embedding}`)));
     const plot = el("div", { class: "plot" });
@@ -368,7 +377,9 @@
         svg("text", { x: 15, y: height / 2, "text-anchor": "middle", transform: `rotate(-90 15 ${height / 2})` }, projection.axes[1]));
       plot.replaceChildren(picture, tip, el("p", { class: "sr", "aria-live": "polite" }));
       const untrained = projection.trained ? "" : " The slide encoder's weights are random: the picture means nothing.";
-      caption.textContent = `${plural(rows.length, "slide")}, one point each; ${projection.embedding} of ${projection.name}; ${projection.method}.${untrained}`;
+      const far = projection.method === "PCA" ? "" : ", while the distance between groups means little";
+      caption.textContent = `${plural(rows.length, "slide")}, one point each: alike in their embeddings where they lie close together${far}. `
+        + `Embedding ${projection.embedding} of ${projection.name}; ${projection.method}.${untrained}`;
       drawLegend(colours, points, rows, values);
 
       function open(index) {
@@ -383,7 +394,7 @@
         ring.setAttribute("cy", at[index][1]);
         const row = rows[index];
         const value = row === undefined ? null : values[row];
-        const text = `${spaced(colour.value)}: ${value === null ? "not stated" : shown(value)}`;
+        const text = `${named(colour.value)}: ${value === null ? "not stated" : shown(value)}`;
         tip.replaceChildren(row === undefined ? "" : thumbnail(row), el("strong", {}, projection.ids[index]), el("div", {}, text),
           touched ? el("button", { type: "button", class: "button", onclick: () => open(index) }, "Open") : "");
         plot.lastChild.textContent = `${projection.ids[index]}, ${text}`;
@@ -499,6 +510,8 @@
     return found;
   }
 
+  const dashes = [null, "7 4", "2 3"]; // of lines, so that they differ without colour too
+
   function curves(block, panel) {
     const width = 560, height = 250, left = 60, right = 14, top = 12, bottom = 44;
     const scaled = (value) => (block.log ? Math.log10(value) : value);
@@ -520,13 +533,13 @@
       block.mark ? svg("line", { class: "axis", "stroke-dasharray": "4 3", x1: x(block.mark.x), x2: x(block.mark.x), y1: top, y2: height - bottom }) : [],
       panel.lines.map((line, index) => {
         const points = line.x.map((value, at) => [x(value), y(line.y[at])]);
-        const dashes = [null, "7 4", "2 3"][index % 3];
         return [
-          svg("path", { d: "M" + points.map((point) => point.join(" ")).join("L"), stroke: palette[index % palette.length], "stroke-dasharray": dashes }),
+          svg("path", { d: "M" + points.map((point) => point.join(" ")).join("L"), stroke: palette[index % palette.length], "stroke-dasharray": dashes[index % 3] }),
           points.length < 30 ? points.map(([cx, cy]) => svg("circle", { cx, cy, r: 3, fill: palette[index % palette.length] })) : []].flat();
       }).flat());
     const key = el("div", { class: "legend" }, panel.lines.map((line, index) =>
-      el("span", { class: "status" }, el("span", { class: "swatch", style: `background: ${palette[index % palette.length]}` }), line.name)),
+      el("span", { class: "status" }, svg("svg", { class: "line-key", viewBox: "0 0 28 8", "aria-hidden": "true" },
+        svg("path", { d: "M0 4H28", stroke: palette[index % palette.length], "stroke-dasharray": dashes[index % 3] })), line.name)),
       block.mark ? el("span", { class: "note" }, `dashed: ${block.mark.words}`) : null);
     return el("div", { class: "curves" }, el("p", { class: "note" }, panel.y), picture, key);
   }
@@ -752,6 +765,24 @@
         viewer.addHandler("open-failed", () => missing());
         viewer.addHandler("tile-load-failed", (event) => { if (event.tiledImage === viewer.world.getItemAt(0)) missing(); });
         viewer.addHandler("update-viewport", scale);
+        // Beneath a map the slide is grey and pale: its stain must not mix with the map's colours.
+        viewer.addHandler("tiled-image-drawn", ({ tiledImage }) => {
+          if (tiledImage !== viewer.world.getItemAt(0) || !shownMap || shownMap.getOpacity() === 0) return;
+          const { context } = viewer.drawer, box = viewer.viewport.viewportToViewerElementRectangle(tiledImage.getBounds(true));
+          const ratio = OpenSeadragon.pixelDensityRatio;
+          context.save();
+          for (const [how, shade] of [["saturation", "#808080"], ["source-over", "rgb(255 255 255 / 35%)"]]) {
+            context.globalCompositeOperation = how;
+            context.fillStyle = shade;
+            context.fillRect(box.x * ratio, box.y * ratio, box.width * ratio, box.height * ratio);
+          }
+          context.restore();
+        });
+        // Tiles keep sharp edges when they are drawn larger.
+        viewer.addHandler("tile-drawing", ({ tiledImage, context }) => {
+          const larger = tiledImage.viewportToImageZoom(viewer.viewport.getZoom(true)) > 1;
+          context.imageSmoothingEnabled = tiledImage === viewer.world.getItemAt(0) || !larger;
+        });
         viewer.canvas.focus({ preventScroll: true });
         function missing() {
           if (!stage.querySelector(".empty")) stage.append(el("div", { class: "empty" }, el("strong", {}, "A picture of this slide is missing"), "Make the report again, and keep report_files beside the page."));
@@ -773,12 +804,12 @@
         el("span", { class: "status" }, el("span", { class: "swatch", style: `background: ${item.colour}` }), item.tiles ? `${item.name}: ${whole.format(item.tiles)}` : item.name))));
     }
     if (map.legend && map.legend.label) parts.push(el("p", { class: "note" }, map.legend.label));
-    parts.push(factList(Object.entries(map.facts)));
+    parts.push(el("p", { class: "note" }, "Beneath a map the slide is grey; at opacity 0 its stain is seen."), factList(Object.entries(map.facts)));
     return parts;
   }
 
   const factList = (pairs) => el("dl", { class: "facts" },
-    pairs.flatMap(([name, value]) => [el("dt", {}, spaced(name)), el("dd", {}, shown(value))]));
+    pairs.flatMap(([name, value]) => [el("dt", {}, named(name)), el("dd", {}, shown(value))]));
 
   function facts(row, entry) {
     const held = slides.columns.map((name, index) => [name, slides.values[row][index]]).filter(([, value]) => value !== null && value !== "");
