@@ -191,8 +191,8 @@ def evaluate_cohort(
     if patients is not None:
         try:
             averaged = average_by_group(slides)
-        except ValueError as error:
-            notes.append(f"scores are over slides: {error}")
+        except ValueError:
+            notes.append("a patient has slides of several labels, so scores are over slides, not over patients")
         else:
             by_patient = evaluate(averaged, replicates=replicates, seed=seed)
     by_site: dict[str, Evaluation] = {}

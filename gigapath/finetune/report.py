@@ -72,7 +72,7 @@ def write_cohort(
     (folder / "results.json").unlink(missing_ok=True)
     write_text_atomic(folder / "predictions.csv", predictions_csv(labels, labels.slide_ids, said, task, how))
     if not task.multi_label and plotting_available():
-        title = f"{task.name}, {what}\n{len(labels):,} test slides, the most probable class"
+        title = f"Confusion matrix: {task.name}, {what}\n{len(labels):,} test slides, the most probable class"
         picture = draw_confusion(confusion_matrix(result.slides), task.classes, title=title)
         write_bytes_atomic(folder / "confusion.png", picture)
     write_json_atomic(folder / "results.json", {"test": result.to_dict(), **facts, "terms": TERMS})
@@ -85,7 +85,9 @@ def write_curves(folder: Path, history: Sequence[Epoch], title: str) -> None:
         losses = {"training, while it goes on": (epochs, [entry.train_loss for entry in history])}
         if all(entry.val_loss is not None for entry in history):
             losses["validation, after the epoch"] = (epochs, [float(entry.val_loss or 0) for entry in history])
-        picture = draw_curves({"mean loss of a slide (nats)": losses}, x_label="epoch", title=title)
+        picture = draw_curves(
+            {"mean loss of a slide (nats)": losses}, x_label="epoch", title=f"Learning curve: {title}"
+        )
         write_bytes_atomic(folder / "curves.png", picture)
     else:
         log.warning("no pictures: matplotlib is not installed (pip install 'gigapath[train]')")

@@ -166,7 +166,7 @@ def _predictions_csv(probe: TileProbe) -> str:
 
 def _confusion(probe: TileProbe) -> bytes:
     test = probe.evaluations[TEST]
-    title = f"Test set, {test.rows:,} tiles\nbalanced accuracy {test['balanced_accuracy'].value:.3f}"
+    title = f"Confusion matrix: test set, {test.rows:,} tiles\nbalanced accuracy {test['balanced_accuracy'].value:.3f}"
     return draw_confusion(confusion_matrix(probe.predictions(TEST)), probe.data.classes, title=title)
 
 
@@ -197,7 +197,7 @@ def _curve(probe: TileProbe) -> bytes:
     return draw_curves(
         {"training cross-entropy (nats)": loss, "weighted F1, validation": score},
         x_label=f"step (of {probe.options['batch_size']} tiles)",
-        title="Linear probe, SGD",
+        title="Learning curve: linear probe, SGD",
         mark=(step, f"kept: step {step} (seed {probe.results[0].seed})"),
     )
 

@@ -150,7 +150,9 @@ def _comparison(probe: SlideProbe) -> bytes:
         rows[name] = (estimate.value, estimate.low, estimate.high)
     unit = "patients" if next(iter(probe.scores.values())).by_patient is not None else "slides"
     return draw_intervals(
-        rows, x_label=f"AUROC, mean over folds, with 95 % interval over {unit}", title="Probes of slide embeddings"
+        rows,
+        x_label=f"AUROC, mean over folds, with 95 % interval over {unit}",
+        title="Slide embeddings compared by linear probes",
     )
 
 

@@ -14,7 +14,7 @@ from gigapath.metrics.plots import COLOURS
 from gigapath.preprocessing.slide import Overview
 
 LONG_SIDE = 6.2  # of a panel, inches
-SHORT_SIDE = 2.4  # a panel is not drawn narrower
+SHORT_SIDE = 2.4  # the panels together are not drawn narrower
 DPI = 150
 _GROUND = "#f2f2f2"
 _SOFT = "#444444"
@@ -50,7 +50,7 @@ def draw_map(
     tall = frame.height > 0.75 * frame.width
     columns, rows = (2, 1) if overview is not None and tall else (1, 2) if overview is not None else (1, 1)
     scale = LONG_SIDE / max(frame.width, frame.height)
-    width, height = max(SHORT_SIDE, frame.width * scale), max(SHORT_SIDE, frame.height * scale)
+    width, height = max(SHORT_SIDE / columns, frame.width * scale), max(SHORT_SIDE / rows, frame.height * scale)
     figure_width = max(7.5, columns * (width + 0.7) + 1.4)
     heading = _heading(tile_map, place)
     figure = _figure(figure_width, rows * (height + 0.75) + 0.2, heading)

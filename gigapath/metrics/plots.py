@@ -73,7 +73,7 @@ def draw_curves(
                 y,
                 label=name,
                 color=COLOURS[index % len(COLOURS)],
-                linestyle=STYLES[(index // len(COLOURS)) % len(STYLES)],
+                linestyle=STYLES[index % len(STYLES)],
                 linewidth=1.6,
                 marker="o" if len(x) == 1 else None,
             )
