@@ -414,7 +414,7 @@ def test_several_labels_train_and_report_micro_and_macro(tmp_path, capsys) -> No
     assert "micro AUROC" in told
     test = json.loads((tmp_path / "o" / "fold_0" / "results.json").read_text())["test"]
     assert {"auroc", "auroc_micro", "auprc_micro", "auroc:X"} <= set(test["by_slide"]["scores"])
-    assert test["unit"] == "slides" and any("one label per group" in note for note in test["notes"])
+    assert test["unit"] == "slides" and any("slides of several labels" in note for note in test["notes"])
 
 
 def test_nothing_is_written_when_the_input_is_off(tmp_path, capsys) -> None:

@@ -235,9 +235,9 @@ def test_maps_are_laid_over_and_what_is_no_map_is_left_out(tmp_path: Path) -> No
     assert (layer["legend"]["low"], layer["legend"]["high"], len(layer["legend"]["stops"])) == (0, 2, 9)
     assert [layer[side] for side in "xywh"] == [128, 64, 320, 192]
     with Image.open(tmp_path / "out" / layer["file"]) as image:
-        assert list(image.size) == layer["pixels"] == [80, 48]
+        assert list(image.size) == layer["pixels"] == [160, 96]
         pixels = np.asarray(image)
-    assert (pixels[16:32, 32:48] == (10, 20, 30, 255)).all() and (pixels[..., 3] > 0).sum() == 256
+    assert (pixels[32:64, 64:96] == (10, 20, 30, 255)).all() and (pixels[..., 3] > 0).sum() == 1024
     assert write_maps(tmp_path / "out", tmp_path / "no such slide", Sources("a")) == []
 
 

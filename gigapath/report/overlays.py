@@ -14,7 +14,7 @@ from PIL import Image
 from gigapath.features import Tiles
 
 LARGEST = 2048  # pixels of a side, where cells keep at least LEAST_CELL
-LEAST_CELL, MOST_CELL = 3, 16  # pixels of a cell's side
+LEAST_CELL, MOST_CELL = 3, 32  # pixels of a cell's side
 LINE = (37, 92, 235)
 FILL_ALPHA = 46
 

@@ -27,7 +27,7 @@ from gigapath.report.overlays import draw_tiles
 from gigapath.report.tissue_tiles import Pick, draw_crops, pick_tiles
 
 RECORD = "pictures.json"
-DRAWN_BY = 1  # raised when what is drawn changes, so that older pictures are drawn again
+DRAWN_BY = 2  # raised when what is drawn changes, so that older pictures are drawn again
 THUMBNAIL_SIDE = 320
 LEAST_LEVEL = 640  # the longer side of the smallest level
 QUALITY = 82

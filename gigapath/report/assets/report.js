@@ -470,7 +470,7 @@
 
   const blocks = {
     scores: (block) => [
-      el("div", { class: "scroll" }, el("table", {},
+      el("div", { class: "scroll" }, el("table", { class: block.columns.length > 3 ? "dense" : null },
         el("thead", {}, el("tr", {}, el("th", { scope: "col" }, "score"), block.columns.map((name) => el("th", { scope: "col", class: "number" }, name)))),
         el("tbody", {}, block.rows.map(([name, ...cells]) => el("tr", {}, el("th", { scope: "row" }, name), cells.map((cell) => scoreCell(cell, block.signed))))))),
       block.intervals ? el("p", { class: "note" }, `Intervals: ${block.intervals}`.replace("Intervals: ±", "±")) : null,
@@ -769,12 +769,13 @@
         viewer.addHandler("tiled-image-drawn", ({ tiledImage }) => {
           if (tiledImage !== viewer.world.getItemAt(0) || !shownMap || shownMap.getOpacity() === 0) return;
           const { context } = viewer.drawer, box = viewer.viewport.viewportToViewerElementRectangle(tiledImage.getBounds(true));
-          const ratio = OpenSeadragon.pixelDensityRatio;
+          const [left, top] = [box.x, box.y].map((edge) => Math.ceil(edge * OpenSeadragon.pixelDensityRatio)); // whole pixels
+          const [right, bottom] = [box.x + box.width, box.y + box.height].map((edge) => Math.floor(edge * OpenSeadragon.pixelDensityRatio));
           context.save();
           for (const [how, shade] of [["saturation", "#808080"], ["source-over", "rgb(255 255 255 / 35%)"]]) {
             context.globalCompositeOperation = how;
             context.fillStyle = shade;
-            context.fillRect(box.x * ratio, box.y * ratio, box.width * ratio, box.height * ratio);
+            context.fillRect(left, top, right - left, bottom - top);
           }
           context.restore();
         });
