@@ -90,6 +90,35 @@ def test_cores_of_control_groups_of_version_1(groups: Path) -> None:
     assert machine.available_cores() == 4
 
 
+def test_memory_is_the_least_of_the_machine_and_the_groups(groups: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "_MEMINFO", groups / "meminfo")
+    assert machine.free_memory() is None
+    put(groups / "meminfo", "MemTotal:  64000000 kB\nMemAvailable:   40000000 kB\nHugePages_Total:  0")
+    whole = machine.available_memory()
+    assert machine.free_memory() == 40_000_000 * 1024
+    put(groups / "own", "0::/slurm/job_1/step_0")
+    put(groups / "cgroup/slurm/job_1/step_0/memory.max", "max")
+    put(groups / "cgroup/slurm/job_1/memory.max", "900000000")
+    assert machine.free_memory() == 900_000_000, "the group around the step's own"
+    assert machine.available_memory() == min(whole or 900_000_000, 900_000_000)
+    put(groups / "cgroup/slurm/job_1/memory.current", "700000000")
+    put(groups / "cgroup/slurm/job_1/memory.stat", "anon 300000000\ninactive_file 250000000\nactive_file 150000000")
+    assert machine.free_memory() == 600_000_000, "caches of files are given back when memory is asked for"
+    put(groups / "cgroup/slurm/job_1/memory.current", "2000000000")
+    assert machine.free_memory() == 0
+
+
+def test_memory_of_control_groups_of_version_1(groups: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "_MEMINFO", groups / "meminfo")
+    put(groups / "own", "5:cpu,cpuacct:/x\n4:memory:/docker/abc\n1:name=systemd:/")
+    put(groups / "cgroup/memory/memory.limit_in_bytes", "9223372036854771712")
+    put(groups / "cgroup/memory/docker/abc/memory.limit_in_bytes", "800000000")
+    put(groups / "cgroup/memory/docker/abc/memory.usage_in_bytes", "500000000")
+    stat = "active_file 1\ninactive_file 1\ntotal_active_file 100000000\ntotal_inactive_file 50000000"
+    put(groups / "cgroup/memory/docker/abc/memory.stat", stat)
+    assert machine.free_memory() == 450_000_000 and machine.available_memory() == 800_000_000
+
+
 def test_gpu_that_was_granted_and_is_not_there_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)

