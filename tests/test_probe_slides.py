@@ -107,6 +107,14 @@ def test_scores_are_over_patients_with_slides_beside(made: tuple[Path, Path]) ->
     assert "within each fold" in score.by_patient.covers
 
 
+@pytest.mark.parametrize(("folds", "rough"), [(4, False), (5, True)])
+def test_folds_too_small_for_intervals_are_said(made: tuple[Path, Path], folds: int, rough: bool) -> None:
+    options = SlideProbeOptions(embedding="tile-mean", folds=folds, repeats=1)
+    found = probe_slides(*made, ProbeOptions(replicates=20), options)
+    said = [note for note in found.notes if "only 4 groups (patient_id) of class" in note]
+    assert bool(said) == rough, found.notes  # 20 patients of each class
+
+
 def test_sites_are_scored_one_by_one(made: tuple[Path, Path]) -> None:
     score = probe_slides(*made, ProbeOptions(replicates=50), QUICK).scores["default"]
     assert list(score.by_site) == ["A", "B"]

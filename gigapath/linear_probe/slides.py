@@ -33,6 +33,8 @@ from gigapath.options import to_dict
 
 BASELINE = "tile-mean"
 INNER_FOLDS = 3
+# With fewer patients of a class in a test fold, a replicate of the bootstrap often draws none of them.
+FEW_IN_FOLD = 5
 
 
 @dataclass(frozen=True)
@@ -98,6 +100,8 @@ def probe_slides(
     data = load_slides(folder, Path(labels), wanted, options, id_rule=slide_options.id_rule)
     notes = list(data.warnings)
     folds = _folds(data, options, slide_options)
+    if data.test is None and options.replicates > 0:
+        notes += _few_in_fold(data, [test for _, test in folds])
     rows = np.concatenate([test for _, test in folds])
     fold_of_row = np.repeat(np.arange(len(folds)), [len(test) for _, test in folds])
 
@@ -163,6 +167,23 @@ def _folds(data: SlideData, options: ProbeOptions, slide_options: SlideProbeOpti
         drawn = group_folds(data.labels, data.groups, slide_options.folds, seed=seed, names=data.classes)
         found += splits_of_folds(drawn)
     return found
+
+
+def _few_in_fold(data: SlideData, tests: Sequence[IntArray]) -> list[str]:
+    """A sentence where test folds are so small that intervals over them are rough, else nothing."""
+    counts = []
+    for test in tests:
+        pairs = set(zip(data.groups[test].tolist(), data.labels[test].tolist(), strict=True))
+        counts += [(sum(label == index for _, label in pairs), name) for index, name in enumerate(data.classes)]
+    fewest, name = min(counts)
+    if fewest >= FEW_IN_FOLD:
+        return []
+    unit = "slides" if data.group_column is None else f"groups ({data.group_column})"
+    return [
+        f"a test fold has only {fewest} {unit} of class {name}: take intervals as rough and too narrow. A replicate "
+        "often draws none of them and leaves the fold out, which moves intervals of AUPRC and balanced accuracy up, at "
+        "times past the score itself. Take fewer --folds, or more slides"
+    ]
 
 
 def _score(
