@@ -169,6 +169,26 @@ def write_json_atomic(path: Path | str, value: Any, *, mode: int = 0o666) -> Non
     write_text_atomic(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n", mode=mode)
 
 
+def read_json(path: Path, *, keys: Sequence[str], mend: str) -> dict[str, Any]:
+    """The mapping that a JSON file of ours holds.
+
+    Args:
+        path: the file, which is there.
+        keys: that the mapping has.
+        mend: the sentence on what to do where it is damaged.
+
+    Raises:
+        ValueError: it is no JSON, no mapping, or lacks a key: one sentence that names the file, and `mend`.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):  # UnicodeDecodeError is a ValueError
+        content = None
+    if not isinstance(content, dict) or any(key not in content for key in keys):
+        raise ValueError(f"{path}: expected the JSON that gigapath wrote, got a damaged file. {mend}")
+    return content
+
+
 def open_temporary(path: Path, *, mode: int = 0o666) -> tuple[Path, int]:
     """Make the temporary file of `path` and open it for reading and writing.
 

@@ -49,7 +49,10 @@ def test_packaged_tasks_are_the_published_ones() -> None:
         ("name: x\nsetting: multi_class", "label_dict"),
         ("name: x\nsetting: multi_class\nlabel_dict: {a: 0, b: 1}\nmax_tiles: 0", "max_tiles"),
         ("- a\n- b", "keys and values"),
-        ("name: [", "YAML"),
+        (
+            "name: [",
+            r"^task.yaml: expected YAML, got something else in line 1\. Correct it, or write",
+        ),
     ],
 )
 def test_task_files_that_are_off_are_refused(tmp_path, text, match) -> None:

@@ -22,6 +22,7 @@ from gigapath.cli.main import main
 from gigapath.files import OutputError
 from gigapath.finetune import (
     Inputs,
+    JoinOptions,
     ModelOptions,
     Settings,
     TrainingOptions,
@@ -31,6 +32,9 @@ from gigapath.finetune import (
     predict,
 )
 from gigapath.finetune.inputs import prepare
+from gigapath.finetune.plan import few_steps
+from gigapath.finetune.processes import Processes
+from gigapath.finetune.splits import Fold
 from gigapath.slide_encoder import create_model
 
 FAST = ["--model-arch", NARROW, "--feat-layer", "2", "--dropout", "0", "--pretrained", "", "--replicates", "20"]
@@ -74,7 +78,7 @@ def test_run_leaves_what_it_promises(fitted) -> None:
     assert len(results["history"]) == 3 and "research use only" in results["terms"]
     with (out / "summary.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert {row["model"] for row in rows} == {"fine-tuned", "tile mean + linear", "ABMIL on tiles"}
+    assert {row["model"] for row in rows} == {"from random weights", "tile mean + linear", "ABMIL on tiles"}
     kept = json.loads((out / "finetune.json").read_text())
     assert kept["options"]["training"]["epochs"] == 3 and str(fitted) not in (out / "finetune.json").read_text()
     with (out / "fold_0" / "predictions.csv").open() as file:
@@ -214,11 +218,17 @@ def test_wrong_arguments_of_predict_and_evaluate_are_one_sentence(fitted, tmp_pa
     short = tmp_path / "short"
     short.mkdir()
     (short / "head.json").write_text('{"format": 1}')
+    odd = tmp_path / "odd"
+    odd.mkdir()
+    (odd / "head.safetensors").write_bytes((head / "head.safetensors").read_bytes())
+    written = json.loads((head / "head.json").read_text())
+    (odd / "head.json").write_text(json.dumps({**written, "thresholds": 3}))
     evaluate = ["evaluate", head, features, "--labels", labels, "--out"]
     for words, said in (
         (["predict", head, tmp_path / "nowhere"], "nowhere: expected a feature file or a folder"),
         (["predict", fitted / "out", features], "expected a fitted head"),
         (["predict", short, features], "one without features"),
+        (["predict", odd, features], "head.json: expected the JSON of a fitted head, got a damaged one. Copy it anew."),
         (["predict", head, features, "--device", "gpu"], "--device: expected one of"),
         ([*evaluate, tmp_path / "e", "--replicates", -5], "--replicates: expected at least 0, got -5"),
         ([*evaluate, tmp_path / "e", "--seed", -1], "--seed: expected at least 0, got -1"),
@@ -274,7 +284,7 @@ def test_whole_run_killed_and_continued_equals_an_unbroken_one(tmp_path) -> None
         for name in ("head.safetensors", "predictions.csv"):
             ours, theirs = (tmp_path / run / f"fold_{fold}" / name for run in ("whole", "broken"))
             assert ours.read_bytes() == theirs.read_bytes(), (fold, name)
-    assert len(whole.evaluations["fine-tuned"]) == 2
+    assert len(whole.evaluations["from random weights"]) == 2
 
 
 def test_disk_that_is_full_at_any_write_is_one_sentence_and_the_run_goes_on(tmp_path, monkeypatch) -> None:
@@ -491,6 +501,77 @@ def test_prepare_leaves_out_slides_that_no_split_names(tmp_path) -> None:
     fold = cohort.folds[0]
     assert [cohort.joined.labels.slide_ids[row] for row in fold.test] == ["slide-006", "slide-007", "slide-008"]
     assert [cohort.joined.files[row].stem for row in fold.val] == ["slide-011"] and len(cohort.facts) == 9
+    assert cohort.notes == ["labelled slides in no split file, left out: 3 (slide-005, slide-009, slide-010)"]
+    table = tmp_path / "splits" / "train_0.csv"
+    table.write_text(table.read_text() + "slide-404\n")
+    strange = "slides of the split files without a row in labels.csv: 1 (slide-404)"
+    assert strange in prepare(inputs, Settings()).notes
+    for number in (1, 7):
+        (features / f"slide-{number:03d}.h5").unlink()
+    notes = prepare(inputs, Settings(join=JoinOptions(allow_missing=True))).notes
+    assert strange in notes and "2 labelled slides have no features (slide-001, slide-007)" in notes
+
+
+@pytest.mark.parametrize("cut", [lambda text: text[: len(text) // 2], lambda text: "[]", lambda text: "{}"])
+@pytest.mark.parametrize("name", ["finetune.json", "splits.json", "fold_0/checkpoint.json"])
+def test_damaged_files_of_a_run_are_one_sentence(tmp_path, capsys, name, cut) -> None:
+    features, labels = write_cohort(tmp_path, [n % 3 for n in range(9)])
+    splits = write_splits(tmp_path / "splits", (range(3), range(3, 6), range(6, 9)))
+    inputs = Inputs(str(write_task(tmp_path / "t.yaml")), str(features), str(labels), str(splits), "")
+    finetune(inputs, tmp_path / "out", settings(epochs=1, replicates=0))
+    damaged = tmp_path / "out" / name
+    damaged.write_text(cut(damaged.read_text()))
+    with pytest.raises(ValueError, match=r"got a damaged file\. Choose another --out") as refused:
+        finetune(inputs, tmp_path / "out", settings(epochs=1, replicates=0))
+    assert Path(name).name in str(refused.value) and "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("slides", "more", "said"),
+    [
+        (24, {}, "32 slides make one, so 24 training slides give 1 an epoch, 5 in all. Set --gradient-accumulation 2 "
+         "with --base-lr 0.032 (the same rate a step) and --epochs 20."),
+        (24, {"gradient_accumulation": 2}, None),
+        (8, {"gradient_accumulation": 1, "batch_size": 8, "epochs": 20}, "Set a smaller --batch-size."),
+        (2, {"gradient_accumulation": 1, "epochs": 20}, "Set more --epochs."),
+        (1600, {}, None),
+    ],
+)  # fmt: skip
+def test_plan_says_where_a_small_cohort_makes_few_steps(slides, more, said) -> None:
+    rows = np.arange(slides)
+    folds = [Fold(0, np.tile(rows, 2), rows, rows), Fold(1, rows, rows, rows)]
+    told = few_steps(folds, TrainingOptions(**more), Processes(torch.device("cpu")))
+    assert (told == []) if said is None else told[0].endswith(said), told
+
+
+@pytest.mark.parametrize("work", ["train", "predict"])
+def test_torch_computes_with_the_cores_that_were_granted(fitted, tmp_path, monkeypatch, work) -> None:
+    seen: list[int] = []
+
+    class Enough(Exception):
+        pass
+
+    def look(*_: object) -> None:
+        seen.append(torch.get_num_threads())
+        raise Enough
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        if work == "train":
+            monkeypatch.setattr("gigapath.finetune.run.available_cores", lambda: 3)
+            monkeypatch.setattr("gigapath.finetune.run.make_plan", lambda *_, **__: look())
+            inputs = Inputs(*(str(fitted / name) for name in ("task.yaml", "features", "labels.csv", "splits")), "")
+            with pytest.raises(Enough):
+                finetune(inputs, tmp_path / "out", settings())
+        else:
+            monkeypatch.setattr("gigapath.finetune.fitted.available_cores", lambda: 3)
+            monkeypatch.setattr("gigapath.finetune.fitted.pack", look)
+            with pytest.raises(Enough):
+                predict(fitted / "out" / "fold_0", [fitted / "features" / "slide-000.h5"], device="cpu")
+        assert seen == [3] and torch.get_num_threads() == 4
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_missing_extra_is_named(monkeypatch, tmp_path, capsys) -> None:

@@ -404,7 +404,7 @@ def test_fine_tuning_is_shown_with_its_slides(run: Path, tmp_path: Path) -> None
     assert result["title"] == "Fine-tuning: made"
     kinds = [block["kind"] for block in result["blocks"]]
     assert kinds[:4] == ["scores", "group", "group", "group"] and "predictions" in kinds
-    assert result["blocks"][0]["columns"] == ["fine-tuned"]
+    assert result["blocks"][0]["columns"] == ["from random weights"]
     scores = dict(result["blocks"][0]["rows"])
     assert 0 <= scores["accuracy"]["value"] <= 1 and scores["AUROC"]["sd"] is not None
     inner = {block["kind"]: block for block in result["blocks"][1]["blocks"]}

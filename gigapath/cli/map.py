@@ -18,7 +18,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(namespace: argparse.Namespace) -> int:
     """Print a line a slide; the status is 3 where a slide failed."""
     options = options_from(namespace, MapOptions)
-    from gigapath.maps import make_maps  # torch takes seconds: a wrong word is told before
+    from gigapath.devices import at_most_threads  # torch takes seconds: a wrong word is told before
+    from gigapath.maps import make_maps
+    from gigapath.runs.machine import available_cores
 
-    result = make_maps(namespace.features, namespace.out, options, tell=print)
+    with at_most_threads(available_cores()):
+        result = make_maps(namespace.features, namespace.out, options, tell=print)
     return EXIT_FAILED_SLIDES if result.failed else 0

@@ -1,7 +1,6 @@
 """Checkpoints: tensors as safetensors, the rest as JSON, each file whole or absent. The JSON is written last and names
 its tensors, so that it never speaks of a file that is not there."""
 
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -9,9 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gigapath.files import atomic_file, output_error, write_json_atomic
+from gigapath.files import atomic_file, output_error, read_json, write_json_atomic
 
 CHECKPOINT = "checkpoint.json"
+MEND = "Choose another --out, or empty this one to begin anew."
+_KEYS = ("epoch", "tensors", "tag", "history", "scaler")
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
@@ -83,9 +84,12 @@ def save_checkpoint(folder: Path, epoch: int, tensors: dict[str, Tensor], facts:
 
 
 def load_checkpoint(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
-    """(facts, tensors) of the last finished epoch, or None."""
+    """(facts, tensors) of the last finished epoch, or None; ValueError where they are damaged."""
     path = folder / CHECKPOINT
     if not path.is_file():
         return None
-    facts = json.loads(path.read_text(encoding="utf-8"))
-    return facts, load_tensors(folder / facts["tensors"])
+    facts = read_json(path, keys=_KEYS, mend=MEND)
+    try:
+        return facts, load_tensors(folder / str(facts["tensors"]))
+    except (ValueError, FileNotFoundError) as error:
+        raise ValueError(f"{str(error).rstrip('.')}. {MEND}") from error

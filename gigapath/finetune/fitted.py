@@ -11,6 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
+from gigapath.devices import at_most_threads
 from gigapath.files import sha256_of, write_json_atomic
 from gigapath.finetune import checkpoints
 from gigapath.finetune.data import Bags, ReadAhead, check_made
@@ -20,6 +21,7 @@ from gigapath.finetune.options import ModelOptions
 from gigapath.finetune.processes import autocast
 from gigapath.finetune.task import Task, task_from
 from gigapath.options import from_dict, to_dict
+from gigapath.runs.machine import available_cores
 
 HEAD = "head.json"
 TENSORS = "head.safetensors"
@@ -73,7 +75,7 @@ class FittedHead:
         """Probabilities (len(rows), C), slide by slide, all tiles in the file's order."""
         self.model.to(device).eval()
         found = []
-        with torch.no_grad():
+        with torch.no_grad(), at_most_threads(available_cores()):
             for bag in ReadAhead(bags.__getitem__, workers=workers)(rows):
                 check_stop()
                 with autocast(self.precision, device):
@@ -130,10 +132,13 @@ def load_head(path: Path | str) -> FittedHead:
         raise ValueError(f"{file}: expected the JSON of a fitted head, got one without {lacking[0]}. Copy it anew.")
     if not (folder / held["tensors"]).is_file() or sha256_of(folder / held["tensors"]) != held["sha256"]:
         raise ValueError(f"{folder / held['tensors']}: not the tensors that {HEAD} was written with. Copy both anew.")
-    task = task_from(held["task"], HEAD)
-    options = from_dict(ModelOptions, held["model"])
-    model = build_head(options, pretrained="", input_dim=held["input_dim"], n_classes=len(task.classes))
-    model.load_state_dict(checkpoints.load_tensors(folder / held["tensors"]))
-    calibration = Calibration(held["temperature"], tuple(held["thresholds"]), held["fitted_on"])
+    try:
+        task = task_from(held["task"], HEAD)
+        options = from_dict(ModelOptions, held["model"])
+        calibration = Calibration(float(held["temperature"]), tuple(map(float, held["thresholds"])), held["fitted_on"])
+        model = build_head(options, pretrained="", input_dim=held["input_dim"], n_classes=len(task.classes))
+        model.load_state_dict(checkpoints.load_tensors(folder / held["tensors"]))
+    except (TypeError, AttributeError, RuntimeError) as error:  # a word in place of a number, tensors of other shapes
+        raise ValueError(f"{file}: expected the JSON of a fitted head, got a damaged one. Copy it anew.") from error
     made = held["features"]
     return FittedHead(model, task, options, held["input_dim"], made, calibration, held["precision"], held["sha256"])

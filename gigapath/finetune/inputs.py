@@ -64,15 +64,16 @@ def prepare(inputs: Inputs, settings: Settings) -> Cohort:
         raise ValueError(
             "--balanced: expected a task with one class a slide, got one with several labels. Leave it out."
         )
+    notes: list[str] = []
     if inputs.splits is None:
         folds = draw_folds(joined.labels, settings.split.folds, seed=settings.training.seed)
     else:
-        folds = read_splits(inputs.splits, joined.labels)
+        folds = read_splits(inputs.splits, joined.labels, missing=joined.missing, tell=notes.append)
     if settings.training.select == "val" or settings.training.calibrate:
         lacking = [fold.number for fold in folds if len(fold.val) == 0]
         if lacking:
             raise ValueError(f"--select val, --calibrate: expected validation slides, fold {lacking[0]} has none.")
-    notes = check_classes(folds, joined.labels, task)
+    notes += check_classes(folds, joined.labels, task)
     used = sorted({int(row) for fold in folds for rows in fold.sets().values() for row in rows})
     joined = _keep(joined, used)
     folds = [_renumber(fold, used) for fold in folds]

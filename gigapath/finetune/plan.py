@@ -3,7 +3,6 @@
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,8 +16,11 @@ from gigapath.finetune.options import TrainingOptions
 from gigapath.finetune.processes import Processes, autocast
 from gigapath.finetune.splits import Fold
 from gigapath.longnet.encoder import count_operations
+from gigapath.runs.machine import free_memory
 
 PROBE_TILES = 256  # a pass over this many measures bytes and seconds
+FEW_STEPS = 50  # of the optimizer, in all; PANDA's recipe makes 1,195
+GOOD_STEPS, GOOD_EPOCHS = 10, 20  # steps an epoch and epochs that are proposed to small cohorts
 ADAM_BYTES = 16  # of a parameter: weight, gradient and two moments in float32
 
 
@@ -34,7 +36,7 @@ class Plan:
         available: bytes that the device has free.
         seconds: of all folds and epochs, evaluation included.
         processes: that share the work.
-        advice: what to set where it won't fit, else "".
+        advice: sentences on what to set, where it won't fit and where there are too few steps to learn in.
     """
 
     tiles: tuple[int, ...]
@@ -44,7 +46,7 @@ class Plan:
     available: int
     seconds: float
     processes: int
-    advice: str
+    advice: tuple[str, ...]
 
     def lines(self) -> list[str]:
         """For people."""
@@ -54,7 +56,7 @@ class Plan:
             f"parameters trained: {self.trained:,}",
             f"memory: {_gigabytes(self.memory)} at the largest slide, {self.available / 1e9:.1f} GB are free",
             f"time: about {_duration(self.seconds)}, processes: {self.processes}",
-            *([self.advice] if self.advice else []),
+            *self.advice,
         ]
 
 
@@ -101,8 +103,8 @@ def make_plan(
     """
     counts = np.asarray(tiles)
     capped = np.minimum(counts, max_tiles)
-    kept, seconds = _probe(model, input_dim, precision, processes.device)
-    rate = (1 if cached else 3) * operations(model, PROBE_TILES) / seconds
+    kept, passed = _probe(model, input_dim, precision, processes.device)
+    rate = (1 if cached else 3) * operations(model, PROBE_TILES) / passed
     work = {int(count): operations(model, int(count)) for count in np.unique(np.concatenate([counts, capped]))}
     total = 0.0
     if cached:
@@ -118,16 +120,40 @@ def make_plan(
     per_tile = kept / PROBE_TILES
     memory = int(fixed + per_tile * largest)
     available = free_bytes(processes.device)
-    advice = ""
+    advice = few_steps(folds, options, processes)
     if memory > available:
         fits = max(0, int((available - fixed) / (per_tile * options.batch_size)))
         encoder: Any = getattr(model, "slide_encoder", None)
         ways = [] if encoder is None or encoder.encoder.checkpoint_activations else ["--checkpoint-activations"]
         ways += [f"max_tiles of the task to {fits:,} or less"] if fits else []
         ways += ["a smaller --batch-size"] if options.batch_size > 1 else []
-        advice = f"the largest slide won't fit: set {', or '.join(ways or ['--device to a larger one'])}."
+        advice.append(f"the largest slide won't fit: set {', or '.join(ways or ['--device to a larger one'])}.")
     seen = tuple(int(count) for count in counts)
-    return Plan(seen, len(folds), trained, memory, available, total / rate / processes.world, processes.world, advice)
+    return Plan(
+        seen, len(folds), trained, memory, available, total / rate / processes.world, processes.world, tuple(advice)
+    )
+
+
+def few_steps(folds: Sequence[Fold], options: TrainingOptions, processes: Processes) -> list[str]:
+    """A sentence where a small cohort, in slides, makes a recipe for thousands of them few steps of the optimizer."""
+    slides = min(len(fold.train) for fold in folds)
+    window = options.batch_size * options.gradient_accumulation * processes.world
+    steps = -(-slides // window)
+    if steps * options.epochs >= FEW_STEPS:
+        return []
+    passes = max(1, slides // (GOOD_STEPS * options.batch_size * processes.world))
+    ways = []
+    if passes < options.gradient_accumulation:
+        rate = options.base_lr * options.gradient_accumulation / passes
+        ways.append(f"--gradient-accumulation {passes} with --base-lr {rate:.3g} (the same rate a step)")
+    if options.epochs < GOOD_EPOCHS:
+        ways.append(f"--epochs {GOOD_EPOCHS}")
+    if options.batch_size > 1 and passes == 1:
+        ways.append("a smaller --batch-size")
+    return [
+        f"few steps to learn in: {window} slides make one, so {slides:,} training slides give {steps} an epoch, "
+        f"{steps * options.epochs} in all. Set {' and '.join(ways or ['more --epochs'])}."
+    ]
 
 
 def _probe(model: nn.Module, input_dim: int, precision: str, device: torch.device) -> tuple[float, float]:
@@ -157,16 +183,11 @@ def _probe(model: nn.Module, input_dim: int, precision: str, device: torch.devic
 
 
 def free_bytes(device: torch.device) -> int:
-    """Bytes that the device has free; on a CPU what Linux calls available, else the machine's memory."""
+    """Bytes that the device has free; on a CPU what the machine and the job's control groups have left."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    except OSError:  # no Linux
-        pass
-    return 8 << 30
+    free = free_memory()
+    return 8 << 30 if free is None else free
 
 
 def _duration(seconds: float) -> str:

@@ -15,10 +15,12 @@ from torch import nn
 
 from gigapath.cohort.record import versions
 from gigapath.cohort.reuse import differences
+from gigapath.devices import at_most_threads
 from gigapath.downloads import HUB_PREFIXES
 from gigapath.features import FeatureFileError
-from gigapath.files import sha256_of, write_json_atomic, write_text_atomic
+from gigapath.files import read_json, sha256_of, write_json_atomic, write_text_atomic
 from gigapath.finetune import controls, report
+from gigapath.finetune.checkpoints import MEND
 from gigapath.finetune.data import FileBags, ReadAhead, vector_bags
 from gigapath.finetune.evaluation import (
     Calibration,
@@ -39,11 +41,12 @@ from gigapath.finetune.splits import Fold, keep_manifest
 from gigapath.finetune.training import Trainer
 from gigapath.metrics import Evaluation, paired_difference
 from gigapath.options import to_dict
+from gigapath.runs.machine import available_cores
 from gigapath.slide_encoder import WEIGHTS_FILE
 from gigapath.weights import find_weights
 
 RUN = "finetune.json"
-TUNED = "fine-tuned"  # the model itself, beside its controls
+TUNED = "fine-tuned"  # the model itself, beside its controls; from random weights it bears that control's name
 # What may differ between a run and the one that goes on with it: it changes no number that is stored.
 _FREE = ("workers", "device", "replicates")
 
@@ -52,7 +55,8 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class RunResult:
-    """What a run found: model -> the evaluation of each fold, the fine-tuned one first ("fine-tuned")."""
+    """What a run found: model -> the evaluation of each fold; first the model itself, "fine-tuned" or, where it began
+    without weights, "from random weights"."""
 
     evaluations: dict[str, list[Evaluation]]
     lines: list[str]
@@ -86,7 +90,8 @@ def finetune(
     processes = join_processes(settings.training.device)
     precision = training_precision(settings.training.precision, processes.device)
     run = _Run(inputs, settings, cohort, out, processes, precision, say if processes.rank == 0 else _silent, check_stop)
-    return run()
+    with at_most_threads(available_cores()):
+        return run()
 
 
 def _silent(line: str) -> None:
@@ -176,7 +181,8 @@ class _Run:
         path = self.out / RUN
         if not path.is_file():
             return
-        kept, now = json.loads(path.read_text(encoding="utf-8"))["identity"], self._identity()
+        kept, now = read_json(path, keys=("identity",), mend=MEND)["identity"], self._identity()
+        kept = kept if isinstance(kept, dict) else {}
         differing = [key for key in now if kept.get(key) != now[key]]
         if differing:
             said = []
@@ -256,9 +262,10 @@ class _Run:
         """Train and evaluate everything on a fold; what an earlier run finished is not done again."""
         folder = self.out / f"fold_{fold.number}"
         options, recipe = self.settings.model, self.settings.training
-        results = {TUNED: self._fit(TUNED, options, self.inputs.pretrained, recipe, fold, folder, split)}
+        main = TUNED if self._weights else controls.RANDOM
+        results = {main: self._fit(main, options, self.inputs.pretrained, recipe, fold, folder, split)}
         if self.settings.controls:
-            alone = "" if self.inputs.pretrained else " (the model itself is trained from random weights)"
+            alone = "" if self._weights else " (the model itself is trained from random weights)"
             self.say(f"fold {fold.number}: controls{alone}")
             place = folder / "controls"
             results[controls.MEAN] = self._means(fold, place / "tile_mean")
@@ -268,7 +275,7 @@ class _Run:
             if self.inputs.pretrained and options.head != "abmil-tiles":
                 name = controls.RANDOM
                 results[name] = self._fit(name, options, "", recipe, fold, place / "random_weights", split)
-            self._compare(folder, results)
+            self._compare(folder, results, main)
         return {name: result.headline for name, result in results.items()}
 
     def _fit(
@@ -360,17 +367,18 @@ class _Run:
             report.write_cohort(folder, labels.take(fold.test), said, task, how, result, {}, what=what)
         return result
 
-    def _compare(self, folder: Path, results: dict[str, CohortResult]) -> None:
-        """Write what the fine-tuned model is ahead of each control by, on the same slides with the same draws."""
+    def _compare(self, folder: Path, results: dict[str, CohortResult], main: str) -> None:
+        """Write what the model itself is ahead of each control by, on the same slides with the same draws."""
         training = self.settings.training
-        main = results[TUNED].slides
         table: dict[str, Any] = {}
         for name, result in results.items():
             leads = {}
-            if name != TUNED:
-                found = paired_difference(main, result.slides, replicates=training.replicates, seed=training.seed)
+            if name != main:
+                found = paired_difference(
+                    results[main].slides, result.slides, replicates=training.replicates, seed=training.seed
+                )
                 leads = {score: str(lead) for score, lead in found.items()}
             scores = {score: str(value) for score, value in result.headline.estimates.items()}
-            table[name] = {"scores": scores, "lead_of_the_fine_tuned": leads}
+            table[name] = {"scores": scores, "lead_of_the_model": leads}
         if self.first:
             write_json_atomic(folder / "controls.json", table)

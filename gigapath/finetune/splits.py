@@ -3,9 +3,8 @@
 import csv
 import hashlib
 import io
-import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from gigapath.files import write_json_atomic, write_text_atomic
+from gigapath.files import read_json, write_json_atomic, write_text_atomic
 from gigapath.finetune.labels import ID_COLUMNS, Labels, column_of, read_table, shown
 from gigapath.finetune.task import Task
 
@@ -38,10 +37,22 @@ class Fold:
         return {"train": self.train, "val": self.val, "test": self.test}
 
 
-def read_splits(folder: Path | str, labels: Labels) -> list[Fold]:
+def read_splits(
+    folder: Path | str,
+    labels: Labels,
+    *,
+    missing: Collection[str] = (),
+    tell: Callable[[str], None] = lambda note: None,
+) -> list[Fold]:
     """Read `train_K.csv`, `val_K.csv` (optional) and `test_K.csv` for K = 0, 1, ... with a column of slide names.
 
-    Slides of the files that `labels` lacks (they have no features) are left out.
+    Slides of the files that `labels` lacks are left out.
+
+    Args:
+        folder: of the split files.
+        labels: the slides that have features.
+        missing: labelled slides without features, of which the user knows.
+        tell: gets a sentence on other slides that the labels lack, and one on slides that no file names.
 
     Raises:
         FileNotFoundError: no such folder.
@@ -58,7 +69,7 @@ def read_splits(folder: Path | str, labels: Labels) -> list[Fold]:
             f"{folder.name}: expected split files train_0.csv, val_0.csv, test_0.csv, found no train_0.csv."
         )
     row_of = {slide_id: row for row, slide_id in enumerate(labels.slide_ids)}
-    folds = []
+    folds, named = [], dict[str, None]()
     for number in numbers:
         rows = {}
         for name in SETS:
@@ -73,10 +84,18 @@ def read_splits(folder: Path | str, labels: Labels) -> list[Fold]:
             ids = [row[column] for row in table]
             if len(set(ids)) != len(ids):
                 raise ValueError(f"{file.name}: a slide stands in it twice. Keep one.")
+            named |= dict.fromkeys(ids)
             rows[name] = np.array([row_of[slide_id] for slide_id in ids if slide_id in row_of], dtype=np.int64)
             if len(rows[name]) == 0 and name != "val":
                 raise ValueError(f"{file.name}: none of its {len(ids):,} slides has features and a label.")
         folds.append(Fold(number, rows["train"], rows["val"], rows["test"]))
+    known = {*row_of, *missing}
+    strange = [slide_id for slide_id in named if slide_id not in known]
+    if strange:
+        tell(f"slides of the split files without a row in {labels.source}: {len(strange):,} ({shown(strange)})")
+    unused = [slide_id for slide_id in labels.slide_ids if slide_id not in named]
+    if unused:
+        tell(f"labelled slides in no split file, left out: {len(unused):,} ({shown(unused)})")
     return folds
 
 
@@ -190,7 +209,7 @@ def keep_manifest(out: Path, folds: Sequence[Fold], labels: Labels, how: dict[st
     digest = hashlib.sha256(table.encode()).hexdigest()
     path = out / MANIFEST
     if path.is_file():
-        kept = json.loads(path.read_text(encoding="utf-8"))
+        kept = read_json(path, keys=("labels", "split"), mend="Choose another --out, or empty this one to begin anew.")
         if kept["labels"] != labels.digest:
             raise ValueError(
                 f"{out.name}: the labels ({labels.source}) have changed since its split was made. Choose another --out."

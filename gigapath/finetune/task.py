@@ -79,8 +79,12 @@ def load_task(name: str | Path) -> Task:
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, ValueError, TypeError, OverflowError, RecursionError) as error:
-        reason = str(error).splitlines()[0][:160] if str(error) else type(error).__name__
-        raise ValueError(f"{path.name}: expected YAML, got something else ({reason}).") from error
+        mark = getattr(error, "problem_mark", None)
+        where = "" if mark is None else f" in line {mark.line + 1}"
+        raise ValueError(
+            f"{path.name}: expected YAML, got something else{where}. Correct it, or write it anew: gigapath init-task "
+            "LABELS."
+        ) from error
     return task_from(content, path.name)
 
 

@@ -13,7 +13,7 @@ import numpy.typing as npt
 import torch
 
 import gigapath
-from gigapath.devices import resolve_device
+from gigapath.devices import at_most_threads, resolve_device
 from gigapath.linear_probe.archive import Report
 from gigapath.linear_probe.data import ProbeData, load_data
 from gigapath.linear_probe.options import ProbeOptions, TileProbeOptions
@@ -30,6 +30,7 @@ from gigapath.metrics import (
     prior_probabilities,
 )
 from gigapath.options import to_dict
+from gigapath.runs.machine import available_cores
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -112,7 +113,8 @@ def probe_tiles(
         report=report,
     )
     read = time.perf_counter()
-    results, choice = fit_heads(data, options, tile_options, device, on_look)
+    with at_most_threads(available_cores()):
+        results, choice = fit_heads(data, options, tile_options, device, on_look)
     fitted = time.perf_counter()
     notes = list(data.warnings)
     if tile_options.seeds > 1 and tile_options.solver != "sgd":
