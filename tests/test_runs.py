@@ -21,6 +21,7 @@ from tiny_encoders import WIDTH, tiny_slide_encoder, tiny_tile_encoder
 
 import gigapath
 from gigapath.cli.main import main
+from gigapath.cohort.manifest import SlideEntry
 from gigapath.encoding import EncoderError, load_slide_encoder
 from gigapath.features import read_features, read_slide, read_slides, read_tiles
 from gigapath.files import OutputError
@@ -31,7 +32,7 @@ from gigapath.runs.embedding import run_embed
 from gigapath.runs.engine import RunResult
 from gigapath.runs.options import EmbedOptions, RunOptions, SlideEmbedOptions
 from gigapath.runs.slide_embedding import run_slide_embed
-from gigapath.runs.tiling import run_tile
+from gigapath.runs.tiling import run_tile, tiles_identity
 from gigapath.runs.watching import Plan, Watcher
 from gigapath.tile_stream.passes import PlainPass
 from gigapath.tile_stream.settling import Settled
@@ -221,6 +222,16 @@ def test_run_record_tells_options_versions_and_counts(slides: Path, tmp_path: Pa
     assert record["facts"]["device"] == "cpu"
     assert record["facts"]["plan"]["todo"] == 3
     assert str(slides) not in json.dumps(record)
+
+
+@pytest.mark.parametrize("name", ["a.geojson", "a_patches.h5", "a.coordinates.npz"])
+def test_tiles_are_named_by_the_content_of_their_mask(name: str, slides: Path, tmp_path: Path) -> None:
+    entry, by_masks = SlideEntry("a", slides / "a.tif"), TileOptions(tissue=str(tmp_path))
+    found = []
+    for other, content in ((name, b"one"), (name, b"two"), ("a_b.geojson", b"another slide's")):
+        (tmp_path / other).write_bytes(content)
+        found.append(tiles_identity(entry, by_masks))
+    assert found[0] != found[1] == found[2]
 
 
 def test_manifest_columns_mpp_and_mask_reach_the_slide(slides: Path, tmp_path: Path) -> None:

@@ -246,7 +246,8 @@ def write_contact_sheet(out: Path) -> None:
 
 def _mask_digest(path: Path, slide_id: str) -> str:
     """Names a mask by its content: a file, or the slide's files in a folder."""
-    files = sorted(path.glob(f"{glob.escape(slide_id)}.*")) if path.is_dir() else [path]
+    name = glob.escape(slide_id)
+    files = sorted([*path.glob(f"{name}.*"), *path.glob(f"{name}_patches.h5")]) if path.is_dir() else [path]
     return "sha256:" + " ".join(sha256_of(file) for file in files)
 
 
