@@ -127,10 +127,13 @@ class Terminal(Watcher):
                 "slides": [dict(row) for row in result.rows],
             }
             print(json.dumps(document, indent=2))
-        counts = ", ".join(f"{count} {state.replace('_', ' ')}" for state, count in result.counts.items() if count)
         tiles = sum(row["tiles"] for row in result.rows if row["status"] == "done")
-        done = f"{counts or 'no slide to do'}, {tiles_in_words(tiles)} on those done"
-        print(f"{result.outcome}: {done}; {in_words(result.seconds)}.", file=self._words)
+        states = {state.replace("_", " "): count for state, count in result.counts.items() if count}
+        counts = [
+            f"{count} {state}" + f" ({tiles_in_words(tiles)})" * (state == "done") for state, count in states.items()
+        ]
+        words = ", ".join(counts) or "no slide to do"
+        print(f"{result.outcome}: {words}; {in_words(result.seconds)}.", file=self._words)
         if result.outcome == "stopped":
             print("What is done is kept: the same command goes on from here.", file=self._words)
         if result.note:
