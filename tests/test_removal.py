@@ -8,6 +8,7 @@ from made_slides import paint_tissue, write_pyramid
 from tiny_encoders import tiny_tile_encoder
 
 from gigapath.cli.main import main
+from gigapath.cohort.privacy import recorded_paths
 from gigapath.cohort.removal import remove_slide
 from gigapath.runs.options import RunOptions
 from gigapath.runs.tiling import run_tile
@@ -129,3 +130,22 @@ def test_remove_by_the_name_before_the_pseudonym_names_the_id(
     assert before == {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     assert main(["remove", slide_id, str(out)]) == 0
     assert named(out, slide_id) == []
+
+
+def test_remove_of_a_short_id_leaves_other_slides_and_times_as_they_are(tmp_path: Path) -> None:
+    slides, out = tmp_path / "12", tmp_path / "out"
+    slides.mkdir()
+    rows = ["path,slide_id"]
+    for name in ("12", "12, b"):
+        (slides / f"scan {name}.svs").write_text("no slide")
+        rows.append(f'"12/scan {name}.svs","{name}"')
+    (tmp_path / "m.csv").write_text("\n".join(rows) + "\n")
+    assert main(["tile", str(tmp_path / "m.csv"), "--out", str(out), *SMALL]) == 3
+    (record,) = (out / "runs").glob("*.json")
+    content = json.loads(record.read_text())
+    content |= {"started": "2026-01-01T00:12:12+00:00", "facts": {"note": "12 is odd"}}
+    record.write_text(json.dumps(content))
+    assert main(["remove", "12", str(out)]) == 0
+    assert json.loads(record.read_text()) == {**content, "facts": {"note": "<removed> is odd"}}
+    (left,) = recorded_paths(out)
+    assert (left.slide_id, left.path) == ("12, b", slides / "scan 12, b.svs")

@@ -25,6 +25,8 @@ _SUFFIXES = (".h5", ".json", ".jpg")
 # What the files of maps and of the report's pictures end in, in the slide's own folder.
 _PICTURES = (".json", ".png", ".jpg", ".npz", ".geojson", PARTIAL_SUFFIX)
 _TEXTS = (".csv", ".json", ".txt", ".md", ".html", ".tsv", ".yaml", ".log")
+# Of a run's record.
+_NAMES_NO_SLIDE = ("run_id", "started", "ended", "versions", "slides_sha256")
 _TEXT_BYTES = 100_000_000
 
 
@@ -152,17 +154,24 @@ def _edits(out: Path, slide_id: str, hide: Callable[[str], str]) -> dict[Path, s
 
 
 def _cleaned(value: Any, slide_id: str, hide: Callable[[str], str]) -> Any:
-    """A run record's content without the slide: its row goes, what names it elsewhere is replaced."""
+    """A run record's content without the slide: its row goes, what names it elsewhere is replaced.
+
+    The rows of other slides stay as they are, also where "12" is a folder of theirs, and so do times and versions.
+    """
     if isinstance(value, dict):
-        return {hide(name): _cleaned(item, slide_id, hide) for name, item in value.items()}
+        return {hide(k): item if k in _NAMES_NO_SLIDE else _cleaned(item, slide_id, hide) for k, item in value.items()}
     if isinstance(value, list):
-        return [_cleaned(item, slide_id, hide) for item in value if not _is_row(item, slide_id)]
+        return [
+            item if _is_row(item) else _cleaned(item, slide_id, hide)
+            for item in value
+            if not (_is_row(item) and item[0] == slide_id)
+        ]
     return hide(value) if isinstance(value, str) else value
 
 
-def _is_row(value: Any, slide_id: str) -> bool:
-    """Whether a list's item is the slide's row: [slide_id, path, ...]."""
-    return isinstance(value, list) and len(value) > 1 and value[0] == slide_id
+def _is_row(value: Any) -> bool:
+    """Whether a list's item is a slide's row: [slide_id, path, ...]."""
+    return isinstance(value, list) and len(value) > 1 and all(isinstance(item, str) for item in value[:2])
 
 
 def _hiding(out: Path, slide_id: str) -> Callable[[str], str]:

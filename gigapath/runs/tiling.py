@@ -158,6 +158,8 @@ def tile_slide(run: CohortRun, folder: Path, entry: SlideEntry, tiling: TileOpti
         identity = {}
 
     def work() -> Outcome:
+        if entry.mask is not None and not entry.mask.exists():
+            raise SlideError("mask: expected the file that the manifest names, got none. Mend its row in the manifest.")
         facts = _file_facts(entry, options)
         # Where tiles lie never depends on the reader: unless told to leave it to OpenSlide, what equals it may read.
         with open_entry(entry, tiling, "openslide" if options.reader == "openslide" else "auto") as slide:
