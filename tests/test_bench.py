@@ -1,6 +1,7 @@
 """gigapath bench: the protocol's arithmetic on made times, and that a row comes out whole."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -57,7 +58,9 @@ def test_bench_slide_encoder_prints_a_row_for_each_precision(monkeypatch, capsys
     assert all(row["operations"] > 2 * 40 * 384 * (384 + 12 * 384) for row in rows)
     assert "time_of_fp32" in rows[1] and rows[0]["kernel"] == "cpu-flash"
     assert main([*words, "--pairs", "1", "--device", "cpu"]) == 0
-    assert "| 40 | bf16 |" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "| 40 | bf16 |" in printed
+    assert re.search(r"; torch .* threads, .*, \d{4}-\d\d-\d\d$", printed.splitlines()[0])  # fit for a README
 
 
 def test_bench_refuses_no_tokens(capsys) -> None:

@@ -91,13 +91,14 @@ def product(device: torch.device, dtype: torch.dtype, rows: int = 4096, width: i
 
 
 def describe_machine() -> str:
-    """Processor, cores that this process may use, memory, load, and versions, on one line."""
+    """Processor, cores that this process may use, memory, load, versions, and the day, on one line."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     load = f", load {os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else ""
     gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
     return (
         f"{_processor()}, {cores} cores, {_memory()}{gpu}{load}; torch {torch.__version__}, "
-        f"{torch.get_num_threads()} threads, Python {platform.python_version()}, {platform.machine()}"
+        f"{torch.get_num_threads()} threads, Python {platform.python_version()}, {platform.machine()}, "
+        f"{time.strftime('%Y-%m-%d')}"
     )
 
 
