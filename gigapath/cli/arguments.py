@@ -32,6 +32,11 @@ def add_options(parser: argparse.ArgumentParser, options_class: type, *, title: 
         )
 
 
+def add_json(parser: argparse.ArgumentParser) -> None:
+    """Add `--json`, of verbs that print one document."""
+    parser.add_argument("--json", action="store_true", help="print one JSON document, for machines")
+
+
 def options_from(namespace: argparse.Namespace, options_class: type[T]) -> T:
     """The options dataclass that the parsed arguments describe; its own checks run here."""
     values = {field.name: getattr(namespace, field.name) for field in dataclasses.fields(options_class)}  # type: ignore[arg-type]

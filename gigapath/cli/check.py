@@ -6,7 +6,7 @@ from pathlib import Path
 
 from gigapath.check import CheckOptions, FileReport, Finding, check_paths
 from gigapath.check.run import SlideChecker, as_json
-from gigapath.cli.arguments import add_options, options_from
+from gigapath.cli.arguments import add_json, add_options, options_from
 from gigapath.cli.main import EXIT_FAILED_SLIDES
 from gigapath.tensors import read_tensor
 
@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="feature files, or folders of them with their subfolders: ours, TRIDENT's, CLAM's, Mussel's, STAMP's, "
         "slide2vec's, the published",
     )
-    parser.add_argument("--json", action="store_true", help="print one JSON document at the end, for machines")
+    add_json(parser)
     add_options(parser, CheckOptions)
 
 

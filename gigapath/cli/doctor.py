@@ -4,12 +4,13 @@ import argparse
 import dataclasses
 import json
 
+from gigapath.cli.arguments import add_json
 from gigapath.cli.main import EXIT_FAILED_SLIDES
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--offline", action="store_true", help="do not ask the model hub")
-    parser.add_argument("--json", action="store_true", help="one JSON document, for machines")
+    add_json(parser)
 
 
 def run(namespace: argparse.Namespace) -> int:

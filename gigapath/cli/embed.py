@@ -2,7 +2,7 @@
 
 import argparse
 
-from gigapath.cli.arguments import add_options, options_from
+from gigapath.cli.arguments import add_json, add_options, options_from
 from gigapath.cli.progress import Terminal
 from gigapath.preprocessing.tiling import TileOptions
 from gigapath.runs.options import EmbedOptions, RunOptions
@@ -16,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="slide files, folders of them, manifests (.csv); with --tiles they may be left out",
     )
     parser.add_argument("--out", required=True, metavar="DIR", help="the output folder; what is done there is kept")
-    parser.add_argument("--json", action="store_true", help="print one JSON document at the end, for machines")
+    add_json(parser)
     add_options(parser, EmbedOptions, title="encoders")
     add_options(parser, TileOptions, title="tiles")
     add_options(parser, RunOptions, title="run")

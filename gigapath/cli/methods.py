@@ -6,12 +6,13 @@ import json
 import sys
 import textwrap
 
+from gigapath.cli.arguments import add_json
 from gigapath.methods import methods
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", metavar="DIR", help="the output folder of gigapath tile or embed")
-    parser.add_argument("--json", action="store_true", help="one JSON document, for machines")
+    add_json(parser)
 
 
 def run(namespace: argparse.Namespace) -> int:

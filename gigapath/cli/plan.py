@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from gigapath.cli.arguments import add_options, options_from
+from gigapath.cli.arguments import add_json, add_options, options_from
 from gigapath.cli.main import EXIT_FAILED_SLIDES
 from gigapath.cli.progress import Terminal
 from gigapath.cohort.progress import failures_by_kind
@@ -23,7 +23,7 @@ _BAR = 30
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("slides", nargs="+", metavar="SLIDES", help="slide files, folders of them, manifests (.csv)")
     parser.add_argument("--out", metavar="DIR", help="the output folder of --pilot")
-    parser.add_argument("--json", action="store_true", help="print one JSON document, for machines")
+    add_json(parser)
     add_options(parser, SurveyOptions, title="plan")
     add_options(parser, TileOptions, title="tiles")
 

@@ -5,6 +5,7 @@ import dataclasses
 import json
 from pathlib import Path
 
+from gigapath.cli.arguments import add_json
 from gigapath.cohort.removal import remove_slide
 
 
@@ -12,7 +13,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("slide_id", metavar="SLIDE_ID", help="the slide, by its whole id")
     parser.add_argument("out", metavar="DIR", help="the output folder; no run may work on it meanwhile")
     parser.add_argument("--dry-run", action="store_true", help="say what would be removed, and change nothing")
-    parser.add_argument("--json", action="store_true", help="print one JSON document, for machines")
+    add_json(parser)
 
 
 def run(namespace: argparse.Namespace) -> int:

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from gigapath.cli.arguments import add_options, options_from
+from gigapath.cli.arguments import add_json, add_options, options_from
 from gigapath.cli.progress import Terminal
 from gigapath.features import export_table
 from gigapath.features.tables import TABLE_FORMATS
@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--to", metavar="FILE", help="write a table of --embedding too: .parquet, .csv or .npz, as export does"
     )
-    parser.add_argument("--json", action="store_true", help="print one JSON document at the end, for machines")
+    add_json(parser)
     add_options(parser, SlideEmbedOptions, title="slide encoder")
     add_options(parser, KeepOptions, title="run")
 

@@ -6,6 +6,7 @@ import json
 from datetime import datetime, timezone
 from pathlib import Path
 
+from gigapath.cli.arguments import add_json
 from gigapath.cohort.progress import StageProgress, read_progress
 from gigapath.cohort.status import STATES
 from gigapath.cohort.words import in_words, slides_in_words
@@ -16,7 +17,7 @@ _SLIDES_SHOWN = 5
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("out", metavar="DIR", help="the output folder of tile or embed")
-    parser.add_argument("--json", action="store_true", help="print one JSON document, for machines")
+    add_json(parser)
 
 
 def run(namespace: argparse.Namespace) -> int:
