@@ -5,6 +5,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from gigapath.options import check_options, option
 from gigapath.preprocessing.fast import OPENSLIDE, READERS
 from gigapath.preprocessing.reading import filter_name, filter_of, iter_tiles
 from gigapath.preprocessing.slide import Slide, open_slide
-from gigapath.preprocessing.tiff import tiff_levels
+from gigapath.preprocessing.tiff import TiffLevel, tiff_levels
 from gigapath.preprocessing.tiling import TileOptions, plan_tiles
 
 # The made slides at 0.25 microns a pixel: name -> (downsamples of the levels, side of the compressed blocks).
@@ -101,21 +102,6 @@ def _row(name: str, path: Path, options: ReadBench) -> dict[str, Any]:
 
         return read
 
-    def bare() -> None:
-        level = levels[plan.level]
-        first = (plan.coords_level0 / downsample).astype(int)
-        last = first + plan.read_size - 1
-        wanted = {
-            (row, column)
-            for (left, top), (right, bottom) in zip(first // level.block, last // level.block, strict=True)
-            for row in range(top, bottom + 1)
-            for column in range(left, right + 1)
-        }
-        file = os.open(path, os.O_RDONLY)
-        for row, column in sorted(wanted):
-            level.read(file, row, column)
-        os.close(file)
-
     one, plain = Work(ours(0, tiles), len(tiles)), Work(lambda: plain_loop(path, tiles), len(tiles))
     ratio = compare(one, plain, options.pairs, cpu)
     two = compare(Work(ours(2, plan), len(plan)), Work(ours(0, plan), len(plan)), options.pairs, cpu)
@@ -142,6 +128,7 @@ def _row(name: str, path: Path, options: ReadBench) -> dict[str, Any]:
         "cold_plain_per_second": _rate(path, plain.call, plain.amount),
     }
     if levels:
+        bare = partial(_decode_once, path, levels[plan.level], plan, downsample)
         whole = compare(Work(bare, 1.0), Work(ours(0), 1.0), options.pairs, cpu)
         row |= {"whole": whole.median, "whole_least": whole.least, "whole_most": whole.most}
     if options.fast_transform and serves:
@@ -153,6 +140,22 @@ def _row(name: str, path: Path, options: ReadBench) -> dict[str, Any]:
 
 def _opened(path: Path, options: ReadBench, *, fast_transform: bool = False) -> Slide:
     return open_slide(path, slide_mpp=options.slide_mpp, reader=options.reader, fast_transform=fast_transform)
+
+
+def _decode_once(path: Path, level: TiffLevel, tiles: Tiles, downsample: float) -> None:
+    """Decode each compressed block that the tiles lie on, and do nothing with it."""
+    first = (tiles.coords_level0 / downsample).astype(int)
+    last = first + tiles.read_size - 1
+    wanted = {
+        (row, column)
+        for (left, top), (right, bottom) in zip(first // level.block, last // level.block, strict=True)
+        for row in range(top, bottom + 1)
+        for column in range(left, right + 1)
+    }
+    file = os.open(path, os.O_RDONLY)
+    for row, column in sorted(wanted):
+        level.read(file, row, column)
+    os.close(file)
 
 
 def plain_loop(path: Path, tiles: Tiles) -> None:
