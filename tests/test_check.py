@@ -403,7 +403,7 @@ def look_again(slide: Path, **more: str) -> Callable[[Path], FileReport]:
     return lambda path: check_file(path, options=options, check_slide=SlideCheck(options))
 
 
-def test_tiles_read_again_agree_or_say_what_happened(embedded: tuple[Path, Path], tmp_path: Path) -> None:
+def test_tiles_read_again_agree_or_say_what_happened(embedded: tuple[Path, Path]) -> None:
     slide, path = embedded
     again = look_again(slide.parent)
     assert again(path).findings == []

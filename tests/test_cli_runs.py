@@ -147,9 +147,7 @@ def test_slide_embed_with_untrained_weights_says_so(
     assert slide.states_mean.shape == (13, 384)
 
 
-def test_standin_takes_the_mean_or_with_random_weights_an_untrained_longnet(
-    slides: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_standin_takes_the_mean_or_with_random_weights_an_untrained_longnet(monkeypatch: pytest.MonkeyPatch) -> None:
     from gigapath.runs import embedding
     from gigapath.runs.options import EmbedOptions
 

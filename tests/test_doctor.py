@@ -39,7 +39,7 @@ def test_a_run_looks_at_everything_and_the_self_test_passes(found: dict[str, Dia
     assert all("\n" not in d.text and "\n" not in d.mend for d in found.values())
 
 
-def test_the_users_home_is_not_said(found: dict[str, Diagnosis], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_users_home_is_not_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Path, "home", lambda: Path(__file__).parent.parent.parent)
     said = json.dumps(run._all_said({"a": [str(Path(__file__)), 3]}))
     assert str(Path(__file__).parent.parent.parent) not in said and "~" in said

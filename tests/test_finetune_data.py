@@ -283,7 +283,7 @@ def test_feature_folder_of_a_run_is_found(tmp_path) -> None:
         find_files((tmp_path / "empty").mkdir() or tmp_path / "empty")
 
 
-def test_reading_ahead_keeps_the_order_and_hides_waiting(tmp_path) -> None:
+def test_reading_ahead_keeps_the_order_and_hides_waiting() -> None:
     seen = []
 
     def read(row: int) -> int:

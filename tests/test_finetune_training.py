@@ -236,7 +236,7 @@ def test_loss_that_is_not_finite_stops_the_run(tmp_path) -> None:
         trainer_of(bags, truth).train(model, fold_of(6), tmp_path, {})
 
 
-def test_balanced_sampling_evens_out_the_classes(tmp_path) -> None:
+def test_balanced_sampling_evens_out_the_classes() -> None:
     truth = np.array([0] * 300 + [1] * 20 + [2] * 80)
     plain = trainer_of(MemoryBags([]), truth)
     assert sorted(plain.order(np.arange(400), 0).tolist()) == list(range(400))

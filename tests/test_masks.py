@@ -205,7 +205,7 @@ def test_mask_of_another_shape_is_refused(tmp_path: Path, slide: Slide, overview
         read_mask(path, slide, overview)
 
 
-def test_mask_of_the_bounds_is_laid_on_the_bounds(tmp_path: Path, slide: Slide) -> None:
+def test_mask_of_the_bounds_is_laid_on_the_bounds(tmp_path: Path) -> None:
     class Offset:
         slide_id, dimensions, bounds = "made", (WIDTH, HEIGHT), (512, 256, 1280, 1536)
 

@@ -309,6 +309,6 @@ def test_a_run_without_the_name_of_an_embedding_says_how_to_probe_its_slides(
     assert "--embedding tile-mean" in capsys.readouterr().err
 
 
-def test_labels_between_semicolons_say_so(tmp_path: Path) -> None:
+def test_labels_between_semicolons_say_so() -> None:
     with pytest.raises(ValueError, match="between semicolons: save it with commas"):
         parse_labels(b"slide_id;label\na;0\n", "labels.csv", label="label", split=None, group=None)

@@ -319,7 +319,7 @@ def test_margin_only_widens_where_tiles_are_looked_for(tmp_path: Path, slide_pat
         assert wide.size == (1024, round(1024 * 1930 / 2610))
 
 
-def test_slide_with_bounds_keeps_absolute_coordinates(tmp_path: Path, slide_path: Path) -> None:
+def test_slide_with_bounds_keeps_absolute_coordinates(slide_path: Path) -> None:
     with open_slide(slide_path) as slide:
         slide.bounds = (300, 200, 1500, 1200)
         grid = create_tiles_dataset._level_grid(slide, 1, 256)

@@ -264,7 +264,7 @@ def test_resample_grows_one_axis_and_shrinks_the_other() -> None:
     assert (filter_name((30, 40), 60), filter_name((70, 60), 60)) == ("cv2-cubic", "cv2-area")
 
 
-def test_resample_is_the_same_on_any_number_of_threads(slide_path: Path) -> None:
+def test_resample_is_the_same_on_any_number_of_threads() -> None:
     pixels = np.random.default_rng(1).integers(0, 256, (512, 527, 3), np.uint8)
     expected = resample(pixels, (256, 256))
     results: list[np.ndarray] = []

@@ -140,7 +140,7 @@ def test_pictures_lie_where_the_page_says(run: Path, data: dict[str, Any]) -> No
     assert np.abs(inside - around).max() > 40
 
 
-def test_slides_without_a_picture_have_none_named(run: Path, data: dict[str, Any]) -> None:
+def test_slides_without_a_picture_have_none_named(data: dict[str, Any]) -> None:
     assert "thumbnail" in media_of(data, "blank") and "tiles" not in media_of(data, "blank")
     for slide_id in ("broken", "gone"):
         entry = media_of(data, slide_id)

@@ -100,7 +100,7 @@ def test_mussel_runs_under_half_autocast_on_the_cpu() -> None:
     assert torch.cosine_similarity(out.float(), exact).min() > 0.9999
 
 
-def test_raw2features_aliases_torchscale_and_takes_the_last_state(monkeypatch) -> None:
+def test_raw2features_aliases_torchscale_and_takes_the_last_state() -> None:
     code = """
 import sys
 import gigapath.torchscale

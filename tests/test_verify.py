@@ -276,7 +276,7 @@ def test_verify_says_when_the_tile_encoders_file_is_altered(release: Path) -> No
     assert "no known slip of the transform explains it: the weights or the encoder differ" in found[1]
 
 
-def test_verify_of_flash_needs_no_demo_tile(release: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_verify_of_flash_needs_no_demo_tile(release: Path) -> None:
     """Files of another release fail by their hashes, and the demo tile is no business of Flash."""
     status, report = verify(release, "--tile-encoder", "gigapath-flash")
     assert status == 1
@@ -330,7 +330,7 @@ def test_verify_refuses_wrong_words_before_it_computes(
         assert sentence in capsys.readouterr().err
 
 
-def test_reference_of_another_kind_is_refused(release: Path, reference: Path, tmp_path: Path) -> None:
+def test_reference_of_another_kind_is_refused(release: Path, tmp_path: Path) -> None:
     (tmp_path / "x.npz").write_text("text")
     assert main(["verify", "--weights", str(release), "--reference", str(tmp_path / "x.npz")]) == 1
     assert main(["verify", "--weights", str(tmp_path / "none")]) == 1
@@ -463,8 +463,10 @@ def test_demo_shows_what_moves_an_embedding(capsys: pytest.CaptureFixture[str]) 
     assert capsys.readouterr().out.splitlines() == lines
 
 
-def test_seeded_inputs_of_script_and_package_are_one(release: Path, reference: Path) -> None:
-    _, coords = slide_reference.made_inputs(2, 150, WIDTH)
+def test_seeded_inputs_of_script_and_package_are_one() -> None:
+    script = run_path(str(ROOT / "scripts" / "make_reference.py"))
+    x, coords = slide_reference.made_inputs(2, 150, WIDTH)
+    assert [array.tobytes() for array in script["made_inputs"](2, 150, WIDTH)] == [x.tobytes(), coords.tobytes()]
     assert (coords % 256 == 255).all()
     assert (np.diff(coords[:, 1] * 1e6 + coords[:, 0]) > 0).all(), "row by row"
     assert coords.max() > 16384, "where half precision rounds into the next cell"
