@@ -14,6 +14,8 @@ DEVICES = ("auto", "cpu", "cuda", "mps")
 _GRANTS = ("SLURM_JOB_GPUS", "SLURM_STEP_GPUS", "SLURM_GPUS_ON_NODE", "CUDA_VISIBLE_DEVICES")
 _NO_GPU = ("", "-1", "NoDevFiles")
 PRECISIONS = ("auto", "fp32", "fp16", "bf16")
+# What autocast computes in; "fp32" does without.
+AUTOCAST_TYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def resolve_device(device: str | torch.device) -> torch.device:
@@ -80,6 +82,13 @@ def resolve_precision(precision: str, device: torch.device) -> str:
     if precision == "auto":
         return "fp16" if device.type == "cuda" else "fp32"
     return precision
+
+
+def autocast(precision: str, device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """The context in which a model computes: autocast to "fp16" or "bf16", nothing for "fp32"."""
+    if precision == "fp32":
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, dtype=AUTOCAST_TYPES[precision])
 
 
 _reproducible_lock = threading.Lock()

@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from gigapath.devices import resolve_device, resolve_precision
+from gigapath.devices import AUTOCAST_TYPES, autocast, resolve_device, resolve_precision
 from gigapath.downloads import RELEASES, release_of
 from gigapath.downloads.digests import remembered_sha256
 from gigapath.features import TileEmbeddings, parse_embedding
@@ -25,7 +25,6 @@ from gigapath.slide_encoder import WEIGHTS_FILE, LongNetViT, create_model
 from gigapath.tile_encoder import TileEncoder
 from gigapath.weights import find_weights, load_state_dict, tell_architecture
 
-_AUTOCAST = {"fp16": torch.float16, "bf16": torch.bfloat16}
 _RANDOM_SEED = 0
 # Rows summed at once for the mean of a slide's tiles: the sum must not depend on how they were batched.
 _MEAN_ROWS = 1024
@@ -141,7 +140,7 @@ class SlideEncoder:
         """The attention kernel that serves this device and precision, or None without a model."""
         if self.model is None:
             return None
-        dtype = _AUTOCAST.get(self.precision, torch.float32)
+        dtype = AUTOCAST_TYPES.get(self.precision, torch.float32)
         attention: Any = self.model.encoder.layers[0].self_attn
         q = torch.empty((1, attention.num_heads, 1, attention.head_dim), device=self.device, dtype=dtype)
         return choose_kernel(q).name
@@ -240,10 +239,7 @@ class SlideEncoder:
         after_layer: Callable[[], None],
         see_tokens: Callable[[int, Tensor], None] = lambda state, tokens: None,
     ) -> dict[str, npt.NDArray[np.float32]]:
-        autocast: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
-        if self.precision != "fp32":
-            autocast = torch.autocast(self.device.type, dtype=_AUTOCAST[self.precision])
-        with torch.inference_mode(), autocast:
+        with torch.inference_mode(), autocast(self.precision, self.device):
             states, default = pooled_states(
                 model, features.to(self.device), coords.to(self.device), after_layer, see_tokens
             )

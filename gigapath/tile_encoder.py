@@ -5,7 +5,6 @@ published package; `load_tile_encoder` is what the command line uses. B tiles of
 width.
 """
 
-import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,7 @@ from timm.data import resolve_model_data_config  # type: ignore[attr-defined]
 from torch import Tensor, nn
 
 from gigapath import standin
-from gigapath.devices import reproducible, resolve_device, resolve_precision
+from gigapath.devices import autocast, reproducible, resolve_device, resolve_precision
 from gigapath.downloads import HUB_PREFIXES, RELEASES, Release
 from gigapath.downloads.digests import remembered_sha256
 from gigapath.downloads.hub import hub_error
@@ -47,7 +46,6 @@ __all__ = [
     "load_tile_encoder",
 ]
 
-_AUTOCAST = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 # A seed of its own for random weights, so that two runs agree and the caller's generator is left alone.
 _RANDOM_SEED = 0
@@ -113,7 +111,7 @@ class TileEncoder:
         Raises:
             ValueError: the model gives vectors of another width.
         """
-        with torch.inference_mode(), self._autocast(), reproducible(self.device):
+        with torch.inference_mode(), autocast(self.precision, self.device), reproducible(self.device):
             vectors: Tensor = self.model(self.transform.normalise(pixels)).float()
         if vectors.shape != (len(pixels), self.embed_dim):
             raise ValueError(
@@ -126,11 +124,6 @@ class TileEncoder:
         if not np.isfinite(vectors).all():
             raise ValueError(f"{self.name}: a vector is not finite in {self.precision}. Try --precision fp32.")
         return vectors
-
-    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
-        if self.precision == "fp32":
-            return contextlib.nullcontext()
-        return torch.autocast(self.device.type, dtype=_AUTOCAST[self.precision])
 
 
 def load_tile_encoder(

@@ -14,13 +14,14 @@ import torch.nn.functional as F
 from made_cohort import NARROW, made_bag
 from weights_recipe import fill
 
+from gigapath.devices import autocast
 from gigapath.files import OutputError
 from gigapath.finetune import checkpoints, controls
 from gigapath.finetune.data import Bag, MemoryBags
 from gigapath.finetune.evaluation import decisions, fit_calibration, probabilities
 from gigapath.finetune.heads import GatedAttention, VectorHead, build_head, pack
 from gigapath.finetune.options import ModelOptions, TrainingOptions
-from gigapath.finetune.processes import Processes, autocast, training_precision
+from gigapath.finetune.processes import Processes, training_precision
 from gigapath.finetune.splits import Fold
 from gigapath.finetune.task import Task
 from gigapath.finetune.training import Trainer, set_rates, summed_loss

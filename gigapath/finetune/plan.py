@@ -9,11 +9,12 @@ import numpy as np
 import torch
 from torch import nn
 
+from gigapath.devices import autocast
 from gigapath.features.data import CELL
 from gigapath.finetune.data import Bag
 from gigapath.finetune.heads import pack
 from gigapath.finetune.options import TrainingOptions
-from gigapath.finetune.processes import Processes, autocast
+from gigapath.finetune.processes import Processes
 from gigapath.finetune.splits import Fold
 from gigapath.longnet.encoder import count_operations
 from gigapath.runs.machine import free_memory

@@ -11,8 +11,6 @@ from torch import Tensor, nn
 
 from gigapath.devices import resolve_device
 
-_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
-
 
 @dataclass(frozen=True)
 class Processes:
@@ -83,8 +81,3 @@ def training_precision(precision: str, device: torch.device) -> str:
     if launched == "no" or device.type != "cuda":
         return "fp32"
     return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
-
-
-def autocast(precision: str, device: torch.device) -> torch.autocast:
-    """The context in which the forward pass runs."""
-    return torch.autocast(device.type, dtype=_AUTOCAST.get(precision, torch.bfloat16), enabled=precision != "fp32")
