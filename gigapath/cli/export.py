@@ -2,6 +2,7 @@
 
 import argparse
 
+from gigapath.cohort.words import slides_in_words
 from gigapath.features import export_table
 
 
@@ -24,6 +25,5 @@ def run(namespace: argparse.Namespace) -> int:
     slides, width = export_table(
         namespace.folder, namespace.to, embedding=namespace.embedding, allow_mixed=namespace.allow_mixed
     )
-    count = "1 slide" if slides == 1 else f"{slides} slides"
-    print(f"{count}, {width} values each ({namespace.embedding}), written to {namespace.to}.")
+    print(f"{slides_in_words(slides)}, {width} values each ({namespace.embedding}), written to {namespace.to}.")
     return 0

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from gigapath.cohort.words import in_words
 from gigapath.devices import autocast
 from gigapath.features.data import CELL
 from gigapath.finetune.data import Bag
@@ -56,7 +57,7 @@ class Plan:
             f"largest {max(self.tiles):,}), folds: {self.folds}",
             f"parameters trained: {self.trained:,}",
             f"memory: {_gigabytes(self.memory)} at the largest slide, {self.available / 1e9:.1f} GB are free",
-            f"time: about {_duration(self.seconds)}, processes: {self.processes}",
+            f"time: about {in_words(self.seconds)}, processes: {self.processes}",
             *self.advice,
         ]
 
@@ -189,11 +190,3 @@ def free_bytes(device: torch.device) -> int:
         return int(torch.cuda.mem_get_info(device)[0])
     free = free_memory()
     return 8 << 30 if free is None else free
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{max(1, round(seconds))} s"
-    if seconds < 5400:
-        return f"{round(seconds / 60)} min"
-    return f"{seconds / 3600:.1f} h"

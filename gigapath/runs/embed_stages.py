@@ -18,7 +18,7 @@ from gigapath.preprocessing.slide import SlideError
 from gigapath.preprocessing.tiling import TileOptions
 from gigapath.runs.engine import CohortRun
 from gigapath.runs.options import RunOptions
-from gigapath.runs.slides import SlideStage
+from gigapath.runs.slide_stage import SlideStage
 from gigapath.runs.tiling import tiles_digest, tiles_done, tiling_identities
 from gigapath.tile_encoder import TileEncoder
 

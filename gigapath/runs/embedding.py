@@ -24,7 +24,7 @@ from gigapath.runs.entries import check_names, check_tissue, chosen, named, shar
 from gigapath.runs.machine import available_cores, threads
 from gigapath.runs.options import EmbedOptions, RunOptions
 from gigapath.runs.planning import estimate_tiles
-from gigapath.runs.slides import SlideStage, slides_folder
+from gigapath.runs.slide_stage import SlideStage, slides_folder
 from gigapath.runs.tiling import tiling_identities, write_contact_sheet
 from gigapath.runs.watching import Plan, Watcher
 from gigapath.runs.worker import Agenda

@@ -21,7 +21,7 @@ from gigapath.runs.engine import CohortRun, RunResult
 from gigapath.runs.entries import only_failed
 from gigapath.runs.machine import available_cores
 from gigapath.runs.options import KeepOptions, SlideEmbedOptions
-from gigapath.runs.slides import SlideStage, describe_features, slides_folder
+from gigapath.runs.slide_stage import SlideStage, describe_features, slides_folder
 from gigapath.runs.watching import Plan, Watcher
 
 
