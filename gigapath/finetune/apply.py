@@ -103,6 +103,17 @@ def evaluate_head(
 ) -> CohortResult:
     """Test a frozen head (its label map, thresholds and temperature) on another cohort; nothing is fitted.
 
+    Args:
+        checkpoint: the folder of a fitted head.
+        features: the folder of feature files.
+        labels: a CSV with a row a slide.
+        out: the folder that gets `predictions.csv`, `results.json` and `confusion.png`.
+        join: how labels and files are read and joined.
+        device: where the head runs.
+        replicates: of the bootstrap; 0 for scores without intervals.
+        seed: of the bootstrap.
+        allow_seen: take slides that trained the head too.
+
     Raises:
         ValueError: features of another width, encoder, mpp or numerics, labels that the head does not know, slides
             that trained the head.

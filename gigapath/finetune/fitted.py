@@ -71,7 +71,15 @@ class FittedHead:
         workers: int = 2,
         check_stop: Callable[[], None] = lambda: None,
     ) -> npt.NDArray[np.float64]:
-        """Probabilities (len(rows), C), slide by slide, all tiles in the file's order."""
+        """Probabilities (len(rows), C), slide by slide, all tiles in the file's order.
+
+        Args:
+            bags: the slides' tile embeddings, by row.
+            rows: which of them.
+            device: where the head runs; it stays there.
+            workers: threads that read ahead.
+            check_stop: called before each slide; raises to end.
+        """
         self.model.to(device).eval()
         found = []
         with torch.no_grad(), at_most_threads(available_cores()):

@@ -68,7 +68,18 @@ def write_cohort(
     *,
     what: str,
 ) -> None:
-    """Write predictions.csv, confusion.png and results.json of one model on one cohort; `what` says which it is."""
+    """Write predictions.csv, confusion.png and results.json of one model on one cohort.
+
+    Args:
+        folder: where they go.
+        labels: the S slides that were tested.
+        said: probabilities (S, C).
+        task: the classes.
+        how: what made decisions of the probabilities.
+        result: the scores.
+        facts: more entries of results.json.
+        what: which model and cohort, for the picture's title.
+    """
     (folder / "results.json").unlink(missing_ok=True)
     write_text_atomic(folder / "predictions.csv", predictions_csv(labels, labels.slide_ids, said, task, how))
     if not task.multi_label and plotting_available():

@@ -226,8 +226,20 @@ def fit_fold(
     *,
     names: Sequence[str],
 ) -> tuple[FloatArray, float]:
-    """Fit on the training slides with the penalty that folds inside them choose; (probabilities of the test slides,
-    penalty). `names` are those of the classes."""
+    """Fit on the training slides with the penalty that folds inside them choose.
+
+    Args:
+        vectors: (S, D) embeddings.
+        labels: (S,) class index.
+        groups: (S,) patients; none is on both sides of an inner fold.
+        train: rows of the training slides.
+        test: rows of the test slides.
+        seed: of the inner folds.
+        names: of the classes, for messages.
+
+    Returns:
+        (len(test), C) probabilities of the test slides, and the penalty.
+    """
     classes = int(labels.max()) + 1
     drawn = group_folds(
         labels[train],

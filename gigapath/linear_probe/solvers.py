@@ -146,6 +146,14 @@ def choose_penalty(
     """Fit for each penalty, and keep the head with the least cross-entropy on the validation rows.
 
     The penalties go from strong to weak; the search ends when `PATIENCE` of them in a row were no better.
+
+    Args:
+        features: (N, D) embeddings.
+        labels: (N,) class index.
+        train_rows: rows that are fitted.
+        val_rows: rows that choose.
+        classes: C.
+        penalties: to try.
     """
     small = len(train_rows) * features.shape[1] < SMALL_MATRIX
     truth = labels[val_rows].cpu().numpy()

@@ -164,7 +164,18 @@ def fit_heads(
     device: torch.device,
     on_look: Callable[[int, Look], None] = lambda seed, look: None,
 ) -> tuple[tuple[SeedResult, ...], Choice | None]:
-    """Fit the chosen solver, once per seed where it draws; the test rows are only predicted, once per head."""
+    """Fit the chosen solver, once per seed where it draws; the test rows are only predicted, once per head.
+
+    Args:
+        data: embeddings, labels and splits.
+        options: the first seed.
+        tile_options: solver, recipe, number of seeds.
+        device: where it is fitted.
+        on_look: called with the seed and each look at the validation set.
+
+    Returns:
+        a result a seed, and what was chosen on validation where the solver tries several.
+    """
     features = torch.from_numpy(data.features).to(device)
     labels = torch.from_numpy(data.labels).to(device)
     rows = {split: torch.from_numpy(found).to(device) for split, found in data.rows.items()}

@@ -68,7 +68,20 @@ def write_pictures(
     opacity: float,
     note: str = "",
 ) -> list[str]:
-    """Write everything else of a map, its JSON last; the names of all its files."""
+    """Write everything of a map but its arrays, its JSON last.
+
+    Args:
+        folder: of the slide's maps.
+        tile_map: the map, with its range.
+        place: where its tiles lie.
+        overview: the slide to draw on, or None for the tiles' grid alone.
+        made_from: digests of what it was made of, for the JSON.
+        opacity: of the map on the slide, 0 to 1.
+        note: what to say beneath the picture, such as why the slide is not shown.
+
+    Returns:
+        the names of all its files, the arrays' too.
+    """
     name = tile_map.name
     files = {"npz": f"{name}.npz", "png": f"{name}.png", "overlay": f"{name}_overlay.png"}
     write_bytes_atomic(folder / files["png"], png(draw_map(tile_map, place, overview, opacity=opacity, note=note)))

@@ -187,7 +187,16 @@ class Curves:
 def deletion_and_insertion(
     head: FittedHead, bag: Bag, values: Float32, target: int, device: torch.device, *, seed: int = 0
 ) -> Curves:
-    """Leave out, and bring in, the tiles of greatest value first, and random ones (Petsiuk, Das and Saenko 2018)."""
+    """Leave out, and bring in, the tiles of greatest value first, and random ones (Petsiuk, Das and Saenko 2018).
+
+    Args:
+        head: the fitted head.
+        bag: the slide's N tiles.
+        values: (N,) what the map says of each tile.
+        target: index of the class whose score is followed.
+        device: where the head runs.
+        seed: of the random orders.
+    """
     generator = np.random.default_rng(seed)
     least, most = RANDOM_ORDERS
     count = max(least, min(most, ORDERED_TILES // len(bag)))

@@ -146,6 +146,13 @@ class CohortRun:
     ) -> Status:
         """Do one stage of one slide and write its status file; what goes wrong with the slide becomes its status.
 
+        Args:
+            folder: of the stage's results.
+            entry: the slide.
+            stage: "tiles", "features" or "slides".
+            identity: everything that the result depends on.
+            work: makes the result and writes it.
+
         Raises:
             Stopped: a signal came; the slide is marked as stopped.
             OutputError: the disk takes nothing more.

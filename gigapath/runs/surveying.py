@@ -211,6 +211,18 @@ def run_pilot(
 ) -> tuple[Survey, RunResult]:
     """Tile `count` slides up to their previews, spread over vendors, scales and sites; the survey counts by them then.
 
+    Args:
+        found: the cohort's headers.
+        entries: the slides, in the same order.
+        out: the output folder.
+        count: how many slides.
+        tiling: how they are cut.
+        watch: receives the news.
+        command: the words of the command line, for the record.
+
+    Returns:
+        the survey with the share of tissue found, and how the tiling ended.
+
     Raises:
         ValueError: no slide can be tiled, ids collide.
         OutputError: the output folder can't be written.
