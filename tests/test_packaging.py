@@ -1,6 +1,7 @@
 """What is shipped: the wheel and the sdist, the environments, the top level, and what an import costs."""
 
 import ast
+import importlib
 import re
 import subprocess
 import sys
@@ -213,3 +214,13 @@ def test_the_top_level_shows_public_names_alone() -> None:
     assert {"read_slides", "read_features", "maps", "slide_encoder"} <= set(shown)
     assert not [name for name in shown if name.startswith("_") or name in ("Any", "TYPE_CHECKING", "importlib")]
     assert all(word in (gigapath.read_slides.__doc__ or "") for word in ("default", "state:I", "tile-mean", "trident"))
+
+
+@pytest.mark.parametrize("name", ["finetune", "linear_probe", "maps"])
+def test_public_names_that_load_late_are_there_and_shown(name: str) -> None:
+    package = importlib.import_module(f"gigapath.{name}")
+    assert set(package.__all__) <= set(dir(package))
+    for public in package.__all__:
+        assert getattr(package, public).__name__ == public
+    with pytest.raises(AttributeError, match=f"module 'gigapath.{name}' has no attribute 'nonesuch'"):
+        _ = package.nonesuch
