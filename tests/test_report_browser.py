@@ -232,6 +232,21 @@ def test_page_fits_and_is_readable(run: Path, width: int, dark: bool) -> None:
         assert complaints(page) == []
 
 
+def test_printed_pages_hold_all_columns_and_pictures(run: Path, page: Any) -> None:
+    page.get((run / "report.html").as_uri())
+    wait_for(page, IDS)
+    page.execute_cdp_cmd("Page.printToPDF", {})
+    without = "document.querySelectorAll('.slides img[data-src]:not([src])').length"
+    assert page.execute_script(f"return {without}") == 0
+    page.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "print"})
+    page.execute_cdp_cmd(
+        "Emulation.setDeviceMetricsOverride", {"width": 700, "height": 1000, "deviceScaleFactor": 1, "mobile": False}
+    )
+    edges = "[...document.querySelectorAll('.slides th')].map(head => head.getBoundingClientRect().right)"
+    assert max(page.execute_script(f"return {edges}")) <= 700
+    assert complaints(page) == []
+
+
 def test_single_file_needs_nothing_beside_it(run: Path, page: Any, tmp_path: Path) -> None:
     write_report(run, to=tmp_path, options=ReportOptions(single_file=True, side=600, workers=0))
     page.get(f"{(tmp_path / 'report.html').as_uri()}#slide={PLANTED}")

@@ -84,6 +84,13 @@
     }
   });
 
+  addEventListener("beforeprint", () => {
+    for (const image of document.querySelectorAll("img[data-src]:not([src])")) {
+      image.loading = "eager";
+      image.src = image.dataset.src;
+    }
+  });
+
   function thumbnail(index) {
     const entry = data.media[index];
     const box = el("div", { class: "thumb" });
@@ -193,6 +200,10 @@
     const own = slides.columns
       .map((name, index) => ({ name: spaced(name), raw: name, get: get(index) }))
       .filter(({ raw }) => !known.has(raw) && raw !== "tissue_area_mm2" && !raw.startsWith("dropped_"));
+    const longest = (text) => String(text ?? "").split(/[\s-]+/).reduce((most, word) => Math.max(most, word.length), 0);
+    for (const column of own) { // wide enough for its words, of which only very long ones are broken
+      column.least = Math.min(14, slides.ids.reduce((most, _, row) => Math.max(most, longest(shown(column.get(row)))), 0));
+    }
     return [...columns, ...own.slice(0, 5)];
   }
 
@@ -246,7 +257,7 @@
       el("td", { class: "status-cell" }, status(slides.status[row])),
       rest.map((column) => {
         const value = (column.said || shown)(column.get(row));
-        return el("td", { class: column.number ? "number" : null, "data-name": value === "" ? null : column.name }, value);
+        return el("td", { class: column.number ? "number" : null, "data-name": value === "" ? null : column.name, style: column.least ? `min-width: calc(${column.least + 1}ch + 24px)` : null }, value);
       }));
     table.rows.set(row, node);
     return node;
