@@ -97,7 +97,9 @@ def test_find_slides_says_how_many_pngs_it_passes_over(tmp_path: Path, caplog: p
     for name in ("one.svs", "masks/one.PNG", "two.png", ".hidden.png", "case.mrxs", "case/Data.png"):
         touch(tmp_path / name)
     assert ids_in(tmp_path) == ["case", "one"]
-    assert caplog.messages == [f"{tmp_path}: 2 PNG files are not taken for slides. Name the files where they are."]
+    assert caplog.messages == [
+        f"{tmp_path}: 2 PNG files are passed over. To take one for a slide, name the file itself."
+    ]
     assert ids_in(tmp_path / "one.svs", tmp_path / "two.png") == ["one", "two"]
     assert len(caplog.messages) == 1
 

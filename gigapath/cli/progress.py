@@ -58,7 +58,11 @@ class Terminal(Watcher):
 
     def stopping(self, signal: str) -> None:
         more = " Ctrl-C once more ends at once." if signal == "SIGINT" else ""
-        print(f"\n{signal}: stopping after this batch.{more}", file=sys.stderr, flush=True)
+        print(
+            f"\n{signal}: stopping after this {'batch' if self._unit == 'tile' else 'slide'}.{more}",
+            file=sys.stderr,
+            flush=True,
+        )
 
     def expect(self, tiles: int) -> None:
         if self._bar is not None and self._unit == "tile":

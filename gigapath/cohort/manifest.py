@@ -82,7 +82,7 @@ def find_slides(
             found = [_found(file) for file in files]
             if found and pictures:
                 words = "1 PNG file is" if pictures == 1 else f"{pictures} PNG files are"
-                logger.warning("%s: %s not taken for slides. Name the files where they are.", path, words)
+                logger.warning("%s: %s passed over. To take one for a slide, name the file itself.", path, words)
             if not found:
                 known = " ".join(suffix[1:] for suffix in _FOUND_SUFFIXES)
                 raise ValueError(
