@@ -4,6 +4,7 @@ tools', read into the same dataclasses."""
 from gigapath.features.data import (
     NUMERICS_VERSION,
     SLIDE_NUMERICS_VERSION,
+    TILES_NUMERICS_VERSION,
     FeatureFileError,
     SlideEmbeddings,
     TileEmbeddings,
@@ -24,6 +25,7 @@ from gigapath.features.tables import export_table, read_slides
 __all__ = [
     "NUMERICS_VERSION",
     "SLIDE_NUMERICS_VERSION",
+    "TILES_NUMERICS_VERSION",
     "EmbeddingName",
     "FeatureFileError",
     "SlideEmbeddings",

@@ -14,10 +14,11 @@ from numpy.typing import NDArray
 from gigapath.features.names import parse_embedding
 from gigapath.file_names import safe_name
 
-# Raised only when the numbers in the files change; reuse compares these, not the package's version. The slide encoder
-# has one of its own, so that nothing is tiled or embedded again for its sake (2: its sums are float32 under autocast).
-NUMERICS_VERSION = 1
-SLIDE_NUMERICS_VERSION = 2
+# Raised only when the numbers in the files change; reuse compares these, not the package's version. Each stage has one
+# of its own, so that no other is redone for its sake.
+NUMERICS_VERSION = 1  # of tile embeddings
+TILES_NUMERICS_VERSION = 2  # blocks that are black to the last bit are no tissue
+SLIDE_NUMERICS_VERSION = 2  # sums are float32 under autocast
 
 # Pixels of a cell as the published code takes coordinates: its slide encoder only divides by this.
 CELL = 256

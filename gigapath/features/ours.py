@@ -14,6 +14,7 @@ import gigapath
 from gigapath.features.data import (
     NUMERICS_VERSION,
     SLIDE_NUMERICS_VERSION,
+    TILES_NUMERICS_VERSION,
     Array,
     Attrs,
     FeatureFileError,
@@ -39,7 +40,7 @@ _OWN_ATTRS = frozenset({"slide_id", "stage", "complete", "package_version", "imp
 def write_tiles(path: Path | str, tiles: Tiles) -> None:
     """Write the tiling stage's file of one slide, whole or not at all."""
     with H5Writer(path) as writer:
-        attrs = {"numerics_version": NUMERICS_VERSION, **tiles.attrs, **_geometry(tiles)}
+        attrs = {"numerics_version": TILES_NUMERICS_VERSION, **tiles.attrs, **_geometry(tiles)}
         _write_root(writer.file, "tiles", tiles.slide_id, attrs)
         _write_places(writer.file, tiles)
 
@@ -124,7 +125,7 @@ class TileEmbeddingsWriter:
         try:
             file, tiles = self._h5.file, self._tiles
             versions = {
-                "tiles_numerics_version": tiles.attrs.get("numerics_version", NUMERICS_VERSION),
+                "tiles_numerics_version": tiles.attrs.get("numerics_version", TILES_NUMERICS_VERSION),
                 "numerics_version": NUMERICS_VERSION,
             }
             attrs = {**tiles.attrs, **versions, **self._attrs, **_geometry(tiles)}

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from gigapath.features import NUMERICS_VERSION, Tiles
+from gigapath.features import TILES_NUMERICS_VERSION, Tiles
 from gigapath.options import check_options, option
 from gigapath.preprocessing.grid import Grid, plan_grid
 from gigapath.preprocessing.masks import tissue_of
@@ -211,7 +211,7 @@ def _slide_facts(slide: Slide) -> dict[str, Any]:
 
 def _grid_facts(slide: Slide, grid: Grid, options: TileOptions) -> dict[str, Any]:
     return {
-        "numerics_version": NUMERICS_VERSION,
+        "numerics_version": TILES_NUMERICS_VERSION,
         "reader": slide.fast.used_so_far,
         "filter": filter_name(grid.read_size, grid.tile_size),
         "mpp_target": options.mpp,

@@ -14,7 +14,6 @@ from gigapath.cohort.privacy import without_paths
 from gigapath.cohort.record import RunRecord
 from gigapath.cohort.status import STATES, Status, read_status, slide_row, write_slides_csv, write_status
 from gigapath.cohort.stopping import StopFlag, Stopped
-from gigapath.features import NUMERICS_VERSION
 from gigapath.features.kept_rows import rows_file
 from gigapath.preprocessing.slide import SlideError
 from gigapath.runs.watching import Plan, Watcher
@@ -150,7 +149,7 @@ class CohortRun:
             folder: of the stage's results.
             entry: the slide.
             stage: "tiles", "features" or "slides".
-            identity: everything that the result depends on.
+            identity: everything that the result depends on, `numerics_version` of its stage among it.
             work: makes the result and writes it.
 
         Raises:
@@ -184,7 +183,7 @@ class CohortRun:
             warnings=tuple(without_paths(text, entry) for text in outcome.warnings),
             identity=identity,
             digest=outcome.digest,
-            numerics_version=NUMERICS_VERSION,
+            numerics_version=identity["numerics_version"],
             facts=outcome.facts,
             columns=entry.columns,
             ended=round(time.time(), 3),

@@ -11,7 +11,6 @@ from gigapath.cohort.manifest import SlideEntry
 from gigapath.cohort.shards import weigh
 from gigapath.cohort.status import Status, read_status, write_status
 from gigapath.cohort.stopping import Stopped
-from gigapath.features import NUMERICS_VERSION
 from gigapath.files import check_writable
 from gigapath.runs.crew import Spread
 from gigapath.runs.engine import CohortRun, RunResult
@@ -115,7 +114,6 @@ def _give_up(run: CohortRun, entry: SlideEntry, why: str) -> Status:
         stage=_stage_of(folder),
         status="failed",
         error=why,
-        numerics_version=NUMERICS_VERSION,
         columns=entry.columns,
         ended=round(time.time(), 3),
     )

@@ -17,7 +17,7 @@ from gigapath.cohort.sheet import draw_contact_sheet
 from gigapath.cohort.status import Status, changed, derive
 from gigapath.cohort.stopping import StopFlag
 from gigapath.cohort.words import in_words, slides_in_words, tiles_in_words
-from gigapath.features import NUMERICS_VERSION, Tiles, write_tiles
+from gigapath.features import TILES_NUMERICS_VERSION, Tiles, write_tiles
 from gigapath.files import hex_digest, sha256_of
 from gigapath.options import to_dict
 from gigapath.preprocessing.masks import METHODS
@@ -79,7 +79,7 @@ def tile_cohort(
         check_names(cohort, out)
         folder = out / "tiles"
         ids = {entry.slide_id for entry in cohort}
-        check_unmixed(folder, {"numerics_version": NUMERICS_VERSION}, set() if options.allow_mixed else ids)
+        check_unmixed(folder, {"numerics_version": TILES_NUMERICS_VERSION}, set() if options.allow_mixed else ids)
         entries = chosen(cohort, out, "tile", [folder], options, tiles=folder)
         todo = [entry for entry in entries if tiles_done(folder, entry, tiling, options) is None]
         run = CohortRun(
@@ -192,7 +192,7 @@ def tiles_identity(entry: SlideEntry, tiling: TileOptions) -> dict[str, Any]:
         numbers["tissue"] = _mask_digest(Path(numbers["tissue"]), entry.slide_id)
     if tiling.max_tiles is None:
         del numbers["seed"]
-    return {**numbers, "slide_bytes": entry.path.stat().st_size, "numerics_version": NUMERICS_VERSION}
+    return {**numbers, "slide_bytes": entry.path.stat().st_size, "numerics_version": TILES_NUMERICS_VERSION}
 
 
 def tiling_identities(entries: Sequence[SlideEntry], tiling: TileOptions) -> dict[str, dict[str, Any]]:

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from PIL import Image, PngImagePlugin
 from tqdm import tqdm
 
-from gigapath.features import NUMERICS_VERSION
+from gigapath.features import TILES_NUMERICS_VERSION
 from gigapath.file_names import safe_name
 from gigapath.files import write_bytes_atomic, write_text_atomic
 from gigapath.preprocessing.data.foreground_segmentation import segment_foreground
@@ -203,7 +203,7 @@ def _job(
         "foreground_threshold": None if foreground_threshold is None else float(foreground_threshold),
         "occupancy_threshold": float(occupancy_threshold),
         "slide_bytes": path.stat().st_size,
-        "numerics_version": NUMERICS_VERSION,
+        "numerics_version": TILES_NUMERICS_VERSION,
     }
     job = _Job(Path(output_dir) / slide_id, slide_id, sample.get("label", ""), dict(sample["metadata"]), values)
     return path, job
