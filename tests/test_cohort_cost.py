@@ -31,7 +31,9 @@ def test_the_table_of_gpus_follows_from_the_rates_above_it(section: str) -> None
 
 def test_the_sentences_below_follow_too(section: str) -> None:
     assert f"{SLIDES:,} slides, {TILES:,} tiles" in section
-    assert f"{READ_20X:,} tiles/s a core for slides scanned at 20x, {READ_40X} for 40x" in section
+    assert f"{READ_20X:,} tiles/s where a level of 0.5 is read pixel for pixel" in section
+    assert f"of slides scanned at 20x, and {READ_40X} for 40x" in section
+    assert f"{0.3 * SLIDES / 3_600:.0f} to {9.1 * SLIDES / 3_600:.0f} core hours" in section
     assert f"an H100 would want {1_075 / 117:.0f} cores" in section
     assert 64 * 1_075 * 4 * TILE_BYTES > 2 * 25e9 / 8
     hours = [TILES / (16 * rate) / 3_600 for rate in (READ_20X, READ_40X)]

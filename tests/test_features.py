@@ -24,6 +24,7 @@ from hypothesis import strategies as st
 import gigapath
 from gigapath.features import (
     NUMERICS_VERSION,
+    TILES_NUMERICS_VERSION,
     FeatureFileError,
     SlideEmbeddings,
     TileEmbeddingsWriter,
@@ -77,7 +78,7 @@ def test_tiles_round_trip(tmp_path: Path) -> None:
             assert np.array_equal(value, expected) and value.dtype == expected.dtype, field.name
         elif field.name != "attrs":
             assert value == expected and type(value) is type(expected), field.name
-    assert found.attrs == {**tiles.attrs, "numerics_version": NUMERICS_VERSION}
+    assert found.attrs == {**tiles.attrs, "numerics_version": TILES_NUMERICS_VERSION}
 
 
 def test_tiles_of_a_slide_without_tissue_round_trip(tmp_path: Path) -> None:

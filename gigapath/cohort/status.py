@@ -33,7 +33,7 @@ class Status:
         warnings: sentences on what to look at.
         identity: everything that the numbers depend on; results are reused where it is equal.
         digest: a short name for the result's content, which the next stage records of this one.
-        numerics_version: of the stage's numbers; 0 where nothing of it was made.
+        numerics_version: of the stage's numbers; 0 where its identity names none.
         facts: provenance columns of slides.csv: plain numbers and words, no paths.
         columns: the manifest's columns, carried through.
         ended: when the stage ended, in seconds since 1970 (UTC).

@@ -149,7 +149,7 @@ class CohortRun:
             folder: of the stage's results.
             entry: the slide.
             stage: "tiles", "features" or "slides".
-            identity: everything that the result depends on, `numerics_version` of its stage among it.
+            identity: everything that the result depends on.
             work: makes the result and writes it.
 
         Raises:
@@ -183,7 +183,7 @@ class CohortRun:
             warnings=tuple(without_paths(text, entry) for text in outcome.warnings),
             identity=identity,
             digest=outcome.digest,
-            numerics_version=identity["numerics_version"],
+            numerics_version=identity.get("numerics_version", 0),
             facts=outcome.facts,
             columns=entry.columns,
             ended=round(time.time(), 3),
