@@ -49,7 +49,7 @@ class LazyPosEmbed:
     """Stands for the (1, n * n + 1, D) float32 table and computes the rows that are asked for.
 
     `pos_embed[:, rows, :]` takes a tensor of row numbers of any shape and returns (1, *rows.shape, D) on the rows'
-    device; `pos_embed[:, :1, :]` and other slices return their rows on `device`. It is no parameter and no buffer: the
+    device; `pos_embed[:, :1, :]` and other indices return their rows on `device`. It is no parameter and no buffer: the
     table is not in the checkpoints; its model sets `device` and `dtype`.
     """
 
@@ -69,12 +69,12 @@ class LazyPosEmbed:
             rows = slice(None)
         if columns is ...:
             columns = slice(None)
-        if isinstance(rows, slice):
+        if isinstance(rows, Tensor):
+            found = self.rows(rows)
+        elif isinstance(rows, slice):
             found = self.rows(torch.arange(*rows.indices(self.shape[1]), device="cpu")).to(self.device)
-        elif isinstance(rows, int):
-            found = self.rows(torch.tensor(rows, device="cpu")).to(self.device)
         else:
-            found = self.rows(torch.as_tensor(rows))
+            found = self.rows(torch.as_tensor(rows, device="cpu")).to(self.device)
         result = found[None].to(self.dtype)[batch]
         return result if columns == slice(None) else result[..., columns]
 

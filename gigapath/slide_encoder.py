@@ -142,9 +142,17 @@ class LongNetViT(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "LongNetViT":
         """Move or convert the model, the table of positions with it, as if that were a buffer."""
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._place_positions()
+        return self
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        """Load; `load_state_dict(..., assign=True)` changes device and dtype without `_apply`."""
+        super()._load_from_state_dict(*args, **kwargs)  # type: ignore[no-untyped-call]
+        self._place_positions()
+
+    def _place_positions(self) -> None:
         if isinstance(self.pos_embed, LazyPosEmbed):
             self.pos_embed.device, self.pos_embed.dtype = self.cls_token.device, self.cls_token.dtype
-        return self
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Keep one activation per layer in training and compute the others again in the backward pass."""
@@ -164,6 +172,7 @@ class LongNetViT(nn.Module):
         Returns:
             A list of one (B, D) tensor, or of depth + 1.
         """
+        _refuse_arrays(x=x, coords=coords, valid_mask=valid_mask)
         x, coords = x if x.ndim != 2 else x[None], coords if coords.ndim != 2 else coords[None]
         if coords.ndim == 3 and coords.shape[0] == 1 != x.shape[0]:
             coords = coords.expand(x.shape[0], -1, -1)
@@ -199,6 +208,7 @@ class LongNetViT(nn.Module):
             pool: makes embeddings from tokens (1, T + B, D) and the tokens of each slide (its class token first)
                 instead of the model's own pooling.
         """
+        _refuse_arrays(x=x, coords=coords)
         tiles = tuple(int(length) for length in lengths)
         self._check(x[None], coords[None])
         if min(tiles, default=0) < 1 or sum(tiles) != x.shape[0]:
@@ -271,6 +281,16 @@ class LongNetViT(nn.Module):
         pooled = torch.stack([slide[1:].mean(0) if self.global_pool else slide[0] for slide in slides])
         out: Tensor = self.norm(pooled)
         return out
+
+
+def _refuse_arrays(**given: Any) -> None:
+    """Raise TypeError where something else than a tensor (or None) is given."""
+    for name, value in given.items():
+        if value is not None and not isinstance(value, Tensor):
+            raise TypeError(
+                f"slide encoder: expected a tensor as {name}, got {type(value).__name__}. Convert it with "
+                "torch.as_tensor."
+            )
 
 
 def _warn_ignored(names: Sequence[str]) -> None:

@@ -133,6 +133,22 @@ def test_positions_follow_the_model_for_who_writes_the_forward_pass_anew() -> No
             assert found.dtype == dtype
             assert (found - expected).abs().max() <= (5e-3 if dtype == torch.float16 else 1e-5)
     assert nn.Sequential(own).to("meta")[0].pos_embed[:, :1, :].device.type == "meta"
+    for moved in (own, model.to("meta")):  # loading without a copy moves and converts, too
+        moved.load_state_dict(fill(narrow_model()).half().state_dict(), assign=True)
+        assert (moved(x.half(), coords)[0] - expected).abs().max() <= 5e-3
+        assert moved.pos_embed[:, [0, 3], :].dtype == torch.float16
+
+
+def test_arrays_in_place_of_tensors_are_one_sentence() -> None:
+    (x, coords), model = made_tiles(2, 30), narrow_model()
+    for call, name in (
+        (lambda: model(x.numpy(), coords), "x"),
+        (lambda: model(x, coords.tolist()), "coords"),
+        (lambda: model(x, coords, valid_mask=coords[..., 0].numpy() >= 0), "valid_mask"),
+        (lambda: model.forward_packed(x[0].numpy(), coords[0], [30]), "x"),
+    ):
+        with pytest.raises(TypeError, match=rf"expected a tensor as {name}, got .*torch\.as_tensor"):
+            call()
 
 
 def test_segments_come_from_the_method_that_callers_replace(monkeypatch) -> None:
