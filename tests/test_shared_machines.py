@@ -108,6 +108,18 @@ def test_memory_is_the_least_of_the_machine_and_the_groups(groups: Path, monkeyp
     assert machine.free_memory() == 0
 
 
+@pytest.mark.parametrize("own", [b"0::/job_\xff", b"no groups", b"0::/../../job", b""])
+def test_odd_control_groups_leave_the_rest(groups: Path, own: bytes) -> None:
+    put(groups / "own", "")
+    (groups / "own").write_bytes(own)
+    put(groups / "cgroup/memory.max", "700000000")
+    put(groups / "cgroup/memory.stat", "inactive_file 9000")
+    put(groups / "cgroup/memory.current", "5000")
+    assert machine.available_memory() == 700_000_000
+    assert machine.free_memory() == 700_000_000, "never more than all"
+    assert machine.available_cores() >= 1
+
+
 def test_memory_of_control_groups_of_version_1(groups: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "_MEMINFO", groups / "meminfo")
     put(groups / "own", "5:cpu,cpuacct:/x\n4:memory:/docker/abc\n1:name=systemd:/")

@@ -77,7 +77,7 @@ def _cgroup_memory() -> list[tuple[int, int]]:
             with contextlib.suppress(OSError, ValueError):  # the root of version 2 has no count
                 kinds = _numbers(here / "memory.stat", " ")
                 cached = sum(kinds.get(f"{names[2]}{kind}_file", 0) for kind in ("active", "inactive"))
-                taken = int((here / names[1]).read_text()) - cached
+                taken = max(0, int((here / names[1]).read_text()) - cached)
             found.append((limit, taken))
     return found
 
@@ -92,7 +92,7 @@ def _cgroup_folders(controller: str) -> list[tuple[Path, bool]]:
     """(folder of a control group that may bound this process, whether it is of version 2), its own and those around
     it; the mount's root included."""
     folders = [(_CGROUPS, True), (_CGROUPS / controller, False)]
-    with contextlib.suppress(OSError):  # no Linux
+    with contextlib.suppress(OSError, ValueError):  # no Linux, a group's name that is no text
         for line in _OWN_CGROUPS.read_text().splitlines():
             _, controllers, path = line.split(":", 2)
             if not controllers:
