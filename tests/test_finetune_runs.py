@@ -350,6 +350,8 @@ def test_run_from_weights_has_random_ones_as_a_control_and_names_the_file_alone(
     torch.save({"model": create_model("", NARROW, 8).state_dict()}, place / "start.pth")
     with pytest.raises(ValueError, match="differs in weights"):
         finetune(inputs, tmp_path / "out", replace(still, controls=True))
+    frozen = finetune(inputs, tmp_path / "frozen", replace(still, model=replace(still.model, freeze=True)))
+    assert list(frozen.evaluations) == ["frozen encoder"]
 
 
 def test_frozen_encoder_is_cached_and_its_head_applies_to_tiles(tmp_path) -> None:

@@ -46,7 +46,8 @@ from gigapath.slide_encoder import WEIGHTS_FILE
 from gigapath.weights import find_weights
 
 RUN = "finetune.json"
-TUNED = "fine-tuned"  # the model itself, beside its controls; from random weights it bears that control's name
+# The model itself, beside its controls; from random weights it bears that control's name.
+TUNED, FROZEN = "fine-tuned", "frozen encoder"
 # What may differ between a run and the one that goes on with it: it changes no number that is stored.
 _FREE = ("workers", "device", "replicates")
 
@@ -55,8 +56,8 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class RunResult:
-    """What a run found: model -> the evaluation of each fold; first the model itself, "fine-tuned" or, where it began
-    without weights, "from random weights"."""
+    """What a run found: model -> the evaluation of each fold; first the model itself: "fine-tuned", "frozen
+    encoder" where only the head is trained, or "from random weights" where it began without any."""
 
     evaluations: dict[str, list[Evaluation]]
     lines: list[str]
@@ -262,7 +263,7 @@ class _Run:
         """Train and evaluate everything on a fold; what an earlier run finished is not done again."""
         folder = self.out / f"fold_{fold.number}"
         options, recipe = self.settings.model, self.settings.training
-        main = TUNED if self._weights else controls.RANDOM
+        main = (FROZEN if options.freeze else TUNED) if self._weights else controls.RANDOM
         results = {main: self._fit(main, options, self.inputs.pretrained, recipe, fold, folder, split)}
         if self.settings.controls:
             alone = "" if self._weights else " (the model itself is trained from random weights)"
@@ -272,7 +273,7 @@ class _Run:
             bare = replace(options, head="abmil-tiles", freeze=False)
             for_bags, name = controls.abmil_options(recipe, self.processes.world), controls.ATTENTION
             results[name] = self._fit(name, bare, "", for_bags, fold, place / "abmil_tiles", split)
-            if self.inputs.pretrained and options.head != "abmil-tiles":
+            if self._weights:
                 name = controls.RANDOM
                 results[name] = self._fit(name, options, "", recipe, fold, place / "random_weights", split)
             self._compare(folder, results, main)
