@@ -351,7 +351,8 @@ def test_missing_ones_are_counted_and_named_and_can_be_allowed(made: tuple[Path,
     _, rows = made_vectors(COUNTS)
     table = write_csv(tmp_path / "other.csv", [*rows[2:], {**rows[0], "input": "nowhere.pt"}])
     message = (
-        r"1 of 89 rows have no embedding \(nowhere\.pt\), 2 of 90 embeddings have no row \(emb/train/train_0000, .*"
+        r"rows without embedding: 1 \(nowhere\.pt\), embeddings without a row: 2 \(emb/train/train_0000, .*"
+        r", of 89 rows and 90 embeddings.*"
     )
     with pytest.raises(ValueError, match=message + r"--allow-missing"):
         load_data(made[0], table, ProbeOptions())
@@ -372,7 +373,7 @@ Change = Callable[[list[dict[str, str]]], list[dict[str, str]]]
         (lambda rows: [*rows, rows[0]], r"train_0000\.pt has two rows \(2 and 92\)"),
         (
             lambda rows: [row for row in rows if row["split"] != "valid"],
-            r"rows have no embedding|embeddings have no row",
+            r"csv: embeddings without a row: ",
         ),
         (lambda rows: [{**row, "label": "a"} for row in rows], r"all tiles are of one class \(a\)"),
         (

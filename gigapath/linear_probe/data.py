@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gigapath.linear_probe.archive import Report, read_embeddings
-from gigapath.linear_probe.labels import Joined, LabelRows, class_names, join_labels, own_labels, read_labels
+from gigapath.linear_probe.labels import Joined, LabelRows, class_names, in_words, join_labels, own_labels, read_labels
 from gigapath.linear_probe.options import ProbeOptions
 from gigapath.linear_probe.pcam import slides_of_tiles
 from gigapath.linear_probe.table import SPLITS, TRAIN, EmbeddingTable, Float32Array
@@ -106,10 +106,8 @@ def load_data(
     elif pcam_meta is not None:
         warnings.append("PCam's meta files don't fit these tiles' names and labels, so intervals are over tiles")
     if joined.unembedded or joined.unlabelled:
-        warnings.append(
-            f"{len(joined.unembedded):,} labels without embedding and {len(joined.unlabelled):,} embeddings without "
-            "label are left out"
-        )
+        lacking = {"labels without an embedding": joined.unembedded, "embeddings without a label": joined.unlabelled}
+        warnings.append(f"left out: {in_words(lacking)}")
     twins = identical_across_splits(table, rows_of_split)
     if twins:
         warnings.append(f"{twins:,} embeddings of one split are identical to one of another split")

@@ -4,7 +4,7 @@ trained."""
 import csv
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -223,10 +223,10 @@ def join_labels(
     taken = set(rows)
     unlabelled = [name for row, name in enumerate(tiles) if row not in taken]
     if (unembedded or unlabelled) and not allow_missing:
+        lacking = in_words({f"rows without {noun}": unembedded, f"{noun}s without a row": unlabelled})
         raise ValueError(
-            f"{labels.source}: {len(unembedded):,} of {len(labels.names):,} rows have no {noun}"
-            f"{_in_brackets(unembedded)}, {len(unlabelled):,} of {len(tiles):,} {noun}s have no row"
-            f"{_in_brackets(unlabelled)}. Complete them, or go on without them: --allow-missing."
+            f"{labels.source}: {lacking}, of {len(labels.names):,} rows and {len(tiles):,} {noun}s. Complete them, or "
+            "go on without them: --allow-missing."
         )
     return Joined(rows, used, splits, unlabelled, unembedded)
 
@@ -280,9 +280,10 @@ def _refuse_double_rows(rows: list[int], used: list[int], splits: list[str], lab
             )
 
 
+def in_words(lacking: Mapping[str, list[str]]) -> str:
+    """How many names there are of each kind, and the first of them; of kinds without any, nothing."""
+    return ", ".join(f"{kind}: {len(names):,} ({_shown(names)})" for kind, names in lacking.items() if names)
+
+
 def _shown(names: list[str]) -> str:
     return ", ".join(names[:SHOWN]) + (", ..." if len(names) > SHOWN else "")
-
-
-def _in_brackets(names: list[str]) -> str:
-    return f" ({_shown(names)})" if names else ""

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gigapath.features import read_slides
-from gigapath.linear_probe.labels import LabelRows, class_names, parse_labels
+from gigapath.linear_probe.labels import LabelRows, class_names, in_words, parse_labels
 from gigapath.linear_probe.options import ProbeOptions
 from gigapath.linear_probe.table import TEST
 
@@ -100,15 +100,13 @@ def load_slides(
     unlabelled = [slide for slide, key in zip(ids, keys, strict=True) if key not in row_of_key]
     unembedded = sorted(set(row_of_key) - set(keys))
     if (unlabelled or unembedded) and not options.allow_missing:
+        both = in_words({"slides without an embedding": unembedded, "embeddings without a row": unlabelled})
         raise ValueError(
-            f"{listed.source}: {len(unembedded):,} of its slides have no embedding{_first(unembedded)}, "
-            f"{len(unlabelled):,} embeddings have no row{_first(unlabelled)}. Complete them (see --id-rule), or go on "
-            "without them: --allow-missing."
+            f"{listed.source}: {both}. Complete them (see --id-rule), or go on without them: --allow-missing."
         )
     if unlabelled or unembedded:
-        notes.append(
-            f"{len(unembedded):,} labels without embedding, {len(unlabelled):,} embeddings without label are left out"
-        )
+        lacking = {"labels without an embedding": unembedded, "embeddings without a label": unlabelled}
+        notes.append(f"left out: {in_words(lacking)}")
     kept = [index for index, key in enumerate(keys) if key in row_of_key]
     rows = [row_of_key[keys[index]] for index in kept]
     slide_ids = tuple(ids[index] for index in kept)
@@ -214,7 +212,3 @@ def _audit(data: SlideData) -> None:
 
 def _lacking(test: npt.NDArray[np.bool_]) -> str:
     return "train on" if test.all() else "test on"
-
-
-def _first(names: list[str]) -> str:
-    return f" ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})" if names else ""
