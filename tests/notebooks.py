@@ -55,9 +55,8 @@ def environment(folder: Path) -> dict[str, str]:
     }
 
 
-def executed(path: Path, folder: Path) -> nbformat.NotebookNode:
-    """The notebook, all cells run in the copy of demo/ that lies in `folder`; a cell that fails raises."""
-    notebook = nbformat.read(path, as_version=4)
+def client_of(notebook: nbformat.NotebookNode, folder: Path) -> NotebookClient:
+    """Runs it with the interpreter that runs this, whatever somebody's Jupyter calls python3."""
     client = NotebookClient(
         notebook,
         timeout=SECONDS,
@@ -65,7 +64,15 @@ def executed(path: Path, folder: Path) -> nbformat.NotebookNode:
         record_timing=False,
         resources={"metadata": {"path": str(folder / "demo")}},
     )
-    client.execute(env=environment(folder))
+    client.km = client.create_kernel_manager()
+    client.km.kernel_spec_manager.kernel_dirs = []  # so that ipykernel's own is left
+    return client
+
+
+def executed(path: Path, folder: Path) -> nbformat.NotebookNode:
+    """The notebook, all cells run in the copy of demo/ that lies in `folder`; a cell that fails raises."""
+    notebook = nbformat.read(path, as_version=4)
+    client_of(notebook, folder).execute(env=environment(folder))
     return notebook
 
 

@@ -13,7 +13,7 @@ from types import ModuleType
 import nbformat
 import numpy as np
 import pytest
-from notebooks import DEMO, ROOT, cleaned, environment, executed, lay_out, notebooks, small_picture
+from notebooks import DEMO, ROOT, cleaned, client_of, environment, executed, lay_out, notebooks, small_picture
 
 SCRIPTS = ("1_slide_mpp_check.py", "2_tiling_demo.py", "3_load_tile_encoder.py", "4_load_slide_encoder.py")
 MOST_BYTES = 500_000  # of a notebook
@@ -153,6 +153,16 @@ def test_cleaned_notebooks_have_one_output_a_stream_wherever_a_warning_cut_it() 
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("", outputs=cut)])
     outputs = cleaned(notebook).cells[0].outputs
     assert outputs == [said("stdout", "ab"), picture, said("stdout", "c")]
+
+
+def test_notebooks_run_in_the_interpreter_of_the_tests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    other = tmp_path / "kernels" / "python3"
+    other.mkdir(parents=True)
+    spec = {"argv": ["/other/python"], "display_name": "Python 3", "language": "python"}
+    (other / "kernel.json").write_text(json.dumps(spec))
+    monkeypatch.setenv("JUPYTER_PATH", str(tmp_path))
+    found = client_of(nbformat.v4.new_notebook(), tmp_path).km.kernel_spec
+    assert found is not None and found.argv[0] == sys.executable
 
 
 def test_pictures_of_notebooks_are_made_small() -> None:
