@@ -31,7 +31,10 @@ class CheckOptions:
     """What is checked beyond what the files say."""
 
     tile_size_level0: float | None = option(
-        None, "distance of neighbouring tiles in the file's coordinates, where it does not say", above=0
+        None,
+        "distance between neighbouring tiles, in the unit of the files' coordinates, where a file does not say",
+        metavar="PIXELS",
+        above=0,
     )
     slides: str | None = option(
         None, "read tiles of these slides again and compare their embeddings", metavar="DIR|MANIFEST"

@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--tile-size-level0",
         type=float,
         metavar="PIXELS",
-        help="the distance between neighbouring tiles, in the unit of the file's coordinates, where it does not say",
+        help="distance between neighbouring tiles, in the unit of the files' coordinates, where a file does not say",
     )
     parser.add_argument("--slide-mpp", type=float, metavar="MPP", help="microns per level-0 pixel of the slides")
     parser.add_argument(

@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=None,
         metavar="PIXELS",
-        help="the distance between neighbouring tiles, in the unit of the file's coordinates, where it does not say",
+        help="distance between neighbouring tiles, in the unit of the files' coordinates, where a file does not say",
     )
     parser.add_argument("--json", action="store_true", help="one JSON object a file, one a line, with all attributes")
 

@@ -15,7 +15,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "features",
         nargs="+",
         metavar="FEATURES",
-        help="files of tile embeddings or folders of them: ours, TRIDENT's, CLAM's, STAMP's, slide2vec's",
+        help="files of tile embeddings or folders of them: ours, TRIDENT's, CLAM's, Mussel's, STAMP's, slide2vec's, "
+        "the published",
     )
     parser.add_argument("--out", metavar="DIR", help="the output folder (default: that of the run which made FEATURES)")
     parser.add_argument(

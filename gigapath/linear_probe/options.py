@@ -53,7 +53,7 @@ class TileProbeOptions:
         None, "folder of PCam's own meta files: groups tiles by slide where names and labels fit them", metavar="DIR"
     )
     no_cache: bool = option(False, "neither use nor write the cache beside a zip or folder")
-    device: str = option("auto", "auto, cpu, cuda, cuda:N or mps", metavar="DEVICE")
+    device: str = option("auto", "auto, cpu, cuda, cuda:N or mps")
 
     def __post_init__(self) -> None:
         check_options(self)
@@ -87,7 +87,7 @@ class EmbedTilesOptions:
     tile_encoder: str = option(
         "gigapath", "gigapath, gigapath-flash, standin, timm:NAME, or a checkpoint of a released one", metavar="NAME"
     )
-    device: str = option("auto", "auto, cpu, cuda, cuda:N or mps", metavar="DEVICE")
+    device: str = option("auto", "auto, cpu, cuda, cuda:N or mps")
     precision: str = option("auto", "auto = fp16 on CUDA, fp32 elsewhere", choices=("auto", "fp32", "fp16", "bf16"))
     batch_size: int = option(64, "tiles of a batch; a part of the numerics, so keep it in a comparison", at_least=1)
     random_weights: bool = option(False, "leave the encoder untrained, to try things or as a control")

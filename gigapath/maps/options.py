@@ -60,7 +60,10 @@ class MapOptions:
     )
     opacity: float = option(0.65, "of the tiles over the slide", above=0, at_most=1)
     tile_size_level0: float | None = option(
-        None, "distance of neighbouring tiles in the file's coordinates, where it does not say", above=0
+        None,
+        "distance between neighbouring tiles, in the unit of the files' coordinates, where a file does not say",
+        metavar="PIXELS",
+        above=0,
     )
     device: str = option("auto", "where the encoders run, in float32", metavar="auto|cpu|cuda|mps")
     seed: int = option(0, "of samples, clusters and random orders", at_least=0)

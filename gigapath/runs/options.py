@@ -125,7 +125,10 @@ class SlideEmbedOptions:
         "slide", "one embedding a slide, or one a connected piece of tissue", choices=("slide", "section")
     )
     tile_size_level0: float | None = option(
-        None, "distance of neighbouring tiles in the file's coordinates, where it does not say", above=0
+        None,
+        "distance between neighbouring tiles, in the unit of the files' coordinates, where a file does not say",
+        metavar="PIXELS",
+        above=0,
     )
     device: str = option("auto", "where the encoder runs", metavar=_DEVICES)
     precision: str = option("auto", "auto is fp16 on CUDA, fp32 elsewhere", choices=_PRECISIONS)
