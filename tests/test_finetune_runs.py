@@ -223,12 +223,16 @@ def test_wrong_arguments_of_predict_and_evaluate_are_one_sentence(fitted, tmp_pa
     (odd / "head.safetensors").write_bytes((head / "head.safetensors").read_bytes())
     written = json.loads((head / "head.json").read_text())
     (odd / "head.json").write_text(json.dumps({**written, "thresholds": 3}))
+    loose = tmp_path / "loose"
+    loose.mkdir()
+    (loose / "head.json").write_text(json.dumps({**written, "tensors": 3}))
     evaluate = ["evaluate", head, features, "--labels", labels, "--out"]
     for words, said in (
         (["predict", head, tmp_path / "nowhere"], "nowhere: expected a feature file or a folder"),
         (["predict", fitted / "out", features], "expected a fitted head"),
         (["predict", short, features], "one without features"),
         (["predict", odd, features], "head.json: expected the JSON of a fitted head, got a damaged one. Copy it anew."),
+        (["predict", loose, features], "3: not the tensors that head.json was written with. Copy both anew."),
         (["predict", head, features, "--device", "gpu"], "--device: expected one of"),
         ([*evaluate, tmp_path / "e", "--replicates", -5], "--replicates: expected at least 0, got -5"),
         ([*evaluate, tmp_path / "e", "--seed", -1], "--seed: expected at least 0, got -1"),

@@ -137,14 +137,15 @@ def load_head(path: Path | str) -> FittedHead:
         raise ValueError(f"{file}: expected format {FORMAT}, got {version!r}. Another version of gigapath wrote it.")
     if lacking:
         raise ValueError(f"{file}: expected the JSON of a fitted head, got one without {lacking[0]}. Copy it anew.")
-    if not (folder / held["tensors"]).is_file() or sha256_of(folder / held["tensors"]) != held["sha256"]:
-        raise ValueError(f"{folder / held['tensors']}: not the tensors that {HEAD} was written with. Copy both anew.")
+    tensors = folder / str(held["tensors"])
+    if not tensors.is_file() or sha256_of(tensors) != held["sha256"]:
+        raise ValueError(f"{tensors}: not the tensors that {HEAD} was written with. Copy both anew.")
     try:
         task = task_from(held["task"], HEAD)
         options = from_dict(ModelOptions, held["model"])
         calibration = Calibration(float(held["temperature"]), tuple(map(float, held["thresholds"])), held["fitted_on"])
         model = build_head(options, pretrained="", input_dim=held["input_dim"], n_classes=len(task.classes))
-        model.load_state_dict(checkpoints.load_tensors(folder / held["tensors"]))
+        model.load_state_dict(checkpoints.load_tensors(tensors))
     except (TypeError, AttributeError, RuntimeError) as error:  # a word in place of a number, tensors of other shapes
         raise ValueError(f"{file}: expected the JSON of a fitted head, got a damaged one. Copy it anew.") from error
     made = held["features"]
