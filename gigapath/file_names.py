@@ -25,7 +25,9 @@ def name_problem(slide_id: str) -> str | None:
     """What an id would have to be, where it can't be a file name as it is; else None."""
     if not slide_id or slide_id != slide_id.strip():
         return "a name that is not empty and has no space at its ends"
-    if slide_id in (".", "..") or "/" in slide_id or "\\" in slide_id:
+    if slide_id in (".", ".."):
+        return "a name other than . and .., which mean folders"
+    if "/" in slide_id or "\\" in slide_id:
         return "a name without slashes"
     if any(_is_control(character) for character in slide_id):
         return "a name without control characters such as line ends"

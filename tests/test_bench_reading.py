@@ -45,6 +45,12 @@ def test_the_fast_transform_is_measured_where_it_serves(
     assert (used or "| - | - | - |") in line
 
 
+def test_missing_slide_leaves_no_table_without_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "read", "--slide", str(tmp_path / "none.tif")]) == 1
+    said = capsys.readouterr()
+    assert said.out == "" and "none of the name 'none.tif'" in said.err
+
+
 def test_sizes_that_can_not_be_made_are_refused() -> None:
     with pytest.raises(ValueError, match="--size: expected a width and a height"):
         reading.ReadBench(size=(100,))

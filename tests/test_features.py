@@ -221,6 +221,7 @@ def test_features_are_stored_contiguously(tmp_path: Path) -> None:
         ({"coords_level0": CELLS * 512 + 0.5}, "whole int64"),
         ({"qc_names": ("focus",)}, "qc"),
         ({"slide_id": "../x"}, "without slashes"),
+        ({"slide_id": "."}, "other than . and .., which mean folders, got '.'"),
     ],
 )
 def test_tiles_that_contradict_themselves_are_refused(change: dict[str, Any], words: str) -> None:

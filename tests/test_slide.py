@@ -272,6 +272,15 @@ def test_what_is_no_slide_gets_one_sentence_without_its_folder(tmp_path: Path) -
         open_slide(folder / "none.svs")
 
 
+def test_tiff_compression_that_openslide_lacks_is_said(tmp_path: Path) -> None:
+    path = tmp_path / "a.tif"
+    tifffile.imwrite(path, paint_tissue(300, 260), tile=(128, 128), photometric="rgb")
+    with tifffile.TiffFile(path, mode="r+") as file:
+        file.pages[0].tags["Compression"].overwrite(50001)  # WebP
+    with pytest.raises(SlideError, match=r"^slide 'a': .*got TIFF compression 50001\. Convert it to tiles in JPEG"):
+        open_slide(path)
+
+
 def test_an_unreadable_file_gets_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object, **__: object) -> None:
         raise PermissionError(13, "Permission denied")

@@ -9,6 +9,7 @@ from gigapath.preprocessing.header import largest_tile
 
 TILE_PIXELS = 2**28  # of the file's own tiles: OpenSlide ends the process where it can't have the memory for one
 PLAIN_IMAGE_PIXELS = 89_000_000  # a plain image is decoded whole; Pillow itself warns from here on
+_UNSUPPORTED = "Unsupported TIFF compression: "  # OpenSlide's words
 PLAIN_IMAGE_MODES = ("RGB", "RGBA", "L", "LA", "P", "CMYK", "YCbCr")
 
 
@@ -36,6 +37,12 @@ def open_handle(path: Path, slide_id: str) -> openslide.AbstractSlide:
     except openslide.OpenSlideUnsupportedFormatError as error:
         unsupported: Exception = error
     except openslide.OpenSlideError as error:
+        compression = str(error).partition(_UNSUPPORTED)[2]
+        if compression:
+            raise SlideError(
+                f"{who}: expected a TIFF whose tiles OpenSlide decodes, got TIFF compression {compression}. Convert it "
+                "to tiles in JPEG (vips tiffsave --tile --pyramid --compression jpeg)."
+            ) from error
         raise SlideError(
             f"{who}: expected a whole slide, got one that OpenSlide knows but can't open. "
             "It is damaged, cut short, or lacks the files that belong to it: copy it again with all its parts."
