@@ -57,10 +57,10 @@ def cells_of(coords: Array, step: tuple[float, float], *, who: str) -> Array:
 def first_cell(origin: Array, step: Array) -> Array:
     """The (2,) cell of the corner at which a grid of this step begins.
 
-    Corners on a step that is no whole number were rounded by up to half a unit; those on one are off by what float32
-    lacks.
+    Corners on a step that is no whole number were rounded, or cut, by up to one unit; those on one are off by what
+    float32 lacks. Half a step at most: a unit may be larger than a step.
     """
-    rounding = np.where(step == np.rint(step), 1e-4 * step, 0.51)
+    rounding = np.where(step == np.rint(step), 1e-4 * step, np.minimum(1.0, 0.5 * step))
     return np.asarray(np.floor((origin + rounding) / step))
 
 
