@@ -75,8 +75,8 @@ def check_names(entries: Iterable[SlideEntry], out: Path) -> None:
             had = "pseudonyms of the key of before" if earlier.original_id else "the slides' own names, as before"
             got = "pseudonyms of another key" if earlier.original_id else "pseudonyms"
             raise ValueError(
-                f"--pseudonymise: expected {had}, got {got if entry.original_id else 'their own names'}: {out.name} "
-                "would hold slides under two names. Run it as before, or use another --out."
+                f"--pseudonymise: expected {had}, got {got if entry.original_id else 'their own names'}: the "
+                "output folder would hold slides under two names. Run it as before, or use another --out."
             )
 
 

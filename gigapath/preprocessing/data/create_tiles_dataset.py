@@ -23,7 +23,6 @@ from numpy.typing import NDArray
 from PIL import Image, PngImagePlugin
 from tqdm import tqdm
 
-from gigapath.features import TILES_NUMERICS_VERSION
 from gigapath.file_names import safe_name
 from gigapath.files import write_bytes_atomic, write_text_atomic
 from gigapath.preprocessing.data.foreground_segmentation import segment_foreground
@@ -41,6 +40,7 @@ PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
 PNG_ENTRY = "gigapath"  # the text entry of a tile that says how it was cut
 THREADS = 4
 AHEAD = 64  # tiles in work at once; bounds memory
+_NUMERICS_VERSION = 1  # of these tiles, which are found the published way; raised when they change
 
 
 def save_image(array_chw: NDArray[Any], path: Path | str) -> Image.Image:
@@ -203,7 +203,7 @@ def _job(
         "foreground_threshold": None if foreground_threshold is None else float(foreground_threshold),
         "occupancy_threshold": float(occupancy_threshold),
         "slide_bytes": path.stat().st_size,
-        "numerics_version": TILES_NUMERICS_VERSION,
+        "numerics_version": _NUMERICS_VERSION,
     }
     job = _Job(Path(output_dir) / slide_id, slide_id, sample.get("label", ""), dict(sample["metadata"]), values)
     return path, job
