@@ -247,6 +247,7 @@ class LongNetViT(nn.Module):
         Raises:
             ValueError: a coordinate outside of the grid.
         """
+        self._place_positions()  # accelerate, for one, replaces parameters one by one
         tile_size = float(self.tile_size)
         counts = [length - 1 for length in lengths]
         coords = checked_coords(coords.to(x.device), tile_size, self.slide_ngrids, counts)

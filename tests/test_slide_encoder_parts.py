@@ -137,6 +137,11 @@ def test_positions_follow_the_model_for_who_writes_the_forward_pass_anew() -> No
         moved.load_state_dict(fill(narrow_model()).half().state_dict(), assign=True)
         assert (moved(x.half(), coords)[0] - expected).abs().max() <= 5e-3
         assert moved.pos_embed[:, [0, 3], :].dtype == torch.float16
+    model.to("meta")
+    for name, weight in fill(narrow_model()).state_dict().items():  # and so does accelerate
+        part, _, last = name.rpartition(".")
+        setattr(model.get_submodule(part), last, nn.Parameter(weight))
+    assert (model(x.float(), coords)[0] - expected).abs().max() <= 5e-3
 
 
 def test_arrays_in_place_of_tensors_are_one_sentence() -> None:
