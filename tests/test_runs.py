@@ -383,6 +383,23 @@ def test_table_says_of_given_tiles_what_it_says_of_own_ones(slides: Path, tmp_pa
     assert row.get("vendor") == ("generic-tiff" if out == "tiled" else None)
 
 
+def test_tiles_of_earlier_numerics_are_not_joined_by_others_unasked(
+    slides: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a, b = slides / "a.tif", slides / "b.tif"
+    with monkeypatch.context() as before:
+        before.setattr("gigapath.runs.tiling.TILES_NUMERICS_VERSION", 1)
+        run_tile([a], tmp_path, tiling=TILING)
+    made = (tmp_path / "tiles" / "a.h5").stat().st_mtime_ns
+    for run in (lambda: run_tile([b], tmp_path, tiling=TILING), lambda: embed(b, tmp_path)):
+        with pytest.raises(ValueError, match=r"tiles: .*numerics_version 1 -> 2\. Name those slides too"):
+            run()
+    mixed = run_tile([a, b], tmp_path, tiling=TILING, options=RunOptions(allow_mixed=True))
+    assert mixed.outcome == "done" and (tmp_path / "tiles" / "a.h5").stat().st_mtime_ns == made
+    assert embed([a, b], tmp_path).outcome == "done"
+    assert (tmp_path / "tiles" / "a.h5").stat().st_mtime_ns != made, "named, they are made again"
+
+
 def test_tiles_that_are_missing_or_of_another_slide_fail_that_slide(slides: Path, tmp_path: Path) -> None:
     tiled = tmp_path / "tiled"
     run_tile([slides / "a.tif", slides / "b.tif"], tiled, tiling=TILING)

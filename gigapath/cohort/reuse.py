@@ -119,7 +119,8 @@ def check_unmixed(folder: Path, identity: Mapping[str, Any], slide_ids: Collecti
         if changed:
             raise ValueError(
                 f"{folder.name}: expected results of one kind, but those of {slide_id!r} differ from this run's: "
-                f"{'; '.join(changed)}. Use another --out, the same settings, or --allow-mixed."
+                f"{'; '.join(changed)}. Name those slides too, which makes them again, or use another --out, the "
+                "same settings, or --allow-mixed."
             )
 
 

@@ -16,6 +16,7 @@ from gigapath.cohort.words import in_bytes, in_words, slides_in_words, tiles_in_
 from gigapath.devices import at_most_threads, resolve_devices
 from gigapath.downloads import RELEASES
 from gigapath.encoding import SlideEncoder, load_slide_encoder
+from gigapath.features import TILES_NUMERICS_VERSION
 from gigapath.options import to_dict
 from gigapath.preprocessing.tiling import TileOptions
 from gigapath.runs.embed_job import EmbedJob
@@ -116,6 +117,8 @@ def _prepare(
     job = _job(run, tiling, embedding, options)
     if not options.allow_mixed:
         ids = set(run.cohort)
+        if job.own_tiles:
+            check_unmixed(job.tiles, {"numerics_version": TILES_NUMERICS_VERSION}, ids)
         check_unmixed(job.features, job.run_identity(), ids)
         if job.slides is not None:
             check_unmixed(job.slides.folder, job.slides.run_identity(), ids)

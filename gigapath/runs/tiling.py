@@ -79,7 +79,8 @@ def tile_cohort(
         check_names(cohort, out)
         folder = out / "tiles"
         ids = {entry.slide_id for entry in cohort}
-        check_unmixed(folder, {"numerics_version": TILES_NUMERICS_VERSION}, set() if options.allow_mixed else ids)
+        if not options.allow_mixed:
+            check_unmixed(folder, {"numerics_version": TILES_NUMERICS_VERSION}, ids)
         entries = chosen(cohort, out, "tile", [folder], options, tiles=folder)
         todo = [entry for entry in entries if tiles_done(folder, entry, tiling, options) is None]
         run = CohortRun(
