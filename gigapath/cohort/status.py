@@ -179,8 +179,9 @@ def slide_row(slide_id: str, stages: Sequence[Status | None]) -> dict[str, Any]:
     for status in seen:
         row.update({name: value for name, value in status.columns.items() if name not in row})
     for status in seen:
-        row[f"seconds_{_STAGE_TITLES[status.stage]}"] = round(status.seconds, 3)
+        title = _STAGE_TITLES[status.stage]
+        row[f"seconds_{title}"] = round(status.seconds, 3)
+        row[f"numerics_version_{title}"] = status.numerics_version
         row.update(status.facts)
     row["warnings"] = " ".join(dict.fromkeys(warning for status in seen for warning in status.warnings))
-    row["numerics_version"] = max((status.numerics_version for status in seen), default="")
     return row

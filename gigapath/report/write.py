@@ -31,8 +31,8 @@ TERMS = (
     "authors' (research only; the access form of GigaPath-Flash says non-commercial). The code that made this page is "
     "under the Apache License 2.0.",
 )
-# Columns of slides.csv that say how the run went; they stand in the details of a slide alone.
-_HIDDEN = ("numerics_version",)
+# How columns of slides.csv begin that say how the run went; they stand in the details of a slide alone.
+_HIDDEN = "numerics_version_"
 
 
 @dataclass(frozen=True)
@@ -200,7 +200,7 @@ def _of_slides(
         for prefix, predictions in said:
             row |= {f"{prefix}{key}": value for key, value in predictions.get(slide.slide_id, {}).items()}
         rows.append(row)
-    columns = [name for name in dict.fromkeys(name for row in rows for name in row) if name not in _HIDDEN]
+    columns = [name for name in dict.fromkeys(name for row in rows for name in row) if not name.startswith(_HIDDEN)]
     return {
         "slides": {
             "ids": [slide.slide_id for slide in cohort.slides],
