@@ -218,11 +218,12 @@ def test_wrong_arguments_of_predict_and_evaluate_are_one_sentence(fitted, tmp_pa
     short = tmp_path / "short"
     short.mkdir()
     (short / "head.json").write_text('{"format": 1}')
-    odd = tmp_path / "odd"
-    odd.mkdir()
-    (odd / "head.safetensors").write_bytes((head / "head.safetensors").read_bytes())
     written = json.loads((head / "head.json").read_text())
-    (odd / "head.json").write_text(json.dumps({**written, "thresholds": 3}))
+    odd, imprecise = tmp_path / "odd", tmp_path / "imprecise"
+    for folder, change in ((odd, {"thresholds": 3}), (imprecise, {"precision": "fp8"})):
+        folder.mkdir()
+        (folder / "head.safetensors").write_bytes((head / "head.safetensors").read_bytes())
+        (folder / "head.json").write_text(json.dumps({**written, **change}))
     loose = tmp_path / "loose"
     loose.mkdir()
     (loose / "head.json").write_text(json.dumps({**written, "tensors": 3}))
@@ -232,6 +233,7 @@ def test_wrong_arguments_of_predict_and_evaluate_are_one_sentence(fitted, tmp_pa
         (["predict", fitted / "out", features], "expected a fitted head"),
         (["predict", short, features], "one without features"),
         (["predict", odd, features], "head.json: expected the JSON of a fitted head, got a damaged one. Copy it anew."),
+        (["predict", imprecise, features], "head.json: expected the JSON of a fitted head, got a damaged one. Copy it"),
         (["predict", loose, features], "3: not the tensors that head.json was written with. Copy both anew."),
         (["predict", head, features, "--device", "gpu"], "--device: expected one of"),
         ([*evaluate, tmp_path / "e", "--replicates", -5], "--replicates: expected at least 0, got -5"),

@@ -330,9 +330,14 @@ def test_verify_refuses_wrong_words_before_it_computes(
         assert sentence in capsys.readouterr().err
 
 
-def test_reference_of_another_kind_is_refused(release: Path, tmp_path: Path) -> None:
+def test_reference_of_another_kind_is_refused(
+    release: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "x.npz").write_text("text")
-    assert main(["verify", "--weights", str(release), "--reference", str(tmp_path / "x.npz")]) == 1
+    np.savez(tmp_path / "empty.npz", facts='{"arch": "gigapath_slide_enc12l384d", "cases": []}', weights="{}")
+    for name in ("x.npz", "empty.npz"):
+        assert main(["verify", "--weights", str(release), "--reference", str(tmp_path / name)]) == 1
+        assert f"got {name}, which is none" in capsys.readouterr().err
     assert main(["verify", "--weights", str(tmp_path / "none")]) == 1
     with pytest.raises(ValueError, match="two folders"):
         VerifyOptions(panda=("one",))

@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from gigapath.devices import at_most_threads, autocast
+from gigapath.devices import AUTOCAST_TYPES, at_most_threads, autocast
 from gigapath.files import sha256_of, write_json_atomic
 from gigapath.finetune import checkpoints
 from gigapath.finetune.data import Bags, ReadAhead, check_made
@@ -141,6 +141,8 @@ def load_head(path: Path | str) -> FittedHead:
     if not tensors.is_file() or sha256_of(tensors) != held["sha256"]:
         raise ValueError(f"{tensors}: not the tensors that {HEAD} was written with. Copy both anew.")
     try:
+        if held["precision"] not in {"fp32", *AUTOCAST_TYPES}:
+            raise TypeError(held["precision"])
         task = task_from(held["task"], HEAD)
         options = from_dict(ModelOptions, held["model"])
         calibration = Calibration(float(held["temperature"]), tuple(map(float, held["thresholds"])), held["fitted_on"])

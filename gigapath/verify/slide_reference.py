@@ -46,6 +46,8 @@ def read_reference(path: Path, arch: str) -> Reference:
     try:
         with np.load(path, allow_pickle=False) as archive:
             facts, weights = json.loads(str(archive["facts"])), json.loads(str(archive["weights"]))
+            if not facts["cases"]:
+                raise ValueError("nothing to compare with")
             answers: dict[int, dict[str, Array]] = {case["length"]: {} for case in facts["cases"]}
             for name in archive.files:
                 length, _, kind = name.partition("/")
