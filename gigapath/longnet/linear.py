@@ -8,7 +8,7 @@ public one at first use, which serves wherever the private one is missing or wro
 import logging
 import time
 from collections.abc import Callable
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any, cast
 
 import torch
@@ -46,7 +46,7 @@ class Linear(nn.Linear):
         """
         if not self._is_plain_inference(like):
             return self._default_with_gelu if gelu else self._default
-        fused = find_fused_product()
+        fused = find_fused_product(torch.bfloat16 if self.half_products else torch.float32)
         if self.half_products:
             weight, bias = self.weight.bfloat16(), self.bias.bfloat16()
             if not gelu:
@@ -76,27 +76,35 @@ class Linear(nn.Linear):
         )
 
 
-@lru_cache(maxsize=1)
-def find_fused_product() -> Any:
-    """oneDNN's linear operation with an activation, after a check against the public ones; None where it fails."""
+# How far a fused product may lie from the true one, relative to 1 + its size: rounding of the type, with room.
+FUSED_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
+
+
+@cache
+def find_fused_product(dtype: torch.dtype) -> Any:
+    """oneDNN's linear operation with an activation, if it is right on tensors of `dtype` here; else None.
+
+    Some CPUs have it in one type only: without AVX-512, oneDNN has no bfloat16 product.
+    """
     random = torch.Generator().manual_seed(0)
     # On the CPU by name: a script, or the loading of a checkpoint, may have made another device the default.
     shapes = ((2, 5, 24), (40, 24), (40,))
-    x, weight, bias = (torch.randn(*shape, generator=random, device="cpu") for shape in shapes)
+    x, weight, bias = (torch.randn(*shape, generator=random, device="cpu").to(dtype) for shape in shapes)
     try:
         operation = torch.ops.mkldnn._linear_pointwise
         with torch.no_grad():
-            true = F.linear(x.double(), weight.double(), bias.double())
-            plain = operation(x, weight, bias, "none", [], "none")
-            gelu = operation(x, weight, bias, "gelu", [], "none")
-            error = max((plain - true).abs().max().item(), (gelu - F.gelu(true)).abs().max().item())
+            linear = F.linear(x.double(), weight.double(), bias.double())
+            error = max(
+                ((operation(x, weight, bias, name, [], "none") - true).abs() / (1 + true.abs())).max().item()
+                for name, true in (("none", linear), ("gelu", F.gelu(linear)))
+            )
     except Exception as reason:  # whatever a private operation raises, the public one serves
-        logger.info("linear layers take the default product: oneDNN's raised %s", reason)
+        logger.info("linear layers in %s take the default product: oneDNN's raised %s", dtype, reason)
         return None
-    if not error <= 1e-5:
-        logger.info("linear layers take the default product: oneDNN's is wrong by %.1e", error)
+    if not error <= FUSED_TOLERANCE[dtype]:
+        logger.info("linear layers in %s take the default product: oneDNN's is wrong by %.1e", dtype, error)
         return None
-    logger.info("linear layers take oneDNN's product, which agrees with the default one")
+    logger.info("linear layers in %s take oneDNN's product, which agrees with the default one", dtype)
     return operation
 
 
