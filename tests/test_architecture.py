@@ -14,7 +14,7 @@ LAYERS = [
     {"options", "files", "file_names", "lazy"},
     {"downloads"},
     {"features", "tensors", "weights", "devices", "longnet", "pos_embed"},
-    {"preprocessing", "tile_transform", "standin", "slide_encoder", "metrics"},
+    {"preprocessing", "tile_transform", "standin", "slide_encoder", "evaluation"},
     {"tile_architectures", "classification_head", "torchscale"},
     {"tile_encoder"},
     {"cohort", "encoding"},

@@ -10,6 +10,7 @@ from made_bags import arrangement_bag, tumour_bags
 from made_cohort import NARROW
 from real_tiles import pcam_mini_embeddings
 
+from gigapath.evaluation import Predictions, evaluate
 from gigapath.finetune import ModelOptions, Task, TrainingOptions, controls
 from gigapath.finetune.data import Bag, MemoryBags
 from gigapath.finetune.evaluation import probabilities
@@ -18,7 +19,6 @@ from gigapath.finetune.processes import Processes
 from gigapath.finetune.splits import Fold
 from gigapath.finetune.training import Trainer
 from gigapath.linear_probe import read_table
-from gigapath.metrics import Predictions, evaluate
 
 TASK = Task("made", "binary", ("no", "yes"))
 CPU = Processes(torch.device("cpu"))

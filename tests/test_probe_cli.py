@@ -16,10 +16,10 @@ import torch
 from made_embeddings import made_vectors, write_csv, write_zip
 
 from gigapath.cli.main import main
+from gigapath.evaluation import Predictions, evaluate
 from gigapath.linear_probe import EmbeddingTable, ProbeOptions, TileProbeOptions, probe_tiles, write_table
 from gigapath.linear_probe import report as report_module
 from gigapath.linear_probe.planted import bayes_accuracy
-from gigapath.metrics import Predictions, evaluate
 
 REPOSITORY = Path(__file__).parent.parent
 COUNTS = {"train": 200, "valid": 60, "test": 80}

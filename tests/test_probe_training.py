@@ -10,6 +10,7 @@ from sklearn.linear_model import LogisticRegression as SkLogistic
 from sklearn.metrics import f1_score
 from sklearn.neighbors import NearestNeighbors as SkNeighbours
 
+from gigapath.evaluation import f1_weighted
 from gigapath.linear_probe import solvers, training
 from gigapath.linear_probe.folds import group_folds, splits_of_folds
 from gigapath.linear_probe.solvers import (
@@ -21,7 +22,6 @@ from gigapath.linear_probe.solvers import (
     standardisation,
 )
 from gigapath.linear_probe.training import Recipe, blocks, draw_batches, first_weights, learning_rate, train
-from gigapath.metrics import f1_weighted
 
 CPU = torch.device("cpu")
 

@@ -20,11 +20,11 @@ import torch
 from torch.utils.data import DataLoader, RandomSampler, TensorDataset
 
 from gigapath.bench.protocol import Work, compare
+from gigapath.evaluation import f1_weighted
 from gigapath.linear_probe.archive import CACHE_SUFFIX
 from gigapath.linear_probe.data import load_data
 from gigapath.linear_probe.options import ProbeOptions, TileProbeOptions
 from gigapath.linear_probe.tiles import fit_heads
-from gigapath.metrics import f1_weighted
 from gigapath.options import check_options, option
 
 WIDTH = 1536

@@ -8,9 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from gigapath.finetune.labels import Labels
-from gigapath.finetune.task import Task
-from gigapath.metrics import (
+from gigapath.evaluation import (
     Evaluation,
     Predictions,
     average_by_group,
@@ -20,6 +18,8 @@ from gigapath.metrics import (
     evaluate_by_site,
     site_probabilities,
 )
+from gigapath.finetune.labels import Labels
+from gigapath.finetune.task import Task
 
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]

@@ -11,16 +11,15 @@ from typing import Any
 
 import numpy as np
 
+from gigapath.evaluation import Evaluation, confusion_matrix
+from gigapath.evaluation.plots import draw_confusion, draw_curves, plotting_available, write_events
+from gigapath.evaluation.scores import SCORE_WORDS
 from gigapath.files import write_bytes_atomic, write_json_atomic, write_text_atomic
 from gigapath.finetune.evaluation import Calibration, CohortResult, FloatArray, decisions
 from gigapath.finetune.fitted import TERMS
 from gigapath.finetune.labels import Labels
 from gigapath.finetune.task import Task
 from gigapath.finetune.training import Epoch
-from gigapath.metrics import Evaluation, confusion_matrix
-from gigapath.metrics.events import write_events
-from gigapath.metrics.plots import draw_confusion, draw_curves, plotting_available
-from gigapath.metrics.words import SCORE_WORDS
 
 SHOWN = (
     "accuracy",

@@ -11,14 +11,13 @@ from typing import Any
 
 import numpy as np
 
+from gigapath.evaluation import confusion_matrix
+from gigapath.evaluation.intervals import Estimate
+from gigapath.evaluation.plots import draw_confusion, draw_curves, plotting_available, write_events
+from gigapath.evaluation.scores import SCORE_WORDS
 from gigapath.files import write_bytes_atomic, write_json_atomic, write_text_atomic
 from gigapath.linear_probe.table import TEST, VALIDATION
 from gigapath.linear_probe.tiles import TileProbe
-from gigapath.metrics import confusion_matrix
-from gigapath.metrics.bootstrap import Estimate
-from gigapath.metrics.events import write_events
-from gigapath.metrics.plots import draw_confusion, draw_curves, plotting_available
-from gigapath.metrics.words import SCORE_WORDS
 
 TERMS = (
     "For research use only, not for diagnosis. Embeddings fall under the terms of the weights that made them; "

@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 
 import gigapath
+from gigapath.evaluation import Estimate
+from gigapath.evaluation.plots import draw_intervals, plotting_available
 from gigapath.files import write_bytes_atomic, write_json_atomic, write_text_atomic
 from gigapath.linear_probe.report import TERMS
 from gigapath.linear_probe.slides import BASELINE, EmbeddingScore, SlideProbe
-from gigapath.metrics import Estimate
-from gigapath.metrics.plots import draw_intervals, plotting_available
 
 TABLE_SCORES = {
     "auroc": "AUROC",

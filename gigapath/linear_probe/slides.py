@@ -14,12 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from gigapath.linear_probe.folds import group_folds, splits_of_folds
-from gigapath.linear_probe.options import ProbeOptions, SlideProbeOptions
-from gigapath.linear_probe.slide_data import FloatArray, IntArray, SlideData, TextArray, load_slides
-from gigapath.linear_probe.solvers import PATIENCE, PENALTIES, LogisticRegression, cross_entropy
-from gigapath.linear_probe.training import one_thread
-from gigapath.metrics import (
+from gigapath.evaluation import (
     Estimate,
     Evaluation,
     Predictions,
@@ -29,6 +24,11 @@ from gigapath.metrics import (
     prior_probabilities,
     site_probabilities,
 )
+from gigapath.linear_probe.folds import group_folds, splits_of_folds
+from gigapath.linear_probe.options import ProbeOptions, SlideProbeOptions
+from gigapath.linear_probe.slide_data import FloatArray, IntArray, SlideData, TextArray, load_slides
+from gigapath.linear_probe.solvers import PATIENCE, PENALTIES, LogisticRegression, cross_entropy
+from gigapath.linear_probe.training import one_thread
 from gigapath.options import to_dict
 
 BASELINE = "tile-mean"

@@ -15,8 +15,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from gigapath.evaluation import f1_weighted
 from gigapath.linear_probe.training import LinearHead, blocks, one_thread
-from gigapath.metrics import f1_weighted
 
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]

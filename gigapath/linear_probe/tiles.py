@@ -14,13 +14,7 @@ import torch
 
 import gigapath
 from gigapath.devices import at_most_threads, resolve_device
-from gigapath.linear_probe.archive import Report
-from gigapath.linear_probe.data import ProbeData, load_data
-from gigapath.linear_probe.options import ProbeOptions, TileProbeOptions
-from gigapath.linear_probe.solvers import Choice, choose_neighbours, choose_penalty
-from gigapath.linear_probe.table import TEST, TRAIN, VALIDATION
-from gigapath.linear_probe.training import LinearHead, Look, Recipe, train
-from gigapath.metrics import (
+from gigapath.evaluation import (
     Estimate,
     Evaluation,
     Predictions,
@@ -29,6 +23,12 @@ from gigapath.metrics import (
     paired_difference,
     prior_probabilities,
 )
+from gigapath.linear_probe.archive import Report
+from gigapath.linear_probe.data import ProbeData, load_data
+from gigapath.linear_probe.options import ProbeOptions, TileProbeOptions
+from gigapath.linear_probe.solvers import Choice, choose_neighbours, choose_penalty
+from gigapath.linear_probe.table import TEST, TRAIN, VALIDATION
+from gigapath.linear_probe.training import LinearHead, Look, Recipe, train
 from gigapath.options import to_dict
 from gigapath.runs.machine import available_cores
 

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from gigapath.evaluation.plots import COLOURS
 from gigapath.maps.data import Colours, Place, TileMap, category_colour
-from gigapath.metrics.plots import COLOURS
 from gigapath.preprocessing.slide import Overview
 
 LONG_SIDE = 6.2  # of a panel, inches

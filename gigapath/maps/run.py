@@ -16,6 +16,7 @@ from gigapath.cohort.privacy import recorded_paths, without_paths
 from gigapath.devices import resolve_device
 from gigapath.downloads import RELEASES
 from gigapath.encoding import SlideEncoder, load_slide_encoder, usual_slide_encoder
+from gigapath.evaluation.plots import plotting_available
 from gigapath.features import FeatureFileError, TileEmbeddings, read_features
 from gigapath.files import OutputError, check_writable
 from gigapath.finetune.data import Bag, look_at_all
@@ -29,7 +30,6 @@ from gigapath.maps.heads import check_attends, check_target
 from gigapath.maps.identity import cohort_sha256, made_from
 from gigapath.maps.making import ChosenTile, Maker
 from gigapath.maps.options import HEAD_KINDS, MapOptions
-from gigapath.metrics.plots import plotting_available
 from gigapath.preprocessing.preview import preview_picture
 from gigapath.preprocessing.slide import Overview, SlideError, open_slide
 from gigapath.runs.slide_embedding import find_features

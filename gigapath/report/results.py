@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from gigapath.cohort.privacy import hide_paths, redact
-from gigapath.metrics.words import SCORE_WORDS
+from gigapath.evaluation.scores import SCORE_WORDS
 
 Block = dict[str, Any]
 

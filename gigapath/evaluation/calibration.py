@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from gigapath.metrics.scores import Predictions
+from gigapath.evaluation.scores import Predictions
 
 MAX_STEPS = 100
 

@@ -1,15 +1,20 @@
-"""Pictures of scores as PNG bytes; the caller writes them. Colours are those of Okabe and Ito, told apart by all."""
+"""Pictures of scores as PNG bytes, which the caller writes, and curves for TensorBoard, where it is installed.
+
+Colours are those of Okabe and Ito, told apart by all.
+"""
 
 import io
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from gigapath.metrics.scores import FloatArray, IntArray
+from gigapath.evaluation.scores import FloatArray, IntArray
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 STYLES = ("-", "--", "-.", ":")
+EVENTS = "events.out.tfevents"
 MAX_NAMED_CLASSES = 20  # above this a confusion matrix is drawn without numbers in its cells
 
 
@@ -109,6 +114,30 @@ def draw_intervals(rows: Mapping[str, tuple[float, float, float]], *, x_label: s
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
     return _png(figure)
+
+
+def write_events(folder: Path, curves: Mapping[str, Sequence[tuple[int, float]]]) -> bool:
+    """Write curves as the one file of events in a folder, in place of an earlier run's.
+
+    Args:
+        folder: made where it is missing.
+        curves: name -> (step, value) in order.
+
+    Returns:
+        whether TensorBoard is installed; else nothing is written.
+    """
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return False
+    with SummaryWriter(str(folder)) as writer:  # type: ignore[no-untyped-call]
+        for name, points in curves.items():
+            for step, value in points:
+                writer.add_scalar(name, value, step)  # type: ignore[no-untyped-call]
+    # Its file is named after the machine, and a second run would add a second one: ours has one name, and is replaced.
+    newest = max(folder.glob(f"{EVENTS}.*"), key=lambda file: file.stat().st_mtime)
+    newest.replace(folder / EVENTS)
+    return True
 
 
 def _figure(width: float, height: float, rows: int = 1) -> tuple[Any, Any]:

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn import metrics as sk
 
-from gigapath.metrics import (
+from gigapath.evaluation import (
     Predictions,
     Scorer,
     average_by_group,
@@ -21,8 +21,8 @@ from gigapath.metrics import (
     prior_probabilities,
     site_probabilities,
 )
-from gigapath.metrics import bootstrap as bootstrap_module
-from gigapath.metrics.bootstrap import bootstrap_weights
+from gigapath.evaluation import intervals as intervals_module
+from gigapath.evaluation.intervals import bootstrap_weights
 
 
 def made(rows: int, classes: int, seed: int = 0, *, decimals: int | None = None, signal: float = 1.0) -> Predictions:
@@ -141,7 +141,7 @@ def test_bootstrap_draws_whole_groups_and_keeps_the_classes() -> None:
 def test_bootstrap_does_not_depend_on_the_block_size(monkeypatch: pytest.MonkeyPatch) -> None:
     truth = np.arange(30) % 3
     whole = np.concatenate(list(bootstrap_weights(truth, None, replicates=50, seed=2)))
-    monkeypatch.setattr(bootstrap_module, "BLOCK_ENTRIES", 70)
+    monkeypatch.setattr(intervals_module, "BLOCK_ENTRIES", 70)
     blocks = list(bootstrap_weights(truth, None, replicates=50, seed=2))
     assert len(blocks) == 25 and np.array_equal(np.concatenate(blocks), whole)
     assert not np.array_equal(whole, np.concatenate(list(bootstrap_weights(truth, None, replicates=50, seed=3))))

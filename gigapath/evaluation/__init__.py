@@ -1,5 +1,5 @@
 """Scores of a classifier, their bootstrap intervals, and the pictures that go with them; numpy alone,
-but for `events`, which hands curves to TensorBoard.
+but for `plots.write_events`, which hands curves to TensorBoard.
 
 predictions = Predictions(truth, probabilities, class_names=("normal", "tumour"), groups=slide_of_tile)
 evaluation = evaluate(predictions, replicates=2000, seed=0)
@@ -7,10 +7,17 @@ evaluation["auroc"].value, evaluation["auroc"].low, evaluation["auroc"].high
 paired_difference(predictions, of_another_model)["auroc"]
 """
 
-from gigapath.metrics.bootstrap import Estimate, Evaluation, evaluate, paired_difference
-from gigapath.metrics.calibration import calibration_slope
-from gigapath.metrics.cohorts import average_by_group, evaluate_by_site, prior_probabilities, site_probabilities
-from gigapath.metrics.scores import Predictions, Scorer, confusion_matrix, f1_weighted
+from gigapath.evaluation.calibration import calibration_slope
+from gigapath.evaluation.intervals import Estimate, Evaluation, evaluate, evaluate_by_site, paired_difference
+from gigapath.evaluation.scores import (
+    Predictions,
+    Scorer,
+    average_by_group,
+    confusion_matrix,
+    f1_weighted,
+    prior_probabilities,
+    site_probabilities,
+)
 
 __all__ = [
     "Estimate",

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from gigapath.metrics.scores import FloatArray, IntArray, Predictions, Scorer
+from gigapath.evaluation.scores import FloatArray, IntArray, Predictions, Scorer
 
 REPLICATES = 2000
 LEVEL = 0.95
@@ -92,6 +92,17 @@ def evaluate(predictions: Predictions, *, replicates: int = REPLICATES, seed: in
         covers=_covers(predictions, replicates, seed),
         notes=_notes(predictions),
     )
+
+
+def evaluate_by_site(
+    predictions: Predictions, sites: npt.NDArray[np.generic], *, replicates: int = REPLICATES, seed: int = 0
+) -> dict[str, Evaluation]:
+    """The evaluation of each site's rows alone; sites (N,) of any values, in sorted order."""
+    sites = np.asarray(sites)
+    return {
+        str(site): evaluate(predictions.rows(sites == site), replicates=replicates, seed=seed)
+        for site in np.unique(sites)
+    }
 
 
 def paired_difference(
