@@ -17,11 +17,11 @@ from gigapath.cohort.progress import failures_by_kind
 from gigapath.cohort.record import RUNS
 from gigapath.cohort.reuse import FAST_TRANSFORM
 from gigapath.cohort.status import Status, read_statuses
-from gigapath.cohort.words import without_name
 from gigapath.downloads import RELEASES
 from gigapath.features.h5 import open_h5, read_attrs
 from gigapath.preprocessing.masks import METHODS
 from gigapath.preprocessing.reading import filter_name
+from gigapath.text import without_name
 
 PAPER = """@article{xu2024gigapath,
   title={A whole-slide foundation model for digital pathology from real-world data},

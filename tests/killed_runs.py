@@ -25,6 +25,7 @@ from made_slides import make_slides
 from tiny_encoders import MeanColourEncoder, mean_colour_encoder
 
 import gigapath.cohort.sheet
+import gigapath.embedding.batches
 import gigapath.features.h5
 import gigapath.features.ours
 import gigapath.files
@@ -32,7 +33,6 @@ import gigapath.runs.embedding
 import gigapath.runs.engine
 import gigapath.runs.tiling
 import gigapath.tile_encoder
-import gigapath.tile_stream.vectors
 from gigapath.cli.main import main
 from gigapath.runs.watching import Watcher
 
@@ -96,7 +96,7 @@ def prepare(point: str = "", at: int = 1) -> Callable[[], None]:
         gigapath.cohort.sheet: {"contact_sheet": lambda *_, **__: None},
         gigapath.features.ours: {"KEEP_SECONDS": 0.02, "WORTH_SECONDS": 0.0},
         os: {"fsync": lambda _: None},  # a killed process takes nothing with it that the system has
-        gigapath.tile_stream.vectors: {"_BLOCK": 8},  # every batch is written by itself
+        gigapath.embedding.batches: {"_BLOCK": 8},  # every batch is written by itself
     }
     before = [(module, name, getattr(module, name)) for module, names in changes.items() for name in names]
     for module, names in changes.items():

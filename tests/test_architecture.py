@@ -11,21 +11,24 @@ PACKAGE = Path(__file__).parent.parent / "gigapath"
 
 # A module may import modules of its own layer's unit (folder) and of layers below, never sideways or up.
 LAYERS = [
-    {"options", "files", "file_names", "lazy"},
+    {"options", "files", "file_names", "lazy", "signals", "text", "machine"},
     {"downloads"},
     {"features", "tensors", "weights", "devices", "longnet", "pos_embed"},
     {"preprocessing", "tile_transform", "standin", "slide_encoder", "evaluation"},
     {"tile_architectures", "classification_head", "torchscale"},
     {"tile_encoder"},
     {"cohort", "encoding"},
-    {"tile_stream"},
+    {"embedding"},
     {"runs"},
     {"pipeline", "convert", "methods", "linear_probe", "finetune"},
     {"verify", "bench", "maps", "check", "doctor", "report"},
     {"cli"},
 ]
 RANK = {unit: rank for rank, units in enumerate(LAYERS) for unit in units}
-WITHOUT_TORCH = {"options", "files", "file_names", "lazy", "features", "preprocessing", "cohort", "downloads", "report"}
+WITHOUT_TORCH = {
+    *("options", "files", "file_names", "lazy", "signals", "text", "machine"),
+    *("features", "preprocessing", "cohort", "downloads", "report"),
+}
 
 
 def unit_of(path: Path) -> str:

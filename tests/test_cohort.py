@@ -18,9 +18,9 @@ from gigapath.cohort.privacy import record_run, recorded_paths, redact, without_
 from gigapath.cohort.record import RunRecord
 from gigapath.cohort.reuse import check_unmixed, digest, finished
 from gigapath.cohort.status import Status, read_status, status_path, write_slides_csv, write_status
-from gigapath.cohort.stopping import StopFlag, Stopped
 from gigapath.features import Tiles, write_tiles
 from gigapath.files import OutputError
+from gigapath.signals import StopFlag, Stopped
 
 
 def touch(path: Path, content: bytes = b"x") -> Path:

@@ -15,7 +15,6 @@ from gigapath.cli.main import main
 from gigapath.cohort.manifest import SlideEntry
 from gigapath.cohort.privacy import redact
 from gigapath.cohort.status import Status, read_status
-from gigapath.cohort.stopping import StopFlag, Stopped
 from gigapath.encoding import EncoderError
 from gigapath.files import OutputError, atomic_file, remove_abandoned, writer_name
 from gigapath.runs import crew, ray_engine, spreading
@@ -23,6 +22,7 @@ from gigapath.runs.crew import Lost, News, Ready, Report, Spread
 from gigapath.runs.engine import CohortRun
 from gigapath.runs.options import RunOptions
 from gigapath.runs.worker import Agenda, WorkerProcess
+from gigapath.signals import StopFlag, Stopped
 
 
 class StandIn:

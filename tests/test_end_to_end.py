@@ -230,7 +230,7 @@ import cv2, torch
 from tiny_encoders import tiny_tile_encoder
 import gigapath.runs.embed_job as embed_job
 import gigapath.runs.embedding as embedding
-import gigapath.tile_stream.vectors as vectors
+import gigapath.embedding.batches as vectors
 from gigapath.runs.options import EmbedOptions, RunOptions
 from gigapath.runs.watching import Watcher
 from gigapath.tile_encoder import TileEncoder

@@ -16,8 +16,7 @@ from tiny_encoders import tiny_tile_encoder
 from gigapath.cli.main import main
 from gigapath.cohort.dicom import _element, _skip
 from gigapath.cohort.manifest import SlideEntry
-from gigapath.cohort.privacy import recorded_paths
-from gigapath.cohort.pseudonyms import pseudonymised, read_key
+from gigapath.cohort.privacy import pseudonymised, read_key, recorded_paths
 
 CANARY = "Doe,JANE_1953"
 TOKEN = "hf_CanaryOfATokenThatNobodyHas"

@@ -22,6 +22,8 @@ from tiny_encoders import WIDTH, tiny_slide_encoder, tiny_tile_encoder
 import gigapath
 from gigapath.cli.main import main
 from gigapath.cohort.manifest import SlideEntry
+from gigapath.embedding.passes import PlainPass
+from gigapath.embedding.settling import Settled
 from gigapath.encoding import EncoderError, load_slide_encoder
 from gigapath.features import read_features, read_slide, read_slides, read_tiles
 from gigapath.files import OutputError
@@ -34,8 +36,6 @@ from gigapath.runs.options import EmbedOptions, RunOptions, SlideEmbedOptions
 from gigapath.runs.slide_embedding import run_slide_embed
 from gigapath.runs.tiling import run_tile, tiles_identity
 from gigapath.runs.watching import Plan, Watcher
-from gigapath.tile_stream.passes import PlainPass
-from gigapath.tile_stream.settling import Settled
 
 TILE = 64  # small tiles: many of them on small slides
 TILING = TileOptions(tile_size=TILE)
@@ -481,7 +481,7 @@ def test_batch_that_the_memory_does_not_hold_is_halved_and_recorded(
 
     embed(slides / "a.tif", tmp_path / "small", batch_size=8)
     monkeypatch.setattr("gigapath.runs.embedding.load_tile_encoder", load)
-    monkeypatch.setattr("gigapath.tile_stream.settling._OUT_OF_MEMORY", ("cpu",))
+    monkeypatch.setattr("gigapath.embedding.settling._OUT_OF_MEMORY", ("cpu",))
     notes = Notes()
     result = embed(slides / "a.tif", tmp_path / "out", batch_size=None, watch=notes)
     assert "batches of 8" in "\n".join(notes.plans[0].lines)
@@ -622,7 +622,7 @@ def test_random_slide_encoder_is_labelled_in_every_output(slides: Path, tmp_path
 @pytest.fixture
 def batch_by_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every batch's vectors are written, and told of, by themselves."""
-    monkeypatch.setattr("gigapath.tile_stream.vectors._BLOCK", 1)
+    monkeypatch.setattr("gigapath.embedding.batches._BLOCK", 1)
 
 
 class StopAfter(Watcher):

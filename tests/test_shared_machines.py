@@ -12,10 +12,9 @@ import pytest
 import torch
 from killed_runs import differences, make_slides
 
-from gigapath import devices
+from gigapath import devices, machine
 from gigapath.files import OutputError
 from gigapath.preprocessing.tiling import TileOptions
-from gigapath.runs import machine
 from gigapath.runs.embedding import run_embed
 from gigapath.runs.engine import RunResult
 from gigapath.runs.options import EmbedOptions, RunOptions

@@ -14,14 +14,14 @@ from tiny_encoders import WIDTH, tiny_tile_encoder
 from torch import Tensor, nn
 
 from gigapath.devices import reproducible, resolve_devices
+from gigapath.embedding.batches import BusyTimes, bottleneck
+from gigapath.embedding.passes import PlainPass, choose_pass
+from gigapath.embedding.settling import fitting_batch_size, settle
+from gigapath.embedding.stream import TileStream
 from gigapath.encoding import EncoderError, OutOfMemory, encode_padded
 from gigapath.preprocessing.places import Take, fill_places
 from gigapath.standin import weights_file
 from gigapath.tile_encoder import TileEncoder, load_tile_encoder
-from gigapath.tile_stream.busy import BusyTimes, bottleneck
-from gigapath.tile_stream.passes import PlainPass, choose_pass
-from gigapath.tile_stream.settling import fitting_batch_size, settle
-from gigapath.tile_stream.stream import TileStream
 
 Pixels = npt.NDArray[np.uint8]
 COUNTS = (5, 0, 11, 1, 8)  # no slide but the last fills its batches of 4
@@ -199,7 +199,7 @@ def test_buffers_are_few_and_taken_again(threads: int, buffers: int) -> None:
 
 
 def test_what_waits_for_the_caller_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gigapath.tile_stream.batches._UNTAKEN", 3)
+    monkeypatch.setattr("gigapath.embedding.batches._UNTAKEN", 3)
     encoder, seen = tiny_tile_encoder(), []
     encoder.model.register_forward_pre_hook(lambda *_: seen.append(1))
     with TileStream([PlainPass(encoder)] * 2, 4) as stream:
@@ -212,7 +212,7 @@ def test_what_waits_for_the_caller_is_bounded(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_vectors_that_wait_come_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gigapath.tile_stream.vectors._BLOCK", 10)
+    monkeypatch.setattr("gigapath.embedding.batches._BLOCK", 10)
     encoder = tiny_tile_encoder()
     tiles = [picture(slide, 41) for slide in range(2)]
     with TileStream([PlainPass(encoder)], 4, across=False) as stream:
@@ -230,8 +230,8 @@ def test_vectors_that_wait_come_in_blocks(monkeypatch: pytest.MonkeyPatch) -> No
 def test_a_caller_is_woken_after_a_while_and_before_the_encoder_has_to_wait(
     monkeypatch: pytest.MonkeyPatch, untaken: int, seconds: float, batches: int
 ) -> None:
-    monkeypatch.setattr("gigapath.tile_stream.batches._UNTAKEN", untaken)
-    monkeypatch.setattr("gigapath.tile_stream.waiting._CHECK_SECONDS", seconds)
+    monkeypatch.setattr("gigapath.embedding.batches._UNTAKEN", untaken)
+    monkeypatch.setattr("gigapath.embedding.batches._CHECK_SECONDS", seconds)
     go, calls = threading.Event(), []
     encoder = tiny_tile_encoder()
 
@@ -437,7 +437,7 @@ def limited(most: int) -> TileEncoder:
 
 def test_a_batch_that_the_memory_does_not_hold_is_halved(monkeypatch: pytest.MonkeyPatch) -> None:
     assert fitting_batch_size([limited(5)], 32) == 32, "a CPU is not asked: it would take a batch's time"
-    monkeypatch.setattr("gigapath.tile_stream.settling._OUT_OF_MEMORY", ("cpu",))
+    monkeypatch.setattr("gigapath.embedding.settling._OUT_OF_MEMORY", ("cpu",))
     assert fitting_batch_size([limited(5)], 32) == 4
     assert fitting_batch_size([limited(40), limited(9)], 32) == 8, "the least of several devices"
     with pytest.raises(OutOfMemory, match="batches of 1 tiles"):

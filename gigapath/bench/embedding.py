@@ -20,6 +20,8 @@ from gigapath.bench.protocol import Work, compare
 from gigapath.cohort.manifest import SlideEntry
 from gigapath.devices import resolve_device, resolve_precision
 from gigapath.downloads import download
+from gigapath.embedding.passes import choose_pass
+from gigapath.embedding.settling import Settled
 from gigapath.encoding import encode_padded
 from gigapath.features import Tiles, write_tiles
 from gigapath.options import check_options, option
@@ -29,11 +31,8 @@ from gigapath.runs.embed_job import EmbedJob
 from gigapath.runs.embedding import default_batch_size
 from gigapath.runs.engine import CohortRun
 from gigapath.runs.entries import open_entry
-from gigapath.runs.machine import threads
 from gigapath.runs.options import RunOptions
 from gigapath.tile_encoder import TileEncoder, load_tile_encoder
-from gigapath.tile_stream.passes import choose_pass
-from gigapath.tile_stream.settling import Settled
 
 ENCODER_BAR, READER_BAR = 0.93, 0.85
 
@@ -90,7 +89,7 @@ def measure(options: EmbedBench) -> Iterator[dict[str, Any]]:
         precision=resolve_precision(options.precision, device),
         random_weights=True,
     )
-    workers = threads(RunOptions(workers=options.workers))
+    workers = RunOptions(workers=options.workers).reading_threads()
     path = Path(options.slide) if options.slide else download("demo-slide")[0].path
     entries = [SlideEntry(f"slide-{number}", path) for number in range(options.slides)]
     with tempfile.TemporaryDirectory() as folder, open_entry(entries[0], TileOptions()) as slide:

@@ -11,9 +11,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from gigapath.bench.protocol import Work, compare, product
 from gigapath.devices import resolve_device, resolve_precision
+from gigapath.embedding.passes import PlainPass, made_batch
 from gigapath.options import check_options, option
 from gigapath.tile_encoder import TileEncoder, load_tile_encoder
-from gigapath.tile_stream.passes import PlainPass, made_batch
 
 ENCODERS = ("gigapath", "gigapath-flash", "standin")
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}

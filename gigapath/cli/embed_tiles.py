@@ -23,11 +23,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(namespace: argparse.Namespace) -> int:
     """Embed all tiles; 75 when a signal came, and the same command goes on from there."""
-    from gigapath.cohort.stopping import StopFlag, Stopped
     from gigapath.devices import at_most_threads
     from gigapath.linear_probe.embedding import embed_tiles
     from gigapath.linear_probe.tile_sets import open_tile_set
-    from gigapath.runs.machine import available_cores
+    from gigapath.machine import available_cores
+    from gigapath.signals import StopFlag, Stopped
     from gigapath.tile_encoder import load_tile_encoder
 
     options = options_from(namespace, EmbedTilesOptions)

@@ -2,8 +2,8 @@
 
 import argparse
 
-from gigapath.cohort.words import slides_in_words
 from gigapath.features import export_table
+from gigapath.text import slides_in_words
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

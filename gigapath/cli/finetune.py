@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 from gigapath.cli.arguments import add_options, options_from
 from gigapath.cli.main import EXIT_STOPPED
-from gigapath.cohort.stopping import StopFlag, Stopped
+from gigapath.signals import StopFlag, Stopped
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -19,8 +19,8 @@ def run(namespace: argparse.Namespace) -> int:
     """Print a line a slide; the status is 3 where a slide failed."""
     options = options_from(namespace, MapOptions)
     from gigapath.devices import at_most_threads  # torch takes seconds: a wrong word is told before
+    from gigapath.machine import available_cores
     from gigapath.maps import make_maps
-    from gigapath.runs.machine import available_cores
 
     with at_most_threads(available_cores()):
         result = make_maps(namespace.features, namespace.out, options, tell=print)

@@ -9,7 +9,7 @@ from pathlib import Path
 from gigapath.cli.arguments import add_json
 from gigapath.cohort.progress import StageProgress, read_progress
 from gigapath.cohort.status import STATES
-from gigapath.cohort.words import in_words, slides_in_words
+from gigapath.text import in_words, slides_in_words
 
 _KINDS_SHOWN = 10
 _SLIDES_SHOWN = 5

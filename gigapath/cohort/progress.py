@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from gigapath.cohort.status import FINISHED, SLIDES_CSV, STATES
-from gigapath.cohort.words import without_name
+from gigapath.text import without_name
 
 # Folders of stages, in the order of the work.
 _STAGE_FOLDERS = ("tiles", "features_", "slides_", "contextual_")

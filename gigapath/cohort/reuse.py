@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from gigapath.cohort.status import Status, read_status, read_statuses
-from gigapath.cohort.words import slides_in_words
 from gigapath.features import FeatureFileError
 from gigapath.features.h5 import is_complete, open_h5, read_attr
+from gigapath.text import slides_in_words
 
 FAST_TRANSFORM = "fast_transform"  # in an identity only where it was asked for
 # What must be one within a folder, or the results can't be compared with each other.

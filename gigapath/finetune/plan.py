@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from torch import nn
 
-from gigapath.cohort.words import in_words
 from gigapath.devices import autocast
 from gigapath.features.data import CELL
 from gigapath.finetune.data import Bag
@@ -18,7 +17,8 @@ from gigapath.finetune.options import TrainingOptions
 from gigapath.finetune.processes import Processes
 from gigapath.finetune.splits import Fold
 from gigapath.longnet.encoder import count_operations
-from gigapath.runs.machine import free_memory
+from gigapath.machine import free_memory
+from gigapath.text import in_words
 
 PROBE_TILES = 256  # a pass over this many measures bytes and seconds
 FEW_STEPS = 50  # of the optimizer, in all; PANDA's recipe makes 1,195

@@ -40,8 +40,8 @@ from gigapath.finetune.plan import Plan, make_plan
 from gigapath.finetune.processes import Processes, join_processes, training_precision
 from gigapath.finetune.splits import Fold, keep_manifest
 from gigapath.finetune.training import Trainer
+from gigapath.machine import available_cores
 from gigapath.options import to_dict
-from gigapath.runs.machine import available_cores
 from gigapath.slide_encoder import WEIGHTS_FILE
 from gigapath.weights import find_weights
 

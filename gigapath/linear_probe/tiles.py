@@ -29,8 +29,8 @@ from gigapath.linear_probe.options import ProbeOptions, TileProbeOptions
 from gigapath.linear_probe.solvers import Choice, choose_neighbours, choose_penalty
 from gigapath.linear_probe.table import TEST, TRAIN, VALIDATION
 from gigapath.linear_probe.training import LinearHead, Look, Recipe, train
+from gigapath.machine import available_cores
 from gigapath.options import to_dict
-from gigapath.runs.machine import available_cores
 
 FloatArray = npt.NDArray[np.float64]
 

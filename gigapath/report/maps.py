@@ -11,9 +11,9 @@ from typing import Any
 from PIL import Image
 
 from gigapath.cohort.privacy import hide_paths
-from gigapath.cohort.words import slides_in_words
 from gigapath.files import write_bytes_atomic
 from gigapath.report.overlays import Placed, enlarge
+from gigapath.text import slides_in_words
 
 FORMAT = 1
 # Stated of a map beside its title, in this order.

@@ -14,6 +14,7 @@ import gigapath
 from gigapath.cohort.privacy import hide_paths
 from gigapath.file_names import folder_name
 from gigapath.files import check_writable, write_text_atomic
+from gigapath.machine import available_cores
 from gigapath.report.collecting import Cohort, collect_cohort, fitted_heads, read_runs
 from gigapath.report.maps import Sources, notes_on_maps, write_maps
 from gigapath.report.options import MAX_IN_ONE_FILE, ReportOptions
@@ -22,7 +23,6 @@ from gigapath.report.pictures import remove_unshown, write_pictures
 from gigapath.report.projection import Projection, project_folder
 from gigapath.report.results import Results, collect_results
 from gigapath.report.tissue_tiles import METHOD
-from gigapath.runs.machine import available_cores
 
 PAGE, FILES = "report.html", "report_files"
 TERMS = (

@@ -2,6 +2,7 @@
 
 from gigapath.cohort.manifest import SlideEntry
 from gigapath.cohort.status import Status
+from gigapath.embedding.batches import SlideVectors
 from gigapath.features import Tiles
 from gigapath.features.kept_rows import KeptRows
 from gigapath.preprocessing.places import Take
@@ -10,7 +11,6 @@ from gigapath.preprocessing.slide import Slide, SlideError
 from gigapath.runs.embed_stages import EmbedStages
 from gigapath.runs.entries import open_entry
 from gigapath.runs.tiling import tile_slide, tiles_digest
-from gigapath.tile_stream.vectors import SlideVectors
 
 
 class ComingSlide:

@@ -14,7 +14,7 @@ from typing import Protocol
 
 from gigapath.cohort.manifest import SlideEntry
 from gigapath.cohort.status import Status
-from gigapath.cohort.stopping import StopFlag, Stopped
+from gigapath.signals import StopFlag, Stopped
 
 # A slide may lose so many workers that worked on nothing else.
 _LOSSES = 2

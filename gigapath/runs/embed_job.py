@@ -10,16 +10,15 @@ from typing import Any
 from gigapath.cohort.manifest import SlideEntry
 from gigapath.cohort.reuse import digest
 from gigapath.cohort.status import Status
+from gigapath.embedding.batches import SlideVectors, Snapshot, bottleneck
+from gigapath.embedding.passes import PlainPass
+from gigapath.embedding.settling import Settled
+from gigapath.embedding.stream import TileStream
 from gigapath.features import TileEmbeddingsWriter
+from gigapath.machine import available_cores
 from gigapath.runs.coming_slide import ComingSlide
 from gigapath.runs.embed_stages import EmbedStages
 from gigapath.runs.engine import Outcome
-from gigapath.runs.machine import available_cores
-from gigapath.tile_stream.busy import Snapshot, bottleneck
-from gigapath.tile_stream.passes import PlainPass
-from gigapath.tile_stream.settling import Settled
-from gigapath.tile_stream.stream import TileStream
-from gigapath.tile_stream.vectors import SlideVectors
 
 # How often a run tells how busy its stages are.
 _TELL_SECONDS = 1.0

@@ -11,27 +11,27 @@ from gigapath.cohort.manifest import SlideEntry, find_slides
 from gigapath.cohort.privacy import recorded_paths
 from gigapath.cohort.reuse import check_same_tiles, check_unmixed, differences
 from gigapath.cohort.status import read_statuses
-from gigapath.cohort.stopping import StopFlag
-from gigapath.cohort.words import in_bytes, in_words, slides_in_words, tiles_in_words
 from gigapath.devices import at_most_threads, resolve_devices
 from gigapath.downloads import RELEASES
+from gigapath.embedding.settling import fitting_batch_size, settle
 from gigapath.encoding import SlideEncoder, load_slide_encoder
 from gigapath.features import TILES_NUMERICS_VERSION
+from gigapath.machine import available_cores
 from gigapath.options import to_dict
 from gigapath.preprocessing.tiling import TileOptions
 from gigapath.runs.embed_job import EmbedJob
 from gigapath.runs.engine import CohortRun, RunResult
 from gigapath.runs.entries import check_names, check_tissue, chosen, named, share_in_words
-from gigapath.runs.machine import available_cores, threads
 from gigapath.runs.options import EmbedOptions, RunOptions
 from gigapath.runs.planning import estimate_tiles
 from gigapath.runs.slide_stage import SlideStage, slides_folder
 from gigapath.runs.tiling import tiling_identities, write_contact_sheet
 from gigapath.runs.watching import Plan, Watcher
 from gigapath.runs.worker import Agenda
+from gigapath.signals import StopFlag
 from gigapath.slide_encoder import WEIGHTS_FILE
+from gigapath.text import in_bytes, in_words, slides_in_words, tiles_in_words
 from gigapath.tile_encoder import TileEncoder, load_tile_encoder
-from gigapath.tile_stream.settling import fitting_batch_size, settle
 
 # Tiles per batch where nobody says: on a CPU a batch takes seconds, so that a stop is heard in time.
 _BATCH_ON_GPU = 128
@@ -139,7 +139,7 @@ def _over_ray(run: CohortRun, tiling: TileOptions, embedding: EmbedOptions, opti
 
     def work(device: str, cores: int) -> EmbedWork:
         mine = replace(embedding, device=device)
-        return EmbedWork(tuple(run.entries), tiling, mine, replace(options, workers=threads(options, cores)))
+        return EmbedWork(tuple(run.entries), tiling, mine, replace(options, workers=options.reading_threads(cores)))
 
     return spread_embedding(run, work, embedding.device, options)
 
@@ -219,7 +219,7 @@ def _job(
         options=options,
         encoders=encoders,
         batch_size=embedding.batch_size or fitting_batch_size(encoders, default_batch_size(encoder)),
-        workers=threads(options),
+        workers=options.reading_threads(),
         store=embedding.store,
         features=run.out / f"features_{encoder.name}",
         tiles=tiles,

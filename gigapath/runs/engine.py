@@ -13,10 +13,10 @@ from gigapath.cohort.manifest import SlideEntry
 from gigapath.cohort.privacy import without_paths
 from gigapath.cohort.record import RunRecord
 from gigapath.cohort.status import STATES, Status, read_status, slide_row, write_slides_csv, write_status
-from gigapath.cohort.stopping import StopFlag, Stopped
 from gigapath.features.kept_rows import rows_file
 from gigapath.preprocessing.slide import SlideError
 from gigapath.runs.watching import Plan, Watcher
+from gigapath.signals import StopFlag, Stopped
 
 # slides.csv is derived again during a run once this many times its own cost has passed.
 _TABLE_SHARE = 20.0

@@ -6,8 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from gigapath.cohort.manifest import SlideEntry
-from gigapath.cohort.privacy import recorded_paths
-from gigapath.cohort.pseudonyms import KEPT_COLUMNS, pseudonymised, read_key
+from gigapath.cohort.privacy import KEPT_COLUMNS, pseudonymised, read_key, recorded_paths
 from gigapath.cohort.shards import parse_shard, take_shard
 from gigapath.cohort.status import read_status
 from gigapath.preprocessing.masks import METHODS, mask_file

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from gigapath.cohort.shards import parse_shard
 from gigapath.features import parse_embedding
+from gigapath.machine import available_cores
 from gigapath.options import check_options, option
 from gigapath.preprocessing.fast import READERS
 
@@ -65,6 +66,10 @@ class RunOptions(KeepOptions):
         "cores of each of Ray's workers (default: a GPU's share of its machine; 4 without GPUs; 1 to tile)",
         at_least=1,
     )
+
+    def reading_threads(self, cores: int | None = None) -> int:
+        """Threads that read: as asked, else one per core, of which there are `cores` or all that may be used."""
+        return self.workers if self.workers is not None else cores or available_cores()
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -21,9 +21,9 @@ from typing import Any
 
 from gigapath.cohort.manifest import SlideEntry
 from gigapath.files import remove_abandoned
+from gigapath.machine import available_cores
 from gigapath.runs.crew import PATIENCE_SECONDS, Lost, News, Ready, Report
 from gigapath.runs.engine import CohortRun
-from gigapath.runs.machine import available_cores
 from gigapath.runs.worker import Agenda, Hello, Work, WorkerProcess
 
 _CONNECT_SECONDS = 5.0

@@ -10,7 +10,6 @@ from typing import Any
 from gigapath.cohort.manifest import SlideEntry
 from gigapath.cohort.shards import weigh
 from gigapath.cohort.status import Status, read_status, write_status
-from gigapath.cohort.stopping import Stopped
 from gigapath.files import check_writable
 from gigapath.runs.crew import Spread
 from gigapath.runs.engine import CohortRun, RunResult
@@ -18,6 +17,7 @@ from gigapath.runs.options import RunOptions
 from gigapath.runs.ray_engine import RayCrew, RayWorker
 from gigapath.runs.watching import Plan
 from gigapath.runs.worker import Work
+from gigapath.signals import Stopped
 
 
 def spread_tiling(

@@ -15,13 +15,13 @@ from gigapath.cohort.status import FINISHED
 from gigapath.cohort.suspects import identical_files, odd_id, stratified
 from gigapath.cohort.tiff import missing_bytes
 from gigapath.downloads import RELEASES
+from gigapath.machine import available_cores
 from gigapath.options import check_options, option
 from gigapath.preprocessing.grid import plan_grid
 from gigapath.preprocessing.slide import SAME_SCALE, Slide, SlideError
 from gigapath.preprocessing.tiling import TileOptions
 from gigapath.runs.engine import RunResult
 from gigapath.runs.entries import open_entry
-from gigapath.runs.machine import available_cores
 from gigapath.runs.options import RunOptions
 from gigapath.runs.planning import TISSUE_SHARE
 from gigapath.runs.tiling import tile_cohort

@@ -15,8 +15,6 @@ from gigapath.cohort.manifest import SlideEntry, find_slides
 from gigapath.cohort.reuse import check_unmixed, digest, finished, redone
 from gigapath.cohort.sheet import draw_contact_sheet
 from gigapath.cohort.status import Status, changed, derive
-from gigapath.cohort.stopping import StopFlag
-from gigapath.cohort.words import in_words, slides_in_words, tiles_in_words
 from gigapath.features import TILES_NUMERICS_VERSION, Tiles, write_tiles
 from gigapath.files import hex_digest, sha256_of
 from gigapath.options import to_dict
@@ -26,11 +24,12 @@ from gigapath.preprocessing.slide import SlideError
 from gigapath.preprocessing.tiling import TileOptions, TilePlan, plan_tiles
 from gigapath.runs.engine import CohortRun, Outcome, RunResult
 from gigapath.runs.entries import check_names, check_tissue, chosen, named, open_entry, options_for, share_in_words
-from gigapath.runs.machine import threads
 from gigapath.runs.options import RunOptions
 from gigapath.runs.planning import estimate_tiles, estimate_tiling
 from gigapath.runs.watching import Plan, Watcher
 from gigapath.runs.worker import Agenda
+from gigapath.signals import StopFlag
+from gigapath.text import in_words, slides_in_words, tiles_in_words
 
 # Options that decide whether a slide is accepted, not which tiles come of it.
 _ACCEPTANCE = ("allow_upsampling", "allow_dark_background")
@@ -121,7 +120,9 @@ class TileWork:
         raise AssertionError("a tiling run knows by itself what is to do")
 
     def join(self, run: CohortRun, agenda: Agenda | None) -> "_TileJob":
-        return _TileJob(run, self.tiling, dataclasses.replace(self.options, workers=threads(self.options, self.cores)))
+        return _TileJob(
+            run, self.tiling, dataclasses.replace(self.options, workers=self.options.reading_threads(self.cores))
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,7 +165,7 @@ def tile_slide(run: CohortRun, folder: Path, entry: SlideEntry, tiling: TileOpti
         facts = _file_facts(entry, options)
         # Where tiles lie never depends on the reader: unless told to leave it to OpenSlide, what equals it may read.
         with open_entry(entry, tiling, "openslide" if options.reader == "openslide" else "auto") as slide:
-            plan = plan_tiles(slide, options_for(entry, tiling), workers=threads(options))
+            plan = plan_tiles(slide, options_for(entry, tiling), workers=options.reading_threads())
             picture = preview_picture(slide, plan.overview)
         preview = run.out / "previews" / f"{entry.slide_id}.jpg"
         write_preview(preview, plan.overview, plan.mask, plan.tiles, picture=picture)
@@ -296,7 +297,7 @@ def _plan(
         "tiles_about": guess,
     }
     if todo:
-        facts["seconds"] = estimate_tiling(todo, tiling, threads(options))
+        facts["seconds"] = estimate_tiling(todo, tiling, options.reading_threads())
         work += f"; about {in_words(facts['seconds'])} (by a block of some slides, read here)"
     lines.append(f"{work}.")
     return Plan(tuple(lines), len(entries), skipped, facts=facts)

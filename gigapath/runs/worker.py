@@ -14,11 +14,11 @@ from typing import Any, Protocol
 
 from gigapath.cohort.manifest import SlideEntry
 from gigapath.cohort.status import Status
-from gigapath.cohort.stopping import StopFlag, Stopped
 from gigapath.files import writer_name
 from gigapath.runs.crew import Report
 from gigapath.runs.engine import CohortRun
 from gigapath.runs.watching import Plan, Watcher
+from gigapath.signals import StopFlag, Stopped
 
 
 class Job(Protocol):

@@ -5,8 +5,6 @@ import math
 import os
 from pathlib import Path
 
-from gigapath.runs.options import RunOptions
-
 _CGROUPS = Path("/sys/fs/cgroup")
 _OWN_CGROUPS = Path("/proc/self/cgroup")
 _MEMINFO = Path("/proc/meminfo")
@@ -25,13 +23,6 @@ def available_cores() -> int:
     if granted.isdigit():
         counts.append(int(granted))
     return max(1, min(counts))
-
-
-def threads(options: RunOptions, cores: int | None = None) -> int:
-    """Threads that read: as asked, else one per core, of which there are `cores` or all that may be used."""
-    if options.workers is not None:
-        return options.workers
-    return cores or available_cores()
 
 
 def available_memory() -> int | None:

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
+from gigapath.embedding.passes import Pass, PlainPass, Vectors, choose_pass, made_batch
 from gigapath.encoding import OutOfMemory, encoder_failures
 from gigapath.tile_encoder import TileEncoder
-from gigapath.tile_stream.passes import Pass, PlainPass, Vectors, choose_pass, made_batch
 
 # A first call includes what is done once (memory, kernels); a slow one is believed all the same.
 _BELIEVED_SECONDS = 2.0

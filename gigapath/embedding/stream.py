@@ -16,12 +16,9 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 from gigapath.devices import at_most_threads
+from gigapath.embedding.batches import Batch, Batches, BusyTimes, Closed, SlideVectors, Source, Waiting
+from gigapath.embedding.passes import Pass, Vectors
 from gigapath.encoding import encoder_failures
-from gigapath.tile_stream.batches import Batch, Batches
-from gigapath.tile_stream.busy import BusyTimes
-from gigapath.tile_stream.passes import Pass, Vectors
-from gigapath.tile_stream.vectors import SlideVectors, Source
-from gigapath.tile_stream.waiting import Closed, Waiting
 
 # Slides that are prepared and wait for the reader.
 _PLANNED = 1

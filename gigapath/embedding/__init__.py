@@ -1,0 +1,1 @@
+"""From slides to tiles, tile vectors and slide embeddings."""
