@@ -13,13 +13,14 @@ def lazy_names(
 
     Args:
         package: its full name.
-        homes: module of the package -> the public names that it holds.
+        homes: module of the package, or the full name of another's -> the public names that it holds.
     """
     home_of = {name: home for home, names in homes.items() for name in names}
 
     def load(name: str) -> Any:
         if name not in home_of:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
-        return getattr(importlib.import_module(f"{package}.{home_of[name]}"), name)
+        home = home_of[name]
+        return getattr(importlib.import_module(home if "." in home else f"{package}.{home}"), name)
 
     return load, lambda: sorted({*vars(sys.modules[package]), *home_of})

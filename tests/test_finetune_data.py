@@ -10,12 +10,12 @@ import pytest
 from feature_files import write_clam, write_published, write_stamp, write_trident
 from made_cohort import made_bag, write_cohort, write_csv, write_slide, write_task
 
+from gigapath.evaluation.labels import join_labels, read_labels
+from gigapath.evaluation.splits import audit, check_classes, draw_folds, keep_manifest, read_splits
+from gigapath.evaluation.task import load_task
 from gigapath.features import FeatureFileError
 from gigapath.finetune.data import FileBags, ReadAhead, find_files, look_at_all
-from gigapath.finetune.labels import join_labels, read_labels
 from gigapath.finetune.options import JoinOptions
-from gigapath.finetune.splits import audit, check_classes, draw_folds, keep_manifest, read_splits
-from gigapath.finetune.task import load_task
 from gigapath.finetune.task_writer import new_task
 
 MUTATION_HEADER = ["id", "file_name", "slide_id", "case_id", "EGFR", "KRAS", "TP53", "FAT1", "LRP1B", "pat_id"]
@@ -106,12 +106,12 @@ def test_tcga_rule_joins_every_row_to_files_named_by_file_name(tmp_path) -> None
     rows = mutation_rows()
     labels = read_labels(write_csv(tmp_path / "l.csv", MUTATION_HEADER, rows), load_task("mutation_5_gene"))
     files = [tmp_path / (str(row[1]).removesuffix(".svs") + ".h5") for row in rows]
-    joined = join_labels(labels, files, JoinOptions(id_rule="tcga"))
+    joined = join_labels(labels, files, id_rule="tcga")
     assert joined.files == tuple(files) and not joined.missing and not joined.unlabelled
     assert labels.patients is not None and len(set(labels.patients)) == 24
     with pytest.raises(ValueError, match="none of its 72 slides"):
-        join_labels(labels, files, JoinOptions())
-    regex = join_labels(labels, files, JoinOptions(id_regex=r"^(TCGA-[\w-]+?-TS1)"))
+        join_labels(labels, files)
+    regex = join_labels(labels, files, id_regex=r"^(TCGA-[\w-]+?-TS1)")
     assert regex.files == tuple(files)
     without = read_labels(
         write_csv(tmp_path / "n.csv", MUTATION_HEADER[:-1], [[*r[:3], "c", *r[4:9]] for r in rows]),
@@ -124,9 +124,15 @@ def test_tcga_rule_joins_every_row_to_files_named_by_file_name(tmp_path) -> None
 def test_missing_slides_are_counted_and_named(tmp_path) -> None:
     labels = read_labels(write_csv(tmp_path / "l.csv", ["slide_id", "label"], [["a", 0], ["b", 1]]), load_task("panda"))
     with pytest.raises(ValueError, match=r"1 of 2 slides have no features \(b\).*--allow-missing"):
-        join_labels(labels, [tmp_path / "a.h5"], JoinOptions())
-    joined = join_labels(labels, [tmp_path / "a.h5", tmp_path / "z.h5"], JoinOptions(allow_missing=True))
+        join_labels(labels, [tmp_path / "a.h5"])
+    joined = join_labels(labels, [tmp_path / "a.h5", tmp_path / "z.h5"], allow_missing=True)
     assert (joined.missing, joined.unlabelled, joined.labels.slide_ids) == (("b",), ("z.h5",), ("a",))
+
+
+def audit_of(folds, labels, prints, *, drawn: bool = False, allow_leakage: bool) -> list[str]:
+    return audit(
+        folds, labels.slide_ids, fingerprints=prints, patients=labels.patients, drawn=drawn, allow_leakage=allow_leakage
+    )
 
 
 def test_random_split_of_several_slides_a_patient_is_refused(tmp_path) -> None:
@@ -138,11 +144,14 @@ def test_random_split_of_several_slides_a_patient_is_refused(tmp_path) -> None:
     folds = read_splits(tmp_path / "splits", labels)
     prints = list(map(str, range(len(labels))))
     with pytest.raises(ValueError, match="patients in both sets"):
-        audit(folds, labels, prints, allow_leakage=False)
-    assert "patients in both sets" in audit(folds, labels, prints, allow_leakage=True)[0]
+        audit_of(folds, labels, prints, allow_leakage=False)
+    assert "patients in both sets" in audit_of(folds, labels, prints, allow_leakage=True)[0]
     grouped = draw_folds(labels, 4, seed=0)
-    assert audit(grouped, labels, prints, allow_leakage=False) == []
-    assert check_classes(grouped, labels, task) == []
+    assert audit_of(grouped, labels, prints, drawn=True, allow_leakage=False) == []
+    twins = [prints[0], prints[1], prints[0], prints[0], *prints[4:]]  # rows 0 to 2 are of one patient, row 3 is not
+    with pytest.raises(ValueError, match="identical slides"):
+        audit_of(grouped, labels, twins, drawn=True, allow_leakage=False)
+    assert check_classes(grouped, labels.truth, task.classes) == []
 
 
 def test_audit_finds_twins_and_slides_in_two_sets(tmp_path) -> None:
@@ -152,10 +161,10 @@ def test_audit_finds_twins_and_slides_in_two_sets(tmp_path) -> None:
     for name, part in (("train", [*range(8), 11]), ("test", range(8, 12))):
         write_csv(tmp_path / "splits" / f"{name}_0.csv", ["slide_id"], [[f"s{n}"] for n in part])
     with pytest.raises(ValueError, match=r"1 slides in both sets, train and test \(s11\)"):
-        audit(read_splits(tmp_path / "splits", labels), labels, list("abcdefghijkl"), allow_leakage=False)
+        audit_of(read_splits(tmp_path / "splits", labels), labels, list("abcdefghijkl"), allow_leakage=False)
     write_csv(tmp_path / "splits" / "train_0.csv", ["slide_id"], [[f"s{n}"] for n in range(8)])
     with pytest.raises(ValueError, match=r"identical slides in both sets, train and test \(s0, s9\)"):
-        audit(read_splits(tmp_path / "splits", labels), labels, list("abcdefghiaxy"), allow_leakage=False)
+        audit_of(read_splits(tmp_path / "splits", labels), labels, list("abcdefghiaxy"), allow_leakage=False)
 
 
 def test_folds_are_stratified_grouped_and_seeded(tmp_path) -> None:
@@ -215,7 +224,7 @@ def test_splits_that_cannot_be_learned_or_tested_are_refused(tmp_path, sets, mat
         write_csv(tmp_path / "splits" / f"{name}_0.csv", ["slide_id"], [[f"s{n}"] for n in rows])
     (tmp_path / "splits").mkdir(exist_ok=True)
     with pytest.raises(ValueError, match=match):
-        check_classes(read_splits(tmp_path / "splits", labels), labels, task)
+        check_classes(read_splits(tmp_path / "splits", labels), labels.truth, task.classes)
 
 
 def test_bags_of_every_tool_come_to_one_frame(tmp_path) -> None:
@@ -295,6 +304,6 @@ def test_reading_ahead_keeps_the_order_and_hides_waiting() -> None:
 
 
 def test_options_need_no_torch() -> None:
-    code = "import sys, gigapath.finetune.options, gigapath.finetune.task; print('torch' in sys.modules)"
+    code = "import sys, gigapath.finetune.options, gigapath.evaluation.task; print('torch' in sys.modules)"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert out.strip() == "False"

@@ -19,6 +19,7 @@ import torch
 from made_cohort import NARROW, made_bag, write_cohort, write_csv, write_slide, write_splits, write_task
 
 from gigapath.cli.main import main
+from gigapath.evaluation.splits import Fold
 from gigapath.files import OutputError
 from gigapath.finetune import (
     Inputs,
@@ -34,7 +35,6 @@ from gigapath.finetune import (
 from gigapath.finetune.inputs import prepare
 from gigapath.finetune.plan import few_steps
 from gigapath.finetune.processes import Processes
-from gigapath.finetune.splits import Fold
 from gigapath.slide_encoder import create_model
 
 FAST = ["--model-arch", NARROW, "--feat-layer", "2", "--dropout", "0", "--pretrained", "", "--replicates", "20"]

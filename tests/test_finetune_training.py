@@ -15,6 +15,8 @@ from made_cohort import NARROW, made_bag
 from weights_recipe import fill
 
 from gigapath.devices import autocast
+from gigapath.evaluation.splits import Fold
+from gigapath.evaluation.task import Task
 from gigapath.files import OutputError
 from gigapath.finetune import checkpoints, controls
 from gigapath.finetune.data import Bag, MemoryBags
@@ -22,8 +24,6 @@ from gigapath.finetune.evaluation import decisions, fit_calibration, probabiliti
 from gigapath.finetune.heads import GatedAttention, VectorHead, build_head, pack
 from gigapath.finetune.options import ModelOptions, TrainingOptions
 from gigapath.finetune.processes import Processes, training_precision
-from gigapath.finetune.splits import Fold
-from gigapath.finetune.task import Task
 from gigapath.finetune.training import Trainer, set_rates, summed_loss
 
 TASK = Task("made", "multi_class", ("a", "b", "c"))

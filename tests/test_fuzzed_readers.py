@@ -27,12 +27,12 @@ from made_embeddings import pt_bytes
 from gigapath.check import CheckOptions
 from gigapath.check.run import check_file
 from gigapath.cohort.manifest import read_manifest
+from gigapath.evaluation.labels import read_labels
+from gigapath.evaluation.task import Task, load_task
 from gigapath.features import TileEmbeddingsWriter, read_features, read_tiles
 from gigapath.features.npz import read_npz
 from gigapath.finetune.data import look_at
-from gigapath.finetune.labels import read_labels
 from gigapath.finetune.options import JoinOptions
-from gigapath.finetune.task import Task, load_task
 from gigapath.linear_probe.archive import read_embeddings
 from gigapath.linear_probe.labels import parse_labels
 from gigapath.preprocessing.annotations import read_outlines

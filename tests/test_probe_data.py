@@ -388,7 +388,7 @@ Change = Callable[[list[dict[str, str]]], list[dict[str, str]]]
         (lambda rows: [{key: row[key] for key in ("label", "split")} for row in rows], r"expected a column input"),
         (
             lambda rows: [{**row, "slide": "s1"} for row in rows],
-            r"1 of the column slide have tiles in two splits, the first is s1",
+            r"1 groups \(slide\) in both sets, train and test \(s1\).*--allow-leakage",
         ),
     ],
 )

@@ -12,7 +12,6 @@ from sklearn.neighbors import NearestNeighbors as SkNeighbours
 
 from gigapath.evaluation import f1_weighted
 from gigapath.linear_probe import solvers, training
-from gigapath.linear_probe.folds import group_folds, splits_of_folds
 from gigapath.linear_probe.solvers import (
     LogisticRegression,
     NearestNeighbours,
@@ -241,29 +240,3 @@ def test_solvers_reach_the_rate_of_the_planted_rule(solver: str) -> None:
     accuracy = float((said.argmax(axis=1) == labels[4000:].numpy()).mean())
     bayes = 0.5 * (1 + math.erf(1 / math.sqrt(2)))
     assert bayes - (0.06 if solver == "knn" else 0.025) < accuracy < bayes + 0.025
-
-
-# ------------------------------------------------------------------------------------------------------------ folds
-
-
-def test_folds_keep_groups_together_and_classes_even() -> None:
-    generator = np.random.default_rng(0)
-    groups = generator.integers(0, 60, 300)
-    labels = (groups % 4 == 0).astype(np.int64)  # a quarter of the groups
-    fold = group_folds(labels, groups, 5, seed=1, names="abc")
-    assert all(len(set(fold[groups == group])) == 1 for group in set(groups.tolist()))
-    for label in (0, 1):
-        shares = np.bincount(fold[labels == label], minlength=5) / (labels == label).sum()
-        assert shares.min() > 0.15 and shares.max() < 0.25
-    tested = np.concatenate([test for _, test in splits_of_folds(fold)])
-    assert sorted(tested.tolist()) == list(range(300))
-    assert all(not set(groups[train]) & set(groups[test]) for train, test in splits_of_folds(fold))
-    assert not np.array_equal(fold, group_folds(labels, groups, 5, seed=2, names="abc"))
-    assert np.array_equal(fold, group_folds(labels, groups, 5, seed=1, names="abc"))
-
-
-def test_folds_refuse_a_class_in_too_few_groups() -> None:
-    labels = np.array([0] * 10 + [1] * 10)
-    groups = np.array([*range(10), *([10] * 5), *([11] * 5)])
-    with pytest.raises(ValueError, match="the class b occurs in 2 groups, fewer than 3 folds"):
-        group_folds(labels, groups, 3, seed=0, names=("a", "b"))

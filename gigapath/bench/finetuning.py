@@ -17,12 +17,12 @@ from gigapath.bench.protocol import Work, compare, product
 from gigapath.bench.slide_encoder import WIDTHS
 from gigapath.classification_head import ClassificationHead
 from gigapath.devices import resolve_device
+from gigapath.evaluation.task import Task
 from gigapath.features.data import CELL
 from gigapath.finetune.data import Bag, FileBags, MemoryBags, ReadAhead, look_at_all
 from gigapath.finetune.options import JoinOptions, TrainingOptions
 from gigapath.finetune.plan import operations
 from gigapath.finetune.processes import Processes, training_precision
-from gigapath.finetune.task import Task
 from gigapath.finetune.training import Trainer
 from gigapath.options import check_options, option
 

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING
 from gigapath.lazy import lazy_names
 
 if TYPE_CHECKING:
+    from gigapath.evaluation.task import Task, load_task
     from gigapath.finetune.apply import evaluate_head, predict
     from gigapath.finetune.fitted import FittedHead, load_head
     from gigapath.finetune.inputs import Inputs, Settings
     from gigapath.finetune.options import JoinOptions, ModelOptions, SplitOptions, TrainingOptions
     from gigapath.finetune.run import RunResult, finetune
-    from gigapath.finetune.task import Task, load_task
     from gigapath.finetune.task_writer import new_task
 
 __all__ = [
@@ -46,6 +46,6 @@ __getattr__, __dir__ = lazy_names(
         "task_writer": ("new_task",),
         "options": ("JoinOptions", "ModelOptions", "SplitOptions", "TrainingOptions"),
         "run": ("RunResult", "finetune"),
-        "task": ("Task", "load_task"),
+        "gigapath.evaluation.task": ("Task", "load_task"),
     },
 )

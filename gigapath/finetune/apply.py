@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 
 from gigapath.devices import resolve_device
+from gigapath.evaluation.labels import bare_name, join_labels, read_labels, shown
+from gigapath.evaluation.splits import TABLE
 from gigapath.features import FeatureFileError
 from gigapath.files import write_text_atomic
 from gigapath.finetune import report
@@ -16,9 +18,7 @@ from gigapath.finetune.data import SUFFIXES, FileBags, FileFacts, find_files, lo
 from gigapath.finetune.evaluation import CohortResult, decisions, evaluate_cohort
 from gigapath.finetune.fitted import FittedHead, load_head
 from gigapath.finetune.inputs import check_folder
-from gigapath.finetune.labels import bare_name, join_labels, read_labels, shown
 from gigapath.finetune.options import JoinOptions
-from gigapath.finetune.splits import TABLE
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,9 @@ def evaluate_head(
     check_folder(out)
     join, head = join or JoinOptions(), load_head(checkpoint)
     table = read_labels(labels, head.task, id_rule=join.id_rule)
-    joined = join_labels(table, find_files(features), join)
+    joined = join_labels(
+        table, find_files(features), id_rule=join.id_rule, id_regex=join.id_regex, allow_missing=join.allow_missing
+    )
     if not allow_seen:
         _refuse_seen(Path(checkpoint), joined.labels.slide_ids)
     facts = look_at_all(joined.files, join, width=head.input_dim)

@@ -18,8 +18,8 @@ from gigapath.evaluation import (
     evaluate_by_site,
     site_probabilities,
 )
-from gigapath.finetune.labels import Labels
-from gigapath.finetune.task import Task
+from gigapath.evaluation.labels import Labels
+from gigapath.evaluation.task import Task
 
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]

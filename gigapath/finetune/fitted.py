@@ -12,13 +12,13 @@ import torch
 from torch import nn
 
 from gigapath.devices import AUTOCAST_TYPES, at_most_threads, autocast
+from gigapath.evaluation.task import Task, task_from
 from gigapath.files import sha256_of, write_json_atomic
 from gigapath.finetune import checkpoints
 from gigapath.finetune.data import Bags, ReadAhead, check_made
 from gigapath.finetune.evaluation import Calibration, probabilities
 from gigapath.finetune.heads import build_head, pack
 from gigapath.finetune.options import ModelOptions
-from gigapath.finetune.task import Task, task_from
 from gigapath.machine import available_cores
 from gigapath.options import from_dict, to_dict
 

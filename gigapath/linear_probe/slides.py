@@ -24,7 +24,7 @@ from gigapath.evaluation import (
     prior_probabilities,
     site_probabilities,
 )
-from gigapath.linear_probe.folds import group_folds, splits_of_folds
+from gigapath.evaluation.splits import Fold, audit, draw_parts
 from gigapath.linear_probe.options import ProbeOptions, SlideProbeOptions
 from gigapath.linear_probe.slide_data import FloatArray, IntArray, SlideData, TextArray, load_slides
 from gigapath.linear_probe.solvers import PATIENCE, PENALTIES, LogisticRegression, cross_entropy
@@ -99,7 +99,16 @@ def probe_slides(
     wanted = [BASELINE, *(name for name in names if name != BASELINE)]
     data = load_slides(folder, Path(labels), wanted, options, id_rule=slide_options.id_rule)
     notes = list(data.warnings)
-    folds = _folds(data, options, slide_options)
+    drawn = _folds(data, options, slide_options)
+    notes += audit(
+        drawn,
+        data.ids,
+        fingerprints=[vector.tobytes() for vector in data.vectors[BASELINE]],
+        patients=None if data.group_column is None else data.groups.tolist(),
+        drawn=data.test is None,
+        allow_leakage=options.allow_leakage,
+    )
+    folds = [(fold.train, fold.test) for fold in drawn]
     if data.test is None and options.replicates > 0:
         notes += _few_in_fold(data, [test for _, test in folds])
     rows = np.concatenate([test for _, test in folds])
@@ -157,16 +166,31 @@ def probe_slides(
     )
 
 
-def _folds(data: SlideData, options: ProbeOptions, slide_options: SlideProbeOptions) -> list[tuple[IntArray, IntArray]]:
-    """(training slides, test slides) of every fit, the folds of one repeat after the other."""
+def _folds(data: SlideData, options: ProbeOptions, slide_options: SlideProbeOptions) -> list[Fold]:
+    """The training and test slides of every fit, the folds of one repeat after the other; those of the first repeat
+    test the slides that `finetune` tests with the same seed."""
+    nobody = np.zeros(0, np.int64)
     if data.test is not None:
-        return [(np.flatnonzero(~data.test), np.flatnonzero(data.test))]
-    found: list[tuple[IntArray, IntArray]] = []
+        return [Fold(0, np.flatnonzero(~data.test), nobody, np.flatnonzero(data.test))]
+    parts = slide_options.folds
+    _refuse_rare_classes(data.labels, data.groups, parts, data.classes, f"fewer than {parts} folds. Take fewer folds")
+    found: list[Fold] = []
     for repeat in range(slide_options.repeats):
-        seed = options.seed + repeat
-        drawn = group_folds(data.labels, data.groups, slide_options.folds, seed=seed, names=data.classes)
-        found += splits_of_folds(drawn)
+        part = draw_parts(data.labels, data.groups.tolist(), parts, seed=options.seed + repeat)
+        for number in range(parts):
+            rows = np.flatnonzero(part != number), nobody, np.flatnonzero(part == number)
+            found.append(Fold(len(found), *rows))
     return found
+
+
+def _refuse_rare_classes(labels: IntArray, groups: TextArray, folds: int, classes: Sequence[str], too_few: str) -> None:
+    """Raise ValueError where a class occurs in fewer groups than there are folds: some would have none to test."""
+    counts = {name: len(set(groups[labels == index].tolist())) for index, name in enumerate(classes)}
+    rarest = min((name for index, name in enumerate(classes) if (labels == index).any()), key=lambda name: counts[name])
+    if counts[rarest] < folds:
+        raise ValueError(
+            f"folds: the class {rarest} occurs in {counts[rarest]} groups, {too_few}, or leave the class out."
+        )
 
 
 def _few_in_fold(data: SlideData, tests: Sequence[IntArray]) -> list[str]:
@@ -241,15 +265,15 @@ def fit_fold(
         (len(test), C) probabilities of the test slides, and the penalty.
     """
     classes = int(labels.max()) + 1
-    drawn = group_folds(
+    _refuse_rare_classes(
         labels[train],
         groups[train],
         INNER_FOLDS,
-        seed=seed,
-        names=names,
-        too_few="fewer than the {folds} folds by which the penalty is chosen among the training slides. Add slides",
+        names,
+        f"fewer than the {INNER_FOLDS} folds by which the penalty is chosen among the training slides. Add slides",
     )
-    inner = list(splits_of_folds(drawn))
+    part = draw_parts(labels[train], groups[train].tolist(), INNER_FOLDS, seed=seed)
+    inner = [(np.flatnonzero(part != number), np.flatnonzero(part == number)) for number in range(INNER_FOLDS)]
     losses: dict[float, float] = dict.fromkeys(PENALTIES, 0.0)
     fits = [_Fit(vectors, labels, train[fit], classes) for fit, _ in inner]
     tried: list[float] = []

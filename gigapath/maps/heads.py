@@ -14,11 +14,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from gigapath.evaluation.task import Task
 from gigapath.features.data import CELL
 from gigapath.finetune.data import Bag
 from gigapath.finetune.fitted import FittedHead
 from gigapath.finetune.heads import GatedAttention, pack
-from gigapath.finetune.task import Task
 
 Float32 = npt.NDArray[np.float32]
 IntArray = npt.NDArray[np.integer[Any]]

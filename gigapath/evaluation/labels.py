@@ -11,9 +11,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from gigapath.evaluation.task import Task
 from gigapath.files import separator_hint
-from gigapath.finetune.options import JoinOptions
-from gigapath.finetune.task import Task
 
 ID_COLUMNS = ("slide_id", "image_id", "slide", "image")
 LABEL_COLUMNS = ("label", "isup_grade")
@@ -214,29 +213,43 @@ class Joined:
     unlabelled: tuple[str, ...]
 
 
-def id_maker(join: JoinOptions) -> Callable[[str], str]:
+def id_maker(id_rule: str, id_regex: str | None) -> Callable[[str], str]:
     """What makes a name, of a file or in a row, the id by which the two meet."""
-    if join.id_regex is not None:
-        pattern = re.compile(join.id_regex)
+    if id_regex is not None:
+        pattern = re.compile(id_regex)
 
         def cut(name: str) -> str:
             found = pattern.search(name)
             return name if found is None else found[1] if pattern.groups else found[0]
 
         return cut
-    if join.id_rule == "tcga":
+    if id_rule == "tcga":
         return lambda name: name.partition(".")[0]
     return lambda name: name
 
 
-def join_labels(labels: Labels, files: Sequence[Path], join: JoinOptions) -> Joined:
+def join_labels(
+    labels: Labels,
+    files: Sequence[Path],
+    *,
+    id_rule: str = "exact",
+    id_regex: str | None = None,
+    allow_missing: bool = False,
+) -> Joined:
     """Find the file of each labelled slide; nothing is ever substituted.
+
+    Args:
+        labels: the slides.
+        files: their feature files.
+        id_rule: "exact", or "tcga" for what stands before the first dot.
+        id_regex: a pattern whose first group (or whole match) is the id; goes before `id_rule`.
+        allow_missing: go on without the slides that have no file.
 
     Raises:
         ValueError: two files or two rows share an id, no file has a row, or slides have no file and
             `allow_missing` is not set.
     """
-    make = id_maker(join)
+    make = id_maker(id_rule, id_regex)
     by_id: dict[str, Path] = {}
     for file in files:
         key = make(bare_name(file))
@@ -256,7 +269,7 @@ def join_labels(labels: Labels, files: Sequence[Path], join: JoinOptions) -> Joi
             f"{labels.source}: none of its {len(labels):,} slides (such as {labels.slide_ids[0]}) is among the "
             f"{len(files):,} feature files (such as {files[0].name}). See --id-rule and --id-regex."
         )
-    if missing and not join.allow_missing:
+    if missing and not allow_missing:
         raise ValueError(
             f"{labels.source}: {len(missing):,} of {len(labels):,} slides have no features ({shown(missing)}). "
             "Embed them, or go on without them: --allow-missing."

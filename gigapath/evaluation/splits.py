@@ -4,7 +4,8 @@ import csv
 import hashlib
 import io
 import re
-from collections.abc import Callable, Collection, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Collection, Hashable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from gigapath.evaluation.labels import ID_COLUMNS, Labels, column_of, read_table, shown
 from gigapath.files import read_json, write_json_atomic, write_text_atomic
-from gigapath.finetune.labels import ID_COLUMNS, Labels, column_of, read_table, shown
-from gigapath.finetune.task import Task
 
 SETS = ("train", "val", "test")
 MANIFEST = "splits.json"
@@ -99,34 +99,49 @@ def read_splits(
     return folds
 
 
-def draw_folds(labels: Labels, folds: int, *, seed: int) -> list[Fold]:
-    """Folds with even shares of every class; a patient's slides stay together where patients are known.
+def draw_parts(truth: IntArray, groups: Sequence[Hashable], parts: int, *, seed: int) -> IntArray:
+    """The part (N,) 0 .. parts-1 of each row: groups stay together, and every part gets its share of each class.
 
-    Fold K tests on part K and validates on the part after it. Groups are taken in a drawn order, those with the
-    largest share of a class first, and each goes to the part in which it leaves the classes most even.
+    Groups are taken in a drawn order, those with the largest share of a class first, and each goes to the part in
+    which it leaves the classes most even. The order of the rows has no say.
+
+    Args:
+        truth: (N,) class index, or (N, C) of 0 and 1.
+        groups: (N,) rows of one value stay together.
+        parts: number of parts.
+        seed: of the order.
     """
-    groups = labels.slide_ids if labels.patients is None else labels.patients
     _, group_of_row = np.unique(np.asarray(groups), return_inverse=True)
     count = int(group_of_row.max()) + 1
-    if count < folds:
-        unit = "slides" if labels.patients is None else "patients"
-        raise ValueError(f"--folds: expected at most {count}, the number of {unit}, got {folds}.")
-    flags = labels.truth if labels.truth.ndim == 2 else np.eye(int(labels.truth.max()) + 1)[labels.truth]
-    kinds = np.concatenate([flags, np.ones((len(labels), 1))], axis=1)  # the last column evens out the sizes
+    flags = truth if truth.ndim == 2 else np.eye(int(truth.max()) + 1)[truth]
+    kinds = np.concatenate([flags, np.ones((len(truth), 1))], axis=1)  # the last column evens out the sizes
     shares = np.zeros((count, kinds.shape[1]))
     np.add.at(shares, group_of_row, kinds)
     shares /= np.maximum(shares.sum(axis=0), 1)
     order = np.random.default_rng(seed).permutation(count)
     order = order[np.argsort(-shares[order].max(axis=1), kind="stable")]
-    filled = np.zeros((folds, kinds.shape[1]))
+    filled = np.zeros((parts, kinds.shape[1]))
     part_of_group = np.empty(count, dtype=np.int64)
     for group in order:
         # Squared sums grow least where what the group holds is rarest so far.
         cost = ((filled + shares[group]) ** 2 - filled**2).sum(axis=1)
-        part = int(np.lexsort((np.arange(folds), filled.sum(axis=1).round(12), cost.round(12)))[0])
+        part = int(np.lexsort((np.arange(parts), filled.sum(axis=1).round(12), cost.round(12)))[0])
         filled[part] += shares[group]
         part_of_group[group] = part
-    part_of_row = part_of_group[group_of_row]
+    return part_of_group[group_of_row]
+
+
+def draw_folds(labels: Labels, folds: int, *, seed: int) -> list[Fold]:
+    """Folds with even shares of every class; a patient's slides stay together where patients are known.
+
+    Fold K tests on part K of `draw_parts` and validates on the part after it.
+    """
+    groups = labels.slide_ids if labels.patients is None else labels.patients
+    count = len(set(groups))
+    if count < folds:
+        unit = "slides" if labels.patients is None else "patients"
+        raise ValueError(f"--folds: expected at most {count}, the number of {unit}, got {folds}.")
+    part_of_row = draw_parts(labels.truth, groups, folds, seed=seed)
     drawn = []
     for number in range(folds):
         val = (number + 1) % folds
@@ -135,63 +150,88 @@ def draw_folds(labels: Labels, folds: int, *, seed: int) -> list[Fold]:
     return drawn
 
 
-def audit(folds: Sequence[Fold], labels: Labels, fingerprints: Sequence[str], *, allow_leakage: bool) -> list[str]:
+def audit(
+    folds: Sequence[Fold],
+    ids: Sequence[str],
+    *,
+    fingerprints: Sequence[Hashable] | None,
+    patients: Sequence[str] | None,
+    drawn: bool,
+    allow_leakage: bool,
+    unit: str = "patients",
+) -> list[str]:
     """Refuse splits in which a slide, its twin or its patient stands in two sets; sentences of what was allowed.
 
     Args:
         folds: the splits.
-        labels: the slides.
-        fingerprints: (S,) equal where two files hold the same embeddings.
+        ids: (N,) slides, or tiles.
+        fingerprints: (N,) equal where two rows hold the same embeddings; None where twins are no matter.
+        patients: (N,) or None where they are not known.
+        drawn: the folds were drawn here, so twins of two patients are refused wherever this seed put them.
         allow_leakage: go on, and say so.
+        unit: what `patients` are called in messages.
     """
     found = []
+    if drawn and fingerprints is not None:
+        groups_of_print: defaultdict[Hashable, set[str]] = defaultdict(set)
+        for key, group in zip(fingerprints, ids if patients is None else patients, strict=True):
+            groups_of_print[key].add(group)
+        twins = [name for name, key in zip(ids, fingerprints, strict=True) if len(groups_of_print[key]) > 1]
+        if twins:
+            found.append(f"{len(twins):,} identical slides that folds can take apart ({shown(twins)})")
     for fold in folds:
         for what, keys in (
-            ("slides in both sets", labels.slide_ids),
-            ("identical slides in both sets", fingerprints),
-            ("patients in both sets", labels.patients),
+            ("slides in both sets", ids),
+            ("identical slides in both sets", None if drawn else fingerprints),
+            (f"{unit} in both sets", patients),
         ):
             if keys is None:
                 continue
-            members = {name: {keys[row] for row in rows} for name, rows in fold.sets().items()}
+            members = {name: {keys[row] for row in rows.tolist()} for name, rows in fold.sets().items()}
             for first, second in (("train", "test"), ("train", "val"), ("val", "test")):
-                both = sorted(members[first] & members[second])
+                both = members[first] & members[second]
                 if both:
-                    names = shown(both)
-                    if keys is fingerprints:
-                        names = shown([labels.slide_ids[i] for i, key in enumerate(keys) if key == both[0]])
-                    found.append(f"fold {fold.number}: {len(both):,} {what}, {first} and {second} ({names})")
+                    twins = [ids[row] for row, key in enumerate(keys) if key in both]
+                    names = twins if keys is fingerprints else sorted(map(str, both))
+                    found.append(f"fold {fold.number}: {len(both):,} {what}, {first} and {second} ({shown(names)})")
                     break
-            if found and not allow_leakage:
-                raise ValueError(
-                    f"{found[-1]}. Split by patient (leave --splits out: folds are grouped by patient where a column "
-                    "patient_id is there), or go on with --allow-leakage."
-                )
+    if found and not allow_leakage:
+        raise ValueError(
+            f"{found[0]}: the score would be too good. Split by patient, as folds that are drawn here are where a "
+            "column names the patient, and keep one of two identical slides; or go on with --allow-leakage."
+        )
     return found
 
 
-def check_classes(folds: Sequence[Fold], labels: Labels, task: Task) -> list[str]:
-    """Refuse folds that can't be learned or tested; sentences on classes that a test set lacks."""
+def check_classes(folds: Sequence[Fold], truth_of_row: IntArray, classes: Sequence[str]) -> list[str]:
+    """Refuse folds that can't be learned or tested; sentences on classes that a test set lacks.
+
+    Args:
+        folds: the splits.
+        truth_of_row: (N,) class index, or (N, C) of 0 and 1.
+        classes: their names.
+    """
+    multi_label = truth_of_row.ndim == 2
     notes = []
     for fold in folds:
         for name, rows in fold.sets().items():
-            truth = labels.truth[rows]
+            truth = truth_of_row[rows]
             if len(rows) == 0 and name == "val":
                 continue
             if len(rows) == 0:
                 raise ValueError(f"fold {fold.number}: its {name} set is empty. Add slides, or take fewer folds.")
-            counts = truth.sum(axis=0) if task.multi_label else np.bincount(truth, minlength=len(task.classes))
-            lacking = [task.classes[i] for i in np.flatnonzero(counts == 0)]
-            if task.multi_label and name == "train":
-                lacking += [task.classes[i] for i in np.flatnonzero(counts == len(rows))]
+            counts = truth.sum(axis=0) if multi_label else np.bincount(truth, minlength=len(classes))
+            lacking = [classes[i] for i in np.flatnonzero(counts == 0).tolist()]
+            if multi_label and name == "train":
+                lacking += [classes[i] for i in np.flatnonzero(counts == len(rows)).tolist()]
             if name == "train" and lacking:
                 raise ValueError(
                     f"fold {fold.number}: no training slide teaches {', '.join(lacking)}. Add slides of it, take fewer "
                     "folds, or leave it out of the task."
                 )
-            if name == "test" and not task.multi_label and len(task.classes) - len(lacking) < 2:
+            if name == "test" and not multi_label and len(classes) - len(lacking) < 2:
                 raise ValueError(
-                    f"fold {fold.number}: its test set holds one class only ({task.classes[int(truth[0])]}), so "
+                    f"fold {fold.number}: its test set holds one class only ({classes[int(truth[0])]}), so "
                     "nothing can be told apart in it. Add slides, or take fewer folds."
                 )
             if name == "test" and lacking:

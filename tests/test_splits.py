@@ -1,0 +1,92 @@
+"""One draw of folds for every command: groups stay together, classes stay even, the same cohort gets the same folds."""
+
+import csv
+from pathlib import Path
+
+import numpy as np
+import pytest
+from made_cohort import made_bag, write_csv, write_slide
+
+from gigapath.evaluation.splits import draw_parts
+from gigapath.features import SlideEmbeddings
+from gigapath.features import write_slide as write_slide_embedding
+from gigapath.finetune.inputs import Inputs, Settings, prepare
+from gigapath.finetune.options import SplitOptions, TrainingOptions
+from gigapath.linear_probe.options import ProbeOptions, SlideProbeOptions
+from gigapath.linear_probe.slides import probe_slides
+
+TASK = "name: made\nsetting: binary\nlabel_dict: {wild: 0, mutant: 1}\n"
+
+
+def test_parts_keep_groups_together_and_classes_even() -> None:
+    generator = np.random.default_rng(0)
+    groups = generator.integers(0, 60, 300)
+    truth = (groups % 4 == 0).astype(np.int64)  # a quarter of the groups
+    part = draw_parts(truth, groups.tolist(), 5, seed=1)
+    assert all(len(set(part[groups == group])) == 1 for group in set(groups.tolist()))
+    for label in (0, 1):
+        shares = np.bincount(part[truth == label], minlength=5) / (truth == label).sum()
+        assert shares.min() > 0.15 and shares.max() < 0.25
+    assert np.array_equal(part, draw_parts(truth, groups.tolist(), 5, seed=1))
+    assert not np.array_equal(part, draw_parts(truth, groups.tolist(), 5, seed=2))
+
+
+def test_the_order_of_the_rows_has_no_say() -> None:
+    generator = np.random.default_rng(1)
+    groups = generator.integers(0, 30, 80)
+    truth = generator.integers(0, 3, 80)
+    order = generator.permutation(80)
+    part = draw_parts(truth, groups.tolist(), 4, seed=0)
+    assert np.array_equal(draw_parts(truth[order], groups[order].tolist(), 4, seed=0), part[order])
+
+
+@pytest.mark.parametrize("seed", [0, 7])
+def test_probe_and_finetune_hold_out_the_same_slides(tmp_path: Path, seed: int) -> None:
+    """Rows in a drawn order, patients of one to three slides, the classes in another order than the alphabet's."""
+    generator = np.random.default_rng(seed)
+    patients = [f"P{patient:02d}" for patient in range(30) for _ in range(1 + patient % 3)]
+    rows = []
+    for number, patient in enumerate(patients):
+        slide_id = f"slide-{(number * 7) % len(patients):02d}"
+        rows.append([slide_id, "mutant" if int(patient[1:]) % 3 == 0 else "wild", patient])
+        write_slide(tmp_path / "features" / f"{slide_id}.h5", *made_bag(number % 3, generator))
+        vector = generator.normal(size=(1, 8))
+        states = np.concatenate([vector, -vector])
+        write_slide_embedding(
+            tmp_path / "run" / "slides_made" / f"{slide_id}.h5",
+            SlideEmbeddings(
+                slide_id=slide_id,
+                tile_mean=vector,
+                states_mean=states,
+                states_class=states,
+                default_mean=vector,
+                default_class=vector,
+                attrs={"trained": True},
+            ),
+        )
+    labels = write_csv(
+        tmp_path / "labels.csv",
+        ["slide_id", "label", "patient_id"],
+        [rows[row] for row in generator.permutation(len(rows))],
+    )
+    (tmp_path / "task.yaml").write_text(TASK)
+
+    cohort = prepare(
+        Inputs(str(tmp_path / "task.yaml"), str(tmp_path / "features"), str(labels)),
+        Settings(split=SplitOptions(folds=4), training=TrainingOptions(seed=seed)),
+    )
+    finetuned = [{cohort.joined.labels.slide_ids[row] for row in fold.test} for fold in cohort.folds]
+    found = probe_slides(
+        tmp_path / "run",
+        labels,
+        ProbeOptions(seed=seed, replicates=0),
+        SlideProbeOptions(embedding="default", folds=4, repeats=1),
+    )
+    fold_of_row = np.asarray(found.scores["default"].predictions.folds)
+    probed = [{found.data.ids[row] for row in found.rows[fold_of_row == fold]} for fold in range(4)]
+    assert probed == finetuned
+    assert sorted(slide_id for held_out in probed for slide_id in held_out) == sorted(row[0] for row in rows)
+    with labels.open() as file:
+        patient_of = {row["slide_id"]: row["patient_id"] for row in csv.DictReader(file)}
+    held = [{patient_of[slide_id] for slide_id in slides} for slides in probed]
+    assert not any(held[one] & held[other] for one in range(4) for other in range(one))
