@@ -232,7 +232,8 @@ def _timm_encoder(name: str, random_weights: bool) -> dict[str, Any]:
     try:
         model = _seeded(build) if random_weights else build()
     except Exception as error:  # of the hub's client, of timm, of the network
-        if isinstance(error, (RuntimeError, ValueError, TypeError, AssertionError)):
+        # What the hub does not give is an OSError, with older clients a ValueError too.
+        if isinstance(error, (RuntimeError, ValueError, TypeError, AssertionError)) and not isinstance(error, OSError):
             reason = " ".join(str(error).split())
             raise ValueError(f"--tile-encoder: timm can't build {name!r} with its weights: {reason}") from error
         known = timm.get_pretrained_cfg(name, allow_unregistered=True)
