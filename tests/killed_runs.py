@@ -24,17 +24,17 @@ import numpy as np
 from made_slides import make_slides
 from tiny_encoders import MeanColourEncoder, mean_colour_encoder
 
+import gigapath.cohort.run
 import gigapath.cohort.sheet
 import gigapath.embedding.batches
+import gigapath.embedding.run
+import gigapath.embedding.tiling
 import gigapath.features.h5
 import gigapath.features.ours
 import gigapath.files
-import gigapath.runs.embedding
-import gigapath.runs.engine
-import gigapath.runs.tiling
 import gigapath.tile_encoder
 from gigapath.cli.main import main
-from gigapath.runs.watching import Watcher
+from gigapath.cohort.run import Watcher
 
 TESTS = Path(__file__).parent
 DIED = 99
@@ -86,7 +86,7 @@ def prepare(point: str = "", at: int = 1) -> Callable[[], None]:
     Returns:
         takes colours and pictures out again.
     """
-    tiling, embedding = gigapath.runs.tiling, gigapath.runs.embedding
+    tiling, embedding = gigapath.embedding.tiling, gigapath.embedding.run
     changes: dict[Any, dict[str, Any]] = {
         embedding: {"load_tile_encoder": lambda *_, **__: mean_colour_encoder()},  # its slide encoder is the mean
         tiling: {
@@ -115,7 +115,7 @@ def prepare(point: str = "", at: int = 1) -> Callable[[], None]:
         "write": (gigapath.features.ours.TileEmbeddingsWriter,),
         "fsync": (os,),
         "publish": (gigapath.features.h5,),
-        "write_status": (gigapath.runs.engine,),
+        "write_status": (gigapath.cohort.run,),
     }
     for owner in owners[name]:
         setattr(owner, name, _deadly(getattr(owner, name), at, when))
@@ -251,9 +251,9 @@ class _Handles(Watcher):
 
 def soak(count: int, folder: Path, *, aloud: bool = False) -> list[tuple[int, float, int]]:
     """(slides, MB of memory, open files) along a run over `count` slides, which are links to forty files."""
+    from gigapath.embedding.options import EmbedOptions, RunOptions
+    from gigapath.embedding.run import run_embed
     from gigapath.preprocessing.tiling import TileOptions
-    from gigapath.runs.embedding import run_embed
-    from gigapath.runs.options import EmbedOptions, RunOptions
 
     files = sorted(make_slides(folder / "made", 40).iterdir())
     (folder / "slides").mkdir()

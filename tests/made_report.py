@@ -10,9 +10,9 @@ import pytest
 from made_slides import UInt8Array, paint_tissue, write_pyramid
 from tiny_encoders import tiny_slide_encoder, tiny_tile_encoder
 
+from gigapath.embedding import run as embedding
+from gigapath.embedding.options import EmbedOptions, RunOptions
 from gigapath.preprocessing.tiling import TileOptions
-from gigapath.runs import embedding
-from gigapath.runs.options import EmbedOptions, RunOptions
 
 SCRIPT = "<script>alert(1)<_script>"  # a slide's id; an id can't hold a slash
 MARKUP = "</script><img src=x onerror=alert(2)>"  # a cell of the manifest

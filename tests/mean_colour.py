@@ -15,21 +15,20 @@ from unittest import mock
 import numpy as np
 import numpy.typing as npt
 
-import gigapath.runs.tiling
+import gigapath.embedding.tiling
 from gigapath.cohort.manifest import SlideEntry, find_slides
 from gigapath.cohort.reuse import digest, finished
+from gigapath.cohort.run import CohortRun, Outcome, Plan, RunResult, Watcher
 from gigapath.cohort.status import Status
+from gigapath.cohort.worker import Agenda
+from gigapath.embedding.options import RunOptions
+from gigapath.embedding.slides import open_entry
+from gigapath.embedding.tiling import tile_slide, tiles_done
 from gigapath.features import SlideEmbeddings, TileEmbeddingsWriter, read_tiles, write_slide
 from gigapath.features.kept_rows import KeptRows
 from gigapath.files import write_bytes_atomic
 from gigapath.preprocessing.reading import iter_tiles
 from gigapath.preprocessing.tiling import TileOptions
-from gigapath.runs.engine import CohortRun, Outcome, RunResult
-from gigapath.runs.entries import open_entry
-from gigapath.runs.options import RunOptions
-from gigapath.runs.tiling import tile_slide, tiles_done
-from gigapath.runs.watching import Plan, Watcher
-from gigapath.runs.worker import Agenda
 
 NAME = "mean-colour"
 WIDTH = 6
@@ -57,7 +56,7 @@ def plain() -> contextlib.ExitStack:
         "preview_picture": lambda _, overview: overview,
         "write_preview": lambda path, *_, **__: write_bytes_atomic(path, b"a picture"),
     }
-    stack.enter_context(mock.patch.multiple(gigapath.runs.tiling, **pictures))
+    stack.enter_context(mock.patch.multiple(gigapath.embedding.tiling, **pictures))
     stack.enter_context(mock.patch("os.fsync", lambda _: None))
     return stack
 
@@ -74,7 +73,7 @@ def run_mean_colours(slides: Path, out: Path, options: RunOptions, watch: Watche
         return Plan((), len(entries), len(entries) - len(todo))
 
     if options.engine == "ray":
-        from gigapath.runs.spreading import spread_tiling
+        from gigapath.embedding.spreading import spread_tiling
 
         return spread_tiling(run, todo, lambda *_: MeanColours(), plan, options)
     with plain():

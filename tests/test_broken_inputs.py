@@ -42,13 +42,13 @@ def in_time() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiny encoders under every name, no pictures."""
-    monkeypatch.setattr("gigapath.runs.tiling.preview_picture", lambda _, overview: overview)
-    monkeypatch.setattr("gigapath.runs.tiling.write_preview", lambda *_, **__: None)
+    monkeypatch.setattr("gigapath.embedding.tiling.preview_picture", lambda _, overview: overview)
+    monkeypatch.setattr("gigapath.embedding.tiling.write_preview", lambda *_, **__: None)
     monkeypatch.setattr("gigapath.cohort.sheet.contact_sheet", lambda *_, **__: None)
-    monkeypatch.setattr("gigapath.runs.embedding.load_tile_encoder", lambda name, **_: mean_colour_encoder())
+    monkeypatch.setattr("gigapath.embedding.run.load_tile_encoder", lambda name, **_: mean_colour_encoder())
     load = lambda name, **given: tiny_slide_encoder(given["in_chans"])  # noqa: E731
-    monkeypatch.setattr("gigapath.runs.embedding.load_slide_encoder", load)
-    monkeypatch.setattr("gigapath.runs.slide_embedding.load_slide_encoder", load)
+    monkeypatch.setattr("gigapath.embedding.run.load_slide_encoder", load)
+    monkeypatch.setattr("gigapath.embedding.slide_embedding.load_slide_encoder", load)
 
 
 def run(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, str, str]:

@@ -16,9 +16,9 @@ from made_slides import paint_tissue, write_pyramid
 from tiny_encoders import tiny_tile_encoder
 
 from gigapath.cli.main import main
+from gigapath.embedding.tiling import run_tile
 from gigapath.features import read_slide
 from gigapath.files import OutputError
-from gigapath.runs.tiling import run_tile
 
 SMALL = ["--tile-size", "64", "--workers", "0"]
 
@@ -34,7 +34,7 @@ def slides(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gigapath.runs.embedding.load_tile_encoder", lambda *_, **__: tiny_tile_encoder())
+    monkeypatch.setattr("gigapath.embedding.run.load_tile_encoder", lambda *_, **__: tiny_tile_encoder())
 
 
 def embed(slides: Path, out: Path, *words: str) -> int:
@@ -77,7 +77,7 @@ def test_a_terminal_gets_a_bar_with_rate_and_time_left(
     slides: Path, tmp_path: Path, tiny: None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
-    monkeypatch.setattr("gigapath.runs.embed_job._TELL_SECONDS", 0.0)
+    monkeypatch.setattr("gigapath.embedding.job._TELL_SECONDS", 0.0)
     assert embed(slides, tmp_path) == 0
     captured = capsys.readouterr()
     assert "tiles/s" in captured.err
@@ -148,8 +148,8 @@ def test_slide_embed_with_untrained_weights_says_so(
 
 
 def test_standin_takes_the_mean_or_with_random_weights_an_untrained_longnet(monkeypatch: pytest.MonkeyPatch) -> None:
-    from gigapath.runs import embedding
-    from gigapath.runs.options import EmbedOptions
+    from gigapath.embedding import run as embedding
+    from gigapath.embedding.options import EmbedOptions
 
     asked: list[tuple[str, bool]] = []
 
@@ -201,7 +201,7 @@ def test_a_slip_in_tissue_stops_the_run_and_spares_what_is_done(
     def load(*_: object, **__: object) -> None:
         raise AssertionError("the encoder was loaded first")
 
-    monkeypatch.setattr("gigapath.runs.embedding.load_tile_encoder", load)
+    monkeypatch.setattr("gigapath.embedding.run.load_tile_encoder", load)
     capsys.readouterr()
     assert main([verb, str(slides), "--out", str(tmp_path), *SMALL, *words]) == 1
     assert sentence in capsys.readouterr().err

@@ -12,14 +12,13 @@ from made_slides import paint_tissue, write_pyramid
 from gigapath.cli.main import main
 from gigapath.cohort.manifest import SlideEntry
 from gigapath.cohort.privacy import record_run, recorded_paths
+from gigapath.cohort.run import CohortRun, Outcome, RunResult, Watcher
 from gigapath.cohort.shards import cut_by_weight, parse_shard, take_shard, weigh
 from gigapath.cohort.status import Status, read_status, slide_row, write_slides_csv, write_status
+from gigapath.embedding import tiling
+from gigapath.embedding.options import RunOptions
+from gigapath.embedding.tiling import run_tile
 from gigapath.preprocessing.tiling import TileOptions
-from gigapath.runs import tiling
-from gigapath.runs.engine import CohortRun, Outcome, RunResult
-from gigapath.runs.options import RunOptions
-from gigapath.runs.tiling import run_tile
-from gigapath.runs.watching import Watcher
 
 TILING = TileOptions(tile_size=64)
 
@@ -37,8 +36,8 @@ def slides(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gigapath.runs.tiling.preview_picture", lambda _, overview: overview)
-    monkeypatch.setattr("gigapath.runs.tiling.write_preview", lambda *_, **__: None)
+    monkeypatch.setattr("gigapath.embedding.tiling.preview_picture", lambda _, overview: overview)
+    monkeypatch.setattr("gigapath.embedding.tiling.write_preview", lambda *_, **__: None)
     monkeypatch.setattr("gigapath.cohort.sheet.contact_sheet", lambda *_, **__: None)
 
 

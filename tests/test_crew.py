@@ -12,16 +12,18 @@ from typing import Any
 import pytest
 
 from gigapath.cli.main import main
+from gigapath.cohort import crew
+from gigapath.cohort import ray as ray_engine
+from gigapath.cohort.crew import Lost, News, Ready, Report, Spread
 from gigapath.cohort.manifest import SlideEntry
 from gigapath.cohort.privacy import redact
+from gigapath.cohort.run import CohortRun
 from gigapath.cohort.status import Status, read_status
-from gigapath.encoding import EncoderError
+from gigapath.cohort.worker import Agenda, WorkerProcess
+from gigapath.embedding import spreading
+from gigapath.embedding.options import RunOptions
+from gigapath.embedding.slide_encoding import EncoderError
 from gigapath.files import OutputError, atomic_file, remove_abandoned, writer_name
-from gigapath.runs import crew, ray_engine, spreading
-from gigapath.runs.crew import Lost, News, Ready, Report, Spread
-from gigapath.runs.engine import CohortRun
-from gigapath.runs.options import RunOptions
-from gigapath.runs.worker import Agenda, WorkerProcess
 from gigapath.signals import StopFlag, Stopped
 
 
@@ -231,7 +233,7 @@ def test_a_run_counts_retries_and_ends_by_what_its_crew_brings(tmp_path: Path, m
 
 
 def crew_plan(slides: int) -> Any:
-    from gigapath.runs.watching import Plan
+    from gigapath.cohort.run import Plan
 
     return Plan(("made",), slides, 0)
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from tiny_encoders import WIDTH, tiny_longnet, tiny_slide_encoder, tiny_tile_encoder
 
-from gigapath.encoding import (
+from gigapath.embedding.slide_encoding import (
     EncoderError,
     encode_padded,
     load_slide_encoder,

@@ -17,10 +17,10 @@ from made_slides import paint_tissue, write_large, write_pyramid
 
 import gigapath
 from gigapath.cli.main import main
+from gigapath.embedding.options import EmbedOptions, RunOptions
+from gigapath.embedding.run import run_embed
 from gigapath.features import read_features, read_slide, read_tiles
 from gigapath.preprocessing.reading import resample
-from gigapath.runs.embedding import run_embed
-from gigapath.runs.options import EmbedOptions, RunOptions
 
 REPOSITORY = Path(__file__).parent.parent
 
@@ -228,11 +228,11 @@ sys.path.insert(0, "tests")
 from pathlib import Path
 import cv2, torch
 from tiny_encoders import tiny_tile_encoder
-import gigapath.runs.embed_job as embed_job
-import gigapath.runs.embedding as embedding
+import gigapath.embedding.job as embed_job
+import gigapath.embedding.run as embedding
 import gigapath.embedding.batches as vectors
-from gigapath.runs.options import EmbedOptions, RunOptions
-from gigapath.runs.watching import Watcher
+from gigapath.embedding.options import EmbedOptions, RunOptions
+from gigapath.cohort.run import Watcher
 from gigapath.tile_encoder import TileEncoder
 cv2.setNumThreads(1)
 embedding.available_cores = embed_job.available_cores = lambda: 1  # of those that OpenMP was told of

@@ -20,15 +20,15 @@ from gigapath.check import CheckOptions
 from gigapath.check.run import check_file
 from gigapath.check.slides import SlideCheck
 from gigapath.cli.main import main
+from gigapath.cohort.run import Plan, Watcher
+from gigapath.embedding.options import EmbedOptions, RunOptions
+from gigapath.embedding.run import run_embed
 from gigapath.features import Tiles, read_features
 from gigapath.methods import methods
 from gigapath.preprocessing.reading import filter_name, filter_of
 from gigapath.preprocessing.slide import SlideError, open_slide
 from gigapath.preprocessing.tiff import TiffLevel
 from gigapath.preprocessing.tiling import TileOptions
-from gigapath.runs.embedding import run_embed
-from gigapath.runs.options import EmbedOptions, RunOptions
-from gigapath.runs.watching import Plan, Watcher
 
 Image = npt.NDArray[np.uint8]
 
@@ -211,10 +211,10 @@ def test_corrupt_jpeg_is_the_same_error(tmp_path: Path) -> None:
 @pytest.fixture
 def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     """A tiny encoder under every name, and no pictures."""
-    monkeypatch.setattr("gigapath.runs.tiling.preview_picture", lambda _, overview: overview)
-    monkeypatch.setattr("gigapath.runs.tiling.write_preview", lambda *_, **__: None)
+    monkeypatch.setattr("gigapath.embedding.tiling.preview_picture", lambda _, overview: overview)
+    monkeypatch.setattr("gigapath.embedding.tiling.write_preview", lambda *_, **__: None)
     monkeypatch.setattr("gigapath.cohort.sheet.contact_sheet", lambda *_, **__: None)
-    for where in ("gigapath.runs.embedding", "gigapath.check.slides"):
+    for where in ("gigapath.embedding.run", "gigapath.check.slides"):
         monkeypatch.setattr(f"{where}.load_tile_encoder", lambda *_, **__: tiny_tile_encoder())
 
 

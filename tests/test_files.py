@@ -300,7 +300,7 @@ def test_an_output_folder_that_is_a_file_is_one_sentence(
     from gigapath.cli.main import main
     from gigapath.features import TileEmbeddingsWriter
 
-    monkeypatch.setattr("gigapath.runs.embedding.load_tile_encoder", lambda *_, **__: tiny_tile_encoder())
+    monkeypatch.setattr("gigapath.embedding.run.load_tile_encoder", lambda *_, **__: tiny_tile_encoder())
     run, out = tmp_path / "run", tmp_path / "taken"
     out.write_text("a file of the user's")
     write_pyramid(tmp_path / "s.tif", paint_tissue(700, 500), mpp=(0.5, 0.5), steps=(1,))

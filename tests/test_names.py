@@ -32,7 +32,7 @@ SMALL = ["--tile-size", "64", "--workers", "0"]
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gigapath.runs.embedding.load_tile_encoder", lambda *_, **__: mean_colour_encoder())
+    monkeypatch.setattr("gigapath.embedding.run.load_tile_encoder", lambda *_, **__: mean_colour_encoder())
 
 
 @pytest.fixture(scope="module")

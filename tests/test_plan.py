@@ -11,11 +11,9 @@ from made_slides import paint_tissue, write_pyramid
 
 from gigapath.cli.main import main
 from gigapath.cohort.manifest import SlideEntry
-from gigapath.cohort.suspects import identical_files, odd_id, stratified
-from gigapath.cohort.tiff import missing_bytes
+from gigapath.embedding.preflight import identical_files, missing_bytes, odd_id, stratified, survey
 from gigapath.preprocessing.slide import Slide
 from gigapath.preprocessing.tiling import TileOptions
-from gigapath.runs.surveying import survey
 
 
 @pytest.fixture(scope="module")

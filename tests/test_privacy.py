@@ -66,7 +66,7 @@ def run_over_canaries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         f'"{CANARY}.svs",s6,"{CANARY} no such mask.geojson"',
     ]
     manifest.write_text("\n".join(["path,slide_id,mask", *rows]) + "\n")
-    monkeypatch.setattr("gigapath.runs.embedding.load_tile_encoder", lambda *_, **__: tiny_tile_encoder())
+    monkeypatch.setattr("gigapath.embedding.run.load_tile_encoder", lambda *_, **__: tiny_tile_encoder())
     monkeypatch.chdir(folder)  # the current folder is a path too
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     out = tmp_path / "out"
@@ -133,7 +133,7 @@ def test_pseudonyms_leave_no_name_outside_private(tmp_path: Path, monkeypatch: p
     manifest = tmp_path / "cohort.csv"
     rows = [f'"scans/{CANARY}.svs",{CANARY[:3]}-7,north,"{CANARY}"', f'"scans/{CANARY} broken.svs",{CANARY[:3]}-7,,']
     manifest.write_text("\n".join(["path,patient_id,site,remark", *rows]) + "\n")
-    monkeypatch.setattr("gigapath.runs.embedding.load_tile_encoder", lambda *_, **__: tiny_tile_encoder())
+    monkeypatch.setattr("gigapath.embedding.run.load_tile_encoder", lambda *_, **__: tiny_tile_encoder())
     out = tmp_path / "out"
     words = [str(manifest), "--out", str(out), "--pseudonymise", str(key), "--tissue", str(masks)]
     assert main(["tile", *words, *SMALL[:4]]) == 3

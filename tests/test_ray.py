@@ -21,14 +21,13 @@ from made_slides import make_slides, paint_tissue, write_pyramid
 from mean_colour import run_mean_colours
 
 from gigapath.cohort.manifest import SlideEntry
+from gigapath.cohort.run import CohortRun, Outcome, Plan, RunResult, Watcher
 from gigapath.cohort.status import Status
+from gigapath.cohort.worker import Agenda
+from gigapath.embedding.options import EmbedOptions, RunOptions
+from gigapath.embedding.spreading import spread_tiling
+from gigapath.embedding.tiling import run_tile
 from gigapath.preprocessing.tiling import TileOptions
-from gigapath.runs.engine import CohortRun, Outcome, RunResult
-from gigapath.runs.options import EmbedOptions, RunOptions
-from gigapath.runs.spreading import spread_tiling
-from gigapath.runs.tiling import run_tile
-from gigapath.runs.watching import Plan, Watcher
-from gigapath.runs.worker import Agenda
 
 pytestmark = [
     pytest.mark.slow,
@@ -286,8 +285,8 @@ def test_a_signal_stops_the_run_and_the_next_one_goes_on(
 
 
 def test_the_standin_s_embeddings_are_equal_to_the_last_bit(cluster: Any, tmp_path: Path) -> None:
+    from gigapath.embedding.run import run_embed
     from gigapath.features import read_features
-    from gigapath.runs.embedding import run_embed
 
     (tmp_path / "slides").mkdir()
     for number in range(4):

@@ -10,8 +10,8 @@ from tiny_encoders import tiny_tile_encoder
 from gigapath.cli.main import main
 from gigapath.cohort.privacy import recorded_paths
 from gigapath.cohort.removal import remove_slide
-from gigapath.runs.options import RunOptions
-from gigapath.runs.tiling import run_tile
+from gigapath.embedding.options import RunOptions
+from gigapath.embedding.tiling import run_tile
 
 SMALL = ["--tile-size", "64", "--workers", "0"]
 
@@ -32,7 +32,7 @@ def out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     slides.mkdir()
     for seed, name in enumerate(("QXZ7", "QXZ7-b", "other")):
         write_pyramid(slides / f"{name}.tif", paint_tissue(500, 400, seed=seed), mpp=(0.5, 0.5), steps=(1,))
-    monkeypatch.setattr("gigapath.runs.embedding.load_tile_encoder", lambda *_, **__: tiny_tile_encoder())
+    monkeypatch.setattr("gigapath.embedding.run.load_tile_encoder", lambda *_, **__: tiny_tile_encoder())
     out = tmp_path / "out"
     embed = ["embed", str(slides), "--out", str(out), *SMALL, "--tile-encoder", "standin", "--device", "cpu"]
     assert main(embed) == 0

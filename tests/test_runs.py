@@ -22,20 +22,19 @@ from tiny_encoders import WIDTH, tiny_slide_encoder, tiny_tile_encoder
 import gigapath
 from gigapath.cli.main import main
 from gigapath.cohort.manifest import SlideEntry
+from gigapath.cohort.run import Plan, RunResult, Watcher
+from gigapath.embedding.options import EmbedOptions, RunOptions, SlideEmbedOptions
 from gigapath.embedding.passes import PlainPass
+from gigapath.embedding.run import run_embed
 from gigapath.embedding.settling import Settled
-from gigapath.encoding import EncoderError, load_slide_encoder
+from gigapath.embedding.slide_embedding import run_slide_embed
+from gigapath.embedding.slide_encoding import EncoderError, load_slide_encoder
+from gigapath.embedding.tiling import run_tile, tiles_identity
 from gigapath.features import read_features, read_slide, read_slides, read_tiles
 from gigapath.files import OutputError
 from gigapath.preprocessing.reading import TileReader
 from gigapath.preprocessing.slide import SlideError, open_slide
 from gigapath.preprocessing.tiling import TileOptions
-from gigapath.runs.embedding import run_embed
-from gigapath.runs.engine import RunResult
-from gigapath.runs.options import EmbedOptions, RunOptions, SlideEmbedOptions
-from gigapath.runs.slide_embedding import run_slide_embed
-from gigapath.runs.tiling import run_tile, tiles_identity
-from gigapath.runs.watching import Plan, Watcher
 
 TILE = 64  # small tiles: many of them on small slides
 TILING = TileOptions(tile_size=TILE)
@@ -83,8 +82,8 @@ def tiny(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> dic
     """The tiny encoders under every name; what the test puts into the dict changes the tile encoder."""
     changes: dict[str, Any] = {}
     if "pictures" not in request.fixturenames:
-        monkeypatch.setattr("gigapath.runs.tiling.preview_picture", lambda _, overview: overview)
-        monkeypatch.setattr("gigapath.runs.tiling.write_preview", lambda *_, **__: None)
+        monkeypatch.setattr("gigapath.embedding.tiling.preview_picture", lambda _, overview: overview)
+        monkeypatch.setattr("gigapath.embedding.tiling.write_preview", lambda *_, **__: None)
         monkeypatch.setattr("gigapath.cohort.sheet.contact_sheet", lambda *_, **__: None)
 
     def load(name: str, **_: Any) -> Any:
@@ -93,9 +92,9 @@ def tiny(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> dic
     def load_slide(name: str, **given: Any) -> Any:
         return tiny_slide_encoder(given["in_chans"]) if name == "tinynet" else load_slide_encoder(name, **given)
 
-    monkeypatch.setattr("gigapath.runs.embedding.load_tile_encoder", load)
-    monkeypatch.setattr("gigapath.runs.embedding.load_slide_encoder", load_slide)
-    monkeypatch.setattr("gigapath.runs.slide_embedding.load_slide_encoder", load_slide)
+    monkeypatch.setattr("gigapath.embedding.run.load_tile_encoder", load)
+    monkeypatch.setattr("gigapath.embedding.run.load_slide_encoder", load_slide)
+    monkeypatch.setattr("gigapath.embedding.slide_embedding.load_slide_encoder", load_slide)
     return changes
 
 
@@ -389,7 +388,7 @@ def test_tiles_of_earlier_numerics_are_not_joined_by_others_unasked(
 ) -> None:
     a, b = slides / "a.tif", slides / "b.tif"
     with monkeypatch.context() as before:
-        before.setattr("gigapath.runs.tiling.TILES_NUMERICS_VERSION", 1)
+        before.setattr("gigapath.embedding.tiling.TILES_NUMERICS_VERSION", 1)
         run_tile([a], tmp_path, tiling=TILING)
     made = (tmp_path / "tiles" / "a.h5").stat().st_mtime_ns
     for run in (lambda: run_tile([b], tmp_path, tiling=TILING), lambda: embed(b, tmp_path)):
@@ -480,7 +479,7 @@ def test_batch_that_the_memory_does_not_hold_is_halved_and_recorded(
         return encoder
 
     embed(slides / "a.tif", tmp_path / "small", batch_size=8)
-    monkeypatch.setattr("gigapath.runs.embedding.load_tile_encoder", load)
+    monkeypatch.setattr("gigapath.embedding.run.load_tile_encoder", load)
     monkeypatch.setattr("gigapath.embedding.settling._OUT_OF_MEMORY", ("cpu",))
     notes = Notes()
     result = embed(slides / "a.tif", tmp_path / "out", batch_size=None, watch=notes)
@@ -588,7 +587,7 @@ def test_slide_embed_refuses_features_of_another_encoder_than_the_pairs(
 ) -> None:
     embed(slides / "a.tif", tmp_path)
     monkeypatch.setattr(
-        "gigapath.runs.slide_embedding.load_slide_encoder",
+        "gigapath.embedding.slide_embedding.load_slide_encoder",
         lambda *_, **given: tiny_slide_encoder(given["in_chans"], tile_encoder="gigapath"),
     )
     with pytest.raises(ValueError, match="expected embeddings of its own tile encoder, gigapath, got those of 'tiny'"):
@@ -767,7 +766,7 @@ def test_encoder_that_fails_ends_the_run_and_leaves_no_half_file(
             raise RuntimeError("device lost")
 
     encoder.model.register_forward_pre_hook(fail)
-    monkeypatch.setattr("gigapath.runs.embedding.load_tile_encoder", lambda *_, **__: encoder)
+    monkeypatch.setattr("gigapath.embedding.run.load_tile_encoder", lambda *_, **__: encoder)
     with pytest.raises(EncoderError, match="tiny failed on cpu: device lost"):
         embed(slides, tmp_path)
     assert list((tmp_path / "features_tiny").iterdir()) == []
@@ -778,7 +777,7 @@ def test_encoder_that_fails_ends_the_run_and_leaves_no_half_file(
 def test_an_error_that_nobody_foresaw_fails_its_slide_alone(
     slides: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import gigapath.runs.tiling as tiling
+    import gigapath.embedding.tiling as tiling
 
     real = tiling.plan_tiles
 
@@ -825,7 +824,7 @@ def test_plan_tells_tiles_bytes_time_and_ways_out_of_a_long_one(
     assert "hundred times as fast" not in text
     assert not notes.plans[0].exact
     slow = Settled((PlainPass(tiny_tile_encoder()),), False, 0.001, ("plain",))
-    monkeypatch.setattr("gigapath.runs.embedding.settle", lambda *_, **__: slow)
+    monkeypatch.setattr("gigapath.embedding.run.settle", lambda *_, **__: slow)
     embed(slides, tmp_path, watch=notes, overwrite="features")
     text = "\n".join(notes.plans[1].lines)
     assert notes.plans[1].exact

@@ -13,11 +13,11 @@ import torch
 from killed_runs import differences, make_slides
 
 from gigapath import devices, machine
+from gigapath.cohort.run import RunResult
+from gigapath.embedding.options import EmbedOptions, RunOptions
+from gigapath.embedding.run import run_embed
 from gigapath.files import OutputError
 from gigapath.preprocessing.tiling import TileOptions
-from gigapath.runs.embedding import run_embed
-from gigapath.runs.engine import RunResult
-from gigapath.runs.options import EmbedOptions, RunOptions
 
 
 @pytest.fixture(scope="module")

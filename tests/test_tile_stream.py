@@ -14,11 +14,11 @@ from tiny_encoders import WIDTH, tiny_tile_encoder
 from torch import Tensor, nn
 
 from gigapath.devices import reproducible, resolve_devices
-from gigapath.embedding.batches import BusyTimes, bottleneck
 from gigapath.embedding.passes import PlainPass, choose_pass
 from gigapath.embedding.settling import fitting_batch_size, settle
+from gigapath.embedding.slide_encoding import EncoderError, OutOfMemory, encode_padded
 from gigapath.embedding.stream import TileStream
-from gigapath.encoding import EncoderError, OutOfMemory, encode_padded
+from gigapath.embedding.times import StageTimes, bottleneck
 from gigapath.preprocessing.places import Take, fill_places
 from gigapath.standin import weights_file
 from gigapath.tile_encoder import TileEncoder, load_tile_encoder
@@ -490,7 +490,7 @@ def test_switches_of_the_process_are_put_back_by_the_last_thread() -> None:
 
 
 def test_busy_shares_name_the_stage_that_the_others_wait_for() -> None:
-    busy = BusyTimes({"read": 1, "encode": 2})
+    busy = StageTimes({"read": 1, "encode": 2})
     busy.add("read", 5.0)
     before = busy.snapshot()
     with busy.working("encode"):

@@ -17,10 +17,11 @@ from made_release import SLIDE_ARCH, WIDTH, made_release, record_demo
 from made_slides import paint_tissue, write_pyramid
 from PIL import Image
 
-from gigapath import encoding, slide_encoder
+from gigapath import slide_encoder
 from gigapath.cli.main import main
 from gigapath.downloads import RELEASES
-from gigapath.encoding import encode_padded
+from gigapath.embedding import slide_encoding as encoding
+from gigapath.embedding.slide_encoding import encode_padded
 from gigapath.files import sha256_of
 from gigapath.preprocessing.slide import open_slide
 from gigapath.preprocessing.tiling import plan_tiles

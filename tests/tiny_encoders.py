@@ -4,7 +4,7 @@ import mean_colour
 import torch
 from torch import Tensor, nn
 
-from gigapath.encoding import SlideEncoder
+from gigapath.embedding.slide_encoding import SlideEncoder
 from gigapath.slide_encoder import LongNetViT
 from gigapath.tile_encoder import TileEncoder
 from gigapath.tile_transform import TileTransform

@@ -18,20 +18,20 @@ from torch import Tensor
 
 from gigapath.bench.protocol import Work, compare
 from gigapath.cohort.manifest import SlideEntry
+from gigapath.cohort.run import CohortRun
 from gigapath.devices import resolve_device, resolve_precision
 from gigapath.downloads import download
+from gigapath.embedding.job import EmbedJob
+from gigapath.embedding.options import RunOptions
 from gigapath.embedding.passes import choose_pass
+from gigapath.embedding.run import default_batch_size
 from gigapath.embedding.settling import Settled
-from gigapath.encoding import encode_padded
+from gigapath.embedding.slide_encoding import encode_padded
+from gigapath.embedding.slides import open_entry
 from gigapath.features import Tiles, write_tiles
 from gigapath.options import check_options, option
 from gigapath.preprocessing.reading import iter_tiles
 from gigapath.preprocessing.tiling import TileOptions, plan_tiles
-from gigapath.runs.embed_job import EmbedJob
-from gigapath.runs.embedding import default_batch_size
-from gigapath.runs.engine import CohortRun
-from gigapath.runs.entries import open_entry
-from gigapath.runs.options import RunOptions
 from gigapath.tile_encoder import TileEncoder, load_tile_encoder
 
 ENCODER_BAR, READER_BAR = 0.93, 0.85

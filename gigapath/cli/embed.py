@@ -4,8 +4,8 @@ import argparse
 
 from gigapath.cli.arguments import add_json, add_options, options_from
 from gigapath.cli.progress import Terminal
+from gigapath.embedding.options import EmbedOptions, RunOptions
 from gigapath.preprocessing.tiling import TileOptions
-from gigapath.runs.options import EmbedOptions, RunOptions
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,7 +26,7 @@ def run(namespace: argparse.Namespace) -> int:
     tiling = options_from(namespace, TileOptions)
     embedding = options_from(namespace, EmbedOptions)
     options = options_from(namespace, RunOptions)
-    from gigapath.runs.embedding import run_embed  # torch takes seconds: a wrong word is told before
+    from gigapath.embedding.run import run_embed  # torch takes seconds: a wrong word is told before
 
     with Terminal("tile", machine=namespace.json) as watch:
         result = run_embed(

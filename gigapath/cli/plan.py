@@ -11,8 +11,8 @@ from gigapath.cli.main import EXIT_FAILED_SLIDES
 from gigapath.cli.progress import Terminal
 from gigapath.cohort.progress import failures_by_kind
 from gigapath.downloads import RELEASES
+from gigapath.embedding.preflight import Survey, SurveyOptions, run_pilot, survey
 from gigapath.preprocessing.tiling import TileOptions
-from gigapath.runs.surveying import Survey, SurveyOptions, run_pilot, survey
 from gigapath.text import in_bytes, in_words, rounded, slides_in_words
 
 _SHOWN = 10
@@ -41,7 +41,7 @@ def run(namespace: argparse.Namespace) -> int:
         failed = watch.report(result) != 0
     rate, source = options.tiles_per_second, "stated"
     if rate is None and options.tile_encoder is not None:
-        from gigapath.runs.embedding import measure_encoder  # torch takes seconds: the headers are told without it
+        from gigapath.embedding.run import measure_encoder  # torch takes seconds: the headers are told without it
 
         rate, source = (
             measure_encoder(options.tile_encoder, options.device),

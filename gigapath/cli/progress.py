@@ -8,9 +8,8 @@ from typing import Any, TextIO
 from tqdm import tqdm
 
 from gigapath.cli.main import EXIT_FAILED_SLIDES, EXIT_STOPPED
-from gigapath.embedding.batches import bottleneck
-from gigapath.runs.engine import RunResult
-from gigapath.runs.watching import Plan, Watcher
+from gigapath.cohort.run import Plan, RunResult, Watcher
+from gigapath.embedding.times import bottleneck
 from gigapath.text import in_words, tiles_in_words
 
 EXIT_STATUS = {"done": 0, "some slides failed": EXIT_FAILED_SLIDES, "stopped": EXIT_STOPPED}

@@ -5,9 +5,9 @@ from pathlib import Path
 
 from gigapath.cli.arguments import add_json, add_options, options_from
 from gigapath.cli.progress import Terminal
+from gigapath.embedding.options import KeepOptions, SlideEmbedOptions
 from gigapath.features import export_table
 from gigapath.features.tables import TABLE_FORMATS
-from gigapath.runs.options import KeepOptions, SlideEmbedOptions
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,7 +34,7 @@ def run(namespace: argparse.Namespace) -> int:
         raise ValueError(f"--to: expected the name of one vector a slide, got --embedding {embedding.embedding}.")
     if namespace.to and Path(namespace.to).suffix not in TABLE_FORMATS:
         raise ValueError(f"--to: expected a file ending in {', '.join(TABLE_FORMATS)}, got {namespace.to!r}.")
-    from gigapath.runs.slide_embedding import run_slide_embed  # torch takes seconds: a wrong word is told before
+    from gigapath.embedding.slide_embedding import run_slide_embed  # torch takes seconds: a wrong word is told before
 
     with Terminal("slide", machine=namespace.json) as watch:
         result = run_slide_embed(

@@ -4,9 +4,9 @@ import argparse
 
 from gigapath.cli.arguments import add_json, add_options, options_from
 from gigapath.cli.progress import Terminal
+from gigapath.embedding.options import RunOptions
+from gigapath.embedding.tiling import run_tile
 from gigapath.preprocessing.tiling import TileOptions
-from gigapath.runs.options import RunOptions
-from gigapath.runs.tiling import run_tile
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 from torch import Tensor
 
 from gigapath.embedding.passes import Pass, PlainPass, Vectors, choose_pass, made_batch
-from gigapath.encoding import OutOfMemory, encoder_failures
+from gigapath.embedding.slide_encoding import OutOfMemory, encoder_failures
 from gigapath.tile_encoder import TileEncoder
 
 # A first call includes what is done once (memory, kernels); a slow one is believed all the same.

@@ -16,9 +16,10 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 from gigapath.devices import at_most_threads
-from gigapath.embedding.batches import Batch, Batches, BusyTimes, Closed, SlideVectors, Source, Waiting
+from gigapath.embedding.batches import Batch, Batches, Closed, SlideVectors, Source, Waiting
 from gigapath.embedding.passes import Pass, Vectors
-from gigapath.encoding import encoder_failures
+from gigapath.embedding.slide_encoding import encoder_failures
+from gigapath.embedding.times import StageTimes
 
 # Slides that are prepared and wait for the reader.
 _PLANNED = 1
@@ -51,7 +52,7 @@ class TileStream:
         cores: int | None = None,
         check: Callable[[], None] = lambda: None,
     ) -> None:
-        self.busy = BusyTimes({"plan": 1, "read": readers, "encode": len(passes), "write": 1, "slides": 1})
+        self.busy = StageTimes({"plan": 1, "read": readers, "encode": len(passes), "write": 1, "slides": 1})
         self._passes = passes
         self._batch_size = batch_size
         self._across = across

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from gigapath.encoding import SlideEncoder
+from gigapath.embedding.slide_encoding import SlideEncoder
 from gigapath.features import TileEmbeddings
 from gigapath.file_names import plain_name
 from gigapath.finetune.data import Bag

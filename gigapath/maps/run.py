@@ -15,7 +15,8 @@ from gigapath.cohort.manifest import SlideEntry, find_slides
 from gigapath.cohort.privacy import recorded_paths, without_paths
 from gigapath.devices import resolve_device
 from gigapath.downloads import RELEASES
-from gigapath.encoding import SlideEncoder, load_slide_encoder, usual_slide_encoder
+from gigapath.embedding.slide_embedding import find_features
+from gigapath.embedding.slide_encoding import SlideEncoder, load_slide_encoder, usual_slide_encoder
 from gigapath.evaluation.plots import plotting_available
 from gigapath.features import FeatureFileError, TileEmbeddings, read_features
 from gigapath.files import OutputError, check_writable
@@ -32,7 +33,6 @@ from gigapath.maps.making import ChosenTile, Maker
 from gigapath.maps.options import HEAD_KINDS, MapOptions
 from gigapath.preprocessing.preview import preview_picture
 from gigapath.preprocessing.slide import Overview, SlideError, open_slide
-from gigapath.runs.slide_embedding import find_features
 from gigapath.tensors import read_tensor
 
 SCOPES = {"all": "range over all slides given", "slide": "range of this slide"}

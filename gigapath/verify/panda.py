@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from gigapath.downloads import release_of
-from gigapath.encoding import encode_padded
+from gigapath.embedding.slide_encoding import encode_padded
 from gigapath.features import Tiles, read_features
 from gigapath.preprocessing.slide import Slide, SlideError, open_slide
 from gigapath.preprocessing.tiling import TileOptions, plan_tiles

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from gigapath.encoding import pooled_states
+from gigapath.embedding.slide_encoding import pooled_states
 from gigapath.slide_encoder import LongNetViT
 from gigapath.verify.report import FAILED, PASSED, Array, Check, distance
 

@@ -11,8 +11,10 @@ import numpy as np
 
 from gigapath.cohort.manifest import SlideEntry
 from gigapath.cohort.reuse import digest, finished
+from gigapath.cohort.run import CohortRun, Outcome
 from gigapath.cohort.status import Status
-from gigapath.encoding import SlideEncoder, mean_of_rows
+from gigapath.embedding.options import KeepOptions
+from gigapath.embedding.slide_encoding import SlideEncoder, mean_of_rows
 from gigapath.features import (
     SLIDE_NUMERICS_VERSION,
     SlideEmbeddings,
@@ -24,8 +26,6 @@ from gigapath.features import (
 from gigapath.features.data import Array
 from gigapath.features.h5 import open_h5, read_attrs
 from gigapath.features.ours import open_ours, stage_of
-from gigapath.runs.engine import CohortRun, Outcome
-from gigapath.runs.options import KeepOptions
 from gigapath.tensors import read_tensor
 
 # What a slide's file repeats of its tile embeddings.

@@ -6,21 +6,20 @@ from pathlib import Path
 
 from gigapath.cohort.manifest import SlideEntry
 from gigapath.cohort.reuse import check_unmixed
+from gigapath.cohort.run import CohortRun, Plan, RunResult, Watcher
 from gigapath.cohort.status import Status, read_status
 from gigapath.devices import at_most_threads
 from gigapath.downloads import RELEASES
-from gigapath.encoding import SlideEncoder, load_slide_encoder, usual_slide_encoder
+from gigapath.embedding.options import KeepOptions, SlideEmbedOptions
+from gigapath.embedding.slide_encoding import SlideEncoder, load_slide_encoder, usual_slide_encoder
+from gigapath.embedding.slide_stage import SlideStage, describe_features, slides_folder
+from gigapath.embedding.slides import only_failed
 from gigapath.features import FeatureFileError
 from gigapath.features.reading import feature_files
 from gigapath.file_names import name_problem, one_line, plain_name, quoted_name
 from gigapath.files import real_path, sha256_of
 from gigapath.machine import available_cores
 from gigapath.options import to_dict
-from gigapath.runs.engine import CohortRun, RunResult
-from gigapath.runs.entries import only_failed
-from gigapath.runs.options import KeepOptions, SlideEmbedOptions
-from gigapath.runs.slide_stage import SlideStage, describe_features, slides_folder
-from gigapath.runs.watching import Plan, Watcher
 from gigapath.signals import StopFlag
 from gigapath.text import slides_in_words
 

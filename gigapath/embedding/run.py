@@ -10,24 +10,23 @@ import torch
 from gigapath.cohort.manifest import SlideEntry, find_slides
 from gigapath.cohort.privacy import recorded_paths
 from gigapath.cohort.reuse import check_same_tiles, check_unmixed, differences
+from gigapath.cohort.run import CohortRun, Plan, RunResult, Watcher
 from gigapath.cohort.status import read_statuses
+from gigapath.cohort.worker import Agenda
 from gigapath.devices import at_most_threads, resolve_devices
 from gigapath.downloads import RELEASES
+from gigapath.embedding.estimate import estimate_tiles
+from gigapath.embedding.job import EmbedJob
+from gigapath.embedding.options import EmbedOptions, RunOptions
 from gigapath.embedding.settling import fitting_batch_size, settle
-from gigapath.encoding import SlideEncoder, load_slide_encoder
+from gigapath.embedding.slide_encoding import SlideEncoder, load_slide_encoder
+from gigapath.embedding.slide_stage import SlideStage, slides_folder
+from gigapath.embedding.slides import check_names, check_tissue, chosen, named, share_in_words
+from gigapath.embedding.tiling import tiling_identities, write_contact_sheet
 from gigapath.features import TILES_NUMERICS_VERSION
 from gigapath.machine import available_cores
 from gigapath.options import to_dict
 from gigapath.preprocessing.tiling import TileOptions
-from gigapath.runs.embed_job import EmbedJob
-from gigapath.runs.engine import CohortRun, RunResult
-from gigapath.runs.entries import check_names, check_tissue, chosen, named, share_in_words
-from gigapath.runs.options import EmbedOptions, RunOptions
-from gigapath.runs.planning import estimate_tiles
-from gigapath.runs.slide_stage import SlideStage, slides_folder
-from gigapath.runs.tiling import tiling_identities, write_contact_sheet
-from gigapath.runs.watching import Plan, Watcher
-from gigapath.runs.worker import Agenda
 from gigapath.signals import StopFlag
 from gigapath.slide_encoder import WEIGHTS_FILE
 from gigapath.text import in_bytes, in_words, slides_in_words, tiles_in_words
@@ -130,7 +129,7 @@ def _prepare(
 
 def _over_ray(run: CohortRun, tiling: TileOptions, embedding: EmbedOptions, options: RunOptions) -> RunResult:
     """The run by workers elsewhere, each with encoders of its own."""
-    from gigapath.runs.spreading import spread_embedding  # its own machinery, where it is asked for
+    from gigapath.embedding.spreading import spread_embedding  # its own machinery, where it is asked for
 
     if embedding.devices is not None or embedding.device not in ("auto", "cpu", "cuda"):
         raise ValueError(

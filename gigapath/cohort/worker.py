@@ -12,12 +12,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from gigapath.cohort.crew import Report
 from gigapath.cohort.manifest import SlideEntry
+from gigapath.cohort.run import CohortRun, Plan, Watcher
 from gigapath.cohort.status import Status
 from gigapath.files import writer_name
-from gigapath.runs.crew import Report
-from gigapath.runs.engine import CohortRun
-from gigapath.runs.watching import Plan, Watcher
 from gigapath.signals import StopFlag, Stopped
 
 

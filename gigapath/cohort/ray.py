@@ -19,12 +19,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gigapath.cohort.crew import PATIENCE_SECONDS, Lost, News, Ready, Report
 from gigapath.cohort.manifest import SlideEntry
+from gigapath.cohort.run import CohortRun
+from gigapath.cohort.worker import Agenda, Hello, Work, WorkerProcess
 from gigapath.files import remove_abandoned
 from gigapath.machine import available_cores
-from gigapath.runs.crew import PATIENCE_SECONDS, Lost, News, Ready, Report
-from gigapath.runs.engine import CohortRun
-from gigapath.runs.worker import Agenda, Hello, Work, WorkerProcess
 
 _CONNECT_SECONDS = 5.0
 _PROGRESS_SECONDS = 1.0

@@ -1,31 +1,210 @@
-"""`survey`: what a cohort is made of and what it will cost, from the slides' headers alone; `run_pilot` tiles a few."""
+"""`survey`: what a cohort is made of and what it will cost, from the slides' headers alone; `run_pilot` tiles a few.
+
+Also what is odd about a list of slides before any is opened (the same file twice, ids that may name people), and
+whether a TIFF file is as long as its own directory says (TIFF 6.0, BigTIFF; no tile is read).
+"""
 
 import contextlib
+import hashlib
 import math
+import re
+import struct
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
+
+import numpy as np
+import numpy.typing as npt
 
 from gigapath.cohort.manifest import SlideEntry, find_slides, id_problems
 from gigapath.cohort.privacy import without_paths
+from gigapath.cohort.run import RunResult, Watcher
 from gigapath.cohort.status import FINISHED
-from gigapath.cohort.suspects import identical_files, odd_id, stratified
-from gigapath.cohort.tiff import missing_bytes
 from gigapath.downloads import RELEASES
+from gigapath.embedding.estimate import TISSUE_SHARE
+from gigapath.embedding.options import RunOptions
+from gigapath.embedding.slides import open_entry
+from gigapath.embedding.tiling import tile_cohort
+from gigapath.files import sha256_of
 from gigapath.machine import available_cores
 from gigapath.options import check_options, option
 from gigapath.preprocessing.grid import plan_grid
 from gigapath.preprocessing.slide import SAME_SCALE, Slide, SlideError
 from gigapath.preprocessing.tiling import TileOptions
-from gigapath.runs.engine import RunResult
-from gigapath.runs.entries import open_entry
-from gigapath.runs.options import RunOptions
-from gigapath.runs.planning import TISSUE_SHARE
-from gigapath.runs.tiling import tile_cohort
-from gigapath.runs.watching import Watcher
+
+_PIECE_BYTES = 1 << 16
+_YEAR = r"(?:19|20)\d\d"
+_MONTH, _DAY = r"(?:0?[1-9]|1[0-2])", r"(?:0?[1-9]|[12]\d|3[01])"
+_DATES = (
+    rf"(?<!\d){_YEAR}[-._ /]{_MONTH}[-._ /]{_DAY}(?!\d)",
+    rf"(?<!\d){_DAY}[-._ /]{_MONTH}[-._ /]{_YEAR}(?!\d)",
+    rf"(?<!\d){_MONTH}[-._ /]{_DAY}[-._ /]{_YEAR}(?!\d)",
+    r"(?<!\d)(?:19|20)\d\d(?:0[1-9]|1[0-2])(?:0[1-9]|[12]\d|3[01])(?!\d)",
+)
+# Two words of three letters or more, with a comma, space or underscore between: "Doe, Jane", "DOE_JANE", "jane doe".
+_TWO_WORDS = re.compile(r"(?<![^\W_])([^\W\d_]{3,})(?:, ?|[ _]|, )([^\W\d_]{3,})(?![^\W_])")
+_NO_NAMES = frozenset(
+    word
+    for line in (
+        "slide slides scan image img case sample specimen section block level left right top bottom region small large",
+        "tumor tumour normal benign malignant cancer carcinoma biopsy resection core tissue stain stained hematoxylin",
+        "eosin test train val demo copy new old final original patient series batch site center centre set control",
+        "positive negative lung liver breast colon skin brain kidney prostate lymph node gastric and with plain ink",
+        "mpp low power high part piece page label macro whole mount frozen diagnostic",
+    )
+    for word in line.split()
+)
+
+
+def odd_id(slide_id: str) -> str | None:
+    """ "a date" or "a name" where an id looks like one, else None; a guess, for a person to judge."""
+    if any(re.search(form, slide_id) for form in _DATES):
+        return "a date"
+    for first, second in _TWO_WORDS.findall(slide_id):
+        if not {first.lower(), second.lower()} & _NO_NAMES:
+            return "a name"
+    return None
+
+
+def identical_files(entries: Iterable[SlideEntry]) -> list[tuple[str, ...]]:
+    """Ids of slides whose files are the same to the last byte, sorted; each group once.
+
+    Sizes are compared first, then three pieces of the files of equal size, and only then whole files.
+    """
+    groups: list[tuple[str, ...]] = []
+    regular = (entry for entry in entries if entry.path.is_file())  # reading a pipe would wait for ever
+    for of_size in _alike(regular, lambda path: path.stat().st_size):
+        for of_pieces in _alike(of_size, _pieces):
+            real = {entry.path.resolve() for entry in of_pieces}
+            same = [of_pieces] if len(real) == 1 else _alike(of_pieces, sha256_of)
+            groups += [tuple(sorted(entry.slide_id for entry in group)) for group in same]
+    return sorted(groups)
+
+
+def _alike(entries: Iterable[SlideEntry], key: Callable[[Path], object]) -> list[list[SlideEntry]]:
+    """Entries whose files have the same key, in groups of two or more; files that can't be read are in none."""
+    found: dict[object, list[SlideEntry]] = {}
+    for entry in entries:
+        try:
+            found.setdefault(key(entry.path), []).append(entry)
+        except OSError:
+            continue
+    return [group for group in found.values() if len(group) > 1]
+
+
+def _pieces(path: Path) -> str:
+    """Names the start, the middle and the end of a file."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        size = file.seek(0, 2)
+        for start in (0, size // 2, max(0, size - _PIECE_BYTES)):
+            file.seek(start)
+            digest.update(file.read(_PIECE_BYTES))
+    return digest.hexdigest()
+
+
+def stratified(strata: Sequence[str], count: int) -> list[int]:
+    """Indices of `count` members, spread over the strata: each gets one, the largest first, then in proportion.
+
+    Args:
+        strata: the stratum of each member.
+        count: how many are wanted; fewer come where there are fewer.
+
+    Returns:
+        indices, ascending; within a stratum evenly spread over its members.
+    """
+    members: dict[str, list[int]] = {}
+    for index, name in enumerate(strata):
+        members.setdefault(name, []).append(index)
+    seats = dict.fromkeys(members, 0)
+    for _ in range(min(count, len(strata))):
+        free = [name for name in members if seats[name] < len(members[name])]
+        # A stratum without a seat goes before all others; then the highest quotient (D'Hondt).
+        chosen = min(free, key=lambda name: (seats[name] > 0, -len(members[name]) / (seats[name] + 1), name))
+        seats[chosen] += 1
+    return sorted(
+        members[name][(2 * k + 1) * len(members[name]) // (2 * n)] for name, n in seats.items() for k in range(n)
+    )
+
+
+_OFFSETS_AND_COUNTS = {273: 279, 324: 325}  # StripOffsets, TileOffsets -> the tags with their byte counts
+_DTYPES = {1: "u1", 3: "u2", 4: "u4", 16: "u8"}  # BYTE, SHORT, LONG, LONG8
+_DIRECTORIES = 1000  # a chain longer than this is a loop
+_ENTRIES = 4096
+_NDPI_BYTES = 1 << 32  # Hamamatsu's files beyond this keep the upper half of their offsets elsewhere
+
+
+def missing_bytes(path: Path) -> int:
+    """How many bytes a TIFF lacks at its end, by the tiles and strips that it lists; 0 where it is whole, or no TIFF.
+
+    A directory that can't be read ends the search: what opens the slide says more about that.
+    """
+    with path.open("rb") as file:
+        size = file.seek(0, 2)
+        file.seek(0)
+        try:
+            return max(0, _end(file, size) - size)
+        except (struct.error, ValueError, OverflowError, MemoryError):
+            return 0
+
+
+def _end(file: BinaryIO, size: int) -> int:
+    """The end of the last tile or strip that any directory lists."""
+    head = file.read(16)
+    order = {b"II": "<", b"MM": ">"}.get(head[:2])
+    if order is None or len(head) < 16:
+        return 0
+    version = struct.unpack(order + "H", head[2:4])[0]
+    if version == 42:
+        big, position = False, struct.unpack(order + "I", head[4:8])[0]
+    elif version == 43:
+        big, position = True, struct.unpack(order + "Q", head[8:16])[0]
+    else:
+        return 0
+    if not big and size >= _NDPI_BYTES:
+        return 0
+    end = 0
+    for _ in range(_DIRECTORIES):
+        if position == 0:
+            break
+        found, position = _directory(file, position, order, big)
+        for offsets, counts in _OFFSETS_AND_COUNTS.items():
+            starts, lengths = found.get(offsets), found.get(counts)
+            if starts is not None and lengths is not None and len(starts) == len(lengths) and len(starts):
+                ends = np.where(lengths > 0, starts + lengths, 0)
+                end = max(end, int(ends.max()))
+    return end
+
+
+def _directory(file: BinaryIO, position: int, order: str, big: bool) -> tuple[dict[int, npt.NDArray[np.int64]], int]:
+    """(the tags of interest -> their values, where the next directory is) of the directory at `position`."""
+    file.seek(position)
+    form, width = (order + "Q", 20) if big else (order + "H", 12)
+    count = struct.unpack(form, file.read(struct.calcsize(form)))[0]
+    if count > _ENTRIES:
+        raise ValueError("no directory")
+    entries = file.read(count * width)
+    following = struct.unpack(order + ("Q" if big else "I"), file.read(8 if big else 4))[0]
+    found = {}
+    for start in range(0, count * width, width):
+        tag, kind = struct.unpack_from(order + "HH", entries, start)
+        if tag not in _OFFSETS_AND_COUNTS and tag not in _OFFSETS_AND_COUNTS.values():
+            continue
+        number = struct.unpack_from(order + ("Q" if big else "I"), entries, start + 4)[0]
+        dtype = np.dtype(order + _DTYPES[kind]) if kind in _DTYPES else None
+        if dtype is None:
+            raise ValueError("another type")
+        inline = width - (12 if big else 8)
+        data = entries[start + width - inline : start + width]
+        if number * dtype.itemsize > inline:
+            file.seek(struct.unpack(order + ("Q" if big else "I"), data)[0])
+            data = file.read(number * dtype.itemsize)
+        found[tag] = np.frombuffer(data, dtype, count=number).astype(np.int64)
+    return found, following
+
 
 # Headers wait for the disk more than they compute.
 _THREADS_PER_CORE = 4

@@ -13,8 +13,13 @@ import numpy as np
 
 from gigapath.cohort.manifest import SlideEntry, find_slides
 from gigapath.cohort.reuse import check_unmixed, digest, finished, redone
+from gigapath.cohort.run import CohortRun, Outcome, Plan, RunResult, Watcher
 from gigapath.cohort.sheet import draw_contact_sheet
 from gigapath.cohort.status import Status, changed, derive
+from gigapath.cohort.worker import Agenda
+from gigapath.embedding.estimate import estimate_tiles, estimate_tiling
+from gigapath.embedding.options import RunOptions
+from gigapath.embedding.slides import check_names, check_tissue, chosen, named, open_entry, options_for, share_in_words
 from gigapath.features import TILES_NUMERICS_VERSION, Tiles, write_tiles
 from gigapath.files import hex_digest, sha256_of
 from gigapath.options import to_dict
@@ -22,12 +27,6 @@ from gigapath.preprocessing.masks import METHODS
 from gigapath.preprocessing.preview import preview_picture, write_preview
 from gigapath.preprocessing.slide import SlideError
 from gigapath.preprocessing.tiling import TileOptions, TilePlan, plan_tiles
-from gigapath.runs.engine import CohortRun, Outcome, RunResult
-from gigapath.runs.entries import check_names, check_tissue, chosen, named, open_entry, options_for, share_in_words
-from gigapath.runs.options import RunOptions
-from gigapath.runs.planning import estimate_tiles, estimate_tiling
-from gigapath.runs.watching import Plan, Watcher
-from gigapath.runs.worker import Agenda
 from gigapath.signals import StopFlag
 from gigapath.text import in_words, slides_in_words, tiles_in_words
 
@@ -99,7 +98,7 @@ def tile_cohort(
             return _plan(entries, todo, cohort, out, tiling, options)
 
         if options.engine == "ray":
-            from gigapath.runs.spreading import spread_tiling  # its own machinery, where it is asked for
+            from gigapath.embedding.spreading import spread_tiling  # its own machinery, where it is asked for
 
             result = spread_tiling(run, todo, lambda _, cores: TileWork(tiling, options, cores), plan, options)
         else:

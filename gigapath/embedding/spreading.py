@@ -7,16 +7,15 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from gigapath.cohort.crew import Spread
 from gigapath.cohort.manifest import SlideEntry
+from gigapath.cohort.ray import RayCrew, RayWorker
+from gigapath.cohort.run import CohortRun, Plan, RunResult
 from gigapath.cohort.shards import weigh
 from gigapath.cohort.status import Status, read_status, write_status
+from gigapath.cohort.worker import Work
+from gigapath.embedding.options import RunOptions
 from gigapath.files import check_writable
-from gigapath.runs.crew import Spread
-from gigapath.runs.engine import CohortRun, RunResult
-from gigapath.runs.options import RunOptions
-from gigapath.runs.ray_engine import RayCrew, RayWorker
-from gigapath.runs.watching import Plan
-from gigapath.runs.worker import Work
 from gigapath.signals import Stopped
 
 

@@ -8,10 +8,10 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from gigapath.cohort.manifest import SlideEntry
+from gigapath.embedding.slides import open_entry
 from gigapath.preprocessing.grid import plan_grid
 from gigapath.preprocessing.slide import Slide
 from gigapath.preprocessing.tiling import TileOptions
-from gigapath.runs.entries import open_entry
 
 # So many slides are opened for an estimate; the others are taken to be like them.
 _SAMPLE = 20

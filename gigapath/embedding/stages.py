@@ -10,16 +10,16 @@ import numpy as np
 
 from gigapath.cohort.manifest import SlideEntry
 from gigapath.cohort.reuse import FAST_TRANSFORM, digest, finished, redone
+from gigapath.cohort.run import CohortRun
 from gigapath.cohort.status import Status, read_status
+from gigapath.embedding.options import RunOptions
+from gigapath.embedding.slide_stage import SlideStage
+from gigapath.embedding.tiling import tiles_digest, tiles_done, tiling_identities
 from gigapath.features import NUMERICS_VERSION, Tiles, read_tiles
 from gigapath.features.kept_rows import KeptRows
 from gigapath.preprocessing.fast import reader_of_numbers
 from gigapath.preprocessing.slide import SlideError
 from gigapath.preprocessing.tiling import TileOptions
-from gigapath.runs.engine import CohortRun
-from gigapath.runs.options import RunOptions
-from gigapath.runs.slide_stage import SlideStage
-from gigapath.runs.tiling import tiles_digest, tiles_done, tiling_identities
 from gigapath.tile_encoder import TileEncoder
 
 

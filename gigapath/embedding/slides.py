@@ -9,10 +9,10 @@ from gigapath.cohort.manifest import SlideEntry
 from gigapath.cohort.privacy import KEPT_COLUMNS, pseudonymised, read_key, recorded_paths
 from gigapath.cohort.shards import parse_shard, take_shard
 from gigapath.cohort.status import read_status
+from gigapath.embedding.options import RunOptions
 from gigapath.preprocessing.masks import METHODS, mask_file
 from gigapath.preprocessing.slide import Slide, SlideError, open_slide
 from gigapath.preprocessing.tiling import TileOptions
-from gigapath.runs.options import RunOptions
 
 
 def open_entry(entry: SlideEntry, tiling: TileOptions, reader: str = "auto", *, fast_transform: bool = False) -> Slide:

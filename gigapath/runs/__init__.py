@@ -1,1 +1,0 @@
-"""Runs over a cohort: tile, embed, embed slides. Each keeps what is done, records what fails, and can be stopped."""
