@@ -92,9 +92,9 @@ def test_labels_of_kaggle_and_of_the_published_table_read_alike(tmp_path) -> Non
         (["slide_id", "label"], [["a", 7]], "row 2 has the label '7'.*does not know"),
         (["slide_id", "label"], [["a", 1], ["a", 2]], "a has two rows"),
         (["slide_id", "grade"], [["a", 1]], "expected a column label"),
-        (["name", "label"], [["a", 1]], "expected a column slide_id"),
+        (["title", "label"], [["a", 1]], "expected a column slide_id"),
         (["slide_id", "label"], [], "rows below the header"),
-        (["slide_id", "label", "patient_id"], [["a", 1, ""]], "row 2 has no patient"),
+        (["slide_id", "label", "patient_id"], [["a", 1, ""]], "row 2 has no patient_id"),
     ],
 )
 def test_labels_that_are_off_are_refused(tmp_path, header, rows, match) -> None:

@@ -27,14 +27,14 @@ from made_embeddings import pt_bytes
 from gigapath.check import CheckOptions
 from gigapath.check.run import check_file
 from gigapath.cohort.manifest import read_manifest
-from gigapath.evaluation.labels import read_labels
+from gigapath.evaluation.labels import parse_table, read_labels
 from gigapath.evaluation.task import Task, load_task
 from gigapath.features import TileEmbeddingsWriter, read_features, read_tiles
 from gigapath.features.npz import read_npz
 from gigapath.finetune.data import look_at
 from gigapath.finetune.options import JoinOptions
 from gigapath.linear_probe.archive import read_embeddings
-from gigapath.linear_probe.labels import parse_labels
+from gigapath.linear_probe.labels import rows_of_table
 from gigapath.preprocessing.annotations import read_outlines
 
 EXAMPLES = int(os.environ.get("GIGAPATH_FUZZ", "50"))
@@ -152,7 +152,7 @@ def test_csv_files(content: bytes, place: Path) -> None:
     reads_or_says(lambda: read_manifest(path))
     reads_or_says(lambda: read_labels(path, task))
     reads_or_says(lambda: read_labels(path, genes, id_rule="tcga"))
-    reads_or_says(lambda: parse_labels(content, "a.csv", label="label", split=None, group=None))
+    reads_or_says(lambda: rows_of_table(parse_table(content, "a.csv"), label="label", split=None, group=None))
 
 
 WORDS = st.sampled_from(

@@ -14,8 +14,9 @@ import torch
 from sklearn.metrics import roc_auc_score
 
 from gigapath.cli.main import main
+from gigapath.evaluation.labels import parse_table
 from gigapath.features import SlideEmbeddings, read_slide, write_slide
-from gigapath.linear_probe.labels import parse_labels
+from gigapath.linear_probe.labels import rows_of_table
 from gigapath.linear_probe.options import ProbeOptions, SlideProbeOptions
 from gigapath.linear_probe.slide_report import to_json
 from gigapath.linear_probe.slides import fit_fold, probe_slides
@@ -244,7 +245,7 @@ Change = Callable[[list[dict[str, str]]], list[dict[str, str]]]
         (lambda rows: [{**row, "label": "wild"} for row in rows], {}, "expected slides of two classes, got wild"),
         (lambda rows: rows[:-1], {}, r"csv: embeddings without a row: 1 \(P39-S1\)\."),
         (lambda rows: [*rows, rows[0]], {}, r"P00-S0 has two rows \(2 and 82\)"),
-        (lambda rows: [{**rows[0], "patient_id": ""}, *rows[1:]], {}, "P00-S0 has no patient_id"),
+        (lambda rows: [{**rows[0], "patient_id": ""}, *rows[1:]], {}, "row 2 has no patient_id"),
         (
             lambda rows: [{**rows[0], "set": "test"}, *rows[1:]],
             {"split": "set"},
@@ -311,4 +312,4 @@ def test_a_run_without_the_name_of_an_embedding_says_how_to_probe_its_slides(
 
 def test_labels_between_semicolons_say_so() -> None:
     with pytest.raises(ValueError, match="between semicolons: save it with commas"):
-        parse_labels(b"slide_id;label\na;0\n", "labels.csv", label="label", split=None, group=None)
+        rows_of_table(parse_table(b"slide_id;label\na;0\n", "labels.csv"), label="label", split=None, group=None)

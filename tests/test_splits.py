@@ -1,6 +1,5 @@
 """One draw of folds for every command: groups stay together, classes stay even, the same cohort gets the same folds."""
 
-import csv
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +10,7 @@ from gigapath.evaluation.splits import draw_parts
 from gigapath.features import SlideEmbeddings
 from gigapath.features import write_slide as write_slide_embedding
 from gigapath.finetune.inputs import Inputs, Settings, prepare
-from gigapath.finetune.options import SplitOptions, TrainingOptions
+from gigapath.finetune.options import JoinOptions, SplitOptions, TrainingOptions
 from gigapath.linear_probe.options import ProbeOptions, SlideProbeOptions
 from gigapath.linear_probe.slides import probe_slides
 
@@ -40,15 +39,17 @@ def test_the_order_of_the_rows_has_no_say() -> None:
     assert np.array_equal(draw_parts(truth[order], groups[order].tolist(), 4, seed=0), part[order])
 
 
-@pytest.mark.parametrize("seed", [0, 7])
-def test_probe_and_finetune_hold_out_the_same_slides(tmp_path: Path, seed: int) -> None:
-    """Rows in a drawn order, patients of one to three slides, the classes in another order than the alphabet's."""
+@pytest.mark.parametrize(("seed", "patients_known"), [(0, True), (7, True), (3, False)])
+def test_probe_and_finetune_hold_out_the_same_slides(tmp_path: Path, seed: int, patients_known: bool) -> None:
+    """Rows in a drawn order, patients of one to three slides, classes in another order than the alphabet's; or no
+    patients, and names in the rows that sort otherwise than those of the files."""
     generator = np.random.default_rng(seed)
     patients = [f"P{patient:02d}" for patient in range(30) for _ in range(1 + patient % 3)]
     rows = []
     for number, patient in enumerate(patients):
-        slide_id = f"slide-{(number * 7) % len(patients):02d}"
-        rows.append([slide_id, "mutant" if int(patient[1:]) % 3 == 0 else "wild", patient])
+        place = (number * 7) % len(patients)
+        slide_id = f"slide{place // 2:02d}" + "-x" * (place % 2)
+        rows.append([slide_id + ".svs", "mutant" if int(patient[1:]) % 3 == 0 else "wild", patient])
         write_slide(tmp_path / "features" / f"{slide_id}.h5", *made_bag(number % 3, generator))
         vector = generator.normal(size=(1, 8))
         states = np.concatenate([vector, -vector])
@@ -66,27 +67,29 @@ def test_probe_and_finetune_hold_out_the_same_slides(tmp_path: Path, seed: int) 
         )
     labels = write_csv(
         tmp_path / "labels.csv",
-        ["slide_id", "label", "patient_id"],
+        ["slide_id", "label", "patient_id" if patients_known else "remark"],
         [rows[row] for row in generator.permutation(len(rows))],
     )
     (tmp_path / "task.yaml").write_text(TASK)
 
     cohort = prepare(
         Inputs(str(tmp_path / "task.yaml"), str(tmp_path / "features"), str(labels)),
-        Settings(split=SplitOptions(folds=4), training=TrainingOptions(seed=seed)),
+        Settings(join=JoinOptions(id_rule="tcga"), split=SplitOptions(folds=4), training=TrainingOptions(seed=seed)),
     )
-    finetuned = [{cohort.joined.labels.slide_ids[row] for row in fold.test} for fold in cohort.folds]
+    finetuned = [{cohort.joined.files[row].stem for row in fold.test} for fold in cohort.folds]
     found = probe_slides(
         tmp_path / "run",
         labels,
         ProbeOptions(seed=seed, replicates=0),
-        SlideProbeOptions(embedding="default", folds=4, repeats=1),
+        SlideProbeOptions(embedding="default", folds=4, repeats=1, id_rule="tcga"),
     )
     fold_of_row = np.asarray(found.scores["default"].predictions.folds)
     probed = [{found.data.ids[row] for row in found.rows[fold_of_row == fold]} for fold in range(4)]
     assert probed == finetuned
-    assert sorted(slide_id for held_out in probed for slide_id in held_out) == sorted(row[0] for row in rows)
-    with labels.open() as file:
-        patient_of = {row["slide_id"]: row["patient_id"] for row in csv.DictReader(file)}
-    held = [{patient_of[slide_id] for slide_id in slides} for slides in probed]
-    assert not any(held[one] & held[other] for one in range(4) for other in range(one))
+    assert sorted(slide_id for held_out in probed for slide_id in held_out) == sorted(
+        row[0].removesuffix(".svs") for row in rows
+    )
+    if patients_known:
+        patient_of = {row[0].removesuffix(".svs"): row[2] for row in rows}
+        held = [{patient_of[slide_id] for slide_id in slides} for slides in probed]
+        assert not any(held[one] & held[other] for one in range(4) for other in range(one))

@@ -1,10 +1,12 @@
-"""Labels of slides: read from a CSV, checked against the task, joined to feature files by name."""
+"""Labels: one way to read a table, what is a missing value, when two labels are one class, how rows meet names."""
 
 import csv
 import hashlib
 import io
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import unicodedata
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,14 +16,18 @@ import numpy.typing as npt
 from gigapath.evaluation.task import Task
 from gigapath.files import separator_hint
 
-ID_COLUMNS = ("slide_id", "image_id", "slide", "image")
+ID_COLUMNS = ("slide_id", "image_id", "slide", "image", "input", "file", "name")
 LABEL_COLUMNS = ("label", "isup_grade")
-PATIENT_COLUMNS = ("patient_id", "pat_id", "patient", "case_submitter_id", "case_id")
-SITE_COLUMNS = ("site", "data_provider", "provider", "center", "scanner")
+PATIENT_COLUMNS = ("patient_id", "pat_id", "patient", "case_submitter_id", "case_id", "group")
+SITE_COLUMNS = ("site", "data_provider", "provider", "hospital", "center", "scanner")
+# How pandas, R, spreadsheets and databases write that a value is not there.
+MISSING_VALUES = frozenset({"", "NA", "N/A", "n/a", "#N/A", "<NA>", "NaN", "nan", "None", "null", "NULL"})
 SHOWN = 3  # examples in a message
 
 _YES = {"1", "1.0", "true", "yes"}
 _NO = {"0", "0.0", "false", "no"}
+_WHOLE_NUMBER = re.compile(r"(0|-?[1-9][0-9]*)(?:\.0+)?")
+_NUMBER = re.compile(r"-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?")
 _BARCODE = re.compile(r"TCGA-\w{2}-\w{4}")
 
 IntArray = npt.NDArray[np.int64]
@@ -63,25 +69,90 @@ class Labels:
         )
 
 
-def read_table(path: Path | str) -> tuple[list[str], list[dict[str, str]]]:
-    """(header, rows) of a CSV; ValueError where it is none, or a row is short."""
+@dataclass(frozen=True)
+class Table:
+    """A table of labels or ids.
+
+    Attributes:
+        source: the file's name, for messages.
+        columns: name -> its cells, trimmed, in Unicode's composed form (NFC), "" where a value is missing.
+    """
+
+    source: str
+    columns: dict[str, list[str]]
+
+    @property
+    def header(self) -> list[str]:
+        """The names of the columns."""
+        return list(self.columns)
+
+    def __len__(self) -> int:
+        return len(next(iter(self.columns.values())))
+
+    def filled(self, column: str) -> list[str]:
+        """The cells of a column in which no value may be missing; ValueError names the row."""
+        cells = self.columns[column]
+        if "" in cells:
+            raise ValueError(
+                f"{self.source}: row {cells.index('') + 2} has no {column}. Fill it in or leave the row out."
+            )
+        return cells
+
+
+def read_table(path: Path | str) -> Table:
+    """Read a CSV; FileNotFoundError, or ValueError as `parse_table`."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file.")
+    return parse_table(path.read_bytes(), path.name)
+
+
+def parse_table(content: bytes, source: str) -> Table:
+    """Read the bytes of a CSV in UTF-8.
+
+    Raises:
+        ValueError: not a CSV, no rows, a row of another length, a column that stands in it twice.
+    """
     try:
-        rows = list(csv.reader(io.StringIO(path.read_bytes().decode("utf-8-sig"), newline="")))
+        text = unicodedata.normalize("NFC", content.decode("utf-8-sig"))
+        rows = list(csv.reader(io.StringIO(text, newline="")))
     except (UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"{path.name}: expected a CSV in UTF-8, got something else ({error}).") from error
+        raise ValueError(f"{source}: expected a CSV in UTF-8, got something else ({error}).") from error
     if not rows:
-        raise ValueError(f"{path.name}: expected a CSV with a header, got an empty file.")
+        raise ValueError(f"{source}: expected a CSV with a header, got an empty file.")
     header = [name.strip() for name in rows[0]]
-    body = [row for row in rows[1:] if any(cell.strip() for cell in row)]
+    twice = [name for name, count in Counter(header).items() if name and count > 1]
+    if twice:
+        raise ValueError(f"{source}: the column {twice[0]!r} stands in it twice. Keep one.")
+    body = [row for row in rows[1:] if "".join(row).strip()]
     for number, row in enumerate(body, start=2):
         if len(row) != len(header):
-            raise ValueError(f"{path.name}: expected {len(header)} values in row {number}, got {len(row)}.")
+            raise ValueError(f"{source}: expected {len(header)} values in row {number}, got {len(row)}.")
     if not body:
-        raise ValueError(f"{path.name}: expected rows below the header, got none.")
-    return header, [dict(zip(header, (cell.strip() for cell in row), strict=True)) for row in body]
+        raise ValueError(f"{source}: expected rows below the header, got none.")
+    columns = {
+        name: ["" if (cell := raw.strip()) in MISSING_VALUES else cell for raw in cells]
+        for name, cells in zip(header, zip(*body, strict=True), strict=True)
+    }
+    return Table(source, columns)
+
+
+def canonical_label(label: str) -> str:
+    """The name of a label's class: a whole number loses its decimal point, and everything else stays as it is written.
+
+    "1" and "1.0" are one class; "01", "1e3" and "1_0" are text.
+    """
+    number = _WHOLE_NUMBER.fullmatch(label)
+    return number[1] if number else label
+
+
+def sorted_classes(labels: Iterable[str]) -> list[str]:
+    """The classes of some labels: numbers in their order, then text in its order."""
+
+    def order(name: str) -> tuple[bool, float, str]:
+        return (False, float(name), name) if _NUMBER.fullmatch(name) else (True, 0.0, name)
+
+    return sorted(set(map(canonical_label, set(labels))), key=order)
 
 
 def read_labels(path: Path | str, task: Task, *, id_rule: str = "exact") -> Labels:
@@ -97,94 +168,90 @@ def read_labels(path: Path | str, task: Task, *, id_rule: str = "exact") -> Labe
         FileNotFoundError: no such file.
         ValueError: a column is missing, a label that the task does not know, a slide in two rows.
     """
-    header, rows = read_table(path)
-    name = Path(path).name
-    id_column = column_of(header, task.id_column, ID_COLUMNS, f"{name}: the slide's name", "id_column")
-    slide_ids = [row[id_column] for row in rows]
-    if "" in slide_ids:
-        raise ValueError(f"{name}: row {slide_ids.index('') + 2} has no {id_column}.")
+    table = read_table(path)
+    name = table.source
+    id_column = column_of(table, task.id_column, ID_COLUMNS, "the slide's name", "id_column")
+    slide_ids = table.filled(id_column)
     twice = _first_twice(slide_ids)
     if twice is not None:
         raise ValueError(f"{name}: {twice} has two rows. Keep one.")
     if task.multi_label:
-        truth = _flags(rows, header, task, name)
+        truth = _flags(table, task)
     else:
-        label_column = column_of(header, task.label_column, LABEL_COLUMNS, f"{name}: the label", "label_column")
-        truth = _class_of_rows([row[label_column] for row in rows], task, name)
-    patients = _optional(header, rows, task.patient_column, PATIENT_COLUMNS, name)
-    if patients is None and id_rule == "tcga":
-        barcodes = [_BARCODE.match(slide_id) for slide_id in slide_ids]
-        patients = [found[0] for found in barcodes if found] if all(barcodes) else None
-    if patients is not None and "" in patients:
-        raise ValueError(f"{name}: row {patients.index('') + 2} has no patient. Fill it in, or leave the column out.")
-    sites = _optional(header, rows, task.site_column, SITE_COLUMNS, name)
+        label_column = column_of(table, task.label_column, LABEL_COLUMNS, "the label", "label_column")
+        truth = _class_of_rows(table.filled(label_column), task, name)
+    if task.patient_column is not None and task.patient_column not in table.columns:
+        raise ValueError(
+            f"{name}: expected a column {task.patient_column}, got {', '.join(table.header[:12])}. Correct the task."
+        )
+    _, patients = patients_of(table, task.patient_column, slide_ids, id_rule)
+    stated = task.site_column if task.site_column in table.columns else None
+    site_column = stated or first_column(table, SITE_COLUMNS)
+    sites = None if site_column is None else table.columns[site_column]
     digest = hashlib.sha256(repr((slide_ids, truth.tolist(), patients, sites)).encode()).hexdigest()
     return Labels(
         tuple(slide_ids), truth, tuple(patients) if patients else None, tuple(sites) if sites else None, name, digest
     )
 
 
-def column_of(header: Sequence[str], stated: str | None, usual: Sequence[str], what: str, key: str) -> str:
+def patients_of(
+    table: Table, stated: str | None, slide_ids: Sequence[str], id_rule: str
+) -> tuple[str | None, list[str] | None]:
+    """(column, patient of each row), by the stated column or the first usual one; without one, the rule "tcga" takes
+    the patients from the barcodes. (None, None) where nothing says them; ValueError where one is missing."""
+    column = stated or first_column(table, PATIENT_COLUMNS)
+    if column is not None:
+        return column, table.filled(column)
+    barcodes = [_BARCODE.match(slide_id) for slide_id in slide_ids] if id_rule == "tcga" else [None]
+    found = [barcode[0] for barcode in barcodes if barcode]
+    return ("TCGA barcode", found) if len(found) == len(slide_ids) else (None, None)
+
+
+def first_column(table: Table, usual: Sequence[str]) -> str | None:
+    """The first of the usual columns that the table has."""
+    return next((column for column in usual if column in table.columns), None)
+
+
+def column_of(table: Table, stated: str | None, usual: Sequence[str], what: str, key: str) -> str:
     """The column that the task states, or the first usual one."""
-    if stated is not None and stated not in header:
-        raise ValueError(
-            f"{what}: expected a column {stated}, got {', '.join(header[:12])}. Correct {key} of the task."
-        )
-    found = stated or next((column for column in usual if column in header), None)
+    got = ", ".join(table.header[:12])
+    if stated is not None and stated not in table.columns:
+        raise ValueError(f"{table.source}: {what}: expected a column {stated}, got {got}. Correct {key} of the task.")
+    found = stated or first_column(table, usual)
     if found is None:
         raise ValueError(
-            f"{what}: expected a column {' or '.join(usual)}, got {', '.join(header[:12])}. "
-            f"Name it as {key} of the task"
+            f"{table.source}: {what}: expected a column {' or '.join(usual)}, got {got}. Name it as {key} of the task"
             + (" (`gigapath init-task --label COL` writes it)." if key == "label_column" else ".")
-            + separator_hint(header)
+            + separator_hint(table.header)
         )
     return found
 
 
-def _optional(
-    header: Sequence[str], rows: Sequence[Mapping[str, str]], stated: str | None, usual: Sequence[str], name: str
-) -> list[str] | None:
-    found = next((column for column in usual if column in header), None)
-    if stated is not None and stated in header:
-        found = stated
-    elif stated is not None and usual is PATIENT_COLUMNS:
-        raise ValueError(f"{name}: expected a column {stated}, got {', '.join(header[:12])}. Correct the task.")
-    return None if found is None else [row[found] for row in rows]
-
-
 def _class_of_rows(labels: Sequence[str], task: Task, name: str) -> IntArray:
-    index = {_canonical(label): number for number, label in enumerate(task.classes)}
-    unknown = [row for row, label in enumerate(labels) if _canonical(label) not in index]
+    index = {canonical_label(label): number for number, label in enumerate(task.classes)}
+    unknown = [row for row, label in enumerate(labels) if canonical_label(label) not in index]
     if unknown:
         row = unknown[0]
         raise ValueError(
             f"{name}: row {row + 2} has the label {labels[row]!r}, and {len(unknown):,} rows have labels that the "
             f"task {task.name} does not know ({', '.join(task.classes)}). Correct the CSV or the task."
         )
-    return np.array([index[_canonical(label)] for label in labels], dtype=np.int64)
+    return np.array([index[canonical_label(label)] for label in labels], dtype=np.int64)
 
 
-def _flags(rows: Sequence[Mapping[str, str]], header: Sequence[str], task: Task, name: str) -> IntArray:
-    missing = [column for column in task.classes if column not in header]
+def _flags(table: Table, task: Task) -> IntArray:
+    missing = [column for column in task.classes if column not in table.columns]
     if missing:
-        raise ValueError(f"{name}: expected columns {', '.join(task.classes)}, {', '.join(missing)} is not there.")
-    truth = np.empty((len(rows), len(task.classes)), dtype=np.int64)
-    for number, row in enumerate(rows):
-        for place, column in enumerate(task.classes):
-            word = row[column].lower()
-            if word not in _YES | _NO:
-                raise ValueError(f"{name}: row {number + 2} has {row[column]!r} under {column}, expected 0 or 1.")
-            truth[number, place] = word in _YES
+        raise ValueError(
+            f"{table.source}: expected columns {', '.join(task.classes)}, {', '.join(missing)} is not there."
+        )
+    truth = np.empty((len(table), len(task.classes)), dtype=np.int64)
+    for place, column in enumerate(task.classes):
+        for number, cell in enumerate(table.filled(column)):
+            if cell.lower() not in _YES | _NO:
+                raise ValueError(f"{table.source}: row {number + 2} has {cell!r} under {column}, expected 0 or 1.")
+            truth[number, place] = cell.lower() in _YES
     return truth
-
-
-def _canonical(label: str) -> str:
-    """A label as text; a whole number loses its decimal point."""
-    try:
-        number = float(label)
-    except ValueError:
-        return label
-    return str(int(number)) if number.is_integer() else label
 
 
 def _first_twice(names: Iterable[str]) -> str | None:
@@ -213,19 +280,18 @@ class Joined:
     unlabelled: tuple[str, ...]
 
 
-def id_maker(id_rule: str, id_regex: str | None) -> Callable[[str], str]:
-    """What makes a name, of a file or in a row, the id by which the two meet."""
-    if id_regex is not None:
-        pattern = re.compile(id_regex)
+def id_maker(id_rule: str, id_regex: str | None = None) -> Callable[[str], str]:
+    """What makes a name, of a file or in a row, the id by which the two meet, in Unicode's composed form."""
+    pattern = None if id_regex is None else re.compile(id_regex)
 
-        def cut(name: str) -> str:
+    def make(name: str) -> str:
+        name = unicodedata.normalize("NFC", name)
+        if pattern is not None:
             found = pattern.search(name)
             return name if found is None else found[1] if pattern.groups else found[0]
+        return name.partition(".")[0] if id_rule == "tcga" else name
 
-        return cut
-    if id_rule == "tcga":
-        return lambda name: name.partition(".")[0]
-    return lambda name: name
+    return make
 
 
 def join_labels(

@@ -79,9 +79,8 @@ def read_splits(
                 continue
             if not file.is_file():
                 raise ValueError(f"{folder.name}: fold {number} has no {name} split: expected {file.name}. Add it.")
-            header, table = read_table(file)
-            column = column_of(header, None, ID_COLUMNS, f"{file.name}: the slide's name", "id_column")
-            ids = [row[column] for row in table]
+            table = read_table(file)
+            ids = table.filled(column_of(table, None, ID_COLUMNS, "the slide's name", "id_column"))
             if len(set(ids)) != len(ids):
                 raise ValueError(f"{file.name}: a slide stands in it twice. Keep one.")
             named |= dict.fromkeys(ids)

@@ -77,7 +77,7 @@ def load_task(name: str | Path) -> Task:
         )
     yaml = _yaml()
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_keys_as_written(yaml))
     except (yaml.YAMLError, ValueError, TypeError, OverflowError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         where = "" if mark is None else f" in line {mark.line + 1}"
@@ -144,6 +144,20 @@ def _classes(label_dict: Any, setting: str, who: str) -> tuple[str, ...]:
     if setting == "multi_class" and len(by_index) < 2:
         raise ValueError(f"{who}: expected at least two labels, got {len(by_index)}.")
     return tuple(by_index[index] for index in range(len(by_index)))
+
+
+def _keys_as_written(yaml: Any) -> Any:
+    """YAML's safe loader, but keys stay the text that stands there: of the labels no, on, 01 and null it would make
+    truth values, numbers and nothing."""
+
+    class Loader(yaml.SafeLoader):  # type: ignore[misc]
+        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+            for key, _ in node.value:
+                if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+                    key.tag = "tag:yaml.org,2002:str"
+            return super().construct_mapping(node, deep)
+
+    return Loader
 
 
 def write_task(path: Path | str, task: Task) -> None:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from gigapath.evaluation.labels import ID_COLUMNS, LABEL_COLUMNS, column_of, read_labels, read_table
+from gigapath.evaluation.labels import ID_COLUMNS, LABEL_COLUMNS, column_of, read_labels, read_table, sorted_classes
 from gigapath.evaluation.task import Task, write_task
 
 MOST_CLASSES = 50
@@ -30,19 +30,17 @@ def new_task(
     source, path = Path(labels).name, Path(to)
     if path.exists():
         raise ValueError(f"{path}: it is there already. Choose another --to.")
-    header, rows = read_table(labels)
-    id_column = column_of(header, None, ID_COLUMNS, f"{source}: the slide's name", "id_column")
-    chosen = list(columns) or [column_of(header, None, LABEL_COLUMNS, f"{source}: the label", "label_column")]
-    absent = [column for column in chosen if column not in header]
+    table = read_table(labels)
+    id_column = column_of(table, None, ID_COLUMNS, "the slide's name", "id_column")
+    chosen = list(columns) or [column_of(table, None, LABEL_COLUMNS, "the label", "label_column")]
+    absent = [column for column in chosen if column not in table.columns]
     if absent:
-        raise ValueError(f"{source}: expected columns {', '.join(chosen)}, got {', '.join(header[:12])}.")
+        raise ValueError(f"{source}: expected columns {', '.join(chosen)}, got {', '.join(table.header[:12])}.")
     title = name or Path(labels).stem
     if len(chosen) > 1:
         task = Task(title, "multi_label", tuple(chosen), id_column=id_column)
     else:
-        found = sorted({row[chosen[0]] for row in rows}, key=_order)
-        if "" in found:
-            raise ValueError(f"{source}: a row has no {chosen[0]}. Fill it in or leave the row out.")
+        found = sorted_classes(table.filled(chosen[0]))
         if not 2 <= len(found) <= MOST_CLASSES:
             raise ValueError(
                 f"{source}: expected 2 to {MOST_CLASSES} classes under {chosen[0]}, got {len(found)}. Name the label's "
@@ -57,11 +55,3 @@ def new_task(
         counts = {label: int((truth == index).sum()) for index, label in enumerate(task.classes)}
     write_task(path, task)
     return task, counts
-
-
-def _order(label: str) -> tuple[bool, float, str]:
-    """Numbers in their order, then words in theirs."""
-    try:
-        return (False, float(label), label)
-    except ValueError:
-        return (True, 0.0, label)

@@ -1,25 +1,23 @@
 """Labels of tiles: read from a CSV or from the table itself, joined to embeddings by name, checked before anything is
 trained."""
 
-import csv
-import io
-import math
+import unicodedata
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
+from gigapath.evaluation.labels import Table, canonical_label, first_column, read_table, shown, sorted_classes
 from gigapath.files import separator_hint
 from gigapath.linear_probe.table import EmbeddingTable, bare_name, split_of_word
 
 NAME_COLUMNS = ("input", "file", "name")
 GROUP_COLUMNS = ("group", "patient_id", "patient", "slide_id", "slide", "wsi")
-SHOWN = 3  # examples in a message
 
 
 @dataclass(frozen=True)
 class LabelRows:
     """M labelled tiles: names as written, labels as text, splits ("" = not said), groups or None, the source's name
-    for messages, and further columns that were asked for."""
+    for messages, and what the groups are called."""
 
     names: list[str]
     labels: list[str]
@@ -27,7 +25,6 @@ class LabelRows:
     groups: list[str] | None
     source: str
     group_column: str | None = None
-    more: dict[str, list[str]] = field(default_factory=dict)
 
 
 def read_labels(path: Path | str, *, label: str, split: str | None, group: str | None) -> LabelRows:
@@ -41,86 +38,49 @@ def read_labels(path: Path | str, *, label: str, split: str | None, group: str |
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: a column is missing, a label is empty, a split is none, a row is short.
+        ValueError: a column is missing, a label is missing, a split is none, a row is short.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file.")
-    return parse_labels(path.read_bytes(), path.name, label=label, split=split, group=group)
+    return rows_of_table(read_table(path), label=label, split=split, group=group)
 
 
-def parse_labels(
-    content: bytes,
-    source: str,
-    *,
-    label: str,
-    split: str | None,
-    group: str | None,
-    name_columns: Sequence[str] = NAME_COLUMNS,
-    group_columns: Sequence[str] = GROUP_COLUMNS,
-    more_columns: Sequence[str] = (),
-) -> LabelRows:
-    """The same for a CSV's bytes.
-
-    Args:
-        content: the bytes, UTF-8.
-        source: the CSV's name for messages.
-        label: column of the label.
-        split: as for `read_labels`.
-        group: as for `read_labels`.
-        name_columns: columns that can hold the name, the first that is there.
-        group_columns: columns that can hold the group.
-        more_columns: columns to give back where they are there.
-    """
-    try:
-        rows = list(csv.reader(io.StringIO(content.decode("utf-8-sig"), newline="")))
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"{source}: expected a CSV in UTF-8, got something else ({error}).") from error
-    if not rows:
-        raise ValueError(f"{source}: expected a CSV with a header, got an empty file.")
-    header = [column.strip() for column in rows[0]]
-    where = {column: index for index, column in reversed(list(enumerate(header)))}
-    name_column = next((column for column in name_columns if column in where), None)
-    if name_column is None:
-        raise ValueError(
-            f"{source}: expected a column {' or '.join(name_columns)}, got {', '.join(header)}."
-            + separator_hint(header)
-        )
-    if label not in where:
-        raise ValueError(f"{source}: expected a column {label}, got {', '.join(header)}. Name it with --label.")
-    if group is not None and group not in where:
-        raise ValueError(f"{source}: expected a column {group}, got {', '.join(header)}. Name it with --group.")
-    group = group or next((column for column in group_columns if column in where), None)
-    if split is not None and split not in where:
-        raise ValueError(f"{source}: expected a column {split}, got {', '.join(header)}. Name it with --split.")
-    split = split or "split"
-    body = [row for row in rows[1:] if row]
-    for number, row in enumerate(body, start=2):
-        if len(row) != len(header):
-            raise ValueError(f"{source}: expected {len(header)} values in row {number}, got {len(row)}.")
-
-    def column_of(name: str) -> list[str]:
-        index = where[name]
-        return [row[index].strip() for row in body]
-
-    labels = column_of(label)
-    if "" in labels:
-        raise ValueError(f"{source}: row {labels.index('') + 2} has no {label}. Fill it in or leave the row out.")
-    known: dict[str, str] = {}
-    splits = []
-    for number, word in enumerate(column_of(split) if split in where else [""] * len(body), start=2):
-        if word not in known:
-            known[word] = split_of_word(word, f"{source}, row {number}") if split in where else ""
-        splits.append(known[word])
+def rows_of_table(table: Table, *, label: str, split: str | None, group: str | None) -> LabelRows:
+    """The same for a table that was read."""
+    name_column = named_column(table, None, NAME_COLUMNS, "--labels")
+    named_column(table, label, (), "--label")
+    if group is not None:
+        named_column(table, group, (), "--group")
+    if split is not None:
+        named_column(table, split, (), "--split")
+    group = group or first_column(table, GROUP_COLUMNS)
+    split = split or first_column(table, ("split",))
     return LabelRows(
-        names=column_of(name_column),
-        labels=labels,
-        splits=splits,
-        groups=column_of(group) if group else None,
-        source=source,
+        names=table.columns[name_column],
+        labels=table.filled(label),
+        splits=[""] * len(table) if split is None else splits_of_column(table, split),
+        groups=table.filled(group) if group else None,
+        source=table.source,
         group_column=group,
-        more={name: column_of(name) for name in more_columns if name in where},
     )
+
+
+def named_column(table: Table, stated: str | None, usual: Sequence[str], option: str) -> str:
+    """The stated column, or the first usual one; ValueError names the option by which it is named."""
+    column = first_column(table, usual if stated is None else (stated,))
+    if column is None:
+        raise ValueError(
+            f"{table.source}: expected a column {stated or ' or '.join(usual)}, got {', '.join(table.header[:12])}. "
+            f"See {option}." + separator_hint(table.header)
+        )
+    return column
+
+
+def splits_of_column(table: Table, column: str) -> list[str]:
+    """The split of each row; ValueError names the row whose word is none."""
+    known: dict[str, str] = {}
+    for number, word in enumerate(table.columns[column], start=2):
+        if word not in known:
+            known[word] = split_of_word(word, f"{table.source}, row {number}")
+    return [known[word] for word in table.columns[column]]
 
 
 def own_labels(table: EmbeddingTable, source: str) -> LabelRows:
@@ -178,9 +138,10 @@ def join_labels(
         ValueError: labels or tiles are left over, a name fits several tiles, a tile has two labels or stands in two
             splits, the labels contradict the split in the tiles' path.
     """
-    by_path = {name: row for row, name in enumerate(tiles)}
+    composed = [unicodedata.normalize("NFC", name) for name in tiles]
+    by_path = {name: row for row, name in enumerate(composed)}
     by_stem: dict[str, list[int]] = {}
-    for row, name in enumerate(tiles):
+    for row, name in enumerate(composed):
         by_stem.setdefault(name.rpartition("/")[2], []).append(row)
 
     rows: list[int] = []
@@ -189,7 +150,7 @@ def join_labels(
     unembedded: list[str] = []
     contradicting: list[str] = []
     for index, written in enumerate(labels.names):
-        name, split = bare_name(written), labels.splits[index]
+        name, split = unicodedata.normalize("NFC", bare_name(written)), labels.splits[index]
         row = by_path.get(name, -1)
         if row < 0:
             candidates = by_stem.get(name.rpartition("/")[2], [])
@@ -197,7 +158,7 @@ def join_labels(
             if len(fitting) > 1:
                 raise ValueError(
                     f"{labels.source}: {written} fits several {noun}s "
-                    f"({_shown([tiles[candidate] for candidate in fitting])}). "
+                    f"({shown([tiles[candidate] for candidate in fitting])}). "
                     "Write its whole path."
                 )
             if not candidates:
@@ -218,7 +179,7 @@ def join_labels(
     if contradicting:
         raise ValueError(
             f"{labels.source}: {len(contradicting):,} splits contradict the paths of the {noun}s: "
-            f"{_shown(contradicting)}. Correct the CSV, or take the right {noun}s."
+            f"{shown(contradicting)}. Correct the CSV, or take the right {noun}s."
         )
     taken = set(rows)
     unlabelled = [name for row, name in enumerate(tiles) if row not in taken]
@@ -232,7 +193,7 @@ def join_labels(
 
 
 def class_names(labels: Sequence[str], positive: str | None) -> tuple[dict[str, int], tuple[str, ...]]:
-    """One map from label to class for all splits: whole numbers in their order, else text in its order.
+    """One map from label to class for all splits: numbers in their order, then text in its order.
 
     Args:
         labels: all labels in use, as text; "1" and "1.0" are the same.
@@ -241,26 +202,14 @@ def class_names(labels: Sequence[str], positive: str | None) -> tuple[dict[str, 
     Returns:
         label as written -> class index, and the names of the classes.
     """
-    canonical = {label: _canonical(label) for label in set(labels)}
-    found = set(canonical.values())
-    numbers = all(name.lstrip("-").isdigit() for name in found)
-    names = sorted(found, key=int) if numbers else sorted(found)
+    names = sorted_classes(labels)
     if positive is not None:
-        wanted = _canonical(positive)
+        wanted = canonical_label(positive)
         if len(names) != 2 or wanted not in names:
             raise ValueError(f"--positive: expected one of two classes, got {positive!r} of {', '.join(names)}.")
         names = [name for name in names if name != wanted] + [wanted]
     index = {name: number for number, name in enumerate(names)}
-    return {label: index[name] for label, name in canonical.items()}, tuple(names)
-
-
-def _canonical(label: str) -> str:
-    """A label as text; a whole number loses its decimal point."""
-    try:
-        number = float(label)
-    except ValueError:
-        return label
-    return str(int(number)) if math.isfinite(number) and number == int(number) else label
+    return {label: index[canonical_label(label)] for label in set(labels)}, tuple(names)
 
 
 def _refuse_double_rows(rows: list[int], used: list[int], splits: list[str], labels: LabelRows) -> None:
@@ -282,8 +231,4 @@ def _refuse_double_rows(rows: list[int], used: list[int], splits: list[str], lab
 
 def in_words(lacking: Mapping[str, list[str]]) -> str:
     """How many names there are of each kind, and the first of them; of kinds without any, nothing."""
-    return ", ".join(f"{kind}: {len(names):,} ({_shown(names)})" for kind, names in lacking.items() if names)
-
-
-def _shown(names: list[str]) -> str:
-    return ", ".join(names[:SHOWN]) + (", ..." if len(names) > SHOWN else "")
+    return ", ".join(f"{kind}: {len(names):,} ({shown(names)})" for kind, names in lacking.items() if names)

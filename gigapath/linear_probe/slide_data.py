@@ -12,14 +12,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from gigapath.evaluation.labels import ID_COLUMNS, SITE_COLUMNS, first_column, id_maker, patients_of, read_table
 from gigapath.features import read_slides
-from gigapath.linear_probe.labels import LabelRows, class_names, in_words, parse_labels
+from gigapath.linear_probe.labels import class_names, in_words, named_column, splits_of_column
 from gigapath.linear_probe.options import ProbeOptions
 from gigapath.linear_probe.table import TEST
-
-NAME_COLUMNS = ("slide_id", "input", "file", "name")
-GROUP_COLUMNS = ("patient_id", "patient", "group", "case_id")
-SITE_COLUMNS = ("site", "data_provider", "provider", "hospital")
 
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
@@ -61,11 +58,6 @@ class SlideData:
         return len(pairs) == len(set(self.groups.tolist()))
 
 
-def slide_key(written: str, id_rule: str) -> str:
-    """What ids are compared by: themselves, or with the rule `tcga` what stands before the first dot."""
-    return written.partition(".")[0] if id_rule == "tcga" else written
-
-
 def load_slides(
     folder: Path | str, labels: Path, names: list[str], options: ProbeOptions, *, id_rule: str = "exact"
 ) -> SlideData:
@@ -81,21 +73,17 @@ def load_slides(
     Raises:
         FileNotFoundError, ValueError: one sentence on what is wrong.
     """
-    if not labels.is_file():
-        raise FileNotFoundError(f"{labels}: no such file.")
-    listed = parse_labels(
-        labels.read_bytes(),
-        labels.name,
-        label=options.label,
-        split=options.split,
-        group=options.group,
-        name_columns=NAME_COLUMNS,
-        group_columns=GROUP_COLUMNS,
-        more_columns=SITE_COLUMNS,
-    )
-    row_of_key = _rows_by_key(listed, id_rule)
+    listed = read_table(labels)
+    written_ids = listed.filled(named_column(listed, None, ID_COLUMNS, "--labels"))
+    all_labels = listed.filled(named_column(listed, options.label, (), "--label"))
+    for column, option in ((options.group, "--group"), (options.split, "--split")):
+        if column is not None:
+            named_column(listed, column, (), option)
+    group_column, patients = patients_of(listed, options.group, written_ids, id_rule)
+    key_of = id_maker(id_rule)
+    row_of_key = _rows_by_key([key_of(written) for written in written_ids], listed.source)
     ids, vectors, notes = _read_vectors(folder, names)
-    keys = [slide_key(slide, id_rule) for slide in ids]
+    keys = [key_of(slide) for slide in ids]
     unlabelled = [slide for slide, key in zip(ids, keys, strict=True) if key not in row_of_key]
     unembedded = sorted(set(row_of_key) - set(keys))
     if (unlabelled or unembedded) and not options.allow_missing:
@@ -109,20 +97,22 @@ def load_slides(
     kept = [index for index, key in enumerate(keys) if key in row_of_key]
     rows = [row_of_key[keys[index]] for index in kept]
     slide_ids = tuple(ids[index] for index in kept)
-    written_labels = [listed.labels[row] for row in rows]
+    written_labels = [all_labels[row] for row in rows]
     index_of_label, classes = class_names(written_labels, options.positive)
     if len(classes) < 2:
         raise ValueError(f"{listed.source}: expected slides of two classes, got {', '.join(classes) or 'no slides'}.")
-    groups = _groups_of_slides(listed, rows, slide_ids)
-    if listed.groups is None:
+    # Without patients the names as the CSV writes them, as in fine-tuning: their order has a say in the draw of folds.
+    groups = np.array([(patients or written_ids)[row] for row in rows])
+    if patients is None:
         notes.append("no column names the patients, so each slide counts as one; --group COL names it")
     test = None
     if options.split is not None:
-        test = np.array([listed.splits[row] == TEST for row in rows])
+        splits = splits_of_column(listed, options.split)
+        test = np.array([splits[row] == TEST for row in rows])
         if test.all() or not test.any():
             raise ValueError(f"{listed.source}: the column {options.split} leaves no slide to {_lacking(test)}.")
         notes.append("slides of train and val train together: the penalty is chosen by folds inside them")
-    site_column = next((column for column in SITE_COLUMNS if column in listed.more), None)
+    site_column = first_column(listed, SITE_COLUMNS)
     labels_of_slides = np.array([index_of_label[label] for label in written_labels], dtype=np.int64)
     return SlideData(
         ids=slide_ids,
@@ -130,13 +120,13 @@ def load_slides(
         labels=labels_of_slides,
         classes=classes,
         groups=groups,
-        group_column=listed.group_column,
-        sites=None if site_column is None else np.array([listed.more[site_column][row] for row in rows]),
+        group_column=group_column,
+        sites=None if site_column is None else np.array([listed.columns[site_column][row] for row in rows]),
         test=test,
         facts={
             "slides": len(slide_ids),
             "groups": len(set(groups.tolist())),
-            "group_column": listed.group_column,
+            "group_column": group_column,
             "site_column": site_column,
             "slides_of_class": dict(zip(classes, np.bincount(labels_of_slides).tolist(), strict=True)),
             "labels": labels.name,
@@ -147,25 +137,13 @@ def load_slides(
     )
 
 
-def _rows_by_key(listed: LabelRows, id_rule: str) -> dict[str, int]:
+def _rows_by_key(keys: Sequence[str], source: str) -> dict[str, int]:
     """What a slide is compared by -> its row of the CSV; ValueError where two rows are of one slide."""
     row_of_key: dict[str, int] = {}
-    for row, written in enumerate(listed.names):
-        key = slide_key(written, id_rule)
+    for row, key in enumerate(keys):
         if row_of_key.setdefault(key, row) != row:
-            raise ValueError(f"{listed.source}: {key} has two rows ({row_of_key[key] + 2} and {row + 2}). Keep one.")
+            raise ValueError(f"{source}: {key} has two rows ({row_of_key[key] + 2} and {row + 2}). Keep one.")
     return row_of_key
-
-
-def _groups_of_slides(listed: LabelRows, rows: Sequence[int], slide_ids: Sequence[str]) -> TextArray:
-    """(S,) patients by the CSV, or the slides themselves where no column says them; ValueError where one is empty."""
-    if listed.groups is None:
-        return np.array(slide_ids)
-    groups = np.array([listed.groups[row] for row in rows])
-    if (groups == "").any():
-        empty = slide_ids[int(np.flatnonzero(groups == "")[0])]
-        raise ValueError(f"{listed.source}: {empty} has no {listed.group_column}. Fill it in.")
-    return groups
 
 
 def _read_vectors(folder: Path | str, names: list[str]) -> tuple[list[str], dict[str, FloatArray], list[str]]:

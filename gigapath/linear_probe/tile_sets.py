@@ -14,8 +14,9 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, UnidentifiedImageError
 
+from gigapath.evaluation.labels import parse_table
 from gigapath.features.h5 import open_h5
-from gigapath.linear_probe.labels import LabelRows, join_labels, parse_labels
+from gigapath.linear_probe.labels import LabelRows, join_labels, rows_of_table
 from gigapath.linear_probe.pcam import read_meta
 from gigapath.linear_probe.sources import FolderSource, Source, ZipSource, visible
 from gigapath.linear_probe.table import SPLIT_WORDS, bare_name, check_unique, split_of_path
@@ -99,7 +100,7 @@ def _images(source: Source, where: str) -> TileSet:
     if tables:
         content = source.load(tables)[0][1]
         source.check(tables[0], content)
-        listed = parse_labels(bytes(content), members[tables[0]], label="label", split=None, group=None)
+        listed = rows_of_table(parse_table(bytes(content), members[tables[0]]), label="label", split=None, group=None)
         labels, splits, groups = _from_csv(listed, names, splits)
         group_column = listed.group_column
     else:
