@@ -6,6 +6,7 @@ into arguments, and `to_dict` is what is written next to the outputs.
 
 import dataclasses
 import operator
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -69,6 +70,30 @@ def _check_value(flag: str, value: Any, metadata: Mapping[str, Any]) -> None:
         limit = metadata.get(bound)
         if limit is not None and not holds(value, limit):  # NaN fails every comparison, and so every bound
             raise ValueError(f"{flag}: expected {words} {limit:g}, got {value!r}.")
+
+
+@dataclasses.dataclass(frozen=True)
+class IdOptions:
+    """How rows of labels meet slides, in every verb that joins the two."""
+
+    id_rule: str = option(
+        "exact",
+        "how slides meet rows: exact, or tcga = by what stands before the first dot",
+        choices=("exact", "tcga"),
+    )
+    id_regex: str | None = option(
+        None, "a pattern whose first group (or whole match) is the id in file names and in rows", metavar="REGEX"
+    )
+
+    def __post_init__(self) -> None:
+        check_options(self)
+        if self.id_regex is not None:
+            try:
+                re.compile(self.id_regex)
+            except re.error as error:
+                raise ValueError(
+                    f"--id-regex: expected a regular expression, got {self.id_regex!r} ({error})."
+                ) from None
 
 
 def to_dict(options: Any) -> dict[str, Any]:

@@ -234,6 +234,10 @@ def test_tcga_ids_join_by_rule(copied: tuple[Path, Path]) -> None:
         probe_slides(folder, table, ProbeOptions(), QUICK)
     options = SlideProbeOptions(embedding="default", folds=3, repeats=1, id_rule="tcga")
     assert probe_slides(folder, table, ProbeOptions(replicates=0), options).data.facts["slides"] == 80
+    by_pattern = dataclasses.replace(options, id_rule="exact", id_regex=r"^(P\d+-S\d)")
+    assert probe_slides(folder, table, ProbeOptions(replicates=0), by_pattern).data.facts["slides"] == 80
+    with pytest.raises(ValueError, match="--id-regex"):
+        SlideProbeOptions(id_regex="(")
 
 
 Change = Callable[[list[dict[str, str]]], list[dict[str, str]]]

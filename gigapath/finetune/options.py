@@ -1,25 +1,17 @@
 """What fine-tuning can be told: data, model, training; the defaults are the published recipe."""
 
-import re
 from dataclasses import dataclass
 
-from gigapath.options import check_options, option
+from gigapath.options import IdOptions, check_options, option
 
-ID_RULES = ("exact", "tcga")
 HEADS = ("linear", "abmil", "abmil-tiles")
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 
 
 @dataclass(frozen=True)
-class JoinOptions:
+class JoinOptions(IdOptions):
     """How rows of labels meet feature files, and how these are read."""
 
-    id_rule: str = option(
-        "exact", "how slides meet rows: exact, or tcga = by what stands before the first dot", choices=ID_RULES
-    )
-    id_regex: str | None = option(
-        None, "a pattern whose first group (or whole match) is the id in file names and in rows", metavar="REGEX"
-    )
     tile_size_level0: float | None = option(
         None,
         "distance between neighbouring tiles, in the unit of the files' coordinates, where a file does not say",
@@ -28,16 +20,6 @@ class JoinOptions:
     )
     allow_missing: bool = option(False, "go on without the slides that have no features")
     allow_mixed: bool = option(False, "take files of different encoders, mpp or numerics together")
-
-    def __post_init__(self) -> None:
-        check_options(self)
-        if self.id_regex is not None:
-            try:
-                re.compile(self.id_regex)
-            except re.error as error:
-                raise ValueError(
-                    f"--id-regex: expected a regular expression, got {self.id_regex!r} ({error})."
-                ) from None
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,8 @@
 
 from dataclasses import dataclass
 
-from gigapath.options import check_options, option
+from gigapath.options import IdOptions, check_options, option
 
-ID_RULES = ("exact", "tcga")
 SOLVERS = ("sgd", "lbfgs", "knn")
 
 
@@ -60,7 +59,7 @@ class TileProbeOptions:
 
 
 @dataclass(frozen=True)
-class SlideProbeOptions:
+class SlideProbeOptions(IdOptions):
     """A probe of slide embeddings, as `gigapath embed` writes them."""
 
     embedding: str | None = option(
@@ -70,14 +69,6 @@ class SlideProbeOptions:
     )
     folds: int = option(5, "folds, stratified by label and grouped by --group", at_least=2)
     repeats: int = option(5, "how often the folds are drawn anew", at_least=1)
-    id_rule: str = option(
-        "exact",
-        "how slides meet rows of the CSV: exact, or tcga = by what stands before the first dot",
-        choices=ID_RULES,
-    )
-
-    def __post_init__(self) -> None:
-        check_options(self)
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from gigapath.features import read_slides
 from gigapath.linear_probe.labels import class_names, in_words, named_column, splits_of_column
 from gigapath.linear_probe.options import ProbeOptions
 from gigapath.linear_probe.table import TEST
+from gigapath.options import IdOptions
 
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
@@ -59,7 +60,11 @@ class SlideData:
 
 
 def load_slides(
-    folder: Path | str, labels: Path, names: list[str], options: ProbeOptions, *, id_rule: str = "exact"
+    folder: Path | str,
+    labels: Path,
+    names: list[str],
+    options: ProbeOptions,
+    ids_meet: IdOptions = IdOptions(),  # noqa: B008 - frozen
 ) -> SlideData:
     """Read slide embeddings and the CSV, join them by slide id, and check that a probe of them means something.
 
@@ -68,7 +73,7 @@ def load_slides(
         labels: CSV with `slide_id` (or `input`, `file`, `name`), the label's column, and the patient's.
         names: names of embeddings, see `gigapath.features.names`.
         options: columns, what to allow.
-        id_rule: "exact" or "tcga".
+        ids_meet: how slides meet rows.
 
     Raises:
         FileNotFoundError, ValueError: one sentence on what is wrong.
@@ -79,8 +84,8 @@ def load_slides(
     for column, option in ((options.group, "--group"), (options.split, "--split")):
         if column is not None:
             named_column(listed, column, (), option)
-    group_column, patients = patients_of(listed, options.group, written_ids, id_rule)
-    key_of = id_maker(id_rule)
+    group_column, patients = patients_of(listed, options.group, written_ids, ids_meet.id_rule)
+    key_of = id_maker(ids_meet.id_rule, ids_meet.id_regex)
     row_of_key = _rows_by_key([key_of(written) for written in written_ids], listed.source)
     ids, vectors, notes = _read_vectors(folder, names)
     keys = [key_of(slide) for slide in ids]

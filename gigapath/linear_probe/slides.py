@@ -97,7 +97,7 @@ def probe_slides(
         raise ValueError("--labels: expected a CSV with slide_id and the label. Slide embeddings carry no labels.")
     names = [name.strip() for name in (slide_options.embedding or "").split(",") if name.strip()]
     wanted = [BASELINE, *(name for name in names if name != BASELINE)]
-    data = load_slides(folder, Path(labels), wanted, options, id_rule=slide_options.id_rule)
+    data = load_slides(folder, Path(labels), wanted, options, slide_options)
     notes = list(data.warnings)
     drawn = _folds(data, options, slide_options)
     notes += audit(
