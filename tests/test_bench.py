@@ -47,6 +47,12 @@ def test_compare_repeats_short_work_until_a_turn_is_long_enough(monkeypatch) -> 
     assert ratio.median == pytest.approx(10 / 20)
 
 
+def test_compare_gives_finite_rates_where_the_clock_does_not_move(monkeypatch) -> None:
+    monkeypatch.setattr(protocol.time, "perf_counter", lambda: 0.0)
+    ratio = compare(Work(lambda: None, 6.0), Work(lambda: None, 2.0), 2, CPU, seconds=0.0)
+    assert ratio.median == pytest.approx(3) and 0 < ratio.theirs < ratio.ours < np.inf
+
+
 def test_bench_slide_encoder_prints_a_row_for_each_precision(monkeypatch, capsys) -> None:
     words = ["bench", "slide-encoder", "--slide-encoder", "gigapath-flash", "--tokens", "40", "--depth", "1"]
     monkeypatch.setattr(protocol, "SECONDS", 0.0)

@@ -64,12 +64,13 @@ def compare(ours: Work, theirs: Work, pairs: int, device: torch.device, seconds:
 
 
 def _time(work: Work, repeats: int, device: torch.device) -> float:
+    """Seconds that so many calls take, at least one step of the clock: rates are divisions by them."""
     _wait(device)
     start = time.perf_counter()
     for _ in range(repeats):
         work.call()
     _wait(device)
-    return time.perf_counter() - start
+    return max(time.perf_counter() - start, time.get_clock_info("perf_counter").resolution)
 
 
 def _rate(work: Work, repeats: int, device: torch.device) -> float:
