@@ -8,12 +8,9 @@ import numpy as np
 import numpy.typing as npt
 import tifffile
 
-from gigapath.bench.made_slide import write_large
 from gigapath.features import Tiles
 from gigapath.preprocessing.grid import plan_grid
 from gigapath.preprocessing.slide import Slide
-
-__all__ = ["all_tiles", "paint_tissue", "write_large", "write_pyramid", "write_scn"]
 
 UInt8Array = npt.NDArray[np.uint8]
 

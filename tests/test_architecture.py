@@ -24,7 +24,7 @@ LAYERS = [
     {"embedding"},
     {"linear_probe", "finetune"},
     {"maps", "report", "methods"},
-    {"pipeline", "convert", "check", "doctor", "verify", "bench"},
+    {"pipeline", "convert", "check", "doctor", "verify"},
     {"cli"},
 ]
 RANK = {unit: rank for rank, units in enumerate(LAYERS) for unit in units}

@@ -1,4 +1,4 @@
-"""gigapath bench: the protocol's arithmetic on made times, and that a row comes out whole."""
+"""python -m scripts.bench: the protocol's arithmetic on made times, and that a row comes out whole."""
 
 import json
 import re
@@ -9,9 +9,9 @@ import torch
 from made_slides import paint_tissue, write_pyramid
 from tiny_encoders import tiny_tile_encoder
 
-from gigapath.bench import protocol, slide_encoder, tile_encoder
-from gigapath.bench.protocol import Work, compare
-from gigapath.cli.main import main
+from scripts.bench import protocol, slide_encoder, tile_encoder
+from scripts.bench.__main__ import main
+from scripts.bench.protocol import Work, compare
 
 CPU = torch.device("cpu")
 
@@ -54,7 +54,7 @@ def test_compare_gives_finite_rates_where_the_clock_does_not_move(monkeypatch) -
 
 
 def test_bench_slide_encoder_prints_a_row_for_each_precision(monkeypatch, capsys) -> None:
-    words = ["bench", "slide-encoder", "--slide-encoder", "gigapath-flash", "--tokens", "40", "--depth", "1"]
+    words = ["slide-encoder", "--slide-encoder", "gigapath-flash", "--tokens", "40", "--depth", "1"]
     monkeypatch.setattr(protocol, "SECONDS", 0.0)
     monkeypatch.setattr(slide_encoder, "product", lambda device, dtype: protocol.product(device, dtype, 64, 64))
     assert main([*words, "--pairs", "1", "--device", "cpu", "--json"]) == 0
@@ -70,12 +70,12 @@ def test_bench_slide_encoder_prints_a_row_for_each_precision(monkeypatch, capsys
 
 
 def test_bench_refuses_no_tokens(capsys) -> None:
-    assert main(["bench", "slide-encoder", "--tokens", "0"]) == 1
+    assert main(["slide-encoder", "--tokens", "0"]) == 1
     assert "--tokens" in capsys.readouterr().err
 
 
 def test_bench_tile_encoder_counts_the_operations_of_a_tile(monkeypatch, capsys) -> None:
-    words = ["bench", "tile-encoder", "--tile-encoder", "gigapath-flash", "--batch-size", "1", "2", "--pairs", "1"]
+    words = ["tile-encoder", "--tile-encoder", "gigapath-flash", "--batch-size", "1", "2", "--pairs", "1"]
     monkeypatch.setattr(protocol, "SECONDS", 0.0)
     monkeypatch.setattr(tile_encoder, "product", lambda device, dtype: protocol.product(device, dtype, 64, 64))
     assert main([*words, "--device", "cpu", "--json"]) == 0
@@ -87,15 +87,15 @@ def test_bench_tile_encoder_counts_the_operations_of_a_tile(monkeypatch, capsys)
     layer = 2 * tokens * (4 * width**2 + 3 * width * hidden) + 4 * tokens**2 * width
     patches = 2 * 196 * (3 * 16 * 16) * width
     assert rows[0]["operations"] == 12 * layer + patches
-    assert main(["bench", "tile-encoder", "--batch-size", "0"]) == 1
+    assert main(["tile-encoder", "--batch-size", "0"]) == 1
     assert "--batch-size" in capsys.readouterr().err
 
 
 def test_bench_embed_compares_a_turn_of_slides_with_its_parts(tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.setattr(protocol, "SECONDS", 0.0)
-    monkeypatch.setattr("gigapath.bench.embedding.load_tile_encoder", lambda *_, **__: tiny_tile_encoder())
+    monkeypatch.setattr("scripts.bench.embedding.load_tile_encoder", lambda *_, **__: tiny_tile_encoder())
     slide = write_pyramid(tmp_path / "a.tif", paint_tissue(1100, 900), mpp=(0.5, 0.5), steps=(1, 2))
-    words = ["bench", "embed", "--slide", str(slide), "--pairs", "1", "--slides", "2", "--tiles", "3", "--workers", "0"]
+    words = ["embed", "--slide", str(slide), "--pairs", "1", "--slides", "2", "--tiles", "3", "--workers", "0"]
     assert main([*words, "--device", "cpu", "--json"]) == 0
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [(row["what"], row["bar"]) for row in rows] == [("encoder", 0.93), ("reader", 0.85)]
@@ -104,5 +104,5 @@ def test_bench_embed_compares_a_turn_of_slides_with_its_parts(tmp_path, monkeypa
         assert row["ratio"] > 0 and row["met"] == (row["ratio"] >= row["bar"])
         assert row["waited_for"] in row["busy"]
     blank = write_pyramid(tmp_path / "b.tif", np.full((500, 640, 3), 240, np.uint8), mpp=(0.5, 0.5), steps=(1,))
-    assert main(["bench", "embed", "--slide", str(blank), "--device", "cpu"]) == 1
+    assert main(["embed", "--slide", str(blank), "--device", "cpu"]) == 1
     assert "expected a slide with tissue, got none in b.tif" in capsys.readouterr().err

@@ -1,12 +1,12 @@
-"""gigapath bench probe: both ways do the same work, and the rows come out whole. No test asserts a time."""
+"""python -m scripts.bench probe: both ways do the same work, and the rows come out whole. No test asserts a time."""
 
 import json
 from pathlib import Path
 
 import pytest
 
-from gigapath.bench import probe, protocol
-from gigapath.cli.main import main
+from scripts.bench import probe, protocol
+from scripts.bench.__main__ import main
 
 
 @pytest.fixture
@@ -44,7 +44,7 @@ def test_fresh_reading_leaves_the_cache_and_takes_it_away(
 def test_rows_come_out_whole(short: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     row = {"what": "memory", "unit": "bytes", "value": 10, "least": 10, "most": 10, "bar": 20, "met": True}
     monkeypatch.setattr(probe, "_memory", lambda *arguments: row)
-    words = ["bench", "probe", "--tiles", "200", "--pairs", "1"]
+    words = ["probe", "--tiles", "200", "--pairs", "1"]
     assert main([*words, "--json"]) == 0
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [row["what"] for row in rows] == [

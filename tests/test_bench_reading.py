@@ -1,4 +1,4 @@
-"""`gigapath bench read`: the same tiles both ways, and every figure where it can be had. No time is judged."""
+"""`python -m scripts.bench read`: the same tiles both ways, and every figure where it can be had. No time is judged."""
 
 import json
 from pathlib import Path
@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from made_slides import paint_tissue, write_pyramid
 
-from gigapath.bench import protocol, reading
-from gigapath.cli.main import main
+from scripts.bench import protocol, reading
+from scripts.bench.__main__ import main
 
 
 @pytest.fixture(autouse=True)
@@ -18,7 +18,7 @@ def short_turns(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("reader", ["auto", "openslide"])
 def test_reading_is_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str], reader: str) -> None:
     path = write_pyramid(tmp_path / "a.tif", paint_tissue(1400, 1200, mpp=0.25), mpp=(0.25, 0.25), steps=(1,))
-    words = ["bench", "read", "--slide", str(path), "--pairs", "1", "--tiles", "4", "--reader", reader]
+    words = ["read", "--slide", str(path), "--pairs", "1", "--tiles", "4", "--reader", reader]
     assert main([*words, "--json"]) == 0
     row = json.loads(capsys.readouterr().out)
     assert row["reader"] == ("fast-equal" if reader == "auto" else "openslide")
@@ -35,7 +35,7 @@ def test_the_fast_transform_is_measured_where_it_serves(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], mpp: str, used: str | None
 ) -> None:
     path = write_pyramid(tmp_path / "a.tif", paint_tissue(1400, 1200, mpp=0.25), mpp=(0.25, 0.25), steps=(1,))
-    words = ["bench", "read", "--slide", str(path), "--pairs", "1", "--tiles", "4", "--mpp", mpp]
+    words = ["read", "--slide", str(path), "--pairs", "1", "--tiles", "4", "--mpp", mpp]
     assert main([*words, "--fast-transform", "--json"]) == 0
     row = json.loads(capsys.readouterr().out)
     assert row["filter"] == used
@@ -46,7 +46,7 @@ def test_the_fast_transform_is_measured_where_it_serves(
 
 
 def test_missing_slide_leaves_no_table_without_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["bench", "read", "--slide", str(tmp_path / "none.tif")]) == 1
+    assert main(["read", "--slide", str(tmp_path / "none.tif")]) == 1
     said = capsys.readouterr()
     assert said.out == "" and "none of the name 'none.tif'" in said.err
 

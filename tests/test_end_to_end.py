@@ -13,7 +13,7 @@ import numpy as np
 import openslide
 import pytest
 from fake_weights import flash_tile_checkpoint, slide_checkpoint
-from made_slides import paint_tissue, write_large, write_pyramid
+from made_slides import paint_tissue, write_pyramid
 
 import gigapath
 from gigapath.cli.main import main
@@ -21,6 +21,7 @@ from gigapath.embedding.options import EmbedOptions, RunOptions
 from gigapath.embedding.run import run_embed
 from gigapath.features import read_features, read_slide, read_tiles
 from gigapath.preprocessing.reading import resample
+from scripts.bench.made_slide import write_large
 
 REPOSITORY = Path(__file__).parent.parent
 

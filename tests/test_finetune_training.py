@@ -382,7 +382,7 @@ def test_two_processes_train_as_one(tmp_path) -> None:
 
 
 def test_bench_of_a_step_counts_what_it_computes(monkeypatch) -> None:
-    from gigapath.bench import finetuning, protocol
+    from scripts.bench import finetuning, protocol
 
     monkeypatch.setattr(protocol, "SECONDS", 0.0)
     options = finetuning.FinetuningBench("gigapath-flash", tiles=(6, 9), depth=1, pairs=1, files=3, device="cpu")

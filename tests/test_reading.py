@@ -11,11 +11,12 @@ import numpy as np
 import openslide
 import pytest
 import tifffile
-from made_slides import all_tiles, paint_tissue, write_large, write_pyramid, write_scn
+from made_slides import all_tiles, paint_tissue, write_pyramid, write_scn
 
 from gigapath.preprocessing.fast import READERS
 from gigapath.preprocessing.reading import filter_name, iter_tiles, read_tile, resample
 from gigapath.preprocessing.slide import Slide, SlideError, open_slide
+from scripts.bench.made_slide import write_large
 
 
 @pytest.fixture(scope="module")

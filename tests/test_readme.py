@@ -17,6 +17,7 @@ import pytest
 from readme_options import README, ROOT, options_of, parsers, with_tables
 
 import gigapath
+from scripts.bench.__main__ import build_parser
 
 TEXT = README.read_text()
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.M | re.S)
@@ -72,6 +73,7 @@ def test_commands_parse_and_files_exist() -> None:
             for word in words:
                 if word.startswith("scripts/") or word.endswith(".yaml"):
                     assert (ROOT / word).is_file(), word
+    known["python -m scripts.bench"] = build_parser()
     # the words in running text too
     for option in set(re.findall(r"`(?:[^`]* )?(--[a-z][a-z-]+)", TEXT)) - {"--index-url", "--help"}:
         assert any(option in name for parser in known.values() for name in options_of(parser)), option

@@ -35,7 +35,6 @@ VERBS: dict[str, tuple[str, str]] = {
     "finetune": ("finetune", "Fine-tune the slide encoder on labelled slides: the published PANDA recipe, or yours."),
     "evaluate": ("evaluate", "Test a fitted head on another cohort; nothing is fitted."),
     "predict": ("predict", "Apply a fitted head to feature files."),
-    "bench": ("bench", "Measure this machine, side by side with plain ways of doing the same work."),
     "verify": ("verify", "Check a released pair: files, demo tile, slide encoder, PANDA tiles; a report to paste."),
 }
 

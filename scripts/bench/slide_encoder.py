@@ -8,19 +8,19 @@ from typing import Any
 
 import torch
 
-from gigapath.bench.protocol import Work, compare, product
 from gigapath.devices import resolve_device
 from gigapath.longnet.attention import choose_kernel
 from gigapath.longnet.encoder import count_operations
 from gigapath.options import check_options, option
 from gigapath.slide_encoder import LongNetViT, create_model
+from scripts.bench.protocol import Work, compare, product
 
 WIDTHS = {"gigapath": ("gigapath_slide_enc12l768d", 1536), "gigapath-flash": ("gigapath_slide_enc12l384d", 384)}
 
 
 @dataclass(frozen=True)
 class SlideEncoderBench:
-    """What `gigapath bench slide-encoder` measures."""
+    """What `python -m scripts.bench slide-encoder` measures."""
 
     slide_encoder: str = option("gigapath", "the architecture; its weights are random", choices=tuple(WIDTHS))
     tokens: tuple[int, ...] = option((10_000,), "tiles of the made slides", metavar="N")

@@ -9,11 +9,11 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from gigapath.bench.protocol import Work, compare, product
 from gigapath.devices import resolve_device, resolve_precision
 from gigapath.embedding.passes import PlainPass, made_batch
 from gigapath.options import check_options, option
 from gigapath.tile_encoder import TileEncoder, load_tile_encoder
+from scripts.bench.protocol import Work, compare, product
 
 ENCODERS = ("gigapath", "gigapath-flash", "standin")
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -21,7 +21,7 @@ _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class TileEncoderBench:
-    """What `gigapath bench tile-encoder` measures."""
+    """What `python -m scripts.bench tile-encoder` measures."""
 
     tile_encoder: str = option("gigapath-flash", "the architecture; its weights are random", choices=ENCODERS)
     batch_size: tuple[int, ...] = option((32,), "tiles per batch", metavar="N")

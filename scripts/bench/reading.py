@@ -14,8 +14,6 @@ import openslide
 import PIL.Image
 import torch
 
-from gigapath.bench.made_slide import write_large
-from gigapath.bench.protocol import Work, compare
 from gigapath.features import Tiles
 from gigapath.options import check_options, option
 from gigapath.preprocessing.fast import OPENSLIDE, READERS
@@ -23,6 +21,8 @@ from gigapath.preprocessing.reading import filter_name, filter_of, iter_tiles
 from gigapath.preprocessing.slide import Slide, open_slide
 from gigapath.preprocessing.tiff import TiffLevel, tiff_levels
 from gigapath.preprocessing.tiling import TileOptions, plan_tiles
+from scripts.bench.made_slide import write_large
+from scripts.bench.protocol import Work, compare
 
 # The made slides at 0.25 microns a pixel: name -> (downsamples of the levels, side of the compressed blocks).
 MADE = {
@@ -35,7 +35,7 @@ _BATCH = 64
 
 @dataclass(frozen=True)
 class ReadBench:
-    """What `gigapath bench read` measures."""
+    """What `python -m scripts.bench read` measures."""
 
     slide: tuple[str, ...] = option((), "slides to read (default: three made ones)", metavar="FILE")
     slide_mpp: float | None = option(None, "microns per level-0 pixel, where the slides don't say", above=0)

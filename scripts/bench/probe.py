@@ -19,13 +19,13 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, RandomSampler, TensorDataset
 
-from gigapath.bench.protocol import Work, compare
 from gigapath.evaluation import f1_weighted
 from gigapath.linear_probe.archive import CACHE_SUFFIX
 from gigapath.linear_probe.data import load_data
 from gigapath.linear_probe.options import ProbeOptions, TileProbeOptions
 from gigapath.linear_probe.tiles import fit_heads
 from gigapath.options import check_options, option
+from scripts.bench.protocol import Work, compare
 
 WIDTH = 1536
 LARGE_TILES = 327_680  # all of PCam
@@ -39,7 +39,7 @@ HEADING = "| what | measured | bar |\n|---|---|---|"
 
 @dataclass(frozen=True)
 class ProbeBench:
-    """What `gigapath bench probe` measures."""
+    """What `python -m scripts.bench probe` measures."""
 
     tiles: int = option(26_000, "embeddings of 1536 in the zip", at_least=100)
     pairs: int = option(7, "pairs of turns, ours and the plain loop; 0 = peak memory only", at_least=0)

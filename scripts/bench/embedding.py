@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gigapath.bench.protocol import Work, compare
 from gigapath.cohort.manifest import SlideEntry
 from gigapath.cohort.run import CohortRun
 from gigapath.devices import resolve_device, resolve_precision
@@ -33,13 +32,14 @@ from gigapath.options import check_options, option
 from gigapath.preprocessing.reading import iter_tiles
 from gigapath.preprocessing.tiling import TileOptions, plan_tiles
 from gigapath.tile_encoder import TileEncoder, load_tile_encoder
+from scripts.bench.protocol import Work, compare
 
 ENCODER_BAR, READER_BAR = 0.93, 0.85
 
 
 @dataclass(frozen=True)
 class EmbedBench:
-    """What `gigapath bench embed` measures."""
+    """What `python -m scripts.bench embed` measures."""
 
     slide: str | None = option(None, "a slide (default: the demo slide, fetched where it is missing)", metavar="FILE")
     tile_encoder: str = option(

@@ -13,8 +13,6 @@ import h5py
 import numpy as np
 import torch
 
-from gigapath.bench.protocol import Work, compare, product
-from gigapath.bench.slide_encoder import WIDTHS
 from gigapath.classification_head import ClassificationHead
 from gigapath.devices import resolve_device
 from gigapath.evaluation.task import Task
@@ -25,6 +23,8 @@ from gigapath.finetune.plan import operations
 from gigapath.finetune.processes import Processes, training_precision
 from gigapath.finetune.training import Trainer
 from gigapath.options import check_options, option
+from scripts.bench.protocol import Work, compare, product
+from scripts.bench.slide_encoder import WIDTHS
 
 LATENT = {"gigapath_slide_enc12l768d": 768, "gigapath_slide_enc12l384d": 384}
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -32,7 +32,7 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 @dataclass(frozen=True)
 class FinetuningBench:
-    """What `gigapath bench finetuning` measures."""
+    """What `python -m scripts.bench finetuning` measures."""
 
     slide_encoder: str = option("gigapath", "the architecture; its weights are random", choices=tuple(WIDTHS))
     tiles: tuple[int, ...] = option((4000,), "tiles of each slide of a step; several make one packed step", metavar="N")
