@@ -8,10 +8,12 @@ import struct
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from made_slides import paint_tissue, write_pyramid
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 Change = Callable[[bytes], bytes]
 
@@ -101,10 +103,17 @@ def png_header(width: int, height: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + chunk + struct.pack(">I", zlib.crc32(chunk))
 
 
-def picture(kind: str, mode: str = "RGB", size: tuple[int, int] = (300, 200)) -> bytes:
+def picture(kind: str, mode: str = "RGB", size: tuple[int, int] = (300, 200), **how: Any) -> bytes:
     content = io.BytesIO()
-    Image.new(mode, size).save(content, kind)
+    Image.new(mode, size).save(content, kind, **how)
     return content.getvalue()
+
+
+def long_text() -> PngInfo:
+    """A text chunk that unpacks to more than Pillow takes."""
+    info = PngInfo()
+    info.add_text("Comment", "a" * 3_000_000, zip=True)
+    return info
 
 
 def good_slide(folder: Path, name: str = "good.tif", seed: int = 0) -> Path:
@@ -173,6 +182,7 @@ def write_slides(folder: Path) -> dict[str, Path]:
         "jpeg-as-tif": (".tif", picture("JPEG"), cut(1.0)),
         "png-bomb": (".png", png_header(100_000, 100_000), cut(1.0)),
         "png-cut": (".png", picture("PNG"), cut(0.7)),
+        "png-text-too-long": (".png", picture("PNG", pnginfo=long_text()), cut(1.0)),
         "png-16-bit": (".png", picture("PNG", "I;16"), cut(1.0)),
         "jpeg-cut": (".jpeg", picture("JPEG"), cut(0.5)),
         "jpeg-cmyk": (".jpeg", picture("JPEG", "CMYK"), cut(1.0)),

@@ -2,6 +2,7 @@
 
 import csv
 import errno
+import json
 import shutil
 import signal
 from collections.abc import Iterator
@@ -124,6 +125,19 @@ def test_broken_slides_fail_with_a_sentence_each_and_the_others_are_done(
     assert found["forbidden"]["status"] == "failed" and "readable" in found["forbidden"]["error"]
     for name, words in broken.BAD_NAMES.items():
         assert words in found[quoted_name(name)]["error"]
+
+
+def test_plan_names_a_picture_that_the_library_refuses_and_counts_the_others(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    slides = broken.write_slides(tmp_path / "slides")
+    good = broken.good_slide(tmp_path / "slides")
+    words = ["png-text-too-long", "png-cut", "jpeg-cut"]
+    status, out, err = run(capsys, "plan", *(slides[word] for word in words), good, "--json")
+    assert status == 3, err
+    planned = json.loads(out)
+    assert planned["slides"] == 4 and planned["tiles"] > 0
+    assert any("another format" in reason for reason in map(str, planned["unreadable"].values()))
 
 
 def test_a_folder_with_loops_links_and_strange_names_is_searched_once(
