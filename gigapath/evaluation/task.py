@@ -77,7 +77,7 @@ def load_task(name: str | Path) -> Task:
         )
     yaml = _yaml()
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_keys_as_written(yaml))
+        content = _keys_as_written(yaml)(path.read_text(encoding="utf-8")).get_single_data()
     except (yaml.YAMLError, ValueError, TypeError, OverflowError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         where = "" if mark is None else f" in line {mark.line + 1}"
