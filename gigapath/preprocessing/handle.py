@@ -53,6 +53,8 @@ def open_handle(path: Path, slide_id: str) -> openslide.AbstractSlide:
             pixels, mode = image.width * image.height, image.mode
     except PIL.Image.DecompressionBombError:
         pixels, mode = PLAIN_IMAGE_PIXELS + 1, ""
+    except MemoryError:
+        raise
     except Exception:  # Pillow raises a dozen types for damaged files, ValueError for a text chunk too large among them
         raise SlideError(
             f"{who}: expected a slide that OpenSlide reads, or a JPEG or PNG image, got another format or a file "
