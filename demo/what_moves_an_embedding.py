@@ -1,5 +1,5 @@
-"""How much order, pitch, coordinate type, pooling and state move the embedding of a slide; half precision and the fast
-transform that of a tile.
+"""How much order, pitch, coordinate type, pooling and state move the embedding of a slide; half precision
+that of a tile.
 
     python demo/what_moves_an_embedding.py
     python demo/what_moves_an_embedding.py --weights hf_hub:prov-gigapath/prov-gigapath-flash --features SLIDE.h5
@@ -8,8 +8,7 @@ transform that of a tile.
 Prints a table: each row changes one thing that tools do differently, and says how far the slide's vector moves from
 `default`. Without --weights the encoder has random weights, and without --features the tiles are made: then the numbers
 show the machinery, not pathology. With --slide the rows are of the slide's tiles: how far each tile's vector moves from
-the one in float32 by the ordinary transform. The fast transform has something to do where tiles must shrink, as those
-at 0.5 microns a pixel from a slide scanned at 0.25.
+the one in float32.
 """
 
 import argparse
@@ -20,7 +19,7 @@ import numpy as np
 import torch
 
 import gigapath
-from gigapath.preprocessing.reading import filter_of, iter_tiles
+from gigapath.preprocessing.reading import filter_name, iter_tiles
 from gigapath.preprocessing.slide import open_slide
 from gigapath.preprocessing.tiling import TileOptions, plan_tiles
 from gigapath.tile_encoder import load_tile_encoder
@@ -123,17 +122,17 @@ def tile_encoder(name, precision):
     return encoder
 
 
-def read(path, words, *, fast):
+def read(path, words):
     """Pixels (N, T, T, 3) of a slide's tiles, and what filter made them."""
-    with open_slide(path, slide_mpp=words.slide_mpp, fast_transform=fast) as slide:
+    with open_slide(path, slide_mpp=words.slide_mpp) as slide:
         tiles = plan_tiles(slide, TileOptions(mpp=words.mpp, max_tiles=words.tiles)).tiles
         if not len(tiles):
             raise ValueError(f"--slide: expected a slide with tissue, got none in {path}. Name another.")
         pixels = np.concatenate([pixels for _, pixels in iter_tiles(slide, tiles, batch_size=32)])
-        return pixels, filter_of(slide, tiles), tiles.read_size[0]
+        return pixels, filter_name(tiles.read_size, tiles.tile_size), tiles.read_size[0]
 
 
-def tile_rows(name, ordinary, fast):
+def tile_rows(name, ordinary):
     """(what changes, the tiles' vectors)."""
 
     def vectors(encoder, pixels=ordinary):
@@ -148,19 +147,17 @@ def tile_rows(name, ordinary, fast):
     for values in half.parameters():
         values.copy_(values.half().float())
     yield "precision: weights rounded to fp16", vectors(replace(encoder, model=half))
-    yield "fast transform", vectors(encoder, fast)
     yield "another tile of the slide", np.roll(default, 1, axis=0)
 
 
 def tile_table(words):
     """The lines of the table of the tiles' embeddings."""
-    ordinary, way, side = read(words.slide, words, fast=False)
-    fast, fast_way, _ = read(words.slide, words, fast=True)
+    ordinary, way, side = read(words.slide, words)
     weights = "RANDOM weights (never trained)" if words.tile_encoder.endswith("-random") else "trained weights"
     lines = [f"{words.tile_encoder}, {weights}, {len(ordinary)} tiles of {side} pixels"]
-    lines += [f"ordinary transform: {way}; fast transform: {fast_way}", ""]
+    lines += [f"filter: {way}", ""]
     lines += ["| what changes | cosine (least) | relative difference (largest) |", "|---|---|---|"]
-    changes = tile_rows(words.tile_encoder, ordinary, fast)
+    changes = tile_rows(words.tile_encoder, ordinary)
     _, default = next(changes)
     for what, changed in changes:
         cosine, relative = apart(changed, default)

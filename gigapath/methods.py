@@ -15,7 +15,6 @@ from typing import Any
 
 from gigapath.cohort.progress import failures_by_kind
 from gigapath.cohort.record import RUNS
-from gigapath.cohort.reuse import FAST_TRANSFORM
 from gigapath.cohort.status import Status, read_statuses
 from gigapath.downloads import RELEASES
 from gigapath.features.h5 import open_h5, read_attrs
@@ -258,32 +257,10 @@ def _tile_encoder(
     device = _said("device", (row.get("device") for row in rows), cautions, str)
     batch = _said("batch size", (row.get("batch_size") for row in rows), cautions, str)
     text += f" (input: {steps}; {precision} on {device}, batches of {batch})."
-    text += _fast_transform([status for status in statuses.values() if status.status == "done"], cautions)
     if name == "standin":
         cautions.append(
             "The tile encoder is a STAND-IN (EfficientNet-Lite0, ImageNet weights): these are no GigaPath embeddings."
         )
-    return text
-
-
-def _fast_transform(done: Sequence[Status], cautions: list[str]) -> str:
-    """What was approximated on the way to these tile embeddings, where it was asked for."""
-    fast = [status for status in done if status.identity.get(FAST_TRANSFORM)]
-    ways = Counter(str(status.facts.get("filter", "")) for status in fast)
-    text = ""
-    for name, count in ways.most_common():
-        parts = name.split("+")
-        steps = [f"decoding JPEG at 1/{part[12:]} of its size" for part in parts if part.startswith("jpeg-scaled-")]
-        steps += ["linear interpolation"] * ("cv2-linear" in parts)
-        if steps:
-            text += f" For speed, tiles of {_slides(count)} were shrunk by {' and '.join(steps)} instead of averaging."
-    if fast:
-        cautions.append(
-            f"The fast transform (--fast-transform) was asked for on {_slides(len(fast))}: don't mix these embeddings "
-            "with others."
-        )
-    if len(ways) > 1:
-        cautions.append(f"Slides differ in how their tiles were shrunk: {_listed(ways.most_common(), str)}.")
     return text
 
 

@@ -25,24 +25,8 @@ def test_reading_is_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str],
     assert (row["slide"], row["read_size"], 0 < row["tiles"] <= 4) == ("a.tif", 512, True)
     assert min(row["tiles_per_second"], row["plain_per_second"], row["ratio"], row["two_threads"]) > 0
     assert (row["whole"] is None) == (reader == "openslide")
-    assert (row["fast"], row["filter"]) == (None, None)
     line = reading.in_words(row)
     assert line.count("|") == reading.HEADING.splitlines()[0].count("|")
-
-
-@pytest.mark.parametrize(("mpp", "used"), [("0.5", "jpeg-scaled-2"), ("0.25", None)])
-def test_the_fast_transform_is_measured_where_it_serves(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], mpp: str, used: str | None
-) -> None:
-    path = write_pyramid(tmp_path / "a.tif", paint_tissue(1400, 1200, mpp=0.25), mpp=(0.25, 0.25), steps=(1,))
-    words = ["read", "--slide", str(path), "--pairs", "1", "--tiles", "4", "--mpp", mpp]
-    assert main([*words, "--fast-transform", "--json"]) == 0
-    row = json.loads(capsys.readouterr().out)
-    assert row["filter"] == used
-    assert (row["fast"] is None) == (row["fast_per_second"] is None) == (used is None)
-    line = reading.in_words(row)
-    assert line.count("|") == reading.HEADING.splitlines()[0].count("|")
-    assert (used or "| - | - | - |") in line
 
 
 def test_missing_slide_leaves_no_table_without_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

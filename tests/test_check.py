@@ -418,20 +418,6 @@ def test_tiles_read_again_agree_or_say_what_happened(embedded: tuple[Path, Path]
     assert names(again(path)) == {"other-slide"}
 
 
-def test_tiles_are_read_again_by_the_recorded_reader(
-    embedded: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from gigapath.preprocessing.slide import Slide
-
-    def refuse(*_: object) -> None:
-        raise AssertionError("OpenSlide was asked")
-
-    slide, path = embedded
-    change(path, set_attrs("", reader="fast"))
-    monkeypatch.setattr(Slide, "read", refuse)
-    assert look_again(slide.parent)(path).findings == []
-
-
 def test_what_cannot_be_compared_is_a_note(embedded: tuple[Path, Path], tmp_path: Path) -> None:
     slide, path = embedded
     assert names(look_again(slide, tile_encoder="none")(path), wrong=False) == {"not-compared"}

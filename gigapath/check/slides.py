@@ -51,11 +51,7 @@ class SlideCheck:
         if isinstance(encoder, str):
             return [_skipped(encoder)]
         try:
-            fast = bool(held.attrs.get("fast_transform"))
-            reader = "fast" if held.attrs.get("reader") == "fast" else "auto"
-            with open_slide(
-                entry.path, slide_id=entry.slide_id, slide_mpp=entry.mpp, reader=reader, fast_transform=fast
-            ) as slide:
+            with open_slide(entry.path, slide_id=entry.slide_id, slide_mpp=entry.mpp) as slide:
                 return compare_tiles(held, slide, encoder, sample=self.options.sample)
         except (ValueError, OSError) as error:
             return [Finding("slide-unreadable", str(error), "The embeddings can't be compared with it.")]
@@ -142,12 +138,10 @@ def _read(held: Contents, slide: Slide, rows: npt.NDArray[Any]) -> npt.NDArray[n
         level, read_size = 0, (round(held.step[0]), round(held.step[1]))
     corners = np.rint(held.coords[rows]).astype(np.int64)
     places = np.concatenate([corners, np.broadcast_to(np.array(read_size), corners.shape)], axis=1)
-    shrunk = slide.fast.shrunk(int(level), places, size)
-    read = slide.reads(int(level), places, plainly=shrunk is not None)
+    read = slide.reads(int(level), places)
     pixels = np.empty((len(rows), size, size, 3), np.uint8)
     for index, row in enumerate(pixels):
-        if shrunk is None or not shrunk.read(index, row):
-            row[...] = resample(read(index, None), (size, size))
+        row[...] = resample(read(index, None), (size, size))
     return pixels
 
 

@@ -12,9 +12,10 @@ from gigapath.features import FeatureFileError
 from gigapath.features.h5 import is_complete, open_h5, read_attr
 from gigapath.text import slides_in_words
 
-FAST_TRANSFORM = "fast_transform"  # in an identity only where it was asked for
 # What must be one within a folder, or the results can't be compared with each other.
-NUMERICS = ("weights_sha256", "precision", "device", "batch_size", "reader", FAST_TRANSFORM, "numerics_version")
+# `fast_transform` stands in folders of version 0.1.0 that were read by approximations, which are no more.
+NUMERICS = ("weights_sha256", "precision", "device", "batch_size", "reader", "fast_transform", "numerics_version")
+
 # What the tiles' identity names beside what somebody chose.
 _NOT_CHOSEN = ("slide_bytes", "numerics_version")
 
@@ -73,7 +74,7 @@ def redone(folder: Path, identities: Mapping[str, Mapping[str, Any]]) -> list[st
     for slide_id, identity in identities.items():
         before = read_status(folder, slide_id)
         if before is not None and before.finished:
-            named = {*identity, FAST_TRANSFORM} & {*identity, *before.identity}
+            named = {*identity, *(name for name in NUMERICS if name in before.identity)}
             reasons.update(differences({name: before.identity.get(name) for name in named}, identity))
     return [f"{folder.name}: {count} made before in other numbers, now again: {why}." for why, count in reasons.items()]
 

@@ -26,7 +26,7 @@ from gigapath.features import TileEmbeddingsWriter, Tiles
 from gigapath.features.kept_rows import KeptRows
 from gigapath.machine import available_cores
 from gigapath.preprocessing.places import Take
-from gigapath.preprocessing.reading import filter_of, read_into
+from gigapath.preprocessing.reading import filter_name, read_into
 from gigapath.preprocessing.slide import Slide, SlideError
 
 
@@ -114,16 +114,17 @@ class ComingSlide:
         self.kept = stages.kept_rows(self.entry, stages.identity(self.digest or ""), tiles)
         self._start = self.kept.find()
         try:
-            self._opened = slide = open_entry(
-                self.entry, stages.tiling, stages.options.reader, fast_transform=stages.fast_transform
-            )
+            self._opened = slide = open_entry(self.entry, stages.tiling, stages.options.reader)
             size = tiles.attrs.get("slide_size")
             if size is not None and tuple(size) != slide.dimensions:
                 raise SlideError(
                     f"slide {self.entry.slide_id!r}: expected {size[0]} x {size[1]} pixels, as when it was tiled, got "
                     f"{slide.dimensions[0]} x {slide.dimensions[1]}. Tile it again: --overwrite tiles."
                 )
-            self.reading = {"reader": slide.fast.used(tiles.level), "filter": filter_of(slide, tiles)}
+            self.reading = {
+                "reader": slide.fast.used(tiles.level),
+                "filter": filter_name(tiles.read_size, tiles.tile_size),
+            }
         except Exception as error:  # the slide's own, whatever it is
             self._problem = error
 

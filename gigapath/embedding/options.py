@@ -34,15 +34,14 @@ class KeepOptions:
 
 @dataclass(frozen=True)
 class RunOptions(KeepOptions):
-    """How a run goes about its work; nothing in here changes a number but `--reader fast`, which is recorded."""
+    """How a run goes about its work; nothing in here changes a number."""
 
     workers: int | None = option(
         None, "threads that read tiles, 0 for a single one without helpers (default: one per core)", at_least=0
     )
     reader: str = option(
         "auto",
-        "auto decodes tiled TIFFs directly where that gives OpenSlide's pixels to the bit; fast without comparing, in "
-        "other numbers",
+        "auto decodes tiled TIFFs directly where that gives OpenSlide's pixels to the bit, openslide never",
         choices=READERS,
     )
     hash: str = option("none", "full: record each slide's SHA-256, check the manifest's md5", choices=("none", "full"))
@@ -99,10 +98,6 @@ class EmbedOptions:
     )
     precision: str = option("auto", "auto is fp16 on CUDA, fp32 elsewhere", choices=_PRECISIONS)
     batch_size: int | None = option(None, "tiles per batch (default: by encoder and device)", at_least=1)
-    fast_transform: bool = option(
-        False,
-        "tiles that must shrink: JPEG blocks decoded at 1/2, 1/4 or 1/8, then a linear filter; quicker, other numbers",
-    )
     store: str = option("float32", "how tile embeddings are stored", choices=("float32", "float16"))
     random_weights: bool = option(False, "untrained weights, for trying things; every output says so")
 

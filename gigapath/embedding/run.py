@@ -74,11 +74,6 @@ def run_embed(
     """
     out, tiling = Path(out), tiling or TileOptions()
     embedding, options, watch = embedding or EmbedOptions(), options or RunOptions(), watch or Watcher()
-    if embedding.fast_transform and options.reader == "openslide":
-        raise ValueError(
-            "--fast-transform: expected --reader auto or fast beside it, got openslide, which never decodes a block "
-            "smaller. Drop one."
-        )
     with StopFlag(watch.stopping) as stop, at_most_threads(available_cores()):
         cohort = _entries(slides, out, embedding.tiles, tiling, options)
         check_names(cohort, out)
@@ -224,7 +219,6 @@ def _job(
         tiles=tiles,
         own_tiles=not embedding.tiles,
         slides=slides,
-        fast_transform=embedding.fast_transform,
     )
     shown = job.own_tiles or tiles.resolve() == (run.out / "tiles").resolve()
     run.stages = [
@@ -302,8 +296,6 @@ def _plan(job: EmbedJob, todo: Sequence[SlideEntry]) -> Plan:
         f"tile encoder: {encoder.description}; {_device_name(job.encoders)}, {encoder.precision}, "
         f"batches of {job.batch_size}, {job.workers} reading threads."
     )
-    if job.fast_transform:
-        lines.append("fast transform: tiles that must shrink are approximated where their blocks are JPEG.")
     lines.append(f"slide encoder: {job.slides.encoder.description if job.slides else 'none'}.")
     if job.tiling.max_tiles is not None and job.own_tiles:
         lines.append(f"at most {job.tiling.max_tiles} tiles a slide, spread evenly (seed {job.tiling.seed}).")

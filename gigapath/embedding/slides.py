@@ -15,7 +15,7 @@ from gigapath.preprocessing.slide import Slide, SlideError, open_slide
 from gigapath.preprocessing.tiling import TileOptions
 
 
-def open_entry(entry: SlideEntry, tiling: TileOptions, reader: str = "auto", *, fast_transform: bool = False) -> Slide:
+def open_entry(entry: SlideEntry, tiling: TileOptions, reader: str = "auto") -> Slide:
     """Open a slide with the scale that the manifest or the options state, to be read as `open_slide` says.
 
     Raises:
@@ -31,7 +31,6 @@ def open_entry(entry: SlideEntry, tiling: TileOptions, reader: str = "auto", *, 
         mpp_source=source,
         mpp_from_objective=tiling.mpp_from_objective,
         reader=reader,
-        fast_transform=fast_transform,
     )
 
 

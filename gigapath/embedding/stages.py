@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from gigapath.cohort.manifest import SlideEntry
-from gigapath.cohort.reuse import FAST_TRANSFORM, digest, finished, redone
+from gigapath.cohort.reuse import digest, finished, redone
 from gigapath.cohort.run import CohortRun
 from gigapath.cohort.status import Status, read_status
 from gigapath.embedding.options import RunOptions
@@ -17,7 +17,7 @@ from gigapath.embedding.slide_stage import SlideStage
 from gigapath.embedding.tiling import tiles_digest, tiles_done, tiling_identities
 from gigapath.features import NUMERICS_VERSION, Tiles, read_tiles
 from gigapath.features.kept_rows import KeptRows
-from gigapath.preprocessing.fast import reader_of_numbers
+from gigapath.preprocessing.fast import OPENSLIDE
 from gigapath.preprocessing.slide import SlideError
 from gigapath.preprocessing.tiling import TileOptions
 from gigapath.tile_encoder import TileEncoder
@@ -39,7 +39,6 @@ class EmbedStages:
         tiles: folder of tiles.
         own_tiles: whether this run makes the tiles, or takes those of another folder.
         slides: the slide stage, or None.
-        fast_transform: whether tiles that must shrink are read by the quick approximations.
     """
 
     run: CohortRun
@@ -53,7 +52,6 @@ class EmbedStages:
     tiles: Path
     own_tiles: bool
     slides: SlideStage | None
-    fast_transform: bool = False
 
     @property
     def encoder(self) -> TileEncoder:
@@ -70,8 +68,7 @@ class EmbedStages:
             "device": self.encoder.device.type,
             "batch_size": self.batch_size,
             "store": self.store,
-            "reader": reader_of_numbers(self.options.reader),
-            **({FAST_TRANSFORM: True} if self.fast_transform else {}),
+            "reader": OPENSLIDE,  # its numbers, whatever reads them
             "numerics_version": NUMERICS_VERSION,
         }
 

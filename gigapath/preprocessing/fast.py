@@ -1,9 +1,7 @@
 """The fast way to a slide's pixels, taken only where it gives OpenSlide's own to the bit.
 
 `auto` decodes a level's blocks straight from the file where the file is a tiled TIFF and a handful of the level's
-blocks, among them those of its edges and those with the most in them, equal what OpenSlide gives. `fast` skips the
-comparison and takes the nearest pixel where OpenSlide would shift the picture by a part of one: other numbers, recorded
-as such.
+blocks, among them those of its edges and those with the most in them, equal what OpenSlide gives.
 """
 
 import os
@@ -16,23 +14,17 @@ import numpy.typing as npt
 
 from gigapath.preprocessing.blocks import Regions
 from gigapath.preprocessing.handle import SlideError
-from gigapath.preprocessing.shrinking import ShrunkTiles, shrunk_tiles
 from gigapath.preprocessing.tiff import BlockError, TiffLevel, tiff_levels
 
 UInt8Array = npt.NDArray[np.uint8]
 
-READERS = ("auto", "openslide", "fast")
-OPENSLIDE, FAST_EQUAL, FAST = "openslide", "fast-equal", "fast"  # what a file says that its pixels came by
+READERS = ("auto", "openslide")
+OPENSLIDE, FAST_EQUAL = "openslide", "fast-equal"  # what a file says that its pixels came by
 
 FEW_BLOCKS = 16  # a level of fewer is read before the comparison would be through
 FEW_CHECKED = 4  # blocks that must have been compared
 
 Read = Callable[[int, int, int, int, int], UInt8Array]
-
-
-def reader_of_numbers(reader: str) -> str:
-    """What identities say of a choice: `auto` gives OpenSlide's numbers, whatever reads them."""
-    return FAST if reader == "fast" else OPENSLIDE
 
 
 class FastReader:
@@ -46,7 +38,6 @@ class FastReader:
         level_downsamples: tuple[float, ...],
         read: Read,
         reader: str,
-        fast_transform: bool = False,
     ) -> None:
         """
         Args:
@@ -56,9 +47,8 @@ class FastReader:
             level_downsamples: OpenSlide's downsamples.
             read: (x, y, level, width, height) to OpenSlide's pixels, x and y in level-0 pixels; raises SlideError.
             reader: one of READERS.
-            fast_transform: decode JPEG blocks smaller for tiles that must shrink.
         """
-        self.reader, self._fast_transform = reader, fast_transform
+        self._reader = reader
         self._path, self._vendor, self._read = path, vendor, read
         self._level_dimensions, self._downsamples = level_dimensions, level_downsamples
         self._lock = threading.Lock()
@@ -74,16 +64,13 @@ class FastReader:
             self._file, self._levels = None, {}
 
     def used(self, level: int) -> str:
-        """What reads this level: "openslide", "fast-equal" (compared with OpenSlide) or "fast" (not compared)."""
-        if self._level(level) is None:
-            return OPENSLIDE
-        return FAST if self.reader == "fast" else FAST_EQUAL
+        """What reads this level: "openslide", or "fast-equal" (compared with OpenSlide)."""
+        return OPENSLIDE if self._level(level) is None else FAST_EQUAL
 
     @property
     def used_so_far(self) -> str:
         """What read the levels that were read until now: "openslide" where it read all."""
-        served = any(self._equal.values()) or (self.reader == "fast" and bool(self._levels))
-        return (FAST if self.reader == "fast" else FAST_EQUAL) if served else OPENSLIDE
+        return FAST_EQUAL if any(self._equal.values()) else OPENSLIDE
 
     def regions(self, level: int, places: npt.NDArray[np.int64]) -> Regions | None:
         """Rectangles to read, or None where OpenSlide has to read them all.
@@ -92,43 +79,25 @@ class FastReader:
             level: the level.
             places: (N, 4) int64 x and y of the top-left corner in level-0 pixels, width and height in the level's.
         """
-        found = self._boxes(level, places)
-        return None if found is None else Regions(*found)
-
-    def shrunk(self, level: int, places: npt.NDArray[np.int64], tile_size: int) -> ShrunkTiles | None:
-        """Rectangles as tiles by the fast transform, or None where they are read and resampled in the ordinary way:
-        nobody asked for it, OpenSlide reads the level, its blocks aren't JPEG, or the tiles don't shrink.
-
-        Args:
-            level: the level.
-            places: (N, 4) as for `regions`.
-            tile_size: side of a tile.
-        """
-        found = self._boxes(level, places) if self._fast_transform else None
-        return None if found is None else shrunk_tiles(*found, tile_size)
-
-    def _boxes(self, level: int, places: npt.NDArray[np.int64]) -> tuple[int, TiffLevel, npt.NDArray[np.int64]] | None:
-        """The open file, the level and the places in its pixels, where there is anything to read without OpenSlide."""
         found = self._level(level)
         if found is None or self._file is None or not len(places):
             return None
         boxes = places.copy()
         exact = places[:, :2] / self._downsamples[level]
         boxes[:, :2] = np.rint(exact)
-        if self.reader != "fast":
-            boxes[(boxes[:, :2] != exact).any(axis=1), 0] = -1  # between pixels: not served
-        return self._file, found, boxes
+        boxes[(boxes[:, :2] != exact).any(axis=1), 0] = -1  # between pixels: not served
+        return Regions(self._file, found, boxes)
 
     def _level(self, index: int) -> TiffLevel | None:
         """The level as its blocks, where this reader serves it."""
-        if self.reader == "openslide":
+        if self._reader == "openslide":
             return None
         with self._lock:
             if self._levels is None:
                 self._levels = self._open()
             level = self._levels.get(index)
-            if level is None or self.reader == "fast":
-                return level
+            if level is None:
+                return None
             if index not in self._equal:
                 self._equal[index] = self._equals_openslide(index, level)
             return level if self._equal[index] else None

@@ -15,7 +15,6 @@ import numpy as np
 import numpy.typing as npt
 
 from gigapath.features import Tiles
-from gigapath.preprocessing.fast import OPENSLIDE
 from gigapath.preprocessing.places import Take, fill_places
 from gigapath.preprocessing.slide import Slide, SlideError
 
@@ -45,12 +44,6 @@ def resample(pixels: UInt8Array, size: tuple[int, int]) -> UInt8Array:
     return out.astype(np.uint8, copy=False)
 
 
-def filter_of(slide: Slide, tiles: Tiles) -> str:
-    """What is done to these tiles of an open slide, for the record: `filter_name`, or the fast transform's."""
-    shrunk = slide.fast.shrunk(tiles.level, _places(tiles, tiles.coords_level0), tiles.tile_size)
-    return filter_name(tiles.read_size, tiles.tile_size) if shrunk is None else shrunk.filter
-
-
 def _places(tiles: Tiles, corners: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
     """Corners (N, 2) with what is read there: (N, 4) x and y in level-0 pixels, width and height in the level's."""
     sizes = np.broadcast_to(np.array(tiles.read_size), corners.shape)
@@ -66,22 +59,11 @@ class TileReader:
             slide: the open slide; it must stay open.
             tiles: which tiles, and how they are read.
             indices: of the tiles that are going to be read, one by one.
-
-        Raises:
-            SlideError: the fast reader alone is asked for and doesn't serve this slide.
         """
-        if slide.fast.reader == "fast" and slide.fast.used(tiles.level) == OPENSLIDE:
-            raise SlideError(
-                f"slide {slide.slide_id!r}: expected a tiled TIFF of JPEG, JPEG 2000 or uncompressed blocks for the "
-                f"fast reader, got a {slide.vendor} slide that it doesn't serve. Use --reader auto."
-            )
         self._tiles, self._start = tiles, indices.start
         self._size = tiles.tile_size, tiles.tile_size
         corners = tiles.coords_level0[indices.start : indices.stop]
-        places = _places(tiles, corners)
-        self._shrunk = slide.fast.shrunk(tiles.level, places, tiles.tile_size)
-        # Beside the fast transform no block is to be held for tiles that never ask for it.
-        self._read = slide.reads(tiles.level, places, plainly=self._shrunk is not None)
+        self._read = slide.reads(tiles.level, _places(tiles, corners))
         self._scratch = threading.local()  # one array a thread for pixels that are resampled
 
     def fill(self, index: int, out: UInt8Array) -> None:
@@ -91,8 +73,6 @@ class TileReader:
             SlideError: they can't be read; names the slide and the tile.
         """
         tiles = self._tiles
-        if self._shrunk is not None and self._shrunk.read(index - self._start, out):
-            return
         try:
             pixels = self._read(index - self._start, self._space(out))
         except SlideError as error:

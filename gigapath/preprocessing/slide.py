@@ -75,7 +75,6 @@ def open_slide(
     mpp_source: str = "--slide-mpp",
     mpp_from_objective: bool = False,
     reader: str = "auto",
-    fast_transform: bool = False,
 ) -> "Slide":
     """Open a slide in place with OpenSlide, or a plain JPEG or PNG as a slide of one level.
 
@@ -85,9 +84,7 @@ def open_slide(
         slide_mpp: microns per level-0 pixel that override what the file says, unchecked but for being positive.
         mpp_source: where `slide_mpp` comes from, for the record ("manifest" or the option's name).
         mpp_from_objective: take 10 / objective power where the file gives no scale.
-        reader: "auto" decodes tiled TIFFs directly where that gives OpenSlide's pixels to the bit, "openslide" never,
-            "fast" without comparing.
-        fast_transform: tiles that must shrink come from JPEG blocks decoded smaller (`preprocessing.shrinking`).
+        reader: "auto" decodes tiled TIFFs directly where that gives OpenSlide's pixels to the bit, "openslide" never.
 
     Raises:
         FileNotFoundError: nothing lies there.
@@ -102,7 +99,7 @@ def open_slide(
     override = None if slide_mpp is None else Mpp(slide_mpp, slide_mpp, mpp_source)
     handle = open_handle(path, slide_id)
     try:
-        return Slide(path, handle, slide_id, override, mpp_from_objective, reader, fast_transform)
+        return Slide(path, handle, slide_id, override, mpp_from_objective, reader)
     except SlideError:
         handle.close()
         raise
@@ -132,7 +129,6 @@ class Slide:
         override: Mpp | None,
         mpp_from_objective: bool,
         reader: str,
-        fast_transform: bool,
     ) -> None:
         self._handle = handle
         self._plain = isinstance(handle, openslide.ImageSlide)
@@ -152,7 +148,7 @@ class Slide:
         self.stated_mpp = stated_mpp(header)
         self.bounds = scanned_area(slide_id, self.dimensions, self.properties)
         sizes, downsamples = self.level_dimensions, self.level_downsamples
-        self.fast = FastReader(path, self.vendor, sizes, downsamples, self._read_apart, reader, fast_transform)
+        self.fast = FastReader(path, self.vendor, sizes, downsamples, self._read_apart, reader)
 
     def __enter__(self) -> "Slide":
         return self
@@ -231,22 +227,19 @@ class Slide:
             self._handle = open_handle(self.path, self.slide_id)
             raise
 
-    def reads(
-        self, level: int, places: npt.NDArray[np.int64], *, plainly: bool = False
-    ) -> Callable[[int, UInt8Array | None], UInt8Array]:
+    def reads(self, level: int, places: npt.NDArray[np.int64]) -> Callable[[int, UInt8Array | None], UInt8Array]:
         """What `read` gives at many places of a level, each compressed block decoded once where that can be.
 
         Args:
             level: the level that is read.
             places: (N, 4) int64 x and y in level-0 pixels, width and height in pixels of the level. Each is to be read
                 once; their order is the cheapest to read them in.
-            plainly: leave all to `read`.
 
         Returns:
             A function from the index of a place, and an array (height, width, 3) to fill or None, to the pixels. It
             raises SlideError, and may be called from any thread while the slide is open.
         """
-        regions = None if plainly else self.fast.regions(level, places)
+        regions = self.fast.regions(level, places)
 
         def read(index: int, out: UInt8Array | None) -> UInt8Array:
             pixels = None if regions is None else regions.read(index, out)

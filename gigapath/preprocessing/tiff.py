@@ -8,7 +8,7 @@ one by its order, so that no label and no macro picture is ever decoded.
 import os
 import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,6 @@ import numpy.typing as npt
 
 UInt8Array = npt.NDArray[np.uint8]
 Decode = Callable[[bytes, UInt8Array | None], UInt8Array]
-DecodeTo = Callable[[bytes, UInt8Array | None, tuple[int, int]], UInt8Array]
 
 # What OpenSlide calls the formats whose levels are one tiled page each, without overlap or gaps between the blocks.
 SERVED = ("aperio", "generic-tiff", "philips")
@@ -44,8 +43,6 @@ class TiffLevel:
         offsets: (rows, columns) int64, where each block begins in the file.
         lengths: (rows, columns) int64, its bytes; 0 where the file holds none.
         decode: bytes of a block to its pixels, in the array given where there is one.
-        decode_to: likewise to a picture of (width, height) that are 1/2, 1/4 or 1/8 of the block's; None where the
-            blocks aren't JPEG.
     """
 
     size: tuple[int, int]
@@ -55,28 +52,6 @@ class TiffLevel:
     offsets: npt.NDArray[np.int64]
     lengths: npt.NDArray[np.int64]
     decode: Decode
-    decode_to: DecodeTo | None = None
-
-    def shrunk(self, factor: int) -> "TiffLevel | None":
-        """The level at 1/factor of its size, its blocks decoded no larger than that, or None where they can't be.
-
-        libjpeg takes the inverse DCT of the low frequencies alone, at as many points as there are pixels left: pixel
-        (i, j) stands for the area of (factor i, factor j) to (factor i + factor, factor j + factor) and has its
-        centre. The last column and row may hang over the level.
-
-        Args:
-            factor: 2, 4 or 8.
-        """
-        if self.decode_to is None or self.block[0] % factor or self.block[1] % factor:
-            return None
-        width, height = self.block[0] // factor, self.block[1] // factor
-        return replace(
-            self,
-            size=(-(-self.size[0] // factor), -(-self.size[1] // factor)),
-            block=(width, height),
-            decode=partial(_decode_at, decode_to=self.decode_to, size=(width, height)),
-            decode_to=None,
-        )
 
     def read(self, file: int, row: int, column: int, out: UInt8Array | None = None) -> UInt8Array:
         """Pixels (H, W, 3) of a whole block, in `out` where it is given.
@@ -128,7 +103,7 @@ def tiff_levels(path: Path, vendor: str, level_dimensions: Sequence[tuple[int, i
                 matches = [page for page in pages if _fits(page, size, vendor)]
                 decode = _decoder(matches[0]) if len(matches) == 1 else None
                 if decode is not None:
-                    found[index] = _level(matches[0], size, decode, _decoder_to(matches[0]))
+                    found[index] = _level(matches[0], size, decode)
             return found
     except (tifffile.TiffFileError, OSError, ValueError, KeyError, IndexError, TypeError):
         return {}  # whatever the library stumbles over, OpenSlide has opened it
@@ -147,12 +122,12 @@ def _fits(page: Any, size: tuple[int, int], vendor: str) -> bool:
     return beyond == (0, 0)
 
 
-def _level(page: Any, size: tuple[int, int], decode: Decode, decode_to: DecodeTo | None) -> TiffLevel:
+def _level(page: Any, size: tuple[int, int], decode: Decode) -> TiffLevel:
     columns, rows = -(-page.imagewidth // page.tilewidth), -(-page.imagelength // page.tilelength)
     offsets = np.asarray(page.dataoffsets, np.int64).reshape(rows, columns)
     lengths = np.asarray(page.databytecounts, np.int64).reshape(rows, columns)
     lengths = np.where(offsets > 0, lengths, 0)
-    return TiffLevel(size, (page.tilewidth, page.tilelength), columns, rows, offsets, lengths, decode, decode_to)
+    return TiffLevel(size, (page.tilewidth, page.tilelength), columns, rows, offsets, lengths, decode)
 
 
 def _decoder(page: Any) -> Decode | None:
@@ -162,7 +137,7 @@ def _decoder(page: Any) -> Decode | None:
         return None
     compression, ycbcr = int(page.compression), page.photometric == _YCBCR
     if compression == _JPEG and page.jpegheader is None:
-        return partial(_decode_jpeg, size=(0, 0), head=_jpeg_head(page.jpegtables, ycbcr))
+        return partial(_decode_jpeg, head=_jpeg_head(page.jpegtables, ycbcr))
     if compression in (_JP2K_YCBCR, _JP2K_RGB):
         return partial(_decode_jp2k, ycbcr=compression == _JP2K_YCBCR)
     if ycbcr or page.predictor not in (1, 2):
@@ -173,13 +148,6 @@ def _decoder(page: Any) -> Decode | None:
     return None
 
 
-def _decoder_to(page: Any) -> DecodeTo | None:
-    """What decodes a page's blocks smaller, where `_decoder` takes the page and its blocks are JPEG."""
-    if int(page.compression) != _JPEG:
-        return None
-    return partial(_decode_jpeg, head=_jpeg_head(page.jpegtables, page.photometric == _YCBCR))
-
-
 def _jpeg_head(tables: bytes | None, ycbcr: bool) -> bytes:
     """What goes before a block's own stream, less its start marker: the page's tables, and Adobe's marker (APP14) that
     says what the channels are. OpenSlide takes that from the page too, not from the block."""
@@ -187,25 +155,15 @@ def _jpeg_head(tables: bytes | None, ycbcr: bool) -> bytes:
     return b"\xff\xd8" + adobe + (tables[2:-2] if tables else b"")
 
 
-def _decode_jpeg(data: bytes, out: UInt8Array | None, size: tuple[int, int], *, head: bytes) -> UInt8Array:
-    """Strict, as OpenSlide is: corrupt data is an error, never a grey smear.
-
-    `size` is the least (width, height) that is wanted, (0, 0) for all; libjpeg takes the smallest scale of eighths that
-    holds it.
-    """
+def _decode_jpeg(data: bytes, out: UInt8Array | None, *, head: bytes) -> UInt8Array:
+    """Strict, as OpenSlide is: corrupt data is an error, never a grey smear."""
     from simplejpeg import decode_jpeg
 
     start = 2
     if data[2:4] == b"\xff\xe0":  # a JFIF marker would count for more than Adobe's
         start += 2 + int.from_bytes(data[4:6], "big")
-    pixels: UInt8Array = decode_jpeg(
-        head + data[start:], "RGB", fastdct=False, fastupsample=False, min_width=size[0], min_height=size[1], buffer=out
-    )
+    pixels: UInt8Array = decode_jpeg(head + data[start:], "RGB", fastdct=False, fastupsample=False, buffer=out)
     return pixels
-
-
-def _decode_at(data: bytes, out: UInt8Array | None, *, decode_to: DecodeTo, size: tuple[int, int]) -> UInt8Array:
-    return decode_to(data, out, size)
 
 
 def _decode_jp2k(data: bytes, out: UInt8Array | None, *, ycbcr: bool) -> UInt8Array:

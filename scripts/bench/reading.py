@@ -17,7 +17,7 @@ import torch
 from gigapath.features import Tiles
 from gigapath.options import check_options, option
 from gigapath.preprocessing.fast import OPENSLIDE, READERS
-from gigapath.preprocessing.reading import filter_name, filter_of, iter_tiles
+from gigapath.preprocessing.reading import iter_tiles
 from gigapath.preprocessing.slide import Slide, open_slide
 from gigapath.preprocessing.tiff import TiffLevel, tiff_levels
 from gigapath.preprocessing.tiling import TileOptions, plan_tiles
@@ -44,7 +44,6 @@ class ReadBench:
     tiles: int = option(1000, "tiles that a turn reads, at most", at_least=1)
     pairs: int = option(7, "pairs of turns, ours and the plain loop's", at_least=1)
     reader: str = option("auto", "as for embed", choices=READERS)
-    fast_transform: bool = option(False, "measure embed's --fast-transform too, beside the ordinary way")
 
     def __post_init__(self) -> None:
         check_options(self)
@@ -58,8 +57,7 @@ def measure(options: ReadBench) -> Iterator[dict[str, Any]]:
     Every turn opens the slide, with all that its reader has to find out. `ratio` is against the plain loop, one thread
     each; `two_threads` against ours with one, over all tiles of the slide; `whole` is the time of planning the slide
     and reading all its tiles over that of decoding the same compressed blocks once in a bare loop, None where OpenSlide
-    reads; `fast` is the fast transform against the ordinary way, where asked for, and `filter` what it did; None where
-    it can do nothing. Medians with least and most. `cold` rates are of one turn after the file was dropped from the
+    reads. Medians with least and most. `cold` rates are of one turn after the file was dropped from the
     system's cache; `store` is the file's own rate then, in bytes per second, None where the system can't drop it.
     """
     with tempfile.TemporaryDirectory() as folder:
@@ -87,15 +85,12 @@ def _row(name: str, path: Path, options: ReadBench) -> dict[str, Any]:
         used = slide.fast.used(plan.level)
         levels = tiff_levels(path, slide.vendor, slide.level_dimensions) if used != OPENSLIDE else {}
         downsample = slide.level_downsamples[plan.level]
-    with _opened(path, options, fast_transform=True) as slide:
-        filtered = filter_of(slide, plan)
-        serves = filtered != filter_name(plan.read_size, plan.tile_size)
     start = max(0, (len(plan) - options.tiles) // 2)
     tiles = plan.take(np.arange(start, min(len(plan), start + options.tiles)))
 
-    def ours(workers: int, found: Tiles | None = None, *, fast_transform: bool = False) -> Callable[[], None]:
+    def ours(workers: int, found: Tiles | None = None) -> Callable[[], None]:
         def read() -> None:
-            with _opened(path, options, fast_transform=fast_transform) as slide:
+            with _opened(path, options) as slide:
                 wanted = plan_tiles(slide, tiling).tiles if found is None else found
                 for _ in iter_tiles(slide, wanted, batch_size=_BATCH, workers=workers):
                     pass
@@ -119,9 +114,6 @@ def _row(name: str, path: Path, options: ReadBench) -> dict[str, Any]:
         "two_threads_least": two.least,
         "two_threads_most": two.most,
         "whole": None,
-        "fast": None,
-        "fast_per_second": None,
-        "filter": None,
         "tiles_of_slide": len(plan),
         "store": _rate(path, lambda: _read_file(path), path.stat().st_size),
         "cold_per_second": _rate(path, one.call, one.amount),
@@ -131,15 +123,11 @@ def _row(name: str, path: Path, options: ReadBench) -> dict[str, Any]:
         bare = partial(_decode_once, path, levels[plan.level], plan, downsample)
         whole = compare(Work(bare, 1.0), Work(ours(0), 1.0), options.pairs, cpu)
         row |= {"whole": whole.median, "whole_least": whole.least, "whole_most": whole.most}
-    if options.fast_transform and serves:
-        fast = compare(Work(ours(0, tiles, fast_transform=True), len(tiles)), one, options.pairs, cpu)
-        row |= {"fast": fast.median, "fast_least": fast.least, "fast_most": fast.most}
-        row |= {"fast_per_second": fast.ours, "filter": filtered}
     return row
 
 
-def _opened(path: Path, options: ReadBench, *, fast_transform: bool = False) -> Slide:
-    return open_slide(path, slide_mpp=options.slide_mpp, reader=options.reader, fast_transform=fast_transform)
+def _opened(path: Path, options: ReadBench) -> Slide:
+    return open_slide(path, slide_mpp=options.slide_mpp, reader=options.reader)
 
 
 def _decode_once(path: Path, level: TiffLevel, tiles: Tiles, downsample: float) -> None:
@@ -200,13 +188,12 @@ def in_words(row: dict[str, Any]) -> str:
     return (
         f"| {row['slide']} | {row['reader']} | {row['read_size']} | {rate('tiles_per_second')} | "
         f"{rate('plain_per_second')} | {spread('ratio')} | {spread('two_threads')} | {spread('whole')} | "
-        f"{rate('fast_per_second')} | {spread('fast')} | {row['filter'] or '-'} | "
         f"{rate('cold_per_second')} | {rate('cold_plain_per_second')} | {store} |"
     )
 
 
 HEADING = (
     "| slide | reader | px read | tiles/s | plain loop | ratio | two threads / one | plan and read / bare decode | "
-    "fast transform tiles/s | fast / ordinary | its filter | cold tiles/s | cold plain loop | store MB/s |\n"
-    "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|"
+    "cold tiles/s | cold plain loop | store MB/s |\n"
+    "|---|---|---|---|---|---|---|---|---|---|---|"
 )
