@@ -23,7 +23,7 @@ LAYERS = [
     {"cohort", "evaluation"},
     {"embedding"},
     {"linear_probe", "finetune"},
-    {"maps", "report", "methods"},
+    {"maps", "report"},
     {"pipeline", "convert", "check", "doctor", "verify"},
     {"cli"},
 ]

@@ -12,7 +12,7 @@ from gigapath.cli.main import main
 from gigapath.cohort.status import Status, write_status
 from gigapath.downloads import RELEASES
 from gigapath.features import TileEmbeddingsWriter
-from gigapath.methods import PAPER, methods
+from gigapath.report.methods import methods
 
 TILING = {
     "mpp": 0.5, "mpp_tolerance": 0.02, "tile_size": 256, "tissue": "otsu", "min_tissue": 0.1, "max_tiles": None,
@@ -140,4 +140,4 @@ def test_json_and_the_readmes_citation(tmp_path: Path, capsys: pytest.CaptureFix
     assert main(["methods", "--json", str(tmp_path)]) == 0
     assert set(json.loads(capsys.readouterr().out)) == {"paragraphs", "cautions", "bibtex"}
     readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
-    assert " ".join(PAPER.split()) in " ".join(readme.split())
+    assert " ".join(methods(tmp_path).bibtex[0].split()) in " ".join(readme.split())

@@ -7,7 +7,7 @@ import sys
 import textwrap
 
 from gigapath.cli.arguments import add_json
-from gigapath.methods import methods
+from gigapath.report.methods import methods
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

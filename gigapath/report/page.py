@@ -24,7 +24,7 @@ def render(title: str, data: Mapping[str, Any]) -> str:
         title: of the page.
         data: plain JSON values, what `report.js` shows.
     """
-    scripts = [script_text(_asset(name)) for name in SCRIPTS]
+    scripts = [script_text(read_asset(name)) for name in SCRIPTS]
     policy = "; ".join(
         [
             "default-src 'none'",
@@ -38,12 +38,12 @@ def render(title: str, data: Mapping[str, Any]) -> str:
     parts = {
         "title": html.escape(title),
         "policy": html.escape(policy, quote=True),
-        "style": _asset("report.css"),
+        "style": read_asset("report.css"),
         "data": json_for_html(data),
-        "viewer_licence": html.escape(_asset("openseadragon/LICENSE.txt").strip()),
+        "viewer_licence": html.escape(read_asset("openseadragon/LICENSE.txt").strip()),
         "scripts": "\n".join(f"<script>{script}</script>" for script in scripts),
     }
-    return _PLACE.sub(lambda match: parts[match[1]], _asset("report.html"))
+    return _PLACE.sub(lambda match: parts[match[1]], read_asset("report.html"))
 
 
 def json_for_html(data: Any) -> str:
@@ -62,7 +62,8 @@ def _digest(script: str) -> str:
     return base64.b64encode(hashlib.sha256(script.encode("utf-8")).digest()).decode()
 
 
-def _asset(name: str) -> str:
+def read_asset(name: str) -> str:
+    """The text of a file of the folder `assets`."""
     path = importlib.resources.files("gigapath.report").joinpath("assets")
     for part in name.split("/"):
         path = path.joinpath(part)
