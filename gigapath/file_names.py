@@ -7,6 +7,8 @@ import re
 MAX_NAME_BYTES = 180
 # Of a longer name so much is shown, and so many digits of its digest.
 _QUOTED_BYTES, _QUOTED_DIGITS = 100, 16
+FORMULA_MARKS = "=+-@"
+_TURNING = "\u2028\u2029\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069\u200e\u200f\u061c"
 
 
 def safe_name(slide_id: str) -> str:
@@ -30,7 +32,9 @@ def name_problem(slide_id: str) -> str | None:
     if "/" in slide_id or "\\" in slide_id:
         return "a name without slashes"
     if any(_is_control(character) for character in slide_id):
-        return "a name without control characters such as line ends"
+        return "a name without control characters such as line ends, and without marks that turn text around"
+    if slide_id[0] in FORMULA_MARKS:
+        return f"a name that does not begin with {' '.join(FORMULA_MARKS)}, which spreadsheets take for a formula"
     try:
         too_long = len(slide_id.encode("utf-8")) > MAX_NAME_BYTES
     except UnicodeEncodeError:
@@ -45,8 +49,8 @@ def quoted_name(name: str) -> str:
     cut, and ends in a digest of the whole.
     """
     start, stop = len(name) - len(name.lstrip()), len(name.rstrip())
-    if name in (".", ".."):
-        start = 1
+    if name in (".", "..") or name[:1] in FORMULA_MARKS:
+        start = max(start, 1)
     quoted = "".join(
         _escape(character) if not start <= index < stop or character in "/\\" or _breaks_lines(character) else character
         for index, character in enumerate(name)
@@ -76,7 +80,9 @@ def one_line(text: str) -> str:
 
 
 def _is_control(character: str) -> bool:
-    return ord(character) < 32 or ord(character) == 127
+    """C0 and C1 controls, line separators, and marks by which Unicode overrides the direction of writing."""
+    number = ord(character)
+    return number < 32 or 127 <= number < 160 or character in _TURNING
 
 
 def _breaks_lines(character: str) -> bool:

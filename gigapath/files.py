@@ -323,11 +323,3 @@ def hex_digest(path: Path, digest: Any) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return str(digest.hexdigest())
-
-
-def separator_hint(header: Sequence[str]) -> str:
-    """What to do about a table whose columns came as one, as spreadsheets in many countries write it; else ""."""
-    for mark, marks in ((";", "semicolons"), ("\t", "tabs")):
-        if len(header) == 1 and mark in header[0]:
-            return f" Its columns stand between {marks}: save it with commas."
-    return ""

@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parent.parent / "gigapath"
 
 # A module may import modules of its own room (folder or file) and of layers below, never sideways or up.
 LAYERS = [
-    {"options", "files", "file_names", "lazy", "signals", "text", "machine", "devices"},
+    {"options", "files", "file_names", "lazy", "signals", "tables", "text", "machine", "devices"},
     {"downloads", "longnet", "pos_embed"},
     {"features", "tensors", "weights"},
     {"preprocessing"},
@@ -29,7 +29,7 @@ LAYERS = [
 ]
 RANK = {unit: rank for rank, units in enumerate(LAYERS) for unit in units}
 WITHOUT_TORCH = {
-    *("options", "files", "file_names", "lazy", "signals", "text", "machine"),
+    *("options", "files", "file_names", "lazy", "signals", "tables", "text", "machine"),
     *("features", "preprocessing", "cohort", "downloads", "report"),
 }
 

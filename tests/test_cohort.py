@@ -145,19 +145,45 @@ def test_read_manifest_takes_a_folder_that_holds_one_slide(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("", "one column `path`"),
-        ("slide,mpp\na,1\n", "one column `path`, got slide, mpp"),
-        ("path\n", "expected rows with slides"),
-        ("path,mpp\na.svs,zero\n", "row 2: expected mpp in microns per pixel, got 'zero'"),
-        ("path,mpp\nb.svs,1\na.svs,-1\n", "row 3: expected mpp"),
-        ("path,mpp\na.svs,nan\n", "row 2: expected mpp"),
+        ("", "header"),
+        ("slide,mpp\na,1\n", "`path`.*slide, mpp"),
+        ("path;mpp\na;1\n", "semicolons"),
+        ("path\n", "rows"),
+        ("path,mpp\na.svs,zero\n", "row 2.*mpp.*'zero'"),
+        ("path,mpp\nb.svs,1\n\na.svs,-1\n", "row 4.*mpp"),
+        ("path,mpp_x,mpp_y\na.svs,0.25,0.5\n", "row 2.*mpp_x and mpp_y"),
+        ("path,mpp_x\na.svs,0.25\n", "row 2.*mpp_x and mpp_y"),
         ("path,mpp\n,1\n", "row 2 has no path"),
-        ("path\na,b\n", "row 2 has 2 cells under 1 columns"),
+        ("path,mpp\nNA,1\n", "row 2 has no path"),
+        ("path\na,b\n", "row 2"),
+        ("path,mpp,mpp\na.svs,1,2\n", "'mpp'.*twice"),
+        (",".join(f"column {n}" for n in range(100_000)) + "\n" + "1," * 99_999 + "\n", "`path`"),
     ],
 )
 def test_read_manifest_names_the_row_that_is_off(tmp_path: Path, text: str, words: str) -> None:
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises(ValueError, match=words) as caught:
         read_manifest(touch(tmp_path / "cohort.csv", text.encode()))
+    assert len(str(caught.value)) < 1000
+
+
+def test_read_manifest_takes_missing_words_scales_and_composed_names(tmp_path: Path) -> None:
+    text = (
+        "path,slide_id,mpp,mpp_x,mpp_y,mask,patient_id,stain\n"
+        "a.svs,Mu\u0308ller,NA,0.25,0.252,None,nan,NA\n"
+        "b.svs,,0.5,,,,P1,+H&E\n"
+    )
+    first, second = read_manifest(touch(tmp_path / "cohort.csv", text.encode()))
+    assert (first.slide_id, first.mpp, first.mask) == ("M\u00fcller", pytest.approx(0.251), None)
+    assert first.columns == {"patient_id": "", "stain": "NA"}  # no patient called nan; the rest is the user's own
+    assert (second.slide_id, second.mpp, second.columns) == ("b", 0.5, {"patient_id": "P1", "stain": "+H&E"})
+
+
+def test_read_manifest_takes_windows_paths_or_says_what_they_are(tmp_path: Path) -> None:
+    touch(tmp_path / "sub dir" / "a.tif")
+    manifest = touch(tmp_path / "win.csv", b"path\nsub dir\\a.tif\nC:\\slides\\b.tif\n")
+    found, absent = read_manifest(manifest)
+    assert (found.slide_id, found.path, found.problem) == ("a", tmp_path / "sub dir" / "a.tif", "")
+    assert absent.slide_id == "b" and "backslashes" in absent.problem
 
 
 def element(tag: tuple[int, int], vr: bytes, value: bytes, *, explicit: bool = True) -> bytes:
@@ -268,6 +294,21 @@ def some_tiles(**attrs: str) -> Tiles:
         tile_size_level0=(256, 256),
         mpp=0.5,
     )
+
+
+def test_slides_csv_keeps_the_manifests_columns_beside_its_own_and_holds_no_formula(tmp_path: Path) -> None:
+    columns = {"status": "frozen", "level": "3", "scanner": "S9", "note": "=HYPERLINK(1)", "delta": "-0.5"}
+    for folder, slide_id in ((tmp_path / "tiles", "a"), (tmp_path / "tiles", "b")):
+        folder.mkdir(exist_ok=True)
+        facts = {"level": 0, "scanner": "X1"} if slide_id == "a" else {}
+        write_status(folder, Status(slide_id, "tiles", "done" if facts else "failed", facts=facts, columns=columns))
+    write_slides_csv(tmp_path, [tmp_path / "tiles"])
+    with (tmp_path / "slides.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["status"] for row in rows] == ["done", "failed"] and [row["level"] for row in rows] == ["0", ""]
+    for row in rows:
+        assert [row[f"manifest_{name}"] for name in ("status", "level", "scanner")] == ["frozen", "3", "S9"]
+        assert (row["note"], row["delta"]) == ("'=HYPERLINK(1)", "-0.5")
 
 
 def test_finished_wants_equal_identity_and_a_whole_file(tmp_path: Path) -> None:

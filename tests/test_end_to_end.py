@@ -72,7 +72,7 @@ def test_slide_without_mpp_fails_with_the_option_and_is_done_with_it(real: Path,
     assert (status, row["status"]) == (3, "failed")
     assert "--slide-mpp" in row["error"]
     status, row = tile(slide, tmp_path, "--slide-mpp", "0.25")
-    assert (status, row["status"], row["mpp_source"], row["error"]) == (0, "done", "--slide-mpp", "")
+    assert (status, row["status"], row["mpp_source"], row["error"]) == (0, "done", "'--slide-mpp", "")
     assert read_tiles(tmp_path / f"tiles/{slide.stem}.h5").tile_size_level0 == (512, 512)
     check_tiles_equal_the_slide(slide, tmp_path)
 

@@ -224,7 +224,7 @@ def test_write_json_is_readable_and_strict(tmp_path: Path) -> None:
     assert (tmp_path / "a.json").read_text(encoding="utf-8") == text
 
 
-@pytest.mark.parametrize("name", ["CMU-1", "a b", "Präparat.2", "x" * 180, "..a", "-x", "TCGA-05.0f1e"])
+@pytest.mark.parametrize("name", ["CMU-1", "a b", "Präparat.2", "x" * 180, "..a", "_-x", "TCGA-05.0f1e"])
 def test_safe_name_returns_ids_unchanged(name: str) -> None:
     assert safe_name(name) == name
 
@@ -235,6 +235,10 @@ def test_safe_name_returns_ids_unchanged(name: str) -> None:
         "",
         ".",
         "..",
+        "-x",
+        "=1+1",
+        "a\x85b",
+        "a\u202eb",
         "../a",
         "a/b",
         "/etc/passwd",

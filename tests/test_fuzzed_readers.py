@@ -27,7 +27,7 @@ from made_embeddings import pt_bytes
 from gigapath.check import CheckOptions
 from gigapath.check.run import check_file
 from gigapath.cohort.manifest import read_manifest
-from gigapath.evaluation.labels import parse_table, read_labels
+from gigapath.evaluation.labels import read_labels
 from gigapath.evaluation.task import Task, load_task
 from gigapath.features import TileEmbeddingsWriter, read_features, read_tiles
 from gigapath.features.npz import read_npz
@@ -36,6 +36,7 @@ from gigapath.finetune.options import JoinOptions
 from gigapath.linear_probe.archive import read_embeddings
 from gigapath.linear_probe.labels import rows_of_table
 from gigapath.preprocessing.annotations import read_outlines
+from gigapath.tables import parse_table
 
 EXAMPLES = int(os.environ.get("GIGAPATH_FUZZ", "50"))
 FUZZ = settings(

@@ -1,17 +1,17 @@
 """From what a user names (slide files, folders, manifests) to the list of slides, each with one id."""
 
-import csv
 import logging
 import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 
 from gigapath.cohort.dicom import series_uid
 from gigapath.file_names import name_problem, one_line, quoted_name
-from gigapath.files import real_path, separator_hint
+from gigapath.files import real_path
 from gigapath.preprocessing.slide import SLIDE_SUFFIXES, slide_id_of
+from gigapath.tables import read_table, separator_hint, some_names
 
 logger = logging.getLogger(__name__)
 
@@ -24,7 +24,9 @@ _OUTPUT_FOLDERS = ("tiles", "previews", "features_", "slides_", "runs", "private
 _CONTACT_SHEET = "contact_sheet"
 # Bytes of a path and of one name in it on common file systems.
 _MAX_PATH, _MAX_PART = 4000, 255
-_KNOWN_COLUMNS = ("path", "slide_id", "mpp", "mask", "md5")
+_KNOWN_COLUMNS = ("path", "slide_id", "mpp", "mpp_x", "mpp_y", "mask", "md5")
+_IDENTITIES = ("patient_id", "site")
+_SAME_SCALE = 0.02  # x and y that differ by less are averaged
 
 
 @dataclass(frozen=True)
@@ -115,7 +117,7 @@ def _named(entry: SlideEntry, mend: str) -> SlideEntry:
 
 
 def read_manifest(path: Path) -> list[SlideEntry]:
-    """The rows of a manifest: `path`, optional `slide_id, mpp, mask, md5`, others carried through.
+    """The rows of a manifest: `path`, optional `slide_id, mpp` (or `mpp_x, mpp_y`), `mask, md5`; others are kept.
 
     Relative paths are relative to the manifest. A path may be a folder that holds one slide (a DICOM series). A file
     that doesn't exist is left to the run, which records it and goes on with the others.
@@ -123,32 +125,28 @@ def read_manifest(path: Path) -> list[SlideEntry]:
     Raises:
         ValueError: no column `path`, a row without a path, an mpp that is no positive number; the row is named.
     """
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        try:
-            rows = list(csv.reader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ","))
-        except (csv.Error, UnicodeDecodeError) as error:
-            raise ValueError(f"{path}: expected a CSV table in UTF-8, but {error}.") from None
-    header = [name.strip() for name in rows[0]] if rows else []
-    if "path" not in header or len(set(header)) != len(header):
-        got = ", ".join(header) or "nothing"
-        raise ValueError(f"{path}: expected a header with one column `path`, got {got}." + separator_hint(header))
+    table = read_table(path)
+    if "path" not in table.columns:
+        raise ValueError(
+            f"{path.name}: expected a column `path`, got {some_names(table.header)}." + separator_hint(table.header)
+        )
+    table.filled("path")
+    kept = [name for name in table.columns if name not in _KNOWN_COLUMNS and name]
     entries = []
-    for number, cells in enumerate(rows[1:], start=2):
-        if not any(cell.strip() for cell in cells):
-            continue
-        if len(cells) > len(header):
-            raise ValueError(f"{path}: row {number} has {len(cells)} cells under {len(header)} columns.")
-        row = {name: cell.strip() for name, cell in zip(header, cells, strict=False)}
-        if not row.get("path"):
-            raise ValueError(f"{path}: row {number} has no path.")
-        entries.append(_entry_of(row, path.parent, where=f"{path}: row {number}"))
-    if not entries:
-        raise ValueError(f"{path}: expected rows with slides, got none.")
+    for index, number in enumerate(table.numbers):
+        row = {name: table.columns[name][index] for name in _KNOWN_COLUMNS if name in table.columns}
+        for name in ("path", "mask"):  # as the file system has it, which may tell forms of Unicode apart
+            if row.get(name):
+                row[name] = table.written[name][index]
+        # A patient that is written as missing is none; all else is the user's own.
+        columns = {name: (table.columns if name in _IDENTITIES else table.written)[name][index] for name in kept}
+        entries.append(_entry_of(row, columns, path.parent, where=f"{path.name}: row {number}"))
     return entries
 
 
-def _entry_of(row: Mapping[str, str], folder: Path, *, where: str) -> SlideEntry:
-    problem = _path_problem("path", row["path"]) or _path_problem("mask", row.get("mask", ""))
+def _entry_of(row: Mapping[str, str], columns: Mapping[str, str], folder: Path, *, where: str) -> SlideEntry:
+    row = {**row, **{name: _with_slashes(row[name], folder) for name in ("path", "mask") if row.get(name)}}
+    problem = next(filter(None, (_path_problem(name, row.get(name, ""), folder) for name in ("path", "mask"))), "")
     # What no file system takes is looked for nowhere: the name that stands for it is that of no file.
     slide, mask = (folder / (quoted_name(cell) if problem else cell) for cell in (row["path"], row.get("mask", "")))
     if not problem and slide.is_dir():
@@ -157,24 +155,49 @@ def _entry_of(row: Mapping[str, str], folder: Path, *, where: str) -> SlideEntry
             raise ValueError(f"{where}: expected one slide in the folder {slide}, found {len(found)}.")
         slide = found[0]
     entry = SlideEntry(
-        slide_id=row.get("slide_id") or slide_id_of(Path(row["path"]) if problem else slide),
+        slide_id=row.get("slide_id") or slide_id_of(PureWindowsPath(row["path"]).name if problem else slide),
         path=slide,
-        mpp=_mpp_of(row.get("mpp", ""), where),
+        mpp=_scale_of(row, where),
         mask=mask if row.get("mask") else None,
         md5=row.get("md5", "").lower(),
-        columns={name: cell for name, cell in row.items() if name not in _KNOWN_COLUMNS},
+        columns=columns,
         problem=problem,
     )
     return _named(entry, "Give it another slide_id in the manifest.")
 
 
-def _path_problem(name: str, cell: str) -> str:
-    """What is wrong with a path that no file system takes: a zero byte, a name or a path that is too long."""
+def _with_slashes(cell: str, folder: Path) -> str:
+    """A path written with Windows' backslashes as this system has it, where there is such a file."""
+    if "\\" not in cell or "\0" in cell or (folder / cell).exists():
+        return cell
+    other = PureWindowsPath(cell).as_posix()
+    return other if (folder / other).exists() else cell
+
+
+def _path_problem(name: str, cell: str, folder: Path) -> str:
+    """What is wrong with a path that no file system takes, or that is another system's."""
     too_long = len(os.fsencode(cell)) > _MAX_PATH or max(map(len, os.fsencode(cell).split(b"/"))) > _MAX_PART
-    if "\0" not in cell and not too_long:
+    if "\0" in cell or too_long:
+        got = "one with a zero byte" if "\0" in cell else "one that is too long"
+    elif "\\" in cell and not (folder / cell).exists():
+        got = "one with backslashes, as Windows writes it, that leads to no file here"
+    else:
         return ""
-    got = "one with a zero byte" if "\0" in cell else "one that is too long"
     return f"{name}: expected the path of a file, got {got}. Mend its row in the manifest."
+
+
+def _scale_of(row: Mapping[str, str], where: str) -> float | None:
+    """The row's microns per pixel: `mpp`, or the mean of `mpp_x` and `mpp_y` where these agree."""
+    mpp, x, y = (_mpp_of(row.get(name, ""), where) for name in ("mpp", "mpp_x", "mpp_y"))
+    if mpp is not None:
+        return mpp
+    if x is None and y is None:
+        return None
+    if x is None or y is None or abs(x - y) > _SAME_SCALE * max(x, y):
+        raise ValueError(
+            f"{where}: expected mpp_x and mpp_y within {_SAME_SCALE:.0%} of each other, got {x} and {y}. Give one mpp."
+        )
+    return (x + y) / 2
 
 
 def _mpp_of(cell: str, where: str) -> float | None:

@@ -1,8 +1,6 @@
 """Keeps names out of everything but `private/`: paths, users and hosts, with `--pseudonymise KEYFILE` ids too."""
 
-import csv
 import hmac
-import io
 import json
 import os
 import re
@@ -16,6 +14,7 @@ from gigapath.cohort.manifest import SlideEntry
 from gigapath.cohort.status import derive
 from gigapath.file_names import one_line
 from gigapath.files import real_path, write_text_atomic
+from gigapath.tables import csv_text
 from gigapath.text import without_name
 
 PRIVATE = "private"
@@ -93,12 +92,9 @@ def derive_paths(out: Path) -> None:
     """Write `private/paths.csv` anew from the runs' own files."""
 
     def write() -> None:
-        text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(_COLUMNS)
         rows = (_row(entry) for entry in recorded_paths(out))
-        writer.writerows(["" if cell is None else one_line(str(cell)) for cell in row] for row in rows)
-        write_private(out, _PATHS, text.getvalue())
+        shown = (["" if cell is None else one_line(str(cell)) for cell in row] for row in rows)
+        write_private(out, _PATHS, csv_text([_COLUMNS, *shown]))
 
     derive(write, lambda: sorted(path.name for path in (out / PRIVATE).glob("*.json")))
 

@@ -18,6 +18,7 @@ from gigapath.cohort.status import SLIDES_CSV
 from gigapath.file_names import folder_name, safe_name
 from gigapath.files import PARTIAL_SUFFIX, OutputError, write_text_atomic
 from gigapath.preprocessing.slide import slide_id_of
+from gigapath.tables import csv_text
 
 REMOVED = "<removed>"
 _FOLDERS = ("tiles", "previews", "features_", "slides_", "contextual_")
@@ -135,7 +136,7 @@ def _edits(out: Path, slide_id: str, hide: Callable[[str], str]) -> dict[Path, s
             rows = list(csv.reader(io.StringIO(text, newline="")))
             kept = [rows[0], *(row for row in rows[1:] if row and row[0] != slide_id)] if rows else []
             if len(kept) < len(rows):
-                edits[path] = _as_csv(kept)
+                edits[path] = csv_text(kept)
     for path in sorted((out / SHARDS).glob("*.csv")):  # the next job of an array cuts the cohort anew
         text = _read(path)
         if text is not None and any(row[:1] == [slide_id] for row in csv.reader(io.StringIO(text, newline=""))):
@@ -206,12 +207,6 @@ def _read(path: Path) -> str | None:
         return path.read_bytes().decode("utf-8", "replace")
     except OSError:
         return None
-
-
-def _as_csv(rows: list[list[str]]) -> str:
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(rows)
-    return text.getvalue()
 
 
 def _unlink(path: Path) -> None:

@@ -8,7 +8,6 @@ import contextlib
 import csv
 import hashlib
 import heapq
-import io
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -17,6 +16,7 @@ from pathlib import Path
 from gigapath.cohort.manifest import SlideEntry
 from gigapath.cohort.status import read_statuses
 from gigapath.files import discard, open_temporary, output_error
+from gigapath.tables import csv_text
 
 FOLDER = "shards"
 _COLUMNS = ("slide_id", "shard", "weight")
@@ -104,14 +104,11 @@ def _read(path: Path) -> dict[str, int]:
 
 def _write_first(path: Path, cut: Mapping[str, int], weights: Mapping[str, float]) -> None:
     """Write the cut unless another job has been quicker: then its cut is the one that holds."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(_COLUMNS)
-    writer.writerows([slide_id, cut[slide_id], round(weights[slide_id], 1)] for slide_id in sorted(cut))
+    rows = ([slide_id, cut[slide_id], round(weights[slide_id], 1)] for slide_id in sorted(cut))
     temporary, descriptor = open_temporary(path)
     try:
         with os.fdopen(descriptor, "wb") as file:
-            file.write(text.getvalue().encode())
+            file.write(csv_text([_COLUMNS, *rows]).encode())
             file.flush()
             os.fsync(descriptor)
         _name_once(temporary, path)

@@ -1,21 +1,28 @@
 """The truth of a run: one small status file beside each result; `slides.csv` is derived from them."""
 
-import csv
 import dataclasses
-import io
 import json
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from gigapath.files import write_json_atomic, write_text_atomic
+from gigapath.tables import csv_text
 
 STATES = ("done", "no_tissue", "failed", "stopped", "todo")
 FINISHED = ("done", "no_tissue")
 SLIDES_CSV = "slides.csv"
 _FIRST_COLUMNS = ("slide_id", "status", "tiles", "seconds", "tiles/s", "error")
 _DERIVED_AT_MOST = 3
+# Columns of slides.csv that are not the manifest's: of these names, those of the manifest get a prefix.
+_OURS = re.compile(
+    r"slide_id|status|tiles|tiles/s|error|warnings|vendor|scanner|width|height|objective_power|mpp|mpp_x|mpp_y|mpp_source"
+    r"|level|read_width|read_height|tile_size|tissue_(method|threshold|area_mm2|pieces)|dropped_.*|file_sha256"
+    r"|seconds(_.*)?|numerics_version.*|tile_encoder|precision|device|trained|reader|filter|slide_encoder"
+    r"|sections|section_numbers|manifest_.*"
+)
 _STAGE_TITLES = {"tiles": "tile", "features": "embed", "slides": "slide_embed"}
 
 
@@ -146,11 +153,8 @@ def write_slides_csv(out: Path, stages: Sequence[Path], slide_ids: Iterable[str]
         ids = {*known, *(slide_id for stage in statuses for slide_id in stage)}
         rows[:] = [slide_row(slide_id, [stage.get(slide_id) for stage in statuses]) for slide_id in sorted(ids)]
         columns = list(dict.fromkeys([*_FIRST_COLUMNS, *(name for row in rows for name in row)]))
-        text = io.StringIO()
-        writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-        write_text_atomic(out / SLIDES_CSV, text.getvalue())
+        cells = ([row.get(name, "") for name in columns] for row in rows)
+        write_text_atomic(out / SLIDES_CSV, csv_text([columns, *cells]))
 
     derive(write, lambda: changed(stages))
     return rows
@@ -177,7 +181,8 @@ def slide_row(slide_id: str, stages: Sequence[Status | None]) -> dict[str, Any]:
         "error": error,
     }
     for status in seen:
-        row.update({name: value for name, value in status.columns.items() if name not in row})
+        for name, value in status.columns.items():
+            row[f"manifest_{name}" if _OURS.fullmatch(name) else name] = value
     for status in seen:
         title = _STAGE_TITLES[status.stage]
         row[f"seconds_{title}"] = round(status.seconds, 3)

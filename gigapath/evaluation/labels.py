@@ -1,11 +1,8 @@
 """Labels: one way to read a table, what is a missing value, when two labels are one class, how rows meet names."""
 
-import csv
 import hashlib
-import io
 import re
 import unicodedata
-from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,14 +11,12 @@ import numpy as np
 import numpy.typing as npt
 
 from gigapath.evaluation.task import Task
-from gigapath.files import separator_hint
+from gigapath.tables import Table, read_table, separator_hint
 
 ID_COLUMNS = ("slide_id", "image_id", "slide", "image", "input", "file", "name")
 LABEL_COLUMNS = ("label", "isup_grade")
 PATIENT_COLUMNS = ("patient_id", "pat_id", "patient", "case_submitter_id", "case_id", "group")
 SITE_COLUMNS = ("site", "data_provider", "provider", "hospital", "center", "scanner")
-# How pandas, R, spreadsheets and databases write that a value is not there.
-MISSING_VALUES = frozenset({"", "NA", "N/A", "n/a", "#N/A", "<NA>", "NaN", "nan", "None", "null", "NULL"})
 SHOWN = 3  # examples in a message
 
 _YES = {"1", "1.0", "true", "yes"}
@@ -67,74 +62,6 @@ class Labels:
             self.source,
             self.digest,
         )
-
-
-@dataclass(frozen=True)
-class Table:
-    """A table of labels or ids.
-
-    Attributes:
-        source: the file's name, for messages.
-        columns: name -> its cells, trimmed, in Unicode's composed form (NFC), "" where a value is missing.
-    """
-
-    source: str
-    columns: dict[str, list[str]]
-
-    @property
-    def header(self) -> list[str]:
-        """The names of the columns."""
-        return list(self.columns)
-
-    def __len__(self) -> int:
-        return len(next(iter(self.columns.values())))
-
-    def filled(self, column: str) -> list[str]:
-        """The cells of a column in which no value may be missing; ValueError names the row."""
-        cells = self.columns[column]
-        if "" in cells:
-            raise ValueError(
-                f"{self.source}: row {cells.index('') + 2} has no {column}. Fill it in or leave the row out."
-            )
-        return cells
-
-
-def read_table(path: Path | str) -> Table:
-    """Read a CSV; FileNotFoundError, or ValueError as `parse_table`."""
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file.")
-    return parse_table(path.read_bytes(), path.name)
-
-
-def parse_table(content: bytes, source: str) -> Table:
-    """Read the bytes of a CSV in UTF-8.
-
-    Raises:
-        ValueError: not a CSV, no rows, a row of another length, a column that stands in it twice.
-    """
-    try:
-        text = unicodedata.normalize("NFC", content.decode("utf-8-sig"))
-        rows = list(csv.reader(io.StringIO(text, newline="")))
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"{source}: expected a CSV in UTF-8, got something else ({error}).") from error
-    if not rows:
-        raise ValueError(f"{source}: expected a CSV with a header, got an empty file.")
-    header = [name.strip() for name in rows[0]]
-    twice = [name for name, count in Counter(header).items() if name and count > 1]
-    if twice:
-        raise ValueError(f"{source}: the column {twice[0]!r} stands in it twice. Keep one.")
-    body = [row for row in rows[1:] if "".join(row).strip()]
-    for number, row in enumerate(body, start=2):
-        if len(row) != len(header):
-            raise ValueError(f"{source}: expected {len(header)} values in row {number}, got {len(row)}.")
-    if not body:
-        raise ValueError(f"{source}: expected rows below the header, got none.")
-    columns = {
-        name: ["" if (cell := raw.strip()) in MISSING_VALUES else cell for raw in cells]
-        for name, cells in zip(header, zip(*body, strict=True), strict=True)
-    }
-    return Table(source, columns)
 
 
 def canonical_label(label: str) -> str:

@@ -1,8 +1,6 @@
 """Who trains, who validates, who tests: given files, or folds drawn here; audited before anything is trained."""
 
-import csv
 import hashlib
-import io
 import re
 from collections import defaultdict
 from collections.abc import Callable, Collection, Hashable, Sequence
@@ -13,8 +11,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from gigapath.evaluation.labels import ID_COLUMNS, Labels, column_of, read_table, shown
+from gigapath.evaluation.labels import ID_COLUMNS, Labels, column_of, shown
 from gigapath.files import read_json, write_json_atomic, write_text_atomic
+from gigapath.tables import csv_text, read_table
 
 SETS = ("train", "val", "test")
 MANIFEST = "splits.json"
@@ -267,10 +266,8 @@ def _table(folds: Sequence[Fold], labels: Labels) -> str:
         for name, rows in fold.sets().items():
             for row in rows.tolist():
                 columns[row][place] = name
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
     patients = [] if labels.patients is None else ["patient_id"]
-    writer.writerow(["slide_id", *patients, *(f"fold_{fold.number}" for fold in folds)])
+    table: list[list[str]] = [["slide_id", *patients, *(f"fold_{fold.number}" for fold in folds)]]
     for row, slide_id in enumerate(labels.slide_ids):
-        writer.writerow([slide_id, *([] if labels.patients is None else [labels.patients[row]]), *columns[row]])
-    return text.getvalue()
+        table.append([slide_id, *([] if labels.patients is None else [labels.patients[row]]), *columns[row]])
+    return csv_text(table)

@@ -3,8 +3,9 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from gigapath.evaluation.labels import ID_COLUMNS, LABEL_COLUMNS, column_of, read_labels, read_table, sorted_classes
+from gigapath.evaluation.labels import ID_COLUMNS, LABEL_COLUMNS, column_of, read_labels, sorted_classes
 from gigapath.evaluation.task import Task, write_task
+from gigapath.tables import read_table
 
 MOST_CLASSES = 50
 

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from gigapath.evaluation.labels import Table, canonical_label, first_column, read_table, shown, sorted_classes
-from gigapath.files import separator_hint
+from gigapath.evaluation.labels import canonical_label, first_column, shown, sorted_classes
 from gigapath.linear_probe.table import EmbeddingTable, bare_name, split_of_word
+from gigapath.tables import Table, read_table, separator_hint
 
 NAME_COLUMNS = ("input", "file", "name")
 GROUP_COLUMNS = ("group", "patient_id", "patient", "slide_id", "slide", "wsi")

@@ -12,12 +12,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from gigapath.evaluation.labels import ID_COLUMNS, SITE_COLUMNS, first_column, id_maker, patients_of, read_table
+from gigapath.evaluation.labels import ID_COLUMNS, SITE_COLUMNS, first_column, id_maker, patients_of
 from gigapath.features import read_slides
 from gigapath.linear_probe.labels import class_names, in_words, named_column, splits_of_column
 from gigapath.linear_probe.options import ProbeOptions
 from gigapath.linear_probe.table import TEST
 from gigapath.options import IdOptions
+from gigapath.tables import read_table
 
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]

@@ -14,12 +14,12 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, UnidentifiedImageError
 
-from gigapath.evaluation.labels import parse_table
 from gigapath.features.h5 import open_h5
 from gigapath.linear_probe.labels import LabelRows, join_labels, rows_of_table
 from gigapath.linear_probe.pcam import read_meta
 from gigapath.linear_probe.sources import FolderSource, Source, ZipSource, visible
 from gigapath.linear_probe.table import SPLIT_WORDS, bare_name, check_unique, split_of_path
+from gigapath.tables import parse_table
 
 IMAGES = re.compile(r"\.(png|jpe?g|tiff?|bmp|webp)$", re.IGNORECASE)
 # The HDF5 files of PatchCamelyon under the names that torchvision keeps; the tiles are in `x`, the labels in `y`.

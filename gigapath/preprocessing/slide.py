@@ -24,6 +24,7 @@ from gigapath.preprocessing.header import SCANNERS, Mpp, allowed, number, stated
 from gigapath.preprocessing.plausible import check_scale, scanned_area
 
 __all__ = ["SLIDE_SUFFIXES", "Mpp", "Overview", "Slide", "SlideError", "open_slide", "slide_id_of"]
+from gigapath.tables import composed
 
 UInt8Array = npt.NDArray[np.uint8]
 
@@ -61,8 +62,8 @@ class Overview:
 
 
 def slide_id_of(path: str | Path) -> str:
-    """The file name without its recognised suffix, whatever the case of the suffix."""
-    name = Path(path).name
+    """The file name without its recognised suffix, whatever the case of the suffix, in Unicode's composed form."""
+    name = composed(Path(path).name)
     suffix = next((end for end in SLIDE_SUFFIXES if name.lower().endswith(end) and len(name) > len(end)), "")
     return name[: len(name) - len(suffix)]
 

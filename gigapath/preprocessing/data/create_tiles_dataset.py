@@ -31,6 +31,7 @@ from gigapath.preprocessing.data.tiling import tile_array_2d
 from gigapath.preprocessing.grid import Grid
 from gigapath.preprocessing.published import cells_in_box, find_foreground, share_below
 from gigapath.preprocessing.slide import Slide, SlideError, open_slide
+from gigapath.tables import csv_text
 
 LOG = logging.getLogger(__name__)
 
@@ -334,11 +335,8 @@ def _grown(box: tuple[int, int, int, int] | None, margin: int, size: tuple[int, 
 
 
 def _write_table(path: Path, columns: Iterable[str], rows: Iterable[Mapping[str, Any]]) -> None:
-    buffer = io.StringIO()
-    table = csv.DictWriter(buffer, fieldnames=list(columns), lineterminator="\n")
-    table.writeheader()
-    table.writerows(rows)
-    write_text_atomic(path, buffer.getvalue())
+    header = list(columns)
+    write_text_atomic(path, csv_text([header, *([row.get(name, "") for name in header] for row in rows)]))
 
 
 def _clear(folder: Path) -> None:
