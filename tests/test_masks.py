@@ -2,6 +2,8 @@
 
 import gzip
 import json
+import struct
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -124,10 +126,6 @@ def test_names_of_classes_in_other_forms(tmp_path: Path, slide: Slide, overview:
         assert kept(read_mask(path, slide, overview, include=["Tumor"]), slide) == half(slide, 5)
 
 
-def test_an_empty_collection_is_blank(tmp_path: Path, slide: Slide, overview: Overview) -> None:
-    assert read_mask(write_geojson(tmp_path / "a.geojson", []), slide, overview).state == "blank"
-
-
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -196,6 +194,147 @@ def test_label_images_choose_by_value(tmp_path: Path, slide: Slide, overview: Ov
     assert kept(read_mask(path, slide, overview, exclude=["1"]), slide) == half(slide, 5)
     with pytest.raises(ValueError, match="grey values"):
         read_mask(path, slide, overview, include=["Tumor"])
+
+
+def write_labels(path: Path, form: str, labels: npt.NDArray[np.uint8]) -> None:
+    """A mask of small labels as one of the forms in which programs store them."""
+    if form == "grey-2-bit.png":
+        path.write_bytes(png_of_bits(labels, 2))
+    elif form == "grey-16-bit.png":
+        PIL.Image.fromarray(labels.astype(np.uint16)).save(path)
+    elif form == "palette.png":
+        image = PIL.Image.fromarray(labels, "P")
+        image.putpalette([255, 255, 255, 255, 0, 0] + [0, 0, 0] * 254)  # what is black is label 2 and above
+        image.save(path)
+    elif form == "1-bit.tif":
+        tifffile.imwrite(path, labels > 0, photometric="minisblack", metadata=None)
+    elif form == "planes.tif":
+        planes = np.stack([labels] * 3)
+        tifffile.imwrite(path, planes, photometric="rgb", planarconfig="separate", metadata=None)
+    else:
+        dtype, photometric, tiled = form.removesuffix(".tif").split("-")
+        colours = np.zeros((3, 256), np.uint16)
+        colours[:, 0] = 65535
+        tifffile.imwrite(
+            path,
+            labels.astype(dtype),
+            photometric=photometric,
+            colormap=colours if photometric == "palette" else None,
+            tile=(64, 64) if tiled == "tiled" else None,
+            compression="zlib",
+            metadata=None,
+        )
+
+
+def png_of_bits(labels: npt.NDArray[np.uint8], depth: int) -> bytes:
+    """A grey PNG of few bits, which Pillow reads but doesn't write."""
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    each = 8 // depth
+    padded = np.pad(labels, ((0, 0), (0, -labels.shape[1] % each))).reshape(len(labels), -1, each)
+    packed = (padded << (depth * np.arange(each)[::-1])).sum(axis=-1).astype(np.uint8)
+    head = struct.pack(">IIBBBBB", labels.shape[1], len(labels), depth, 0, 0, 0, 0)
+    rows = zlib.compress(np.pad(packed, ((0, 0), (1, 0))).tobytes())
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+
+
+FORMS = [
+    *("grey-2-bit.png", "grey-16-bit.png", "palette.png", "1-bit.tif", "planes.tif"),
+    *(
+        f"{dtype}-minisblack-{tiled}.tif"
+        for dtype in ("u1", "u2", "u4", "i4", "f4", "f8")
+        for tiled in ("plain", "tiled")
+    ),
+    *(f"u1-{photometric}-{tiled}.tif" for photometric in ("palette", "miniswhite") for tiled in ("plain", "tiled")),
+    "u2-miniswhite-tiled.tif",
+]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_values_of_a_mask_are_labels_however_stored(
+    tmp_path: Path, slide: Slide, overview: Overview, form: str
+) -> None:
+    labels = np.zeros((HEIGHT // 10, WIDTH // 10), np.uint8)
+    labels[:, :128] = 3
+    labels[:52, :128] = 1
+    path = tmp_path / f"mask.{form.rpartition('.')[2]}"
+    write_labels(path, form, labels)
+    assert kept(read_mask(path, slide, overview), slide) == half(slide, 5)
+    if form != "1-bit.tif":
+        top = {(i, j) for i, j in half(slide, 5) if j < 2}
+        assert kept(read_mask(path, slide, overview, include=["1"]), slide) == top
+        assert kept(read_mask(path, slide, overview, exclude=["3"]), slide) == top
+
+
+@pytest.mark.parametrize("value", [0.9, 1e-3, 256, 65536, -1])
+def test_no_label_is_rounded_or_cut_off(tmp_path: Path, slide: Slide, overview: Overview, value: float) -> None:
+    labels = np.zeros((HEIGHT // 10, WIDTH // 10), np.float32 if value < 1 and value > 0 else np.int32)
+    labels[:, :128] = value
+    tifffile.imwrite(tmp_path / "mask.tif", labels, metadata=None)
+    assert kept(read_mask(tmp_path / "mask.tif", slide, overview), slide) == half(slide, 5)
+    if labels.dtype == np.float32:
+        labels[:, 128:] = np.nan
+        tifffile.imwrite(tmp_path / "mask.tif", labels, metadata=None)
+        assert kept(read_mask(tmp_path / "mask.tif", slide, overview), slide) == half(slide, 5)
+
+
+@pytest.mark.parametrize("subifds", [False, True])
+def test_labels_in_a_pyramid(tmp_path: Path, slide: Slide, overview: Overview, subifds: bool) -> None:
+    labels = np.zeros((HEIGHT, WIDTH), np.uint16)
+    labels[:, :1280] = 700
+    path = tmp_path / "mask.tif"
+    with tifffile.TiffWriter(path) as file:
+        how: dict[str, Any] = {"tile": (64, 64), "compression": "zlib", "photometric": "minisblack", "metadata": None}
+        file.write(labels, subifds=2 if subifds else 0, **how)
+        file.write(labels[::2, ::2], subfiletype=1, **how)
+        file.write(np.zeros((HEIGHT // 2, WIDTH // 2 - 60), np.uint16), subfiletype=1, **how)  # no level: another shape
+    assert kept(read_mask(path, slide, overview, include=["700"]), slide) == half(slide, 5)
+
+
+@pytest.mark.parametrize("what", ["pages", "wide colours", "deep png", "complex", "cut short", "five channels"])
+def test_pictures_that_are_no_masks_are_named(tmp_path: Path, slide: Slide, overview: Overview, what: str) -> None:
+    labels = np.ones((HEIGHT // 10, WIDTH // 10), np.uint8)
+    path = tmp_path / "mask.tif"
+    if what == "pages":
+        tifffile.imwrite(path, np.stack([labels] * 4), photometric="minisblack")
+    elif what == "wide colours":
+        tifffile.imwrite(path, np.dstack([labels.astype(np.uint16)] * 3), photometric="rgb")
+    elif what == "deep png":
+        path = tmp_path / "mask.png"
+        cv2.imwrite(str(path), np.dstack([labels.astype(np.uint16)] * 3))
+    elif what == "complex":
+        tifffile.imwrite(path, labels.astype(np.complex64))
+    elif what == "five channels":
+        tifffile.imwrite(path, np.dstack([labels] * 5), photometric="minisblack", planarconfig="contig")
+    else:
+        tifffile.imwrite(path, labels)
+        path.write_bytes(path.read_bytes()[:-1000])
+    with pytest.raises(ValueError, match=rf"^{path.name}: expected a (readable )?mask") as error:
+        read_mask(path, slide, overview)
+    assert "\n" not in str(error.value) and str(tmp_path) not in str(error.value)
+
+
+@pytest.mark.parametrize("form", ["png", "tif", "chosen", "excluded", "geojson", "sliver", "npz"])
+def test_a_file_that_holds_no_area_is_an_error(tmp_path: Path, slide: Slide, overview: Overview, form: str) -> None:
+    labels = np.zeros((HEIGHT // 10, WIDTH // 10), np.uint8)
+    labels[:] = form in ("chosen", "excluded")
+    path = tmp_path / "made.png"
+    PIL.Image.fromarray(labels).save(path)
+    if form == "tif":
+        path = tmp_path / "made.tif"
+        tifffile.imwrite(path, labels)
+    elif form == "geojson":
+        path = write_geojson(tmp_path / "made.geojson", [])
+    elif form == "sliver":
+        path = write_geojson(tmp_path / "made.geojson", [feature([box(30, 30, 30.5, 1000)])])
+    elif form == "npz":
+        path = tmp_path / "made.npz"
+        np.savez(path, x=np.zeros(0), y=np.zeros(0), tile_size_lv0=np.array([128]))
+    include, exclude = ["2"] * (form == "chosen"), ["1"] * (form == "excluded")
+    with pytest.raises(ValueError, match=r"^made.*got none"):
+        read_mask(path, slide, overview, include=include, exclude=exclude)
 
 
 def test_mask_of_another_shape_is_refused(tmp_path: Path, slide: Slide, overview: Overview) -> None:

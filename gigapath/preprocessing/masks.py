@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import openslide
 import PIL.Image
 from numpy.typing import NDArray
 
@@ -17,6 +16,7 @@ from gigapath.features.foreign import clam_step
 from gigapath.features.h5 import open_h5, read_attrs, read_dataset
 from gigapath.features.npz import read_npy, read_npz
 from gigapath.preprocessing.annotations import choose, fill, read_outlines
+from gigapath.preprocessing.plausible import is_level_of
 from gigapath.preprocessing.published import published_tissue
 from gigapath.preprocessing.slide import Overview, Slide
 from gigapath.preprocessing.tissue import BoolImage, TissueMask, box_means, find_tissue, make_mask
@@ -70,7 +70,12 @@ def read_mask(
     else:
         known = " ".join((*OUTLINES, *IMAGES, *COORDINATES))
         raise ValueError(f"--tissue: expected a method ({', '.join(METHODS)}) or a file ({known}), got {path.name!r}.")
-    return make_mask(overview, mask, method=f"file:{kind}", state="tissue" if mask.any() else "blank")
+    if not mask.any():
+        raise ValueError(
+            f"{path.name}: expected an area on the slide, got none of a pixel of {overview.mpp:.2g} microns. "
+            "Is it this slide's? Else leave the slide out."
+        )
+    return make_mask(overview, mask, method=f"file:{kind}", state="tissue")
 
 
 def _suffix(path: Path) -> str:
@@ -122,6 +127,13 @@ def _painted(path: Path, slide: Slide, overview: Overview, include: Sequence[str
     inside = _chosen_values(values, include, path) if include else values != 0
     if exclude:
         inside &= ~_chosen_values(values, exclude, path)
+    if not inside.any():
+        wanted = f"a value of {', '.join(include)}" if include else "values other than 0"
+        left_out = f", less {', '.join(exclude)}" if exclude else ""
+        raise ValueError(
+            f"{path.name}: expected {wanted}{left_out}, got none among {values.min()} to {values.max()}. "
+            "The mask holds no area: write it again, or leave the slide out."
+        )
     height, width = inside.shape
     frames = [((0, 0), slide.dimensions), (slide.bounds[:2], slide.bounds[2:])]
     misfits = [abs((size[0] / width) / (size[1] / height) - 1) for _, size in frames]
@@ -150,47 +162,91 @@ def _chosen_values(values: NDArray[Any], names: Sequence[str], path: Path) -> Bo
         ) from None
 
 
-def _read_image(path: Path, overview: Overview) -> NDArray[np.uint8]:
-    """(h, w) values of a mask image: grey levels or palette entries, of colours the brightest channel.
+def _read_image(path: Path, overview: Overview) -> NDArray[Any]:
+    """(h, w) values of a mask image as the file stores them: labels, palette entries, of colours the brightest channel.
 
     Of a pyramid the coarsest level that is as fine as the overview is read.
     """
+    with path.open("rb") as file:
+        head = file.read(26)
     try:
-        with openslide.OpenSlide(str(path)) as pyramid:
-            fine = [
-                level
-                for level, (width, height) in enumerate(pyramid.level_dimensions)
-                if width >= 2 * overview.image.shape[1] and height >= 2 * overview.image.shape[0]
-            ]
-            level = fine[-1] if fine else 0
-            _check_pixels(pyramid.level_dimensions[level], path)
-            pixels = np.asarray(pyramid.read_region((0, 0), level, pyramid.level_dimensions[level]))
-            return np.asarray(pixels[..., :3].max(axis=-1) * (pixels[..., 3] > 0), np.uint8)
-    except openslide.OpenSlideUnsupportedFormatError:
-        pass
-    except openslide.OpenSlideError as error:
+        read = _tiff_values if head[:2] in (b"II", b"MM") else _image_values
+        values = read(path, head, overview)
+    except (MemoryError, _Unsuited):
+        raise
+    except Exception as error:  # each decoder raises types of its own
         raise ValueError(f"{path.name}: expected a readable mask image, got {error}. Write it again.") from error
-    try:
-        with PIL.Image.open(path) as image:
-            _check_pixels(image.size, path)
-            pixels = np.asarray(image)
-            bands = image.getbands()
-    except (PIL.UnidentifiedImageError, PIL.Image.DecompressionBombError, OSError, SyntaxError) as error:
-        raise ValueError(f"{path.name}: expected a readable mask image, got {error}. Write it again.") from error
-    if pixels.dtype == bool:
-        return pixels.astype(np.uint8)
-    if pixels.dtype != np.uint8:
-        pixels = np.clip(pixels, 0, 255).astype(np.uint8)
-    if pixels.ndim == 2:
-        return pixels
-    if bands[-1] == "A":
-        return np.asarray(pixels[..., :-1].max(axis=-1) * (pixels[..., -1] > 0), np.uint8)
-    return np.asarray(pixels.max(axis=-1), np.uint8)
+    if values.dtype.kind not in "buif":
+        raise _unsuited(path, f"values of type {values.dtype}")
+    return np.nan_to_num(values) if values.dtype.kind == "f" else values
+
+
+class _Unsuited(ValueError):
+    """A picture that can be read and is no mask."""
+
+
+def _unsuited(path: Path, found: str) -> _Unsuited:
+    return _Unsuited(f"{path.name}: expected a mask of one channel, or of 8-bit colours, got {found}. Write it again.")
+
+
+def _tiff_values(path: Path, head: bytes, overview: Overview) -> NDArray[Any]:
+    import tifffile
+
+    with tifffile.TiffFile(path) as file:
+        first, *others = file.pages
+        first = first.aspage()
+        others = [page.aspage() for page in others]
+        if any(not page.is_reduced and _size(page) == _size(first) for page in others):
+            raise _unsuited(path, f"{1 + len(others)} pages")
+        levels = [page.aspage() for page in first.pages or ()] + [page for page in others if page.is_reduced]
+        levels = [page for page in levels if is_level_of(_size(first), _size(page))]
+        fine = [
+            page
+            for page in levels
+            if page.imagewidth >= 2 * overview.image.shape[1] and page.imagelength >= 2 * overview.image.shape[0]
+        ]
+        page = min(fine, key=_size, default=first)
+        _check_pixels(_size(page), path)
+        if page.is_tiled:
+            _check_pixels((page.tilewidth, page.tilelength), path)
+        if max(map(sum, zip(page.dataoffsets, page.databytecounts, strict=True)), default=0) > path.stat().st_size:
+            raise ValueError("a file cut short")
+        if page.axes == "YX":
+            return np.asarray(page.asarray())
+        if page.axes not in ("YXS", "SYX") or page.dtype != np.uint8 or page.samplesperpixel > 4:
+            raise _unsuited(path, f"{page.samplesperpixel} channels of {page.dtype}, axes {page.axes}")
+        pixels = page.asarray()
+        return _brightest(np.moveaxis(pixels, 0, -1) if page.axes == "SYX" else pixels)
+
+
+def _size(page: Any) -> tuple[int, int]:
+    return page.imagewidth, page.imagelength
+
+
+def _image_values(path: Path, head: bytes, overview: Overview) -> NDArray[Any]:
+    """Of PNG, and whatever else Pillow knows."""
+    depth, colours = (head[24], head[25]) if head.startswith(b"\x89PNG") else (8, 0)
+    if depth == 16 and colours:  # Pillow would halve them
+        raise _unsuited(path, "16-bit colours")
+    with PIL.Image.open(path) as image:
+        _check_pixels(image.size, path)
+        pixels = np.asarray(image)
+    if pixels.ndim == 3:
+        return _brightest(pixels)
+    # Greys of 2 and 4 bits come spread over 0 to 255.
+    return pixels // (255 // (2**depth - 1)) if depth in (2, 4) and not colours else pixels
+
+
+def _brightest(pixels: NDArray[Any]) -> NDArray[Any]:
+    """Of (h, w, channels), of which an even number has alpha last: the brightest colour, 0 where it is transparent."""
+    colours = pixels.shape[-1] - (pixels.shape[-1] % 2 == 0)
+    brightest: NDArray[Any] = pixels[..., :colours].max(axis=-1)
+    return brightest if colours == pixels.shape[-1] else np.where(pixels[..., -1] > 0, brightest, 0)
 
 
 def _check_pixels(size: tuple[int, int], path: Path) -> None:
     if size[0] * size[1] > IMAGE_PIXELS:
-        raise ValueError(
+        raise _Unsuited(
             f"{path.name}: expected a mask of at most {IMAGE_PIXELS // 2**20} megapixels, got {size[0]} x {size[1]}. "
             "Shrink it: a thirtieth of the slide's size is enough."
         )

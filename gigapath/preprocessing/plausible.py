@@ -49,3 +49,13 @@ def scanned_area(
             f"{w} x {h}. The header contradicts itself: convert the slide again."
         )
     return left, top, right - left, bottom - top
+
+
+def is_level_of(whole: tuple[int, int], size: tuple[int, int]) -> bool:
+    """Whether a level of this size can show all of level 0: one scale along x and y, but for a pixel's rounding.
+
+    A level that was padded or cropped to whole blocks doesn't fit: nothing says which part of it is the slide.
+    """
+    finest = max(full / (part + 1) for full, part in zip(whole, size, strict=True))
+    coarsest = min(full / max(part - 1, 0.5) for full, part in zip(whole, size, strict=True))
+    return finest <= coarsest
