@@ -3,6 +3,7 @@
 import gzip
 import json
 import struct
+import tracemalloc
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from made_slides import paint_tissue, write_pyramid
 
+from gigapath.preprocessing import annotations
 from gigapath.preprocessing.annotations import Outline, fill
 from gigapath.preprocessing.grid import plan_grid
 from gigapath.preprocessing.masks import read_mask, tissue_of
@@ -130,7 +132,8 @@ def test_names_of_classes_in_other_forms(tmp_path: Path, slide: Slide, overview:
     ("text", "message"),
     [
         ("{", "expected GeoJSON, got something that does not parse"),
-        ('{"type": "Polygon", "coordinates": [[[1, 2], [3, 4]]]}', "outline 0 is broken"),
+        ('{"type": "Polygon", "coordinates": [[[1, 2], [3, 4], [5, 1e999]]]}', "outline 0 is broken"),
+        ('{"type": "Polygon", "coordinates": [[[1], [3], [5]]]}', "outline 0 is broken"),
         ('{"type": "Polygon", "coordinates": [[["a", 2], [3, 4], [5, 6]]]}', "outline 0 is broken"),
         ("[3]", "expected GeoJSON features, got int"),
         ('{"type": "Polygon", "coordinates": [[[9000, 1], [9100, 1], [9100, 50]]]}', "outlines that lie outside"),
@@ -145,6 +148,98 @@ def test_broken_geojson_is_one_sentence(
         read_mask(path, slide, overview)
     assert "\n" not in str(error.value)
     assert str(tmp_path) not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "geometry",
+    [
+        {"type": "Point", "coordinates": [9, 9]},
+        {"type": "MultiLineString", "coordinates": [[[0, 0], [900, 0], [900, 900], [0, 0]]]},
+        {"type": "Polygon", "coordinates": []},
+        {"type": "Polygon", "coordinates": [[]]},
+        {"type": "Polygon", "coordinates": [[[0, 0], [900, 0]]]},
+        {"type": "Polygon", "coordinates": [[[0, 0], [900, 900], [0, 0]]]},
+        {"type": "MultiPolygon", "coordinates": [[[[0, 0], [900, 900], [0, 0]]]]},
+        {"type": "GeometryCollection", "geometries": [{"type": "Point", "coordinates": [9, 9]}]},
+        None,
+    ],
+)
+def test_outlines_that_hold_no_area_are_an_error_alone_and_passed_over_beside_others(
+    tmp_path: Path, slide: Slide, overview: Overview, geometry: Any
+) -> None:
+    flat = {"type": "Feature", "geometry": geometry, "properties": {}}
+    path = write_geojson(tmp_path / "a.geojson", [flat])
+    with pytest.raises(ValueError, match="holds no area") as error:
+        read_mask(path, slide, overview)
+    assert (geometry or {"type": "no geometry"})["type"] in str(error.value)
+    write_geojson(path, [])
+    with pytest.raises(ValueError, match="holds no area"):
+        read_mask(path, slide, overview)
+    write_geojson(path, [flat, feature([box(0, 0, 1280, HEIGHT), [[0, 0], [900, 900], [0, 0]]])])
+    assert kept(read_mask(path, slide, overview), slide) == half(slide, 5)
+
+
+@pytest.mark.parametrize("form", ["list of collections", "collection of collections", "deep", "geometries"])
+def test_polygons_of_every_nesting_are_found(tmp_path: Path, slide: Slide, overview: Overview, form: str) -> None:
+    parts = [feature([box(0, 0, 512, HEIGHT)], "a"), feature([box(512, 0, 1280, HEIGHT)], "b")]
+    collections: list[Any] = [{"type": "FeatureCollection", "features": [part]} for part in parts]
+    document: Any = collections
+    if form == "collection of collections":
+        document = {"type": "FeatureCollection", "features": collections}
+    elif form == "deep":
+        for _ in range(200):
+            document = [{"type": "FeatureCollection", "features": [document]}]
+    elif form == "geometries":
+        inner = {"type": "GeometryCollection", "geometries": [parts[1]["geometry"]]}
+        both = {"type": "GeometryCollection", "geometries": [parts[0]["geometry"], inner]}
+        document = {"type": "Feature", "geometry": both, "properties": {}}
+    path = tmp_path / "a.geojson"
+    path.write_text(json.dumps(document))
+    assert kept(read_mask(path, slide, overview), slide) == half(slide, 5)
+
+
+def test_missing_cores_are_no_tissue(tmp_path: Path, slide: Slide, overview: Overview) -> None:
+    cores = [feature([box(0, 0, 1280, HEIGHT)]), feature([box(1280, 0, WIDTH, HEIGHT)])]
+    for core, missing in zip(cores, (False, True), strict=True):
+        core["properties"] = {"objectType": "tma_core", "isMissing": missing}
+    path = write_geojson(tmp_path / "a.geojson", cores)
+    assert kept(read_mask(path, slide, overview), slide) == half(slide, 5)
+    write_geojson(path, cores[1:])
+    with pytest.raises(ValueError, match="holds no area: missing core"):
+        read_mask(path, slide, overview)
+
+
+def test_excluding_all_classes_is_an_error(tmp_path: Path, slide: Slide, overview: Overview) -> None:
+    path = write_geojson(tmp_path / "a.geojson", [feature([box(0, 0, 1280, HEIGHT)], "Fold")])
+    with pytest.raises(ValueError, match="--exclude"):
+        read_mask(path, slide, overview, exclude=["Fold"])
+
+
+def zigzag(edges: int, width: float, height: float) -> Outline:
+    x = np.linspace(0, width, edges + 1)
+    y = np.where(np.arange(edges + 1) % 2, height, 0.0)
+    return Outline((np.stack([x, y], axis=1),), "")
+
+
+def test_drawing_takes_memory_by_the_picture_not_by_the_length_of_edges() -> None:
+    shape = (300, 400)
+    outline = zigzag(20_000, 400, 300)
+    tracemalloc.start()
+    fill([outline], shape, (0, 0), (1, 1))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 48 << 20  # six million crossings would take 300 MB
+
+
+def test_drawing_in_parts_gives_the_same_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(5)
+    rings = [rng.uniform(-20, 90, (count, 2)) for count in (3, 40, 7, 200)]
+    outlines = [Outline((ring, ring * 0.5 + 10), "") for ring in rings]
+    whole = [fill([outline], (61, 83), (0, 0), (1, 1)) for outline in outlines]
+    monkeypatch.setattr(annotations, "CROSSINGS", 7)
+    for outline, mask in zip(outlines, whole, strict=True):
+        assert np.array_equal(fill([outline], (61, 83), (0, 0), (1, 1)), mask)
+    assert np.array_equal(fill(outlines, (61, 83), (0, 0), (1, 1)), np.any(whole, axis=0))
 
 
 @settings(derandomize=True, deadline=None, max_examples=50)
@@ -316,7 +411,7 @@ def test_pictures_that_are_no_masks_are_named(tmp_path: Path, slide: Slide, over
     assert "\n" not in str(error.value) and str(tmp_path) not in str(error.value)
 
 
-@pytest.mark.parametrize("form", ["png", "tif", "chosen", "excluded", "geojson", "sliver", "npz"])
+@pytest.mark.parametrize("form", ["png", "tif", "chosen", "excluded", "sliver", "npz"])
 def test_a_file_that_holds_no_area_is_an_error(tmp_path: Path, slide: Slide, overview: Overview, form: str) -> None:
     labels = np.zeros((HEIGHT // 10, WIDTH // 10), np.uint8)
     labels[:] = form in ("chosen", "excluded")
@@ -325,8 +420,6 @@ def test_a_file_that_holds_no_area_is_an_error(tmp_path: Path, slide: Slide, ove
     if form == "tif":
         path = tmp_path / "made.tif"
         tifffile.imwrite(path, labels)
-    elif form == "geojson":
-        path = write_geojson(tmp_path / "made.geojson", [])
     elif form == "sliver":
         path = write_geojson(tmp_path / "made.geojson", [feature([box(30, 30, 30.5, 1000)])])
     elif form == "npz":

@@ -111,11 +111,10 @@ def _outlined(
         if (points.max(axis=0) > 0).all() and (points.min(axis=0) < slide.dimensions).all():
             break
     else:
-        if outlines:
-            raise ValueError(
-                f"{path.name}: expected level-0 pixels of a slide of {slide.dimensions[0]} x {slide.dimensions[1]}, "
-                f"got outlines that lie outside, such as at {outlines[0].rings[0][0].tolist()}. Is it this slide's?"
-            )
+        raise ValueError(
+            f"{path.name}: expected level-0 pixels of a slide of {slide.dimensions[0]} x {slide.dimensions[1]}, "
+            f"got outlines that lie outside, such as at {outlines[0].rings[0][0].tolist()}. Is it this slide's?"
+        )
     kept, cut = choose(outlines, include, exclude)
     frame = overview.image.shape[:2], overview.origin_level0, overview.scale
     return fill(kept, *frame) & ~fill(cut, *frame)
