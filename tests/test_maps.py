@@ -29,7 +29,6 @@ from gigapath.maps import (
     sample_tiles,
     tiles_geojson,
 )
-from gigapath.maps.data import category_colour
 from gigapath.maps.heads import Curves, occluded_squares
 from gigapath.preprocessing import preview
 
@@ -46,9 +45,9 @@ def small_pictures():
 @pytest.fixture
 def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Figures are drawn and seen by other tests: this one is about what stands beside them."""
-    monkeypatch.setattr("gigapath.maps.files.draw_map", lambda *_, **__: None)
-    monkeypatch.setattr("gigapath.maps.files.draw_curve", lambda *_: None)
-    monkeypatch.setattr("gigapath.maps.files.png", lambda figure: b"")
+    monkeypatch.setattr("gigapath.maps.run.draw_map", lambda *_, **__: None)
+    monkeypatch.setattr("gigapath.maps.run.draw_curve", lambda *_: None)
+    monkeypatch.setattr("gigapath.maps.run.png", lambda figure: b"")
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +60,7 @@ def planted(tmp_path_factory) -> tuple[Path, Tiles]:
     drawn, beside = ("clusters", "head-attention"), ("pca", "similarity", "gradient", "occlusion")
     assert main(["map", str(folder / "run"), "--out", str(folder / "maps"), "--kind", *drawn, *words]) == 0
     with pytest.MonkeyPatch.context() as patch:  # figures of each palette are made, but not all of them rendered
-        patch.setattr("gigapath.maps.files.png", lambda figure: b"")
+        patch.setattr("gigapath.maps.run.png", lambda figure: b"")
         assert main(["map", str(folder / "run"), "--out", str(folder / "maps"), "--kind", *beside, *words]) == 0
     return folder, tiles
 
@@ -255,7 +254,8 @@ def test_a_picture_says_model_colours_normalisation_and_verdict_and_names_only_c
     assert [text.get_text() for text in legend.get_texts()] == ["cluster 1: 1", "cluster 3: 2"]
     assert legend.get_title().get_text() == "tiles, 2 of\n4 clusters"
     shown = [tuple(round(255 * part) for part in patch.get_facecolor()[:3]) for patch in legend.get_patches()]
-    assert shown == [category_colour(0, 4), category_colour(2, 4)]  # those of the clusters, whoever else is there
+    rgb = colours.rgb(np.arange(4)).tolist()
+    assert shown == [tuple(rgb[0]), tuple(rgb[2])]  # those of the clusters, whoever else is there
 
 
 @pytest.mark.usefixtures("no_figures")
@@ -435,6 +435,13 @@ def test_another_slide_of_the_same_name_is_not_drawn_under_the_tiles(planted, tm
     make_maps([folder / "run"], tmp_path / "out", options, tell=lines.append)
     assert "the slide has 800 x 600 pixels" in lines[0]
     assert json.loads((tmp_path / "out" / ID / "pca.json").read_text())["slide"]["at_hand"] is False
+
+
+def test_every_kind_that_can_be_asked_for_is_in_the_table() -> None:
+    from gigapath.maps.kinds import KINDS as table
+    from gigapath.maps.options import KINDS
+
+    assert tuple(table) == KINDS
 
 
 def test_many_tiles_are_occluded_in_squares() -> None:

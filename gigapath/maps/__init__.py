@@ -12,10 +12,17 @@ from gigapath.lazy import lazy_names
 
 if TYPE_CHECKING:
     from gigapath.maps.attention import LayerAttention, Rollout, encoder_attention, rollout
-    from gigapath.maps.data import Colours, Place, TileMap, place_of
-    from gigapath.maps.drawing import draw_curve, draw_map, tile_rgba
+    from gigapath.maps.drawing import (
+        Colours,
+        Place,
+        TileMap,
+        draw_curve,
+        draw_map,
+        place_of,
+        tile_rgba,
+        tiles_geojson,
+    )
     from gigapath.maps.embeddings import cosine_similarity, fit_clusters, fit_components, sample_tiles
-    from gigapath.maps.geojson import tiles_geojson
     from gigapath.maps.heads import deletion_and_insertion, gradient_times_input, head_attention, occlusion
     from gigapath.maps.options import MapOptions
     from gigapath.maps.run import MapsResult, look_at_slide, make_maps
@@ -51,10 +58,10 @@ __getattr__, __dir__ = lazy_names(
     __name__,
     {
         "attention": ("LayerAttention", "Rollout", "encoder_attention", "rollout"),
-        "data": ("Colours", "Place", "TileMap", "place_of"),
-        "drawing": ("draw_curve", "draw_map", "tile_rgba"),
+        "drawing": (
+            *("Colours", "Place", "TileMap", "draw_curve", "draw_map", "place_of", "tile_rgba", "tiles_geojson"),
+        ),
         "embeddings": ("cosine_similarity", "fit_clusters", "fit_components", "sample_tiles"),
-        "geojson": ("tiles_geojson",),
         "heads": ("deletion_and_insertion", "gradient_times_input", "head_attention", "occlusion"),
         "options": ("MapOptions",),
         "run": ("MapsResult", "look_at_slide", "make_maps"),

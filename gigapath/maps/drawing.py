@@ -1,8 +1,15 @@
-"""Maps as matplotlib figures: tiles over the slide with axes in millimetres, and the curves of a head's map."""
+"""A map, one value, colour or class for every tile of a slide, and where its tiles lie; drawn as a matplotlib figure
+with axes in millimetres, as one pixel a cell, and as GeoJSON for QuPath.
 
+N tiles of a slide. Coordinates are (x, y) in absolute level-0 pixels; `bounds` is the scanned area, in which pictures
+and GeoJSON are laid.
+"""
+
+import dataclasses
 import io
-from collections.abc import Sequence
-from dataclasses import dataclass
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from textwrap import wrap
 from typing import Any
 
@@ -10,8 +17,21 @@ import numpy as np
 import numpy.typing as npt
 
 from gigapath.evaluation.plots import COLOURS
-from gigapath.maps.data import Colours, Place, TileMap, category_colour
+from gigapath.features import TileEmbeddings
 from gigapath.preprocessing.slide import Overview
+
+FloatArray = npt.NDArray[np.floating[Any]]
+IntArray = npt.NDArray[np.integer[Any]]
+
+# Clusters in up to eight colours of Okabe and Ito, in up to twelve of Tol's discrete rainbow: told apart by all.
+FEW = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7", "#000000")
+MANY = (
+    *("#D1BBD7", "#AE76A3", "#882E72", "#1965B0", "#5289C7", "#7BAFDE"),
+    *("#4EB265", "#CAE0AB", "#F7F056", "#F4A736", "#E8601C", "#DC050C"),
+)
+# Of each slide, the values that the common colour range is taken from; and the shares of them that it cuts off.
+RANGE_SAMPLE = 20_000
+RANGE_PERCENTILES = (1.0, 99.0)
 
 LONG_SIDE = 6.2  # of a panel, inches
 SHORT_SIDE = 2.4  # the panels together are not drawn narrower
@@ -20,6 +40,194 @@ _GROUND = "#f2f2f2"
 _SOFT = "#444444"
 _TITLE_SIZE, _TEXT_SIZE = 11, 9
 _LINE, _MARGIN = 0.2, 0.08  # inches
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Place:
+    """Where the tiles of a slide lie.
+
+    Attributes:
+        slide_id: the slide's name.
+        cells: (N, 2) int32, (column, row), neighbours one apart.
+        coords_level0: (N, 2) top-left corners, or None where the file has another unit.
+        pitch_level0: (x, y) step between tiles in level-0 pixels, or None.
+        mpp_level0: (x, y) microns per level-0 pixel, or None.
+        slide_size: (W, H) of level 0, or None.
+        bounds: (x, y, w, h) of the scanned area, or None where neither the file nor the slide says.
+    """
+
+    slide_id: str
+    cells: IntArray
+    coords_level0: npt.NDArray[Any] | None = None
+    pitch_level0: tuple[float, float] | None = None
+    mpp_level0: tuple[float, float] | None = None
+    slide_size: tuple[int, int] | None = None
+    bounds: tuple[int, int, int, int] | None = None
+
+    def __len__(self) -> int:
+        return len(self.cells)
+
+    @property
+    def origin(self) -> tuple[int, int]:
+        """Level-0 corner of the scanned area; (0, 0) where it is not known."""
+        return (0, 0) if self.bounds is None else self.bounds[:2]
+
+    @property
+    def first_cell(self) -> tuple[int, int]:
+        """The least column and the least row in use."""
+        left, top = self.cells.min(axis=0).tolist()
+        return int(left), int(top)
+
+    @property
+    def grid_shape(self) -> tuple[int, int]:
+        """(rows, columns) of the smallest rectangle of cells that holds all tiles."""
+        columns, rows = (self.cells.max(axis=0) - self.cells.min(axis=0) + 1).tolist()
+        return int(rows), int(columns)
+
+    @property
+    def grid_level0(self) -> tuple[float, float, float, float] | None:
+        """(x, y, w, h) of that rectangle in absolute level-0 pixels, or None where coordinates are in another unit."""
+        if self.coords_level0 is None or self.pitch_level0 is None:
+            return None
+        pitch = np.asarray(self.pitch_level0)
+        corner = np.median(self.coords_level0 - (self.cells - self.first_cell) * pitch, axis=0)
+        rows, columns = self.grid_shape
+        return float(corner[0]), float(corner[1]), float(columns * pitch[0]), float(rows * pitch[1])
+
+    def laid_out(self, values: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """Values (N, ...) at their cells: (rows, columns, ...), zero where there is no tile."""
+        grid = np.zeros((*self.grid_shape, *values.shape[1:]), values.dtype)
+        columns, rows = (self.cells - self.first_cell).T
+        grid[rows, columns] = values
+        return grid
+
+
+def place_of(tiles: TileEmbeddings) -> Place:
+    """What a feature file says of where its tiles lie; the tiles must have cells."""
+    attrs, known = tiles.attrs, tiles.frame == "level0"
+    step = tiles.tile_size_level0
+    pitch = attrs.get("tile_size_level0") if tiles.source == "gigapath" else None
+    pair = None if step is None or not known else _pair(step if pitch is None else pitch)
+    size, mpp = attrs.get("slide_size"), attrs.get("mpp_level0")
+    if size is None and attrs.get("level0_width") is not None and attrs.get("level0_height") is not None:
+        size = attrs["level0_width"], attrs["level0_height"]  # TRIDENT's
+    bounds = attrs.get("bounds")
+    return Place(
+        slide_id=tiles.slide_id,
+        cells=np.asarray(tiles.encoder_coords(1), np.int32),
+        coords_level0=tiles.coords if known else None,
+        pitch_level0=pair,
+        mpp_level0=None if mpp is None else _pair(mpp),
+        slide_size=None if size is None else (int(size[0]), int(size[1])),
+        bounds=None if bounds is None else (int(bounds[0]), int(bounds[1]), int(bounds[2]), int(bounds[3])),
+    )
+
+
+def _pair(value: Any) -> tuple[float, float]:
+    x, y = np.broadcast_to(np.asarray(value, dtype=np.float64), (2,)).tolist()
+    return x, y
+
+
+@dataclass(frozen=True)
+class Colours:
+    """How values become colours.
+
+    Attributes:
+        palette: "sequential" or "diverging" (of one number a tile), "categories" (of a whole number from 0) or "rgb"
+            (of three numbers from 0 to 1).
+        label: what the values are, how they are normalised, with their unit: the words at the colour bar.
+        low: the value of the first colour; lower ones take it too.
+        high: the value of the last colour.
+        scope: what the range spans, in words.
+        names: of the categories.
+    """
+
+    palette: str
+    label: str
+    low: float = 0.0
+    high: float = 1.0
+    scope: str = "fixed"
+    names: tuple[str, ...] = ()
+
+    def spanning(self, values: FloatArray, scope: str) -> "Colours":
+        """The same with the range of `values`; a diverging one is symmetric about 0, others have none."""
+        if self.palette not in ("sequential", "diverging"):
+            return self
+        held = values[np.isfinite(values)]
+        low, high = np.percentile(held, RANGE_PERCENTILES).tolist() if len(held) else (0.0, 0.0)
+        if self.palette == "diverging":
+            high = max(abs(low), abs(high)) or 1.0
+            low = -high
+        if not high > low:  # one value everywhere
+            high = low + (abs(low) or 1.0) * 1e-6
+        return dataclasses.replace(self, low=low, high=high, scope=scope)
+
+    def rgb(self, values: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
+        """(N, 3) colours of values (N,), or (N, 3) where the palette is "rgb"."""
+        from matplotlib import colormaps
+
+        if self.palette == "rgb":
+            return np.asarray(np.rint(np.clip(values, 0, 1) * 255), np.uint8)
+        if self.palette == "categories":
+            return np.asarray(np.array([_from_hex(code) for code in self.category_colours], np.uint8)[values])
+        share = np.clip((np.asarray(values, np.float64) - self.low) / (self.high - self.low), 0, 1)
+        return np.asarray(colormaps[self.colormap](share, bytes=True))[..., :3]
+
+    @property
+    def colormap(self) -> str:
+        """matplotlib's name of it; both are made for colour-blind readers too."""
+        return "PuOr_r" if self.palette == "diverging" else "viridis"
+
+    @property
+    def category_colours(self) -> tuple[str, ...]:
+        """Of each category, as "#rrggbb"."""
+        return (FEW if len(self.names) <= len(FEW) else MANY)[: len(self.names)]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        said: dict[str, Any] = {"palette": self.palette, "label": self.label, "scope": self.scope}
+        if self.palette == "categories":
+            both = zip(self.names, self.category_colours, strict=True)
+            said["categories"] = [{"name": name, "colour": colour.lower()} for name, colour in both]
+        elif self.palette != "rgb":
+            said.update(colormap=self.colormap, low=self.low, high=self.high)
+        return said
+
+
+def _from_hex(code: str) -> tuple[int, ...]:
+    return tuple(bytes.fromhex(code.removeprefix("#")))
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class TileMap:
+    """One map of one slide.
+
+    Attributes:
+        name: of its files.
+        kind: one of `options.KINDS`.
+        values: (N,) what is drawn, or (N, 3) for pca.
+        colours: how.
+        title: what it shows, without the slide's name.
+        facts: what is stated of it: model, trained, layer, head, target, normalisation, ...; plain JSON values.
+        arrays: further arrays for the `.npz`.
+        curve: the deletion and insertion curve of a head's map, or None.
+        mark: the tile that the map is about, or None.
+    """
+
+    name: str
+    kind: str
+    values: npt.NDArray[Any]
+    colours: Colours
+    title: str
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    arrays: Mapping[str, npt.NDArray[Any]] = field(default_factory=dict)
+    curve: Mapping[str, Any] | None = None
+    mark: int | None = None
+
+    def sample(self) -> FloatArray:
+        """Values for the common range: all, or evenly spread ones of many."""
+        step = -(-len(self.values) // RANGE_SAMPLE)
+        return np.asarray(self.values[:: max(1, step)], dtype=np.float64)
 
 
 @dataclass(frozen=True)
@@ -62,12 +270,8 @@ def draw_map(
     else:
         axes[0].set_facecolor(_GROUND)
     over, opacity = axes[-1], opacity if overview is not None else 1.0
-    over.imshow(
-        tile_rgba(tile_map, place, opacity),
-        extent=_tiles_extent(place, frame),
-        interpolation="nearest",
-        zorder=2,
-    )
+    colours = tile_rgba(tile_map, place, opacity)
+    over.imshow(colours, extent=_tiles_extent(place, frame), interpolation="nearest", zorder=2)
     over.set_title("map" if overview is not None else note or "tiles on the grid", fontsize=_TEXT_SIZE)
     if tile_map.mark is not None:
         _outline(over, tile_map.mark, place, frame)
@@ -100,14 +304,8 @@ def draw_curve(tile_map: TileMap, place: Place) -> Any:
         shares = np.asarray(curve["shares"]) * 100
         spread = np.asarray(curve[f"random_{way}"])
         axis.plot(shares, curve[way], color=COLOURS[0], marker="o", label="highest in the map first")
-        axis.plot(
-            shares,
-            spread.mean(axis=0),
-            color=COLOURS[1],
-            linestyle="--",
-            marker="s",
-            label=f"at random, mean and range of {len(spread)} orders",
-        )
+        label = f"at random, mean and range of {len(spread)} orders"
+        axis.plot(shares, spread.mean(axis=0), color=COLOURS[1], linestyle="--", marker="s", label=label)
         axis.fill_between(shares, spread.min(axis=0), spread.max(axis=0), color=COLOURS[1], alpha=0.2, linewidth=0)
         axis.set_xlabel(f"{words} (% of {len(tile_map.values):,}; one stays)")
         axis.set_title(
@@ -180,14 +378,8 @@ def _frame(place: Place, overview: Overview | None) -> Frame:
         return Frame(unit, per, 0, 0, place.bounds[2] * per[0], place.bounds[3] * per[1])
     left, top = grid[0] - place.origin[0], grid[1] - place.origin[1]
     margin = 0.03 * max(grid[2:])
-    return Frame(
-        unit,
-        per,
-        (left - margin) * per[0],
-        (top - margin) * per[1],
-        (grid[2] + 2 * margin) * per[0],
-        (grid[3] + 2 * margin) * per[1],
-    )
+    width, height = grid[2] + 2 * margin, grid[3] + 2 * margin
+    return Frame(unit, per, (left - margin) * per[0], (top - margin) * per[1], width * per[0], height * per[1])
 
 
 def _tiles_extent(place: Place, frame: Frame) -> tuple[float, float, float, float]:
@@ -222,12 +414,7 @@ def _pale(image: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
 
 
 def _show_slide(axis: Any, image: npt.NDArray[np.uint8], frame: Frame) -> None:
-    axis.imshow(
-        image,
-        extent=(0, frame.width, frame.height, 0),
-        interpolation="antialiased",
-        zorder=1,
-    )
+    axis.imshow(image, extent=(0, frame.width, frame.height, 0), interpolation="antialiased", zorder=1)
 
 
 def _heading(tile_map: TileMap, place: Place) -> list[str]:
@@ -245,10 +432,6 @@ def _heading(tile_map: TileMap, place: Place) -> list[str]:
     return sentences + [f"{name}: {facts[name]}" for name in ("weight", "check") if facts.get(name)]
 
 
-def _hex(colour: tuple[int, int, int]) -> str:
-    return "#{:02x}{:02x}{:02x}".format(*colour)
-
-
 def _figures(value: float, colours: Colours) -> str:
     """Three figures of a limit; 0 where it is next to nothing beside the range."""
     return "0" if abs(value) < 1e-3 * (colours.high - colours.low) else f"{value:.3g}"
@@ -264,12 +447,8 @@ def _legend(figure: Any, axes: list[Any], tile_map: TileMap, opacity: float) -> 
     if colours.palette == "categories":
         counts = np.bincount(tile_map.values, minlength=len(colours.names))
         patches = [
-            Patch(
-                facecolor=(_hex(category_colour(index, len(colours.names))), opacity),
-                edgecolor="0.3",
-                label=f"{name}: {count:,}",
-            )
-            for index, (name, count) in enumerate(zip(colours.names, counts, strict=True))
+            Patch(facecolor=(colour, opacity), edgecolor="0.3", label=f"{name}: {count:,}")
+            for name, colour, count in zip(colours.names, colours.category_colours, counts, strict=True)
             if count
         ]
         beside = axes[-1] if axes[-1].get_subplotspec().rowspan.start == 0 else axes[0]
@@ -292,3 +471,68 @@ def _legend(figure: Any, axes: list[Any], tile_map: TileMap, opacity: float) -> 
         bar = figure.colorbar(shades, ax=axes, extend=extend, shrink=0.8, aspect=30, pad=0.02, alpha=opacity)
         bar.set_label("\n".join(wrap(colours.label, 60)), fontsize=_TEXT_SIZE, parse_math=False)
         bar.ax.tick_params(labelsize=_TEXT_SIZE)
+
+
+def map_geojson(tile_map: TileMap, place: Place) -> str:
+    """The map's tiles for QuPath: its values as measurements, clusters as classes."""
+    colours = tile_map.colours
+    if colours.palette == "rgb":
+        measurements = {f"component {i + 1} (0 to 1)": tile_map.values[:, i] for i in range(3)}
+        return tiles_geojson(place, measurements, colours=colours.rgb(tile_map.values))
+    if colours.palette == "categories":
+        both = list(zip(colours.names, map(_from_hex, colours.category_colours), strict=True))
+        classes = [both[value] for value in tile_map.values.tolist()]
+        return tiles_geojson(place, {"cluster": tile_map.values + 1}, classes=classes)
+    shown = colours.rgb(np.nan_to_num(tile_map.values))
+    return tiles_geojson(place, {colours.label: tile_map.values}, colours=shown)
+
+
+def tiles_geojson(
+    place: Place,
+    measurements: Mapping[str, npt.NDArray[Any]],
+    *,
+    classes: Sequence[tuple[str, tuple[int, ...]]] | None = None,
+    colours: npt.NDArray[np.uint8] | None = None,
+) -> str:
+    """A FeatureCollection (RFC 7946, but in pixels) with one tile object of QuPath's a tile.
+
+    QuPath shows a slide within its bounds (`openslide.bounds-*`), so coordinates are level-0 pixels less the bounds'
+    corner.
+
+    Args:
+        place: the tiles, with level-0 coordinates.
+        measurements: name -> (N,); NaN is left out.
+        classes: (name, colour) of each tile's class, or None.
+        colours: (N, 3) of tiles without a class, or None.
+
+    Raises:
+        ValueError: the coordinates are not in level-0 pixels.
+    """
+    if place.coords_level0 is None or place.pitch_level0 is None:
+        raise ValueError(
+            f"{place.slide_id}: expected tiles in level-0 pixels for GeoJSON, got another unit. Convert the "
+            "file with gigapath convert, or tile and embed the slide anew."
+        )
+    corners = np.asarray(place.coords_level0, np.float64) - place.origin
+    width, height = place.pitch_level0
+    columns = {name: np.asarray(values, np.float64).tolist() for name, values in measurements.items()}
+    features = []
+    for row, (left, top) in enumerate(corners.tolist()):
+        right, bottom = left + width, top + height
+        ring = [[left, top], [right, top], [right, bottom], [left, bottom], [left, top]]
+        properties: dict[str, Any] = {
+            "objectType": "tile",
+            "measurements": {name: values[row] for name, values in columns.items() if values[row] == values[row]},
+        }
+        if classes is not None:
+            name, colour = classes[row]
+            properties["classification"] = {"name": name, "color": list(colour)}
+        if colours is not None:
+            properties["color"] = colours[row].tolist()
+        geometry = {"type": "Polygon", "coordinates": [[[_plain(x), _plain(y)] for x, y in ring]]}
+        features.append({"type": "Feature", "geometry": geometry, "properties": properties})
+    return json.dumps({"type": "FeatureCollection", "features": features}, separators=(",", ":"), allow_nan=False)
+
+
+def _plain(value: float) -> float | int:
+    return int(value) if value.is_integer() else value

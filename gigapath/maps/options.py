@@ -4,9 +4,8 @@ from dataclasses import dataclass
 
 from gigapath.options import check_options, option
 
-EMBEDDING_KINDS = ("pca", "clusters", "similarity")
 HEAD_KINDS = ("head-attention", "gradient", "occlusion")
-KINDS = (*EMBEDDING_KINDS, "attention", "rollout", *HEAD_KINDS)
+KINDS = ("pca", "clusters", "similarity", "attention", "rollout", *HEAD_KINDS)  # made in `kinds`
 MOST_CLUSTERS = 12  # as many colours as stay apart for all readers
 
 

@@ -1,41 +1,91 @@
-"""`make_maps`: maps of many slides, each with the colours of all."""
+"""`make_maps`: maps of many slides, each with the colours of all; and their files, which the report reads too.
+
+`OUT/<slide_id>/` holds for every map, with the same stem NAME:
+
+    NAME.json          what the map is (below); written last, so a map with a JSON is whole
+    NAME.png           the figure: slide beside map, axes in mm, title, colour bar
+    NAME_overlay.png   RGBA, one pixel a cell, clear where there is no tile: to lay over the slide, scaled up without
+                       smoothing, at `overlay.level0` less the corner of `slide.bounds`
+    NAME.geojson       tiles for QuPath, relative to the bounds; absent where coordinates are not level-0 pixels
+    NAME.npz           `values` (N,) or (N, 3) as drawn, `coords_level0` (N, 2), `cells` (N, 2), and by kind `weights`
+                       (H, N), `class_token`, `zero_keys` (H,), `branches` (H, B), `components` (3, D), ...
+    NAME_curve.png     for maps of a fitted head: deletion and insertion
+
+The JSON: `format` 1, `slide_id`, `name`, `kind` (of `options.KINDS`), `title`, `model` (in words), `trained` (false
+where a part has random weights), `layer`, `head`, `query`, `target` (null where it has none), `normalisation`,
+`heuristic` (true for rollout), `weight` (of attention: its shares on tiles, class token and zero keys), `check` (of a
+head's map: what its curve says of it), `made_from` (below), `colour` (`palette`, `label`, `scope`; `low`, `high`,
+`colormap`; or `categories` of `name`, `colour` and `tiles`), `tiles`, `tile` (`pitch_level0`, `pitch_mm`), `slide`
+(`size`, `bounds`, `mpp_level0`, `at_hand`), `overlay` (`level0` [x, y, w, h] absolute, `shape` [rows, columns]),
+`marked_tile` (the row that the map is about, outlined in the figure), `files` (their names by role), `curve` (numbers
+of the curve), `details` (what else the kind states, such as the weight on zero keys), `note`, `version`, `terms`. What
+is not known is null. No paths.
+
+`made_from` tells a map that is out of date: `features_sha256` and `tiles_sha256` of the slide's embeddings and of the
+places of its tiles, `features_folder` and `features_digest` as the run's status file names them (null where there is
+none), `cohort_sha256` of all slides that gave the range and what is fitted, `head_sha256` of a fitted head's tensors.
+A map that is made again loses its JSON first, so that what a stopped run leaves is never taken for whole.
+"""
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from PIL import Image
 
+import gigapath
 from gigapath.cohort.manifest import SlideEntry, find_slides
 from gigapath.cohort.privacy import recorded_paths, without_paths
+from gigapath.cohort.status import read_status
 from gigapath.devices import resolve_device
 from gigapath.downloads import RELEASES
 from gigapath.embedding.slide_embedding import find_features
 from gigapath.embedding.slide_encoding import SlideEncoder, load_slide_encoder, usual_slide_encoder
 from gigapath.evaluation.plots import plotting_available
 from gigapath.features import FeatureFileError, TileEmbeddings, read_features
-from gigapath.files import OutputError, check_writable
-from gigapath.finetune.data import Bag, look_at_all
+from gigapath.files import (
+    OutputError,
+    atomic_file,
+    check_writable,
+    write_bytes_atomic,
+    write_json_atomic,
+    write_text_atomic,
+)
+from gigapath.finetune.data import look_at_all
 from gigapath.finetune.fitted import FittedHead, load_head
 from gigapath.finetune.options import JoinOptions
 from gigapath.maps.attention import check_layers
-from gigapath.maps.data import FloatArray, Place, TileMap, place_of
+from gigapath.maps.drawing import (
+    FloatArray,
+    Place,
+    TileMap,
+    draw_curve,
+    draw_map,
+    map_geojson,
+    place_of,
+    png,
+    tile_rgba,
+)
 from gigapath.maps.embeddings import fit_clusters, fit_components, sample_tiles
-from gigapath.maps.files import write_arrays, write_pictures
 from gigapath.maps.heads import check_attends, check_target
-from gigapath.maps.identity import cohort_sha256, made_from
-from gigapath.maps.making import ChosenTile, Maker
+from gigapath.maps.kinds import Shared, slide_maps
 from gigapath.maps.options import HEAD_KINDS, MapOptions
 from gigapath.preprocessing.preview import preview_picture
 from gigapath.preprocessing.slide import Overview, SlideError, open_slide
 from gigapath.tensors import read_tensor
 
+FORMAT = 1
+TERMS = "For research use only, not for diagnosis."
+STATED = ("model", "trained", "layer", "head", "query", "target", "normalisation", "heuristic", "weight", "check")
 SCOPES = {"all": "range over all slides given", "slide": "range of this slide"}
+_ROWS = 4096  # embeddings that are hashed at once
 
 
 @dataclass
@@ -60,8 +110,8 @@ def make_maps(
     *,
     tell: Callable[[str], None] = lambda line: None,
 ) -> MapsResult:
-    """Write maps of slides to `OUT/<slide_id>/`, see `gigapath.maps.files`; a slide that fails is recorded, the others
-    go on.
+    """Write maps of slides to `OUT/<slide_id>/`, as this module's docstring says; a slide that fails is recorded,
+    the others go on.
 
     Args:
         features: files of tile embeddings, folders of them, or the folder of a run.
@@ -84,29 +134,33 @@ def make_maps(
     reader = _Reader(entries, options, result, tell)
     if next(reader.slides(), None) is None:
         return result
-    maker = _make_maker(reader, options)
+    shared = _fit_shared(reader, options)
     places: dict[str, Place] = {}
     drawn: dict[str, list[TileMap]] = {}
     sources: dict[str, dict[str, str | None]] = {}
     for slide_id, tiles in reader.slides():
         with reader.recording(slide_id):
-            if maker.head is not None:
-                _check_made(maker.head, entries[slide_id], options)
-            place, bag = place_of(tiles), partial(_bag_of, tiles)
-            maps = []
-            for tile_map in maker.maps(tiles, bag):
+            if shared.head is not None:
+                _check_made(shared.head, entries[slide_id], options)
+            place, maps = place_of(tiles), []
+            for tile_map in slide_maps(shared, tiles):
                 write_arrays(out / slide_id, tile_map, place)
                 maps.append(dataclasses.replace(tile_map, arrays={}))
             sources[slide_id] = made_from(entries[slide_id], tiles)
             places[slide_id], drawn[slide_id] = place, maps
-    cohort = cohort_sha256(sources)
+    # One digest for the slides that were given, by what each was made from.
+    lines = (f"{slide_id} {sources[slide_id]['features_sha256']}\n" for slide_id in sorted(sources))
+    cohort = hashlib.sha256("".join(lines).encode()).hexdigest()
     slides = _slide_files(options, entries)
-    common = _values_by_name(drawn)
+    # Values of all slides for each name of a map, as many of each slide at most.
+    samples: dict[str, list[FloatArray]] = {}
+    for tile_map in (each for maps in drawn.values() for each in maps):
+        samples.setdefault(tile_map.name, []).append(tile_map.sample())
     for slide_id, maps in drawn.items():
         with reader.recording(slide_id):
             place, overview, note = look_at_slide(places[slide_id], slides.get(slide_id))
             for tile_map in maps:
-                values = tile_map.sample() if options.range == "slide" else common[tile_map.name]
+                values = tile_map.sample() if options.range == "slide" else np.concatenate(samples[tile_map.name])
                 ranged = dataclasses.replace(tile_map, colours=tile_map.colours.spanning(values, SCOPES[options.range]))
                 write_pictures(
                     out / slide_id,
@@ -159,17 +213,6 @@ class _Reader:
     def read(self, path: Path) -> TileEmbeddings:
         return read_features(path, tile_size_level0=self.options.tile_size_level0, read_tensor=read_tensor)
 
-    def embeddings(self) -> Iterator[npt.NDArray[np.float32]]:
-        """The embeddings (N, D) of every slide that has some."""
-        for _, tiles in self.slides():
-            yield np.asarray(tiles.features, np.float32)
-
-    def described(self) -> tuple[str | None, int]:
-        """(tile encoder, width D) of the first slide that has tiles."""
-        for _, tiles in self.slides():
-            return tiles.encoder, tiles.embed_dim
-        raise ValueError("expected slides with tiles, got none.")
-
     @contextlib.contextmanager
     def recording(self, slide_id: str) -> Iterator[None]:
         """What is wrong with one slide is recorded; what would meet the next slide too is raised."""
@@ -182,34 +225,30 @@ class _Reader:
             self.tell(f"{slide_id}: failed: {error}")
 
 
-def _make_maker(reader: _Reader, options: MapOptions) -> Maker:
+def _fit_shared(reader: _Reader, options: MapOptions) -> Shared:
     """Load models and fit what all slides share; what no slide could satisfy is raised here."""
-    device = resolve_device(options.device)
+    device, kinds = resolve_device(options.device), set(options.kind)
     head = None if options.checkpoint is None else load_head(options.checkpoint)
     if head is not None and options.target is not None:
         check_target(head.task, options.target)
-    if head is not None and "head-attention" in options.kind:
+    if head is not None and "head-attention" in kinds:
         check_attends(head)
-    encoder = None
-    if {"attention", "rollout"} & set(options.kind):
-        encoder = _encoder(reader, options, head, device)
-        check_layers(encoder.model, options.layer)  # type: ignore[arg-type]
-        heads = encoder.model.encoder.config.num_heads  # type: ignore[union-attr]
-        if options.attention_head is not None and options.attention_head >= heads:
-            raise ValueError(f"--attention-head: expected 0 to {heads - 1}, got {options.attention_head}.")
-    if head is not None and not set(HEAD_KINDS) & set(options.kind):
-        head = None  # only its slide encoder was asked for
+    encoder = _encoder(reader, options, head, device) if {"attention", "rollout"} & kinds else None
+    if not set(HEAD_KINDS) & kinds:
+        head = None  # at most its slide encoder was asked for
     components = clusters = None
-    if {"pca", "clusters"} & set(options.kind):
-        sample = sample_tiles(reader.embeddings(), len(reader.entries), seed=options.seed)
-        components = fit_components(sample) if "pca" in options.kind else None
-        clusters = fit_clusters(sample, options.clusters, seed=options.seed) if "clusters" in options.kind else None
-    chosen = _chosen_tile(reader, options) if "similarity" in options.kind else None
-    return Maker(options, device, components, clusters, chosen, encoder, head)
+    if {"pca", "clusters"} & kinds:
+        features = (np.asarray(tiles.features, np.float32) for _, tiles in reader.slides())
+        sample = sample_tiles(features, len(reader.entries), seed=options.seed)
+        components = fit_components(sample) if "pca" in kinds else None
+        clusters = fit_clusters(sample, options.clusters, seed=options.seed) if "clusters" in kinds else None
+    chosen = _chosen_tile(reader, options) if "similarity" in kinds else None
+    return Shared(options, device, components, clusters, chosen, encoder, head)
 
 
 def _encoder(reader: _Reader, options: MapOptions, head: FittedHead | None, device: torch.device) -> SlideEncoder:
     """The slide encoder whose attention is asked for: the one that is named, the head's, or the tile encoder's pair."""
+    model: Any
     if head is not None and options.slide_encoder is None:
         model = getattr(head.model, "slide_encoder", None)
         if model is None:
@@ -217,23 +256,29 @@ def _encoder(reader: _Reader, options: MapOptions, head: FittedHead | None, devi
                 f"--kind attention: expected a head on a slide encoder, got {head.options.head!r}, which has none. "
                 "Take --kind head-attention."
             )
-        name = f"of the fitted head ({head.options.model_arch}, task {head.task.name})"
         model = model.to(device).eval()
-        return SlideEncoder(name, True, head.sha256, None, name, device, "fp32", model)
-    of_tiles, width = reader.described()
-    wanted = options.slide_encoder or usual_slide_encoder(of_tiles, random_weights=options.random_weights)
-    if wanted == "mean":
-        raise ValueError(
-            "--kind attention: expected a slide encoder with layers, got the mean of the tiles, which attends to "
-            "nothing. Name one with --slide-encoder, or try an untrained one with --random-weights."
-        )
-    untrained = options.random_weights and wanted in RELEASES
-    encoder = load_slide_encoder(wanted, in_chans=width, device=device, random_weights=untrained)
-    encoder.check_pair(of_tiles, width)
+        name = f"of the fitted head ({head.options.model_arch}, task {head.task.name})"
+        encoder = SlideEncoder(name, True, head.sha256, None, name, device, "fp32", model)
+    else:
+        _, tiles = next(reader.slides())
+        wanted = options.slide_encoder or usual_slide_encoder(tiles.encoder, random_weights=options.random_weights)
+        if wanted == "mean":
+            raise ValueError(
+                "--kind attention: expected a slide encoder with layers, got the mean of the tiles, which attends to "
+                "nothing. Name one with --slide-encoder, or try an untrained one with --random-weights."
+            )
+        untrained = options.random_weights and wanted in RELEASES
+        encoder = load_slide_encoder(wanted, in_chans=tiles.embed_dim, device=device, random_weights=untrained)
+        encoder.check_pair(tiles.encoder, tiles.embed_dim)
+        model = encoder.model
+    check_layers(model, options.layer)
+    heads = model.encoder.config.num_heads
+    if options.attention_head is not None and options.attention_head >= heads:
+        raise ValueError(f"--attention-head: expected 0 to {heads - 1}, got {options.attention_head}.")
     return encoder
 
 
-def _chosen_tile(reader: _Reader, options: MapOptions) -> ChosenTile:
+def _chosen_tile(reader: _Reader, options: MapOptions) -> tuple[str, int, npt.NDArray[np.float32]]:
     slide_id = options.of_slide or next(iter(reader.entries))
     if slide_id not in reader.entries:
         known = ", ".join(list(reader.entries)[:5])
@@ -243,26 +288,13 @@ def _chosen_tile(reader: _Reader, options: MapOptions) -> ChosenTile:
         raise ValueError(f"--tile: expected a tile of {slide_id}, got a slide without tiles. Name one with --of-slide.")
     if row >= len(tiles):
         raise ValueError(f"--tile: expected a tile of {slide_id} from 0 to {len(tiles) - 1}, got {row}.")
-    return ChosenTile(slide_id, row, np.asarray(tiles.features[row], np.float32))
+    return slide_id, row, np.asarray(tiles.features[row], np.float32)
 
 
 def _check_made(head: FittedHead, path: Path, options: MapOptions) -> None:
     """Refuse features of another encoder, mpp or numerics than those that trained the head."""
     facts = look_at_all([path], JoinOptions(tile_size_level0=options.tile_size_level0), width=head.input_dim)[0]
     head.check_features(facts.made, path.name)
-
-
-def _bag_of(tiles: TileEmbeddings) -> Bag:
-    return Bag(np.asarray(tiles.features, dtype=np.float32), tiles.encoder_coords())
-
-
-def _values_by_name(drawn: dict[str, list[TileMap]]) -> dict[str, FloatArray]:
-    """Values of all slides for each name of a map, as many of each slide at most."""
-    found: dict[str, list[FloatArray]] = {}
-    for maps in drawn.values():
-        for tile_map in maps:
-            found.setdefault(tile_map.name, []).append(tile_map.sample())
-    return {name: np.concatenate(samples) for name, samples in found.items()}
 
 
 def _slide_files(options: MapOptions, entries: dict[str, Path]) -> dict[str, SlideEntry]:
@@ -294,3 +326,125 @@ def look_at_slide(place: Place, entry: SlideEntry | None) -> tuple[Place, Overvi
             return place, preview_picture(slide, slide.overview()), ""
     except (SlideError, OSError) as error:
         return place, None, f"tiles drawn on the grid: {without_paths(str(error), entry)}"
+
+
+def write_arrays(folder: Path, tile_map: TileMap, place: Place) -> None:
+    """Write `NAME.npz`, whole or not at all; the JSON of an earlier map of that name goes before."""
+    with contextlib.suppress(FileNotFoundError):
+        (folder / f"{tile_map.name}.json").unlink()
+    arrays = {"values": tile_map.values, "cells": place.cells, **tile_map.arrays}
+    if place.coords_level0 is not None:
+        arrays["coords_level0"] = place.coords_level0
+    with atomic_file(folder / f"{tile_map.name}.npz") as temporary, temporary.open("wb") as file:
+        np.savez(file, **arrays)  # type: ignore[arg-type]
+
+
+def write_pictures(
+    folder: Path,
+    tile_map: TileMap,
+    place: Place,
+    overview: Overview | None,
+    *,
+    made_from: Mapping[str, Any],
+    opacity: float,
+    note: str = "",
+) -> list[str]:
+    """Write everything of a map but its arrays, its JSON last.
+
+    Args:
+        folder: of the slide's maps.
+        tile_map: the map, with its range.
+        place: where its tiles lie.
+        overview: the slide to draw on, or None for the tiles' grid alone.
+        made_from: digests of what it was made of, for the JSON.
+        opacity: of the map on the slide, 0 to 1.
+        note: what to say beneath the picture, such as why the slide is not shown.
+
+    Returns:
+        the names of all its files, the arrays' too.
+    """
+    name = tile_map.name
+    files = {"npz": f"{name}.npz", "png": f"{name}.png", "overlay": f"{name}_overlay.png"}
+    write_bytes_atomic(folder / files["png"], png(draw_map(tile_map, place, overview, opacity=opacity, note=note)))
+    with atomic_file(folder / files["overlay"]) as temporary:
+        Image.fromarray(tile_rgba(tile_map, place)).save(temporary, format="PNG")
+    if place.coords_level0 is not None and place.pitch_level0 is not None:
+        files["geojson"] = f"{name}.geojson"
+        write_text_atomic(folder / files["geojson"], map_geojson(tile_map, place))
+    if tile_map.curve is not None:
+        files["curve"] = f"{name}_curve.png"
+        write_bytes_atomic(folder / files["curve"], png(draw_curve(tile_map, place)))
+    said = describe(tile_map, place, files, made_from=made_from, at_hand=overview is not None, note=note)
+    write_json_atomic(folder / f"{name}.json", said)
+    return [*files.values(), f"{name}.json"]
+
+
+def describe(
+    tile_map: TileMap,
+    place: Place,
+    files: dict[str, str],
+    *,
+    made_from: Mapping[str, Any],
+    at_hand: bool,
+    note: str = "",
+) -> dict[str, Any]:
+    """The JSON of a map; see this module's docstring."""
+    facts = dict(tile_map.facts)
+    pitch, mpp, grid = place.pitch_level0, place.mpp_level0, place.grid_level0
+    pitch_mm = None if pitch is None or mpp is None else [p * m / 1000 for p, m in zip(pitch, mpp, strict=True)]
+    stated = {name: facts.pop(name, None) for name in STATED}
+    colour = tile_map.colours.to_dict()
+    if "categories" in colour:
+        counts = np.bincount(tile_map.values, minlength=len(tile_map.colours.names)).tolist()
+        colour["categories"] = [{**each, "tiles": n} for each, n in zip(colour["categories"], counts, strict=True)]
+    return {
+        "format": FORMAT,
+        "slide_id": place.slide_id,
+        "name": tile_map.name,
+        "kind": tile_map.kind,
+        "title": tile_map.title,
+        **stated,
+        "heuristic": bool(stated["heuristic"]),
+        "made_from": {**made_from, "head_sha256": facts.pop("head_sha256", None)},
+        "colour": colour,
+        "tiles": len(place),
+        "tile": {"pitch_level0": None if pitch is None else list(pitch), "pitch_mm": pitch_mm},
+        "slide": {
+            "size": None if place.slide_size is None else list(place.slide_size),
+            "bounds": None if place.bounds is None else list(place.bounds),
+            "mpp_level0": None if mpp is None else list(mpp),
+            "at_hand": at_hand,
+        },
+        "overlay": {"level0": None if grid is None else list(grid), "shape": list(place.grid_shape)},
+        "files": files,
+        "curve": None if tile_map.curve is None else dict(tile_map.curve),
+        "marked_tile": tile_map.mark,
+        "details": facts,
+        "note": note,
+        "version": gigapath.__version__,
+        "terms": TERMS,
+    }
+
+
+def made_from(path: Path, tiles: TileEmbeddings) -> dict[str, str | None]:
+    """What one slide's maps are made from, by digests.
+
+    Args:
+        path: the file of its tile embeddings; where a status file lies beside it, its folder and digest are taken down.
+        tiles: what was read from it.
+    """
+    places = hashlib.sha256()
+    for part in (tiles.coords, tiles.cells):
+        if part is not None:
+            places.update(np.ascontiguousarray(part, np.float64).tobytes())
+    content = places.copy()
+    for start in range(0, len(tiles), _ROWS):
+        content.update(np.ascontiguousarray(tiles.features[start : start + _ROWS]).tobytes())
+    status = read_status(path.parent, tiles.slide_id)
+    named = status.digest if status is not None and status.finished else ""
+    return {
+        "features_folder": path.parent.name if named else None,
+        "features_digest": named or None,
+        "features_sha256": content.hexdigest(),
+        "tiles_sha256": places.hexdigest(),
+    }

@@ -1,4 +1,4 @@
-"""The maps of a slide, as `gigapath map` writes them (`gigapath.maps.files`), for laying over the slide in the page."""
+"""The maps of a slide, as `gigapath map` writes them (`gigapath.maps.run`), for laying over the slide in the page."""
 
 import contextlib
 import hashlib
