@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parent.parent / "gigapath"
 
 # A module may import modules of its own room (folder or file) and of layers below, never sideways or up.
 LAYERS = [
-    {"options", "files", "file_names", "lazy", "signals", "tables", "text", "machine", "devices"},
+    {"options", "files", "file_names", "findings", "lazy", "signals", "tables", "text", "machine", "devices"},
     {"downloads", "longnet", "pos_embed"},
     {"features", "tensors", "weights"},
     {"preprocessing"},
@@ -24,12 +24,12 @@ LAYERS = [
     {"embedding"},
     {"linear_probe", "finetune"},
     {"maps", "report"},
-    {"pipeline", "convert", "check", "doctor", "verify"},
+    {"pipeline", "convert", "check", "doctor"},
     {"cli"},
 ]
 RANK = {unit: rank for rank, units in enumerate(LAYERS) for unit in units}
 WITHOUT_TORCH = {
-    *("options", "files", "file_names", "lazy", "signals", "tables", "text", "machine"),
+    *("options", "files", "file_names", "findings", "lazy", "signals", "tables", "text", "machine"),
     *("features", "preprocessing", "cohort", "downloads", "report"),
 }
 

@@ -13,35 +13,37 @@ import numpy as np
 import pytest
 
 from gigapath.cli.main import main
-from gigapath.doctor import diagnose, disk, hub, machine, run, selftest, slides
-from gigapath.doctor.findings import STATES, Diagnosis
-from gigapath.doctor.made_slide import paint, write_slide
+from gigapath.doctor import diagnose as run
+from gigapath.doctor import installation, selftest, weights
+from gigapath.doctor.diagnose import diagnose
+from gigapath.doctor.selftest import paint, write_slide
+from gigapath.findings import NOTE, OK, WRONG, Finding
 from gigapath.preprocessing.slide import open_slide
 
 CANARY = "hf_canaryCANARYcanary0123456789"
 
 
 @pytest.fixture(scope="module")
-def found() -> dict[str, Diagnosis]:
+def found() -> dict[str, Finding]:
     """One whole run, offline."""
     return {f"{d.area}/{d.name}": d for d in diagnose(offline=True)}
 
 
-def test_a_run_looks_at_everything_and_the_self_test_passes(found: dict[str, Diagnosis]) -> None:
+def test_a_run_looks_at_everything_and_the_self_test_passes(found: dict[str, Finding]) -> None:
     assert {d.area for d in found.values()} == {
         "versions", "machine", "devices", "attention", "slides", "hub", "disk", "self-test",
     }  # fmt: skip
-    assert {d.state for d in found.values()} <= set(STATES)
+    assert {d.state for d in found.values()} <= {OK, NOTE, WRONG}
     assert found["self-test/whole-way"].state == "ok", found["self-test/whole-way"]
     assert found["slides/openslide"].facts["path"] and found["slides/codec-none"].state == "ok"
-    assert all(d.mend for d in found.values() if d.state == "wrong")
+    assert all(d.advice for d in found.values() if d.state == "wrong")
     assert {d.facts["kernel"] for d in found.values() if d.area == "attention"} <= {"cpu-flash", "plain"}
-    assert all("\n" not in d.text and "\n" not in d.mend for d in found.values())
+    assert all("\n" not in d.text and "\n" not in d.advice for d in found.values())
 
 
 def test_the_users_home_is_not_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Path, "home", lambda: Path(__file__).parent.parent.parent)
-    said = json.dumps(run._all_said({"a": [str(Path(__file__)), 3]}))
+    said = json.dumps(run.discreet({"a": [str(Path(__file__)), 3]}))
     assert str(Path(__file__).parent.parent.parent) not in said and "~" in said
 
 
@@ -53,7 +55,7 @@ def test_no_token_is_ever_said(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", refuse)
     monkeypatch.setattr(run, "check_whole_way", lambda: [])
-    monkeypatch.setattr(run, "check_kernels", lambda: [Diagnosis("attention", "x", "ok", "x", facts=[CANARY])])
+    monkeypatch.setattr(run, "check_kernels", lambda: [Finding("x", "x", state=OK, facts=[CANARY])])
     for words in (["doctor"], ["doctor", "--json"]):
         main(words)
         said = "".join(capsys.readouterr())
@@ -68,13 +70,13 @@ def test_access_is_told_from_no_access_and_no_answer(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *a, **b: None)
     monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", lambda url, **options: object())
-    assert [d.facts for d in hub.check_weights(offline=False)] == ["accessible", "accessible"]
-    monkeypatch.setattr(hub, "_SECONDS", -0.95)
+    assert [d.facts for d in weights.check_weights(offline=False)] == ["accessible", "accessible"]
+    monkeypatch.setattr(weights, "_SECONDS", -0.95)
     monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", lambda url, **options: time.sleep(2))
-    assert all("no answer in" in d.text for d in hub.check_weights(offline=False))
-    assert [d.facts for d in hub.check_weights(offline=True)] == ["not asked", "not asked"]
+    assert all("no answer in" in d.text for d in weights.check_weights(offline=False))
+    assert [d.facts for d in weights.check_weights(offline=True)] == ["not asked", "not asked"]
     monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *a, **b: "a file")
-    assert [d.state for d in hub.check_weights(offline=True)] == ["ok", "ok"]
+    assert [d.state for d in weights.check_weights(offline=True)] == ["ok", "ok"]
 
 
 @pytest.mark.parametrize(
@@ -95,31 +97,31 @@ def test_folders_that_take_nothing_are_found(
         raise OSError(code, os.strerror(code))
 
     monkeypatch.setattr(os, "fsync", refuse)
-    cache, *_ = disk.check_disk()
-    assert cache.state == "wrong" and words in cache.text and "HF_HOME" in cache.mend
+    cache, *_ = installation.check_disk()
+    assert cache.state == "wrong" and words in cache.text and "HF_HOME" in cache.advice
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "none" / "hub" / "models").mkdir(parents=True)
-    cache, *_ = disk.check_disk()
+    cache, *_ = installation.check_disk()
     assert cache.state == "note" and "what is in it serves" in cache.text
 
 
 def test_little_room_is_noted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(disk, "_ROOM_FOR_WEIGHTS", float("inf"))
-    cache, *_ = disk.check_disk()
-    assert cache.state == "note" and "GB free" in cache.text and "6 GB" in cache.mend
+    monkeypatch.setattr(installation, "_ROOM_FOR_WEIGHTS", float("inf"))
+    cache, *_ = installation.check_disk()
+    assert cache.state == "note" and "GB free" in cache.text and "6 GB" in cache.advice
 
 
 def test_a_driver_without_a_gpu_in_sight_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine.torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(machine.torch.backends.mps, "is_available", lambda: False)
-    monkeypatch.setattr(machine.shutil, "which", lambda name: "somewhere")
-    (device,) = machine.check_devices()
-    assert device.state == "wrong" and "NVIDIA driver" in device.text and device.mend
+    monkeypatch.setattr(installation.torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(installation.torch.backends.mps, "is_available", lambda: False)
+    monkeypatch.setattr(installation.shutil, "which", lambda name: "somewhere")
+    (device,) = installation.check_devices()
+    assert device.state == "wrong" and "NVIDIA driver" in device.text and device.advice
 
 
 def test_a_refused_kernel_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine, "find_fault", lambda *a: "the short case gives dq wrong by 1")
-    kernels = machine.check_kernels()
+    monkeypatch.setattr(installation, "find_fault", lambda *a: "the short case gives dq wrong by 1")
+    kernels = installation.check_kernels()
     assert all(d.state == "note" and "dq wrong by 1" in d.text and d.facts["kernel"] == "plain" for d in kernels)
 
 
@@ -134,12 +136,12 @@ def test_a_wrong_number_a_broken_step_and_a_broken_codec_are_found(monkeypatch: 
 
     monkeypatch.setattr(selftest, "whole_way", fail)
     assert "failed with RuntimeError: no such operator" in selftest.check_whole_way()[0].text
-    monkeypatch.setattr(slides, "_LARGEST_MEAN_ERROR", -1.0)
-    assert {d.state for d in slides.check_codecs()} <= {"wrong", "note"}
+    monkeypatch.setattr(selftest, "_LARGEST_MEAN_ERROR", -1.0)
+    assert {d.state for d in selftest.check_codecs()} <= {"wrong", "note"}
 
 
 def test_what_a_look_stumbles_over_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail() -> list[Diagnosis]:
+    def fail() -> list[Finding]:
         raise KeyError("x")
 
     for name in ("check_versions", "check_kernels", "check_whole_way", "check_codecs"):
@@ -164,4 +166,4 @@ def test_every_extra_that_users_may_want_is_looked_at() -> None:
     text = (Path(__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8")
     table = text.partition("[project.optional-dependencies]")[2].partition("\n[")[0]
     named = set(re.findall(r"^(\w+) = \[", table, re.MULTILINE))
-    assert set(machine._EXTRAS) == named - {"dev"}
+    assert set(installation._EXTRAS) == named - {"dev"}

@@ -19,19 +19,20 @@ from PIL import Image
 
 from gigapath import slide_encoder
 from gigapath.cli.main import main
+from gigapath.doctor import verify_slide_encoder, verify_tile_encoder
+from gigapath.doctor.options import VerifyOptions
+from gigapath.doctor.verify import as_table, verdict
+from gigapath.doctor.verify_tile_encoder import RIGHT, forms_of
 from gigapath.downloads import RELEASES
 from gigapath.embedding import slide_encoding as encoding
 from gigapath.embedding.slide_encoding import encode_padded
 from gigapath.files import sha256_of
+from gigapath.findings import OK, SKIPPED, Finding
 from gigapath.preprocessing.slide import open_slide
 from gigapath.preprocessing.tiling import plan_tiles
 from gigapath.slide_encoder import LongNetViT
 from gigapath.tile_encoder import load_tile_encoder
 from gigapath.tile_transform import TileTransform
-from gigapath.verify import panda, slide_reference
-from gigapath.verify.demo_tile import RIGHT, forms_of
-from gigapath.verify.options import VerifyOptions
-from gigapath.verify.report import Check, as_table, verdict
 
 ROOT = Path(__file__).parent.parent
 
@@ -108,7 +109,7 @@ def test_verify_skips_what_is_not_at_hand(release: Path) -> None:
         "images/prov_normal_000_1.png and images/prov_normal_000_1.pt of the published repository"
         in skipped["demo tile"]
     )
-    assert verdict([Check("x", "skipped", "")]) == "skipped"
+    assert verdict([Finding("x", "", state=SKIPPED)]) == "skipped"
 
 
 # ------------------------------------------------------------------------------------------------ planted faults
@@ -177,7 +178,7 @@ def sort_by_column(monkeypatch: pytest.MonkeyPatch) -> None:
         return pooled(model, x[rows], coords[rows], *rest)
 
     monkeypatch.setattr(LongNetViT, "_embed", embed)
-    monkeypatch.setattr(slide_reference, "pooled_states", states)
+    monkeypatch.setattr(verify_slide_encoder, "pooled_states", states)
 
 
 def class_for_mean(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -191,7 +192,7 @@ def class_for_mean(monkeypatch: pytest.MonkeyPatch) -> None:
         return of_states[:, [1, 1]], default[[1, 1]]
 
     monkeypatch.setattr(LongNetViT, "_pool", pool)
-    monkeypatch.setattr(slide_reference, "pooled_states", states)
+    monkeypatch.setattr(verify_slide_encoder, "pooled_states", states)
 
 
 def state_11_for_12(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -209,7 +210,7 @@ def state_11_for_12(monkeypatch: pytest.MonkeyPatch) -> None:
         return slide_encoder.Embeddings(found[row] for row in rows) if len(found) == 13 else found
 
     monkeypatch.setattr(LongNetViT, "_embed", embed)
-    monkeypatch.setattr(slide_reference, "pooled_states", states)
+    monkeypatch.setattr(verify_slide_encoder, "pooled_states", states)
 
 
 def half_coordinates(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -320,7 +321,7 @@ def test_verify_passes_no_answer_that_is_not_a_number(release: Path, reference: 
 def test_verify_refuses_wrong_words_before_it_computes(
     release: Path, reference: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("gigapath.verify.run.remembered_sha256", None)
+    monkeypatch.setattr("gigapath.doctor.verify.remembered_sha256", None)
     for words, sentence in (
         (["--panda", str(tmp_path), str(tmp_path / "none")], "--panda: no such folder"),
         (["--panda", str(tmp_path), str(tmp_path)], "found none in common"),
@@ -358,7 +359,7 @@ def official(release: Path) -> Path:
     )
     encoder = load_tile_encoder(str(release / "pytorch_model.bin"))
     with open_slide(path) as slide:
-        plan = plan_tiles(slide, panda._TILING)
+        plan = plan_tiles(slide, verify_tile_encoder._TILING)
         corners = plan.tiles.coords_level0 + np.array([40, -24])
         size = plan.tiles.read_size
         tiles = [slide.read(*corner, plan.tiles.level, *size) for corner in corners.tolist()]
@@ -392,7 +393,7 @@ def test_verify_panda_finds_tiles_at_their_places(official: Path) -> None:
 
 def test_verify_panda_names_swapped_coordinates(official: Path) -> None:
     with open_slide(official / "slides" / "0123abcd.tif") as slide:
-        box = plan_tiles(slide, panda._TILING).mask.box_level0
+        box = plan_tiles(slide, verify_tile_encoder._TILING).mask.box_level0
     assert box is not None
 
     def swap(file: h5py.File) -> None:
@@ -424,7 +425,7 @@ def test_verify_panda_names_features_of_another_encoder_of_the_same_width(offici
 
 
 def test_verify_panda_counts_official_tiles(official: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(panda.OFFICIAL_COUNTS, "0123abcd", 3)
+    monkeypatch.setitem(verify_tile_encoder.OFFICIAL_COUNTS, "0123abcd", 3)
     _, report = run_panda(official)
     assert report["checks"][-1]["said"].startswith("expected 3 tiles in the official file, got ")
 
@@ -433,7 +434,7 @@ def test_verify_panda_counts_official_tiles(official: Path, monkeypatch: pytest.
 
 
 def test_table_is_markdown() -> None:
-    table = as_table("title", [Check("a", "passed", "x | y"), Check("b", "failed", "z")])
+    table = as_table("title", [Finding("a", "x | y", state=OK), Finding("b", "z")])
     head = ["**title: failed**", "", "| check | result | |", "|---|---|---|"]
     assert table.splitlines() == [*head, "| a | passed | x / y |", "| b | failed | z |"]
 
@@ -471,7 +472,7 @@ def test_demo_shows_what_moves_an_embedding(capsys: pytest.CaptureFixture[str]) 
 
 def test_seeded_inputs_of_script_and_package_are_one() -> None:
     script = run_path(str(ROOT / "scripts" / "make_reference.py"))
-    x, coords = slide_reference.made_inputs(2, 150, WIDTH)
+    x, coords = verify_slide_encoder.made_inputs(2, 150, WIDTH)
     assert [array.tobytes() for array in script["made_inputs"](2, 150, WIDTH)] == [x.tobytes(), coords.tobytes()]
     assert (coords % 256 == 255).all()
     assert (np.diff(coords[:, 1] * 1e6 + coords[:, 0]) > 0).all(), "row by row"

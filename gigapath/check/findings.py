@@ -1,25 +1,10 @@
-"""What a check says: findings by name, of a file or of a folder."""
+"""What a check finds, of a file or of a folder."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-
-@dataclass(frozen=True)
-class Finding:
-    """One thing that is wrong, or that one should know.
-
-    Attributes:
-        name: the finding's short name, the same in every release.
-        text: what is so, one sentence.
-        effect: what it does to the slide embedding, one sentence; "" where the text says all.
-        wrong: False for what one should know, but may be right.
-    """
-
-    name: str
-    text: str
-    effect: str = ""
-    wrong: bool = True
+from gigapath.findings import Finding
 
 
 @dataclass

@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from gigapath.check.contents import Contents
-from gigapath.check.findings import FileReport, Finding, some
+from gigapath.check.findings import FileReport, some
 from gigapath.cohort.status import read_statuses
 from gigapath.features.scale import tile_mpp, tile_pixels
 from gigapath.features.tables import SAME_THROUGHOUT
 from gigapath.files import PARTIAL_SUFFIX
+from gigapath.findings import NOTE, Finding
 
 # Effective scales of slides differ by the rounding of the pitch.
 _SAME_SCALE = 0.02
@@ -129,5 +130,5 @@ def _check_complete(folder: Path, reports: Sequence[FileReport]) -> list[Finding
     left = sorted(path.name for path in folder.glob(f"*{PARTIAL_SUFFIX}"))
     if left:
         text = f"{len(left)} files are being written, or were left by a killed run: {some(left, 1)}."
-        findings.append(Finding("left-over", text, "No reader takes them.", wrong=False))
+        findings.append(Finding("left-over", text, "No reader takes them.", state=NOTE))
     return findings

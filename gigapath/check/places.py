@@ -3,10 +3,11 @@
 import numpy as np
 
 from gigapath.check.contents import Contents
-from gigapath.check.findings import Finding, share
+from gigapath.check.findings import share
 from gigapath.features.cells import first_cell, observed_step, row_major
 from gigapath.features.data import CELL, FRAMES, GRID, Array
 from gigapath.features.scale import all_facts
+from gigapath.findings import NOTE, WRONG, Finding
 
 # Fewer gaps between columns and rows than this say nothing about the grid: a few tiles picked from it may all be far
 # from each other.
@@ -46,7 +47,7 @@ def check_places(held: Contents) -> list[Finding]:
         seen = observed_step(places)
         hint = "" if seen is None else f"; the closest lie {seen:g} apart"
         text = f"it does not say how far apart its tiles lie{hint}. State it with --tile-size-level0."
-        findings.append(Finding("no-step", text, "Without it no tile has a cell.", wrong=False))
+        findings.append(Finding("no-step", text, "Without it no tile has a cell.", state=NOTE))
         return findings
     off = _off_grid(places, pitch)
     # A few tiles off the grid are those tiles' fault, many are the distance's; CLAM starts a grid at each contour.
@@ -157,7 +158,7 @@ def _grid_finding(held: Contents, off: Array, pitch: tuple[float, float]) -> Fin
     text = f"{share(int(off.sum()), len(off))} do not lie on one grid of {pitch[0]:g} x {pitch[1]:g} {unit} with the "
     text += "others (CLAM starts one at each contour)." if clam else "others."
     effect = "Each goes to the nearest cell: up to half a cell off, and two may meet in one."
-    return Finding("off-grid", text, effect, wrong=not clam)
+    return Finding("off-grid", text, effect, NOTE if clam else WRONG)
 
 
 def _check_cells(held: Contents, places: Array, pitch: tuple[float, float], *, on_grid: bool) -> list[Finding]:
@@ -195,4 +196,4 @@ def _check_order(held: Contents, cells: Array) -> list[Finding]:
     ours = held.tool == "gigapath"
     effect = "The slide encoder was trained row by row, and its result depends on the order. "
     effect += "Our readers refuse such a file." if ours else "Ours sorts the tiles first; other readers do not."
-    return [Finding("order", f"its tiles are stored {stored}.", effect, wrong=ours)]
+    return [Finding("order", f"its tiles are stored {stored}.", effect, WRONG if ours else NOTE)]

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from gigapath.check.contents import Contents, read_contents
-from gigapath.check.findings import FileReport, Finding, FolderReport
+from gigapath.check.findings import FileReport, FolderReport
 from gigapath.check.folder import check_folder, compared
 from gigapath.check.places import check_places
 from gigapath.check.scale import check_scale
 from gigapath.check.values import check_values
 from gigapath.features.foreign import TensorReader
+from gigapath.findings import Finding
 from gigapath.options import check_options, option
 
 SUFFIXES = (".h5", ".npz", ".pt")
@@ -193,6 +194,6 @@ def as_json(reports: Sequence[FileReport], folders: Sequence[FolderReport]) -> s
 
 def _plain(findings: Sequence[Finding]) -> list[dict[str, Any]]:
     return [
-        {"name": finding.name, "wrong": finding.wrong, "text": finding.text, "effect": finding.effect}
+        {"name": finding.name, "wrong": finding.wrong, "text": finding.text, "effect": finding.advice}
         for finding in findings
     ]

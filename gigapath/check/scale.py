@@ -5,9 +5,9 @@ from typing import Any
 import numpy as np
 
 from gigapath.check.contents import Contents
-from gigapath.check.findings import Finding
 from gigapath.downloads import RELEASES, release_of
 from gigapath.features.scale import all_facts, tile_mpp, tile_pixels
+from gigapath.findings import NOTE, Finding
 
 # The released tile encoders were trained on these.
 _TILE_SIZE = 256
@@ -32,11 +32,11 @@ def _check_encoder(held: Contents) -> list[Finding]:
     if held.encoder is None:
         text = "it does not name its tile encoder."
         effect = "GigaPath, UNI2-h and H-optimus are all 1536 wide: of another one the slide encoder makes noise."
-        return [Finding("no-encoder", text, effect, wrong=False)]
+        return [Finding("no-encoder", text, effect, state=NOTE)]
     findings = []
     if held.attrs.get("trained") is False:
         text = f"its tile encoder {held.encoder} has random weights."
-        findings.append(Finding("untrained", text, "The embeddings are for trying things.", wrong=False))
+        findings.append(Finding("untrained", text, "The embeddings are for trying things.", state=NOTE))
     release = RELEASES.get(release_of(held.encoder.removesuffix("-random")))
     if release is None:
         return findings

@@ -7,10 +7,10 @@ import numpy as np
 import numpy.typing as npt
 
 from gigapath.check.contents import Contents
-from gigapath.check.findings import Finding
 from gigapath.check.run import CheckOptions
 from gigapath.cohort.manifest import SlideEntry, find_slides
 from gigapath.features.scale import all_facts, tile_pixels
+from gigapath.findings import NOTE, Finding
 from gigapath.preprocessing.reading import resample
 from gigapath.preprocessing.slide import Slide, open_slide
 from gigapath.tile_encoder import TileEncoder, load_tile_encoder
@@ -73,7 +73,7 @@ class SlideCheck:
 
 
 def _skipped(why: str) -> Finding:
-    return Finding("not-compared", f"its tiles were not compared with a slide: {why}.", wrong=False)
+    return Finding("not-compared", f"its tiles were not compared with a slide: {why}.", state=NOTE)
 
 
 def compare_tiles(held: Contents, slide: Slide, encoder: TileEncoder, *, sample: int) -> list[Finding]:

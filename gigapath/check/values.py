@@ -6,8 +6,9 @@ from collections import Counter
 import numpy as np
 
 from gigapath.check.contents import Contents
-from gigapath.check.findings import Finding, share
+from gigapath.check.findings import share
 from gigapath.features.data import Array
+from gigapath.findings import NOTE, WRONG, Finding
 
 # Rows that are looked at at once, so that a check needs no second copy of a large array.
 _ROWS = 4096
@@ -34,7 +35,7 @@ def check_values(held: Contents) -> tuple[list[Finding], str]:
         return [Finding("shapes", text, "No reader can take them for embeddings of tiles.")], ""
     count = len(features)
     if count == 0:
-        return [Finding("no-tiles", "it has no tiles.", "The slide gets no embedding.", wrong=False)], ""
+        return [Finding("no-tiles", "it has no tiles.", "The slide gets no embedding.", state=NOTE)], ""
     rows: list[bytes] = []
     infinite, zero = np.zeros(count, bool), np.zeros(count, bool)
     varies = np.zeros(features.shape[1], bool)
@@ -87,7 +88,7 @@ def _check_variety(rows: list[bytes], varies: Array, count: int) -> list[Finding
                 f"{share(repeated, count)} repeat the embedding of another tile to the last bit.",
                 "A batch written twice does this, and so do blank tiles: the slide embedding counts one place several "
                 "times.",
-                wrong=repeated > _DUPLICATES * count,
+                state=WRONG if repeated > _DUPLICATES * count else NOTE,
             )
         )
     still = int((~varies).sum())
@@ -97,7 +98,7 @@ def _check_variety(rows: list[bytes], varies: Array, count: int) -> list[Finding
                 "dead-columns",
                 f"{share(still, len(varies), 'columns')} have one value for all tiles.",
                 "They add nothing to the slide embedding; an encoder that was cut off or padded does this.",
-                wrong=False,
+                state=NOTE,
             )
         )
     return findings

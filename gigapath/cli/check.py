@@ -67,5 +67,5 @@ def _print_findings(name: str, findings: list[Finding]) -> None:
     print(f"{name}:")
     for finding in findings:
         mark = "WRONG" if finding.wrong else "note"
-        print(f"  {mark} {finding.name}: {' '.join([finding.text, finding.effect]).strip()}")
+        print(f"  {mark} {finding.name}: {' '.join([finding.text, finding.advice]).strip()}")
     sys.stdout.flush()

@@ -3,7 +3,7 @@
 import argparse
 
 from gigapath.cli.arguments import add_options, options_from
-from gigapath.verify.options import VerifyOptions
+from gigapath.doctor.options import VerifyOptions
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -12,8 +12,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(namespace: argparse.Namespace) -> int:
     options = options_from(namespace, VerifyOptions)
-    from gigapath.verify.run import verify  # torch takes seconds: a wrong word is told before
+    from gigapath.doctor.verify import STATUS, verify  # torch takes seconds: a wrong word is told before
 
-    report = verify(options, said=lambda check: print(f"{check.status}: {check.what}: {check.said}", flush=True))
+    report = verify(
+        options, after_check=lambda check: print(f"{STATUS[check.state]}: {check.name}: {check.text}", flush=True)
+    )
     print(f"\n{report['table']}\n\nwritten to {options.out}")
     return 1 if report["verdict"] == "failed" else 0

@@ -1,6 +1,1 @@
-"""`gigapath doctor`: what this machine and this installation are, what is wrong with them, and the mend."""
-
-from gigapath.doctor.findings import Diagnosis
-from gigapath.doctor.run import diagnose
-
-__all__ = ["Diagnosis", "diagnose"]
+"""`gigapath doctor` (`diagnose`): this machine and installation. `gigapath verify`: a released pair of encoders."""

@@ -1,5 +1,8 @@
-"""The whole way once, small: a made slide, its tiles, narrow encoders, a slide embedding, against stored numbers."""
+"""The OpenSlide library and what it decodes; and the whole way once, small, against stored numbers, on a made slide."""
 
+import io
+import os
+import sys
 import tempfile
 import time
 import warnings
@@ -7,12 +10,14 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+import openslide
 import torch
+from PIL import Image
+from PIL import features as pillow
 from torch import nn
 
-from gigapath.doctor.findings import Diagnosis
-from gigapath.doctor.made_slide import paint, write_slide
 from gigapath.features import TileEmbeddingsWriter, read_features
+from gigapath.findings import NOTE, OK, WRONG, Finding
 from gigapath.preprocessing.reading import iter_tiles
 from gigapath.preprocessing.slide import open_slide
 from gigapath.preprocessing.tiling import TileOptions, plan_tiles
@@ -20,6 +25,15 @@ from gigapath.slide_encoder import LongNetViT
 from gigapath.tile_encoder import TileEncoder
 from gigapath.tile_transform import TileTransform
 
+UInt8Array = npt.NDArray[np.uint8]
+
+# TIFF's numbers for how a tile is packed; Aperio's for JPEG 2000 in RGB.
+COMPRESSIONS = {"none": 1, "jpeg": 7, "jpeg2000": 33005}
+_TILE = 256
+_MAPS = Path("/proc/self/maps")
+_OLDEST = (4, 0)  # DICOM, and many mended readers
+# Lossy codecs move a colour by a few steps.
+_LARGEST_MEAN_ERROR = 3.0
 WIDTH = 24
 # What the code gave when it was written, and how far another machine's rounding may be from it.
 TILES = 10
@@ -27,28 +41,75 @@ VECTOR = (-1.19745, -0.06018, 0.29548, 1.1177, -0.9915, -1.3764, 1.25273, -0.461
 TOLERANCE = 1e-3
 
 
-def check_whole_way() -> list[Diagnosis]:
-    """Run it; seconds, no weights, no network."""
+def check_library() -> list[Finding]:
+    """Version and place of the library in use."""
+    version, place = str(openslide.__library_version__), loaded_from()
+    text = f"OpenSlide {version} from {place or 'an unknown place'}"
+    facts = {"version": version, "path": place, "python": openslide.__version__}
+    if tuple(int(part) for part in version.split(".")[:2] if part.isdigit()) < _OLDEST:
+        advice = "pip install openslide-bin: it brings 4.0, which reads DICOM and mends other readers."
+        return [Finding("openslide", text, advice, NOTE, facts)]
+    return [Finding("openslide", text, state=OK, facts=facts)]
+
+
+def loaded_from() -> str | None:
+    """The file of the loaded library: as the system says, else that of the package which brings it."""
+    try:
+        mapped = [
+            line.split(maxsplit=5)[-1].strip() for line in _MAPS.read_text().splitlines() if "libopenslide" in line
+        ]
+    except OSError:  # not Linux
+        mapped = []
+    if mapped:
+        return mapped[0]
+    package = sys.modules.get("openslide_bin")
+    return None if package is None else os.path.dirname(str(package.__file__))  # noqa: PTH120
+
+
+def check_codecs() -> list[Finding]:
+    """Write a small slide with each codec that slides use and read it back."""
+    found = []
+    image = paint(300, 280)
+    for codec, needs in (("none", ""), ("jpeg", "jpg"), ("jpeg2000", "jpg_2000")):
+        name = {"none": "uncompressed", "jpeg": "JPEG", "jpeg2000": "JPEG 2000"}[codec]
+        if needs and not pillow.check(needs):
+            found.append(Finding(f"codec-{codec}", f"{name}: not tried, Pillow here can't write it", state=NOTE))
+            continue
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / ("made.svs" if codec == "jpeg2000" else "made.tif")
+            write_slide(path, image, mpp=0.5, compression=codec)
+            try:
+                with open_slide(path) as slide:
+                    pixels = slide.read(0, 0, 0, 300, 280)
+                error = float(np.abs(pixels.astype(int) - image).mean())
+                fault = "" if error <= _LARGEST_MEAN_ERROR else f"colours are off by {error:.1f} on average"
+            except ValueError as problem:
+                fault = str(problem)
+        advice = "pip install --force-reinstall openslide-bin." if fault else ""
+        found.append(Finding(f"codec-{codec}", f"{name}: {fault or 'read and right'}", advice, WRONG if fault else OK))
+    return found
+
+
+def check_whole_way() -> list[Finding]:
+    """A made slide, its tiles, narrow encoders, a slide embedding; seconds, no weights, no network."""
     started = time.monotonic()
     try:
         tiles, vector = whole_way()
     except Exception as error:  # whatever is broken is what the doctor is asked for
         text = f"failed with {type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
-        return [Diagnosis("self-test", "whole-way", "wrong", text, "GIGAPATH_DEBUG=1 gigapath doctor shows where.")]
+        return [Finding("whole-way", text, "GIGAPATH_DEBUG=1 gigapath doctor shows where.")]
     seconds = time.monotonic() - started
     facts = {"tiles": tiles, "vector": [round(float(value), 6) for value in vector], "seconds": round(seconds, 2)}
     difference = float(np.abs(vector - np.asarray(VECTOR)).max())
     if tiles != TILES:
-        text = f"{tiles} tiles were found, expected {TILES}"
-        return [
-            Diagnosis("self-test", "whole-way", "wrong", text, "look at the versions of OpenCV and OpenSlide.", facts)
-        ]
+        text, advice = f"{tiles} tiles were found, expected {TILES}", "look at the versions of OpenCV and OpenSlide."
+        return [Finding("whole-way", text, advice, facts=facts)]
     if not difference <= TOLERANCE:
         text = f"the slide embedding differs from the stored one by {difference:.2g}, where {TOLERANCE} is allowed"
-        mend = "look at the attention kernels above, and at the versions of torch and OpenCV."
-        return [Diagnosis("self-test", "whole-way", "wrong", text, mend, facts)]
+        advice = "look at the attention kernels above, and at the versions of torch and OpenCV."
+        return [Finding("whole-way", text, advice, facts=facts)]
     text = f"slide to slide embedding in {seconds:.1f} s: {tiles} tiles, within {difference:.0e} of the stored numbers"
-    return [Diagnosis("self-test", "whole-way", "ok", text, facts=facts)]
+    return [Finding("whole-way", text, state=OK, facts=facts)]
 
 
 def whole_way() -> tuple[int, npt.NDArray[np.float32]]:
@@ -101,3 +162,65 @@ def _fill(model: nn.Module) -> None:
             wave = torch.sin(torch.arange(parameter.numel(), dtype=torch.float64) * 0.7 + number)
             wave = 1 + 0.1 * wave if parameter.ndim == 1 and name.endswith("weight") else 0.2 * wave
             parameter.copy_(wave.reshape(parameter.shape))
+
+
+def paint(width: int, height: int) -> UInt8Array:
+    """A pale field with two ellipses of texture, by arithmetic alone: the same bytes on every machine; (H, W, 3)."""
+    y, x = np.mgrid[0:height, 0:width]
+    image = np.full((height, width, 3), (243, 241, 244), np.int64)
+    grain = (x * 7 + y * 13 + (x // 16) * (y // 16) * 5) % 61
+    for centre, axes in (((0.30, 0.42), (0.22, 0.34)), ((0.77, 0.70), (0.15, 0.20))):
+        dx, dy = (x - int(centre[0] * width)), (y - int(centre[1] * height))
+        a, b = int(axes[0] * width), int(axes[1] * height)
+        inside = dx * dx * b * b + dy * dy * a * a <= a * a * b * b
+        image[inside] = (np.array((200, 120, 170)) - grain[..., None] // np.array((1, 2, 3)))[inside]
+    return image.astype(np.uint8)
+
+
+def write_slide(path: Path, image: UInt8Array, *, mpp: float, compression: str = "none") -> None:
+    """Write `image` as a tiled TIFF of one level that OpenSlide reads.
+
+    Args:
+        path: the file.
+        image: (H, W, 3).
+        mpp: microns per pixel.
+        compression: a key of COMPRESSIONS; "jpeg2000" writes an Aperio header, whose reader knows it.
+    """
+    import tifffile  # where it is broken, the look that writes a slide says so, and the others go on
+
+    height, width = image.shape[:2]
+    columns, rows = -(-width // _TILE), -(-height // _TILE)
+    padded = np.full((rows * _TILE, columns * _TILE, 3), 255, np.uint8)
+    padded[:height, :width] = image
+    blocks = (
+        _packed(padded[r * _TILE : (r + 1) * _TILE, c * _TILE : (c + 1) * _TILE], compression)
+        for r in range(rows)
+        for c in range(columns)
+    )
+    aperio = f"Aperio Image Library\r\n{width}x{height} ({_TILE}x{_TILE})|AppMag = {10 / mpp:g}|MPP = {mpp}"
+    with tifffile.TiffWriter(path) as file:
+        file.write(
+            blocks,
+            shape=image.shape,
+            dtype=np.uint8,
+            tile=(_TILE, _TILE),
+            photometric="ycbcr" if compression == "jpeg" else "rgb",
+            subsampling=(1, 1) if compression == "jpeg" else None,
+            compression=COMPRESSIONS[compression],
+            resolution=(1e4 / mpp, 1e4 / mpp),
+            resolutionunit="CENTIMETER",
+            description=aperio if compression == "jpeg2000" else None,
+            metadata=None,
+            software=False,
+        )
+
+
+def _packed(block: UInt8Array, compression: str) -> bytes:
+    if compression == "none":
+        return block.tobytes()
+    content = io.BytesIO()
+    if compression == "jpeg":
+        Image.fromarray(block).save(content, "JPEG", quality=95, subsampling=0)
+    else:
+        Image.fromarray(block).save(content, "JPEG2000", irreversible=False, no_jp2=True)
+    return content.getvalue()

@@ -3,39 +3,37 @@
 import contextlib
 import os
 import threading
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import huggingface_hub
 import huggingface_hub.constants
 
-from gigapath.doctor.findings import Diagnosis
 from gigapath.downloads import RELEASES
 from gigapath.downloads.hub import hub_error
 from gigapath.downloads.table import SLIDE_FILE, TILE_FILE
+from gigapath.findings import NOTE, OK, Finding
 
 # The hub gets this long to answer; the resolver of names may take longer than any time limit of the client.
 _SECONDS = 4.0
 _TOKEN_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
 
 
-def check_token() -> list[Diagnosis]:
+def check_token() -> list[Finding]:
     """Whether a token is set, where, and whether it has the form of one."""
     stated = next(((name, os.environ[name]) for name in _TOKEN_VARIABLES if os.environ.get(name)), None)
     if stated is not None:
         name, value = stated
         if value != value.strip() or any(mark in value for mark in "\"' \n") or not value.startswith("hf_"):
-            mend = f"set {name} anew, without quotes, spaces or line ends; tokens begin with hf_."
-            return [Diagnosis("hub", "token", "wrong", f"{name} is set, but has not the form of a token", mend)]
-        return [Diagnosis("hub", "token", "ok", f"a token is set in {name}")]
+            advice = f"set {name} anew, without quotes, spaces or line ends; tokens begin with hf_."
+            return [Finding("token", f"{name} is set, but has not the form of a token", advice)]
+        return [Finding("token", f"a token is set in {name}", state=OK)]
     if huggingface_hub.get_token():
-        return [Diagnosis("hub", "token", "ok", "a token is in the hub's token file")]
-    mend = "make a read token on huggingface.co and export HF_TOKEN, once you were given access to the weights."
-    return [Diagnosis("hub", "token", "note", "no token is set: the gated weights can't be fetched", mend)]
+        return [Finding("token", "a token is in the hub's token file", state=OK)]
+    advice = "make a read token on huggingface.co and export HF_TOKEN, once you were given access to the weights."
+    return [Finding("token", "no token is set: the gated weights can't be fetched", advice, NOTE)]
 
 
-def check_weights(*, offline: bool) -> list[Diagnosis]:
+def check_weights(*, offline: bool) -> list[Finding]:
     """For each released pair: in the cache, or to be had from the hub."""
     found = []
     for release in RELEASES.values():
@@ -47,37 +45,35 @@ def check_weights(*, offline: bool) -> list[Diagnosis]:
         ]
         name = f"weights-{release.name}"
         if len(cached) == 2:
-            found.append(Diagnosis("hub", name, "ok", f"{release.name}: both files are in the cache", facts="cached"))
+            found.append(Finding(name, f"{release.name}: both files are in the cache", state=OK, facts="cached"))
             continue
         if offline or huggingface_hub.constants.HF_HUB_OFFLINE:
             why = "--offline" if offline else "HF_HUB_OFFLINE is set"
             text = f"{release.name}: {len(cached)} of 2 files in the cache, the hub was not asked ({why})"
-            mend = f"fetch them where there is a network: gigapath download {release.name}."
-            found.append(Diagnosis("hub", name, "note", text, mend, facts="not asked"))
+            advice = f"fetch them where there is a network: gigapath download {release.name}."
+            found.append(Finding(name, text, advice, NOTE, "not asked"))
             continue
         url = huggingface_hub.hf_hub_url(release.repo, SLIDE_FILE, revision=release.revision)
-        error = _in_time(lambda url=url: huggingface_hub.get_hf_file_metadata(url, timeout=_SECONDS))  # type: ignore[misc]
+        error = _ask_in_time(url)
         if error is None:
             text = f"{release.name}: not in the cache; the hub gives access"
-            mend = f"gigapath download {release.name}."
-            found.append(Diagnosis("hub", name, "note", text, mend, facts="accessible"))
+            found.append(Finding(name, text, f"gigapath download {release.name}.", NOTE, "accessible"))
             continue
-        folder = Path(huggingface_hub.constants.HF_HUB_CACHE)
-        late = isinstance(error, TimeoutError)
-        said = f"no answer in {_SECONDS:g} s" if late else str(hub_error(error, release.repo, SLIDE_FILE, folder))
-        text = f"{release.name}: not in the cache, and not to be had: {said}"
-        mend = "look at the network and its proxy (HTTPS_PROXY), or at the access that the page of the model grants."
-        found.append(Diagnosis("hub", name, "note", text.rstrip("."), mend, facts="no access"))
+        late, folder = isinstance(error, TimeoutError), Path(huggingface_hub.constants.HF_HUB_CACHE)
+        why = f"no answer in {_SECONDS:g} s" if late else str(hub_error(error, release.repo, SLIDE_FILE, folder))
+        text = f"{release.name}: not in the cache, and not to be had: {why}".rstrip(".")
+        advice = "look at the network and its proxy (HTTPS_PROXY), or at the access that the page of the model grants."
+        found.append(Finding(name, text, advice, NOTE, "no access"))
     return found
 
 
-def _in_time(ask: Callable[[], Any]) -> Exception | None:
-    """The error that asking ended with, a TimeoutError where it did not end in time, None where it went well."""
+def _ask_in_time(url: str) -> Exception | None:
+    """The error that asking the hub ended with, TimeoutError where it did not end in time, None where it went well."""
     outcome: list[Exception | None] = []
 
     def work() -> None:
         try:
-            ask()
+            huggingface_hub.get_hf_file_metadata(url, timeout=_SECONDS)
             outcome.append(None)
         except Exception as error:  # of the hub's client and of the network, named to the user
             outcome.append(error)

@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from gigapath.embedding.slide_encoding import pooled_states
+from gigapath.findings import OK, Finding
 from gigapath.slide_encoder import LongNetViT
-from gigapath.verify.report import FAILED, PASSED, Array, Check, distance
 
 # Largest difference relative to the reference's length, by the precision in which the reference was made.
 TOLERANCE = {"fp32": 2e-4, "fp16": 2e-2, "bf16": 8e-2}
@@ -26,6 +27,7 @@ _GRID = 150
 _POOLINGS = ("mean", "class")
 _NAMED = 3
 
+Array = npt.NDArray[Any]
 Answers = Mapping[str, Array]
 Embed = Callable[[Array, Array], Answers]
 
@@ -102,7 +104,7 @@ def by_runs(model: LongNetViT) -> Embed:
     return embed
 
 
-def check_slide_encoder(model: LongNetViT, reference: Reference) -> Iterator[Check]:
+def check_slide_encoder(model: LongNetViT, reference: Reference) -> Iterator[Finding]:
     """Compare weights, then the answers of both ways through the encoder at each length.
 
     Args:
@@ -114,10 +116,10 @@ def check_slide_encoder(model: LongNetViT, reference: Reference) -> Iterator[Che
     ways = {"slide encoder, forward": by_forward(model), "slide encoder, as embed runs it": by_runs(model)}
     for what, embed in ways.items():
         with torch.inference_mode():
-            yield _check_answers(what, embed, reference, weights.status == FAILED)
+            yield _check_answers(what, embed, reference, weights.wrong)
 
 
-def check_weights(model: LongNetViT, reference: Reference) -> Check:
+def check_weights(model: LongNetViT, reference: Reference) -> Finding:
     """Whether each loaded weight is the one that the reference was made with, told by its digest."""
     ours = {
         name: hashlib.sha256(value.float().cpu().contiguous().numpy().tobytes()).hexdigest()
@@ -126,15 +128,17 @@ def check_weights(model: LongNetViT, reference: Reference) -> Check:
     names = sorted(set(ours) | set(reference.weights))
     differing = [name for name in names if ours.get(name) != reference.weights.get(name)]
     if not differing:
-        return Check("slide encoder's weights, one by one", PASSED, f"all {len(ours)} equal those of the reference.")
+        return Finding(
+            "slide encoder's weights, one by one", f"all {len(ours)} equal those of the reference.", state=OK
+        )
     more = f" and {len(differing) - _NAMED} more" if len(differing) > _NAMED else ""
     said = (
         f"{', '.join(differing[:_NAMED])}{more} of {len(ours)} differ from the reference's: altered or not the release."
     )
-    return Check("slide encoder's weights, one by one", FAILED, said, {"differing": differing})
+    return Finding("slide encoder's weights, one by one", said, facts={"differing": differing})
 
 
-def _check_answers(what: str, embed: Embed, reference: Reference, other_weights: bool) -> Check:
+def _check_answers(what: str, embed: Embed, reference: Reference, other_weights: bool) -> Finding:
     tolerance = TOLERANCE[reference.facts["precision"]]
     facts: dict[str, Any] = {}
     worst = 0.0
@@ -142,11 +146,11 @@ def _check_answers(what: str, embed: Embed, reference: Reference, other_weights:
         x, coords = made_inputs(case["seed"], case["length"], reference.facts["in_chans"])
         if hashlib.sha256(x.tobytes() + coords.tobytes()).hexdigest() != case["inputs_sha256"]:
             said = "the reference's inputs differ from those that its seeds give here: make it anew."
-            return Check(what, FAILED, said)
+            return Finding(what, said)
         theirs, ours = reference.answers[case["length"]], embed(x, coords)
         for side, answers in (("our answers", ours), ("the reference", theirs)):
             if not all(np.isfinite(held).all() for held in answers.values()):
-                return Check(what, FAILED, f"{case['length']} tiles: numbers in {side} are NaN or infinite.", facts)
+                return Finding(what, f"{case['length']} tiles: numbers in {side} are NaN or infinite.", facts=facts)
         apart = _apart(ours, theirs)
         facts[f"{case['length']} tiles"] = apart
         worst = max(worst, apart)
@@ -157,19 +161,19 @@ def _check_answers(what: str, embed: Embed, reference: Reference, other_weights:
             else None
         )
         if slip:
-            return Check(what, FAILED, f"{case['length']} tiles, {apart:.1e} apart: {slip}.", facts)
+            return Finding(what, f"{case['length']} tiles, {apart:.1e} apart: {slip}.", facts=facts)
         if apart > tolerance:
             why = "the altered weights explain it" if other_weights else "no known slip explains it"
             said = (
                 f"{case['length']} tiles: {apart:.1e} apart from the reference, expected {tolerance:g} or less; {why}."
             )
-            return Check(what, FAILED, said, facts)
+            return Finding(what, said, facts=facts)
     lengths = ", ".join(str(case["length"]) for case in reference.facts["cases"])
     said = f"largest relative difference {worst:.1e} at {lengths} tiles, all states, both poolings"
     # Who compares this package with itself must see it.
     maker = reference.facts.get("implementation", "an unnamed package")
     made = "of the published package" if maker == "published" else f"of {maker}, NOT of the published package"
-    return Check(what, PASSED, f"{said} (reference {made}, {reference.facts['precision']}).", facts)
+    return Finding(what, f"{said} (reference {made}, {reference.facts['precision']}).", state=OK, facts=facts)
 
 
 def _tried(reference: Reference) -> set[int]:
@@ -237,3 +241,9 @@ def _state_slip(ours: Answers, theirs: Answers) -> str | None:
                 if nearest != state and off[nearest] < _CLEARLY * own:
                     return f"state {state} of {mine} is state {nearest} of {others}"
     return None
+
+
+def distance(a: Array, b: Array) -> float:
+    """Length of the difference of two arrays relative to the second's."""
+    a, b = a.ravel().astype(np.float64), b.ravel().astype(np.float64)
+    return float(np.linalg.norm(a - b) / max(float(np.linalg.norm(b)), 1e-30))

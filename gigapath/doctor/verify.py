@@ -14,29 +14,29 @@ import torch
 
 import gigapath
 from gigapath.devices import resolve_device
+from gigapath.doctor.options import VerifyOptions
+from gigapath.doctor.verify_slide_encoder import Reference, check_slide_encoder, read_reference
+from gigapath.doctor.verify_tile_encoder import HAS_DEMO, check_demo_tile, check_panda, find_pairs
 from gigapath.downloads import RELEASES, Release
 from gigapath.downloads.digests import remembered_sha256
 from gigapath.downloads.table import SLIDE_FILE, TILE_FILE
 from gigapath.files import write_json_atomic
+from gigapath.findings import OK, SKIPPED, WRONG, Finding
 from gigapath.options import to_dict
 from gigapath.slide_encoder import create_model
 from gigapath.tile_encoder import load_tile_encoder
-from gigapath.verify.demo_tile import HAS_DEMO, check_demo_tile
-from gigapath.verify.options import VerifyOptions
-from gigapath.verify.panda import check_panda, find_pairs
-from gigapath.verify.report import FAILED, PASSED, SKIPPED, Check, as_json, as_table, verdict
-from gigapath.verify.slide_reference import Reference, check_slide_encoder, read_reference
 from gigapath.weights import find_weights
 
-__all__ = ["Check", "VerifyOptions", "verify"]
+# A finding's state as the report and the table have it.
+STATUS = {OK: "passed", WRONG: "failed", SKIPPED: "skipped"}
 
 
-def verify(options: VerifyOptions, *, said: Callable[[Check], None] = lambda check: None) -> dict[str, Any]:
+def verify(options: VerifyOptions, *, after_check: Callable[[Finding], None] = lambda check: None) -> dict[str, Any]:
     """Check a released pair, write the report.
 
     Args:
         options: which release, against what.
-        said: gets each check as it is done.
+        after_check: gets each finding as it is made.
 
     Returns:
         what `verify.json` holds: `verdict`, `checks`, `table`, versions and device.
@@ -51,10 +51,10 @@ def verify(options: VerifyOptions, *, said: Callable[[Check], None] = lambda che
         raise ValueError(f"--out: expected a file, got a folder: {options.out!r}.")
     reference = None if options.reference is None else read_reference(Path(options.reference), release.slide_arch)
     pairs = find_pairs(Path(options.panda[0]), Path(options.panda[1]), options.panda_slides) if options.panda else []
-    checks: list[Check] = []
+    checks: list[Finding] = []
     for check in _run_checks(release, device, options, reference, pairs):
         checks.append(check)
-        said(check)
+        after_check(check)
 
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     title = f"gigapath verify {release.name}, {datetime.now(timezone.utc):%Y-%m-%d}, torch {torch.__version__}, {where}"
@@ -72,7 +72,10 @@ def verify(options: VerifyOptions, *, said: Callable[[Check], None] = lambda che
             for name, value in to_dict(options).items()
             if name in ("tile_encoder", "panda_slides", "device")
         },
-        "checks": as_json(checks),
+        "checks": [
+            {"what": each.name, "status": STATUS[each.state], "said": each.text, "facts": each.facts or {}}
+            for each in checks
+        ],
         "table": as_table(title, checks),
     }
     write_json_atomic(Path(options.out), report)
@@ -85,7 +88,7 @@ def _run_checks(
     options: VerifyOptions,
     reference: Reference | None,
     pairs: Sequence[tuple[Path, Path]],
-) -> Iterator[Check]:
+) -> Iterator[Finding]:
     """All checks, one after the other. What can't be loaded fails, and the others go on."""
     tile_path, slide_path = _find_both(release, options.weights)
     yield _check_hash(TILE_FILE, tile_path, release.tile_sha256)
@@ -96,24 +99,26 @@ def _run_checks(
         try:
             encoder = load_tile_encoder(str(tile_path), device=device, precision="fp32")
         except (ValueError, OSError) as error:
-            yield Check("tile encoder", FAILED, " ".join(str(error).split()))
+            yield Finding("tile encoder", " ".join(str(error).split()))
     yield from check_demo_tile(release.name, encoder, Path(options.demo_tile))
     if reference is None:
         how = "make it with scripts/make_reference.py where the published package runs, and name it with --reference."
-        yield Check("slide encoder", SKIPPED, f"no reference.npz: {how}")
+        yield Finding("slide encoder", f"no reference.npz: {how}", state=SKIPPED)
     elif slide_path is None:
-        yield Check("slide encoder", SKIPPED, f"no {SLIDE_FILE}.")
+        yield Finding("slide encoder", f"no {SLIDE_FILE}.", state=SKIPPED)
     else:
         try:
             model = create_model(str(slide_path), release.slide_arch, release.tile_dim, global_pool=True)
         except (ValueError, OSError) as error:
-            yield Check("slide encoder", FAILED, " ".join(str(error).split()))
+            yield Finding("slide encoder", " ".join(str(error).split()))
         else:
             yield from check_slide_encoder(model.to(device).eval(), reference)
     if not pairs:
-        yield Check("PANDA", SKIPPED, "no official files: name their folder and that of the slides with --panda.")
+        yield Finding(
+            "PANDA", "no official files: name their folder and that of the slides with --panda.", state=SKIPPED
+        )
     elif encoder is None:
-        yield Check("PANDA", SKIPPED, "no tile encoder.")
+        yield Finding("PANDA", "no tile encoder.", state=SKIPPED)
     else:
         yield from check_panda(pairs, encoder, release.name, options.panda_tiles)
 
@@ -132,12 +137,25 @@ def _find_both(release: Release, folder: str | None) -> list[Path | None]:
         return [find_weights(f"hf_hub:{release.repo}", name) for name in names]
 
 
-def _check_hash(name: str, path: Path | None, recorded: str) -> Check:
+def _check_hash(name: str, path: Path | None, recorded: str) -> Finding:
     if path is None:
-        return Check(f"file {name}", SKIPPED, "not in the folder of --weights.")
+        return Finding(f"file {name}", "not in the folder of --weights.", state=SKIPPED)
     found = remembered_sha256(path)
     facts = {"recorded": recorded, "found": found}
     if found == recorded:
-        return Check(f"file {name}", PASSED, f"sha256 {found}, as recorded.", facts)
+        return Finding(f"file {name}", f"sha256 {found}, as recorded.", state=OK, facts=facts)
     said = f"expected sha256 {recorded}, got {found}: it is damaged, altered or not the release. Fetch it again."
-    return Check(f"file {name}", FAILED, said, facts)
+    return Finding(f"file {name}", said, facts=facts)
+
+
+def verdict(checks: Sequence[Finding]) -> str:
+    """ "failed" where any check did; "passed" where any did and none failed; else "skipped"."""
+    states = {check.state for check in checks}
+    return STATUS[next((state for state in (WRONG, OK) if state in states), SKIPPED)]
+
+
+def as_table(title: str, checks: Sequence[Finding]) -> str:
+    """A Markdown table, fit for pasting: no paths, no names of people or machines."""
+    lines = [f"**{title}: {verdict(checks)}**", "", "| check | result | |", "|---|---|---|"]
+    lines += [f"| {check.name} | {STATUS[check.state]} | {check.text.replace('|', '/')} |" for check in checks]
+    return "\n".join(lines)

@@ -1,1 +1,0 @@
-"""Proof with the released weights, by whoever has them: `gigapath verify`."""
