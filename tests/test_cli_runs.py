@@ -406,6 +406,7 @@ def test_disk_that_fills_up_at_any_file_stops_the_run_and_leaves_whole_files(
     ("words", "said"),
     [
         (["tiel", "a.svs"], "gigapath: expected a verb, got 'tiel'; did you mean tile?"),
+        (["xyzzy", "a.svs"], "gigapath: expected a verb, got 'xyzzy'"),
         (["inspect"], "gigapath inspect: the following arguments are required: FILE. See gigapath inspect --help."),
         (["inspect", "a.h5", "--jsn"], "gigapath inspect: unrecognized arguments: --jsn. See gigapath inspect --help."),
     ],

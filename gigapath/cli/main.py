@@ -77,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = build_parser(verb)
     if verb is not None and verb not in VERBS:
         near = difflib.get_close_matches(verb, VERBS, n=1)
-        parser.error(f"expected a verb, got {verb!r}" + f"; did you mean {near[0]}?" * len(near))
+        parser.error(f"expected a verb, got {verb!r}" + "".join(f"; did you mean {word}?" for word in near))
     namespace, unknown = parser.parse_known_args(arguments)
     if unknown:  # said here, where the verb is known: argparse would say it of `gigapath` as a whole
         parser.prog = f"{parser.prog} {verb}" if verb else parser.prog
