@@ -2,7 +2,9 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
+import cv2
 import numpy as np
 import openslide
 import PIL.Image
@@ -13,7 +15,10 @@ from made_slides import paint_tissue, write_pyramid, write_scn
 from gigapath.preprocessing import handle
 from gigapath.preprocessing import slide as slide_module
 from gigapath.preprocessing.header import allowed, stated_mpp
+from gigapath.preprocessing.plausible import leading_levels
+from gigapath.preprocessing.reading import read_tile
 from gigapath.preprocessing.slide import Slide, SlideError, open_slide, slide_id_of
+from gigapath.preprocessing.tiling import TileOptions, plan_tiles
 
 
 @pytest.mark.parametrize(
@@ -333,3 +338,128 @@ def test_real_headers_are_read_as_they_are(shared: Path) -> None:
             _ = slide.mpp
     with open_slide(folder / "low-power.dcm") as slide, pytest.raises(SlideError, match=r"28\.969.*--slide-mpp"):
         _ = slide.mpp
+
+
+PICTURE = paint_tissue(1300, 900)
+
+
+def write_levels(path: Path, sizes: list[tuple[int, int]], *, fill: bool = True, **how: Any) -> Path:
+    """PICTURE, and levels of it made exactly 2, 4, ... times smaller and then padded or cropped to `sizes` (w, h)."""
+    with tifffile.TiffWriter(path) as file:
+        for level, (width, height) in enumerate([(1300, 900), *sizes]):
+            step = 2**level
+            small = PICTURE[: 900 // step * step, : 1300 // step * step]
+            small = small.reshape(900 // step, step, 1300 // step, step, 3).mean(axis=(1, 3)).astype(np.uint8)
+            out = np.full((height, width, 3), 245, np.uint8)
+            out[: small.shape[0], : small.shape[1]] = small[:height, :width]
+            file.write(
+                out, tile=(128, 128), subfiletype=int(level > 0), photometric="rgb", compression="deflate",
+                resolution=(4e4, 4e4), resolutionunit="CENTIMETER", metadata=None, **how,
+            )  # fmt: skip
+    return path
+
+
+@pytest.mark.parametrize(
+    ("sizes", "used"),
+    [
+        ([(650, 450), (325, 225)], 3),
+        ([(650, 450), (325, 225), (162, 112)], 4),
+        ([(768, 512), (384, 256)], 1),  # padded to blocks
+        ([(640, 384), (256, 128)], 1),  # cropped to blocks
+        ([(656, 464)], 1),  # padded to what JPEG codes at once
+        ([(650, 450), (384, 256)], 2),
+        ([(650, 450), (300, 300), (162, 112)], 2),  # a picture of the label, say
+    ],
+)
+def test_levels_that_are_not_the_whole_slide_made_smaller_are_not_read(
+    tmp_path: Path, sizes: list[tuple[int, int]], used: int
+) -> None:
+    with open_slide(write_levels(tmp_path / "a.tif", sizes)) as slide:
+        assert slide.level_dimensions == ((1300, 900), *sizes)[:used]
+        assert slide.misfits == tuple(sizes[used - 1 :])
+        plan = plan_tiles(slide, TileOptions(tile_size=64, tissue="none"))
+        assert any("are not read" in warning for warning in plan.warnings) == (used <= len(sizes))
+        for x, y in plan.tiles.coords_level0[[0, -1]].tolist():
+            index = int(np.flatnonzero((plan.tiles.coords_level0 == (x, y)).all(axis=1))[0])
+            there = PICTURE[y : y + plan.tiles.tile_size_level0[1], x : x + plan.tiles.tile_size_level0[0]]
+            wanted = cv2.resize(there, (64, 64), interpolation=cv2.INTER_AREA)
+            assert np.abs(read_tile(slide, plan.tiles, index).astype(int) - wanted).max() <= 2
+
+
+@pytest.mark.parametrize(
+    ("whole", "size", "used"),
+    [
+        ((3000, 3000), (1500, 1500), 2),
+        ((3000, 3000), (1536, 1536), 1),  # 1500 in blocks of 256, though both sides agree
+        ((3000, 3000), (1280, 1280), 1),  # cropped
+        ((3000, 3000), (1200, 1200), 2),  # 2.5 times smaller
+        ((46000, 32914), (11500, 8228), 2),
+        ((46000, 32914), (2875, 2057), 2),
+        ((4443, 3567), (2222, 1784), 2),  # rounded up
+    ],
+)
+def test_a_square_slide_gives_padding_away_by_its_blocks(
+    whole: tuple[int, int], size: tuple[int, int], used: int
+) -> None:
+    header = {f"openslide.level[{level}].tile-{side}": "256" for level in (0, 1) for side in ("width", "height")}
+    assert leading_levels([whole, size], header) == used
+
+
+@pytest.mark.parametrize("orientation", [2, 3, 6])
+@pytest.mark.parametrize("page", [0, 1])
+def test_a_turned_tiff_is_refused(tmp_path: Path, orientation: int, page: int) -> None:
+    path = write_levels(tmp_path / "a.tif", [(650, 450)], extratags=[(274, "H", 1, 1, True)])
+    open_slide(path).close()
+    with tifffile.TiffFile(path, mode="r+") as file:
+        file.pages[page].tags["Orientation"].overwrite(orientation)
+    with pytest.raises(SlideError, match=f"orientation 1, got {orientation}"):
+        open_slide(path)
+
+
+@pytest.mark.parametrize("form", ["channels", "one channel", "white is zero", "png", "rgb", "pale"])
+def test_grey_slides_are_refused(tmp_path: Path, form: str) -> None:
+    grey = PICTURE[..., 1]
+    path = tmp_path / ("a.png" if form == "png" else "a.tif")
+    if form == "png":
+        PIL.Image.fromarray(grey).save(path)
+    else:
+        pixels = {
+            "channels": np.moveaxis(PICTURE, -1, 0),
+            "rgb": np.dstack([grey] * 3),
+            "white is zero": 255 - grey,
+            "pale": np.full_like(grey, 240),
+        }.get(form, grey)
+        photometric = {"rgb": "rgb", "white is zero": "miniswhite"}.get(form, "minisblack")
+        tifffile.imwrite(path, pixels, tile=(128, 128), photometric=photometric, metadata=None)
+    with open_slide(path, slide_mpp=0.5) as slide, pytest.raises(SlideError, match="got grey pixels"):
+        plan_tiles(slide, TileOptions(tile_size=64))
+
+
+@pytest.mark.parametrize(
+    ("unit", "size"), [("µm", 0.25), ("\u03bcm", 0.25), ("nm", 250.0), ("mm", 0.00025), ("", 0.25), ("&#181;m", 0.25)]
+)
+def test_mpp_from_ome_xml_with_its_unit(unit: str, size: float) -> None:
+    units = [f' PhysicalSize{axis}Unit="{unit}"' if unit else "" for axis in "XY"]
+    text = (
+        f'<OME><Image><Pixels ID="Pixels:0" PhysicalSizeX="{size}"{units[0]} PhysicalSizeY="{size * 1.2}"{units[1]}/>'
+    )
+    stated = stated_mpp({"tiff.ImageDescription": text})
+    assert stated is not None
+    assert (stated.x, stated.y, stated.source) == (pytest.approx(0.25), pytest.approx(0.3), "OME-XML")
+    if unit:
+        assert stated_mpp({"tiff.ImageDescription": text.replace(unit, "pixel")}) is None
+    assert stated_mpp({"tiff.ImageDescription": text.replace("PhysicalSizeY=", "Y=")}) is None
+
+
+def test_ome_tiff_with_its_levels_in_subifds_gives_level_0_and_its_scale(tmp_path: Path) -> None:
+    path = tmp_path / "a.ome.tif"
+    with tifffile.TiffWriter(path, ome=True) as file:
+        how: dict[str, Any] = {"tile": (128, 128), "photometric": "rgb", "compression": "deflate"}
+        sizes = {"PhysicalSizeX": 0.5, "PhysicalSizeXUnit": "µm", "PhysicalSizeY": 0.5, "PhysicalSizeYUnit": "µm"}
+        file.write(PICTURE, subifds=1, metadata={"axes": "YXS", **sizes}, **how)
+        file.write(PICTURE[::2, ::2], subfiletype=1, **how)
+    with open_slide(path) as slide:
+        assert (slide.mpp.x, slide.mpp.y, slide.mpp.source) == (0.5, 0.5, "OME-XML")
+        plan = plan_tiles(slide, TileOptions(tile_size=64, tissue="none"))
+        x, y = plan.tiles.coords_level0[-1].tolist()
+        assert np.array_equal(read_tile(slide, plan.tiles, len(plan.tiles) - 1), PICTURE[y : y + 64, x : x + 64])

@@ -1,5 +1,6 @@
 """What a slide's header says, and what of it may leave: scale, bounds, objective, scanner; never free text."""
 
+import html
 import math
 import re
 from collections.abc import Mapping
@@ -18,6 +19,13 @@ SCANNERS = {
     "ventana.ScannerModel": r"iScan (Coreo|HT)|VENTANA DP ?\d{3}",
     "philips.DICOM_MANUFACTURERS_MODEL_NAME": r"UFS Scanner|IntelliSite( Ultra Fast Scanner)?|SG ?\d{2,3}",
     "mirax.NONHIERLAYER_1_SECTION.SCANNER_HARDWARE_VERSION": r"\d{1,3}(\.\d{1,3}){0,3}",
+}
+
+_ATTRIBUTE = re.compile(r"""(\w+)\s*=\s*["']([^"']*)["']""")
+# Microns; both signs that are read as micro.
+_OME_UNITS = {
+    **{"pm": 1e-6, "Å": 1e-4, "nm": 1e-3, "\u00b5m": 1.0, "\u03bcm": 1.0, "um": 1.0},
+    **{"mm": 1e3, "cm": 1e4, "dm": 1e5, "m": 1e6, "in": 25_400.0},
 }
 
 
@@ -45,7 +53,7 @@ def number(header: Mapping[str, str], name: str) -> float | None:
 
 
 def stated_mpp(header: Mapping[str, str]) -> Mpp | None:
-    """What the file says of its scale: OpenSlide's figures, else the TIFF tags per centimetre or inch."""
+    """What the file says of its scale: OpenSlide's figures, the TIFF tags per centimetre or inch, or OME-XML's."""
     x, y = number(header, "openslide.mpp-x"), number(header, "openslide.mpp-y")
     if x is not None and y is not None:
         return Mpp(x, y, "openslide.mpp")
@@ -53,7 +61,18 @@ def stated_mpp(header: Mapping[str, str]) -> Mpp | None:
     microns = {"centimeter": 10_000, "inch": 25_400}.get(header.get("tiff.ResolutionUnit", ""))
     if x is not None and y is not None and microns is not None:
         return Mpp(microns / x, microns / y, "TIFF resolution tags")
-    return None
+    pixels = re.search(r"<(?:\w+:)?Pixels\s([^<>]*)>", header.get("tiff.ImageDescription", ""))
+    if pixels is None:
+        return None
+    sides = [_ome_microns(dict(_ATTRIBUTE.findall(pixels[1])), f"PhysicalSize{axis}") for axis in "XY"]
+    x, y = sides
+    return None if x is None or y is None else Mpp(x, y, "OME-XML")
+
+
+def _ome_microns(attributes: Mapping[str, str], name: str) -> float | None:
+    value = number(attributes, name)
+    unit = _OME_UNITS.get(html.unescape(attributes.get(f"{name}Unit", "um")))
+    return None if value is None or unit is None else value * unit
 
 
 def largest_tile(header: Mapping[str, str]) -> float:

@@ -1,9 +1,9 @@
 """What a header claims of a slide's scale and place, and where it contradicts itself."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from gigapath.preprocessing.handle import SlideError
-from gigapath.preprocessing.header import Mpp
+from gigapath.preprocessing.header import Mpp, number
 
 PLAUSIBLE_MPP = (0.08, 4.0)
 OBJECTIVE_MARGIN = 0.35  # share by which mpp may differ from 10 / objective power
@@ -59,3 +59,27 @@ def is_level_of(whole: tuple[int, int], size: tuple[int, int]) -> bool:
     finest = max(full / (part + 1) for full, part in zip(whole, size, strict=True))
     coarsest = min(full / max(part - 1, 0.5) for full, part in zip(whole, size, strict=True))
     return finest <= coarsest
+
+
+def leading_levels(level_dimensions: Sequence[tuple[int, int]], header: Mapping[str, str]) -> int:
+    """How many of a slide's levels, from level 0 on, show the whole of it: those before the first that doesn't."""
+    whole = level_dimensions[0]
+    for level, size in enumerate(level_dimensions):
+        block = [int(number(header, f"openslide.level[{level}].tile-{side}") or 1) for side in ("width", "height")]
+        if not is_level_of(whole, size) or _filled_or_cropped(whole, size, (block[0], block[1])):
+            return level
+    return len(level_dimensions)
+
+
+def _filled_or_cropped(whole: tuple[int, int], size: tuple[int, int], block: tuple[int, int]) -> bool:
+    """Whether a level is level 0 halved some times, then filled up or cropped to whole blocks: both sides alike, its
+    shape gives nothing away."""
+    axes = list(zip(whole, size, block, strict=True))
+    steps = [2**power for power in range(1, max(whole).bit_length())]
+    if any(all(abs(part * step - full) < step for full, part, _ in axes) for step in (1, *steps)):
+        return False
+    return any(
+        all(-(-full // (step * side)) * side == part for full, part, side in axes)
+        or all(full // (step * side) * side == part for full, part, side in axes)
+        for step in steps
+    )

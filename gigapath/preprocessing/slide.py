@@ -21,7 +21,8 @@ import openslide
 from gigapath.preprocessing.fast import READERS, FastReader
 from gigapath.preprocessing.handle import SlideError, open_handle
 from gigapath.preprocessing.header import SCANNERS, Mpp, allowed, number, stated_mpp
-from gigapath.preprocessing.plausible import check_scale, scanned_area
+from gigapath.preprocessing.plausible import check_scale, leading_levels, scanned_area
+from gigapath.preprocessing.tiff import orientation_and_channels
 
 __all__ = ["SLIDE_SUFFIXES", "Mpp", "Overview", "Slide", "SlideError", "open_slide", "slide_id_of"]
 from gigapath.tables import composed
@@ -114,11 +115,13 @@ class Slide:
         slide_id: its name in every output.
         vendor: OpenSlide's word for the format, "plain-image" for JPEG and PNG.
         dimensions: (W, H) of level 0.
-        level_dimensions: (w, h) of each level, finest first.
+        level_dimensions: (w, h) of each level, finest first, up to the first that doesn't show the whole slide.
         level_downsamples: OpenSlide's downsample of each level.
+        misfits: (w, h) of the levels that are never read: padded, cropped or another picture, and those after it.
         bounds: (x, y, w, h) in level-0 pixels of what was scanned; the whole slide where the file names no bounds.
         properties: the allow-listed header entries; nothing else of the header leaves this class.
         objective_power: the magnification that the file states, or None.
+        one_channel: whether the file holds one channel a page, not colours.
         fast: what reads its levels without OpenSlide, where it can.
     """
 
@@ -142,11 +145,20 @@ class Slide:
         header: Mapping[str, str] = handle.properties
         self.vendor = "plain-image" if self._plain else str(header.get("openslide.vendor", "unknown"))
         self.dimensions: tuple[int, int] = handle.dimensions
-        self.level_dimensions: tuple[tuple[int, int], ...] = tuple(handle.level_dimensions)
-        self.level_downsamples: tuple[float, ...] = tuple(handle.level_downsamples)
+        used = leading_levels(handle.level_dimensions, header)
+        self.level_dimensions: tuple[tuple[int, int], ...] = tuple(handle.level_dimensions[:used])
+        self.level_downsamples: tuple[float, ...] = tuple(handle.level_downsamples[:used])
+        self.misfits: tuple[tuple[int, int], ...] = tuple(handle.level_dimensions[used:])
         self.properties = allowed(header)
         self.objective_power = number(header, "openslide.objective-power")
         self.stated_mpp = stated_mpp(header)
+        turned, channels = orientation_and_channels(path, self.vendor)
+        if turned != 1:
+            raise SlideError(
+                f"slide {slide_id!r}: expected a TIFF of orientation 1, got {turned}: OpenSlide turns each block by "
+                "itself. Convert it to a tiled TIFF that starts at its top left (orientation 1)."
+            )
+        self.one_channel = channels == 1
         self.bounds = scanned_area(slide_id, self.dimensions, self.properties)
         sizes, downsamples = self.level_dimensions, self.level_downsamples
         self.fast = FastReader(path, self.vendor, sizes, downsamples, self._read_apart, reader)

@@ -109,6 +109,27 @@ def tiff_levels(path: Path, vendor: str, level_dimensions: Sequence[tuple[int, i
         return {}  # whatever the library stumbles over, OpenSlide has opened it
 
 
+def orientation_and_channels(path: Path, vendor: str) -> tuple[int, int]:
+    """What OpenSlide leaves unsaid of a TIFF's levels: the first orientation that isn't 1, and channels a pixel.
+
+    Returns:
+        (1, 3) where nothing else is known.
+    """
+    if vendor not in SERVED:
+        return 1, 3
+    try:
+        import tifffile
+    except ImportError:
+        return 1, 3
+    try:
+        with tifffile.TiffFile(path) as file:
+            pages = [page for page in file.pages if page.is_tiled and _is_level(page, vendor)]
+            turned = (int(page.tags.valueof("Orientation", 1)) for page in pages)
+            return next((turn for turn in turned if turn != 1), 1), int(pages[0].samplesperpixel)
+    except (tifffile.TiffFileError, OSError, ValueError, KeyError, IndexError, TypeError):
+        return 1, 3
+
+
 def _is_level(page: Any, vendor: str) -> bool:
     """Aperio marks its label 1 and its macro picture 9; elsewhere 1 is a level of reduced size."""
     return page.subfiletype in ((0,) if vendor == "aperio" else (0, 1))

@@ -15,7 +15,14 @@ from gigapath.preprocessing.published import published_shares
 from gigapath.preprocessing.quality import QC_NAMES, tile_qc
 from gigapath.preprocessing.reading import filter_name
 from gigapath.preprocessing.slide import SAME_SCALE, Overview, Slide, SlideError
-from gigapath.preprocessing.tissue import TissueMask, area_shares, has_dark_background, tile_fractions, tile_sections
+from gigapath.preprocessing.tissue import (
+    TissueMask,
+    area_shares,
+    has_dark_background,
+    is_grey,
+    tile_fractions,
+    tile_sections,
+)
 
 IntArray = npt.NDArray[np.integer[Any]]
 BoolArray = npt.NDArray[np.bool_]
@@ -77,7 +84,7 @@ def plan_tiles(slide: Slide, options: TileOptions, *, workers: int = 0) -> TileP
         workers: threads that read; the plan is the same.
 
     Raises:
-        SlideError: no or implausible mpp, too coarse for the target, dark background, unreadable pixels.
+        SlideError: no or implausible mpp, too coarse for the target, dark background, grey, unreadable pixels.
         FileNotFoundError, ValueError: the mask of `--tissue PATH` is missing or none of this slide.
     """
     grid = plan_grid(
@@ -93,6 +100,12 @@ def plan_tiles(slide: Slide, options: TileOptions, *, workers: int = 0) -> TileP
         raise SlideError(
             f"slide {slide.slide_id!r}: expected a brightfield slide, got a dark background, looks like fluorescence. "
             "The encoders know brightfield stains only; go on all the same with --allow-dark-background."
+        )
+    if not dark and (slide.one_channel or is_grey(overview)):
+        held = "one channel a page" if slide.one_channel else "no colour anywhere"
+        raise SlideError(
+            f"slide {slide.slide_id!r}: expected a stained slide in colours, got grey pixels ({held}). The encoders "
+            "know stains by their colours: write the slide again as RGB."
         )
     mask = tissue_of(slide, overview, options.tissue, include=options.include, exclude=options.exclude)
     if options.tissue == "published":
@@ -231,6 +244,12 @@ def _warnings(slide: Slide, grid: Grid, options: TileOptions, dark: bool) -> lis
         found.append(
             f"upsampled {grid.upsampled:.2f} times: the slide has {slide.mpp.mean:g} microns per pixel, "
             f"tiles {options.mpp:g}."
+        )
+    if slide.misfits:
+        sizes = ", ".join(f"{width} x {height}" for width, height in slide.misfits[:3])
+        found.append(
+            f"levels from {len(slide.level_dimensions)} on ({sizes}) are not read: the first of them is not "
+            f"{slide.dimensions[0]} x {slide.dimensions[1]} made smaller (padded, cropped, or another picture)."
         )
     stated = slide.stated_mpp
     if stated is not None and stated.source != slide.mpp.source and abs(slide.mpp.mean / stated.mean - 1) > SAME_SCALE:

@@ -32,6 +32,10 @@ DARK_SHARE = 0.25
 DARK_PALE_SHARE = 0.005
 DARK_PALE_LEVEL = 140
 
+GREY_CHROMA = 2  # what rounding of YCbCr leaves of grey
+GREY_LEVEL = 215  # glass is lighter
+GREY_SHARE = 0.002
+
 FRAME_DARKEST = 130
 FRAME_CHROMA = 30
 FRAME_DEPTH = 0.05  # of the side, at least 3 pixels
@@ -127,6 +131,14 @@ def find_tissue(overview: Overview, method: str = "otsu") -> TissueMask:
         dropped=dropped,
         background=None if glass is None else (round(glass[0]), round(glass[1]), round(glass[2])),
     )
+
+
+def is_grey(overview: Overview) -> bool:
+    """Whether something is to be seen on a slide, and all of it in greys, as in a file of one channel."""
+    lightest, darkest = overview.image.max(axis=-1), overview.image.min(axis=-1)
+    seen = overview.opaque & (darkest < GREY_LEVEL)
+    enough = np.count_nonzero(seen) >= GREY_SHARE * overview.opaque.sum() > 0
+    return bool(enough and (lightest - darkest)[overview.opaque].max() <= GREY_CHROMA)
 
 
 def has_dark_background(overview: Overview) -> bool:
