@@ -79,18 +79,8 @@ def test_access_is_told_from_no_access_and_no_answer(monkeypatch: pytest.MonkeyP
     assert [d.state for d in weights.check_weights(offline=True)] == ["ok", "ok"]
 
 
-@pytest.mark.parametrize(
-    ("code", "words"),
-    [
-        (errno.EROFS, "read-only"),
-        (errno.EDQUOT, "quota is used up"),
-        (errno.ENOSPC, "disk is full"),
-        (errno.EACCES, "no permission"),
-    ],
-)
-def test_folders_that_take_nothing_are_found(
-    code: int, words: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize("code", [errno.EROFS, errno.EDQUOT, errno.ENOSPC, errno.EACCES])
+def test_folders_that_take_nothing_are_found(code: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "none" / "hub"))
 
     def refuse(descriptor: int) -> None:
@@ -98,7 +88,7 @@ def test_folders_that_take_nothing_are_found(
 
     monkeypatch.setattr(os, "fsync", refuse)
     cache, *_ = installation.check_disk()
-    assert cache.state == "wrong" and words in cache.text and "HF_HOME" in cache.advice
+    assert cache.state == "wrong" and os.strerror(code) in cache.text and "HF_HOME" in cache.advice
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "none" / "hub" / "models").mkdir(parents=True)
     cache, *_ = installation.check_disk()

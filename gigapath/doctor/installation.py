@@ -1,7 +1,6 @@
 """Versions, cores, memory, devices, the attention kernels that are chosen on them, and folders that are written to."""
 
 import contextlib
-import errno
 import importlib.metadata
 import importlib.util
 import os
@@ -33,13 +32,6 @@ _ROOM_FOR_WEIGHTS = 6e9
 _LITTLE_ROOM = 1e9
 # Enough that a quota which is nearly used up shows.
 _PROBE_BYTES = 1 << 20
-_WRITE_FAULTS = {
-    errno.EROFS: "it is read-only",
-    errno.EACCES: "no permission to write",
-    errno.EPERM: "no permission to write",
-    errno.ENOSPC: "the disk is full",
-    errno.EDQUOT: "the quota is used up",
-}
 
 
 def check_versions() -> list[Finding]:
@@ -172,7 +164,7 @@ def _check_folder(name: str, what: str, path: Path, room: float, advice: str) ->
 
 
 def write_fault(folder: Path) -> str | None:
-    """Why a file of a megabyte can't be written into a folder, in words; None where it can."""
+    """Why a file of a megabyte can't be written into a folder, as the system says it; None where it can."""
     path = folder / f".gigapath-{secrets.token_hex(4)}"
     try:
         with path.open("xb") as file:
@@ -180,7 +172,7 @@ def write_fault(folder: Path) -> str | None:
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
-        return _WRITE_FAULTS.get(error.errno or 0, error.strerror or str(error))
+        return error.strerror or str(error)
     finally:
         with contextlib.suppress(OSError):  # the folder itself refuses; the fault above says so
             path.unlink(missing_ok=True)

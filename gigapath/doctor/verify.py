@@ -144,8 +144,8 @@ def _check_hash(name: str, path: Path | None, recorded: str) -> Finding:
     facts = {"recorded": recorded, "found": found}
     if found == recorded:
         return Finding(f"file {name}", f"sha256 {found}, as recorded.", state=OK, facts=facts)
-    said = f"expected sha256 {recorded}, got {found}: it is damaged, altered or not the release. Fetch it again."
-    return Finding(f"file {name}", said, facts=facts)
+    text = f"expected sha256 {recorded}, got {found}: it is damaged, altered or not the release. Fetch it again."
+    return Finding(f"file {name}", text, facts=facts)
 
 
 def verdict(checks: Sequence[Finding]) -> str:

@@ -132,10 +132,10 @@ def check_weights(model: LongNetViT, reference: Reference) -> Finding:
             "slide encoder's weights, one by one", f"all {len(ours)} equal those of the reference.", state=OK
         )
     more = f" and {len(differing) - _NAMED} more" if len(differing) > _NAMED else ""
-    said = (
+    text = (
         f"{', '.join(differing[:_NAMED])}{more} of {len(ours)} differ from the reference's: altered or not the release."
     )
-    return Finding("slide encoder's weights, one by one", said, facts={"differing": differing})
+    return Finding("slide encoder's weights, one by one", text, facts={"differing": differing})
 
 
 def _check_answers(what: str, embed: Embed, reference: Reference, other_weights: bool) -> Finding:
@@ -145,8 +145,8 @@ def _check_answers(what: str, embed: Embed, reference: Reference, other_weights:
     for case in reference.facts["cases"]:
         x, coords = made_inputs(case["seed"], case["length"], reference.facts["in_chans"])
         if hashlib.sha256(x.tobytes() + coords.tobytes()).hexdigest() != case["inputs_sha256"]:
-            said = "the reference's inputs differ from those that its seeds give here: make it anew."
-            return Finding(what, said)
+            text = "the reference's inputs differ from those that its seeds give here: make it anew."
+            return Finding(what, text)
         theirs, ours = reference.answers[case["length"]], embed(x, coords)
         for side, answers in (("our answers", ours), ("the reference", theirs)):
             if not all(np.isfinite(held).all() for held in answers.values()):
@@ -164,16 +164,16 @@ def _check_answers(what: str, embed: Embed, reference: Reference, other_weights:
             return Finding(what, f"{case['length']} tiles, {apart:.1e} apart: {slip}.", facts=facts)
         if apart > tolerance:
             why = "the altered weights explain it" if other_weights else "no known slip explains it"
-            said = (
+            text = (
                 f"{case['length']} tiles: {apart:.1e} apart from the reference, expected {tolerance:g} or less; {why}."
             )
-            return Finding(what, said, facts=facts)
+            return Finding(what, text, facts=facts)
     lengths = ", ".join(str(case["length"]) for case in reference.facts["cases"])
-    said = f"largest relative difference {worst:.1e} at {lengths} tiles, all states, both poolings"
+    text = f"largest relative difference {worst:.1e} at {lengths} tiles, all states, both poolings"
     # Who compares this package with itself must see it.
     maker = reference.facts.get("implementation", "an unnamed package")
     made = "of the published package" if maker == "published" else f"of {maker}, NOT of the published package"
-    return Finding(what, f"{said} (reference {made}, {reference.facts['precision']}).", state=OK, facts=facts)
+    return Finding(what, f"{text} (reference {made}, {reference.facts['precision']}).", state=OK, facts=facts)
 
 
 def _tried(reference: Reference) -> set[int]:

@@ -108,13 +108,13 @@ def check_demo_tile(release: str, encoder: TileEncoder | None, folder: Path) -> 
         path = next((place for place in places if place.is_file()), None)
         if path is None:
             names = " and ".join(file.file for file in DOWNLOADS["demo-tile"].files)
-            said = f"its files are not at hand: {names} of the published repository. Run gigapath download demo-tile."
-            yield Finding("demo tile", said, state=SKIPPED)
+            text = f"its files are not at hand: {names} of the published repository. Run gigapath download demo-tile."
+            yield Finding("demo tile", text, state=SKIPPED)
             return
         digest = digest_of(path, str(file.digest).partition(":")[0])
         if digest != file.digest:
-            said = f"{path.name}: expected {file.digest}, got {digest}. It is not the released file: fetch it again."
-            yield Finding("demo tile's files", said)
+            text = f"{path.name}: expected {file.digest}, got {digest}. It is not the released file: fetch it again."
+            yield Finding("demo tile's files", text)
             return
         found.append(path)
     tile = np.asarray(Image.open(found[0]).convert("RGB"))
@@ -139,15 +139,15 @@ def check_transform(encoder: TileEncoder, tile: Array) -> Finding:
         }
         if off[RIGHT] > _SAME_INPUT:
             same = next((name for name, value in off.items() if value <= _SAME_INPUT), None)
-            said = f"expected {RIGHT}, got {same or 'something else'} on a tile of {len(pixels)} px."
-            return Finding(what, said, facts={"largest difference": off[RIGHT]})
+            text = f"expected {RIGHT}, got {same or 'something else'} on a tile of {len(pixels)} px."
+            return Finding(what, text, facts={"largest difference": off[RIGHT]})
     return Finding(what, f"{RIGHT}: equal to Pillow's, on tiles of {len(tile)} and {_LARGE} px.", state=OK)
 
 
 def _check_vectors(encoder: TileEncoder, tile: Array, released: Array, wrong_transform: bool) -> Iterator[Finding]:
     if len(released) != encoder.embed_dim:
-        said = f"expected a released vector of {encoder.embed_dim}, got one of {len(released)}."
-        yield Finding("demo tile", said)
+        text = f"expected a released vector of {encoder.embed_dim}, got one of {len(released)}."
+        yield Finding("demo tile", text)
         return
     forms = forms_of(tile)
     with torch.inference_mode():
@@ -169,11 +169,11 @@ def _check_vectors(encoder: TileEncoder, tile: Array, released: Array, wrong_tra
         if nearest != RIGHT and likeness[nearest] >= LEAST_COSINE["fp32"] > likeness[RIGHT]:
             yield Finding(what, f"cosine {found:.6f}: the released vector is that of {nearest}.", facts=facts)
         elif likeness[RIGHT] >= LEAST_COSINE["fp32"] and wrong_transform:
-            said = f"cosine {found:.6f}; given the pixels as {RIGHT} the encoder has {likeness[RIGHT]:.6f}: the "
-            yield Finding(what, f"{said}transform is at fault, not the weights.", facts=facts)
+            text = f"cosine {found:.6f}; given the pixels as {RIGHT} the encoder has {likeness[RIGHT]:.6f}: the "
+            yield Finding(what, f"{text}transform is at fault, not the weights.", facts=facts)
         elif found < least:
-            said = f"cosine {found:.6f} with the released vector, expected {least} or more; no known slip of the "
-            yield Finding(what, f"{said}transform explains it: the weights or the encoder differ.", facts=facts)
+            text = f"cosine {found:.6f} with the released vector, expected {least} or more; no known slip of the "
+            yield Finding(what, f"{text}transform explains it: the weights or the encoder differ.", facts=facts)
         else:
             yield Finding(what, f"cosine {found:.6f} with the released vector.", state=OK, facts=facts)
 
@@ -216,8 +216,8 @@ def _check_slide(features: Path, path: Path, encoder: TileEncoder, release: str,
     known = OFFICIAL_COUNTS.get(features.stem[:8])
     named = held.encoder or held.attrs.get("encoder")
     if named is not None and release_of(str(named)) not in (release, encoder.name):
-        said = f"expected features of {release}, got those of {named!r}, whatever their width."
-        return Finding(what, said)
+        text = f"expected features of {release}, got those of {named!r}, whatever their width."
+        return Finding(what, text)
     if held.embed_dim != encoder.embed_dim:
         return Finding(what, f"expected features of width {encoder.embed_dim}, got {held.embed_dim}.")
     if known is not None and len(held) != known:
@@ -250,10 +250,10 @@ def _check_slide(features: Path, path: Path, encoder: TileEncoder, release: str,
     )
     if medians[best] < LEAST_PANDA_COSINE:
         where = "the places agree, so these" if max(share.values()) > 0.5 else "these"
-        said = (
+        text = (
             f"{figures}, expected {LEAST_PANDA_COSINE} or more: {where} are features of another encoder than {release}"
         )
-        return Finding(what, f"{said}, or of other slides.", facts=facts)
+        return Finding(what, f"{text}, or of other slides.", facts=facts)
     if best == SWAPPED:
         return Finding(what, f"{figures}: x and y are swapped in the file, or here.", facts=facts)
     return Finding(what, f"{figures}.", state=OK, facts=facts)

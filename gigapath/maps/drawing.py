@@ -185,13 +185,13 @@ class Colours:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
-        said: dict[str, Any] = {"palette": self.palette, "label": self.label, "scope": self.scope}
+        stated: dict[str, Any] = {"palette": self.palette, "label": self.label, "scope": self.scope}
         if self.palette == "categories":
             both = zip(self.names, self.category_colours, strict=True)
-            said["categories"] = [{"name": name, "colour": colour.lower()} for name, colour in both]
+            stated["categories"] = [{"name": name, "colour": colour.lower()} for name, colour in both]
         elif self.palette != "rgb":
-            said.update(colormap=self.colormap, low=self.low, high=self.high)
-        return said
+            stated.update(colormap=self.colormap, low=self.low, high=self.high)
+        return stated
 
 
 def _from_hex(code: str) -> tuple[int, ...]:

@@ -56,33 +56,30 @@ class Components:
 
     def colours(self, features: Float32) -> Float32:
         """(N, 3) red, green and blue from 0 to 1 of tiles (N, D)."""
-        parts = (np.asarray(features, np.float32) - self.mean) @ self.axes.T
-        shares = (parts - self.low) / np.maximum(self.high - self.low, 1e-12)
+        shares = (self._project(features) - self.low) / np.maximum(self.high - self.low, 1e-12)
         return np.asarray(np.clip(shares, 0, 1), np.float32)
 
     def scaled(self, features: Float32) -> "Components":
         """The same axes with the colour range of other tiles."""
-        parts = (np.asarray(features, np.float32) - self.mean) @ self.axes.T
-        low, high = np.percentile(parts, COLOUR_PERCENTILES, axis=0).astype(np.float32)
+        low, high = np.percentile(self._project(features), COLOUR_PERCENTILES, axis=0).astype(np.float32)
         return Components(self.mean, self.axes, self.shares, low, high)
+
+    def _project(self, features: Float32) -> Float32:
+        return np.asarray((np.asarray(features, np.float32) - self.mean) @ self.axes.T)
 
 
 def fit_components(sample: Float32) -> Components:
     """Principal components of tiles (S, D), centred and not scaled; fewer than three there are become zero axes."""
     mean = sample.mean(axis=0, dtype=np.float64)
     centred = sample.astype(np.float64) - mean
-    variances, vectors = np.linalg.eigh(centred.T @ centred / max(1, len(sample) - 1))
+    scatter, divisor = centred.T @ centred, max(1, len(sample) - 1)
+    variances, vectors = np.linalg.eigh(scatter / divisor)
     variances, axes = np.maximum(variances[::-1][:3], 0), vectors.T[::-1][:3]
     signs = np.sign(axes[np.arange(len(axes)), np.abs(axes).argmax(axis=1)])
     axes = axes * signs[:, None]
-    total = max(float(np.trace(centred.T @ centred) / max(1, len(sample) - 1)), 1e-30)
-    found = Components(
-        mean.astype(np.float32),
-        _three(axes).astype(np.float32),
-        _three(variances) / total,
-        np.zeros(3, np.float32),
-        np.ones(3, np.float32),
-    )
+    total = max(float(np.trace(scatter) / divisor), 1e-30)
+    mean, axes = mean.astype(np.float32), _three(axes).astype(np.float32)
+    found = Components(mean, axes, _three(variances) / total, np.zeros(3, np.float32), np.ones(3, np.float32))
     return found.scaled(sample)
 
 

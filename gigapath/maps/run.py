@@ -374,8 +374,8 @@ def write_pictures(
     if tile_map.curve is not None:
         files["curve"] = f"{name}_curve.png"
         write_bytes_atomic(folder / files["curve"], png(draw_curve(tile_map, place)))
-    said = describe(tile_map, place, files, made_from=made_from, at_hand=overview is not None, note=note)
-    write_json_atomic(folder / f"{name}.json", said)
+    facts = describe(tile_map, place, files, made_from=made_from, at_hand=overview is not None, note=note)
+    write_json_atomic(folder / f"{name}.json", facts)
     return [*files.values(), f"{name}.json"]
 
 
