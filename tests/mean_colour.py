@@ -19,8 +19,8 @@ import gigapath.embedding.tiling
 from gigapath.cohort.manifest import SlideEntry, find_slides
 from gigapath.cohort.reuse import digest, finished
 from gigapath.cohort.run import CohortRun, Outcome, Plan, RunResult, Watcher
+from gigapath.cohort.shards import largest_first
 from gigapath.cohort.status import Status
-from gigapath.cohort.worker import Agenda
 from gigapath.embedding.options import RunOptions
 from gigapath.embedding.slides import open_entry
 from gigapath.embedding.tiling import tile_slide, tiles_done
@@ -73,23 +73,19 @@ def run_mean_colours(slides: Path, out: Path, options: RunOptions, watch: Watche
         return Plan((), len(entries), len(entries) - len(todo))
 
     if options.engine == "ray":
-        from gigapath.embedding.spreading import spread_tiling
+        from gigapath.cohort.ray import RayWorkers
 
-        return spread_tiling(run, todo, lambda *_: MeanColours(), plan, options)
+        with RayWorkers(run, address=options.ray_address, cores=options.worker_cores, device="none") as workers:
+            workers.start(worker_job)
+            return run.over_slides(largest_first(todo, out / "tiles"), workers.process, plan)
     with plain():
-        return run.over_slides(todo, job.work, plan)
+        return run.over_slides(todo, run.in_process(job.work), plan)
 
 
-@dataclass(frozen=True)
-class MeanColours:
-    """The work on its way to a worker."""
-
-    def agenda(self, run: CohortRun) -> Any:
-        raise AssertionError("the run knows by itself what is to do")
-
-    def join(self, run: CohortRun, agenda: Agenda | None) -> "MeanColourJob":
-        plain()  # for good: the process is this run's
-        return MeanColourJob(run)
+def worker_job(run: CohortRun, found: None) -> tuple["MeanColourJob", None]:
+    """The job of one of Ray's workers."""
+    plain()  # for good: the process is this run's
+    return MeanColourJob(run), None
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """`gigapath tile`, `embed` and `slide-embed` as a user meets them: words, exit statuses, one sentence for bad input."""
 
 import errno
+import importlib.util
 import json
 import os
 import re
@@ -16,6 +17,7 @@ from made_slides import paint_tissue, write_pyramid
 from tiny_encoders import tiny_tile_encoder
 
 from gigapath.cli.main import main
+from gigapath.embedding.options import RunOptions
 from gigapath.embedding.tiling import run_tile
 from gigapath.features import read_slide
 from gigapath.files import OutputError
@@ -400,6 +402,22 @@ def test_disk_that_fills_up_at_any_file_stops_the_run_and_leaves_whole_files(
     monkeypatch.undo()
     assert not [name for name in leftovers(tmp_path) if name.endswith(".partial")]
     assert run_tile([slides], tmp_path).counts["done"] == 2
+
+
+def test_a_missing_ray_is_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "ray" else real(name))
+    (tmp_path / "a.tif").touch()
+    assert main(["tile", str(tmp_path / "a.tif"), "--out", str(tmp_path / "out"), "--engine", "ray"]) == 1
+    errors = capsys.readouterr().err
+    assert errors.count("\n") == 1 and "pip install 'gigapath[ray]'" in errors
+
+
+def test_options_of_ray_without_its_engine_are_refused() -> None:
+    with pytest.raises(ValueError, match="--engine ray"):
+        RunOptions(ray_address="auto")
 
 
 @pytest.mark.parametrize(

@@ -400,6 +400,13 @@ def test_without_paths_leaves_words_that_a_short_name_is_a_part_of() -> None:
     assert without_paths("12.svs: tile 3 of 512, as of 12_b", entry) == "0f3e: tile 3 of 512, as of 0f3e_b"
 
 
+def test_redact_keeps_addresses_out_of_records() -> None:
+    assert redact(["a", "--ray-address", "host:1", "b"]) == ["a", "--ray-address", "<address>", "b"]
+    assert redact(["--ray-address=host:1"]) == ["--ray-address=<address>"]
+    assert redact({"ray_address": "host:1"}) == {"ray_address": "<address>"}
+    assert redact({"ray_address": None}) == {"ray_address": None}
+
+
 def test_redact_knows_names_of_models_from_paths(tmp_path: Path) -> None:
     weights = touch(tmp_path / "w.pth")
     assert redact(["hf_hub:a/b", "timm:resnet18", str(weights), 0.5, {"x": "../up"}]) == [

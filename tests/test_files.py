@@ -183,6 +183,14 @@ def test_living_partials_stay_however_their_folder_is_named(tmp_path: Path, monk
     assert names(tmp_path) == ["a"]
 
 
+def test_partials_of_writers_known_to_be_gone_go_and_others_stay(tmp_path: Path) -> None:
+    for name in ("a.h5.01234567-1-abcdef.partial", "b.h5.01234567-2-abcdef.partial"):
+        (tmp_path / name).touch()
+    with atomic_file(tmp_path / "c.h5") as mine:
+        files.remove_abandoned(tmp_path, gone=["01234567-1", files.writer_name()])
+        assert names(tmp_path) == sorted(["b.h5.01234567-2-abcdef.partial", mine.name])
+
+
 def test_large_folders_are_not_listed_for_every_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clock, listed = [100.0], []
 

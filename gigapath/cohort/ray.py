@@ -1,8 +1,8 @@
-"""`--engine ray`: the workers of a crew as actors of a Ray cluster, or of processes that are started here.
+"""`--engine ray`: the slides of a run over the machines of a Ray cluster, by one actor a GPU or one per so many cores.
 
-Ray places the actors, one a GPU or one per so many cores, and notices when one is gone. Everything else is the run's
-own: which slide goes where (`crew`), what a worker does with it (`worker`), and the folder of status files, which is
-the truth. Ray is imported in here only, and only when it is asked for.
+Ray places the actors and notices when one is lost. Results and statuses go into the shared folder by the code of a run
+in one process: the folder is the truth, and who does which slide is no part of the numbers. Ray is imported in here
+only, and only when it is asked for.
 """
 
 import contextlib
@@ -13,289 +13,432 @@ import secrets
 import signal
 import socket
 import sys
+import threading
 import time
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn, Protocol
 
-from gigapath.cohort.crew import PATIENCE_SECONDS, Lost, News, Ready, Report
 from gigapath.cohort.manifest import SlideEntry
-from gigapath.cohort.run import CohortRun
-from gigapath.cohort.worker import Agenda, Hello, Work, WorkerProcess
-from gigapath.files import remove_abandoned
+from gigapath.cohort.run import CohortRun, Plan, SlideResults, Watcher
+from gigapath.cohort.status import Status, read_status
+from gigapath.files import check_writable, remove_abandoned, writer_name
 from gigapath.machine import available_cores
+from gigapath.preprocessing.slide import SlideError
+from gigapath.signals import StopFlag, Stopped
 
+# A slide has failed once it has lost so many workers that had no other slide.
+_LOSSES = 2
+# So many workers may be lost one after the other before a slide is through.
+_STARTS = 4
 _CONNECT_SECONDS = 5.0
-_PROGRESS_SECONDS = 1.0
+# How long a run waits where no worker can start: machines that are lent out come back, or are started.
+_PATIENCE_SECONDS = 600.0
+# How often workers are started for machines that came, and in place of those lost.
+_START_SECONDS = 2.0
+# How long workers have for ending what they do, of the 20 seconds that a scheduler gives.
+_STOP_SECONDS = 12.0
 _POLL_SECONDS = 0.2
-# Slides and statuses are all that travels.
-_STORE_BYTES = 80_000_000
-# What an HTTP/2 server, and so a Ray cluster's, answers with its own settings: the preface and an empty settings frame.
-_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\x00\x00\x00\x04\x00\x00\x00\x00\x00"
-_SETTINGS = 0x04
+_STORE_BYTES = 80_000_000  # slides and statuses are all that travels
+_LOST = (
+    f"its worker was lost, {_LOSSES} times with no other slide in work: killed, out of memory, or its machine went "
+    "away. Try it by itself with --engine local."
+)
 
 
-@dataclass
-class RayWorker:
-    """An actor, seen from the run.
+class SlideJob(Protocol):
+    """Brings slides through a verb's stages, in a worker's process."""
 
-    Attributes:
-        node: number of its machine, from 1, in the order in which machines came.
-        hello: what it said when it was ready.
-        told: tiles that it has told of.
-    """
+    def announce(self, entries: Sequence[SlideEntry]) -> None:
+        """These come next, in this order."""
 
-    crew: "RayCrew"
-    actor: Any
-    node: int = 0
-    hello: Hello | None = None
-    told: int = 0
-    asked: float = 0.0
+    def work(self, entry: SlideEntry) -> Sequence[Status]:
+        """Bring the next of them through."""
 
-    def work(self, entries: Sequence[SlideEntry]) -> None:
-        self.crew.await_(self.actor.work.remote(tuple(entries)), self, "work")
+
+# Builds the job of a worker from the run and from what the first worker has found, which gets None; gives the job and
+# what was found. It is pickled on its way to the worker.
+MakeJob = Callable[[CohortRun, Any], tuple[SlideJob, Any]]
+
+
+class _CountedTiles(Watcher):
+    def __init__(self) -> None:
+        self.count = 0
+
+    def tiles(self, count: int) -> None:
+        self.count += count
+
+
+class SlideWorker:
+    """An actor: builds its job once, then does slides. `stop` is called while `work` runs."""
+
+    def __init__(self, make_job: MakeJob, verb: str, out: Path, cwd: str) -> None:
+        with contextlib.suppress(OSError):  # relative paths mean what they mean where the run was started
+            os.chdir(cwd)
+        self._make_job = make_job
+        self._embedded = _CountedTiles()
+        self._stop = StopFlag()
+        self._run = CohortRun(out, verb, [], [], {}, watch=self._embedded, stop=self._stop)
+        self._job: SlideJob | None = None
+        self._announced: Sequence[SlideEntry] = ()
+
+    def start(self, found: Any) -> tuple[str, str, Any]:
+        """Build the job; the machine's name, what unfinished files have in their names, and what was found."""
+        if not self._run.out.is_dir():
+            raise FileNotFoundError(
+                f"expected the output folder {self._run.out.name} on every machine, got one without it. Put --out on a "
+                "file system that all machines share."
+            )
+        self._job, found = self._make_job(self._run, found)
+        return importlib.import_module("ray").get_runtime_context().get_node_id(), writer_name(), found
+
+    def work(self, entries: Sequence[SlideEntry]) -> tuple[Sequence[Status], int]:
+        """Do the first slide while the second, which comes next, is read ahead; its statuses, and tiles embedded."""
+        assert self._job is not None
+        self._job.announce([entry for entry in entries if entry not in self._announced])
+        self._announced = entries[1:]
+        before = self._embedded.count
+        return self._job.work(entries[0]), self._embedded.count - before
 
     def stop(self, why: str) -> None:
-        self.actor.stop.remote(why)
-
-    def end(self) -> None:
-        self.crew.forget(self)
+        """Let what is in work end as stopped."""
+        self._stop.set(why)
 
 
-class RayCrew:
-    """Actors on the machines of a Ray cluster; use as a context manager."""
+@dataclass(eq=False)
+class _Worker:
+    """An actor as the run sees it.
 
-    def __init__(
-        self,
-        run: CohortRun,
-        make_work: Callable[[str, int], Work],
-        *,
-        address: str | None,
-        cores: int | None,
-        device: str,
-    ) -> None:
+    Attributes:
+        actor: the handle.
+        call: the call that it is at, or None.
+        machine: number of its machine, from 1 in the order in which machines came; 0 until it has started.
+        entries: the slide in work and the one that is read ahead.
+    """
+
+    actor: Any
+    call: Any
+    machine: int = 0
+    entries: list[SlideEntry] = field(default_factory=list)
+
+
+class RayWorkers:
+    """The workers of a run; use as a context manager, `start`, then give `process` to `CohortRun.over_slides`.
+
+    Attributes:
+        cores: of each worker.
+        device: the kind of each worker's device, "cuda" or "cpu".
+        expected: by slide, about how many tiles are to be embedded; corrected as slides come.
+    """
+
+    def __init__(self, run: CohortRun, *, address: str | None, cores: int | None, device: str) -> None:
         """Nothing happens yet.
 
         Args:
-            run: the run; its watcher hears of tiles.
-            make_work: what the workers do, by the kind of device and the number of cores that each of them has.
-            address: HOST:PORT, "auto" for the cluster that this machine belongs to, or None for $RAY_ADDRESS, and
-                where that is not set for processes of this machine.
+            run: the run.
+            address: HOST:PORT, "auto" for the cluster that this machine belongs to, "local" for processes of this
+                machine, or None for $RAY_ADDRESS, and where that is not set the same as "local".
             cores: of each worker, or None for the machines' own measure.
             device: "auto", "cpu" or "cuda"; "none" where the work needs no encoder.
         """
+        self.cores = cores or 0
+        self.device = device
+        self.expected: dict[str, int] = {}
         self._run = run
-        self._make_work = make_work
         self._address = address or os.environ.get("RAY_ADDRESS") or "local"
-        self._cores = cores
-        self._device = device
-        self._gpu = False
         self._ray: Any = None
         self._owner = False
-        self._waiting: dict[Any, tuple[RayWorker, str]] = {}
-        self._workers: list[RayWorker] = []
+        self._make_job: MakeJob | None = None
+        self._found: Any = None
+        self._workers: list[_Worker] = []
         self._machines: dict[str, int] = {}
         self._writers: list[str] = []
-        self._agenda: Agenda | None = None
+        self._facts: dict[str, Any] = {}
+        self._losses: Counter[str] = Counter()  # slides that lost a worker, and how often with no other slide
+        self._lost_in_a_row = 0
+        self._next_start = 0.0
+        self._none_since: float | None = None
 
-    # ------------------------------------------------------------------------------------------------- the cluster
-
-    def __enter__(self) -> "RayCrew":
-        ray = self._ray = import_ray(self._address)
+    def __enter__(self) -> "RayWorkers":
+        ray = self._ray = _import_ray(self._address)
         self._owner = not ray.is_initialized()
         if self._owner:
             with _signals_kept():
-                self._connect(ray)
-        gpus = any(node.get("GPU", 0) >= 1 for node in self._nodes())
-        if self._device == "cuda" and not gpus:
+                self._connect()
+        try:
+            self._choose_resources()
+        except BaseException:
             self.__exit__()
-            raise ValueError("--device: expected a cluster with GPUs for cuda, got one without. Use --device cpu.")
-        self._gpu = gpus and self._device in ("auto", "cuda")
-        self._cores = self._cores or self._usual_cores()
-        if not self.room():
-            most = max((int(node.get("CPU", 0)) for node in self._nodes()), default=0)
-            self.__exit__()
-            raise ValueError(
-                f"--worker-cores: expected a machine with {self._cores} cores for a worker, got {most} at the most. "
-                "Choose fewer."
-            )
-        self._work = self._make_work("cuda" if self._gpu else "cpu", self._cores)
+            raise
+        self._facts |= {"name": "ray", "version": ray.__version__, "worker_cores": self.cores}
+        self._facts |= {"worker_gpus": self.device == "cuda", "lost_workers": 0, "machines": []}
+        self._run.facts["engine"] = self._facts
         return self
 
-    def close(self) -> None:
-        """End all workers."""
-        for worker in list(self._workers):
-            self.forget(worker)
-
     def __exit__(self, *_: object) -> None:
-        self.close()
+        for worker in list(self._workers):
+            self._end(worker)
         if self._owner:
             self._ray.shutdown()
+        for folder in [*self._run.stages, self._run.out / "previews"]:  # unfinished files of workers that were lost
+            remove_abandoned(folder, gone=self._writers)
 
-    @property
-    def cores(self) -> int:
-        """Cores of each worker."""
-        assert self._cores is not None
-        return self._cores
-
-    def in_words(self) -> str:
-        """The crew, for a person."""
-        each = f"a GPU and {self.cores} cores" if self._gpu else "1 core" if self.cores == 1 else f"{self.cores} cores"
-        room, nodes = self.room(), len(self._nodes())
+    def with_line(self, plan: Plan) -> Plan:
+        """A plan with one line more: how many workers of which kind there is room for."""
+        cores = "1 core" if self.cores == 1 else f"{self.cores} cores"
+        each = f"a GPU and {cores}" if self.device == "cuda" else cores
+        room, nodes = self._room(), len(self._nodes())
         machines = "1 machine" if nodes == 1 else f"{nodes} machines"
-        return f"ray: room for {room} worker{'s' * (room != 1)} of {each} on {machines}."
+        line = f"ray: room for {room} worker{'s' * (room != 1)} of {each} on {machines}."
+        return replace(plan, lines=(*plan.lines, line))
 
-    def facts(self) -> dict[str, Any]:
-        """The engine, for the run's record; no names."""
-        return {"name": "ray", "version": self._ray.__version__, "worker_cores": self.cores, "worker_gpus": self._gpu}
+    def start(self, make_job: MakeJob) -> Any:
+        """Start the first worker; what it found, which every other worker is given.
 
-    def _connect(self, ray: Any) -> None:
+        Raises:
+            OutputError: the output folder can't be written.
+            KeyboardInterrupt: a signal came before there was anything to stop.
+            OSError: no worker could start.
+            Exception: what `make_job` raised.
+        """
+        check_writable(self._run.out)
+        self._make_job = make_job
+        worker = self._add_worker()
+        until = time.monotonic() + _PATIENCE_SECONDS
+        while not self._ray.wait([worker.call], timeout=_POLL_SECONDS)[0]:
+            if self._run.stop.is_set:
+                raise KeyboardInterrupt
+            if time.monotonic() > until:
+                raise _none_came()
+        answer, error = self._answer(worker)
+        if answer is None:
+            raise error or OSError("the first worker was lost as it started. Look at Ray's logs, and at the memory.")
+        self._found = self._started(worker, answer)
+        return self._found
+
+    def process(self, entries: Sequence[SlideEntry]) -> SlideResults:
+        """Bring slides through, in about their order; each with its statuses as it ends.
+
+        A worker has one slide in work and reads one more ahead. What a lost worker had is done elsewhere, each slide
+        by itself from then on, since it may be what ended the worker.
+
+        Raises:
+            Stopped: a signal came; what was in work is marked as stopped.
+            OSError: workers are lost as soon as they start, or there is no machine for one.
+            Exception: what ended a worker, where it is no slide's fault and befalls others too.
+        """
+        queue = deque(entries)
+        why = "the run"
+        try:
+            while queue or any(worker.entries for worker in self._workers):
+                self._run.stop.check()
+                self._add_workers(len(queue))
+                for worker in self._workers:
+                    if queue and worker.call is None:
+                        worker.entries = [queue.popleft()]
+                        self._work(worker, queue)
+                calls = [worker.call for worker in self._workers if worker.call is not None]
+                if not calls:
+                    time.sleep(_POLL_SECONDS)
+                    continue
+                ended, _ = self._ray.wait(calls, timeout=_POLL_SECONDS)
+                for worker in [worker for worker in self._workers if worker.call in ended]:
+                    yield from self._receive(worker, queue)
+        except Stopped as stopped:
+            why = str(stopped)
+            raise
+        finally:
+            self._stop_workers(why)
+
+    # ------------------------------------------------------------------------------------------------- the cluster
+
+    def _connect(self) -> None:
         """Join the cluster, or start one of this machine's own processes.
 
         Raises:
-            OSError: there is none at the address; said at once, where Ray itself would try for a minute and more.
+            OSError: there is none at the address.
         """
         quiet: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False}
         if self._address == "local":
             quiet |= {"include_dashboard": False, "object_store_memory": _STORE_BYTES, "num_cpus": available_cores()}
-        elif self._address != "auto":
-            check_address(self._address)
         try:
-            ray.init(self._address, **quiet)
-        except (OSError, RuntimeError, ValueError) as error:
-            said = (str(error).strip().splitlines() or [""])[0].rstrip(".")
+            if self._address not in ("auto", "local"):  # Ray itself would try for two minutes
+                host, _, port = self._address.rpartition(":")
+                socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_SECONDS).close()
+            self._ray.init(self._address, **quiet)
+        except (OSError, RuntimeError, ValueError, OverflowError) as error:
+            reason = (str(error).strip().splitlines() or [""])[0].rstrip(".")
             raise OSError(
-                f"--ray-address: expected a Ray cluster at {self._address!r}, got none: {said}. Start one with "
-                "`ray start --head`; where it wants a token, set RAY_AUTH_TOKEN."
+                f"--ray-address: expected HOST:PORT of a Ray cluster, auto or local, got {self._address!r}: {reason}. "
+                "Start one with `ray start --head`; where it wants a token, set RAY_AUTH_TOKEN."
             ) from error
 
     def _nodes(self) -> list[Mapping[str, float]]:
         """Resources of each machine that is there."""
         return [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
 
-    def _usual_cores(self) -> int:
-        """Each GPU's share of the cores around it; up to four beside an encoder on CPUs; one where nothing encodes."""
-        if self._gpu:
-            return max(1, min(int(node.get("CPU", 1) // node["GPU"]) for node in self._nodes() if node.get("GPU")))
-        if self._device == "none":
-            return 1
-        return max(1, min([4, *(int(node["CPU"]) for node in self._nodes() if node.get("CPU"))]))
+    def _choose_resources(self) -> None:
+        """A GPU and its share of the cores around it; without GPUs up to four cores beside an encoder, one to tile.
+
+        Raises:
+            ValueError: no machine holds such a worker.
+        """
+        nodes = self._nodes()
+        gpus = [node for node in nodes if node.get("GPU", 0) >= 1]
+        if self.device == "cuda" and not gpus:
+            raise ValueError("--device: expected a cluster with GPUs for cuda, got one without. Use --device cpu.")
+        usual = 1
+        if gpus and self.device in ("auto", "cuda"):
+            self.device = "cuda"
+            usual = max(1, min(int(node.get("CPU", 1) // node["GPU"]) for node in gpus))
+        else:
+            if self.device != "none":
+                usual = max(1, min([4, *(int(node["CPU"]) for node in nodes if node.get("CPU"))]))
+            self.device = "cpu"
+        self.cores = self.cores or usual
+        if not self._room():
+            most = max((int(node.get("CPU", 0)) for node in nodes), default=0)
+            raise ValueError(
+                f"--worker-cores: expected a machine with {self.cores} cores for a worker, got {most} at the most. "
+                "Choose fewer."
+            )
+
+    def _room(self) -> int:
+        """How many workers the machines hold that are there now."""
+        gpus = self.device == "cuda"
+        return sum(int(min(n.get("CPU", 0) // self.cores, n.get("GPU", 0) if gpus else 1e9)) for n in self._nodes())
 
     # ------------------------------------------------------------------------------------------------- the workers
 
-    def agenda(self) -> tuple[RayWorker, Agenda]:
-        """Hire the first worker and let it look at the cohort.
-
-        Raises:
-            Stopped: a signal came.
-            Exception: what it said.
-        """
-        until = time.monotonic() + PATIENCE_SECONDS
-        worker = self.hire()
-        while time.monotonic() < until:
-            self._run.stop.check()
-            for _, news in self.news(_POLL_SECONDS):
-                if isinstance(news, Ready):
-                    assert worker.hello is not None and worker.hello.agenda is not None
-                    self._agenda = worker.hello.agenda
-                    return worker, self._agenda
-                worker.end()
-                if isinstance(news, Report) and news.error is not None:
-                    raise news.error
-                raise OSError("the first worker was lost as it started. Look at Ray's logs, and at the memory.")
-        raise OSError(f"expected a worker within {PATIENCE_SECONDS:.0f} s, got none: the machines are taken.")
-
-    def room(self) -> int:
-        if self._gpu:
-            return sum(int(min(node.get("GPU", 0), node.get("CPU", 0) // self.cores)) for node in self._nodes())
-        return sum(int(node.get("CPU", 0) // self.cores) for node in self._nodes())
-
-    def hire(self) -> RayWorker:
-        first = self._agenda is None and self._device != "none"
-        actor = self._ray.remote(WorkerProcess).options(
+    def _add_worker(self) -> _Worker:
+        actor = self._ray.remote(SlideWorker).options(
             num_cpus=self.cores,
-            num_gpus=int(self._gpu),
-            max_restarts=0,
-            max_concurrency=2,  # `progress` and `stop` are heard while `work` runs
+            num_gpus=int(self.device == "cuda"),
+            max_restarts=0,  # another one is started wherever there is room
+            max_concurrency=2,  # `stop` is heard while `work` runs
             scheduling_strategy="SPREAD",
         )
-        worker = RayWorker(
-            self, actor.remote(self._work, self._run.verb, Path(self._run.out).absolute(), str(Path.cwd()), _machine)
-        )
+        handle = actor.remote(self._make_job, self._run.verb, Path(self._run.out).absolute(), str(Path.cwd()))
+        worker = _Worker(handle, handle.start.remote(self._found))
         self._workers.append(worker)
-        self.await_(worker.actor.start.remote(self._agenda, first=first), worker, "start")
         return worker
 
-    def forget(self, worker: RayWorker) -> None:
-        """End a worker's process."""
-        if worker in self._workers:
-            self._workers.remove(worker)
-            self._waiting = {ref: about for ref, about in self._waiting.items() if about[0] is not worker}
-            with contextlib.suppress(Exception):
-                self._ray.kill(worker.actor)
+    def _add_workers(self, waiting: int) -> None:
+        """Start as many workers as there is room for and work left."""
+        now = time.monotonic()
+        if now < self._next_start:
+            return
+        self._next_start = now + _START_SECONDS
+        started = any(worker.machine for worker in self._workers)
+        if started and self._lost_in_a_row >= _STARTS:  # a machine where they can't start is left alone for a while
+            return
+        wanted = min(self._room(), waiting + sum(bool(worker.entries) for worker in self._workers))
+        for _ in range(wanted - len(self._workers)):
+            self._add_worker()
+        self._none_since = None if started else self._none_since or now
+        if self._none_since is not None and now - self._none_since > _PATIENCE_SECONDS:
+            raise _none_came()
 
-    def await_(self, ref: Any, worker: RayWorker, kind: str) -> None:
-        """Answer with what comes of a call, in `news`."""
-        self._waiting[ref] = worker, kind
+    def _work(self, worker: _Worker, queue: deque[SlideEntry]) -> None:
+        """Let a worker do its slide and read the next one ahead.
 
-    def news(self, seconds: float) -> list[tuple[RayWorker, News]]:
-        self._ask_for_progress()
-        if not self._waiting:
-            time.sleep(seconds)
-            return []
-        ready, _ = self._ray.wait(list(self._waiting), num_returns=1, timeout=seconds)
-        found = []
-        for ref in ready:
-            worker, kind = self._waiting.pop(ref, (None, ""))
-            if worker is not None:
-                found += [(worker, news) for news in self._hear(ref, worker, kind)]
+        Of the last slides none waits behind another: a worker that becomes free takes it.
+        """
+        alone = any(entry.slide_id in self._losses for entry in [worker.entries[0], *list(queue)[:1]])
+        if len(worker.entries) == 1 and len(queue) >= len(self._workers) and not alone:
+            worker.entries.append(queue.popleft())
+        worker.call = worker.actor.work.remote(tuple(worker.entries))
+
+    def _answer(self, worker: _Worker) -> tuple[Any, Exception | None]:
+        """What a call that has ended gave, or None and the error that ended the worker where there is one."""
+        call, worker.call = worker.call, None
+        errors = self._ray.exceptions
+        try:
+            return self._ray.get(call), None
+        except errors.RayActorError as error:
+            if not getattr(error, "actor_init_failed", False):
+                return None, None
+            last = (str(error).strip().splitlines() or [""])[-1].strip().rstrip(".")
+            mend = "Install gigapath[ray], the same version, on every machine."
+            return None, OSError(f"a worker could not start: {last}. {mend}")
+        except errors.RayTaskError as error:
+            return None, error.cause
+
+    def _started(self, worker: _Worker, answer: tuple[str, str, Any]) -> Any:
+        machine, writer, found = answer
+        worker.machine = self._machines.setdefault(machine, len(self._machines) + 1)
+        if worker.machine > len(self._facts["machines"]):
+            self._facts["machines"].append({"machine": worker.machine, "slides": 0, "tiles": 0})
+        self._writers.append(writer)
         return found
 
-    def _hear(self, ref: Any, worker: RayWorker, kind: str) -> list[News]:
-        try:
-            answer = self._ray.get(ref)
-        except self._ray.exceptions.RayActorError as error:
-            if kind == "start" and getattr(error, "actor_init_failed", False):
-                return [Report(error=_unborn(str(error)))]
-            # The call that is in work says so too: told once.
-            return [] if kind == "progress" else [Lost()]
-        if kind == "progress":
-            self._tell(worker, *answer)
-            return []
-        if kind == "work":
-            self._tell(worker, answer.embedded, {})
-            return [answer]
-        assert isinstance(answer, Hello)
-        if answer.error is not None:
-            return [Report(error=answer.error)]
-        worker.hello = answer
-        worker.node = self._machines.setdefault(answer.machine, len(self._machines) + 1)
-        self._writers.append(answer.writer)
-        return [Ready()]
+    def _receive(self, worker: _Worker, queue: deque[SlideEntry]) -> Iterator[tuple[SlideEntry, Sequence[Status]]]:
+        answer, error = self._answer(worker)
+        if answer is None:
+            yield from self._lose(worker, error, queue)
+        elif not worker.machine:
+            self._started(worker, answer)
+        else:
+            statuses, embedded = answer
+            entry = worker.entries.pop(0)
+            self._lost_in_a_row = 0
+            share = self._facts["machines"][worker.machine - 1]
+            share["slides"] += 1
+            share["tiles"] += max((status.tiles for status in statuses), default=0)
+            if worker.entries:
+                self._work(worker, queue)
+            self._run.watch.tiles(embedded)
+            counted = [status.tiles for status in statuses if status.stage != "slides"]
+            if entry.slide_id in self.expected and counted:
+                self.expected[entry.slide_id] = max(counted)
+                self._run.watch.expect(sum(self.expected.values()))
+            yield entry, statuses
 
-    def _ask_for_progress(self) -> None:
-        now = time.monotonic()
-        asked = {id(worker) for worker, kind in self._waiting.values() if kind == "progress"}
-        for worker in {id(worker): worker for worker, kind in self._waiting.values() if kind == "work"}.values():
-            if id(worker) not in asked and now - worker.asked > _PROGRESS_SECONDS:
-                worker.asked = now
-                self.await_(worker.actor.progress.remote(), worker, "progress")
+    def _lose(
+        self, worker: _Worker, error: Exception | None, queue: deque[SlideEntry]
+    ) -> Iterator[tuple[SlideEntry, Sequence[Status]]]:
+        """Put what a lost worker had back in front; a slide that lost two workers by itself has failed."""
+        if error is not None and getattr(error, "errno", None) is not None:  # the disk is full, for every worker
+            raise error
+        self._end(worker)
+        self._facts["lost_workers"] += 1
+        self._lost_in_a_row += 1
+        self._next_start = 0.0
+        started = any(other.machine for other in self._workers)
+        if not worker.entries and self._lost_in_a_row >= _STARTS and not started:
+            raise error or OSError(
+                f"{self._lost_in_a_row} workers were lost one after the other as they started. Look at Ray's logs, and "
+                "at the memory of the machines."
+            )
+        for entry in reversed(worker.entries):
+            self._losses[entry.slide_id] += len(worker.entries) == 1
+            if self._losses[entry.slide_id] < _LOSSES:
+                queue.appendleft(entry)
+            elif error is not None:
+                raise error
+            else:
+                yield entry, [_fail(self._run, entry)]
 
-    def _tell(self, worker: RayWorker, count: int, shares: Mapping[str, float]) -> None:
-        if count > worker.told:
-            self._run.watch.tiles(count - worker.told)
-            worker.told = count
-        if shares:
-            self._run.watch.busy(shares)
+    def _end(self, worker: _Worker) -> None:
+        self._workers.remove(worker)
+        with contextlib.suppress(Exception):
+            self._ray.kill(worker.actor)
 
-    def tidy(self, folders: Sequence[Path]) -> None:
-        """Remove the unfinished files of workers that are gone; all of the crew's are, once it is over."""
-        for folder in folders:
-            remove_abandoned(folder, gone=self._writers)
+    def _stop_workers(self, why: str) -> None:
+        """Nothing stays in work; who doesn't end by itself is ended."""
+        busy = [worker for worker in self._workers if worker.entries]
+        for worker in busy:
+            worker.actor.stop.remote(why)
+        calls = [worker.call for worker in busy if worker.call is not None]
+        if calls:
+            self._ray.wait(calls, num_returns=len(calls), timeout=_STOP_SECONDS)
+        for worker in busy:
+            self._end(worker)
 
 
-def import_ray(address: str) -> Any:
+def _import_ray(address: str) -> Any:
     """The package ray, which reads what it goes by from the environment as it is imported.
 
     Raises:
@@ -305,58 +448,45 @@ def import_ray(address: str) -> Any:
         raise ImportError("--engine ray: expected the package ray, got none. Install it: pip install 'gigapath[ray]'.")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is sent anywhere
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    if address != "local":
-        os.environ.setdefault("RAY_NUM_REDIS_GET_RETRIES", "5")  # seconds that a cluster has for its first answer
-    elif "ray" not in sys.modules and "RAY_AUTH_MODE" not in os.environ:
+    if address == "local" and "ray" not in sys.modules and "RAY_AUTH_MODE" not in os.environ:
         # A password of this run's own; Ray would leave one in the user's home.
         os.environ["RAY_AUTH_MODE"] = "token"
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
     return importlib.import_module("ray")
 
 
-def check_address(address: str) -> None:
-    """Refuse an address where nothing answers as a Ray cluster does.
-
-    Raises:
-        ValueError: it is not HOST:PORT.
-        OSError: nothing answers there, or something else.
-    """
-    host, _, port = address.rpartition(":")
-    if not host or not port.isdigit() or "/" in address:
-        raise ValueError(f"--ray-address: expected HOST:PORT, auto or local, got {address!r}.")
-    refused = f"--ray-address: expected a Ray cluster at {address!r}, got"
-    try:
-        with socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_SECONDS) as connection:
-            connection.sendall(_PREFACE)
-            answer = connection.recv(9)
-    except (OSError, OverflowError) as error:
-        raise OSError(
-            f"{refused} {getattr(error, 'strerror', None) or error}. Look where `ray start --head` says it listens."
-        ) from error
-    if len(answer) < 4 or answer[3] != _SETTINGS:
-        raise OSError(f"{refused} something else. Look where `ray start --head` says it listens.")
-
-
 @contextlib.contextmanager
 def _signals_kept() -> Iterator[None]:
-    """Ray puts handlers of its own in place of the run's."""
-    kept = {}
-    for number in (signal.SIGTERM, signal.SIGINT):
-        kept[number] = signal.getsignal(number)
+    """Ray puts handlers of its own in place of the run's.
+
+    Raises:
+        KeyboardInterrupt: a signal came while they were there.
+    """
+    kept = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield
+    except SystemExit as error:
+        raise KeyboardInterrupt from error
     finally:
-        with contextlib.suppress(ValueError):  # handlers are the main thread's
+        if threading.current_thread() is threading.main_thread():  # handlers can't be set elsewhere
             for number, handler in kept.items():
                 signal.signal(number, handler)
 
 
-def _unborn(said: str) -> OSError:
-    """Why a worker's process can't even load the package, in one sentence."""
-    last = (said.strip().splitlines() or [""])[-1].strip().rstrip(".")
-    return OSError(f"a worker could not start: {last}. Install gigapath[ray], the same version, on every machine.")
+def _none_came() -> OSError:
+    return OSError(
+        f"expected a worker within {_PATIENCE_SECONDS:.0f} s, got none: the machines are taken, or gone. "
+        "Look at `ray status`, then run the same command again."
+    )
 
 
-def _machine() -> str:
-    """A name for the machine that this worker runs on, told apart from others of the same host name."""
-    return str(importlib.import_module("ray").get_runtime_context().get_node_id())
+def _fail(run: CohortRun, entry: SlideEntry) -> Status:
+    """Mark a slide that no worker survived as failed, in the first stage that is not finished."""
+    statuses = {folder: read_status(folder, entry.slide_id) for folder in run.stages}
+    unfinished = [folder for folder, status in statuses.items() if status is None or not status.finished]
+    folder = [*unfinished, run.stages[-1]][0]
+
+    def fail() -> NoReturn:
+        raise SlideError(_LOST)
+
+    return run.attempt(folder, entry, folder.name.partition("_")[0], {}, fail)

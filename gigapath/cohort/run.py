@@ -70,8 +70,10 @@ class Watcher:
 # slides.csv is derived again during a run once this many times its own cost has passed.
 _TABLE_SHARE = 20.0
 
-# Takes slides; gives (slide, its statuses) in the order in which they are through.
-Spread = Callable[[Sequence[SlideEntry]], Generator[tuple[SlideEntry, Sequence[Status]], None, None]]
+# (slide, its statuses) in the order in which slides are through.
+SlideResults = Generator[tuple[SlideEntry, Sequence[Status]], None, None]
+# Brings slides through their stages: in this process, or over Ray.
+Process = Callable[[Sequence[SlideEntry]], SlideResults]
 
 
 @dataclass(frozen=True)
@@ -131,7 +133,6 @@ class CohortRun:
         keep_paths: whether `private/paths.csv` learns where the entries lie.
         cohort: ids of all slides that slides.csv lists, where `entries` are a share of them.
         max_failures: the run ends once more slides than this have failed, or None.
-        spread: brings slides through workers elsewhere, instead of one after the other in this process.
     """
 
     out: Path
@@ -146,23 +147,23 @@ class CohortRun:
     keep_paths: bool = True
     cohort: Sequence[str] = ()
     max_failures: int | None = None
-    spread: Spread | None = None
     _note: str = ""
 
     def over_slides(
         self,
         todo: Sequence[SlideEntry],
-        work: Callable[[SlideEntry], Sequence[Status]],
+        process: Process,
         make_plan: Callable[[], Plan],
     ) -> RunResult:
-        """Do `work` for one slide after the other; the run's record and slides.csv are left however it ends.
+        """Bring slides through their stages; the run's record and slides.csv are left however it ends.
 
         Slides that failed are tried once more when all others are through: a file server that was away for a minute
         is back then.
 
         Args:
             todo: the slides of which something is left to do.
-            work: brings a slide through its stages and returns the status of each that it came to.
+            process: brings slides through their stages, with the status of each that they came to: `in_process`, or
+                `RayWorkers.process`.
             make_plan: says what is going to be done; called once the output folder has proved writable.
 
         Raises:
@@ -179,7 +180,7 @@ class CohortRun:
             self.facts["plan"] = dict(plan.facts)
             self.watch.plan(plan)
             rows = self._table()
-            outcome = self._loop(todo, work)
+            outcome = self._loop(todo, process)
             rows = self._table()
         except BaseException:
             with contextlib.suppress(OSError):  # the disk may be what ended the run
@@ -188,6 +189,16 @@ class CohortRun:
         record.end(outcome, _counts(rows))
         seconds = time.monotonic() - started
         return RunResult(self.out, record.run_id, outcome, tuple(rows), _counts(rows), seconds, note=self._note)
+
+    def in_process(self, work: Callable[[SlideEntry], Sequence[Status]]) -> Process:
+        """One slide after the other in this process, by `work`."""
+
+        def process(entries: Sequence[SlideEntry]) -> SlideResults:
+            for entry in entries:
+                self.stop.check()
+                yield entry, work(entry)
+
+        return process
 
     def attempt(
         self, folder: Path, entry: SlideEntry, stage: str, identity: Mapping[str, Any], work: Callable[[], Outcome]
@@ -258,13 +269,13 @@ class CohortRun:
                 if status is not None and status.finished and status.columns != entry.columns:
                     write_status(folder, replace(status, columns=entry.columns))
 
-    def _loop(self, todo: Sequence[SlideEntry], work: Callable[[SlideEntry], Sequence[Status]]) -> str:
+    def _loop(self, todo: Sequence[SlideEntry], process: Process) -> str:
         try:
-            failed = self._pass(todo, work)
+            failed = self._pass(todo, process)
             again = [entry for entry in failed if not entry.problem]
             if again and not self._note:
                 self.watch.retrying(len(again))
-                failed = [entry for entry in failed if entry.problem] + self._pass(again, work)
+                failed = [entry for entry in failed if entry.problem] + self._pass(again, process)
                 self._drop_rows(failed)
         except Stopped:
             return "stopped"
@@ -278,11 +289,11 @@ class CohortRun:
                 with contextlib.suppress(OSError):
                     rows_file(folder / f"{entry.slide_id}.h5").unlink(missing_ok=True)
 
-    def _pass(self, todo: Sequence[SlideEntry], work: Callable[[SlideEntry], Sequence[Status]]) -> list[SlideEntry]:
+    def _pass(self, todo: Sequence[SlideEntry], process: Process) -> list[SlideEntry]:
         """Go through slides once; those that failed. More of them than allowed end the pass, and `_note` says so."""
         next_table = 0.0
         failed = []
-        results = self._one_by_one(todo, work) if self.spread is None else self.spread(todo)
+        results = process(todo)
         for number, (entry, statuses) in enumerate(results, start=1):
             if not all(status.finished for status in statuses):
                 failed.append(entry)
@@ -299,13 +310,6 @@ class CohortRun:
                 self._table()
                 next_table = time.monotonic() + _TABLE_SHARE * (time.monotonic() - now)
         return failed
-
-    def _one_by_one(
-        self, todo: Sequence[SlideEntry], work: Callable[[SlideEntry], Sequence[Status]]
-    ) -> Generator[tuple[SlideEntry, Sequence[Status]], None, None]:
-        for entry in todo:
-            self.stop.check()
-            yield entry, work(entry)
 
     def _table(self) -> list[dict[str, Any]]:
         """Write slides.csv; the rows of this run's slides."""

@@ -83,6 +83,12 @@ def weigh(entries: Sequence[SlideEntry], tiles: Path) -> dict[str, float]:
     return {entry.slide_id: float(weights.get(entry.slide_id, mean)) for entry in entries}
 
 
+def largest_first(entries: Sequence[SlideEntry], tiles: Path) -> list[SlideEntry]:
+    """Slides in the order in which workers that take one after the other end at about the same time."""
+    weights = weigh(entries, tiles)
+    return sorted(entries, key=lambda entry: (-weights[entry.slide_id], entry.slide_id))
+
+
 def cut_by_weight(weights: Mapping[str, float], count: int) -> dict[str, int]:
     """slide_id -> share (1 to `count`): the heaviest first, each to the share that has least so far.
 

@@ -1,7 +1,8 @@
 """`run_embed`: slides to tiles to tile embeddings to slide embeddings, each stage kept and reused by itself."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,8 @@ from gigapath.cohort.manifest import SlideEntry, find_slides
 from gigapath.cohort.privacy import recorded_paths
 from gigapath.cohort.reuse import check_same_tiles, check_unmixed, differences
 from gigapath.cohort.run import CohortRun, Plan, RunResult, Watcher
+from gigapath.cohort.shards import largest_first
 from gigapath.cohort.status import read_statuses
-from gigapath.cohort.worker import Agenda
 from gigapath.devices import at_most_threads, resolve_devices
 from gigapath.downloads import RELEASES
 from gigapath.embedding.estimate import estimate_tiles
@@ -98,7 +99,7 @@ def run_embed(
             job, todo = _prepare(run, tiling, embedding, options)
             with job:
                 job.announce(todo)
-                result = run.over_slides(todo, job.work, lambda: _plan(job, todo))
+                result = run.over_slides(todo, run.in_process(job.work), lambda: _plan(job, todo))
         if not embedding.tiles:
             write_contact_sheet(out)
     return result
@@ -123,36 +124,75 @@ def _prepare(
 
 
 def _over_ray(run: CohortRun, tiling: TileOptions, embedding: EmbedOptions, options: RunOptions) -> RunResult:
-    """The run by workers elsewhere, each with encoders of its own."""
-    from gigapath.embedding.spreading import spread_embedding  # its own machinery, where it is asked for
+    """The run by Ray's workers, each with encoders of its own; the first one says what is to do, since it has them."""
+    from gigapath.cohort.ray import RayWorkers  # where it is asked for
 
     if embedding.devices is not None or embedding.device not in ("auto", "cpu", "cuda"):
         raise ValueError(
             "--engine ray: expected --device auto, cpu or cuda, and no --devices: each worker has a device of its own."
         )
-
-    def work(device: str, cores: int) -> EmbedWork:
-        mine = replace(embedding, device=device)
-        return EmbedWork(tuple(run.entries), tiling, mine, replace(options, workers=options.reading_threads(cores)))
-
-    return spread_embedding(run, work, embedding.device, options)
+    with RayWorkers(run, address=options.ray_address, cores=options.worker_cores, device=embedding.device) as workers:
+        make_job = partial(
+            _worker_job,
+            cohort=tuple(run.entries),
+            tiling=tiling,
+            embedding=replace(embedding, device=workers.device),
+            options=replace(options, workers=options.reading_threads(workers.cores)),
+        )
+        found: WorkList = workers.start(make_job)
+        run.entries, run.stages = found.entries, found.stages
+        run.facts.update(found.facts)
+        workers.expected.update(found.tiles)
+        todo = largest_first(found.todo, found.tiles_folder)
+        return run.over_slides(todo, workers.process, lambda: workers.with_line(found.plan))
 
 
 @dataclass(frozen=True)
-class EmbedWork:
-    """`run_embed`'s work on its way to a worker elsewhere."""
+class WorkList:
+    """What the first of Ray's workers finds that a run has to do.
 
-    cohort: tuple[SlideEntry, ...]
-    tiling: TileOptions
-    embedding: EmbedOptions
-    options: RunOptions
+    Attributes:
+        entries: the slides that the run is for.
+        todo: those of which something is left to do.
+        tiles: by slide of `todo`, about how many tiles are to be embedded.
+        tiles_folder: where the slides' tiles are.
+        plan: for whoever watches.
+        stages: the folders of the stages.
+        facts: for the run's record.
+        numerics: what the numbers depend on; all workers must come to the same.
+        batch_size: tiles of a batch, for all workers.
+    """
 
-    def agenda(self, run: CohortRun) -> tuple[EmbedJob, Agenda]:
-        """The job of the first worker; the others take batches of its size."""
-        run.entries, run.cohort = self.cohort, sorted({entry.slide_id for entry in self.cohort})
-        job, todo = _prepare(run, self.tiling, self.embedding, self.options)
+    entries: tuple[SlideEntry, ...]
+    todo: tuple[SlideEntry, ...]
+    tiles: Mapping[str, int]
+    tiles_folder: Path
+    plan: Plan
+    stages: tuple[Path, ...]
+    facts: Mapping[str, Any]
+    numerics: Mapping[str, Any]
+    batch_size: int
+
+
+def _worker_job(
+    run: CohortRun,
+    found: WorkList | None,
+    *,
+    cohort: tuple[SlideEntry, ...],
+    tiling: TileOptions,
+    embedding: EmbedOptions,
+    options: RunOptions,
+) -> tuple[EmbedJob, WorkList]:
+    """The job of one of Ray's workers, and what the first one found.
+
+    Raises:
+        ValueError: it comes to other numbers than the first.
+    """
+    if found is None:
+        run.entries, run.cohort = cohort, sorted({entry.slide_id for entry in cohort})
+        job, todo = _prepare(run, tiling, embedding, options)
         plan = _plan(job, todo)
-        found = Agenda(
+        return job, WorkList(
             entries=tuple(run.entries),
             todo=tuple(todo),
             tiles=job.expected,
@@ -163,24 +203,15 @@ class EmbedWork:
             numerics=_numerics(job),
             batch_size=job.batch_size,
         )
-        return job, found
-
-    def join(self, run: CohortRun, agenda: Agenda | None) -> EmbedJob:
-        """The job of another worker.
-
-        Raises:
-            ValueError: it comes to other numbers than the first.
-        """
-        assert agenda is not None
-        job = _job(run, self.tiling, replace(self.embedding, batch_size=agenda.batch_size), self.options)
-        changed = differences(agenda.numerics, _numerics(job))
-        if changed:
-            raise ValueError(
-                f"--engine ray: expected workers with equal numbers, got one with others: {'; '.join(changed)}. "
-                "Give each kind of machine a run and a folder of its own."
-            )
-        job.settled = settle(job.encoders, job.batch_size, several=True)
-        return job
+    job = _job(run, tiling, replace(embedding, batch_size=found.batch_size), options)
+    changed = differences(found.numerics, _numerics(job))
+    if changed:
+        raise ValueError(
+            f"--engine ray: expected workers with the same settings, got one with others: {'; '.join(changed)}. "
+            "Give each kind of machine a run and a folder of its own."
+        )
+    job.settled = settle(job.encoders, job.batch_size, several=True)
+    return job, found
 
 
 def _numerics(job: EmbedJob) -> dict[str, Any]:

@@ -96,7 +96,7 @@ def run_slide_embed(
         def work(entry: SlideEntry) -> list[Status]:
             return [stage.embed(run, entry, entry.path, names[entry.slide_id])]
 
-        return dataclasses.replace(run.over_slides(todo, work, lambda: plan), results=folder)
+        return dataclasses.replace(run.over_slides(todo, run.in_process(work), lambda: plan), results=folder)
 
 
 def _slide_encoder(embedding: SlideEmbedOptions, tile_encoder: str | None, width: int) -> SlideEncoder:

@@ -6,17 +6,18 @@ import glob
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 
 from gigapath.cohort.manifest import SlideEntry, find_slides
 from gigapath.cohort.reuse import check_unmixed, digest, finished, redone
 from gigapath.cohort.run import CohortRun, Outcome, Plan, RunResult, Watcher
+from gigapath.cohort.shards import largest_first
 from gigapath.cohort.sheet import draw_contact_sheet
 from gigapath.cohort.status import Status, changed, derive
-from gigapath.cohort.worker import Agenda
 from gigapath.embedding.estimate import estimate_tiles, estimate_tiling
 from gigapath.embedding.options import RunOptions
 from gigapath.embedding.slides import check_names, check_tissue, chosen, named, open_entry, options_for, share_in_words
@@ -98,30 +99,23 @@ def tile_cohort(
             return _plan(entries, todo, cohort, out, tiling, options)
 
         if options.engine == "ray":
-            from gigapath.embedding.spreading import spread_tiling  # its own machinery, where it is asked for
+            from gigapath.cohort.ray import RayWorkers  # where it is asked for
 
-            result = spread_tiling(run, todo, lambda _, cores: TileWork(tiling, options, cores), plan, options)
+            with RayWorkers(run, address=options.ray_address, cores=options.worker_cores, device="none") as workers:
+                reading = dataclasses.replace(options, workers=options.reading_threads(workers.cores))
+                workers.start(partial(_worker_job, tiling=tiling, options=reading))
+                todo = largest_first(todo, folder)
+                result = run.over_slides(todo, workers.process, lambda: workers.with_line(plan()))
         else:
-            result = run.over_slides(todo, lambda entry: [tile_slide(run, folder, entry, tiling, options)], plan)
+            work = run.in_process(lambda entry: [tile_slide(run, folder, entry, tiling, options)])
+            result = run.over_slides(todo, work, plan)
         write_contact_sheet(out)
     return result
 
 
-@dataclasses.dataclass(frozen=True)
-class TileWork:
-    """`tile_cohort`'s work on its way to a worker elsewhere, which reads with so many cores."""
-
-    tiling: TileOptions
-    options: RunOptions
-    cores: int
-
-    def agenda(self, run: CohortRun) -> NoReturn:
-        raise AssertionError("a tiling run knows by itself what is to do")
-
-    def join(self, run: CohortRun, agenda: Agenda | None) -> "_TileJob":
-        return _TileJob(
-            run, self.tiling, dataclasses.replace(self.options, workers=self.options.reading_threads(self.cores))
-        )
+def _worker_job(run: CohortRun, found: None, *, tiling: TileOptions, options: RunOptions) -> tuple["_TileJob", None]:
+    """The job of one of Ray's workers."""
+    return _TileJob(run, tiling, options), None
 
 
 @dataclasses.dataclass(frozen=True)
