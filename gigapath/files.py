@@ -307,6 +307,17 @@ def _machine() -> str:
     return _machine_token
 
 
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder of that name is none of the user's: hidden (`._a.h5`, `.ipynb_checkpoints`), or a
+    temporary or system one of another tool."""
+    return name.startswith((".", "~$")) or Path(name).stem.endswith(".tmp") or name in ("__MACOSX", "@eaDir")
+
+
+def visible_files(folder: Path, pattern: str) -> list[Path]:
+    """The files of a folder that match a pattern, sorted, without hidden ones."""
+    return sorted(path for path in folder.glob(pattern) if not is_hidden(path.name))
+
+
 def real_path(path: Path) -> Path:
     """The path without links, as `Path.resolve`, which raises for a link to itself where this gives the path."""
     return Path(os.path.realpath(path))

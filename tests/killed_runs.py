@@ -29,8 +29,8 @@ import gigapath.cohort.sheet
 import gigapath.embedding.batches
 import gigapath.embedding.run
 import gigapath.embedding.tiling
+import gigapath.features.gigapath_file
 import gigapath.features.h5
-import gigapath.features.ours
 import gigapath.files
 import gigapath.tile_encoder
 from gigapath.cli.main import main
@@ -94,7 +94,7 @@ def prepare(point: str = "", at: int = 1) -> Callable[[], None]:
             "write_preview": lambda path, *_, **__: gigapath.files.write_bytes_atomic(path, b"a picture"),
         },
         gigapath.cohort.sheet: {"contact_sheet": lambda *_, **__: None},
-        gigapath.features.ours: {"KEEP_SECONDS": 0.02, "WORTH_SECONDS": 0.0},
+        gigapath.features.gigapath_file: {"KEEP_SECONDS": 0.02, "WORTH_SECONDS": 0.0},
         os: {"fsync": lambda _: None},  # a killed process takes nothing with it that the system has
         gigapath.embedding.batches: {"_BLOCK": 8},  # every batch is written by itself
     }
@@ -112,7 +112,7 @@ def prepare(point: str = "", at: int = 1) -> Callable[[], None]:
     name, when = POINTS[point]
     owners: dict[str, tuple[Any, ...]] = {
         "open_temporary": (gigapath.features.h5,),
-        "write": (gigapath.features.ours.TileEmbeddingsWriter,),
+        "write": (gigapath.features.gigapath_file.TileEmbeddingsWriter,),
         "fsync": (os,),
         "publish": (gigapath.features.h5,),
         "write_status": (gigapath.cohort.run,),

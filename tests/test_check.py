@@ -21,11 +21,10 @@ from feature_files import (
 )
 from made_slides import paint_tissue, write_pyramid
 
-from gigapath.check import CheckOptions, FileReport, FolderReport, check_paths
-from gigapath.check.run import check_file
 from gigapath.cli.main import main
-from gigapath.convert import FORMATS, Scale, convert
 from gigapath.features import SlideEmbeddings, TileEmbeddingsWriter, read_features, write_slide, write_tiles
+from gigapath.features.check import FileReport, check_file, check_folder, files_to_check
+from gigapath.features.other_tools import FORMATS, Scale, convert
 
 # 30 tiles: two pieces of tissue, with a gap, in row-major order, neither square nor symmetric.
 CELLS = np.array(
@@ -51,12 +50,10 @@ def write_ours(
 
 
 def look(path: Path, **options: Any) -> FileReport:
-    from gigapath.tensors import read_tensor
-
-    return check_file(path, options=CheckOptions(**options), read_tensor=read_tensor)
+    return check_file(path, **options)
 
 
-def names(report: FileReport | FolderReport, *, wrong: bool | None = None) -> set[str]:
+def names(report: FileReport, *, wrong: bool | None = None) -> set[str]:
     return {finding.name for finding in report.findings if wrong is None or finding.wrong == wrong}
 
 
@@ -277,8 +274,9 @@ def test_tiles_and_slide_files_are_checked_too(tmp_path: Path) -> None:
 
 
 def folder_names(folder: Path) -> set[str]:
-    _, (report,) = check_paths([folder])
-    return names(report, wrong=True)
+    (inside,) = {path.parent for path in files_to_check([folder])}
+    findings = check_folder(inside, [check_file(path) for path in files_to_check([folder])])
+    return {finding.name for finding in findings if finding.wrong}
 
 
 def test_a_folder_of_one_kind_passes(tmp_path: Path) -> None:
@@ -331,14 +329,18 @@ def test_the_same_embeddings_under_two_ids_are_found_whatever_their_order(tmp_pa
     assert "two-files" in folder_names(tmp_path)
 
 
-def test_what_status_files_promise_and_is_not_there_is_found(tmp_path: Path) -> None:
+def test_what_status_files_promise_and_is_not_there_is_found(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = write_ours(tmp_path, "slide-1")
     for slide_id, status in (("slide-2", "done"), ("slide-3", "failed")):
         content = {"slide_id": slide_id, "stage": "features", "status": status}
         path.with_name(f"{slide_id}.json").write_text(json.dumps(content))
     path.with_name("slide-4.h5.00000000-1-aaaaaa.partial").write_bytes(b"x")
-    _, (report,) = check_paths([tmp_path])
-    assert names(report, wrong=True) == {"missing-file", "unfinished"} and "left-over" in names(report)
+    assert main(["check", "--json", str(tmp_path)]) == 3
+    (folder,) = json.loads(capsys.readouterr().out)["folders"]
+    found = {finding["name"]: finding["wrong"] for finding in folder["findings"]}
+    assert found == {"missing-file": True, "unfinished": True, "left-over": False}
 
 
 def test_command_says_what_is_wrong_and_exits_with_3(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -368,7 +370,7 @@ def embedded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Pat
     pytest.importorskip("torch")
     from tiny_encoders import tiny_tile_encoder
 
-    from gigapath.check import slides
+    from gigapath.embedding import check_slides
     from gigapath.preprocessing.reading import read_tile
     from gigapath.preprocessing.slide import open_slide
     from gigapath.preprocessing.tiling import TileOptions, plan_tiles
@@ -380,7 +382,7 @@ def embedded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Pat
             raise ValueError(f"--tile-encoder: no {name}.")
         return encoder
 
-    monkeypatch.setattr(slides, "load_tile_encoder", load)
+    monkeypatch.setattr(check_slides, "load_tile_encoder", load)
     (tmp_path / "slides.d").mkdir()
     path = write_pyramid(tmp_path / "slides.d" / "s.tif", paint_tissue(1500, 1100), mpp=(0.5, 0.5))
     with open_slide(path) as slide:
@@ -397,10 +399,17 @@ def embedded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Pat
 
 
 def look_again(slide: Path, **more: str) -> Callable[[Path], FileReport]:
-    from gigapath.check.slides import SlideCheck
+    from gigapath.embedding.check_slides import SlideCheck
+    from gigapath.embedding.options import CheckOptions
 
-    options = CheckOptions(slides=str(slide), sample=4, **more)
-    return lambda path: check_file(path, options=options, check_slide=SlideCheck(options))
+    checker = SlideCheck(CheckOptions(slides=str(slide), sample=4, **more))
+
+    def again(path: Path) -> FileReport:
+        report = check_file(path)
+        report.findings += checker.check(report)
+        return report
+
+    return again
 
 
 def test_tiles_read_again_agree_or_say_what_happened(embedded: tuple[Path, Path]) -> None:

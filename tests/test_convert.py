@@ -1,5 +1,6 @@
 """Converting tile embeddings between tools: each direction keeps embeddings, cells and places."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,9 @@ from feature_files import (
 )
 
 from gigapath.cli.main import main
-from gigapath.convert import FORMATS, Scale, convert
 from gigapath.features import TileEmbeddings, TileEmbeddingsWriter, read_features
 from gigapath.features.describe import describe
+from gigapath.features.other_tools import FORMATS, Scale, convert
 from gigapath.files import OutputError
 
 FEATURES = make_features()
@@ -215,12 +216,17 @@ def test_command_converts_folders_and_names_what_failed(tmp_path: Path, capsys: 
         "slide-2.h5",
     ]
     (folder / "text.h5").write_text("no")
-    assert main(["convert", str(folder), str(folder / "slide-1.h5"), "--to", "published", "--out", out]) == 3
+    again = tmp_path / "again" / "slide-1.h5"
+    again.parent.mkdir()
+    shutil.copy(folder / "slide-1.h5", again)
+    assert (
+        main(["convert", str(folder), str(folder / "slide-1.h5"), str(again), "--to", "published", "--out", out]) == 3
+    )
     captured = capsys.readouterr()
     assert "2 of 4 files converted." in captured.out
     assert "text.h5: expected an HDF5 file" in captured.err and "a second file of slide 'slide-1'" in captured.err
     assert main(["convert", str(tmp_path / "none"), "--to", "clam", "--out", out]) == 1
-    assert "no file or folder of tile embeddings" in capsys.readouterr().err
+    assert "expected a file or folder of tile embeddings" in capsys.readouterr().err
     assert main(["convert", str(folder), "--to", "clam", "--out", out, "--slide-mpp", "0"]) == 1
     assert "--slide-mpp: expected a value above 0" in capsys.readouterr().err
 

@@ -38,8 +38,8 @@ from gigapath.features import (
     write_slide,
     write_tiles,
 )
+from gigapath.features.gigapath_file import nominal_magnification
 from gigapath.features.h5 import open_h5
-from gigapath.features.ours import nominal_magnification
 from gigapath.files import OutputError
 
 FEATURES = make_features()

@@ -14,7 +14,8 @@ from gigapath.evaluation.labels import join_labels, read_labels
 from gigapath.evaluation.splits import audit, check_classes, draw_folds, keep_manifest, read_splits
 from gigapath.evaluation.task import load_task
 from gigapath.features import FeatureFileError
-from gigapath.finetune.data import FileBags, ReadAhead, find_files, look_at_all
+from gigapath.features.reading import find_feature_files
+from gigapath.finetune.data import FileBags, ReadAhead, look_at_all
 from gigapath.finetune.options import JoinOptions
 from gigapath.finetune.task_writer import new_task
 
@@ -287,9 +288,9 @@ def test_features_of_another_make_are_refused(tmp_path) -> None:
 def test_feature_folder_of_a_run_is_found(tmp_path) -> None:
     features, _ = write_cohort(tmp_path, [0, 1])
     features.rename(tmp_path / "features_standin")
-    assert [file.name for file in find_files(tmp_path)] == ["slide-000.h5", "slide-001.h5"]
+    assert [file.name for file in find_feature_files(tmp_path)] == ["slide-000.h5", "slide-001.h5"]
     with pytest.raises(ValueError, match="found none"):
-        find_files((tmp_path / "empty").mkdir() or tmp_path / "empty")
+        find_feature_files((tmp_path / "empty").mkdir() or tmp_path / "empty")
 
 
 def test_reading_ahead_keeps_the_order_and_hides_waiting() -> None:

@@ -229,7 +229,7 @@ def test_wrong_arguments_of_predict_and_evaluate_are_one_sentence(fitted, tmp_pa
     (loose / "head.json").write_text(json.dumps({**written, "tensors": 3}))
     evaluate = ["evaluate", head, features, "--labels", labels, "--out"]
     for words, said in (
-        (["predict", head, tmp_path / "nowhere"], "nowhere: expected a feature file or a folder"),
+        (["predict", head, tmp_path / "nowhere"], "nowhere: expected a file or folder of tile embeddings"),
         (["predict", fitted / "out", features], "expected a fitted head"),
         (["predict", short, features], "one without features"),
         (["predict", odd, features], "head.json: expected the JSON of a fitted head, got a damaged one. Copy it anew."),

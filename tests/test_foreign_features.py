@@ -1,6 +1,7 @@
 """Reading other tools' files: the same slide written as each of them would, read back to the same cells."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,11 @@ from feature_files import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gigapath.features import FeatureFileError, TileEmbeddingsWriter, heap, read_features, write_tiles
+from gigapath.features import FeatureFileError, TileEmbeddingsWriter, h5, read_features, write_tiles
 from gigapath.features.cells import cells_of, observed_step, row_major
+from gigapath.features.check import check_file, files_to_check
+from gigapath.features.describe import describe
+from gigapath.features.reading import find_feature_files, look_at_features
 
 ORDER = shuffled(len(CELLS))
 FEATURES = make_features()
@@ -169,12 +173,14 @@ def test_stamp_slide_features_are_refused(tmp_path: Path) -> None:
         read_features(write_stamp(tmp_path, FEATURES, feat_type="slide"))
 
 
-def test_slide2vec_pt_goes_through_the_reader_it_is_given(tmp_path: Path) -> None:
+def test_slide2vec_tensors_are_read(tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
     path = write_slide2vec(tmp_path, FEATURES).with_suffix(".pt")
-    path.write_bytes(b"stands for a tensor")
-    with pytest.raises(FeatureFileError, match=r"slide-1\.pt.*needs torch"):
+    path.write_bytes(b"no tensor")
+    with pytest.raises(FeatureFileError, match=r"slide-1\.pt"):
         read_features(path)
-    found = read_features(path, read_tensor=lambda given: FEATURES if given == path else FEATURES[:0])
+    torch.save(torch.from_numpy(FEATURES), path)
+    found = read_features(path)
     assert np.array_equal(found.features, FEATURES) and np.array_equal(found.cells, CELLS)
 
 
@@ -375,8 +381,8 @@ def test_damaged_text_attributes_do_not_hang_the_reader(tmp_path: Path) -> None:
 def test_heap_check_skips_the_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_trident(tmp_path, make_features(8, 100_000))
     read: list[int] = []
-    plain = heap._find
-    monkeypatch.setattr(heap, "_find", lambda raw, start, stop: read.append(stop - start) or plain(raw, start, stop))
+    plain = h5._find
+    monkeypatch.setattr(h5, "_find", lambda raw, start, stop: read.append(stop - start) or plain(raw, start, stop))
     read_features(path)
     assert 0 < sum(read) < 50_000 < path.stat().st_size
 
@@ -393,3 +399,188 @@ def test_reading_takes_no_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(h5py, "File", opened)
     read_features(path)
     assert asked and set(asked) == {False}
+
+
+def stepped(path: Path, features: np.ndarray = FEATURES, coords: np.ndarray = COORDS, step: Any = 512) -> Path:
+    return write_h5(path, {"features": features, "coords": coords}, {"coords": {"patch_size_level0": step}})
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("step", [512, "512", np.array([512]), np.array([512.0, 512.0]), np.array([b"512"])])
+def test_batch_axes_and_steps_in_any_form_are_taken(axis: int, step: Any, tmp_path: Path) -> None:
+    path = stepped(tmp_path / "a.h5", np.expand_dims(FEATURES, axis), np.expand_dims(COORDS, axis), step)
+    found = read_features(path)
+    assert np.array_equal(found.features, FEATURES) and np.array_equal(found.cells, CELLS)
+    facts = look_at_features(path)
+    assert (facts.tiles, facts.width, facts.states_step) == (*FEATURES.shape, True)
+    assert np.array_equal(facts.ends, FEATURES.reshape(-1))
+
+
+def test_a_pixel_axis_that_is_no_batch_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(FeatureFileError, match="of floats"):
+        read_features(stepped(tmp_path / "a.h5", FEATURES.reshape(2, 4, 6)))
+
+
+@pytest.mark.parametrize("where", ["external link", "unused external link", "soft link", "virtual", "external storage"])
+def test_what_lies_in_another_file_is_refused_and_never_opened(where: str, tmp_path: Path) -> None:
+    """The other file is a pipe: whoever opens it waits for ever."""
+    pipe, path = tmp_path / "pipe", tmp_path / "a.h5"
+    os.mkfifo(pipe)
+    with h5py.File(path, "w") as file:
+        file.create_dataset("coords", data=COORDS).attrs["patch_size_level0"] = 512
+        if where == "external link":
+            file["features"] = h5py.ExternalLink(str(pipe), "/x")
+        elif where == "unused external link":
+            file["features"], file["other"] = FEATURES, h5py.ExternalLink(str(pipe), "/x")
+        elif where == "soft link":
+            file.create_group("inner")["x"] = h5py.ExternalLink(str(pipe), "/x")
+            file["features"] = h5py.SoftLink("/inner/x")
+        elif where == "virtual":
+            layout = h5py.VirtualLayout(FEATURES.shape, "f4")
+            layout[:] = h5py.VirtualSource(str(pipe), "x", FEATURES.shape)
+            file.create_virtual_dataset("features", layout)
+        else:
+            file.create_dataset("features", FEATURES.shape, "f4", external=[(str(pipe), 0, h5py.h5f.UNLIMITED)])
+    for read in (read_features, look_at_features):
+        with pytest.raises(FeatureFileError, match="lies in another file"):
+            read(path)
+    assert [finding.name for finding in check_file(path).findings] == ["unreadable"]
+
+
+def test_chunks_and_ratios_beyond_what_the_shape_needs_are_refused_before_memory_is_taken(tmp_path: Path) -> None:
+    with h5py.File(tmp_path / "chunk.h5", "w") as file:
+        file["coords"] = COORDS
+        chunk = {"chunks": (20_000, 1536), "maxshape": (None, 1536), "compression": "gzip"}
+        file.create_dataset("features", data=np.ones((8, 1536), np.float32), **chunk)
+    with h5py.File(tmp_path / "ratio.h5", "w") as file:
+        file["coords"] = np.zeros((20_000, 2), np.int64)
+        many = file.create_dataset("features", (20_000, 1536), "f4", chunks=(5_000, 1536), compression="gzip")
+        for start in range(0, 20_000, 5_000):
+            many[start : start + 5_000] = 1
+    for name in ("chunk", "ratio"):
+        with pytest.raises(FeatureFileError, match="in memory"):
+            read_features(tmp_path / f"{name}.h5")
+
+
+@pytest.mark.parametrize("name", ["features", "coords"])
+@pytest.mark.parametrize("kind", ["references", "text", "complex", "bool", "records"])
+def test_datasets_of_other_types_give_one_sentence(name: str, kind: str, tmp_path: Path) -> None:
+    values: dict[str, Any] = {
+        "references": {"shape": (8, 2), "dtype": h5py.ref_dtype},
+        "text": {"data": np.array([["a", "b"]] * 8, dtype=object), "dtype": h5py.string_dtype()},
+        "complex": {"data": np.ones((8, 2), complex)},
+        "bool": {"data": np.ones((8, 2), bool)},
+        "records": {"data": np.zeros((8, 2), [("x", "f4"), ("y", "f4")])},
+    }
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        file.create_dataset(name, **values[kind])
+        if name == "coords":
+            file["features"] = FEATURES
+        else:
+            file["coords"] = COORDS
+    for read in (read_features, look_at_features):
+        with pytest.raises(FeatureFileError, match=rf"^a\.h5: its dataset '{name}' holds .*\.$"):
+            read(tmp_path / "a.h5")
+
+
+def test_attributes_of_millions_of_numbers_are_left_out(tmp_path: Path) -> None:
+    with h5py.File(stepped(tmp_path / "a.h5"), "r+") as file:
+        for number in range(2000):
+            file.attrs[f"a{number}"] = number
+    with pytest.raises(FeatureFileError, match="attributes"):
+        read_features(tmp_path / "a.h5")
+    with h5py.File(tmp_path / "b.h5", "w", libver="latest") as file:
+        file["features"] = FEATURES
+        file.create_dataset("coords", data=COORDS).attrs.update(patch_size_level0=512, big=np.zeros(2_000_000))
+    assert "big" not in read_features(tmp_path / "b.h5").attrs
+
+
+@pytest.mark.parametrize("tool", ["trident", "stamp"])
+def test_slide_files_of_other_tools_are_named_as_what_they_are(tool: str, tmp_path: Path) -> None:
+    vector = FEATURES[0]
+    if tool == "trident":
+        path = write_h5(tmp_path / "a.h5", {"features": vector, "coords": COORDS})
+    else:
+        path = write_h5(tmp_path / "a.h5", {"feats": vector[None]}, {"": {"feat_type": "slide", "encoder": "titan"}})
+    with pytest.raises(FeatureFileError, match="one slide vector"):
+        read_features(path)
+    found = describe(path)
+    assert (found["kind"], found["tool"], found["width"]) == ("slide embeddings", tool, 6)
+
+
+def test_clams_tensors_are_read_with_the_coordinates_beside_them(tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    h5_file = write_clam(tmp_path, FEATURES)
+    path = tmp_path / "pt_files" / "slide-1.pt"
+    path.parent.mkdir()
+    torch.save(torch.from_numpy(FEATURES), path)
+    found = read_features(path)
+    assert found.source == "clam" and np.array_equal(found.cells, CELLS)
+    h5_file.unlink()
+    assert np.array_equal(read_features(path).cells, CELLS)
+    elsewhere = tmp_path / "elsewhere"
+    (tmp_path / "patches").rename(elsewhere)
+    with pytest.raises(FeatureFileError, match="--coordinates"):
+        read_features(path)
+    assert np.array_equal(read_features(path, coordinates=elsewhere).cells, CELLS)
+    torch.save(torch.from_numpy(FEATURES[1:]), path)
+    with pytest.raises(FeatureFileError, match="not of the same tiles"):
+        read_features(path, coordinates=elsewhere)
+
+
+def test_slide2vecs_runs_with_annotations_name_the_place_of_their_coordinates(tmp_path: Path) -> None:
+    path = write_slide2vec(tmp_path, FEATURES, order=ORDER)
+    inner = tmp_path / "tile_embeddings" / "tumor" / "slide-1.npz"
+    inner.parent.mkdir()
+    path.rename(inner)
+    meta = path.with_name("slide-1.meta.json")
+    meta.rename(inner.with_name(meta.name))
+    (tmp_path / "tiles" / "tumor").mkdir()
+    for name in ("slide-1.coordinates.npz", "slide-1.coordinates.meta.json"):
+        (tmp_path / "tiles" / name).rename(tmp_path / "tiles" / "tumor" / name)
+    assert np.array_equal(read_features(inner).cells, CELLS)
+    (tmp_path / "tiles" / "tumor").rename(tmp_path / "tiles" / "other")
+    with pytest.raises(FileNotFoundError):
+        read_features(inner)
+    said = {"coordinates_npz_path": "/where/it/was/made/tiles/other/slide-1.coordinates.npz", "tile_size_lv0": 512}
+    inner.with_name(meta.name).write_text(json.dumps(said))
+    assert np.array_equal(read_features(inner).cells, CELLS)
+    assert find_feature_files(tmp_path) == [inner]
+
+
+# Which files a folder holds
+
+
+def test_hidden_files_and_those_of_other_kinds_are_no_feature_files(tmp_path: Path) -> None:
+    path = write_trident(tmp_path, FEATURES)
+    folder = path.parent
+    (folder / ".ipynb_checkpoints").mkdir()
+    for other in (".ipynb_checkpoints/slide-1-checkpoint.h5", "._slide-1.h5", "~$slide-1.h5", "slide-2.tmp.h5"):
+        (folder / other).write_bytes(b"\0\5\x16\7" + bytes(100))
+    (folder / ".DS_Store").write_bytes(b"")
+    (folder / "slide-2.h5.00000000-1-aaaaaa.partial").write_bytes(b"")
+    write_h5(tmp_path / "patches" / "slide-1_patches.h5", {"coords": COORDS})
+    write_h5(tmp_path / "slide_features_titan" / "slide-1.h5", {"features": FEATURES[0], "coords": COORDS})
+    for named in (tmp_path, folder, path, [path, folder]):
+        assert find_feature_files(named) == [path]
+    assert [file.name for file in files_to_check([folder])] == ["slide-1.h5"]
+
+
+def test_a_folder_of_several_encoders_or_of_none_is_refused(tmp_path: Path) -> None:
+    path = write_trident(tmp_path, FEATURES)
+    other = tmp_path / "features_uni" / "slide-1.h5"
+    write_h5(other, {"features": FEATURES, "coords": COORDS})
+    with pytest.raises(ValueError, match="features_gigapath, features_uni"):
+        find_feature_files(tmp_path)
+    assert find_feature_files([path.parent, other.parent]) == [path, other]
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="found none"):
+        find_feature_files(tmp_path / "empty")
+    with pytest.raises(FileNotFoundError):
+        find_feature_files(tmp_path / "nothing")
+
+
+def test_a_link_to_a_folder_above_ends_the_search_there(tmp_path: Path) -> None:
+    path = write_trident(tmp_path, FEATURES)
+    (path.parent / "up").symlink_to(tmp_path)
+    assert find_feature_files(tmp_path) == [path]

@@ -24,15 +24,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from made_embeddings import pt_bytes
 
-from gigapath.check import CheckOptions
-from gigapath.check.run import check_file
 from gigapath.cohort.manifest import read_manifest
 from gigapath.evaluation.labels import read_labels
 from gigapath.evaluation.task import Task, load_task
 from gigapath.features import TileEmbeddingsWriter, read_features, read_tiles
-from gigapath.features.npz import read_npz
+from gigapath.features.arrays import read_npz
+from gigapath.features.check import check_file
 from gigapath.finetune.data import look_at
-from gigapath.finetune.options import JoinOptions
 from gigapath.linear_probe.archive import read_embeddings
 from gigapath.linear_probe.labels import rows_of_table
 from gigapath.preprocessing.annotations import read_outlines
@@ -114,8 +112,8 @@ def test_h5_files(data: st.DataObject, name: str, h5_files: dict[str, bytes], pl
     path.write_bytes(data.draw(damaged(h5_files[name])))
     reads_or_says(lambda: read_features(path))
     reads_or_says(lambda: read_tiles(path))
-    reads_or_says(lambda: look_at(path, JoinOptions()))
-    for finding in check_file(path, options=CheckOptions()).findings:
+    reads_or_says(lambda: look_at(path))
+    for finding in check_file(path).findings:
         assert finding.text and "\n" not in finding.text
 
 

@@ -23,8 +23,8 @@ from feature_files import (
 
 from gigapath.cli.main import main
 from gigapath.features import SlideEmbeddings, TileEmbeddingsWriter, read_features, write_slide, write_tiles
+from gigapath.features.arrays import read_tensor
 from gigapath.features.describe import describe, in_words
-from gigapath.tensors import read_tensor
 
 FEATURES = make_features()
 
@@ -107,7 +107,7 @@ def test_describe_goes_on_where_the_step_is_unknown(tmp_path: Path) -> None:
 
 def test_describe_warns_where_neighbours_lie_two_cells_apart(tmp_path: Path) -> None:
     path = write_trident(tmp_path, FEATURES, patch_size_level0=256)  # level 0 of a 40x slide divided by 256
-    assert any("closest tiles lie 2 cells apart" in warning for warning in describe(path)["warnings"])
+    assert any("neighbours are two cells apart" in warning for warning in describe(path)["warnings"])
     far = write_trident(tmp_path, FEATURES, CELLS + np.array([1000, 0], np.int32))
     assert any("beyond the slide encoder's 0 to 999" in warning for warning in describe(far)["warnings"])
 
@@ -177,7 +177,7 @@ def test_inspect_reads_slide2vec_tensors(tmp_path: Path, capsys: pytest.CaptureF
     torch = pytest.importorskip("torch")
     path = write_slide2vec(tmp_path, FEATURES).with_suffix(".pt")
     torch.save(torch.from_numpy(FEATURES), path)
-    assert np.array_equal(read_features(path, read_tensor=read_tensor).features, FEATURES)
+    assert np.array_equal(read_features(path).features, FEATURES)
     assert main(["inspect", str(path)]) == 0
     assert "slide2vec" in capsys.readouterr().out
     torch.save({"code": print}, path)

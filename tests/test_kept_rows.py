@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from feature_files import make_features, make_tiles
 
-from gigapath.features import TileEmbeddingsWriter, ours
+from gigapath.features import TileEmbeddingsWriter, gigapath_file
 from gigapath.features.kept_rows import KeptRows
 from gigapath.files import OutputError
 
@@ -21,8 +21,8 @@ ROWS = make_features(60)
 @pytest.fixture(autouse=True)
 def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows are made safe after every block, however quick it was."""
-    monkeypatch.setattr(ours, "KEEP_SECONDS", -1.0)
-    monkeypatch.setattr(ours, "WORTH_SECONDS", -1.0)
+    monkeypatch.setattr(gigapath_file, "KEEP_SECONDS", -1.0)
+    monkeypatch.setattr(gigapath_file, "WORTH_SECONDS", -1.0)
 
 
 def kept(path: Path, identity: str = "one", dtype: str = "float32", step: int = 1) -> KeptRows:
@@ -138,11 +138,11 @@ def test_disk_that_refuses_kept_rows_does_not_end_the_run(tmp_path: Path, monkey
 
 def test_quick_slides_and_full_disks_leave_no_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "a.h5"
-    monkeypatch.setattr(ours, "KEEP_SECONDS", 30.0)
+    monkeypatch.setattr(gigapath_file, "KEEP_SECONDS", 30.0)
     with pytest.raises(OutputError), TileEmbeddingsWriter(path, TILES, embed_dim=6, kept=kept(path)) as writer:
         writer.write(0, ROWS[:20])
         raise OutputError("a.h5 could not be written", errno.ENOSPC)
-    monkeypatch.setattr(ours, "WORTH_SECONDS", 10.0)
+    monkeypatch.setattr(gigapath_file, "WORTH_SECONDS", 10.0)
     with pytest.raises(KeyError):
         write(path, stop=40, fail=True, rows=kept(path))
     assert names(tmp_path) == []

@@ -595,7 +595,7 @@ def test_slide_embed_refuses_features_of_another_encoder_than_the_pairs(
 
 
 def test_slide_embed_needs_features(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="no such file or folder"):
+    with pytest.raises(FileNotFoundError, match="expected a file or folder"):
         slide_embed(tmp_path / "none")
     with pytest.raises(ValueError, match="expected files of tile embeddings"):
         slide_embed(tmp_path)
@@ -659,7 +659,7 @@ def test_signal_stops_the_run_and_a_restart_ends_as_if_unbroken(slides: Path, tm
 def test_stopped_slide_goes_on_behind_its_rows_that_are_safe(
     slides: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, store: str
 ) -> None:
-    monkeypatch.setattr("gigapath.features.ours.WORTH_SECONDS", -1.0)
+    monkeypatch.setattr("gigapath.features.gigapath_file.WORTH_SECONDS", -1.0)
     slide, out = slides / "a.tif", tmp_path / "out"
     embed(slide, tmp_path / "unbroken", store=store)
     assert embed(slide, out, watch=StopAfter(2), store=store).outcome == "stopped"
@@ -684,8 +684,8 @@ def test_stopped_slide_goes_on_behind_its_rows_that_are_safe(
 def test_slide_that_fails_is_retried_behind_its_rows_and_leaves_none_when_it_fails_again(
     slides: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, times: int
 ) -> None:
-    monkeypatch.setattr("gigapath.features.ours.KEEP_SECONDS", -1.0)
-    monkeypatch.setattr("gigapath.features.ours.WORTH_SECONDS", -1.0)
+    monkeypatch.setattr("gigapath.features.gigapath_file.KEEP_SECONDS", -1.0)
+    monkeypatch.setattr("gigapath.features.gigapath_file.WORTH_SECONDS", -1.0)
     slide, out = slides / "a.tif", tmp_path / "out"
     embed(slide, tmp_path / "unbroken")
     last = len(read_tiles(tmp_path / "unbroken/tiles/a.h5")) - 1

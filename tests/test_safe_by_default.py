@@ -16,9 +16,8 @@ import torch
 from gigapath.cohort.status import Status, write_status
 from gigapath.downloads import DOWNLOADS, RELEASES
 from gigapath.features import FeatureFileError
-from gigapath.features.npz import read_npy, read_npz
+from gigapath.features.arrays import read_npy, read_npz, read_tensor
 from gigapath.file_names import safe_name
-from gigapath.tensors import read_tensor
 from gigapath.weights import load_state_dict
 
 ROOT = Path(__file__).parent.parent

@@ -2,13 +2,24 @@
 
 import argparse
 import sys
+from collections import defaultdict
+from collections.abc import Collection
 from pathlib import Path
 
-from gigapath.check import CheckOptions, FileReport, Finding, check_paths
-from gigapath.check.run import SlideChecker, as_json
 from gigapath.cli.arguments import add_json, add_options, options_from
 from gigapath.cli.main import EXIT_FAILED_SLIDES
-from gigapath.tensors import read_tensor
+from gigapath.cohort.status import read_statuses
+from gigapath.embedding.options import CheckOptions
+from gigapath.features.check import (
+    FileReport,
+    FolderReport,
+    as_json,
+    check_file,
+    check_folder,
+    files_to_check,
+    some,
+)
+from gigapath.findings import Finding
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,28 +37,57 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(namespace: argparse.Namespace) -> int:
     """Print what was found; the status is 3 where something is wrong."""
     options = options_from(namespace, CheckOptions)
-    checker: SlideChecker | None = None
+    comparison = None
     if options.slides is not None:
         if not Path(options.slides).exists():
             raise FileNotFoundError(f"--slides: expected a folder, a slide or a manifest, got {options.slides!r}.")
-        from gigapath.check.slides import SlideCheck  # torch, which nothing else of this verb needs
+        from gigapath.embedding.check_slides import SlideCheck  # torch, which nothing else of this verb needs
 
-        checker = SlideCheck(options)
-    say = (lambda report: None) if namespace.json else _print_file
-    reports, folders = check_paths(
-        namespace.paths, options=options, read_tensor=read_tensor, check_slide=checker, after_file=say
-    )
+        comparison = SlideCheck(options)
+    by_folder: dict[Path, list[FileReport]] = defaultdict(list)
+    reports = []
+    for path in files_to_check(namespace.paths):
+        report = check_file(path, tile_size_level0=options.tile_size_level0)
+        report.findings += [] if comparison is None else comparison.check(report)
+        reports.append(report)
+        by_folder[path.parent].append(report)
+        if not namespace.json:
+            _print_findings(str(path), report.findings)
+    folders = []
+    for folder, inside in by_folder.items():
+        unmet = _check_statuses(folder, {report.path.name for report in inside})
+        folders.append(FolderReport(folder, check_folder(folder, inside) + unmet))
     wrong = sum(report.wrong for report in reports), sum(folder.wrong for folder in folders)
     if namespace.json:
         print(as_json(reports, folders))
     else:
-        for folder in folders:
-            _print_findings(f"{folder.path} (folder)", folder.findings)
+        for together in folders:
+            _print_findings(f"{together.path} (folder)", together.findings)
         found = [finding for report in reports for finding in report.findings]
-        found += [finding for folder in folders for finding in folder.findings]
-        notes = sum(not finding.wrong for finding in found)
-        print(_summary(len(reports), wrong, notes))
+        found += [finding for together in folders for finding in together.findings]
+        print(_summary(len(reports), wrong, sum(not finding.wrong for finding in found)))
     return EXIT_FAILED_SLIDES if any(wrong) else 0
+
+
+def _check_statuses(folder: Path, there: Collection[str]) -> list[Finding]:
+    """What the status files of our runs promise, against the names of the files that are there."""
+    findings = []
+    statuses = read_statuses(folder)
+    lost = [
+        slide_id
+        for slide_id, status in statuses.items()
+        if status.status == "done"
+        and f"{slide_id}.h5" not in there
+        and not any(name.startswith(f"{slide_id}.section-") for name in there)
+    ]
+    if lost:
+        text = f"{len(lost)} slides are done by their status, but their files are missing: {some(lost)}."
+        findings.append(Finding("missing-file", text, "They take no part. Run the same command again."))
+    open_ones = [f"{slide_id} ({status.status})" for slide_id, status in statuses.items() if not status.finished]
+    if open_ones:
+        text = f"{len(open_ones)} slides are not finished: {some(open_ones)}."
+        findings.append(Finding("unfinished", text, "They take no part, or with an earlier run's numbers."))
+    return findings
 
 
 def _summary(files: int, wrong: tuple[int, int], notes: int) -> str:
@@ -55,10 +95,6 @@ def _summary(files: int, wrong: tuple[int, int], notes: int) -> str:
     found = "nothing wrong" if not any(wrong) else f"{wrong[0]:,} with something wrong"
     found += f", folders with something wrong: {wrong[1]:,}" if wrong[1] else ""
     return f"{said} checked: {found}" + (f"; notes: {notes:,}." if notes else ".")
-
-
-def _print_file(report: FileReport) -> None:
-    _print_findings(str(report.path), report.findings)
 
 
 def _print_findings(name: str, findings: list[Finding]) -> None:

@@ -5,10 +5,9 @@ import sys
 from pathlib import Path
 
 from gigapath.cli.main import EXIT_FAILED_SLIDES
-from gigapath.convert import FORMATS, Scale, convert
 from gigapath.features import read_features
-from gigapath.features.reading import feature_files
-from gigapath.tensors import read_tensor
+from gigapath.features.other_tools import FORMATS, Scale, convert
+from gigapath.features.reading import find_feature_files
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,6 +27,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="PIXELS",
         help="distance between neighbouring tiles, in the unit of the files' coordinates, where a file does not say",
     )
+    parser.add_argument(
+        "--coordinates",
+        metavar="DIR",
+        help="the folder of CLAM's or slide2vec's coordinates, where they lie in files of their own elsewhere",
+    )
     parser.add_argument("--slide-mpp", type=float, metavar="MPP", help="microns per level-0 pixel of the slides")
     parser.add_argument(
         "--coords-mpp",
@@ -43,12 +47,14 @@ def run(namespace: argparse.Namespace) -> int:
         value = getattr(namespace, name)
         if value is not None and not value > 0:
             raise ValueError(f"--{name.replace('_', '-')}: expected a value above 0, got {value!r}.")
+    if namespace.coordinates is not None and not Path(namespace.coordinates).exists():
+        raise FileNotFoundError(f"--coordinates: expected a folder, got {namespace.coordinates!r}.")
     scale = Scale(namespace.slide_mpp, namespace.coords_mpp)
-    paths = find_features(namespace.features)
+    paths = find_feature_files(namespace.features)
     failed, done = 0, set[str]()
     for path in paths:
         try:
-            found = read_features(path, tile_size_level0=namespace.tile_size_level0, read_tensor=read_tensor)
+            found = read_features(path, tile_size_level0=namespace.tile_size_level0, coordinates=namespace.coordinates)
             if found.slide_id in done:
                 raise ValueError(f"{path}: a second file of slide {found.slide_id!r}. Convert it into another folder.")
             written = convert(found, namespace.to, namespace.out, scale=scale)
@@ -60,19 +66,3 @@ def run(namespace: argparse.Namespace) -> int:
         print(f"{path.name}: {len(found):,} tiles, {found.source} to {namespace.to}: {written[0]}")
     print(f"{len(paths) - failed} of {len(paths)} files converted.")
     return EXIT_FAILED_SLIDES if failed else 0
-
-
-def find_features(words: list[str]) -> list[Path]:
-    """The files that are named, and those in the folders that are named, in order.
-
-    Raises:
-        FileNotFoundError: neither a file nor a folder.
-        ValueError: a folder without such files, or with those of several encoders.
-    """
-    found: list[Path] = []
-    for word in words:
-        path = Path(word)
-        if not path.exists():
-            raise FileNotFoundError(f"{word}: no file or folder of tile embeddings there.")
-        found += feature_files(path) if path.is_dir() else [path]
-    return found

@@ -6,7 +6,6 @@ import sys
 from pathlib import Path
 
 from gigapath.features.describe import describe, in_words
-from gigapath.tensors import read_tensor
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,7 +34,7 @@ def run(namespace: argparse.Namespace) -> int:
         try:
             if path.is_dir():
                 raise ValueError(f"{name}: expected a feature file, got a folder. Name its files: {path}/*.h5.")
-            found = describe(path, tile_size_level0=namespace.tile_size_level0, read_tensor=read_tensor)
+            found = describe(path, tile_size_level0=namespace.tile_size_level0)
         except (ValueError, OSError) as error:
             print(f"gigapath inspect: {error}", file=sys.stderr)
             status = 1

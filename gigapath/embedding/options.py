@@ -145,3 +145,26 @@ class SlideEmbedOptions:
         """What a result is: "slide", "section", or the name of the vectors of tiles."""
         name = parse_embedding(self.embedding)
         return str(name) if name.pooling == "tiles" and self.per == "slide" else self.per
+
+
+@dataclass(frozen=True)
+class CheckOptions:
+    """What `gigapath check` takes beside what the files say."""
+
+    tile_size_level0: float | None = option(
+        None,
+        "distance between neighbouring tiles, in the unit of the files' coordinates, where a file does not say",
+        metavar="PIXELS",
+        above=0,
+    )
+    slides: str | None = option(
+        None, "read tiles of these slides again and compare their embeddings", metavar="DIR|MANIFEST"
+    )
+    sample: int = option(8, "tiles a slide that are read again", at_least=1)
+    tile_encoder: str | None = option(
+        None, "the encoder to compare with (default: the one that the file names)", metavar="NAME"
+    )
+    device: str = option("auto", "where that encoder runs", metavar=_DEVICES)
+
+    def __post_init__(self) -> None:
+        check_options(self)

@@ -12,10 +12,10 @@ from gigapath.devices import at_most_threads
 from gigapath.downloads import RELEASES
 from gigapath.embedding.options import KeepOptions, SlideEmbedOptions
 from gigapath.embedding.slide_encoding import SlideEncoder, load_slide_encoder, usual_slide_encoder
-from gigapath.embedding.slide_stage import SlideStage, describe_features, slides_folder
+from gigapath.embedding.slide_stage import SlideStage, slides_folder
 from gigapath.embedding.slides import only_failed
 from gigapath.features import FeatureFileError
-from gigapath.features.reading import feature_files
+from gigapath.features.reading import find_feature_files, look_at_features, slide_name
 from gigapath.file_names import name_problem, one_line, plain_name, quoted_name
 from gigapath.files import real_path, sha256_of
 from gigapath.machine import available_cores
@@ -51,7 +51,7 @@ def run_slide_embed(
     """
     embedding, options, watch = embedding or SlideEmbedOptions(), options or KeepOptions(), watch or Watcher()
     with StopFlag(watch.stopping) as stop, at_most_threads(available_cores()):
-        entries = find_features(features)
+        entries = entries_of(features)
         out = _output_folder(entries, out)
         encoder_name, width = _first_described(entries)
         slide_encoder = _slide_encoder(embedding, encoder_name, width)
@@ -123,7 +123,7 @@ def _slide_encoder(embedding: SlideEmbedOptions, tile_encoder: str | None, width
     return slide_encoder
 
 
-def find_features(inputs: Sequence[str | Path]) -> list[SlideEntry]:
+def entries_of(inputs: Sequence[str | Path]) -> list[SlideEntry]:
     """The files of tile embeddings that `inputs` name, one entry a slide.
 
     Raises:
@@ -131,21 +131,17 @@ def find_features(inputs: Sequence[str | Path]) -> list[SlideEntry]:
         ValueError: there is no such file in a folder, several encoders' folders, or two files of one slide.
     """
     entries: dict[str, SlideEntry] = {}
-    for name in inputs:
-        path = Path(name)
-        if not path.exists():
-            raise FileNotFoundError(f"no such file or folder of tile embeddings: {path}")
-        for file in feature_files(path) if path.is_dir() else [path]:
-            slide_id, problem = file.name.removesuffix(file.suffix).removesuffix(".patch"), ""
-            wanted = name_problem(slide_id)
-            if wanted is not None:
-                slide_id, problem = quoted_name(slide_id), f"slide id: expected {wanted}. Rename the file."
-            known = entries.get(slide_id)
-            if known is not None and real_path(known.path) != real_path(file):
-                both = f"{one_line(str(known.path))} and {one_line(str(file))}"
-                raise ValueError(f"two files hold the slide '{slide_id}': {both}. Name one of them.")
-            status = read_status(file.parent, slide_id)
-            entries[slide_id] = SlideEntry(slide_id, file, columns=status.columns if status else {}, problem=problem)
+    for file in find_feature_files(inputs):
+        slide_id, problem = slide_name(file), ""
+        wanted = name_problem(slide_id)
+        if wanted is not None:
+            slide_id, problem = quoted_name(slide_id), f"slide id: expected {wanted}. Rename the file."
+        known = entries.get(slide_id)
+        if known is not None and real_path(known.path) != real_path(file):
+            both = f"{one_line(str(known.path))} and {one_line(str(file))}"
+            raise ValueError(f"two files hold the slide '{slide_id}': {both}. Name one of them.")
+        status = read_status(file.parent, slide_id)
+        entries[slide_id] = SlideEntry(slide_id, file, columns=status.columns if status else {}, problem=problem)
     return list(entries.values())
 
 
@@ -164,7 +160,8 @@ def _first_described(entries: Sequence[SlideEntry]) -> tuple[str | None, int]:
     error: Exception | None = None
     for entry in entries:
         try:
-            return describe_features(entry.path)
+            facts = look_at_features(entry.path)
+            return facts.encoder, facts.width
         except (FeatureFileError, OSError) as problem:
             error = error or problem
     raise ValueError(f"none of {slides_in_words(len(entries))} has readable tile embeddings: {error}")

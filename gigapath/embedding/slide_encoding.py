@@ -176,7 +176,7 @@ class SlideEncoder:
 
         Args:
             tiles: the tile embeddings, with cells, N at least 1.
-            name: a name of `gigapath.features.names` that ends with `:tiles`.
+            name: a name of `gigapath.features.data` that ends with `:tiles`.
             after_layer: called after each layer; it may raise to stop.
 
         Returns:

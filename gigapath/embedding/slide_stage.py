@@ -24,9 +24,9 @@ from gigapath.features import (
     write_tile_vectors,
 )
 from gigapath.features.data import Array
-from gigapath.features.h5 import open_h5, read_attrs
-from gigapath.features.ours import open_ours, stage_of
-from gigapath.tensors import read_tensor
+from gigapath.features.gigapath_file import open_ours
+from gigapath.features.h5 import read_attrs
+from gigapath.features.reading import is_ours
 
 # What a slide's file repeats of its tile embeddings.
 _CARRIED = ("encoder", "weights_sha256", "transform", "precision", "device", "batch_shape", "store", "mpp", "tile_size")
@@ -210,7 +210,6 @@ class SlideStage:
             path,
             tile_size_level0=self.tile_size_level0,
             cells=self.encoder.model is not None,
-            read_tensor=read_tensor,
         )
         self._check_encoder(tiles.encoder)
         self.encoder.check_pair(tiles.encoder, tiles.embed_dim)
@@ -231,20 +230,3 @@ def _described(tiles: TileEmbeddings) -> Mapping[str, Any]:
 def _files_of_sections(status: Status) -> list[str]:
     pieces = str(status.facts.get("section_numbers", "")).split()
     return [f"{section_name(status.slide_id, int(piece))}.h5" for piece in pieces]
-
-
-def describe_features(path: Path) -> tuple[str | None, int]:
-    """(tile encoder that is named, width D) of a file of tile embeddings."""
-    if is_ours(path):
-        with open_ours(path, "features") as file:
-            return read_attrs(file).get("encoder"), int(file["features"].shape[1])
-    tiles = read_features(path, cells=False, read_tensor=read_tensor)
-    return tiles.encoder, tiles.embed_dim
-
-
-def is_ours(path: Path) -> bool:
-    """Whether a file is one of this package's, rather than another tool's."""
-    if path.suffix != ".h5":
-        return False
-    with open_h5(path) as file:
-        return stage_of(file) is not None

@@ -5,13 +5,14 @@ from gigapath.features.data import (
     NUMERICS_VERSION,
     SLIDE_NUMERICS_VERSION,
     TILES_NUMERICS_VERSION,
+    EmbeddingName,
     FeatureFileError,
     SlideEmbeddings,
     TileEmbeddings,
     Tiles,
+    parse_embedding,
 )
-from gigapath.features.names import EmbeddingName, parse_embedding
-from gigapath.features.ours import (
+from gigapath.features.gigapath_file import (
     TileEmbeddingsWriter,
     read_slide,
     read_tiles,

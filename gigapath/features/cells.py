@@ -1,8 +1,12 @@
-"""From tile coordinates to cells of the slide encoder's grid."""
+"""The geometry of tiles: cells of the slide encoder's grid from coordinates; pixels and scale as files state them."""
+
+import json
+import math
+from typing import Any
 
 import numpy as np
 
-from gigapath.features.data import Array, FeatureFileError
+from gigapath.features.data import Array, Attrs, FeatureFileError
 
 OPTION = "--tile-size-level0"
 
@@ -105,3 +109,57 @@ def _first_twin(cells: Array) -> tuple[int, int] | None:
         return None
     first, second = sorted((int(order[same[0]]), int(order[same[0] + 1])))
     return first, second
+
+
+def as_number(value: Any) -> float | None:
+    """An attribute as a number: stored as one, as text, or as an array whose entries are all the same; else None."""
+    if isinstance(value, tuple | list):
+        found = {as_number(entry) for entry in value[:3]} if len(value) <= 2 else {None}
+        return found.pop() if len(found) == 1 else None
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        return None
+    try:
+        number = float(value)
+    except (ValueError, OverflowError):
+        return None
+    return number if math.isfinite(number) else None
+
+
+def as_pair(value: Any) -> tuple[float, float] | None:
+    """An attribute as a positive measure (x, y): one or two numbers, in any form that `as_number` takes; else None."""
+    sides = [as_number(entry) for entry in (value if isinstance(value, tuple | list) and len(value) == 2 else (value,))]
+    x, y = sides[0], sides[-1]
+    return (x, y) if x is not None and y is not None and min(x, y) > 0 else None
+
+
+def all_facts(attrs: Attrs) -> dict[str, Any]:
+    """What the file says of itself, and what the file that it was converted from said."""
+    try:
+        earlier = json.loads(attrs["converted_attrs"])
+    except (KeyError, TypeError, ValueError):  # a file of the tool itself
+        earlier = {}
+    return {**(earlier if isinstance(earlier, dict) else {}), **attrs}
+
+
+def tile_pixels(attrs: Attrs, source: str) -> int | None:
+    """Side of a tile in pixels, where the file says so.
+
+    Args:
+        attrs: all attributes of the file.
+        source: the tool that wrote it.
+    """
+    facts, origin = all_facts(attrs), attrs.get("converted_from", source)
+    for name in ("tile_size", "tile_size_px", "requested_tile_size_px", "patch_size"):
+        value = as_number(facts.get(name))
+        # CLAM's and Mussel's patch_size counts pixels of a level, not of the encoder's input.
+        if value is not None and not (name == "patch_size" and origin in ("clam", "mussel")):
+            return int(value)
+    return None
+
+
+def tile_mpp(attrs: Attrs) -> float | None:
+    """Microns per pixel of a tile, where the file says so."""
+    facts = all_facts(attrs)
+    value = as_number(facts.get("mpp") or facts.get("requested_spacing_um"))
+    microns, pixels = as_number(facts.get("tile_size_um")), as_number(facts.get("tile_size_px"))
+    return microns / pixels if value is None and microns is not None and pixels else value

@@ -1,17 +1,15 @@
 """What a feature file is, for people and for machines: behind `gigapath inspect`."""
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from gigapath.features.cells import observed_step, row_major
-from gigapath.features.data import FRAMES, GRID, Array, FeatureFileError
-from gigapath.features.foreign import TensorReader, coordinates_file_step
-from gigapath.features.h5 import open_h5, read_attrs, read_dataset
-from gigapath.features.ours import read_slide, read_tiles, stage_of
-from gigapath.features.reading import read_features
-from gigapath.features.scale import tile_mpp
+from gigapath.features.cells import OPTION, as_number, cells_of, observed_step, row_major, tile_mpp
+from gigapath.features.check import check_contents
+from gigapath.features.contents import Contents, read_contents
+from gigapath.features.data import FRAMES, FeatureFileError
 
 _TOOLS = {
     "gigapath": "gigapath",
@@ -24,189 +22,90 @@ _TOOLS = {
     "unknown": "an unknown tool",
 }
 
+# Findings that leave nothing to describe.
+_UNUSABLE = ("shapes", "coords-not-finite", "not-finite", "incomplete")
+# Findings that bear on what the file is; whether its numbers are right is asked of `gigapath check`.
+_WARNINGS = (
+    *("no-encoder", "untrained", "no-tiles", "no-step", "off-grid", "pitch", "neighbours", "cells-shared"),
+    *("cells", "outside-slide", "beyond-grid"),
+)
 
-def describe(
-    path: Path | str, *, tile_size_level0: float | None = None, read_tensor: TensorReader | None = None
-) -> dict[str, Any]:
+
+def describe(path: Path | str, *, tile_size_level0: float | None = None) -> dict[str, Any]:
     """Say what a feature file is.
 
     Args:
         path: an `.h5`, `.npz` or `.pt` file, ours or another tool's.
         tile_size_level0: as for `read_features`.
-        read_tensor: as for `read_features`.
 
     Returns:
-        plain JSON values: `file`, `kind` ("tile embeddings", "tiles", "slide embeddings", "tile coordinates"), `tool`,
-        `slide_id`, `complete` (None where the tool has no such mark), `warnings`, `attrs`; for tiles `tiles`, `frame`,
-        `step`, `columns`, `rows`, `order`, `mpp`; for embeddings `width`, `dtype`, `encoder`, `precision`,
-        `numerics_version`, `weights_sha256`, and for slides `embeddings` and `trained`.
+        plain JSON values: `file`, `kind` (as `Contents.kind`), `tool`, `slide_id`, `complete` (None where the tool has
+        no such mark), `warnings`, `attrs`; for tiles `tiles`, `frame`, `step`, `columns`, `rows`, `order`, `mpp`; for
+        embeddings `width`, `dtype`, `encoder`, `precision`, `numerics_version`, `weights_sha256`, and for slides
+        `embeddings` and `trained`.
 
     Raises:
         FileNotFoundError: no such file.
         FeatureFileError: a file that can't be read, or one that holds none of these.
     """
     path = Path(path)
-    stage, coordinates = None, None
-    if path.suffix not in (".npz", ".pt"):
-        with open_h5(path) as file:
-            stage = stage_of(file)
-            coordinates = None if stage else coordinates_file_step(file)
-    if stage == "tiles":
-        found = _of_tiles(path)
-    elif stage == "slide":
-        found = _of_slide(path)
-    elif coordinates is not None:
-        found = _of_coordinates(path, *coordinates)
-    else:
-        found = _of_embeddings(path, tile_size_level0, read_tensor)
-    return {"file": path.name, **found}
-
-
-def _of_embeddings(path: Path, stated: float | None, read_tensor: TensorReader | None) -> dict[str, Any]:
-    warnings: list[str] = []
-    try:
-        held = read_features(path, tile_size_level0=stated, order="file", read_tensor=read_tensor)
-    except FeatureFileError as error:
-        # Whatever is wrong beside the cells stands in the way again, and is raised then.
-        held = read_features(path, cells=False, read_tensor=read_tensor)
-        warnings.append(str(error))
+    held = read_contents(path, tile_size_level0=tile_size_level0)
+    findings = check_contents(held).findings
+    for finding in findings:
+        if finding.name in _UNUSABLE:
+            raise FeatureFileError(f"{path.name}: {finding.text}")
     attrs = held.attrs
-    if held.cells is not None:
-        warnings += _about_cells(held.cells)
-    if held.encoder is None:
-        warnings.append(
-            "it does not name its tile encoder; the width alone does not tell it (GigaPath, UNI2-h and H-optimus are "
-            "all 1536 wide)."
-        )
-    return {
-        "kind": "tile embeddings",
-        **_identity(held.source, held.slide_id, attrs),
-        "tiles": len(held),
-        "width": held.embed_dim,
-        "dtype": str(held.features.dtype),
-        "encoder": held.encoder,
-        "weights_sha256": attrs.get("weights_sha256"),
-        "precision": attrs.get("precision"),
-        "mpp": tile_mpp(held.attrs),
-        **_places(held.frame, held.tile_size_level0, held.cells, held.coords),
-        "complete": True if held.source == "gigapath" else None,
-        "warnings": warnings,
-        "attrs": _plain(attrs),
-    }
-
-
-def _of_tiles(path: Path) -> dict[str, Any]:
-    tiles = read_tiles(path)
-    return {
-        "kind": "tiles",
-        **_identity("gigapath", tiles.slide_id, _root_attrs(path)),
-        "tiles": len(tiles),
-        "mpp": tiles.mpp,
-        **_places("level0", float(np.mean(tiles.tile_size_level0)), tiles.cells, tiles.coords_level0),
-        "complete": True,
-        "warnings": _about_cells(tiles.cells),
-        "attrs": _plain(tiles.attrs),
-    }
-
-
-def _of_slide(path: Path) -> dict[str, Any]:
-    slide = read_slide(path)
-    attrs = slide.attrs
-    names = ["tile-mean"]
-    for pooling in ("mean", "class"):
-        states = getattr(slide, f"states_{pooling}")
-        if getattr(slide, f"default_{pooling}") is not None:
-            names.append(f"default:{pooling}")
-        if states is not None:
-            names += [f"state:0:{pooling} to state:{len(states) - 1}:{pooling}"]
-    held = next((value for value in (slide.default_mean, slide.default_class) if value is not None), slide.tile_mean)
-    untrained = attrs.get("trained") is False
-    return {
-        "kind": "slide embeddings",
-        **_identity("gigapath", slide.slide_id, _root_attrs(path)),
-        "width": int(held.shape[1]),
-        "dtype": "float32",
-        "encoder": attrs.get("encoder"),
-        "slide_encoder": attrs.get("slide_encoder"),
-        "weights_sha256": attrs.get("weights_sha256"),
-        "precision": attrs.get("precision"),
-        "mpp": attrs.get("mpp"),
-        "embeddings": names,
-        "trained": attrs.get("trained"),
-        "complete": True,
-        "warnings": ["the slide encoder's weights are random: its vectors mean nothing."] if untrained else [],
-        "attrs": _plain(attrs),
-    }
-
-
-def _of_coordinates(path: Path, tool: str, step: tuple[float, float] | None) -> dict[str, Any]:
-    with open_h5(path) as file:
-        coords = read_dataset(file, "coords")
-        attrs = {**read_attrs(file), **read_attrs(file["coords"])}
-    return {
-        "kind": "tile coordinates",
-        **_identity(tool, path.stem, attrs),
-        "tiles": len(coords),
-        "mpp": None,
-        **_places("level0", None if step is None else float(np.mean(step)), None, coords),
-        "complete": None,
-        "warnings": ["it holds coordinates without embeddings."],
-        "attrs": _plain(attrs),
-    }
-
-
-def _root_attrs(path: Path) -> dict[str, Any]:
-    """All attributes at the root, those too that are the reader's own business."""
-    with open_h5(path) as file:
-        return read_attrs(file)
-
-
-def _identity(source: str, slide_id: str, attrs: Any) -> dict[str, Any]:
     version = attrs.get("package_version") or attrs.get("stamp_version")
-    return {
-        "tool": source,
+    found: dict[str, Any] = {
+        "file": path.name,
+        "kind": held.kind,
+        "tool": held.tool,
         "tool_version": None if version is None else str(version),
-        "slide_id": slide_id,
+        "slide_id": held.slide_id,
         "numerics_version": attrs.get("numerics_version"),
     }
+    if held.coords is not None:
+        found |= {"tiles": len(held.coords), "mpp": tile_mpp(attrs), **_places(held)}
+    vectors = held.features
+    if held.vectors:
+        found |= {"mpp": as_number(attrs.get("mpp")), "slide_encoder": held.slide_encoder}
+        found |= {"embeddings": _names(held), "trained": attrs.get("trained")}
+        vectors = held.vectors.get("default_mean", held.vectors.get("default_class", next(iter(held.vectors.values()))))
+    if vectors is not None:
+        found |= {"tiles": len(vectors)} if held.kind == "vectors" else {}
+        found |= {"width": int(vectors.shape[1]), "dtype": str(vectors.dtype), "encoder": held.encoder}
+        found |= {name: attrs.get(name) for name in ("weights_sha256", "precision")}
+    warnings = [finding.text for finding in findings if finding.name in _WARNINGS]
+    if held.tool == "published" and held.step is None:  # whose readers take 256 for granted
+        warnings.append(f"it does not say how far apart its tiles lie. State it with {OPTION}.")
+    plain = {name: list(value) if isinstance(value, tuple) else value for name, value in sorted(attrs.items())}
+    return {**found, "complete": held.complete, "warnings": warnings, "attrs": plain}
 
 
-def _places(frame: str, step: float | None, cells: Array | None, coords: Array) -> dict[str, Any]:
+def _names(held: Contents) -> list[str]:
+    """The slide embeddings of a file, by the names that `read_slides` takes; another tool's by its dataset's."""
+    names = ["tile-mean"] if "tile_mean" in held.vectors else []
+    for pooling in ("mean", "class"):
+        states = held.vectors.get(f"states_{pooling}")
+        names += [f"default:{pooling}"] if f"default_{pooling}" in held.vectors else []
+        names += [] if states is None else [f"state:0:{pooling} to state:{len(states) - 1}:{pooling}"]
+    return names or list(held.vectors)
+
+
+def _places(held: Contents) -> dict[str, Any]:
+    coords, cells = held.coords, held.cells
+    assert coords is not None
+    if cells is None and held.step is not None:
+        with contextlib.suppress(FeatureFileError):  # which the warnings say
+            cells = cells_of(coords, held.step, who=held.path.name)
     spans: dict[str, Any] = {"columns": None, "rows": None, "order": None}
     if cells is not None and len(cells):
         low, high = cells.min(axis=0).tolist(), cells.max(axis=0).tolist()
-        by_row = row_major(cells) is None
-        by_column = row_major(cells[:, ::-1]) is None
+        by_row, by_column = row_major(cells) is None, row_major(cells[:, ::-1]) is None
         order = "row-major" if by_row else "column-major" if by_column else "neither by row nor by column"
         spans = {"columns": [low[0], high[0]], "rows": [low[1], high[1]], "order": order}
-    seen = observed_step(coords) if coords.ndim == 2 and coords.shape[1] == 2 else None
-    return {"frame": frame, "unit": FRAMES[frame], "step": step, "closest": seen, **spans}
-
-
-def _about_cells(cells: Array) -> list[str]:
-    if len(cells) == 0:
-        return ["it has no tiles."]
-    found = []
-    gap = observed_cell_gap(cells)
-    if gap is not None and gap > 1:
-        found.append(
-            f"its closest tiles lie {gap} cells apart, where neighbours are expected: the stated distance between "
-            f"tiles is off by that factor, or every tile between was dropped."
-        )
-    low, high = int(cells.min()), int(cells.max())
-    if low < -1 or high >= GRID:
-        found.append(f"its cells run from {low} to {high}, beyond the slide encoder's 0 to {GRID - 1}.")
-    return found
-
-
-def observed_cell_gap(cells: Array) -> int | None:
-    """The smallest distance, in cells, between two occupied columns or rows; None where there is one of each."""
-    gaps = np.concatenate([np.diff(np.unique(cells[:, axis])) for axis in (0, 1)])
-    return int(gaps.min()) if len(gaps) else None
-
-
-def _plain(attrs: Any) -> dict[str, Any]:
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in sorted(attrs.items())}
+    step = None if held.step is None else float(np.mean(held.step))
+    return {"frame": held.frame, "unit": FRAMES[held.frame], "step": step, "closest": observed_step(coords), **spans}
 
 
 def in_words(description: dict[str, Any]) -> list[str]:

@@ -10,13 +10,12 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import h5py
 import numpy as np
 
 from gigapath.features.data import Array, FeatureFileError
-from gigapath.features.heap import heaps_are_sound
 from gigapath.files import OutputError, discard, is_write_error, open_temporary, output_error, publish
 
 
@@ -39,6 +38,7 @@ def open_h5(path: Path | str) -> Iterator[h5py.File]:
         raise FeatureFileError(f"{path.name}: expected an HDF5 file, {_what_it_is(path, error)}.") from error
     with file:
         try:
+            _check_links(path, file)
             if not heaps_are_sound(path, file):
                 raise FeatureFileError(f"{path.name}: its text attributes are damaged. Make it again or fetch it anew.")
             yield file
@@ -50,7 +50,24 @@ def open_h5(path: Path | str) -> Iterator[h5py.File]:
             ) from error
 
 
+def _check_links(path: Path, file: h5py.File) -> None:
+    """Refuse what would open another file, or wait for a pipe: links are looked at, never followed, and datasets are
+    asked how they are stored before anything else."""
+    for name in file:
+        try:
+            inside = isinstance(file.get(name, getlink=True), h5py.HardLink)
+        except TypeError:  # a kind of link that somebody defined
+            inside = False
+        if inside:
+            item = file[name]
+            inside = not (isinstance(item, h5py.Dataset) and (item.is_virtual or item.external))
+        if not inside:
+            raise FeatureFileError(f"{path.name}: its {name[:80]!r} lies in another file. Copy it into this one.")
+
+
 def _what_it_is(path: Path, error: Exception) -> str:
+    if "already open" in str(error):
+        return "got one that this process is writing. Close it first"
     with path.open("rb") as file:
         start = file.read(8)
     if not start:
@@ -67,43 +84,67 @@ def _first_line(error: Exception) -> str:
     return lines[0][:160] if lines else type(error).__name__
 
 
-# gzip packs at most 1032 bytes into one; the other filters of HDF5 pack less.
+# gzip packs at most 1032 bytes into one, the other filters of HDF5 less. Numbers that mean something don't pack so
+# well: beyond what any file may take, their ratio is bounded too, and no chunk is larger than its dataset.
 _MOST_PACKED = 1100
+_MOST_PACKED_NUMBERS = 32
+_ANY_FILE = 1 << 26  # bytes
+_KINDS = {"O": "texts or references", "S": "texts", "b": "truth values", "c": "complex numbers", "V": "records"}
 
 
-def read_dataset(file: h5py.File, name: str) -> Array:
+def read_dataset(file: h5py.File, name: str, *, kinds: str = "iuf") -> Array:
     """A top-level dataset as an array; errors as `find_dataset`."""
-    return np.asarray(find_dataset(file, name)[()])
+    return np.asarray(find_dataset(file, name, kinds=kinds)[()])
 
 
-def find_dataset(file: h5py.File, name: str) -> h5py.Dataset:
-    """A top-level dataset, safe to read; a missing one, one that lies in another file, or one that claims more than
-    the file holds, is an error."""
+def find_dataset(file: h5py.File, name: str, *, kinds: str = "iuf") -> h5py.Dataset:
+    """A top-level dataset, safe to read.
+
+    Args:
+        file: as `open_h5` gives it.
+        name: of the dataset.
+        kinds: numpy's letters for the types that are taken.
+
+    Raises:
+        FeatureFileError: it is missing, of another type, or claims more than the file holds.
+    """
     path = Path(file.filename)
     found = file.get(name)
     if not isinstance(found, h5py.Dataset):
-        held = ", ".join(sorted(file)) or "nothing"
+        held = ", ".join(sorted(file)[:10]) or "nothing"
         raise FeatureFileError(f"{path.name}: expected a dataset {name!r}, got {held}. Name a feature file.")
     if found.shape is None:
         raise FeatureFileError(f"{path.name}: its dataset {name!r} holds nothing. Make it again.")
-    if found.external or found.is_virtual or found.file.filename != file.filename:
-        raise FeatureFileError(f"{path.name}: its dataset {name!r} lies in another file. Copy it into this one.")
+    if found.dtype.kind not in kinds:
+        what = _KINDS.get(found.dtype.kind, str(found.dtype))
+        raise FeatureFileError(f"{path.name}: its dataset {name!r} holds {what} where numbers are expected.")
     size = found.dtype.itemsize * int(np.prod(found.shape, dtype=object))
     # Chunks that were never written cost nothing on disk and everything in memory.
     stored = path.stat().st_size if found.chunks is None else found.id.get_storage_size()
-    if size > stored * (1 if found.id.get_create_plist().get_nfilters() == 0 else _MOST_PACKED):
+    packed = found.id.get_create_plist().get_nfilters() > 0
+    if size > stored * (_MOST_PACKED if packed else 1):
         raise FeatureFileError(f"{path.name}: its dataset {name!r} is cut short. Make it again or fetch it anew.")
+    chunk = 0 if found.chunks is None else found.dtype.itemsize * int(np.prod(found.chunks, dtype=object))
+    if size > max(_ANY_FILE, stored * _MOST_PACKED_NUMBERS) or chunk > max(_ANY_FILE, size):
+        claimed = max(size, chunk)
+        raise FeatureFileError(
+            f"{path.name}: its dataset {name!r} of {stored:,} bytes claims {claimed:,} in memory. Make it again."
+        )
     return found
 
 
 # Kinds of attributes that are read. No tool needs others, and HDF5 crashes on damaged ones of variable length.
 _READ_TYPES = (h5py.h5t.TypeIntegerID, h5py.h5t.TypeFloatID, h5py.h5t.TypeEnumID, h5py.h5t.TypeStringID)
+_MOST_ATTRS, _MOST_ATTR_BYTES = 1000, 1 << 20
 
 
 def read_attrs(item: Any) -> dict[str, Any]:
     """The attributes of a file or dataset as plain values: text as str, numbers as Python numbers, arrays as tuples;
-    "None" as TRIDENT and we write it is None. Attributes of other kinds (compounds, references) are left out."""
+    "None" as TRIDENT and we write it is None. Attributes of other kinds (compounds, references) and of more than a
+    megabyte are left out."""
     attrs = item.attrs
+    if len(attrs) > _MOST_ATTRS:
+        raise FeatureFileError(f"{Path(item.file.filename).name}: it has {len(attrs):,} attributes. Make it again.")
     return {str(name): plain_value(attrs[name]) for name in attrs if _is_readable(attrs, name)}
 
 
@@ -114,7 +155,10 @@ def read_attr(item: Any, name: str) -> Any:
 
 
 def _is_readable(attrs: h5py.AttributeManager, name: str) -> bool:
-    return isinstance(attrs.get_id(name).get_type(), _READ_TYPES)
+    held = attrs.get_id(name)
+    kind = held.get_type()
+    size = kind.get_size() * held.get_space().get_simple_extent_npoints()
+    return isinstance(kind, _READ_TYPES) and size <= _MOST_ATTR_BYTES
 
 
 def plain_value(value: Any) -> Any:
@@ -287,3 +331,81 @@ class H5Writer:
 def is_complete(file: h5py.File) -> bool:
     """True where one of our files was finished."""
     return bool(read_attr(file, "complete"))
+
+
+# Where HDF5 trusts what it reads: text attributes lie in "global heap collections", and on a damaged one HDF5 loops
+# for ever, which no `except` can catch. So its chain of objects is walked here first (HDF5 File Format Specification,
+# section III.E): `GCOL`, version 1, three zero bytes, the collection's size (8 bytes), then objects of index (2),
+# references (2), zeros (4), size (8) and data padded to 8 bytes; index 0 is free space, its size with header.
+_SIGNATURE = b"GCOL\x01\0\0\0"
+_HEADER = 16
+_PIECE = 1 << 20
+
+
+def heaps_are_sound(path: Path, file: h5py.File) -> bool:
+    """True where every global heap collection of an open file can be walked to its end.
+
+    The stored numbers of contiguous datasets are skipped, so our own files cost a few kB of reading.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as raw:
+        for start, stop in _gaps(_contiguous(file, size), size):
+            for position in _find(raw, start, stop):
+                if not _walk(raw, position, size):
+                    return False
+    return True
+
+
+def _contiguous(file: h5py.File, size: int) -> list[tuple[int, int]]:
+    """Where the numbers of top-level contiguous datasets lie: (first byte, byte after the last); a place that can't
+    be is left out, and so searched."""
+    spans = []
+    for item in file.values():
+        if isinstance(item, h5py.Dataset) and item.chunks is None:
+            start, held = item.id.get_offset(), item.id.get_storage_size()
+            if start is not None and held == item.nbytes and start + held <= size:
+                spans.append((int(start), int(start + held)))
+    return sorted(spans)
+
+
+def _gaps(spans: list[tuple[int, int]], size: int) -> list[tuple[int, int]]:
+    """What `spans` leave of a file."""
+    gaps, end = [], 0
+    for start, stop in spans:
+        if start > end:
+            gaps.append((end, min(start, size)))
+        end = max(end, stop)
+    return [*gaps, (end, size)]
+
+
+def _find(raw: BinaryIO, start: int, stop: int) -> list[int]:
+    """The positions of collections in a part of the file."""
+    found = []
+    while start < stop:
+        raw.seek(start)
+        # A little further than the piece, so that a signature across its end is seen whole.
+        piece = raw.read(min(_PIECE, stop - start) + len(_SIGNATURE) - 1)
+        at = piece.find(_SIGNATURE)
+        while at >= 0:
+            found.append(start + at)
+            at = piece.find(_SIGNATURE, at + 1)
+        start += _PIECE
+    return found
+
+
+def _walk(raw: BinaryIO, position: int, size: int) -> bool:
+    """Go through the objects of one collection; False where one does not fit."""
+    raw.seek(position + 8)
+    length = int.from_bytes(raw.read(8), "little")
+    if length < _HEADER or position + length > size:
+        return True  # HDF5 sees this by itself
+    content = raw.read(length - _HEADER)
+    at = 0
+    while len(content) - at >= _HEADER:
+        index = int.from_bytes(content[at : at + 2], "little")
+        held = int.from_bytes(content[at + 8 : at + 16], "little")
+        step = held if index == 0 else _HEADER + (held + 7) // 8 * 8
+        if step < _HEADER or at + step > len(content):
+            return False
+        at += step
+    return True

@@ -1,39 +1,170 @@
-"""The one reader of tile embeddings: our files and other tools', to the same dataclass."""
+"""Which files hold tile embeddings, and the one reader of them: our files and other tools', to the same dataclass."""
 
+import fnmatch
+import os
+import zipfile
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from gigapath.features.cells import OPTION, cells_of, observed_step, row_major
-from gigapath.features.data import Array, FeatureFileError, TileEmbeddings
-from gigapath.features.foreign import Held, TensorReader, read_foreign_h5, read_slide2vec
-from gigapath.features.h5 import open_h5, read_attrs, read_dataset
-from gigapath.features.ours import open_ours, stage_of
+from gigapath.features.cells import OPTION, as_pair, cells_of, observed_step, row_major
+from gigapath.features.data import Array, Attrs, FeatureFileError, TileEmbeddings
+from gigapath.features.gigapath_file import check_ours, open_ours, stage_of
+from gigapath.features.h5 import find_dataset, open_h5, read_attrs, read_dataset
+from gigapath.features.other_tools import COORDINATES, Held, read_other_tool, two_axes
+from gigapath.files import is_hidden, real_path
 
 # Looked for in this order: a folder that holds some of the first holds no features under the others.
-_SUFFIXES = (".h5", ".npz", ".pt")
+SUFFIXES = (".h5", ".npz", ".pt")
+# Folders of a run, ours or another tool's, that hold something else than tile embeddings.
+_OTHER_FOLDERS = ("tiles", "patches", "slides_*", "slide_features_*", "slide_embeddings", "maps", "private", "runs")
+# What `gigapath map` and `gigapath export` write: no tile embeddings, and no fault where they lie in the folder.
+_NO_FEATURES = ({"values.npy", "cells.npy"}, {"slide_ids.npy", "vectors.npy"})
+# Attributes by which files say how far apart their tiles lie (ours, TRIDENT's, CLAM's and Mussel's, STAMP's).
+_STEPS = ("tile_size_level0", "patch_size_level0", "patch_size", "step_size", "tile_size_um", "tile_size_lv0")
 
 # Rows that are looked at at once, so that a check needs no second copy of a large array.
 _CHECK_ROWS = 4096
 
 
-def feature_files(folder: Path) -> list[Path]:
-    """The files of tile embeddings below a folder; of a run's output folder those of its one `features_*`.
+def list_feature_files(folder: Path, *, leave_out: Sequence[str] = ()) -> list[Path]:
+    """Every file below a folder that may be a feature file of any kind, sorted.
+
+    Hidden files and folders, temporary files, maps, tables and slide2vec's coordinates are none.
+
+    Args:
+        folder: the folder.
+        leave_out: patterns of the names of folders that are not entered.
+    """
+    found, seen = [], set[Path]()
+    for place, folders, names in os.walk(folder, followlinks=True):
+        folders[:] = [
+            name
+            for name in folders
+            if not is_hidden(name) and not any(fnmatch.fnmatchcase(name, pattern) for pattern in leave_out)
+        ]
+        real = real_path(Path(place))
+        if real in seen:  # a link to a folder above
+            folders.clear()
+            continue
+        seen.add(real)
+        paths = [Path(place, name) for name in names if Path(name).suffix in SUFFIXES and not is_hidden(name)]
+        found += [path for path in paths if not path.name.endswith(COORDINATES) and not _is_map_or_table(path)]
+    return sorted(found)
+
+
+def _is_map_or_table(path: Path) -> bool:
+    """Whether an .npz is a map or an exported table; one that can't be opened counts as a feature file."""
+    if path.suffix != ".npz" or not path.is_file():
+        return False
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = set(archive.namelist())
+    except (OSError, zipfile.BadZipFile):
+        return False
+    return any(own <= names for own in _NO_FEATURES)
+
+
+def find_feature_files(inputs: Path | str | Iterable[Path | str]) -> list[Path]:
+    """The files of tile embeddings that are named, and those below folders that are named, each once.
+
+    Of a run's folder, ours or another tool's, these are the files of its one encoder.
 
     Raises:
-        ValueError: there is none, or the run holds those of several encoders.
+        FileNotFoundError: an input does not exist.
+        ValueError: there is none in a folder, or those of several encoders.
     """
-    of_a_run = sorted(path for path in folder.glob("features_*") if path.is_dir())
-    if len(of_a_run) > 1:
-        names = ", ".join(path.name for path in of_a_run)
+    found: dict[Path, None] = {}
+    for path in map(Path, [inputs] if isinstance(inputs, Path | str) else inputs):
+        if not path.exists():
+            raise FileNotFoundError(f"{path}: expected a file or folder of tile embeddings, found none.")
+        found.update(dict.fromkeys(_inside(path) if path.is_dir() else [path]))
+    return list(found)
+
+
+def _inside(folder: Path) -> list[Path]:
+    files = list_feature_files(folder, leave_out=_OTHER_FOLDERS)
+    of_encoders: dict[str, list[Path]] = {}
+    for path in files:
+        below = path.relative_to(folder).parts[:-1]
+        name = next((part for part in below if part.startswith("features_")), None)
+        if name is not None:
+            of_encoders.setdefault(name, []).append(path)
+    if len(of_encoders) > 1:
+        names = ", ".join(sorted(of_encoders))
         raise ValueError(f"{folder}: expected the tile embeddings of one encoder, got {names}. Name one of them.")
-    for suffix in _SUFFIXES:
-        inside = (of_a_run[0] if of_a_run else folder).rglob(f"*{suffix}")
-        found = sorted(path for path in inside if not path.is_dir())
+    files = next(iter(of_encoders.values()), files)
+    for suffix in SUFFIXES:
+        found = [path for path in files if path.suffix == suffix]
         if found:
             return found
-    raise ValueError(f"{folder}: expected files of tile embeddings ({', '.join(_SUFFIXES)}), found none.")
+    raise ValueError(f"{folder}: expected files of tile embeddings ({', '.join(SUFFIXES)}), found none.")
+
+
+def slide_name(path: Path) -> str:
+    """The slide of a feature file by its name: without the suffix, and without Mussel's `.patch`."""
+    return path.name.removesuffix(path.suffix).removesuffix(".patch")
+
+
+@dataclass(frozen=True)
+class FeatureFacts:
+    """What a file of tile embeddings says of itself.
+
+    Attributes:
+        tiles: N.
+        width: D.
+        encoder: the tile encoder that it names, or None.
+        attrs: all attributes together.
+        ends: the first and the last embeddings, which tell slides apart.
+        states_step: it says how far apart its tiles lie.
+    """
+
+    tiles: int
+    width: int
+    encoder: str | None
+    attrs: Attrs
+    ends: Array
+    states_step: bool
+
+
+def look_at_features(path: Path) -> FeatureFacts:
+    """What a file says of itself; the embeddings of an h5 file are not read, but for a few.
+
+    Raises:
+        FileNotFoundError: no such file.
+        FeatureFileError: not a file of tile embeddings, one that is cut off or has no coordinates.
+    """
+    if path.suffix != ".h5":
+        found = read_features(path, cells=False)
+        return _facts(found.features.shape, found.encoder, found.attrs, found.features[:4], found.features[-4:])
+    with open_h5(path) as file:
+        if stage_of(file) is not None:
+            check_ours(file, "features")
+        name = "feats" if "feats" in file else "features"
+        if name not in file or "coords" not in file:
+            inside = ", ".join(sorted(file)[:10]) or "nothing"
+            raise FeatureFileError(f"{path.name}: expected datasets 'features' and 'coords', got {inside}.")
+        features, coords = find_dataset(file, name), find_dataset(file, "coords")
+        shape = two_axes(np.broadcast_to(np.float32(0), features.shape)).shape
+        if len(shape) != 2 or features.dtype.kind != "f":
+            raise FeatureFileError(
+                f"{path.name}: expected embeddings (N, D) of floats, got {features.shape} of {features.dtype}."
+            )
+        attrs = {**read_attrs(file), **read_attrs(coords), **read_attrs(features)}
+        batch = (slice(None),) * (features.ndim - 2 if features.shape[0] == 1 else 0)
+        first, last = (features[batch + (slice(at, at + 4),)] for at in (0, max(0, shape[0] - 4)))  # noqa: RUF005
+    encoder = attrs.get("encoder") or attrs.get("extractor")
+    return _facts(shape, None if encoder is None else str(encoder), attrs, first, last)
+
+
+def _facts(shape: tuple[int, ...], encoder: str | None, attrs: Attrs, *ends: Array) -> FeatureFacts:
+    some = np.concatenate([end.reshape(-1) for end in ends])
+    return FeatureFacts(
+        int(shape[0]), int(shape[1]), encoder, attrs, some, any(attrs.get(name) is not None for name in _STEPS)
+    )
 
 
 def read_features(
@@ -44,7 +175,6 @@ def read_features(
     cells: bool = True,
     order: str = "row-major",
     coordinates: Path | str | None = None,
-    read_tensor: TensorReader | None = None,
 ) -> TileEmbeddings:
     """Read the tile embeddings of one slide: ours, TRIDENT's, CLAM's, Mussel's, STAMP's, slide2vec's or those of the
     published fine-tuning code.
@@ -57,9 +187,8 @@ def read_features(
         cells: bring the coordinates to cells of the slide encoder's grid. Without, a file whose step is unknown or
             whose tiles overlap can still be read, and stays in its own order.
         order: "row-major", as the slide encoder was trained, or "file".
-        coordinates: for tools that keep coordinates in a second file and where it is not in its usual place: CLAM's
-            `patches/<slide>.h5`, slide2vec's `tiles/<id>.coordinates.npz`.
-        read_tensor: reads a `.pt` file as an array (N, D); this module has no torch.
+        coordinates: for tools that keep coordinates in a second file and where it is not in its usual place: that file
+            or a folder of such files (CLAM's `patches/<slide>.h5`, slide2vec's `tiles/<id>.coordinates.npz`).
 
     Raises:
         FileNotFoundError: no such file.
@@ -70,21 +199,24 @@ def read_features(
     if order not in ("row-major", "file"):
         raise ValueError(f"read_features: expected order row-major or file, got {order!r}.")
     second = None if coordinates is None else Path(coordinates)
-    if path.suffix in (".npz", ".pt"):
-        held = read_slide2vec(path, coordinates=second, read_tensor=read_tensor)
-    else:
-        with open_h5(path) as file:
-            ours = stage_of(file) is not None
-        if ours:
-            found = _read_ours(path)
-            _check_values(found.features, embed_dim, path)
-            if tile_size_level0 is not None and found.tile_size_level0 is not None:
-                _check_stated(tile_size_level0, found.tile_size_level0, path)
-            return found
-        held = read_foreign_h5(path, coordinates=second)
+    if is_ours(path):
+        found = _read_ours(path)
+        _check_values(found.features, embed_dim, path)
+        if tile_size_level0 is not None and found.tile_size_level0 is not None:
+            _check_stated(tile_size_level0, found.tile_size_level0, path)
+        return found
+    held = read_other_tool(path, coordinates=second)
     _check_shapes(held, path)
     _check_values(held.features, embed_dim, path)
     return _embeddings(held, path, stated=tile_size_level0, cells=cells, sort=order == "row-major")
+
+
+def is_ours(path: Path) -> bool:
+    """Whether a file is one of this package's, rather than another tool's."""
+    if path.suffix in (".npz", ".pt"):
+        return False
+    with open_h5(path) as file:
+        return stage_of(file) is not None
 
 
 def _read_ours(path: Path) -> TileEmbeddings:
@@ -98,7 +230,7 @@ def _read_ours(path: Path) -> TileEmbeddings:
         qc_names = tuple(read_attrs(file["qc"]).get("names") or ()) if "qc" in file else ()
         if row_major(arrays["cells"]) is not None:
             raise FeatureFileError(f"{path.name}: its cells are not in row-major order, each once. Make it again.")
-        pitch = attrs.get("tile_size_level0")
+        pitch = as_pair(attrs.get("tile_size_level0"))
         encoder = attrs.get("encoder")
         return TileEmbeddings(
             slide_id=str(attrs.get("slide_id")),
@@ -132,7 +264,7 @@ def _embeddings(held: Held, path: Path, *, stated: float | None, cells: bool, so
             features, coords, places = features[order], coords[order], places[order]
             fractions = None if fractions is None else fractions[order]
     return TileEmbeddings(
-        slide_id=path.name.removesuffix(path.suffix).removesuffix(".patch" if held.source == "mussel" else ""),
+        slide_id=slide_name(path) if held.source == "mussel" else path.name.removesuffix(path.suffix),
         features=features,
         coords=coords,
         frame=held.frame,

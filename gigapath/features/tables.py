@@ -10,11 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from gigapath.features.data import Array, Attrs, FeatureFileError
+from gigapath.features.data import Array, Attrs, FeatureFileError, parse_embedding
+from gigapath.features.gigapath_file import read_slide
 from gigapath.features.h5 import open_h5, read_attr
-from gigapath.features.names import parse_embedding
-from gigapath.features.ours import read_slide
-from gigapath.files import atomic_file, write_bytes_atomic
+from gigapath.files import atomic_file, visible_files, write_bytes_atomic
 
 # What must be equal throughout a folder for its vectors to be comparable.
 SAME_THROUGHOUT = (
@@ -49,13 +48,13 @@ def find_slide_folder(folder: Path | str) -> Path:
         raise FileNotFoundError(f"{folder}: no such folder.")
     if folder.name.startswith("slides_"):
         return folder
-    found = sorted(path for path in folder.glob("slides_*") if path.is_dir() and any(path.glob("*.h5")))
+    found = sorted(path for path in folder.glob("slides_*") if path.is_dir() and visible_files(path, "*.h5"))
     if len(found) > 1:
         names = ", ".join(path.name for path in found)
         raise ValueError(f"{folder}: expected the embeddings of one slide encoder, got {names}. Name one of them.")
     if found:
         return found[0]
-    if any(folder.glob("*.h5")):
+    if visible_files(folder, "*.h5"):
         return folder
     raise FileNotFoundError(f"{folder}: no slide embeddings (slides_*/*.h5) in it. Run gigapath embed first.")
 
@@ -130,7 +129,7 @@ def _gather(folder: Path | str, embedding: str, *, allow_mixed: bool) -> tuple[l
     the one asked for is kept."""
     parse_embedding(embedding)
     folder = find_slide_folder(folder)
-    files = sorted(folder.glob("*.h5"))
+    files = visible_files(folder, "*.h5")
     if not files:
         raise FileNotFoundError(f"{folder}: no slide embeddings (*.h5) in it.")
     slides: dict[str, tuple[Attrs, Array | ValueError]] = {}

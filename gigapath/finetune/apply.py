@@ -12,9 +12,10 @@ from gigapath.devices import resolve_device
 from gigapath.evaluation.labels import bare_name, join_labels, read_labels, shown
 from gigapath.evaluation.splits import TABLE
 from gigapath.features import FeatureFileError
+from gigapath.features.reading import SUFFIXES, find_feature_files
 from gigapath.files import write_text_atomic
 from gigapath.finetune import report
-from gigapath.finetune.data import SUFFIXES, FileBags, FileFacts, find_files, look_at_all
+from gigapath.finetune.data import FileBags, FileFacts, look_at_all
 from gigapath.finetune.evaluation import CohortResult, decisions, evaluate_cohort
 from gigapath.finetune.fitted import FittedHead, load_head
 from gigapath.finetune.inputs import check_folder
@@ -49,12 +50,7 @@ def predict(
         on_failed: told why a file has no prediction.
     """
     join, head, place = join or JoinOptions(), load_head(checkpoint), resolve_device(device)
-    absent = [str(item) for item in features if not Path(item).exists()]
-    if absent:
-        raise FileNotFoundError(f"{absent[0]}: expected a feature file or a folder of them, found none.")
-    files: list[Path] = []
-    for item in map(Path, features):
-        files += find_files(item) if item.is_dir() else [item]
+    files = find_feature_files(features)
     rows: list[dict[str, Any]] = []
     failed: dict[str, str] = {}
     for path in files:
@@ -124,9 +120,8 @@ def evaluate_head(
     check_folder(out)
     join, head = join or JoinOptions(), load_head(checkpoint)
     table = read_labels(labels, head.task, id_rule=join.id_rule)
-    joined = join_labels(
-        table, find_files(features), id_rule=join.id_rule, id_regex=join.id_regex, allow_missing=join.allow_missing
-    )
+    files = find_feature_files(features)
+    joined = join_labels(table, files, id_rule=join.id_rule, id_regex=join.id_regex, allow_missing=join.allow_missing)
     if not allow_seen:
         _refuse_seen(Path(checkpoint), joined.labels.slide_ids)
     facts = look_at_all(joined.files, join, width=head.input_dim)

@@ -14,15 +14,11 @@ import numpy.typing as npt
 
 from gigapath.features import FeatureFileError, read_features
 from gigapath.features.data import CELL, GRID
-from gigapath.features.h5 import find_dataset, open_h5, read_attrs
+from gigapath.features.reading import look_at_features
 from gigapath.finetune.options import JoinOptions
-from gigapath.tensors import read_tensor
 
-SUFFIXES = (".h5", ".npz", ".pt")
 MPP_TOLERANCE = 0.02
 KEPT_BYTES = 1 << 30  # bags of a cohort up to this size stay in memory after the first pass
-# Attributes by which files say how far apart their tiles lie (ours, TRIDENT's, CLAM's and Mussel's, STAMP's).
-_STEPS = ("tile_size_level0", "patch_size_level0", "patch_size", "step_size", "tile_size_um", "tile_size_lv0")
 
 Array = npt.NDArray[Any]
 
@@ -67,55 +63,21 @@ class FileFacts:
     states_step: bool
 
 
-def find_files(folder: Path | str) -> list[Path]:
-    """The feature files of a folder, sorted; of an output folder of `gigapath embed` those of its `features_*`."""
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise FileNotFoundError(f"--features: expected a folder of feature files, got {str(folder)!r}.")
-    inner = sorted(place for name in ("features_*", "h5_files") for place in folder.glob(name) if place.is_dir())
-    for place in [folder, *(inner if len(inner) == 1 else [])]:
-        files = sorted(file for file in place.iterdir() if file.suffix in SUFFIXES and file.is_file())
-        if files:
-            return files
-    which = f" It holds {', '.join(place.name for place in inner)}: name one." if len(inner) > 1 else ""
-    raise ValueError(f"{folder}: expected feature files ({', '.join(SUFFIXES)}), found none.{which}")
-
-
-def look_at(path: Path, join: JoinOptions) -> FileFacts:
+def look_at(path: Path) -> FileFacts:
     """What a file says of itself; an h5 file's embeddings are not read.
 
     Raises:
         FeatureFileError: not a feature file, cut off, without coordinates, without a tile.
     """
-    if path.suffix != ".h5":
-        held = read_features(path, tile_size_level0=join.tile_size_level0, read_tensor=read_tensor)
-        return _facts(len(held), held.embed_dim, dict(held.attrs), held.encoder, held.features, path)
-    with open_h5(path) as file:
-        name = "feats" if "feats" in file else "features"
-        if name not in file or "coords" not in file:
-            held_names = ", ".join(sorted(file)) or "nothing"
-            raise FeatureFileError(f"{path.name}: expected datasets 'features' and 'coords', got {held_names}.")
-        features, coords = find_dataset(file, name), find_dataset(file, "coords")
-        shape = features.shape[-2:]
-        if len(shape) != 2:
-            raise FeatureFileError(f"{path.name}: expected embeddings (N, D), got {features.shape}.")
-        attrs = {**read_attrs(file), **read_attrs(coords), **read_attrs(features)}
-        ends = features[..., : min(4, shape[0]), :], features[..., max(0, shape[0] - 4) :, :]
-    encoder = attrs.get("encoder") or attrs.get("extractor")
-    return _facts(shape[0], shape[1], attrs, encoder, np.concatenate([end.reshape(-1) for end in ends]), path)
-
-
-def _facts(tiles: int, width: int, attrs: dict[str, Any], encoder: Any, some: Array, path: Path) -> FileFacts:
-    if tiles == 0:
+    found = look_at_features(path)
+    if found.tiles == 0:
         raise FeatureFileError(f"{path.name}: it has no tiles. Leave the slide out of the labels.")
     made = {
-        "encoder": None if encoder is None else str(encoder),
-        "weights_sha256": attrs.get("weights_sha256"),
-        "mpp": attrs.get("mpp"),
-        "numerics_version": attrs.get("numerics_version"),
+        "encoder": found.encoder,
+        **{name: found.attrs.get(name) for name in ("weights_sha256", "mpp", "numerics_version")},
     }
-    digest = hashlib.sha256(f"{tiles} {width}".encode() + np.ascontiguousarray(some).tobytes()).hexdigest()
-    return FileFacts(int(tiles), int(width), made, digest, any(attrs.get(name) is not None for name in _STEPS))
+    content = f"{found.tiles} {found.width}".encode() + np.ascontiguousarray(found.ends).tobytes()
+    return FileFacts(found.tiles, found.width, made, hashlib.sha256(content).hexdigest(), found.states_step)
 
 
 def look_at_all(
@@ -130,7 +92,7 @@ def look_at_all(
         workers: threads.
     """
     with ThreadPoolExecutor(workers) as pool:
-        facts = list(pool.map(lambda path: look_at(path, join), paths))
+        facts = list(pool.map(look_at, paths))
     width = facts[0].width if width is None else width
     for path, fact in zip(paths, facts, strict=True):
         if fact.width != width:
@@ -184,9 +146,7 @@ class FileBags:
         path = self.files[row]
         facts = self.facts[row]
         stated = None if facts.states_step else self.tile_size_level0
-        held = read_features(
-            path, tile_size_level0=stated, embed_dim=facts.width, order="file", read_tensor=read_tensor
-        )
+        held = read_features(path, tile_size_level0=stated, embed_dim=facts.width, order="file")
         if len(held) == 0:
             raise FeatureFileError(f"{path.name}: it has no tiles. Leave the slide out of the labels.")
         coords = held.encoder_coords(CELL)

@@ -9,7 +9,8 @@ import numpy as np
 from gigapath.evaluation.labels import Joined, join_labels, read_labels, shown
 from gigapath.evaluation.splits import Fold, audit, check_classes, draw_folds, read_splits
 from gigapath.evaluation.task import Task, load_task
-from gigapath.finetune.data import FileFacts, find_files, look_at_all
+from gigapath.features.reading import find_feature_files
+from gigapath.finetune.data import FileFacts, look_at_all
 from gigapath.finetune.options import JoinOptions, ModelOptions, SplitOptions, TrainingOptions
 
 
@@ -57,7 +58,7 @@ class Cohort:
 def prepare(inputs: Inputs, settings: Settings) -> Cohort:
     """Read and check everything that can be wrong before anything is trained or written."""
     task = load_task(inputs.task)
-    files = find_files(inputs.features)
+    files = find_feature_files(inputs.features)
     labels = read_labels(inputs.labels, task, id_rule=settings.join.id_rule)
     joined = join_labels(
         labels,

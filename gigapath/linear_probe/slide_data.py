@@ -72,7 +72,7 @@ def load_slides(
     Args:
         folder: the output folder of `gigapath embed`, or one of its `slides_*` folders.
         labels: CSV with `slide_id` (or `input`, `file`, `name`), the label's column, and the patient's.
-        names: names of embeddings, see `gigapath.features.names`.
+        names: names of embeddings, see `gigapath.features.data`.
         options: columns, what to allow.
         ids_meet: how slides meet rows.
 

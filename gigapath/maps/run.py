@@ -46,7 +46,7 @@ from gigapath.cohort.privacy import recorded_paths, without_paths
 from gigapath.cohort.status import read_status
 from gigapath.devices import resolve_device
 from gigapath.downloads import RELEASES
-from gigapath.embedding.slide_embedding import find_features
+from gigapath.embedding.slide_embedding import entries_of
 from gigapath.embedding.slide_encoding import SlideEncoder, load_slide_encoder, usual_slide_encoder
 from gigapath.evaluation.plots import plotting_available
 from gigapath.features import FeatureFileError, TileEmbeddings, read_features
@@ -79,7 +79,6 @@ from gigapath.maps.kinds import Shared, slide_maps
 from gigapath.maps.options import HEAD_KINDS, MapOptions
 from gigapath.preprocessing.preview import preview_picture
 from gigapath.preprocessing.slide import Overview, SlideError, open_slide
-from gigapath.tensors import read_tensor
 
 FORMAT = 1
 TERMS = "For research use only, not for diagnosis."
@@ -128,7 +127,7 @@ def make_maps(
     out, options = Path(out), options or MapOptions()
     if not plotting_available():
         raise ImportError("matplotlib: not installed. Maps need it: pip install 'gigapath[train]'.")
-    entries = {entry.slide_id: entry.path for entry in find_features(features)}
+    entries = {entry.slide_id: entry.path for entry in entries_of(features)}
     check_writable(out)
     result = MapsResult()
     reader = _Reader(entries, options, result, tell)
@@ -211,7 +210,7 @@ class _Reader:
             )
 
     def read(self, path: Path) -> TileEmbeddings:
-        return read_features(path, tile_size_level0=self.options.tile_size_level0, read_tensor=read_tensor)
+        return read_features(path, tile_size_level0=self.options.tile_size_level0)
 
     @contextlib.contextmanager
     def recording(self, slide_id: str) -> Iterator[None]:

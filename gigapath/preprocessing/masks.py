@@ -12,9 +12,9 @@ import numpy as np
 import PIL.Image
 from numpy.typing import NDArray
 
-from gigapath.features.foreign import clam_step
+from gigapath.features.arrays import read_npy, read_npz
 from gigapath.features.h5 import open_h5, read_attrs, read_dataset
-from gigapath.features.npz import read_npy, read_npz
+from gigapath.features.other_tools import clam_step
 from gigapath.preprocessing.annotations import choose, fill, read_outlines
 from gigapath.preprocessing.plausible import is_level_of
 from gigapath.preprocessing.published import published_tissue

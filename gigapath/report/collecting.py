@@ -17,6 +17,7 @@ from gigapath.cohort.record import RUNS
 from gigapath.cohort.status import STATES, Status, read_statuses, slide_row
 from gigapath.features import FeatureFileError, TileEmbeddings, Tiles, read_features, read_tiles
 from gigapath.features.h5 import open_h5, read_attrs
+from gigapath.files import visible_files
 
 # Facts of a run that are worth a line at the foot of the page.
 _RUN_FIELDS = ("verb", "started", "outcome", "seconds", "command", "options", "versions", "counts", "facts")
@@ -199,7 +200,7 @@ def fitted_heads(folder: Path) -> frozenset[str]:
 
 def is_trained(folder: Path) -> bool:
     """Whether the embeddings in a folder come from trained weights, as far as its first file says."""
-    for path in sorted(folder.glob("*.h5"))[:1]:
+    for path in visible_files(folder, "*.h5")[:1]:
         with contextlib.suppress(FeatureFileError, OSError), open_h5(path) as file:
             return read_attrs(file).get("trained") is not False
     return True

@@ -31,7 +31,7 @@ KEEP_SECONDS = 30.0
 WORTH_SECONDS = 10.0
 _KEPT_ROWS = 1024
 
-_STATES = ("states_mean", "states_class", "default_mean", "default_class", "tile_mean")
+STATES = ("states_mean", "states_class", "default_mean", "default_class", "tile_mean")
 _TILE_FIELDS = ("level", "read_size", "tile_size", "tile_size_level0", "mpp")
 # Written by this module, so no business of `attrs`.
 _OWN_ATTRS = frozenset({"slide_id", "stage", "complete", "package_version", "implementation", *_TILE_FIELDS})
@@ -228,7 +228,7 @@ def write_slide(path: Path | str, embeddings: SlideEmbeddings) -> None:
     with H5Writer(path) as writer:
         attrs = {"numerics_version": SLIDE_NUMERICS_VERSION, **embeddings.attrs}
         _write_root(writer.file, "slide", embeddings.slide_id, attrs)
-        for name in _STATES:
+        for name in STATES:
             value = getattr(embeddings, name)
             if value is not None:
                 writer.file.create_dataset(name, data=value)
@@ -260,7 +260,7 @@ def read_slide(path: Path | str) -> SlideEmbeddings:
     """
     with open_ours(path, "slide") as file:
         attrs = read_attrs(file)
-        arrays = {name: read_dataset(file, name) for name in _STATES if name in file or name == "tile_mean"}
+        arrays = {name: read_dataset(file, name) for name in STATES if name in file or name == "tile_mean"}
         kept = {name: value for name, value in attrs.items() if name not in _OWN_ATTRS}
         return SlideEmbeddings(slide_id=str(attrs.get("slide_id")), attrs=kept, **arrays)
 
@@ -276,13 +276,18 @@ def stage_of(file: h5py.File) -> str | None:
 def open_ours(path: Path | str, stage: str) -> Iterator[h5py.File]:
     """Open one of our files of a given stage; another tool's, another stage's or an incomplete one is an error."""
     with open_h5(path) as file:
-        found = stage_of(file)
-        if found != stage:
-            held = f"one of stage {found!r}" if found else "another tool's"
-            raise FeatureFileError(f"{Path(path).name}: expected a file of our stage {stage!r}, got {held}.")
-        if not is_complete(file):
-            raise FeatureFileError(f"{Path(path).name}: it was never finished. Make it again.")
+        check_ours(file, stage)
         yield file
+
+
+def check_ours(file: h5py.File, stage: str) -> None:
+    """Raise FeatureFileError where an open file is not one of ours of that stage, or was never finished."""
+    found, name = stage_of(file), Path(file.filename).name
+    if found != stage:
+        held = f"one of stage {found!r}" if found else "another tool's"
+        raise FeatureFileError(f"{name}: expected a file of our stage {stage!r}, got {held}.")
+    if not is_complete(file):
+        raise FeatureFileError(f"{name}: it was never finished. Make it again.")
 
 
 def _geometry(tiles: Tiles) -> dict[str, Any]:

@@ -1,4 +1,5 @@
-"""numpy's files, without running what they hold and without believing what they claim of their size."""
+"""Arrays from numpy's and torch's files, without running what they hold and without believing what they claim of their
+size."""
 
 import ast
 import zipfile
@@ -43,6 +44,33 @@ def read_npy(path: Path) -> Array:
         raise
     except Exception as error:
         raise _refusal(path, "npy", error) from error
+
+
+def read_tensor(path: Path | str) -> Array:
+    """The tensor of a `.pt` file as an array of its own floating type (bfloat16, which numpy lacks, as float32).
+
+    Raises:
+        FileNotFoundError: no such file.
+        FeatureFileError: not a file of one tensor of floats; one sentence that names it.
+    """
+    import torch  # takes seconds, which only `.pt` files need
+
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file.")
+    try:
+        held = torch.load(path, map_location="cpu", weights_only=True)
+    except PermissionError:
+        raise
+    except Exception as error:  # torch raises a dozen types for damaged files
+        reason = str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
+        raise FeatureFileError(
+            f"{path.name}: expected a .pt file of one tensor, could not be read ({reason})."
+        ) from error
+    if not isinstance(held, torch.Tensor) or not held.is_floating_point():
+        what = f"one of {held.dtype}" if isinstance(held, torch.Tensor) else type(held).__name__
+        raise FeatureFileError(f"{path.name}: expected a .pt file of one tensor of floats, got {what}.")
+    return np.asarray((held.float() if held.dtype == torch.bfloat16 else held).numpy())
 
 
 def _check_size(content: BinaryIO, size: int) -> None:

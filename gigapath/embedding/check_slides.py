@@ -6,10 +6,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from gigapath.check.contents import Contents
-from gigapath.check.run import CheckOptions
 from gigapath.cohort.manifest import SlideEntry, find_slides
-from gigapath.features.scale import all_facts, tile_pixels
+from gigapath.embedding.options import CheckOptions
+from gigapath.features.cells import all_facts, tile_pixels
+from gigapath.features.check import FileReport
+from gigapath.features.contents import Contents, read_contents
 from gigapath.findings import NOTE, Finding
 from gigapath.preprocessing.reading import resample
 from gigapath.preprocessing.slide import Slide, open_slide
@@ -20,6 +21,8 @@ from gigapath.tile_encoder import TileEncoder, load_tile_encoder
 TOLERANCE_OURS = 0.999
 TOLERANCE_OTHERS = 0.95
 _SEED = 0
+# Findings of files whose tiles have no place to be read again at.
+_UNUSABLE = ("shapes", "coords-not-finite", "no-tiles")
 
 Float32Array = npt.NDArray[np.float32]
 
@@ -36,12 +39,16 @@ class SlideCheck:
     _slides: dict[str, SlideEntry] | None = None
     _encoders: dict[str, TileEncoder | str] = field(default_factory=dict)
 
-    def __call__(self, held: Contents) -> list[Finding]:
-        """What the slide says about one file.
+    def check(self, report: FileReport) -> list[Finding]:
+        """What the slide says about a file that was checked; nothing where it holds no tiles that could be compared.
 
         Raises:
             ValueError, OSError: the slides that are named can't be listed.
         """
+        unusable = any(finding.name in _UNUSABLE for finding in report.findings)
+        if report.kind != "tile embeddings" or unusable:
+            return []
+        held = read_contents(report.path, tile_size_level0=self.options.tile_size_level0)
         if self._slides is None:
             self._slides = {entry.slide_id: entry for entry in find_slides([str(self.options.slides)])}
         entry = self._slides.get(held.slide_id)

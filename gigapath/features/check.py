@@ -1,0 +1,670 @@
+"""What is wrong with feature files, ours and other tools': each file by itself, then the files of a folder together.
+
+A finding has a name that is the same in every release, and says what it does to the slide embedding.
+"""
+
+import hashlib
+import json
+import re
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gigapath.downloads import RELEASES, release_of
+from gigapath.features.cells import (
+    all_facts,
+    as_number,
+    as_pair,
+    first_cell,
+    observed_step,
+    row_major,
+    tile_mpp,
+    tile_pixels,
+)
+from gigapath.features.contents import Contents, read_contents
+from gigapath.features.data import CELL, FRAMES, GRID, Array
+from gigapath.features.reading import SUFFIXES, list_feature_files
+from gigapath.features.tables import SAME_THROUGHOUT
+from gigapath.files import PARTIAL_SUFFIX
+from gigapath.findings import NOTE, WRONG, Finding
+
+# Rows that are looked at at once, so that a check needs no second copy of a large array.
+_ROWS = 4096
+# Blank tiles of a slide with a constant background can be equal to the last bit; more of them than this share can't.
+_DUPLICATES = 0.01
+# Below this many tiles a column that stays the same says nothing; a few of them are the encoder's own dead units.
+_FEW_TILES = 16
+_DEAD_COLUMNS = 0.05
+# Fewer gaps between columns and rows than this say nothing about the grid: a few tiles picked from it may all be far
+# from each other.
+_FEW_GAPS = 4
+
+_MOVED = "The slide encoder gets these tiles at other places: its attention windows and positions are wrong."
+# The released tile encoders were trained on these.
+_TILE_SIZE = 256
+_MPP = 0.5
+# A tile of this much other scale is no longer what the encoder knows; scanners called "20x" lie within it.
+_SCALE = 0.1
+# A pitch is a whole number of pixels and mpp are stated with few digits: more than this is a contradiction.
+_SAME = 0.02
+# Magnifications are names, not measures: a "40x" scan has 0.2265 to 0.2628 microns a pixel.
+_SAME_BY_POWER = 0.15
+# Effective scales of slides differ by the rounding of the pitch.
+_SAME_SCALE = 0.02
+
+_EFFECTS = {
+    "encoder": "Their embeddings live in different spaces: nothing fitted on them together means anything.",
+    "width": "They can't come from one encoder, and no reader puts them into one matrix.",
+    "scale": "The encoder saw different magnifications: a model fitted on them learns the scale.",
+    "tool": "Tools differ in filter, order and rounding: a model can learn which tool made a file.",
+}
+_OTHER = "A difference that follows site or date looks like a finding. Make them alike."
+
+
+@dataclass
+class FileReport:
+    """What was found about one file, and what its folder is compared by.
+
+    Attributes:
+        path: the file.
+        kind: "tile embeddings", "tiles", "tile coordinates", "slide embeddings", "vectors", or "" where it could not
+            be told.
+        tool: who wrote it.
+        slide_id: the slide.
+        tiles: how many tiles it holds, or None.
+        compared: what must be equal throughout a folder, by name; what the file does not say is left out.
+        digest: equal where two files hold the same embeddings; "" where there is nothing to compare.
+        findings: in the order of the checks.
+    """
+
+    path: Path
+    kind: str = ""
+    tool: str = ""
+    slide_id: str = ""
+    tiles: int | None = None
+    compared: dict[str, Any] = field(default_factory=dict)
+    digest: str = ""
+    findings: list[Finding] = field(default_factory=list)
+
+    @property
+    def wrong(self) -> bool:
+        """Whether something is wrong with it."""
+        return any(finding.wrong for finding in self.findings)
+
+
+@dataclass
+class FolderReport:
+    """What was found about the files of one folder together."""
+
+    path: Path
+    findings: list[Finding] = field(default_factory=list)
+
+    @property
+    def wrong(self) -> bool:
+        """Whether something is wrong with it."""
+        return any(finding.wrong for finding in self.findings)
+
+
+def some(names: list[str], limit: int = 3) -> str:
+    """The first of some names, and how many there are beside."""
+    more = len(names) - limit
+    return ", ".join(names[:limit]) + (f" and {more} more" if more > 0 else "")
+
+
+def share(count: int, total: int, what: str = "tiles") -> str:
+    """A part of a whole in words, such as "3 of 40 tiles"."""
+    return f"{count:,} of {total:,} {what}"
+
+
+# ---------------------------------------------------------------------------------------------------- files and folders
+
+
+def files_to_check(paths: Sequence[str | Path]) -> list[Path]:
+    """The files that are named, and every feature file below the folders that are named, each once.
+
+    Raises:
+        FileNotFoundError: a path doesn't exist, or a folder holds no feature file.
+    """
+    found: dict[Path, None] = {}
+    for path in map(Path, paths):
+        if not path.exists():
+            raise FileNotFoundError(f"{path}: no such file or folder.")
+        inside = list_feature_files(path) if path.is_dir() else [path]
+        if not inside:
+            raise FileNotFoundError(f"{path}: expected a folder with feature files ({', '.join(SUFFIXES)}), none.")
+        found.update(dict.fromkeys(inside))
+    return list(found)
+
+
+def check_file(path: Path, *, tile_size_level0: float | None = None) -> FileReport:
+    """Check one file; whatever is wrong with it is in the report.
+
+    Args:
+        path: the file.
+        tile_size_level0: the distance between neighbouring tiles, where the file does not say.
+    """
+    try:
+        return check_contents(read_contents(path, tile_size_level0=tile_size_level0))
+    except (ValueError, OSError) as error:
+        message = str(error).removeprefix(f"{path.name}: ")
+        return FileReport(path, findings=[Finding("unreadable", message, "Nothing can be taken from it.")])
+
+
+def check_contents(held: Contents) -> FileReport:
+    """Check what a file holds."""
+    report = FileReport(held.path, held.kind, held.tool, held.slide_id)
+    rows = held.features if held.features is not None else held.coords
+    report.tiles = None if rows is None or not rows.shape else len(rows)
+    report.compared = compared(held)
+    report.findings += _check_identity(held)
+    values, report.digest = check_values(held)
+    report.findings += values + check_places(held) + check_scale(held)
+    return report
+
+
+def _check_identity(held: Contents) -> list[Finding]:
+    findings = []
+    if held.complete is False:
+        text = "it was never finished: the mark `complete` is missing."
+        findings.append(Finding("incomplete", text, "Some of its tiles may be missing. Make it again."))
+    named = held.attrs.get("name") if held.tool == "trident" else held.slide_id
+    stem = held.path.name.removesuffix(held.path.suffix)
+    if isinstance(named, str) and named != stem and not stem.startswith((f"{named}.section-", f"{named}.patch")):
+        text = f"it says that it is of slide {named!r}."
+        findings.append(Finding("name", text, "A label that is joined by the file's name goes to the wrong slide."))
+    return findings
+
+
+def as_json(reports: Sequence[FileReport], folders: Sequence[FolderReport]) -> str:
+    """Everything that was found, as one JSON document; paths are as they were given."""
+    document: dict[str, Any] = {
+        "files": [
+            {
+                "file": str(report.path),
+                "kind": report.kind or None,
+                "tool": report.tool or None,
+                "slide_id": report.slide_id or None,
+                "tiles": report.tiles,
+                "wrong": report.wrong,
+                "findings": _plain(report.findings),
+            }
+            for report in reports
+        ],
+        "folders": [
+            {"folder": str(folder.path), "wrong": folder.wrong, "findings": _plain(folder.findings)}
+            for folder in folders
+        ],
+        "files_wrong": sum(report.wrong for report in reports),
+        "folders_wrong": sum(folder.wrong for folder in folders),
+    }
+    return json.dumps(document, indent=2, ensure_ascii=False)
+
+
+def _plain(findings: Sequence[Finding]) -> list[dict[str, Any]]:
+    return [
+        {"name": finding.name, "wrong": finding.wrong, "text": finding.text, "effect": finding.advice}
+        for finding in findings
+    ]
+
+
+def compared(held: Contents) -> dict[str, Any]:
+    """What must be equal throughout a folder, as one file says it; what it does not say is left out."""
+    facts = {name: held.attrs[name] for name in SAME_THROUGHOUT if held.attrs.get(name) is not None}
+    facts["tool"] = held.attrs.get("converted_from", held.tool)
+    if held.encoder is not None:
+        facts["encoder"] = held.encoder
+    if held.features is not None and held.features.ndim == 2:
+        facts["width"], facts["dtype"] = int(held.features.shape[1]), str(held.features.dtype)
+    if held.kind in ("tile embeddings", "tiles"):
+        pixels, mpp = tile_pixels(held.attrs, held.tool), tile_mpp(held.attrs)
+        facts |= {} if pixels is None else {"tile_size": pixels}
+        facts |= {} if mpp is None else {"scale": mpp}
+    return facts
+
+
+def check_folder(folder: Path, reports: Sequence[FileReport]) -> list[Finding]:
+    """Compare the files of one folder.
+
+    Args:
+        folder: the folder.
+        reports: one for each of its files.
+    """
+    findings = []
+    by_kind: dict[str, list[FileReport]] = defaultdict(list)
+    for report in reports:
+        if report.kind:
+            by_kind[report.kind].append(report)
+    for alike in by_kind.values():
+        findings += _check_mixed(alike)
+        findings += _check_ids(alike)
+    left = sorted(path.name for path in folder.glob(f"*{PARTIAL_SUFFIX}"))
+    if left:
+        text = f"{len(left)} files are being written, or were left by a killed run: {some(left, 1)}."
+        findings.append(Finding("left-over", text, "No reader takes them.", state=NOTE))
+    return findings
+
+
+def _check_mixed(reports: Sequence[FileReport]) -> list[Finding]:
+    findings = []
+    for name in sorted({name for report in reports for name in report.compared}):
+        groups: dict[str, list[str]] = defaultdict(list)
+        for report in reports:
+            groups[_shown(name, report.compared.get(name), reports)].append(report.path.name)
+        if len(groups) < 2:
+            continue
+        ordered = sorted(groups.items(), key=lambda item: len(item[1]))
+        said = "; ".join(f"{value}: {some(sorted(files))}" for value, files in ordered)
+        text = f"its files differ in {name} ({said})."
+        findings.append(Finding(f"mixed-{name.replace('_', '-')}", text, _EFFECTS.get(name, _OTHER)))
+    return findings
+
+
+def _shown(name: str, value: Any, reports: Sequence[FileReport]) -> str:
+    """A value as a word by which files are grouped; scales within the rounding of a pitch are one."""
+    if name == "scale" and isinstance(value, float):
+        known = sorted(report.compared["scale"] for report in reports if "scale" in report.compared)
+        near = next(other for other in known if abs(other - value) <= _SAME_SCALE * value)
+        return f"{near:.3g} microns a pixel"
+    return "not stated" if value is None else str(value)[:40]
+
+
+def _check_ids(reports: Sequence[FileReport]) -> list[Finding]:
+    findings = []
+    by_id: dict[str, list[FileReport]] = defaultdict(list)
+    by_digest: dict[str, list[FileReport]] = defaultdict(list)
+    for report in reports:
+        by_id[report.slide_id].append(report)
+        if report.digest:
+            by_digest[report.digest].append(report)
+    for slide_id, twins in by_id.items():
+        if len(twins) > 1 and not all(_is_section(report) for report in twins):
+            text = f"{len(twins)} files are of slide {slide_id!r}: {some([report.path.name for report in twins])}."
+            findings.append(Finding("two-files", text, "It counts twice, and may fall into two sets of a split."))
+    for twins in by_digest.values():
+        ids = sorted({report.slide_id for report in twins})
+        if len(ids) > 1:
+            text = f"{some(ids)} hold the same embeddings."
+            effect = "One slide under two ids: in two sets of a split it leaks, in one it counts twice."
+            findings.append(Finding("equal-features", text, effect))
+    return findings
+
+
+def _is_section(report: FileReport) -> bool:
+    return re.search(r"\.section-\d+\.h5$", report.path.name) is not None
+
+
+# ----------------------------------------------------------------------------------------------------------- embeddings
+
+
+def check_values(held: Contents) -> tuple[list[Finding], str]:
+    """Look at every embedding of a file.
+
+    Returns:
+        the findings, and a digest that is equal for equal embeddings in any order ("" where there are none).
+    """
+    if held.kind == "slide embeddings":
+        return _check_vectors(held)
+    features = held.features
+    if features is None:
+        return [], ""
+    if features.ndim != 2 or features.dtype.kind != "f":
+        text = f"expected embeddings (N, D) of floats, got {features.shape} of {features.dtype}."
+        return [Finding("shapes", text, "No reader can take them for embeddings of tiles.")], ""
+    count = len(features)
+    if count == 0:
+        return [Finding("no-tiles", "it has no tiles.", "The slide gets no embedding.", state=NOTE)], ""
+    rows: list[bytes] = []
+    infinite, zero = np.zeros(count, bool), np.zeros(count, bool)
+    varies = np.zeros(features.shape[1], bool)
+    for start in range(0, count, _ROWS):
+        block = np.ascontiguousarray(features[start : start + _ROWS])
+        infinite[start : start + _ROWS] = ~np.isfinite(block).all(axis=1)
+        zero[start : start + _ROWS] = ~block.any(axis=1)
+        varies |= (block != features[0]).any(axis=0)
+        rows += [hashlib.blake2b(row.tobytes(), digest_size=16).digest() for row in block]
+    digest = hashlib.sha256(b"".join(sorted(rows))).hexdigest()
+    findings = []
+    if infinite.any():
+        findings.append(
+            Finding(
+                "not-finite",
+                f"{share(int(infinite.sum()), count)} have NaN or infinity in their embedding, "
+                f"the first in row {int(np.argmax(infinite))}.",
+                "Attention carries one NaN to every tile: the slide embedding becomes NaN.",
+            )
+        )
+    if zero.any():
+        findings.append(
+            Finding(
+                "zero-rows",
+                f"{share(int(zero.sum()), count)} have an embedding of zeros alone, "
+                f"the first in row {int(np.argmax(zero))}.",
+                "Such rows were reserved and never written; the slide embedding takes them for tissue.",
+            )
+        )
+    return [*findings, *_check_variety(rows, varies, count)], digest
+
+
+def _check_variety(rows: list[bytes], varies: Array, count: int) -> list[Finding]:
+    alike = Counter(rows)
+    if len(alike) == 1 and count > 1:
+        return [
+            Finding(
+                "constant",
+                f"all {count:,} tiles have the same embedding.",
+                "The encoder saw nothing of the tiles (random weights with a small layer scale do this): the slide "
+                "embedding says nothing about the slide.",
+            )
+        ]
+    findings = []
+    repeated = count - len(alike)
+    if repeated:
+        findings.append(
+            Finding(
+                "duplicated-rows",
+                f"{share(repeated, count)} repeat the embedding of another tile to the last bit.",
+                "A batch written twice does this, and so do blank tiles: the slide embedding counts one place several "
+                "times.",
+                state=WRONG if repeated > _DUPLICATES * count else NOTE,
+            )
+        )
+    still = int((~varies).sum())
+    if still > _DEAD_COLUMNS * len(varies) and count >= _FEW_TILES:
+        findings.append(
+            Finding(
+                "dead-columns",
+                f"{share(still, len(varies), 'columns')} have one value for all tiles.",
+                "They add nothing to the slide embedding; an encoder that was cut off or padded does this.",
+                state=NOTE,
+            )
+        )
+    return findings
+
+
+def _check_vectors(held: Contents) -> tuple[list[Finding], str]:
+    """A slide's file: each matrix finite, the states as many as the poolings say, one width."""
+    if not held.vectors:
+        return [Finding("shapes", "it holds no embedding of the slide.", "There is nothing to use.")], ""
+    findings = []
+    for name, value in held.vectors.items():
+        if value.ndim != 2 or value.dtype.kind != "f" or 0 in value.shape:
+            findings.append(Finding("shapes", f"expected {name} (rows, D) of floats, got {value.shape}."))
+        elif not np.isfinite(value).all():
+            findings.append(Finding("not-finite", f"its {name} holds NaN or infinity.", "Nothing can be fitted on it."))
+        elif not value.any(axis=1).all():
+            findings.append(Finding("zero-rows", f"its {name} has rows of zeros alone.", "They were never written."))
+    shapes = {name: value.shape for name, value in held.vectors.items() if name != "tile_mean"}
+    states = {shape for name, shape in shapes.items() if name.startswith("states_")}
+    widths = {shape[-1] for shape in shapes.values() if shape}
+    if len(states) > 1 or len(widths) > 1:
+        findings.append(Finding("shapes", f"its states and its default output do not fit together: {shapes}."))
+    first = held.vectors.get("tile_mean", next(iter(held.vectors.values())))
+    return findings, hashlib.sha256(np.ascontiguousarray(first).tobytes()).hexdigest()
+
+
+# -------------------------------------------------------------------------------------------------- where the tiles lie
+
+
+def check_places(held: Contents) -> list[Finding]:
+    """Look at every coordinate of a file."""
+    coords = held.coords
+    if coords is None:
+        return []
+    if coords.ndim == 0 or (held.features is not None and held.features.ndim == 0):
+        return [Finding("shapes", "it holds single numbers where embeddings and coordinates should be.")]
+    count = len(coords) if held.features is None else len(held.features)
+    if coords.shape != (count, 2) or coords.dtype.kind not in "iuf":
+        text = f"expected coords {(count, 2)}, got {coords.shape} of {coords.dtype}."
+        return [Finding("shapes", text, "Which tile lies where can't be told.")]
+    if held.cells is not None and (held.cells.shape != coords.shape or held.cells.dtype.kind not in "iu"):
+        text = f"expected whole cells {coords.shape}, got {held.cells.shape} of {held.cells.dtype}."
+        return [Finding("shapes", text, "Which tile lies where can't be told.")]
+    if count == 0:
+        return []
+    finite = np.isfinite(coords.astype(np.float64)).all(axis=1)
+    if not finite.all():
+        text = (
+            f"{share(int((~finite).sum()), count)} have coordinates that are not finite, the first in row "
+            f"{int(np.argmin(finite))}."
+        )
+        return [Finding("coords-not-finite", text, "They have no place: the slide encoder refuses the file.")]
+    findings = _check_type(coords)
+    places = coords.astype(np.float64)
+    findings += _check_inside(held, places)
+    pitch = _pitch(held)
+    if pitch is None:
+        seen = observed_step(places)
+        hint = "" if seen is None else f"; the closest lie {seen:g} apart"
+        text = f"it does not say how far apart its tiles lie{hint}. State it with --tile-size-level0."
+        findings.append(Finding("no-step", text, "Without it no tile has a cell.", state=NOTE))
+        return findings
+    off = _off_grid(places, pitch)
+    # A few tiles off the grid are those tiles' fault, many are the distance's; CLAM starts a grid at each contour.
+    spaced = _check_spacing(held, places, pitch) if not off.any() or (off.mean() > 0.5 and held.tool != "clam") else []
+    if off.any() and not spaced:
+        findings.append(_grid_finding(held, off, pitch))
+    findings += spaced
+    findings += _check_cells(held, places, pitch, on_grid=not off.any())
+    fractions = held.tissue_fraction
+    if fractions is not None and (fractions.shape != (count,) or (fractions < 0).any() or (fractions > 1).any()):
+        findings.append(Finding("tissue-fraction", "its tissue fractions are not one number of 0 to 1 a tile."))
+    return findings
+
+
+def _pitch(held: Contents) -> tuple[float, float] | None:
+    """What the file's coordinates are divided by: as it states, else as the published code does."""
+    if held.step is None and held.tool == "published":
+        return float(CELL), float(CELL)
+    return held.step
+
+
+def _check_type(coords: Array) -> list[Finding]:
+    if coords.dtype != np.float16:
+        return []
+    text = "its coordinates are in half precision, which holds no odd pixel above 2048 and nothing above 65504."
+    return [Finding("coords-type", text, "Tiles move by up to 16 pixels, and neighbours fall on one cell.")]
+
+
+def _check_inside(held: Contents, places: Array) -> list[Finding]:
+    facts = all_facts(held.attrs)
+    size = facts.get("slide_size") or (facts.get("level0_width"), facts.get("level0_height"))
+    negative = (places < 0).any(axis=1)
+    if negative.any():
+        row = int(np.argmax(negative))
+        text = (
+            f"{share(int(negative.sum()), len(places))} lie left of or above the slide, the first in row {row} "
+            f"at {places[row].tolist()}."
+        )
+        return [Finding("outside-slide", text, _MOVED)]
+    known = isinstance(size, tuple | list) and len(size) == 2 and all(isinstance(side, int | float) for side in size)
+    if held.frame != "level0" or not known:
+        return []
+    # Our tiles lie inside whole; other tools let the last ones hang over.
+    room = np.asarray(held.step if held.tool == "gigapath" and held.step else (1, 1), dtype=np.float64)
+    beyond = (places + room > np.asarray(size, dtype=np.float64)).any(axis=1)
+    if not beyond.any():
+        return []
+    row = int(np.argmax(beyond))
+    swapped = not (places[:, ::-1] + room > np.asarray(size, dtype=np.float64)).any()
+    hint = " With x and y exchanged all would lie inside." if swapped else ""
+    text = (
+        f"{share(int(beyond.sum()), len(places))} lie beyond the slide of {size[0]:g} x {size[1]:g} pixels, the first "
+        f"in row {row} at {places[row].tolist()}.{hint}"
+    )
+    return [Finding("outside-slide", text, _MOVED)]
+
+
+def _gaps(places: Array, axis: int) -> Array:
+    """The distances between neighbouring columns (axis 0) or rows (1) that hold tiles; rounding is no distance."""
+    gaps = np.diff(np.unique(places[:, axis]))
+    return np.asarray(gaps[gaps > 1])
+
+
+def _check_spacing(held: Contents, places: Array, pitch: tuple[float, float]) -> list[Finding]:
+    """Whether the tiles lie as far apart as the file, or the tool that would read it, takes them to lie."""
+    gaps = [_gaps(places, axis) / pitch[axis] for axis in (0, 1)]
+    both = np.concatenate(gaps)
+    if len(both) < _FEW_GAPS:
+        return []
+    cells = np.rint(both)
+    if (np.abs(both - cells) < 0.02).all() and (cells >= 1).all():
+        apart = float(np.gcd.reduce(cells.astype(np.int64)))
+    else:
+        apart = float(both.min())
+    if abs(apart - 1) < 0.02:
+        return []
+    seen = f"its closest tiles lie {apart * pitch[0]:g} apart, taken as {pitch[0]:g}"
+    if apart < 1.5:
+        way = "overlap" if apart < 1 else "leave gaps"
+        text = f"{seen}: its tiles {way}, or the distance is wrong."
+        effect = "Neighbours share a cell or skip one: positions drift by a cell every few tiles."
+        return [Finding("pitch", text, effect)]
+    stated = held.step is not None
+    power = "" if held.frame == "um" else f"level 0 of a {20 * apart:g}x slide used with tile size {pitch[0]:g}"
+    looks = f"coordinates look like {power}: " if power and not stated else f"{seen}: "
+    text = f"{looks}neighbours are {_number(apart)} cells apart."
+    effect = (
+        "The slide encoder takes neighbours for strangers: on random weights the cosine with the right embedding was "
+        "0.58 at two cells. State the distance with --tile-size-level0, or convert the file."
+    )
+    return [Finding("neighbours", text, effect)]
+
+
+def _number(value: float) -> str:
+    words = {2.0: "two", 3.0: "three", 4.0: "four"}
+    return words.get(value, f"{value:.3g}")
+
+
+def _off_grid(places: Array, pitch: tuple[float, float]) -> Array:
+    """(N,) bool: tiles that are not a whole number of steps from the first column and row; a pixel is rounding."""
+    steps = (places - places.min(axis=0)) / pitch
+    return np.asarray((np.abs(steps - np.rint(steps)) * pitch > np.maximum(1.0, 1e-3 * np.asarray(pitch))).any(axis=1))
+
+
+def _grid_finding(held: Contents, off: Array, pitch: tuple[float, float]) -> Finding:
+    clam = held.tool == "clam"
+    unit = FRAMES.get(held.frame, held.frame)
+    text = f"{share(int(off.sum()), len(off))} do not lie on one grid of {pitch[0]:g} x {pitch[1]:g} {unit} with the "
+    text += "others (CLAM starts one at each contour)." if clam else "others."
+    effect = "Each goes to the nearest cell: up to half a cell off, and two may meet in one."
+    return Finding("off-grid", text, effect, state=NOTE if clam else WRONG)
+
+
+def _check_cells(held: Contents, places: Array, pitch: tuple[float, float], *, on_grid: bool) -> list[Finding]:
+    findings = []
+    origin = places.min(axis=0)
+    first = first_cell(origin, np.asarray(pitch))
+    cells = np.rint((places - origin) / pitch) + first if on_grid else np.floor(places / pitch + 0.5)
+    if held.cells is not None:
+        stored = held.cells.astype(np.int64)
+        moved = (stored - stored[0] != np.rint((places - places[0]) / pitch)).any(axis=1)
+        if moved.any():
+            text = f"{share(int(moved.sum()), len(places))} have a cell that is not where their coordinates lie."
+            findings.append(Finding("cells", text, _MOVED))
+        cells = held.cells.astype(np.float64)
+    if np.abs(cells).max() >= 2**31:
+        return [*findings, Finding("beyond-grid", "its coordinates are absurdly far out.", "No cell is that far.")]
+    whole = cells.astype(np.int64)
+    unique = len(np.unique(whole, axis=0))
+    if unique < len(whole):
+        text = f"{share(len(whole) - unique, len(whole))} share a cell with another one at a step of {pitch[0]:g}."
+        effect = "Two tiles of one position: the slide encoder can't tell them apart, and readers refuse the file."
+        findings.append(Finding("cells-shared", text, effect))
+    low, high = int(whole.min()), int(whole.max())
+    if low < -1 or high >= GRID:
+        text = f"its cells run from {low} to {high}, beyond the slide encoder's 0 to {GRID - 1}."
+        findings.append(Finding("beyond-grid", text, "The slide encoder refuses it; the published one wraps around."))
+    return [*findings, *_check_order(held, whole)]
+
+
+def _check_order(held: Contents, cells: Array) -> list[Finding]:
+    if len(np.unique(cells, axis=0)) < len(cells) or row_major(cells) is None:
+        return []
+    by_column = row_major(cells[:, ::-1]) is None
+    stored = "column by column" if by_column else "neither by row nor by column"
+    ours = held.tool == "gigapath"
+    effect = "The slide encoder was trained row by row, and its result depends on the order. "
+    effect += "Our readers refuse such a file." if ours else "Ours sorts the tiles first; other readers do not."
+    return [Finding("order", f"its tiles are stored {stored}.", effect, state=WRONG if ours else NOTE)]
+
+
+# ------------------------------------------------------------------------------------------------------- size and scale
+
+
+def check_scale(held: Contents) -> list[Finding]:
+    """Look at what a file says of its encoder, its tiles' size, their scale and their distance."""
+    if held.kind == "slide embeddings" and held.attrs.get("trained") is False:
+        text = "the slide encoder's weights are random: its vectors mean nothing."
+        return [Finding("untrained", text, "They are for trying things.", state=NOTE)]
+    if held.kind not in ("tile embeddings", "tiles"):
+        return []
+    findings = _check_encoder(held) if held.kind == "tile embeddings" else []
+    return findings + _check_distance(held)
+
+
+def _check_encoder(held: Contents) -> list[Finding]:
+    if held.encoder is None:
+        text = "it does not name its tile encoder."
+        effect = "GigaPath, UNI2-h and H-optimus are all 1536 wide: of another one the slide encoder makes noise."
+        return [Finding("no-encoder", text, effect, state=NOTE)]
+    findings = []
+    if held.attrs.get("trained") is False:
+        text = f"its tile encoder {held.encoder} has random weights."
+        findings.append(Finding("untrained", text, "The embeddings are for trying things.", state=NOTE))
+    release = RELEASES.get(release_of(held.encoder.removesuffix("-random")))
+    if release is None:
+        return findings
+    width = None if held.features is None or held.features.ndim != 2 else held.features.shape[1]
+    if width not in (None, release.tile_dim):
+        text = f"it names {held.encoder}, whose embeddings have {release.tile_dim} values; these have {width}."
+        findings.append(Finding("width", text, "They are another encoder's: the slide encoder refuses them."))
+    pixels, mpp = tile_pixels(held.attrs, held.tool), _stated_mpp(held)
+    if pixels is not None and pixels != _TILE_SIZE:
+        text = f"its tiles are {pixels} pixels wide, where {held.encoder} was trained on {_TILE_SIZE}."
+        effect = "Each embedding sees another piece of tissue than in training, and neighbours lie at another distance."
+        findings.append(Finding("tile-size", text, effect))
+    if mpp is not None and abs(mpp - _MPP) > _SCALE * _MPP:
+        text = f"its tiles have {mpp:.4g} microns a pixel, where {held.encoder} was trained on {_MPP}."
+        effect = "Cells look larger or smaller than in training: the embeddings drift, and so does the slide embedding."
+        findings.append(Finding("mpp", text, effect))
+    return findings
+
+
+def _stated_mpp(held: Contents) -> float | None:
+    """Microns per pixel of a tile; by the magnification where that is all the file says."""
+    mpp = tile_mpp(held.attrs)
+    power = _positive(all_facts(held.attrs).get("target_magnification"))
+    return 10 / power if mpp is None and power is not None else mpp
+
+
+def _check_distance(held: Contents) -> list[Finding]:
+    """Whether the pitch is what tile size and scale make of it."""
+    facts, pixels, mpp = all_facts(held.attrs), tile_pixels(held.attrs, held.tool), tile_mpp(held.attrs)
+    if held.step is None or held.frame != "level0" or pixels is None:
+        return []
+    level0 = as_pair(facts.get("mpp_level0")) or as_pair(facts.get("native_mpp"))
+    source, target = (_positive(facts.get(f"{name}_magnification")) for name in ("level0", "target"))
+    tolerance = _SAME
+    if mpp is not None and level0 is not None:
+        expected = pixels * mpp / np.asarray(level0)
+        by = f"{pixels} pixels of {mpp:.4g} microns on a slide of {float(np.mean(level0)):.4g}"
+    elif source is not None and target is not None:
+        expected, tolerance = np.full(2, pixels * source / target), _SAME_BY_POWER
+        by = f"{pixels} pixels at {target:g}x on a slide of {source:g}x"
+    else:
+        return []
+    step = np.asarray(held.step)
+    if not np.isfinite(expected).all() or (np.abs(step - expected) <= tolerance * expected).all():
+        return []
+    text = f"its tiles lie {step[0]:g} level-0 pixels apart, where {by} make {expected[0]:.4g}."
+    effect = "Tiles overlap or leave gaps, or the scale is wrong: the encoder saw another magnification than is stated."
+    return [Finding("distance", text, effect)]
+
+
+def _positive(value: Any) -> float | None:
+    number = as_number(value)
+    return number if number is not None and number > 0 else None

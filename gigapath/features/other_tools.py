@@ -1,0 +1,669 @@
+"""The files of other tools, a part of this module for each: how its files are recognised and read into `Held`, what the
+file says and no more, and how they are written.
+
+TRIDENT, CLAM, Mussel, STAMP (h5), slide2vec (npz or pt beside a coordinates npz), and the published fine-tuning files
+(features and float coordinates without attributes). What a tool's file needs and the source does not say (the slide's
+mpp) is stated, never guessed.
+"""
+
+import contextlib
+import dataclasses
+import io
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path, PureWindowsPath
+from typing import Any
+
+import h5py
+import numpy as np
+
+import gigapath
+from gigapath.features.arrays import read_npz, read_tensor
+from gigapath.features.cells import OPTION, all_facts, as_number, as_pair, cells_of, tile_mpp, tile_pixels
+from gigapath.features.data import CELL, Array, Attrs, FeatureFileError, TileEmbeddings
+from gigapath.features.gigapath_file import nominal_magnification
+from gigapath.features.h5 import H5Writer, open_h5, read_attrs, read_dataset, write_attrs
+from gigapath.file_names import safe_name
+from gigapath.files import write_bytes_atomic, write_json_atomic
+
+# `numerics_version` of embeddings that another tool computed: never equal to one of ours.
+FOREIGN_NUMERICS = 0
+
+Step = tuple[float, float]
+
+_NO_STEP = f"it does not say how far apart its tiles lie. State it with {OPTION}"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Held:
+    """What a file of another tool holds.
+
+    Attributes:
+        source: the tool.
+        features: (N, D).
+        coords: (N, 2) (x, y) in the unit that `frame` names.
+        frame: a key of `gigapath.features.data.FRAMES`.
+        step: distance between neighbouring tiles (x, y) in that unit, None where the file does not say.
+        no_step: why `step` is None.
+        encoder: the tile encoder that the file names.
+        tissue_fraction: (N,), or None.
+        attrs: all attributes together.
+    """
+
+    source: str
+    features: Array
+    coords: Array
+    frame: str = "level0"
+    step: Step | None = None
+    no_step: str = _NO_STEP
+    encoder: str | None = None
+    tissue_fraction: Array | None = None
+    attrs: Attrs = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Scale:
+    """What converting may need beyond the file, each None where it is not stated.
+
+    Attributes:
+        slide_mpp: microns per pixel of the slide's level 0.
+        coords_mpp: microns per pixel of the level that the coordinates count in, for the published files.
+    """
+
+    slide_mpp: float | None = None
+    coords_mpp: float | None = None
+
+
+# ---------------------------------------------------------------------------------------------- recognising and reading
+
+
+def read_other_tool(path: Path, *, coordinates: Path | None = None) -> Held:
+    """A file of another tool's tile embeddings.
+
+    Args:
+        path: an `.h5`, `.npz` or `.pt` file.
+        coordinates: the file of the same slide's coordinates, or a folder of such files, for tools that keep them
+            apart; None to look where the tool puts them.
+
+    Raises:
+        FileNotFoundError: no such file.
+        FeatureFileError: nothing that is known.
+    """
+    if path.suffix in (".npz", ".pt"):
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: no such file.")
+        return _read_slide2vec(path, coordinates) if _is_slide2vec(path) else _read_clam_tensor(path, coordinates)
+    with open_h5(path) as file:
+        slide = slide_vector(file)
+        if slide is not None:
+            tool, _, words = slide
+            name = {"trident": "TRIDENT", "stamp": "STAMP"}[tool]
+            raise FeatureFileError(
+                f"{path.name}: expected tile embeddings (N, D), got one slide vector, {words}, as {name} writes them. "
+                "Name the files of its tiles."
+            )
+        name = "feats" if "feats" in file else "features"
+        if name not in file or "coords" not in file:
+            inside = ", ".join(sorted(file)[:10]) or "nothing"
+            raise FeatureFileError(f"{path.name}: expected datasets 'features' and 'coords', got {inside}.")
+        features, coords = two_axes(read_dataset(file, name)), two_axes(read_dataset(file, "coords"))
+        root, of_features, of_coords = read_attrs(file), read_attrs(file[name]), read_attrs(file["coords"])
+    held: dict[str, Any] = {"features": features, "coords": coords, "attrs": {**root, **of_features, **of_coords}}
+    if name == "feats":
+        return _stamp(held)
+    of_coords_file = _of_coordinates(of_coords, held)
+    if of_coords_file is not None:
+        return of_coords_file
+    if coords.dtype.kind == "f":
+        # Every tool that writes whole level-0 pixels writes them as integers; the published files are float32, at
+        # whichever level the tiles were cut.
+        return Held(source="published", frame="unstated", **held)
+    return _clam(held, path, coordinates)
+
+
+def slide_vector(file: h5py.File) -> tuple[str, str, str] | None:
+    """(tool, name of its dataset, what it is in words) of another tool's slide embedding; None for anything else."""
+    for tool, name in (("trident", "features"), ("stamp", "feats")):
+        dataset = file.get(name, getlink=True) and file.get(name)
+        kind = read_attrs(file).get("feat_type") if tool == "stamp" else None
+        if isinstance(dataset, h5py.Dataset) and (dataset.ndim == 1 or kind not in (None, "tile")):
+            return tool, name, f"{dataset.shape} of feat_type {kind!r}" if kind else str(dataset.shape)
+    return None
+
+
+def coordinates_file_step(file: h5py.File) -> tuple[str, Step | None] | None:
+    """The tool and step of a file that holds coordinates alone (TRIDENT's, CLAM's or Mussel's), else None."""
+    if "coords" not in file or "features" in file or "feats" in file:
+        return None
+    attrs = read_attrs(file["coords"])
+    nothing = np.zeros((0, 0), np.float32)
+    held = _of_coordinates(attrs, {"features": nothing, "coords": nothing, "attrs": attrs})
+    return ("unknown", None) if held is None else (held.source, held.step)
+
+
+def _of_coordinates(attrs: Attrs, held: dict[str, Any]) -> Held | None:
+    """The tool that the attributes of coordinates tell."""
+    if "patch_size_level0" in attrs:
+        return _trident(held)
+    if "patch_size" not in attrs:
+        return None
+    # Mussel writes pixels of level 0 and the mpp; CLAM pixels of `patch_level` and its downsample.
+    if "mpp" in held["attrs"] or "native_mpp" in held["attrs"]:
+        return _mussel(held)
+    return Held(source="clam", step=clam_step(held["attrs"]), **held)
+
+
+def two_axes(array: Array) -> Array:
+    """(N, D) of (1, N, D), (N, 1, D) and the like: axes of a batch, wherever some tools leave one."""
+    while array.ndim > 2 and 1 in array.shape:
+        array = np.squeeze(array, axis=array.shape.index(1))
+    return array
+
+
+def _text(attrs: Attrs, name: str) -> str | None:
+    value = attrs.get(name)
+    return value if isinstance(value, str) and value else None
+
+
+def _beside(given: Path | None, usual: list[Path]) -> Path | None:
+    """The file of coordinates: the one that is given, that in the folder that is given, else the first in its usual
+    place."""
+    if given is not None and not given.is_dir():
+        return given
+    places = usual if given is None else [given / path.name for path in usual]
+    return next((path for path in places if path.is_file()), None)
+
+
+# --------------------------------------------------------------------------------------------- what all writers ask for
+
+
+def convert(found: TileEmbeddings, to: str, folder: Path | str, *, scale: Scale | None = None) -> list[Path]:
+    """Write the tile embeddings of one slide as another tool's files, each whole or not at all.
+
+    Args:
+        found: what `read_features` gave, with cells.
+        to: a key of FORMATS.
+        folder: the folder that takes the tool's own folders.
+        scale: what the file does not say.
+
+    Returns:
+        the files written, the embeddings first.
+
+    Raises:
+        ValueError: an unknown format, or one that needs what neither the file nor `scale` says; it names the option.
+    """
+    if to not in FORMATS:
+        raise ValueError(f"--to: expected one of {', '.join(FORMATS)}, got {to!r}.")
+    if found.cells is None:
+        raise ValueError(f"{found.slide_id}: expected tiles with cells; read the file with them.")
+    safe_name(found.slide_id)
+    return FORMATS[to](found, Path(folder), scale or Scale())
+
+
+def coords_at_level0(found: TileEmbeddings, scale: Scale) -> tuple[Array, Step]:
+    """(N, 2) int64 top-left corners in level-0 pixels, and the distance (x, y) between neighbours in them.
+
+    Micrometres and pixels of another level are scaled; all are rounded to whole pixels.
+    """
+    step = _step(found)
+    if found.frame == "level0":
+        return np.rint(found.coords).astype(np.int64), step
+    if scale.slide_mpp is None:
+        raise ValueError(
+            f"{found.slide_id}: its coordinates are not level-0 pixels. State the slide's mpp with --slide-mpp."
+        )
+    factor = 1 / scale.slide_mpp
+    if found.frame == "unstated":
+        if scale.coords_mpp is None:
+            raise ValueError(
+                f"{found.slide_id}: the file does not say which level its coordinates count in. State the mpp of that "
+                "level with --coords-mpp (0.5 for the published files)."
+            )
+        factor = scale.coords_mpp / scale.slide_mpp
+    return np.rint(found.coords * factor).astype(np.int64), (step[0] * factor, step[1] * factor)
+
+
+def _step(found: TileEmbeddings) -> Step:
+    step = as_pair(found.attrs.get("tile_size_level0")) or as_pair(found.tile_size_level0)
+    if step is None:
+        raise ValueError(f"{found.slide_id}: expected a known distance between tiles. State it with {OPTION}.")
+    return step
+
+
+def _whole_step(found: TileEmbeddings, coords: Array, step: Step, tool: str) -> int:
+    """The one whole number of level-0 pixels by which a tool divides coordinates: the mean of x and y, rounded.
+
+    Raises:
+        ValueError: dividing by it puts tiles in other cells.
+    """
+    whole = round(sum(step) / 2)
+    try:
+        cells = cells_of(coords, (whole, whole), who=found.slide_id)
+    except ValueError:
+        cells = None
+    if cells is None or found.cells is None or len({*map(tuple, (cells - found.cells).tolist())}) > 1:
+        raise ValueError(
+            f"{found.slide_id}: {tool} divides coordinates by a whole number of pixels, and these tiles lie "
+            f"{step[0]:g} x {step[1]:g} apart: some would change their cell. Convert to slide2vec or published."
+        )
+    return whole
+
+
+def _slide_mpp(found: TileEmbeddings, scale: Scale) -> Step:
+    """Microns per level-0 pixel (x, y): stated, or as the file says."""
+    if scale.slide_mpp is not None:
+        return scale.slide_mpp, scale.slide_mpp
+    for name in ("mpp_level0", "native_mpp"):
+        mpp = as_pair(all_facts(found.attrs).get(name))
+        if mpp is not None:
+            return mpp
+    raise ValueError(f"{found.slide_id}: the file does not say the slide's mpp. State it with --slide-mpp.")
+
+
+def _folder_name(found: TileEmbeddings) -> str:
+    return safe_name((found.encoder or "unknown").replace("/", "_"))
+
+
+def _write_h5(
+    path: Path,
+    features: Array | None,
+    coords: Array,
+    *,
+    name: str = "features",
+    of_features: Mapping[str, Any] | None = None,
+    of_coords: Mapping[str, Any] | None = None,
+    root: Mapping[str, Any] | None = None,
+) -> Path:
+    with H5Writer(path) as writer:
+        write_attrs(writer.file, root or {})
+        if features is not None:
+            write_attrs(writer.file.create_dataset(name, data=features), of_features or {})
+        write_attrs(writer.file.create_dataset("coords", data=coords), of_coords or {})
+        writer.check()
+    return path
+
+
+# -------------------------------------------------------------------------------------------------------------- TRIDENT
+
+
+def _trident(held: dict[str, Any]) -> Held:
+    step, why = as_pair(held["attrs"].get("patch_size_level0")), _NO_STEP
+    overlap = as_number(held["attrs"].get("overlap"))
+    if overlap:
+        step, why = None, f"its tiles overlap by {overlap:g} pixels. State the distance between them with {OPTION}"
+    return Held(source="trident", step=step, no_step=why, encoder=_text(held["attrs"], "encoder"), **held)
+
+
+def _write_trident(found: TileEmbeddings, folder: Path, scale: Scale) -> list[Path]:
+    coords, step = coords_at_level0(found, scale)
+    path = folder / f"features_{_folder_name(found)}" / f"{found.slide_id}.h5"
+    named = {"name": found.slide_id, "savetodir": None, "encoder": found.encoder}
+    attrs = _trident_attrs(found, _whole_step(found, coords, step, "TRIDENT"))
+    return [_write_h5(path, found.features, coords, of_features=named, of_coords=attrs)]
+
+
+def _trident_attrs(found: TileEmbeddings, step: int) -> dict[str, Any]:
+    """TRIDENT's nine."""
+    facts, mpp = all_facts(found.attrs), tile_mpp(found.attrs)
+    width, height = facts.get("slide_size") or (facts.get("level0_width"), facts.get("level0_height"))
+    return {
+        "patch_size": tile_pixels(found.attrs, found.source) or step,
+        "patch_size_level0": step,
+        "level0_magnification": facts.get("level0_magnification") or facts.get("objective_power"),
+        "target_magnification": facts.get("target_magnification")
+        or (None if mpp is None else nominal_magnification(mpp)),
+        "overlap": 0,
+        "name": found.slide_id,
+        "savetodir": None,
+        "level0_width": width,
+        "level0_height": height,
+    }
+
+
+# --------------------------------------------------------------------------------------------------------------- Mussel
+
+
+def _mussel(held: dict[str, Any]) -> Held:
+    attrs = held["attrs"]
+    step = as_pair(attrs.get("step_size")) or as_pair(attrs.get("patch_size"))
+    return Held(source="mussel", step=step, encoder=_text(attrs, "model_type") or _text(attrs, "encoder"), **held)
+
+
+# ----------------------------------------------------------------------------------------------------------------- CLAM
+
+
+def _clam(held: dict[str, Any], path: Path, coordinates: Path | None) -> Held:
+    """CLAM's features carry no attributes; its coordinates file of the same slide does."""
+    name = f"{path.stem}.h5"
+    beside = _beside(coordinates, [path.parent.parent / "patches" / name])
+    if beside is None:
+        return Held(source="clam", no_step=f"{_NO_STEP}, or name CLAM's coordinates file (patches/{name})", **held)
+    with open_h5(beside) as file:
+        stored, attrs = two_axes(read_dataset(file, "coords")), read_attrs(file["coords"])
+    if not np.array_equal(stored, held["coords"]):
+        raise FeatureFileError(f"{path.name}: its coordinates differ from those of {beside.name} of CLAM's patches.")
+    return Held(source="clam", step=clam_step(attrs), **{**held, "attrs": {**held["attrs"], **attrs}})
+
+
+def _read_clam_tensor(path: Path, coordinates: Path | None) -> Held:
+    """CLAM's `pt_files/<slide>.pt`, with the coordinates of `h5_files` or `patches` beside."""
+    features, root, name = two_axes(read_tensor(path)), path.parent.parent, f"{path.stem}.h5"
+    beside = _beside(coordinates, [root / "h5_files" / name, root / "patches" / name])
+    if beside is None:
+        raise NoCoordinatesError(
+            f"{path.name}: a .pt file of CLAM holds no coordinates, and neither h5_files/{name} nor patches/{name} "
+            "lies beside its folder. Name the folder of coordinates with gigapath convert --coordinates DIR.",
+            features,
+        )
+    with open_h5(beside) as file:
+        coords, attrs = two_axes(read_dataset(file, "coords")), read_attrs(file["coords"])
+        twin = two_axes(read_dataset(file, "features")) if "features" in file else features
+    if len(coords) != len(features) or not np.array_equal(twin, features, equal_nan=True):
+        raise FeatureFileError(f"{path.name}: {beside.parent.name}/{beside.name} is not of the same tiles.")
+    return _clam({"features": features, "coords": coords, "attrs": attrs}, path, None if attrs == {} else beside)
+
+
+class NoCoordinatesError(FeatureFileError):
+    """A file of embeddings whose coordinates are not at hand.
+
+    Attributes:
+        features: (N, D).
+    """
+
+    def __init__(self, message: str, features: Array) -> None:
+        super().__init__(message)
+        self.features = features
+
+
+def clam_step(attrs: Attrs) -> Step | None:
+    """The level-0 size (x, y) of CLAM's patches: `patch_size` at `patch_level` times that level's downsample. Old
+    files' `custom_downsample` shrinks the patch after reading and does not change it."""
+    size, downsample = as_pair(attrs.get("patch_size")), as_pair(attrs.get("downsample"))
+    if downsample is None and as_number(attrs.get("patch_level")) == 0:
+        downsample = 1.0, 1.0
+    return None if size is None or downsample is None else (size[0] * downsample[0], size[1] * downsample[1])
+
+
+def _write_clam(found: TileEmbeddings, folder: Path, scale: Scale) -> list[Path]:
+    """Embeddings as h5 and pt, and the coordinates file. Its patch is what CLAM reads at level 0: one step."""
+    import torch  # seconds, which no other format needs
+
+    coords, step = coords_at_level0(found, scale)
+    coords32 = coords.astype(np.int32)
+    features = found.features.astype(np.float32)
+    name = f"{found.slide_id}.h5"
+    size = all_facts(found.attrs).get("slide_size") or all_facts(found.attrs).get("level_dim")
+    patches = {
+        "patch_size": _whole_step(found, coords, step, "CLAM"),
+        "patch_level": 0,
+        "downsample": (1.0, 1.0),
+        "downsampled_level_dim": size,
+        "level_dim": size,
+        "name": found.slide_id,
+        "save_path": None,
+    }
+    written = _write_h5(folder / "h5_files" / name, features, coords32)
+    tensor, buffer = folder / "pt_files" / f"{found.slide_id}.pt", io.BytesIO()
+    torch.save(torch.from_numpy(np.ascontiguousarray(features)), buffer)
+    write_bytes_atomic(tensor, buffer.getvalue())
+    return [written, tensor, _write_h5(folder / "patches" / name, None, coords32, of_coords=patches)]
+
+
+# ---------------------------------------------------------------------------------------------------------------- STAMP
+
+
+def _stamp(held: dict[str, Any]) -> Held:
+    """STAMP counts in micrometres; version 2 calls the tile's size `tile_size`, the first versions counted in 224-px
+    tiles."""
+    attrs = held["attrs"]
+    step, frame, why = as_pair(attrs.get("tile_size_um")), "um", _NO_STEP
+    if step is None and attrs.get("unit") == "um":
+        step = as_pair(attrs.get("tile_size"))
+    elif step is None:
+        step, frame = as_pair(attrs.get("tile_size")), "unstated"
+        why = f"it states no unit (an early STAMP file: 224, if so). State the distance of its tiles with {OPTION}"
+    return Held(source="stamp", frame=frame, step=step, no_step=why, encoder=_text(attrs, "extractor"), **held)
+
+
+def _write_stamp(found: TileEmbeddings, folder: Path, scale: Scale) -> list[Path]:
+    """float16 and micrometres of level 0, x and y on one scale."""
+    if found.frame == "um":
+        microns, size = found.coords, _step(found)
+    else:
+        coords, step = coords_at_level0(found, scale)
+        mpp = _slide_mpp(found, scale)
+        microns, size = coords * np.asarray(mpp), (step[0] * mpp[0], step[1] * mpp[1])
+    if abs(size[0] - size[1]) > 0.005 * size[0]:
+        raise ValueError(
+            f"{found.slide_id}: STAMP's tiles are square, these are {size[0]:g} x {size[1]:g} micrometres. "
+            "Convert to slide2vec or published."
+        )
+    with np.errstate(over="ignore"):
+        features = found.features.astype(np.float16)
+    if not np.isfinite(features).all():
+        raise ValueError(f"{found.slide_id}: its embeddings do not fit in STAMP's float16. Convert to trident.")
+    root = {
+        "stamp_version": "2.0.0",  # whose layout this is
+        "extractor": found.encoder or "unknown",
+        "unit": "um",
+        "tile_size_um": float(np.mean(size)),
+        "tile_size_px": tile_pixels(found.attrs, found.source) or CELL,
+        "code_hash": "converted",
+        "feat_type": "tile",
+    }
+    path = folder / f"{_folder_name(found)}-converted" / f"{found.slide_id}.h5"
+    return [_write_h5(path, features, microns.astype(np.float32), name="feats", root=root)]
+
+
+# ------------------------------------------------------------------------------------------------------------ slide2vec
+
+_EMBEDDINGS = "tile_embeddings"
+COORDINATES = ".coordinates.npz"
+
+
+def _is_slide2vec(path: Path) -> bool:
+    """An `.npz` is nobody else's; a `.pt` is CLAM's unless it lies in slide2vec's folder or has its sidecar."""
+    in_folder = any(parent.name == _EMBEDDINGS for parent in path.absolute().parents)
+    return path.suffix == ".npz" or in_folder or path.with_name(f"{path.stem}.meta.json").is_file()
+
+
+def _read_slide2vec(path: Path, coordinates: Path | None) -> Held:
+    """`tile_embeddings/<id>.npz` or `.pt` with `tiles/<id>.coordinates.npz` and the JSON beside them; of a run with
+    annotations each in a subfolder of the annotation's name."""
+    index = None
+    if path.suffix == ".npz":
+        held = read_npz(path)
+        if "features" not in held:
+            names = sorted(held)
+            shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+            raise FeatureFileError(f"{path.name}: expected an array 'features', got {shown or 'none'}.")
+        features, index = held["features"], held.get("tile_index")
+    else:
+        features = read_tensor(path)
+    features = two_axes(features)
+    sidecar = _read_json(path.with_name(f"{path.stem}.meta.json"))
+    usual = _slide2vec_coordinates(path, sidecar)
+    beside = _beside(coordinates, usual)
+    if beside is None or not beside.is_file():
+        raise FileNotFoundError(
+            f"{beside or usual[0]}: no such file; it holds the coordinates of {path.name} (slide2vec)."
+        )
+    places = read_npz(beside)
+    missing = [name for name in ("x", "y") if name not in places]
+    if missing:
+        raise FeatureFileError(f"{beside.name}: expected arrays x and y, got {', '.join(sorted(places)[:10])}.")
+    x, y = (places[name].reshape(-1) for name in ("x", "y"))
+    if len(x) != len(y):
+        raise FeatureFileError(f"{beside.name}: expected as many x as y, got {len(x)} and {len(y)}.")
+    coords, fractions = np.stack([x, y], axis=1), places.get("tissue_fractions")
+    if index is not None and "tile_index" in places:
+        rows = _rows_of(index.reshape(-1), places["tile_index"].reshape(-1), path)
+        coords, fractions = coords[rows], None if fractions is None else fractions[rows]
+    meta = _read_json(beside.with_name(f"{beside.name.removesuffix('.npz')}.meta.json"))
+    attrs = {**_flat(meta), **_flat(sidecar)}
+    step = as_pair(attrs.get("step_px_lv0"))
+    if step is None and not as_number(attrs.get("overlap")):
+        step = as_pair(attrs.get("tile_size_lv0"))
+    return Held(
+        source="slide2vec",
+        features=features,
+        coords=coords,
+        step=step,
+        encoder=_text(attrs, "encoder_name"),
+        tissue_fraction=None if fractions is None else fractions.astype(np.float32),
+        attrs=attrs,
+    )
+
+
+def _slide2vec_coordinates(path: Path, sidecar: Any) -> list[Path]:
+    """Where the coordinates of a file may lie: as the sidecar says, seen from the run's folder wherever that is now,
+    else in `tiles`, in the subfolder of the same name."""
+    folder = path.absolute().parent
+    root = next((parent.parent for parent in (folder, *folder.parents) if parent.name == _EMBEDDINGS), folder.parent)
+    inside = folder.relative_to(root).parts[1:] if folder.is_relative_to(root) else ()
+    usual = [root.joinpath("tiles", *inside, f"{path.stem}{COORDINATES}")]
+    said = sidecar.get("coordinates_npz_path") if isinstance(sidecar, dict) else None
+    if isinstance(said, str) and said.endswith(".npz"):
+        parts = PureWindowsPath(said).parts  # takes both kinds of slashes
+        after = [at for at, part in enumerate(parts) if part == "tiles"]
+        usual = [root.joinpath(*parts[after[-1] :])] * bool(after) + usual + [Path(said)]
+    return usual
+
+
+def _rows_of(wanted: Array, held: Array, path: Path) -> Array:
+    """Where each tile index of the embeddings stands among those of the coordinates."""
+    order = np.argsort(held, kind="stable")
+    positions = np.searchsorted(held, wanted, sorter=order)
+    found = np.append(held[order], -1)[positions] == wanted
+    if not found.all() or len(np.unique(wanted)) != len(wanted) or len(np.unique(held)) != len(held):
+        raise FeatureFileError(f"{path.name}: its tile_index does not match the coordinates of the slide one to one.")
+    return np.asarray(order[positions])
+
+
+def _read_json(path: Path) -> Any:
+    if not path.is_file():
+        return {}
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise FeatureFileError(f"{path.name}: expected JSON, got something that is not ({error}).") from error
+
+
+def _flat(value: Any) -> dict[str, Any]:
+    """The plain values of nested JSON objects by their own names; the outermost of equal names stays."""
+    if not isinstance(value, Mapping):
+        return {}
+    found: dict[str, Any] = {}
+    for inner in value.values():
+        found.update(_flat(inner))
+    found.update({str(name): entry for name, entry in value.items() if isinstance(entry, str | int | float | bool)})
+    return found
+
+
+def _write_slide2vec(found: TileEmbeddings, folder: Path, scale: Scale) -> list[Path]:
+    coords, step = coords_at_level0(found, scale)
+    if step[0] != step[1]:
+        raise ValueError(
+            f"{found.slide_id}: slide2vec's tiles are square in pixels, these are {step[0]:g} x {step[1]:g}. "
+            "Convert to published."
+        )
+    index = np.arange(len(found), dtype=np.int32)
+    fractions = np.full(len(found), np.nan) if found.tissue_fraction is None else found.tissue_fraction
+    size: dict[str, Any] = {"tile_size_lv0": _whole(step[0]), "step_px_lv0": _whole(step[0]), "overlap": 0.0}
+    mpp, pixels = tile_mpp(found.attrs), tile_pixels(found.attrs, found.source)
+    size |= {} if pixels is None else {"requested_tile_size_px": pixels}
+    size |= {} if mpp is None else {"requested_spacing_um": mpp}
+    embeddings = folder / "tile_embeddings" / f"{found.slide_id}.npz"
+    places = folder / "tiles" / f"{found.slide_id}.coordinates.npz"
+    meta = {
+        "sample_id": found.slide_id,
+        "artifact_type": "tile_embeddings",
+        "format": "npz",
+        "feature_dim": found.embed_dim,
+        "num_tiles": len(found),
+        "tile_order": "y_then_x",
+        **({} if found.encoder is None else {"encoder_name": found.encoder}),
+        **size,
+    }
+    tiling = {"sample_id": found.slide_id, "n_tiles": len(found), "tile_order": "y_then_x", **size}
+    _write_npz(
+        places,
+        tile_index=index,
+        x=coords[:, 0],
+        y=coords[:, 1],
+        tissue_fractions=np.asarray(fractions, np.float32),
+    )
+    write_json_atomic(places.with_name(f"{found.slide_id}.coordinates.meta.json"), tiling)
+    write_json_atomic(embeddings.with_name(f"{found.slide_id}.meta.json"), meta)
+    _write_npz(embeddings, features=found.features, tile_index=index)
+    return [embeddings, places]
+
+
+def _whole(value: float) -> int | float:
+    return int(value) if float(value).is_integer() else float(value)
+
+
+def _write_npz(path: Path, **arrays: Any) -> None:
+    buffer = io.BytesIO()
+    np.savez(buffer, **arrays)
+    write_bytes_atomic(path, buffer.getvalue())
+
+
+# --------------------------------------------------------------------------------------------------- the published code
+
+
+def _write_published(found: TileEmbeddings, folder: Path, scale: Scale) -> list[Path]:
+    """What the published fine-tuning script reads: coordinates at the tile's level, neighbours CELL apart."""
+    assert found.cells is not None
+    coords = found.cells.astype(np.float32) * CELL
+    return [_write_h5(folder / f"{found.slide_id}.h5", found.features.astype(np.float32), coords)]
+
+
+# ----------------------------------------------------------------------------------------------------------------- ours
+
+
+def _write_ours(found: TileEmbeddings, folder: Path, scale: Scale) -> list[Path]:
+    """Ours: the datasets of a features file. What the other tool does not know is NaN (tissue fraction) or 0 (section);
+    its own attributes stay in `converted_attrs`."""
+    if found.source == "gigapath":
+        raise ValueError(f"{found.slide_id}: it is one of our files already. Copy it.")
+    coords, step = coords_at_level0(found, scale)
+    fractions = np.full(len(found), np.nan) if found.tissue_fraction is None else found.tissue_fraction
+    path = folder / f"features_{_folder_name(found)}" / f"{found.slide_id}.h5"
+    root = {
+        "slide_id": found.slide_id,
+        "stage": "features",
+        "encoder": found.encoder,
+        "tile_size": tile_pixels(found.attrs, found.source),
+        "tile_size_level0": step,
+        "mpp": tile_mpp(found.attrs),
+        "mpp_level0": scale.slide_mpp or found.attrs.get("native_mpp"),
+        "converted_from": found.source,
+        "converted_attrs": {name: found.attrs[name] for name in sorted(found.attrs)},
+        "numerics_version": FOREIGN_NUMERICS,
+        "package_version": gigapath.__version__,
+        "implementation": gigapath.__implementation__,
+    }
+    with H5Writer(path) as writer:
+        file = writer.file
+        write_attrs(file, root)
+        places = file.create_dataset("coords", data=coords)
+        with contextlib.suppress(ValueError):  # TRIDENT can't read every grid; then the file is ours alone
+            write_attrs(places, _trident_attrs(found, _whole_step(found, coords, step, "TRIDENT")))
+        file.create_dataset("cells", data=found.cells)
+        file.create_dataset("tissue_fraction", data=np.asarray(fractions, np.float32))
+        file.create_dataset("section", data=np.zeros(len(found), np.int32))
+        file.create_dataset("qc", data=np.zeros((len(found), 0), np.float32))
+        file.create_dataset("features", data=found.features)
+        writer.check()
+    return [path]
+
+
+FORMATS: dict[str, Callable[[TileEmbeddings, Path, Scale], list[Path]]] = {
+    "gigapath": _write_ours,
+    "trident": _write_trident,
+    "clam": _write_clam,
+    "stamp": _write_stamp,
+    "slide2vec": _write_slide2vec,
+    "published": _write_published,
+}
