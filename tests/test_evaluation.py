@@ -17,6 +17,7 @@ from gigapath.evaluation import (
     confusion_matrix,
     evaluate,
     evaluate_by_site,
+    macro_curves,
     paired_difference,
     prior_probabilities,
     site_probabilities,
@@ -184,6 +185,30 @@ def test_undefined_replicates_are_counted() -> None:
     assert evaluation["accuracy"].undefined == 0
 
 
+def test_an_interval_of_zero_width_is_none() -> None:
+    right = Predictions(np.arange(40) % 2, np.eye(2)[np.arange(40) % 2] * 0.8 + 0.1, ("a", "b"))
+    one_group = replace(made(40, 2, seed=4), groups=np.zeros(40))
+    for predictions in (right, one_group):
+        found = evaluate(predictions, replicates=50)
+        assert np.isnan([found["accuracy"].low, found["accuracy"].high]).all()
+        assert f"{found['accuracy']:+.4f}" == f"{found['accuracy'].value:+.4f}"
+        assert any("no interval for accuracy" in note for note in found.notes)
+        assert found.to_dict()["scores"]["accuracy"]["low"] is None
+    assert not evaluate(right, replicates=0).notes
+
+
+@pytest.mark.parametrize("classes", [2, 4])
+def test_macro_curves_are_scikit_learns_of_one_hot_truth(classes: int) -> None:
+    generator = np.random.default_rng(3)
+    truth = np.arange(120) % classes
+    logits = generator.normal(size=(120, classes)).round(1)
+    one_hot = np.eye(classes)[truth]
+    auroc, auprc = macro_curves(truth, logits)
+    assert auroc == pytest.approx(sk.roc_auc_score(one_hot, logits, average="macro"), abs=1e-12)
+    assert auprc == pytest.approx(sk.average_precision_score(one_hot, logits, average="macro"), abs=1e-12)
+    assert np.isnan(macro_curves(np.zeros(5, dtype=int), logits[:5])).all()
+
+
 def test_scores_with_folds_are_means_within_folds() -> None:
     first, second = made(80, 2, seed=6), made(60, 2, seed=7)
     # The second model's probabilities are shifted: pooled AUROC falls, the mean within folds does not.
@@ -202,7 +227,7 @@ def test_scores_with_folds_are_means_within_folds() -> None:
 def test_paired_difference_is_zero_for_equals_and_tight_for_alikes() -> None:
     predictions = made(300, 2, seed=8)
     same = paired_difference(predictions, predictions, replicates=100)["auroc"]
-    assert (same.value, same.low, same.high) == (0.0, 0.0, 0.0)
+    assert same.value == 0.0 and np.isnan([same.low, same.high]).all()
     noise = np.clip(predictions.probabilities[:, 1] + 0.05 * np.random.default_rng(0).normal(size=300), 0, 1)
     other = Predictions(predictions.truth, np.stack([1 - noise, noise], axis=1), predictions.class_names)
     difference = paired_difference(predictions, other)["auroc"]

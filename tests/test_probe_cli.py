@@ -44,10 +44,14 @@ def test_probe_writes_the_published_lines_and_the_rest(made: tuple[str, str], tm
         "results.txt", "results.json", "predictions.csv", "confusion.png", "curve.png",
     }  # fmt: skip
     lines = (out / "results.txt").read_text().splitlines()
-    assert len(lines) == 2
+    assert len(lines) == 3
     assert re.fullmatch(r"Val f1: \d\.\d{4}", lines[0])
     assert re.fullmatch(r"Test f1: \d\.\d{4} Test AUROC: \d\.\d{4} Test AUPRC: \d\.\d{4}", lines[1])
+    assert re.fullmatch(r"Test AUROC \(logits, macro\): \d\.\d{4} Test AUPRC \(logits, macro\): \d\.\d{4}", lines[2])
     results = json.loads((out / "results.json").read_text())
+    published = results["published_definitions"]["test"]
+    assert f"AUROC (logits, macro): {published['auroc_logits_macro']:.4f}" in lines[2]
+    assert published["f1_weighted"] == results["test"]["scores"]["f1_weighted"]["value"]
     for score in ("accuracy", "balanced_accuracy", "f1_weighted", "precision_macro", "recall_macro", "auroc", "auprc"):
         estimate = results["test"]["scores"][score]
         assert estimate["low"] <= estimate["value"] <= estimate["high"], score

@@ -15,6 +15,7 @@ from gigapath.evaluation.scores import (
     average_by_group,
     confusion_matrix,
     f1_weighted,
+    macro_curves,
     prior_probabilities,
     site_probabilities,
 )
@@ -30,6 +31,7 @@ __all__ = [
     "evaluate",
     "evaluate_by_site",
     "f1_weighted",
+    "macro_curves",
     "paired_difference",
     "prior_probabilities",
     "site_probabilities",

@@ -5,7 +5,7 @@ thing and stands apart.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -16,24 +16,32 @@ from gigapath.evaluation.scores import FloatArray, IntArray, Predictions, Scorer
 
 REPLICATES = 2000
 LEVEL = 0.95
+ROUNDING = 1e-12  # an interval narrower than this has no width
 BLOCK_ENTRIES = 2_000_000  # weights held at once: 16 MB, and a few times that while a curve is summed
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A score, its percentile interval, and in how many replicates it was not defined; NaN = not defined."""
+    """A score, its percentile interval, and in how many replicates it was not defined; NaN = not defined.
+
+    The interval is not defined either where all replicates give one value (one group, every row right): a width of
+    zero would say that nothing is uncertain.
+    """
 
     value: float
     low: float
     high: float
     undefined: int
 
-    def __str__(self) -> str:
+    def __format__(self, spec: str) -> str:
+        """The value and its interval, each number by the given format."""
         if math.isnan(self.value):
             return "not defined"
-        if math.isnan(self.low):
-            return f"{self.value:.4f}"
-        return f"{self.value:.4f} [{self.low:.4f}, {self.high:.4f}]"
+        interval = "" if math.isnan(self.low) else f" [{self.low:{spec}}, {self.high:{spec}}]"
+        return f"{self.value:{spec}}{interval}"
+
+    def __str__(self) -> str:
+        return f"{self:.4f}"
 
 
 @dataclass(frozen=True)
@@ -84,13 +92,14 @@ def evaluate(predictions: Predictions, *, replicates: int = REPLICATES, seed: in
     drawn = _replicate_scores([scorer], predictions, replicates, seed)[0]
     groups = predictions.groups
     units = len(predictions.truth) if groups is None else len(np.unique(groups))
+    estimates = _estimates(scorer.names, values, drawn)
     return Evaluation(
-        estimates=_estimates(scorer.names, values, drawn),
+        estimates=estimates,
         rows=len(predictions.truth),
         units=units,
         prevalence=_prevalence(predictions),
         covers=_covers(predictions, replicates, seed),
-        notes=_notes(predictions),
+        notes=_notes(predictions, estimates if replicates else {}),
     )
 
 
@@ -190,6 +199,8 @@ def _estimates(names: tuple[str, ...], values: dict[str, float], drawn: FloatArr
         defined = drawn[~np.isnan(drawn[:, column]), column]
         tail = (1 - LEVEL) / 2
         low, high = np.quantile(defined, [tail, 1 - tail]) if len(defined) else (np.nan, np.nan)
+        if high - low < ROUNDING:
+            low = high = np.nan
         estimates[name] = Estimate(values[name], float(low), float(high), len(drawn) - len(defined))
     return estimates
 
@@ -215,8 +226,8 @@ def _covers(predictions: Predictions, replicates: int, seed: int) -> str:
     )
 
 
-def _notes(predictions: Predictions) -> tuple[str, ...]:
-    """What is not defined on these rows, in sentences."""
+def _notes(predictions: Predictions, estimates: Mapping[str, Estimate]) -> tuple[str, ...]:
+    """What is not defined on these rows, in sentences; `estimates` are those that were drawn for."""
     notes = []
     truth = np.asarray(predictions.truth)
     for index, name in enumerate(predictions.class_names):
@@ -225,6 +236,9 @@ def _notes(predictions: Predictions) -> tuple[str, ...]:
             notes.append(f"class {name} has no row: its AUROC and AUPRC are not defined and left out of means")
         elif positive == len(truth):
             notes.append(f"class {name} has every row: its AUROC is not defined and left out of means")
+    flat = [name for name, each in estimates.items() if not math.isnan(each.value) and math.isnan(each.low)]
+    if flat:
+        notes.append(f"no interval for {', '.join(flat)}: every replicate that defines it gives the same value")
     return tuple(notes)
 
 

@@ -261,6 +261,25 @@ class _Curve:
         )
 
 
+def macro_curves(truth: IntArray, outputs: FloatArray) -> tuple[float, float]:
+    """(AUROC, average precision) of each class against the rest by its own raw output, averaged over all classes.
+
+    For two classes too, where `Scorer` takes the positive class's softmax: raw logits of two classes need not rank the
+    rows as their difference does. So published tables of linear probes are made.
+
+    Args:
+        truth: (N,) class index.
+        outputs: (N, C), such as logits; higher = more likely.
+
+    Returns:
+        NaN where a class has no row or every row.
+    """
+    ones = np.ones((1, len(truth)))
+    curves = [_Curve(truth == c, outputs[:, c])(ones)[0] for c in range(outputs.shape[1])]
+    auroc, average_precision = np.mean(curves, axis=0)
+    return float(auroc), float(average_precision)
+
+
 def confusion_matrix(predictions: Predictions) -> IntArray:
     """Counts (C, C): row = true class, column = predicted class."""
     classes = len(predictions.class_names)

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 
 import gigapath
-from gigapath.evaluation import Estimate
 from gigapath.evaluation.plots import draw_intervals, plotting_available
 from gigapath.files import write_bytes_atomic, write_json_atomic, write_text_atomic
 from gigapath.linear_probe.report import TERMS
@@ -72,7 +71,7 @@ def slide_summary_lines(probe: SlideProbe) -> Iterator[str]:
     yield f"{data.facts['slides']:,} slides{groups}: {counts}{positive}"
     rows = [["embedding", "width", *TABLE_SCORES.values(), f"AUROC against {BASELINE}"]]
     for name, score in (*probe.scores.items(), *probe.controls.items()):
-        lead = "" if score.lead is None else _signed(score.lead["auroc"])
+        lead = "" if score.lead is None else f"{score.lead['auroc']:+.4f}"
         shown = [str(score.main[metric]) for metric in TABLE_SCORES]
         rows.append([name, str(score.width or ""), *shown, lead])
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
@@ -154,12 +153,6 @@ def _comparison(probe: SlideProbe) -> bytes:
         x_label=f"AUROC, mean over folds, with 95 % interval over {unit}",
         title="Slide embeddings compared by linear probes",
     )
-
-
-def _signed(estimate: Estimate) -> str:
-    if math.isnan(estimate.value):
-        return "not defined"
-    return f"{estimate.value:+.4f} [{estimate.low:+.4f}, {estimate.high:+.4f}]"
 
 
 def _number(value: float) -> float | None:

@@ -20,6 +20,7 @@ from gigapath.evaluation import (
     Predictions,
     calibration_slope,
     evaluate,
+    macro_curves,
     paired_difference,
     prior_probabilities,
 )
@@ -40,14 +41,14 @@ log = logging.getLogger(__name__)
 @dataclass(frozen=True)
 class SeedResult:
     """One fitted head: its seed (None where nothing is drawn), what was chosen on validation, its looks at it, and
-    its probabilities (rows, C) per split."""
+    its probabilities and logits (rows, C) per split; neighbours have no logits."""
 
     seed: int | None
     chosen: str
     step: int | None
     looks: tuple[Look, ...]
     probabilities: dict[str, FloatArray]
-    head: LinearHead | None
+    logits: dict[str, FloatArray]
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,17 @@ class TileProbe:
     seconds: dict[str, float]
     notes: tuple[str, ...] = ()
     facts: dict[str, Any] = field(default_factory=dict)
+
+    def published_scores(self, split: str) -> dict[str, float]:
+        """The first seed's scores by the published code's definitions; none without logits (neighbours)."""
+        if split not in self.results[0].logits:
+            return {}
+        auroc, auprc = macro_curves(self.data.truth(split), self.results[0].logits[split])
+        return {
+            "f1_weighted": self.evaluations[split]["f1_weighted"].value,
+            "auroc_logits_macro": auroc,
+            "auprc_logits_macro": auprc,
+        }
 
     def predictions(self, split: str) -> Predictions:
         """Truth and the first seed's probabilities of a split."""
@@ -200,7 +212,7 @@ def fit_heads(
                 seed=seed,
                 on_look=lambda look, seed=seed: on_look(seed, look),  # type: ignore[misc]
             )
-            probabilities = {split: fit.head.probabilities(features, rows[split]) for split in (VALIDATION, TEST)}
+            probabilities, logits = _outputs(fit.head, features, rows)
             results.append(
                 SeedResult(
                     seed,
@@ -208,20 +220,29 @@ def fit_heads(
                     fit.step,
                     fit.looks,
                     probabilities,
-                    fit.head,
+                    logits,
                 )
             )
         return tuple(results), None
     if tile_options.solver == "lbfgs":
         head, choice = choose_penalty(features, labels, rows[TRAIN], rows[VALIDATION], classes)
-        probabilities = {split: head.probabilities(features, rows[split]) for split in (VALIDATION, TEST)}
+        probabilities, logits = _outputs(head, features, rows)
         chosen = f"the penalty with the least cross-entropy on validation: {choice.value:g}"
-        return (SeedResult(None, chosen, None, (), probabilities, head),), choice
+        return (SeedResult(None, chosen, None, (), probabilities, logits),), choice
     neighbours, choice = choose_neighbours(features, labels, rows[TRAIN], rows[VALIDATION], classes)
     k = int(choice.value)
     probabilities = {split: neighbours.probabilities(rows[split], [k])[k] for split in (VALIDATION, TEST)}
     chosen = f"the number of neighbours with the best weighted F1 on validation: {k}"
-    return (SeedResult(None, chosen, None, (), probabilities, None),), choice
+    return (SeedResult(None, chosen, None, (), probabilities, {}),), choice
+
+
+def _outputs(
+    head: LinearHead, features: torch.Tensor, rows: dict[str, torch.Tensor]
+) -> tuple[dict[str, FloatArray], dict[str, FloatArray]]:
+    """(probabilities, logits) of a head per split."""
+    splits = (VALIDATION, TEST)
+    probabilities = {split: head.probabilities(features, rows[split]) for split in splits}
+    return probabilities, {split: head.logits(features, rows[split]) for split in splits}
 
 
 def predictions_of(data: ProbeData, split: str, probabilities: FloatArray) -> Predictions:

@@ -42,9 +42,11 @@ class LinearHead:
 
     def probabilities(self, features: torch.Tensor, rows: torch.Tensor) -> FloatArray:
         """Softmax of the logits of some rows of a matrix, (rows, C)."""
-        return np.asarray(
-            torch.cat([part.cpu().double().softmax(dim=1) for part in self._logits(features, rows)]).numpy()
-        )
+        return np.asarray(torch.from_numpy(self.logits(features, rows)).softmax(dim=1).numpy())
+
+    def logits(self, features: torch.Tensor, rows: torch.Tensor) -> FloatArray:
+        """The logits of some rows of a matrix, (rows, C)."""
+        return np.asarray(torch.cat([part.cpu().double() for part in self._logits(features, rows)]).numpy())
 
     def predicted(self, features: torch.Tensor, rows: torch.Tensor) -> IntArray:
         """The most probable class of some rows of a matrix, (rows,)."""

@@ -466,7 +466,7 @@
     const node = el("td", { class: "number" });
     const figures = [el("strong", {}, sign + figure(cell.value))];
     if (cell.sd !== null && cell.sd !== undefined) figures.push(` ± ${figure(cell.sd)}`);
-    if (cell.low !== null && cell.low !== undefined) {
+    if (cell.low < cell.high) { // null and a width of zero are no interval
       const reach = signed ? [-0.5, 0.5] : [0, 1];
       const x = (value) => 4 + 82 * Math.min(Math.max((value - reach[0]) / (reach[1] - reach[0]), 0), 1);
       figures.push(el("span", { class: "note" }, ` ${figure(cell.low)} to ${figure(cell.high)}`));
