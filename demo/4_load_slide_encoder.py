@@ -12,8 +12,8 @@ import torch
 from at_hand import OUTPUTS, encoder_at_hand, slide_at_hand
 
 import gigapath
-from gigapath.downloads import RELEASES
 from gigapath.pipeline import EmbedOptions, TileOptions, run_embed
+from gigapath.releases import RELEASES
 
 
 def main(argv=None):

@@ -11,7 +11,8 @@ import huggingface_hub
 import huggingface_hub.constants
 import torch
 
-from gigapath.downloads import RELEASES, download
+from gigapath.hub import download
+from gigapath.releases import RELEASES
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 DATA = CHECKOUT / "data"

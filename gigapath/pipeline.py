@@ -17,14 +17,13 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
 from gigapath import slide_encoder, tile_encoder
-from gigapath.downloads import RELEASES
-from gigapath.downloads.table import TILE_FILE
 from gigapath.embedding.options import EmbedOptions, RunOptions, SlideEmbedOptions
 from gigapath.embedding.run import run_embed
 from gigapath.embedding.slide_embedding import run_slide_embed
 from gigapath.embedding.tiling import run_tile
 from gigapath.preprocessing.data.create_tiles_dataset import process_slide
 from gigapath.preprocessing.tiling import TileOptions
+from gigapath.releases import RELEASES, TILE_FILE
 from gigapath.tile_transform import RELEASED_TRANSFORM
 from gigapath.weights import find_weights, load_state_dict, tell_architecture
 

@@ -15,8 +15,7 @@ from timm.models import register_model
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from gigapath.downloads import RELEASES
-from gigapath.downloads.table import TILE_FILE
+from gigapath.releases import RELEASES, TILE_FILE
 from gigapath.tile_transform import RELEASED_TRANSFORM
 from gigapath.weights import assign_weights, find_weights, load_state_dict
 

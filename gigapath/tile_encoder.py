@@ -21,11 +21,9 @@ from torch import Tensor, nn
 
 from gigapath import standin
 from gigapath.devices import autocast, reproducible, resolve_device, resolve_precision
-from gigapath.downloads import HUB_PREFIXES, RELEASES, Release
-from gigapath.downloads.digests import remembered_sha256
-from gigapath.downloads.hub import hub_error
-from gigapath.downloads.table import TILE_FILE
 from gigapath.file_names import plain_name
+from gigapath.hub import HUB_PREFIXES, hub_error, remembered_sha256
+from gigapath.releases import RELEASES, TILE_FILE, Release
 from gigapath.tile_architectures import (
     create_model,
     gigapath_tile_enc_dinov2s,

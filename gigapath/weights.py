@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from gigapath.downloads import HUB_PREFIXES, RELEASES, hub_file
+from gigapath.hub import HUB_PREFIXES, hub_file
+from gigapath.releases import RELEASES
 
 # What a checkpoint of each released architecture looks like: shapes of a few entries, and one of the last layer's.
 _MARKS: dict[str, dict[str, dict[str, tuple[int, ...]]]] = {
@@ -66,7 +67,7 @@ def find_weights(
 
     Raises:
         FileNotFoundError: there is no such file.
-        OSError: the hub does not give it; the message says what to do (see `gigapath.downloads.hub`).
+        OSError: the hub does not give it; the message says what to do (see `gigapath.hub`).
         ValueError: the file is not the recorded one, with `strict`.
     """
     if str(pretrained).startswith(HUB_PREFIXES):

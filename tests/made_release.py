@@ -13,9 +13,9 @@ from timm.models import register_model
 from weights_recipe import fill
 
 from gigapath import tile_architectures, tile_encoder, weights
-from gigapath.downloads import DOWNLOADS, RELEASES, RemoteFile
-from gigapath.downloads.digests import digest_of
 from gigapath.files import sha256_of
+from gigapath.hub import digest_of
+from gigapath.releases import DOWNLOADS, RELEASES, RemoteFile
 from gigapath.slide_encoder import LongNetViT
 from gigapath.tile_encoder import load_tile_encoder
 
@@ -80,7 +80,7 @@ def _make_demo(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def record_demo(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Take the demo tile's two files, as they are now, for the released ones."""
     files = tuple(
-        RemoteFile(file.file, file.sources, digest=digest_of(folder / file.file, "git"))
+        RemoteFile(file.file, file.source, digest=digest_of(folder / file.file, "git"))
         for file in DOWNLOADS["demo-tile"].files
     )
     monkeypatch.setitem(DOWNLOADS, "demo-tile", dataclasses.replace(DOWNLOADS["demo-tile"], files=files))

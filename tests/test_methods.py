@@ -10,8 +10,8 @@ from feature_files import make_features, make_tiles
 
 from gigapath.cli.main import main
 from gigapath.cohort.status import Status, write_status
-from gigapath.downloads import RELEASES
 from gigapath.features import TileEmbeddingsWriter
+from gigapath.releases import RELEASES
 from gigapath.report.methods import methods
 
 TILING = {

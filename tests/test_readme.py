@@ -173,8 +173,8 @@ class FakeHub:
         from weights_recipe import fill, filled
 
         from gigapath import tile_architectures, tile_encoder
-        from gigapath.downloads import RELEASES
         from gigapath.files import sha256_of
+        from gigapath.releases import RELEASES
 
         self.folder = folder
         sizes = tile_architectures.SIZES["gigapath_tile_enc_vitg"]

@@ -14,10 +14,10 @@ import pytest
 import torch
 
 from gigapath.cohort.status import Status, write_status
-from gigapath.downloads import DOWNLOADS, RELEASES
 from gigapath.features import FeatureFileError
 from gigapath.features.arrays import read_npy, read_npz, read_tensor
 from gigapath.file_names import safe_name
+from gigapath.releases import DOWNLOADS, RELEASES
 from gigapath.weights import load_state_dict
 
 ROOT = Path(__file__).parent.parent
@@ -179,5 +179,5 @@ def test_weights_are_pinned_and_every_download_has_a_digest_or_says_that_it_has_
         assert release.tile_file.digest == f"sha256:{release.tile_sha256}"
     for name, download in DOWNLOADS.items():
         for file in download.files:
-            assert all(source.startswith(("https://", "hf_hub:", "wheel:")) for source in file.sources), name
+            assert file.source.startswith(("https://", "hf_hub:")), name
             assert file.digest is None or file.digest.partition(":")[0] in ("sha256", "git", "md5"), name

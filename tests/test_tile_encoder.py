@@ -22,8 +22,8 @@ from weights_recipe import filled
 
 from gigapath import standin, tile_architectures, tile_encoder
 from gigapath.devices import resolve_device, resolve_precision
-from gigapath.downloads import RELEASES
 from gigapath.files import sha256_of
+from gigapath.releases import RELEASES
 from gigapath.tile_encoder import create_model, load_tile_encoder
 from gigapath.tile_transform import RELEASED_TRANSFORM, TileTransform
 

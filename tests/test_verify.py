@@ -23,13 +23,13 @@ from gigapath.doctor import verify_slide_encoder, verify_tile_encoder
 from gigapath.doctor.options import VerifyOptions
 from gigapath.doctor.verify import as_table, verdict
 from gigapath.doctor.verify_tile_encoder import RIGHT, forms_of
-from gigapath.downloads import RELEASES
 from gigapath.embedding import slide_encoding as encoding
 from gigapath.embedding.slide_encoding import encode_padded
 from gigapath.files import sha256_of
 from gigapath.findings import OK, SKIPPED, Finding
 from gigapath.preprocessing.slide import open_slide
 from gigapath.preprocessing.tiling import plan_tiles
+from gigapath.releases import RELEASES
 from gigapath.slide_encoder import LongNetViT
 from gigapath.tile_encoder import load_tile_encoder
 from gigapath.tile_transform import TileTransform

@@ -1,14 +1,13 @@
-"""`gigapath download NAME`: weights, demo data and the published tables, resumed and checked."""
+"""`gigapath download NAME`: weights, demo data and the published tables, checked."""
 
 import argparse
 import sys
 from pathlib import Path
-from typing import Any
 
 import huggingface_hub.utils
-from tqdm import tqdm
 
-from gigapath.downloads import DOWNLOADS, Collected, download
+from gigapath.hub import Collected, download
+from gigapath.releases import DOWNLOADS
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,16 +27,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(namespace: argparse.Namespace) -> int:
     """Fetch the files, a bar for each on a terminal, and print a line for each when it is there."""
-    shown = sys.stderr.isatty()
-    if not shown:
+    if not sys.stderr.isatty():
         huggingface_hub.utils.disable_progress_bars()  # type: ignore[attr-defined]
-    bars = _Bars() if shown else None
-    try:
-        collected = download(namespace.name, namespace.to, progress=bars)
-    finally:
-        if bars:
-            bars.close()
-    for file in collected:
+    for file in download(namespace.name, namespace.to):
         print(_line(file))
     if DOWNLOADS[namespace.name].note:
         print(DOWNLOADS[namespace.name].note)
@@ -50,24 +42,3 @@ def _line(file: Collected) -> str:
     size = Path(file.path).stat().st_size
     checked = f"{file.digest.partition(':')[0]} checked" if file.digest else "no digest is published to check it"
     return f"{file.path}  ({size:,} bytes, {checked}{', was there already' if file.was_there else ''})"
-
-
-class _Bars:
-    """One bar at a time, for the file that grows."""
-
-    def __init__(self) -> None:
-        self.name = ""
-        self.bar: Any = None
-
-    def __call__(self, name: str, done: int, total: int | None) -> None:
-        if name != self.name:
-            self.close()
-            self.name = name
-            self.bar = tqdm(desc=name, total=total, unit="B", unit_scale=True)
-        self.bar.total = total
-        self.bar.update(done - self.bar.n)
-
-    def close(self) -> None:
-        if self.bar is not None:
-            self.bar.close()
-            self.bar = None

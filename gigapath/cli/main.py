@@ -14,7 +14,7 @@ import gigapath
 # verb -> (module under gigapath.cli, one line of help), in the order of use. A module offers `add_arguments(parser)`
 # and `run(namespace) -> exit status`.
 VERBS: dict[str, tuple[str, str]] = {
-    "download": ("download", "Fetch weights, demo data and the published tables; resumed, checked."),
+    "download": ("download", "Fetch weights, demo data and the published tables; checked."),
     "doctor": ("doctor", "Look at this machine and installation: what is wrong, and the mend."),
     "plan": ("plan", "What a cohort is made of and what it will cost, from the slides' headers; a pilot on a few."),
     "tile": ("tile", "Find tissue and lay tiles: mask, tiles, previews. Look at them before embedding."),

@@ -10,9 +10,9 @@ from gigapath.cli.arguments import add_json, add_options, options_from
 from gigapath.cli.main import EXIT_FAILED_SLIDES
 from gigapath.cli.progress import Terminal
 from gigapath.cohort.progress import failures_by_kind
-from gigapath.downloads import RELEASES
 from gigapath.embedding.preflight import Survey, SurveyOptions, run_pilot, survey
 from gigapath.preprocessing.tiling import TileOptions
+from gigapath.releases import RELEASES
 from gigapath.text import in_bytes, in_words, rounded, slides_in_words
 
 _SHOWN = 10

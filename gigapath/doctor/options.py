@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-from gigapath.downloads import RELEASES
 from gigapath.options import check_options, option
+from gigapath.releases import RELEASES
 
 
 @dataclass(frozen=True)

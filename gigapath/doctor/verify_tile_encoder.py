@@ -17,13 +17,13 @@ import numpy.typing as npt
 import torch
 from PIL import Image
 
-from gigapath.downloads import DOWNLOADS, release_of
-from gigapath.downloads.digests import digest_of
 from gigapath.embedding.slide_encoding import encode_padded
 from gigapath.features import Tiles, read_features
 from gigapath.findings import OK, SKIPPED, Finding
+from gigapath.hub import digest_of
 from gigapath.preprocessing.slide import Slide, SlideError, open_slide
 from gigapath.preprocessing.tiling import TileOptions, plan_tiles
+from gigapath.releases import DOWNLOADS, release_of
 from gigapath.tile_encoder import TileEncoder
 
 Array = npt.NDArray[Any]

@@ -2,16 +2,14 @@
 
 import contextlib
 import os
-import threading
 from pathlib import Path
 
 import huggingface_hub
 import huggingface_hub.constants
 
-from gigapath.downloads import RELEASES
-from gigapath.downloads.hub import hub_error
-from gigapath.downloads.table import SLIDE_FILE, TILE_FILE
 from gigapath.findings import NOTE, OK, Finding
+from gigapath.hub import ask_in_time, hub_error
+from gigapath.releases import RELEASES, SLIDE_FILE, TILE_FILE
 
 # The hub gets this long to answer; the resolver of names may take longer than any time limit of the client.
 _SECONDS = 4.0
@@ -54,7 +52,7 @@ def check_weights(*, offline: bool) -> list[Finding]:
             found.append(Finding(name, text, advice, NOTE, "not asked"))
             continue
         url = huggingface_hub.hf_hub_url(release.repo, SLIDE_FILE, revision=release.revision)
-        error = _ask_in_time(url)
+        error = ask_in_time(url, _SECONDS)
         if error is None:
             text = f"{release.name}: not in the cache; the hub gives access"
             found.append(Finding(name, text, f"gigapath download {release.name}.", NOTE, "accessible"))
@@ -65,23 +63,6 @@ def check_weights(*, offline: bool) -> list[Finding]:
         advice = "look at the network and its proxy (HTTPS_PROXY), or at the access that the page of the model grants."
         found.append(Finding(name, text, advice, NOTE, "no access"))
     return found
-
-
-def _ask_in_time(url: str) -> Exception | None:
-    """The error that asking the hub ended with, TimeoutError where it did not end in time, None where it went well."""
-    outcome: list[Exception | None] = []
-
-    def work() -> None:
-        try:
-            huggingface_hub.get_hf_file_metadata(url, timeout=_SECONDS)
-            outcome.append(None)
-        except Exception as error:  # of the hub's client and of the network, named to the user
-            outcome.append(error)
-
-    thread = threading.Thread(target=work, daemon=True)
-    thread.start()
-    thread.join(_SECONDS + 1)
-    return outcome[0] if outcome else TimeoutError()
 
 
 def without_token(text: str) -> str:

@@ -23,7 +23,6 @@ from gigapath.cohort.manifest import SlideEntry, find_slides, id_problems
 from gigapath.cohort.privacy import without_paths
 from gigapath.cohort.run import RunResult, Watcher
 from gigapath.cohort.status import FINISHED
-from gigapath.downloads import RELEASES
 from gigapath.embedding.estimate import TISSUE_SHARE
 from gigapath.embedding.options import RunOptions
 from gigapath.embedding.slides import open_entry
@@ -34,6 +33,7 @@ from gigapath.options import check_options, option
 from gigapath.preprocessing.grid import plan_grid
 from gigapath.preprocessing.slide import SAME_SCALE, Slide, SlideError
 from gigapath.preprocessing.tiling import TileOptions
+from gigapath.releases import RELEASES
 
 _PIECE_BYTES = 1 << 16
 _YEAR = r"(?:19|20)\d\d"

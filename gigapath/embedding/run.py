@@ -15,7 +15,6 @@ from gigapath.cohort.run import CohortRun, Plan, RunResult, Watcher
 from gigapath.cohort.shards import largest_first
 from gigapath.cohort.status import read_statuses
 from gigapath.devices import at_most_threads, resolve_devices
-from gigapath.downloads import RELEASES
 from gigapath.embedding.estimate import estimate_tiles
 from gigapath.embedding.job import EmbedJob
 from gigapath.embedding.options import EmbedOptions, RunOptions
@@ -28,6 +27,7 @@ from gigapath.features import TILES_NUMERICS_VERSION
 from gigapath.machine import available_cores
 from gigapath.options import to_dict
 from gigapath.preprocessing.tiling import TileOptions
+from gigapath.releases import RELEASES
 from gigapath.signals import StopFlag
 from gigapath.slide_encoder import WEIGHTS_FILE
 from gigapath.text import in_bytes, in_words, slides_in_words, tiles_in_words

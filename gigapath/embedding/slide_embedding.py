@@ -9,7 +9,6 @@ from gigapath.cohort.reuse import check_unmixed
 from gigapath.cohort.run import CohortRun, Plan, RunResult, Watcher
 from gigapath.cohort.status import Status, read_status
 from gigapath.devices import at_most_threads
-from gigapath.downloads import RELEASES
 from gigapath.embedding.options import KeepOptions, SlideEmbedOptions
 from gigapath.embedding.slide_encoding import SlideEncoder, load_slide_encoder, usual_slide_encoder
 from gigapath.embedding.slide_stage import SlideStage, slides_folder
@@ -20,6 +19,7 @@ from gigapath.file_names import name_problem, one_line, plain_name, quoted_name
 from gigapath.files import real_path, sha256_of
 from gigapath.machine import available_cores
 from gigapath.options import to_dict
+from gigapath.releases import RELEASES
 from gigapath.signals import StopFlag
 from gigapath.text import slides_in_words
 

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from gigapath.devices import AUTOCAST_TYPES, autocast, resolve_device, resolve_precision
-from gigapath.downloads import RELEASES, release_of
-from gigapath.downloads.digests import remembered_sha256
 from gigapath.features import TileEmbeddings, parse_embedding
 from gigapath.file_names import plain_name
+from gigapath.hub import remembered_sha256
 from gigapath.longnet.attention import choose_kernel
+from gigapath.releases import RELEASES, release_of
 from gigapath.slide_encoder import WEIGHTS_FILE, LongNetViT, create_model
 from gigapath.tile_encoder import TileEncoder
 from gigapath.weights import find_weights, load_state_dict, tell_architecture

@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 
-from gigapath.downloads import RELEASES, release_of
 from gigapath.features.cells import (
     all_facts,
     as_number,
@@ -31,6 +30,7 @@ from gigapath.features.reading import SUFFIXES, list_feature_files
 from gigapath.features.tables import SAME_THROUGHOUT
 from gigapath.files import PARTIAL_SUFFIX
 from gigapath.findings import NOTE, WRONG, Finding
+from gigapath.releases import RELEASES, release_of
 
 # Rows that are looked at at once, so that a check needs no second copy of a large array.
 _ROWS = 4096

@@ -16,7 +16,6 @@ from torch import nn
 from gigapath.cohort.record import versions
 from gigapath.cohort.reuse import differences
 from gigapath.devices import at_most_threads
-from gigapath.downloads import HUB_PREFIXES
 from gigapath.evaluation import Evaluation, paired_difference
 from gigapath.evaluation.splits import Fold, keep_manifest
 from gigapath.features import FeatureFileError
@@ -40,6 +39,7 @@ from gigapath.finetune.options import ModelOptions, TrainingOptions
 from gigapath.finetune.plan import Plan, make_plan
 from gigapath.finetune.processes import Processes, join_processes, training_precision
 from gigapath.finetune.training import Trainer
+from gigapath.hub import HUB_PREFIXES
 from gigapath.machine import available_cores
 from gigapath.options import to_dict
 from gigapath.slide_encoder import WEIGHTS_FILE

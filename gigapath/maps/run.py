@@ -45,7 +45,6 @@ from gigapath.cohort.manifest import SlideEntry, find_slides
 from gigapath.cohort.privacy import recorded_paths, without_paths
 from gigapath.cohort.status import read_status
 from gigapath.devices import resolve_device
-from gigapath.downloads import RELEASES
 from gigapath.embedding.slide_embedding import entries_of
 from gigapath.embedding.slide_encoding import SlideEncoder, load_slide_encoder, usual_slide_encoder
 from gigapath.evaluation.plots import plotting_available
@@ -79,6 +78,7 @@ from gigapath.maps.kinds import Shared, slide_maps
 from gigapath.maps.options import HEAD_KINDS, MapOptions
 from gigapath.preprocessing.preview import preview_picture
 from gigapath.preprocessing.slide import Overview, SlideError, open_slide
+from gigapath.releases import RELEASES
 
 FORMAT = 1
 TERMS = "For research use only, not for diagnosis."

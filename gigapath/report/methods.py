@@ -16,9 +16,9 @@ from typing import Any
 from gigapath.cohort.progress import failures_by_kind
 from gigapath.cohort.record import RUNS
 from gigapath.cohort.status import Status, read_statuses
-from gigapath.downloads import RELEASES
 from gigapath.features.h5 import open_h5, read_attrs
 from gigapath.preprocessing.reading import filter_name
+from gigapath.releases import RELEASES
 from gigapath.report.page import read_asset
 from gigapath.text import slides_in_words, without_name
 

