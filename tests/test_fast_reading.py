@@ -16,10 +16,10 @@ from made_slides import all_tiles, paint_tissue, write_pyramid, write_scn
 from test_reading import reader_threads
 
 from gigapath.features import Tiles
-from gigapath.preprocessing import blocks, fast, tiff
+from gigapath.preprocessing import fast
+from gigapath.preprocessing.fast import TiffLevel
 from gigapath.preprocessing.reading import iter_tiles, resample
 from gigapath.preprocessing.slide import Slide, SlideError, open_slide
-from gigapath.preprocessing.tiff import TiffLevel
 from gigapath.preprocessing.tiling import TileOptions, plan_tiles
 
 Image = npt.NDArray[np.uint8]
@@ -251,14 +251,14 @@ def test_planning_decodes_each_block_once_a_pass(tmp_path: Path, decoded: Counte
 
 
 def test_blocks_are_let_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made: list[blocks.Regions] = []
-    make = blocks.Regions.__init__
+    made: list[fast.Regions] = []
+    make = fast.Regions.__init__
 
-    def kept(self: blocks.Regions, *arguments: object) -> None:
+    def kept(self: fast.Regions, *arguments: object) -> None:
         make(self, *arguments)  # type: ignore[arg-type]
         made.append(self)
 
-    monkeypatch.setattr(blocks.Regions, "__init__", kept)
+    monkeypatch.setattr(fast.Regions, "__init__", kept)
     path = write_pyramid(tmp_path / "a.tif", PICTURE, mpp=(0.5, 0.5), tile=112, steps=(1,))
     with open_slide(path) as slide:
         tiles = all_tiles(slide, tile_size=64)
@@ -269,7 +269,7 @@ def test_blocks_are_let_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         assert made[-1]._held == {}
         # In any order, and with room for a single block, the pixels are the same.
         expected = read_plainly(path, tiles)
-        monkeypatch.setattr(blocks, "HELD_BYTES", 1)
+        monkeypatch.setattr(fast, "HELD_BYTES", 1)
         order = np.random.default_rng(0).permutation(len(tiles))
         places = np.concatenate([tiles.coords_level0, np.full_like(tiles.coords_level0, 64)], axis=1)[order]
         read = slide.reads(0, places)
@@ -393,7 +393,7 @@ def test_what_is_not_sure_is_openslides(tmp_path: Path, change: str) -> None:
         slide = open_slide(path, slide_mpp=0.5)
     except SlideError:
         assert change in ("strips", "16 bits")
-        assert tiff.tiff_levels(path, "generic-tiff", [(1101, 907)]) == {}
+        assert fast.tiff_levels(path, "generic-tiff", [(1101, 907)]) == {}
         return
     with slide:
         assert slide.fast.used(0) == "openslide"
@@ -408,11 +408,11 @@ def test_no_label_is_ever_taken_for_a_level(tmp_path: Path) -> None:
                 PICTURE, tile=(112, 112), compression="jpeg", subfiletype=subfiletype, metadata=None,
                 description=aperio(PICTURE, "JPEG/RGB"), software=False,
             )  # fmt: skip
-    levels = tiff.tiff_levels(path, "aperio", [(1101, 907)])
+    levels = fast.tiff_levels(path, "aperio", [(1101, 907)])
     with tifffile.TiffFile(path) as tags:
         assert levels[0].offsets[0, 0] == tags.pages[0].dataoffsets[0]
-    assert tiff.tiff_levels(path, "generic-tiff", [(1101, 907)]) == {}  # two candidates
-    assert tiff.tiff_levels(path, "aperio", [(1100, 907)]) == {}
+    assert fast.tiff_levels(path, "generic-tiff", [(1101, 907)]) == {}  # two candidates
+    assert fast.tiff_levels(path, "aperio", [(1100, 907)]) == {}
 
 
 def open_files() -> int:

@@ -33,7 +33,7 @@ from gigapath.features.check import check_file
 from gigapath.finetune.data import look_at
 from gigapath.linear_probe.archive import read_embeddings
 from gigapath.linear_probe.labels import rows_of_table
-from gigapath.preprocessing.annotations import read_outlines
+from gigapath.preprocessing.masks import read_outlines
 from gigapath.tables import parse_table
 
 EXAMPLES = int(os.environ.get("GIGAPATH_FUZZ", "50"))

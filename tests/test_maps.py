@@ -145,7 +145,7 @@ def test_geojson_rectangles_lie_on_the_tiles_relative_to_the_bounds(planted) -> 
 
 
 def test_our_own_reader_of_annotations_takes_the_geojson(planted) -> None:
-    from gigapath.preprocessing.annotations import read_outlines
+    from gigapath.preprocessing.masks import read_outlines
 
     folder, tiles = planted
     outlines = read_outlines(folder / "maps" / ID / "clusters.geojson")

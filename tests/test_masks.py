@@ -20,10 +20,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from made_slides import paint_tissue, write_pyramid
 
-from gigapath.preprocessing import annotations
-from gigapath.preprocessing.annotations import Outline, fill
+from gigapath.preprocessing import masks
 from gigapath.preprocessing.grid import plan_grid
-from gigapath.preprocessing.masks import read_mask, tissue_of
+from gigapath.preprocessing.masks import Outline, fill, read_mask, tissue_of
 from gigapath.preprocessing.slide import Overview, Slide, open_slide
 from gigapath.preprocessing.tissue import TissueMask, tile_fractions
 
@@ -236,7 +235,7 @@ def test_drawing_in_parts_gives_the_same_pixels(monkeypatch: pytest.MonkeyPatch)
     rings = [rng.uniform(-20, 90, (count, 2)) for count in (3, 40, 7, 200)]
     outlines = [Outline((ring, ring * 0.5 + 10), "") for ring in rings]
     whole = [fill([outline], (61, 83), (0, 0), (1, 1)) for outline in outlines]
-    monkeypatch.setattr(annotations, "CROSSINGS", 7)
+    monkeypatch.setattr(masks, "CROSSINGS", 7)
     for outline, mask in zip(outlines, whole, strict=True):
         assert np.array_equal(fill([outline], (61, 83), (0, 0), (1, 1)), mask)
     assert np.array_equal(fill(outlines, (61, 83), (0, 0), (1, 1)), np.any(whole, axis=0))

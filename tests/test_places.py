@@ -9,8 +9,7 @@ import numpy.typing as npt
 import pytest
 from made_slides import all_tiles, paint_tissue, write_pyramid
 
-from gigapath.preprocessing.places import fill_places
-from gigapath.preprocessing.reading import TileReader, read_into, read_tile
+from gigapath.preprocessing.reading import TileReader, fill_places, read_into, read_tile
 from gigapath.preprocessing.slide import Slide, SlideError, open_slide
 
 Pixels = npt.NDArray[np.uint8]

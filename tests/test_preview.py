@@ -11,18 +11,22 @@ from made_slides import paint_tissue, write_pyramid
 from gigapath.features import Tiles, write_tiles
 from gigapath.files import OutputError
 from gigapath.preprocessing import preview
-from gigapath.preprocessing.contact_sheet import CELL, HEAD, MARGIN, contact_sheet, suspicions
 from gigapath.preprocessing.grid import Grid
 from gigapath.preprocessing.preview import (
+    CELL,
     DROPPED,
+    HEAD,
+    MARGIN,
     PANEL,
     SIDE,
     TILES,
     TISSUE,
+    contact_sheet,
     draw_preview,
     fitted,
     font,
     preview_picture,
+    suspicions,
     write_preview,
 )
 from gigapath.preprocessing.slide import Overview, open_slide
@@ -194,7 +198,7 @@ def test_suspicions_name_what_is_odd() -> None:
 def test_contact_sheet_has_suspects_first_and_all_pages(
     tmp_path: Path, scene: tuple[Overview, TissueMask], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("gigapath.preprocessing.contact_sheet.ROWS", 1)
+    monkeypatch.setattr("gigapath.preprocessing.preview.ROWS", 1)
     many = np.array([(i, j) for j in range(8) for i in range(8)])
     names = [f"slide {number}" for number in range(7)]
     for name in names:
@@ -219,7 +223,7 @@ def test_contact_sheet_has_suspects_first_and_all_pages(
         heads.append(head)
         return np.zeros((9, 9, 3), np.uint8)
 
-    monkeypatch.setattr("gigapath.preprocessing.contact_sheet.draw_page", draw)
+    monkeypatch.setattr("gigapath.preprocessing.preview.draw_page", draw)
     warned = made_tiles(many, slide_id="slide 1", warnings=("upsampled 1.20 times",))
     write_tiles(tmp_path / "tiles" / "slide 1.h5", warned)
     contact_sheet(tmp_path, names[:3], failed=2)

@@ -19,7 +19,7 @@ from gigapath.embedding.settling import fitting_batch_size, settle
 from gigapath.embedding.slide_encoding import EncoderError, OutOfMemory, encode_padded
 from gigapath.embedding.stream import TileStream
 from gigapath.embedding.times import StageTimes, bottleneck
-from gigapath.preprocessing.places import Take, fill_places
+from gigapath.preprocessing.reading import Take, fill_places
 from gigapath.standin import weights_file
 from gigapath.tile_encoder import TileEncoder, load_tile_encoder
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from gigapath.cohort.status import read_statuses
 from gigapath.files import visible_files
-from gigapath.preprocessing.contact_sheet import contact_sheet
+from gigapath.preprocessing.preview import contact_sheet
 
 
 def draw_contact_sheet(out: Path) -> bool:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from gigapath.embedding.passes import Vectors
 from gigapath.embedding.times import StageTimes
-from gigapath.preprocessing.places import Take
+from gigapath.preprocessing.reading import Take
 from gigapath.tile_encoder import TileEncoder
 
 # How often a waiting caller asks whether to go on, and takes what there is.

@@ -25,8 +25,7 @@ from gigapath.embedding.times import Snapshot, bottleneck
 from gigapath.features import TileEmbeddingsWriter, Tiles
 from gigapath.features.kept_rows import KeptRows
 from gigapath.machine import available_cores
-from gigapath.preprocessing.places import Take
-from gigapath.preprocessing.reading import filter_name, read_into
+from gigapath.preprocessing.reading import Take, filter_name, read_into
 from gigapath.preprocessing.slide import Slide, SlideError
 
 

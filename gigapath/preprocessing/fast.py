@@ -1,22 +1,354 @@
 """The fast way to a slide's pixels, taken only where it gives OpenSlide's own to the bit.
 
-`auto` decodes a level's blocks straight from the file where the file is a tiled TIFF and a handful of the level's
-blocks, among them those of its edges and those with the most in them, equal what OpenSlide gives.
+A tiled TIFF is read as compressed blocks: where each lies in the file, and what decodes it. Many rectangles of a level
+are read with each block decoded once; about one row of blocks is held, however high the slide. `auto` does so where
+a handful of the level's blocks, those of its edges and those with the most in them among them, equal OpenSlide's.
+
+A block is one compressed tile of the file; a tile is what an encoder gets. Sizes are (width, height) in pixels of the
+level, arrays (H, W, 3) uint8 RGB. Only pages that are tiled and as large as one of the slide's levels are taken, never
+one by its order, so that no label and no macro picture is ever decoded.
 """
 
 import os
 import threading
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from gigapath.preprocessing.blocks import Regions
 from gigapath.preprocessing.handle import SlideError
-from gigapath.preprocessing.tiff import BlockError, TiffLevel, tiff_levels
 
 UInt8Array = npt.NDArray[np.uint8]
+Decode = Callable[[bytes, UInt8Array | None], UInt8Array]
+
+# What OpenSlide calls the formats whose levels are one tiled page each, without overlap or gaps between the blocks.
+SERVED = ("aperio", "generic-tiff", "philips")
+
+_NONE, _LZW, _JPEG, _DEFLATE = 1, 5, 7, (8, 32946)
+_JP2K_YCBCR, _JP2K_RGB = 33003, 33005  # Aperio's
+_RGB, _YCBCR = 2, 6  # photometric
+
+
+class BlockError(Exception):
+    """A block that can't be read or decoded here; OpenSlide may or may not."""
+
+
+@dataclass(frozen=True, eq=False)
+class TiffLevel:
+    """One level as its compressed blocks.
+
+    Attributes:
+        size: of the level, as OpenSlide has it.
+        block: size of every block; the last column and row hang over the level.
+        columns: blocks from left to right.
+        rows: blocks from top to bottom.
+        offsets: (rows, columns) int64, where each block begins in the file.
+        lengths: (rows, columns) int64, its bytes; 0 where the file holds none.
+        decode: bytes of a block to its pixels, in the array given where there is one.
+    """
+
+    size: tuple[int, int]
+    block: tuple[int, int]
+    columns: int
+    rows: int
+    offsets: npt.NDArray[np.int64]
+    lengths: npt.NDArray[np.int64]
+    decode: Decode
+
+    def read(self, file: int, row: int, column: int, out: UInt8Array | None = None) -> UInt8Array:
+        """Pixels (H, W, 3) of a whole block, in `out` where it is given.
+
+        Args:
+            file: descriptor of the open file.
+            row: of the block.
+            column: of the block.
+            out: (H, W, 3) contiguous.
+
+        Raises:
+            BlockError: the file ends before, or the decoder refuses.
+        """
+        length = int(self.lengths[row, column])
+        data = os.pread(file, length, int(self.offsets[row, column]))
+        if len(data) != length:
+            raise BlockError(f"block {column}, {row}: expected {length} bytes, got {len(data)}.")
+        try:
+            pixels = self.decode(data, out)
+        except Exception as error:  # each codec of the library has an error of its own, and zlib too
+            raise BlockError(f"block {column}, {row}: {error}") from error
+        if pixels.shape != (self.block[1], self.block[0], 3) or pixels.dtype != np.uint8:
+            raise BlockError(f"block {column}, {row}: expected {self.block} pixels, got {pixels.shape}.")
+        return pixels
+
+
+def tiff_levels(path: Path, vendor: str, level_dimensions: Sequence[tuple[int, int]]) -> dict[int, TiffLevel]:
+    """The levels of a slide that can be decoded from its file, by their index; none where the format is another one.
+
+    Args:
+        path: the slide.
+        vendor: OpenSlide's word for the format.
+        level_dimensions: sizes of the slide's levels.
+
+    Raises:
+        ImportError: tifffile, simplejpeg or imagecodecs is not installed.
+    """
+    if vendor not in SERVED:
+        return {}
+    import imagecodecs  # noqa: F401  told here, not at the first block
+    import simplejpeg  # noqa: F401
+    import tifffile
+
+    try:
+        with tifffile.TiffFile(path) as file:
+            pages = [page for page in file.pages if page.is_tiled and _is_level(page, vendor)]
+            found = {}
+            for index, size in enumerate(level_dimensions):
+                matches = [page for page in pages if _fits(page, size, vendor)]
+                decode = _decoder(matches[0]) if len(matches) == 1 else None
+                if decode is not None:
+                    found[index] = _level(matches[0], size, decode)
+            return found
+    except (tifffile.TiffFileError, OSError, ValueError, KeyError, IndexError, TypeError):
+        return {}  # whatever the library stumbles over, OpenSlide has opened it
+
+
+def orientation_and_channels(path: Path, vendor: str) -> tuple[int, int]:
+    """What OpenSlide leaves unsaid of a TIFF's levels: the first orientation that isn't 1, and channels a pixel.
+
+    Returns:
+        (1, 3) where nothing else is known.
+    """
+    if vendor not in SERVED:
+        return 1, 3
+    try:
+        import tifffile
+    except ImportError:
+        return 1, 3
+    try:
+        with tifffile.TiffFile(path) as file:
+            pages = [page for page in file.pages if page.is_tiled and _is_level(page, vendor)]
+            turned = (int(page.tags.valueof("Orientation", 1)) for page in pages)
+            return next((turn for turn in turned if turn != 1), 1), int(pages[0].samplesperpixel)
+    except (tifffile.TiffFileError, OSError, ValueError, KeyError, IndexError, TypeError):
+        return 1, 3
+
+
+def _is_level(page: Any, vendor: str) -> bool:
+    """Aperio marks its label 1 and its macro picture 9; elsewhere 1 is a level of reduced size."""
+    return page.subfiletype in ((0,) if vendor == "aperio" else (0, 1))
+
+
+def _fits(page: Any, size: tuple[int, int], vendor: str) -> bool:
+    """Whether a page is the level of this size; Philips pads its pages to whole blocks."""
+    beyond: tuple[int, int] = page.imagewidth - size[0], page.imagelength - size[1]
+    if vendor == "philips":
+        return beyond[0] in range(page.tilewidth) and beyond[1] in range(page.tilelength)
+    return beyond == (0, 0)
+
+
+def _level(page: Any, size: tuple[int, int], decode: Decode) -> TiffLevel:
+    columns, rows = -(-page.imagewidth // page.tilewidth), -(-page.imagelength // page.tilelength)
+    offsets = np.asarray(page.dataoffsets, np.int64).reshape(rows, columns)
+    lengths = np.asarray(page.databytecounts, np.int64).reshape(rows, columns)
+    lengths = np.where(offsets > 0, lengths, 0)
+    return TiffLevel(size, (page.tilewidth, page.tilelength), columns, rows, offsets, lengths, decode)
+
+
+def _decoder(page: Any) -> Decode | None:
+    """What decodes a page's blocks to RGB as OpenSlide would, or None where nothing here does."""
+    plain = (page.samplesperpixel, page.bitspersample, page.sampleformat, page.planarconfig, page.fillorder)
+    if plain != (3, 8, 1, 1, 1) or page.photometric not in (_RGB, _YCBCR):
+        return None
+    compression, ycbcr = int(page.compression), page.photometric == _YCBCR
+    if compression == _JPEG and page.jpegheader is None:
+        return partial(_decode_jpeg, head=_jpeg_head(page.jpegtables, ycbcr))
+    if compression in (_JP2K_YCBCR, _JP2K_RGB):
+        return partial(_decode_jp2k, ycbcr=compression == _JP2K_YCBCR)
+    if ycbcr or page.predictor not in (1, 2):
+        return None
+    shape = page.tilelength, page.tilewidth, 3
+    if compression in (_NONE, _LZW, *_DEFLATE):
+        return partial(_decode_lossless, shape=shape, compression=compression, differences=page.predictor == 2)
+    return None
+
+
+def _jpeg_head(tables: bytes | None, ycbcr: bool) -> bytes:
+    """What goes before a block's own stream, less its start marker: the page's tables, and Adobe's marker (APP14) that
+    says what the channels are. OpenSlide takes that from the page too, not from the block."""
+    adobe = b"\xff\xee\x00\x0eAdobe\x00\x64\x00\x00\x00\x00" + (b"\x01" if ycbcr else b"\x00")
+    return b"\xff\xd8" + adobe + (tables[2:-2] if tables else b"")
+
+
+def _decode_jpeg(data: bytes, out: UInt8Array | None, *, head: bytes) -> UInt8Array:
+    """Strict, as OpenSlide is: corrupt data is an error, never a grey smear."""
+    from simplejpeg import decode_jpeg
+
+    start = 2
+    if data[2:4] == b"\xff\xe0":  # a JFIF marker would count for more than Adobe's
+        start += 2 + int.from_bytes(data[4:6], "big")
+    pixels: UInt8Array = decode_jpeg(head + data[start:], "RGB", fastdct=False, fastupsample=False, buffer=out)
+    return pixels
+
+
+def _decode_jp2k(data: bytes, out: UInt8Array | None, *, ycbcr: bool) -> UInt8Array:
+    from imagecodecs import jpeg2k_decode
+
+    pixels: UInt8Array = jpeg2k_decode(data, numthreads=1, out=out)
+    if ycbcr:
+        pixels[...] = _rgb_of_ycbcr(pixels)
+    return pixels
+
+
+def _decode_lossless(
+    data: bytes, out: UInt8Array | None, *, shape: tuple[int, int, int], compression: int, differences: bool
+) -> UInt8Array:
+    from imagecodecs import lzw_decode
+
+    if compression in _DEFLATE:
+        data = zlib.decompress(data)
+    elif compression == _LZW:
+        data = bytes(lzw_decode(data))
+    pixels = np.frombuffer(data, np.uint8).reshape(shape)
+    if differences:  # each sample minus the one of the pixel to its left
+        summed: UInt8Array = np.add.accumulate(pixels, axis=1, dtype=np.uint8, out=out)
+        return summed
+    if out is None:
+        return pixels
+    out[...] = pixels
+    return out
+
+
+def _rgb_of_ycbcr(pixels: UInt8Array) -> UInt8Array:
+    """(H, W, 3) YCbCr of full range to RGB (ITU-T T.871, the factors as JFIF 1.02 gives them).
+
+    Red and blue take one product each, rounded; green adds two in 16-bit fractions and rounds their sum, as OpenSlide
+    does, whose pixels these are to be.
+    """
+    chroma = np.arange(-128, 128)
+    half, one = 0.5, 1 << 16
+    y, cb, cr = pixels[..., 0].astype(np.int32), pixels[..., 1], pixels[..., 2]
+    red = y + np.rint(1.402 * chroma).astype(np.int32)[cr]
+    of_cb = np.rint(one * (half - 0.34414 * chroma)).astype(np.int32)
+    of_cr = np.rint(one * -0.71414 * chroma).astype(np.int32)
+    green = y + ((of_cb[cb] + of_cr[cr]) >> 16)
+    blue = y + np.rint(1.772 * chroma).astype(np.int32)[cb]
+    rgb: UInt8Array = np.clip(np.stack([red, green, blue], axis=-1), 0, 255).astype(np.uint8)
+    return rgb
+
+
+HELD_BYTES = 2**28  # beyond this, blocks are decoded again when they are wanted again
+AHEAD_BYTES = 2**26  # of a row of blocks that the system is asked to fetch
+
+
+@dataclass(eq=False)
+class _Block:
+    """A decoded block, or one that a thread is decoding."""
+
+    done: threading.Event = field(default_factory=threading.Event)
+    pixels: UInt8Array | None = None  # stays None where it can't be decoded
+
+
+class Regions:
+    """Rectangles of a level, to be read in any order and from any thread; the order in which they are given is the
+    cheapest.
+
+    Attributes:
+        served: (N,) bool, rectangles that lie inside the level and whose blocks are all in the file.
+    """
+
+    def __init__(self, file: int, level: TiffLevel, boxes: npt.NDArray[np.int64]) -> None:
+        """
+        Args:
+            file: descriptor of the open file, which must stay open.
+            level: the level.
+            boxes: (N, 4) int64 x, y, width, height in pixels of the level.
+        """
+        self._file, self._level = file, level
+        self._lock = threading.Lock()
+        self._held: dict[tuple[int, int], _Block] = {}
+        self._most = max(1, HELD_BYTES // (level.block[0] * level.block[1] * 3))
+        start, end = boxes[:, :2], boxes[:, :2] + boxes[:, 2:]
+        inside = (start >= 0) & (end > start) & (end <= level.size)
+        self.served: npt.NDArray[np.bool_] = np.logical_and.reduce(inside, axis=1)
+        first, last = start // level.block, (end - 1) // level.block
+        self._boxes, self._spans = boxes, np.concatenate([first, last], axis=1)  # blocks: column, row, column, row
+        absent = np.zeros((level.rows + 1, level.columns + 1), np.int64)
+        absent[1:, 1:] = (level.lengths == 0).cumsum(0).cumsum(1)
+        (c0, r0), (c1, r1) = first[self.served].T, last[self.served].T + 1
+        self.served[self.served] = absent[r1, c1] - absent[r0, c1] - absent[r1, c0] + absent[r0, c0] == 0
+        # Rectangles per block: +1 and -1 at the corners of each span, summed along both axes.
+        steps = np.zeros((level.rows + 1, level.columns + 1), np.int32)
+        (c0, r0), (c1, r1) = first[self.served].T, last[self.served].T + 1
+        for rows, columns, step in ((r0, c0, 1), (r1, c1, 1), (r1, c0, -1), (r0, c1, -1)):
+            np.add.at(steps, (rows, columns), step)
+        self._wanted = steps.cumsum(0).cumsum(1)[:-1, :-1]
+        self._fetched = np.zeros(level.rows, bool)
+
+    def read(self, index: int, out: UInt8Array | None = None) -> UInt8Array | None:
+        """Pixels (h, w, 3) of a rectangle, in `out` where given; None where they can't be had without OpenSlide."""
+        if not self.served[index]:
+            return None
+        x, y, width, height = self._boxes[index].tolist()
+        c0, r0, c1, r1 = self._spans[index].tolist()
+        block_width, block_height = self._level.block
+        if out is None:
+            out = np.empty((height, width, 3), np.uint8)
+        whole = (x, y, width, height) == (c0 * block_width, r0 * block_height, block_width, block_height)
+        complete = True
+        for row in range(r0, r1 + 1):
+            top = row * block_height - y  # of the block within the rectangle
+            down = slice(max(0, top), min(height, top + block_height))
+            for column in range(c0, c1 + 1):
+                pixels = self._take(row, column, out if whole else None)
+                if pixels is None:
+                    complete = False  # the others are taken all the same, so that none is held for ever
+                elif pixels is not out:
+                    left = column * block_width - x
+                    across = slice(max(0, left), min(width, left + block_width))
+                    out[down, across] = pixels[
+                        down.start - top : down.stop - top, across.start - left : across.stop - left
+                    ]
+        return out if complete else None
+
+    def _take(self, row: int, column: int, out: UInt8Array | None) -> UInt8Array | None:
+        """A block's pixels for one of the rectangles that want it: held, waited for, or decoded here; into `out` where
+        nobody else wants it."""
+        key = row, column
+        with self._lock:
+            self._wanted[key] -= 1
+            last = self._wanted[key] <= 0
+            held = self._held.pop(key, None) if last else self._held.get(key)
+            block = held or _Block()
+            if held is None and not last and len(self._held) < self._most:
+                self._held[key] = block
+            ahead, self._fetched[row] = not self._fetched[row], True
+        if held is not None:
+            held.done.wait()
+            return held.pixels
+        try:
+            if ahead:
+                self._fetch(row)
+            block.pixels = self._level.read(self._file, row, column, out if last else None)
+        except BlockError:
+            pass
+        finally:
+            block.done.set()  # an error of another kind ends the reading; nobody may wait for this block then
+        return block.pixels
+
+    def _fetch(self, row: int) -> None:
+        """Ask the system for a row of blocks at once, as far as they lie together."""
+        wanted = np.flatnonzero(self._wanted[row])
+        if not wanted.size or not hasattr(os, "posix_fadvise"):
+            return
+        offsets, lengths = self._level.offsets[row, wanted], self._level.lengths[row, wanted]
+        start, end = int(offsets.min()), int((offsets + lengths).max())
+        if end - start <= AHEAD_BYTES:
+            os.posix_fadvise(self._file, start, end - start, os.POSIX_FADV_WILLNEED)
+
 
 READERS = ("auto", "openslide")
 OPENSLIDE, FAST_EQUAL = "openslide", "fast-equal"  # what a file says that its pixels came by

@@ -16,10 +16,9 @@ import torch
 
 from gigapath.features import Tiles
 from gigapath.options import check_options, option
-from gigapath.preprocessing.fast import OPENSLIDE, READERS
+from gigapath.preprocessing.fast import OPENSLIDE, READERS, TiffLevel, tiff_levels
 from gigapath.preprocessing.reading import iter_tiles
 from gigapath.preprocessing.slide import Slide, open_slide
-from gigapath.preprocessing.tiff import TiffLevel, tiff_levels
 from gigapath.preprocessing.tiling import TileOptions, plan_tiles
 from scripts.bench.made_slide import write_large
 from scripts.bench.protocol import Work, compare
