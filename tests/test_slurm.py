@@ -31,6 +31,11 @@ class Cluster:
     def __init__(self, folder: Path) -> None:
         self.log = folder / "log"
         self.log.touch()
+        self.out = str(folder / "out")
+        self.result = folder / "out" / "tiles" / "a.h5"  # of an earlier run
+        self.result.parent.mkdir(parents=True)
+        self.result.touch()
+        os.utime(self.result, (1, 1))
         for name, text in {"gigapath": FAKE_GIGAPATH, "scontrol": FAKE_SCONTROL}.items():
             (folder / name).write_text(text)
             (folder / name).chmod(0o755)
@@ -73,7 +78,7 @@ def test_array_task_does_its_share_and_gives_the_status_on(cluster: Cluster) -> 
 
 @pytest.mark.parametrize("script", ["slurm_tile.sh", "slurm_embed.sh"])
 def test_signal_before_the_limit_reaches_the_run_and_the_job_is_requeued(cluster: Cluster, script: str) -> None:
-    job = cluster.start(script, "c.csv", "--out", "o", GIGAPATH="env gigapath")
+    job = cluster.start(script, "c.csv", "--out", cluster.out, GIGAPATH="env gigapath")
     cluster.wait_for("started")
     job.send_signal(signal.SIGUSR1)
     assert job.wait(20) == 75
@@ -81,18 +86,49 @@ def test_signal_before_the_limit_reaches_the_run_and_the_job_is_requeued(cluster
 
 
 @pytest.mark.parametrize("script", ["slurm_tile.sh", "slurm_embed.sh"])
-def test_job_is_requeued_where_the_signal_ends_a_run_that_does_not_listen_yet(cluster: Cluster, script: str) -> None:
-    job = cluster.start(script, "c.csv", "--out", "o", DEAF="1")
+def test_a_run_that_does_not_listen_yet_is_requeued_before_the_limit(cluster: Cluster, script: str) -> None:
+    job = cluster.start(script, "c.csv", "--out", cluster.out, DEAF="1")
     cluster.wait_for("started")
-    job.send_signal(signal.SIGTERM)
+    job.send_signal(signal.SIGUSR1)
     assert job.wait(20) == 128 + signal.SIGUSR1
     assert cluster.said()[-1] == "scontrol requeue 4711"
 
 
 @pytest.mark.parametrize("script", ["slurm_tile.sh", "slurm_embed.sh"])
+def test_a_cancelled_job_stays_cancelled(cluster: Cluster, script: str) -> None:
+    job = cluster.start(script, "c.csv", "--out", cluster.out)
+    cluster.wait_for("started")
+    job.send_signal(signal.SIGTERM)
+    assert job.wait(20) == 75
+    assert cluster.said()[-1] == "heard TERM", "the run is told, and nothing is put into the queue again"
+
+
+@pytest.mark.parametrize("out", ["--out {}", "--out={}"])
+def test_tries_that_bring_nothing_before_their_limit_are_bounded(cluster: Cluster, out: str) -> None:
+    def limited() -> bool:
+        cluster.log.write_text("")
+        job = cluster.start("slurm_tile.sh", "c.csv", *out.format(cluster.out).split())
+        cluster.wait_for("started")
+        job.send_signal(signal.SIGUSR1)
+        assert job.wait(20) == 75
+        return cluster.said()[-1] == "scontrol requeue 4711"
+
+    assert [limited(), limited(), limited()] == [True, True, False]
+    assert limited()  # submitted again by hand
+    os.utime(cluster.result, (time.time() + 60,) * 2)  # a tile file comes during the next try
+    assert [limited(), limited(), limited()] == [True, True, True]
+
+
+def test_outside_of_slurm_it_is_one_sentence(cluster: Cluster) -> None:
+    command = ["bash", str(ROOT / "scripts" / "slurm_tile.sh"), "c.csv", "--out", "o"]
+    environment = {**cluster.environment, "SLURM_ARRAY_TASK_ID": ""}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=20, check=False)
+    assert done.returncode == 2 and "sbatch" in done.stderr and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("script", ["slurm_tile.sh", "slurm_embed.sh"])
 def test_array_jobs_ask_for_what_they_need(script: str) -> None:
     text = (ROOT / "scripts" / script).read_text()
-    assert len(text.splitlines()) <= 25
     asked = [line.removeprefix("#SBATCH ") for line in text.splitlines() if line.startswith("#SBATCH ")]
     for option in ("--requeue", "--signal=B:USR1@120", "--open-mode=append", "--output=%x-%A_%a.log"):
         assert option in asked
