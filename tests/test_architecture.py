@@ -7,28 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from scripts.draw_rooms import RANK
+
 PACKAGE = Path(__file__).parent.parent / "gigapath"
 
-# A module may import modules of its own room (folder or file) and of layers below, never sideways or up.
-LAYERS = [
-    {"releases", "options", "files", "file_names", "findings", "lazy", "signals", "tables", "text"}
-    | {"machine", "devices"},
-    {"hub", "longnet", "pos_embed"},
-    {"features", "weights"},
-    {"preprocessing"},
-    # the models
-    {"tile_transform", "standin", "slide_encoder"},
-    {"tile_architectures", "classification_head", "torchscale"},
-    {"tile_encoder"},
-    # many slides
-    {"cohort", "evaluation"},
-    {"embedding"},
-    {"linear_probe", "finetune"},
-    {"maps", "report"},
-    {"pipeline", "doctor"},
-    {"cli"},
-]
-RANK = {unit: rank for rank, units in enumerate(LAYERS) for unit in units}
 WITHOUT_TORCH = {
     *("options", "releases", "files", "file_names", "findings", "lazy", "signals", "tables", "text", "machine"),
     *("features", "preprocessing", "cohort", "hub", "report"),

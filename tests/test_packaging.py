@@ -22,6 +22,7 @@ EXTRAS = PROJECT["optional-dependencies"]
 
 TOP_LEVEL = {
     "gigapath",
+    "docs",
     "scripts",
     "demo",
     "tests",
