@@ -16,7 +16,6 @@ import json
 import os
 import subprocess
 import sys
-import tarfile
 import tempfile
 import zipfile
 from collections.abc import Iterator
@@ -220,9 +219,9 @@ def main() -> int:
     words = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="compare-") as name:
         work = Path(name)
-        packed = subprocess.run(["git", "archive", words.base], cwd=ROOT, capture_output=True, check=True).stdout
-        with tarfile.open(fileobj=BytesIO(packed)) as archive:
-            archive.extractall(work / "base", filter="data")
+        clone = ["git", "clone", "--quiet", "--shared", "--no-checkout", str(ROOT), str(work / "base")]
+        subprocess.run(clone, check=True)
+        subprocess.run(["git", "-C", str(work / "base"), "checkout", "--quiet", words.base], check=True)
         make_inputs(work / "inputs")
         costs: dict[str, list[tuple[float, float]]] = {}
         for tree, out in ((work / "base", work / "before"), (ROOT, work / "after")):
