@@ -10,7 +10,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gigapath.preprocessing.grid import Grid, plan_grid
-from gigapath.preprocessing.otsu import otsu_threshold
 from gigapath.preprocessing.slide import Overview, open_slide
 from gigapath.preprocessing.tissue import (
     TissueMask,
@@ -18,6 +17,7 @@ from gigapath.preprocessing.tissue import (
     find_tissue,
     has_dark_background,
     make_mask,
+    otsu_threshold,
     tile_fractions,
     tile_sections,
 )

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from gigapath.preprocessing.handle import SlideError
+from gigapath.preprocessing.header import SlideError
 
 UInt8Array = npt.NDArray[np.uint8]
 Decode = Callable[[bytes, UInt8Array | None], UInt8Array]

@@ -5,16 +5,12 @@ from pathlib import Path
 import openslide
 import PIL.Image
 
-from gigapath.preprocessing.header import largest_tile
+from gigapath.preprocessing.header import SlideError, largest_tile
 
 TILE_PIXELS = 2**28  # of the file's own tiles: OpenSlide ends the process where it can't have the memory for one
 PLAIN_IMAGE_PIXELS = 89_000_000  # a plain image is decoded whole; Pillow itself warns from here on
 _UNSUPPORTED = "Unsupported TIFF compression: "  # OpenSlide's words
 PLAIN_IMAGE_MODES = ("RGB", "RGBA", "L", "LA", "P", "CMYK", "YCbCr")
-
-
-class SlideError(ValueError):
-    """What is wrong with one slide, in one sentence that holds no path; a job records it and goes on."""
 
 
 def open_handle(path: Path, slide_id: str) -> openslide.AbstractSlide:

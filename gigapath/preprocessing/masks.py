@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from gigapath.features.arrays import read_npy, read_npz
 from gigapath.features.h5 import open_h5, read_attrs, read_dataset
 from gigapath.features.other_tools import clam_step
-from gigapath.preprocessing.plausible import is_level_of
+from gigapath.preprocessing.header import is_level_of
 from gigapath.preprocessing.published import published_tissue
 from gigapath.preprocessing.slide import Overview, Slide
 from gigapath.preprocessing.tissue import BoolImage, TissueMask, box_means, find_tissue, make_mask

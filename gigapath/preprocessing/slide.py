@@ -19,9 +19,18 @@ import numpy.typing as npt
 import openslide
 
 from gigapath.preprocessing.fast import READERS, FastReader, orientation_and_channels
-from gigapath.preprocessing.handle import SlideError, open_handle
-from gigapath.preprocessing.header import SCANNERS, Mpp, allowed, number, stated_mpp
-from gigapath.preprocessing.plausible import check_scale, leading_levels, scanned_area
+from gigapath.preprocessing.handle import open_handle
+from gigapath.preprocessing.header import (
+    SCANNERS,
+    Mpp,
+    SlideError,
+    allowed,
+    check_scale,
+    leading_levels,
+    number,
+    scanned_area,
+    stated_mpp,
+)
 
 __all__ = ["SLIDE_SUFFIXES", "Mpp", "Overview", "Slide", "SlideError", "open_slide", "slide_id_of"]
 from gigapath.tables import composed
