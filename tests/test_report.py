@@ -21,10 +21,10 @@ from gigapath.cohort.status import read_status, write_status
 from gigapath.features import read_tiles
 from gigapath.file_names import folder_name
 from gigapath.report import ReportOptions, write_report
-from gigapath.report.page import json_for_html, script_text
+from gigapath.report.pictures import distances, pick_tiles
 from gigapath.report.projection import project
 from gigapath.report.results import _mean_over_fits, _predictions
-from gigapath.report.tissue_tiles import distances, pick_tiles
+from gigapath.report.write import json_for_html, script_text
 
 CANARY = "Doe,JANE_1953"
 

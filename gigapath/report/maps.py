@@ -12,7 +12,7 @@ from PIL import Image
 
 from gigapath.cohort.privacy import hide_paths
 from gigapath.files import write_bytes_atomic
-from gigapath.report.overlays import Placed, enlarge
+from gigapath.report.pictures import Placed, enlarge
 from gigapath.text import slides_in_words
 
 FORMAT = 1

@@ -19,7 +19,7 @@ from gigapath.cohort.status import Status, read_statuses
 from gigapath.features.h5 import open_h5, read_attrs
 from gigapath.preprocessing.reading import filter_name
 from gigapath.releases import RELEASES
-from gigapath.report.page import read_asset
+from gigapath.report.write import read_asset
 from gigapath.text import slides_in_words, without_name
 
 _TISSUE_RULES = {

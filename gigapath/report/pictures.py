@@ -1,10 +1,16 @@
 """The pictures of one slide: a thumbnail, the slide at a few levels, its tiles laid over it, crops of some tiles.
 
 They lie in `report_files/<slide>/`, and `pictures.json` beside them says what they are and what they were made of:
-where that still holds, nothing is drawn again. Pixels come from the slide's own levels, never from label or macro.
+where that still holds, nothing is drawn again. Pixels come from the slide's own levels, never from label or macro. What
+lies over a slide has a few pixels for each cell of its grid, clear where there is no tile.
+
+Crops are of the most typical and the most unusual tiles, by the Euclidean distance between a tile's embedding and the
+mean of all embeddings of its slide. Rare tissue, folds, ink and blur all lie far away; which of them it is, a person
+sees.
 """
 
 import contextlib
+import io
 import json
 import re
 from collections.abc import Collection, Mapping, Sequence
@@ -15,16 +21,163 @@ from typing import Any
 import cv2
 import numpy as np
 import numpy.typing as npt
+from PIL import Image
 
 from gigapath.cohort.manifest import SlideEntry
 from gigapath.features import Tiles
 from gigapath.files import output_error, write_bytes_atomic, write_json_atomic
 from gigapath.preprocessing.preview import LEAST_WIDTH, PANEL
 from gigapath.preprocessing.preview import SIDE as PREVIEW_SIDE
+from gigapath.preprocessing.reading import read_tile
 from gigapath.preprocessing.slide import Overview, Slide, SlideError, open_slide
 from gigapath.report.collecting import Cohort, SlideRow
-from gigapath.report.overlays import draw_tiles
-from gigapath.report.tissue_tiles import Pick, draw_crops, pick_tiles
+
+LARGEST = 2048  # pixels of a side, where cells keep at least LEAST_CELL
+LEAST_CELL, MOST_CELL = 3, 32  # pixels of a cell's side
+LINE = (37, 92, 235)
+FILL_ALPHA = 46
+
+UInt8Array = npt.NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class Placed:
+    """A picture and where it lies.
+
+    Attributes:
+        png: its bytes.
+        pixels: (width, height) of it.
+        rectangle_level0: (x, y, w, h) in level-0 pixels.
+    """
+
+    png: bytes
+    pixels: tuple[int, int]
+    rectangle_level0: tuple[int, int, int, int]
+
+    def to_dict(self, file: str) -> dict[str, Any]:
+        """What the page needs to lay it over the slide."""
+        return {"file": file, **dict(zip("xywh", self.rectangle_level0, strict=True)), "pixels": list(self.pixels)}
+
+
+def draw_tiles(tiles: Tiles) -> Placed:
+    """The outlines of the tiles, faintly filled."""
+    cells, size, side = _grid(tiles)
+    kept = np.zeros((size[1] + 1, size[0] + 1), bool)  # with a column and a row of nothing at the end
+    kept[cells[:, 1], cells[:, 0]] = True
+    inside = kept[:-1, :-1]
+    shades = np.kron(inside, np.ones((side, side), np.uint8)).astype(np.uint8)
+    shades[::side][np.repeat(inside, side, axis=1)] = 2
+    shades[:, ::side][np.repeat(inside, side, axis=0)] = 2
+    last_right = inside & ~kept[:-1, 1:]
+    last_down = inside & ~kept[1:, :-1]
+    shades[:, side - 1 :: side][np.repeat(last_right, side, axis=0)] = 2
+    shades[side - 1 :: side][np.repeat(last_down, side, axis=1)] = 2
+    palette = np.array([LINE, LINE, LINE], np.uint8)
+    png = _png(shades, palette, (0, FILL_ALPHA, 255))
+    return Placed(png, (size[0] * side, size[1] * side), _rectangle_of(tiles, cells, size))
+
+
+def enlarge(cells: Image.Image, rectangle_level0: tuple[int, int, int, int]) -> Placed:
+    """A picture of one pixel a cell with several pixels a cell, so that the edges of tiles stay sharp on the slide."""
+    side = _cell_side(*cells.size)
+    size = cells.width * side, cells.height * side
+    large = cells.convert("RGBA").resize(size, Image.Resampling.NEAREST)
+    return Placed(_encode(large), size, rectangle_level0)
+
+
+def _grid(tiles: Tiles) -> tuple[npt.NDArray[np.int64], tuple[int, int], int]:
+    """(cells from the first column and row on, (columns, rows), pixels of a cell's side)."""
+    cells = tiles.cells.astype(np.int64)
+    cells = cells - cells.min(axis=0)
+    columns, rows = (int(value) + 1 for value in cells.max(axis=0))
+    return cells, (columns, rows), _cell_side(columns, rows)
+
+
+def _cell_side(columns: int, rows: int) -> int:
+    return max(LEAST_CELL, min(MOST_CELL, LARGEST // max(columns, rows)))
+
+
+def _rectangle_of(tiles: Tiles, cells: npt.NDArray[np.int64], size: tuple[int, int]) -> tuple[int, int, int, int]:
+    pitch = tiles.tile_size_level0
+    left, top = (int(value) for value in tiles.coords_level0[0] - cells[0] * pitch)
+    return left, top, size[0] * pitch[0], size[1] * pitch[1]
+
+
+def _png(shades: UInt8Array, palette: UInt8Array, alphas: tuple[int, ...]) -> bytes:
+    image = Image.fromarray(shades).convert("P")
+    image.putpalette(palette.tobytes())
+    return _encode(image, transparency=bytes(alphas))
+
+
+def _encode(image: Image.Image, **given: Any) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG", optimize=True, **given)
+    return buffer.getvalue()
+
+
+METHOD = (
+    "By the distance of a tile's embedding from the mean of its slide's: typical tiles lie nearest, unusual ones "
+    "farthest. The figure is the distance over the slide's median distance."
+)
+EACH = 6  # typical tiles, and as many unusual ones
+CROP_SIDE = 192  # pixels of a crop in the picture of all of them
+_ROWS = 4096  # embeddings that are widened at once
+
+FloatArray = npt.NDArray[np.float64]
+RGBImage = npt.NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class Pick:
+    """One tile to look at.
+
+    Attributes:
+        index: its row in the slide's tiles.
+        distance: from the slide's mean, in units of the slide's median distance.
+    """
+
+    index: int
+    distance: float
+
+
+def distances(features: npt.NDArray[Any]) -> FloatArray:
+    """(N,) Euclidean distance of each embedding (N, D) from their mean."""
+    mean = features.mean(axis=0, dtype=np.float64)
+    out = np.empty(len(features))
+    for start in range(0, len(features), _ROWS):
+        part = features[start : start + _ROWS].astype(np.float64) - mean
+        out[start : start + _ROWS] = np.sqrt(np.einsum("nd,nd->n", part, part))
+    return out
+
+
+def pick_tiles(features: npt.NDArray[Any]) -> tuple[list[Pick], list[Pick]]:
+    """(typical, unusual) tiles of embeddings (N, D), no tile in both, the clearest cases first."""
+    if len(features) == 0:
+        return [], []
+    away = distances(features)
+    order = np.argsort(away, kind="stable")
+    median = float(np.median(away)) or 1.0  # all tiles alike: every distance is 0
+    typical = order[: min(EACH, (len(order) + 1) // 2)]
+    unusual = order[max(len(order) - EACH, len(typical)) :][::-1]
+    typical_picks = [Pick(int(index), float(away[index]) / median) for index in typical]
+    return typical_picks, [Pick(int(index), float(away[index]) / median) for index in unusual]
+
+
+def draw_crops(slide: Slide, tiles: Tiles, picks: Sequence[Pick]) -> RGBImage:
+    """The picked tiles side by side, (CROP_SIDE, len(picks) * CROP_SIDE, 3) RGB.
+
+    Raises:
+        SlideError: a tile can't be read.
+    """
+    out = np.empty((CROP_SIDE, CROP_SIDE * len(picks), 3), np.uint8)
+    for place, pick in enumerate(picks):
+        pixels = read_tile(slide, tiles, pick.index)
+        how = cv2.INTER_AREA if pixels.shape[0] > CROP_SIDE else cv2.INTER_CUBIC
+        out[:, place * CROP_SIDE : (place + 1) * CROP_SIDE] = cv2.resize(
+            pixels, (CROP_SIDE, CROP_SIDE), interpolation=how
+        )
+    return out
+
 
 RECORD = "pictures.json"
 DRAWN_BY = 2  # raised when what is drawn changes, so that older pictures are drawn again
@@ -33,8 +186,6 @@ LEAST_LEVEL = 640  # the longer side of the smallest level
 QUALITY = 82
 _MADE = re.compile(r"level_\d+\.jpg|thumbnail\.jpg|crops\.jpg|tiles\.png|map_[0-9a-f]{10}\.png")
 FROM_PREVIEW = "Drawn from the preview: {why}."
-
-RGBImage = npt.NDArray[np.uint8]
 
 
 @dataclass(frozen=True)
