@@ -22,7 +22,14 @@ from feature_files import (
 )
 
 from gigapath.cli.main import main
-from gigapath.features import SlideEmbeddings, TileEmbeddingsWriter, read_features, write_slide, write_tiles
+from gigapath.cohort.status import Status, write_status
+from gigapath.features import (
+    SlideEmbeddings,
+    TileEmbeddingsWriter,
+    read_features,
+    write_slide,
+    write_tiles,
+)
 from gigapath.features.arrays import read_tensor
 from gigapath.features.describe import describe, in_words
 
@@ -203,6 +210,17 @@ def test_export_writes_the_table_that_it_names(tmp_path: Path, capsys: pytest.Ca
         "gigapath export: a: it holds no default:mean; without a slide encoder take tile-mean."
         in capsys.readouterr().err
     )
+
+
+def test_export_counts_the_slides_that_it_leaves_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "run" / "slides_mean__standin"
+    for number, state in enumerate(("done", "failed", "stopped", "no_tissue")):
+        write_status(folder, Status(f"s{number}", "slides", state))
+    write_status(tmp_path / "run" / "tiles", Status("s4", "tiles", "done", tiles=3))
+    write_slide(folder / "s0.h5", SlideEmbeddings(slide_id="s0", tile_mean=np.ones((1, 4))))
+    for given in (tmp_path / "run", folder):
+        assert main(["export", str(given), "--embedding", "tile-mean", "--to", str(tmp_path / "t.csv")]) == 0
+        assert "3 slides" in capsys.readouterr().out
 
 
 def test_inspect_of_a_folder_names_its_files_and_several_are_told_by_their_paths(

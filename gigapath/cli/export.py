@@ -2,7 +2,9 @@
 
 import argparse
 
+from gigapath.cohort.progress import left_out
 from gigapath.features import export_table
+from gigapath.features.tables import find_slide_folder
 from gigapath.text import slides_in_words
 
 
@@ -26,4 +28,9 @@ def run(namespace: argparse.Namespace) -> int:
         namespace.folder, namespace.to, embedding=namespace.embedding, allow_mixed=namespace.allow_mixed
     )
     print(f"{slides_in_words(slides)}, {width} values each ({namespace.embedding}), written to {namespace.to}.")
+    if missing := left_out(find_slide_folder(namespace.folder).resolve()):
+        are = "has" if missing == 1 else "have"
+        print(
+            f"{slides_in_words(missing)} of the run {are} no whole result and {are} been left out; see gigapath status."
+        )
     return 0

@@ -79,6 +79,16 @@ def read_progress(out: Path) -> tuple[int, list[StageProgress]]:
     ]
 
 
+def left_out(folder: Path) -> int:
+    """How many slides of a run have no whole result in one of its stages' folders; 0 where no run made it."""
+    try:
+        _, stages = read_progress(folder.parent)
+    except (ValueError, OSError):
+        return 0
+    counts = next((stage.counts for stage in stages if stage.folder == folder.name), {})
+    return sum(count for state, count in counts.items() if state not in FINISHED)
+
+
 def failures_by_kind(errors: Mapping[str, str]) -> dict[str, tuple[str, ...]]:
     """Failed slides by what went wrong, the most frequent first.
 
