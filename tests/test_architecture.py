@@ -12,7 +12,19 @@ from scripts.draw_rooms import RANK
 PACKAGE = Path(__file__).parent.parent / "gigapath"
 
 WITHOUT_TORCH = {
-    *("options", "releases", "files", "file_names", "findings", "lazy", "signals", "tables", "text", "machine"),
+    *(
+        "options",
+        "releases",
+        "files",
+        "file_names",
+        "findings",
+        "lazy",
+        "signals",
+        "tables",
+        "text",
+        "machine",
+        "read_ahead",
+    ),
     *("features", "preprocessing", "cohort", "hub", "report"),
 }
 

@@ -263,7 +263,7 @@ def test_blocks_are_let_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     with open_slide(path) as slide:
         tiles = all_tiles(slide, tile_size=64)
         most = 0
-        for _ in iter_tiles(slide, tiles, batch_size=3, workers=2, prefetch=1):
+        for _ in iter_tiles(slide, tiles, batch_size=3, workers=2):
             most = max(most, len(made[-1]._held))
         assert 5 < most <= 10 + 4  # a row of blocks, and those of the batches read ahead
         assert made[-1]._held == {}

@@ -1,10 +1,10 @@
 """Bags of tile embeddings from a folder of feature files, ours or another tool's; read ahead by threads."""
 
+import contextlib
 import hashlib
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,6 +16,7 @@ from gigapath.features import FeatureFileError, read_features
 from gigapath.features.data import CELL, GRID
 from gigapath.features.reading import look_at_features
 from gigapath.finetune.options import JoinOptions
+from gigapath.read_ahead import read_ahead
 
 MPP_TOLERANCE = 0.02
 KEPT_BYTES = 1 << 30  # bags of a cohort up to this size stay in memory after the first pass
@@ -188,22 +189,9 @@ class ReadAhead:
 
     def __call__(self, rows: Sequence[int]) -> Iterator[Bag]:
         """The bag of each row; an error of one is raised where its turn comes."""
-        with ThreadPoolExecutor(self.workers) as pool:
-            pending: deque[Future[Bag]] = deque()
-            upcoming = iter(rows)
-            try:
-                for row in upcoming:
-                    pending.append(pool.submit(self.read, row))
-                    if len(pending) > self.workers:
-                        yield self._take(pending)
-                while pending:
-                    yield self._take(pending)
-            finally:
-                for future in pending:
-                    future.cancel()
-
-    def _take(self, pending: "deque[Future[Bag]]") -> Bag:
-        started = time.perf_counter()
-        bag = pending.popleft().result()
-        self.waited += time.perf_counter() - started
-        return bag
+        with contextlib.closing(read_ahead(self.read, rows, threads=self.workers)) as bags:
+            for _ in rows:
+                started = time.perf_counter()
+                bag = next(bags)
+                self.waited += time.perf_counter() - started
+                yield bag

@@ -4,24 +4,20 @@ Legend: M tiles, D width, B tiles of a batch, T pixels of a tile's side.
 """
 
 import contextlib
-import json
-import os
-import shutil
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Generator
 from pathlib import Path
-from types import TracebackType
 
 import numpy as np
 import numpy.typing as npt
 
+from gigapath.cohort.reuse import digest
 from gigapath.features import NUMERICS_VERSION
-from gigapath.files import output_error, write_json_atomic
+from gigapath.features.kept_rows import KeptRows
 from gigapath.linear_probe.table import EmbeddingTable, worker_count, write_table
 from gigapath.linear_probe.tile_sets import TileSet
+from gigapath.read_ahead import read_ahead
 from gigapath.tile_encoder import TileEncoder
 
-PROGRESS_SUFFIX = ".progress"
 COLOURS = 6
 FLUSH_EVERY = 16  # batches
 
@@ -45,7 +41,7 @@ def embed_tiles(
     Args:
         tiles: what `open_tile_set` found.
         encoder: the tile encoder.
-        out: the table's file, ending in `.h5`. Beside it lies `<out>.progress` until the table is whole.
+        out: the table's file, ending in `.h5`. Beside it lies `<out>.rows.partial` until the table is whole.
         batch_size: B.
         report: called after each batch with the number of tiles done and in all.
         check_stop: called before each batch; what it raises ends the run, which can be continued.
@@ -68,30 +64,41 @@ def embed_tiles(
         "batch_size": batch_size,
         "numerics_version": NUMERICS_VERSION,
     }
-    with _Progress(
-        out.with_name(out.name + PROGRESS_SUFFIX), {**attrs, "rows": len(tiles)}, encoder.embed_dim
-    ) as progress:
-        resumed = progress.done
-        for start, pixels in _batches(tiles, resumed, batch_size):
-            check_stop()
-            count = len(pixels)
-            padded = np.concatenate([pixels, np.repeat(pixels[-1:], batch_size - count, axis=0)])
-            progress.append(encoder.encode(padded)[:count], colour_statistics(pixels))
-            report(start + count, len(tiles))
-        features, colours = progress.arrays(len(tiles))
-        write_table(
-            out,
-            EmbeddingTable(
-                names=tiles.names,
-                features=features,
-                splits=tiles.splits,
-                labels=tiles.labels,
-                groups=tiles.groups,
-                colours=colours,
-                attrs={**attrs, **({"group_column": tiles.group_column} if tiles.group_column else {})},
-            ),
-        )
-    progress.remove()
+    width = encoder.embed_dim
+    features, colours = np.empty((len(tiles), width), np.float32), np.empty((len(tiles), COLOURS), np.float32)
+    identity = digest({**attrs, "rows": len(tiles)})
+    kept = KeptRows(out, identity, (len(tiles), width + COLOURS), np.dtype(np.float32), step=batch_size)
+    for first, rows in kept.blocks():
+        features[first : first + len(rows)], colours[first : first + len(rows)] = rows[:, :width], rows[:, width:]
+    resumed = kept.count
+    with contextlib.closing(_batches(tiles, resumed, batch_size)) as batches:
+        try:
+            for number, (first, pixels) in enumerate(batches, start=1):
+                check_stop()
+                count = len(pixels)
+                padded = np.concatenate([pixels, np.repeat(pixels[-1:], batch_size - count, axis=0)])
+                rows = np.hstack([encoder.encode(padded)[:count], colour_statistics(pixels)])
+                features[first : first + count], colours[first : first + count] = rows[:, :width], rows[:, width:]
+                kept.keep(rows)
+                if number % FLUSH_EVERY == 0:
+                    kept.commit()
+                report(first + count, len(tiles))
+        finally:
+            kept.commit()
+            kept.close()
+    write_table(
+        out,
+        EmbeddingTable(
+            names=tiles.names,
+            features=features,
+            splits=tiles.splits,
+            labels=tiles.labels,
+            groups=tiles.groups,
+            colours=colours,
+            attrs={**attrs, **({"group_column": tiles.group_column} if tiles.group_column else {})},
+        ),
+    )
+    kept.discard()
     return resumed
 
 
@@ -101,12 +108,11 @@ def colour_statistics(pixels: npt.NDArray[np.uint8]) -> Float32Array:
     return np.concatenate([flat.mean(axis=1), flat.std(axis=1)], axis=1)
 
 
-def _batches(tiles: TileSet, start: int, batch_size: int) -> Iterator[tuple[int, npt.NDArray[np.uint8]]]:
+def _batches(tiles: TileSet, start: int, batch_size: int) -> Generator[tuple[int, npt.NDArray[np.uint8]], None, None]:
     """(position of the first tile, pixels (n, T, T, 3)) from `start` on; threads read ahead."""
-    ahead: list[tuple[int, Future[npt.NDArray[np.uint8]]]] = []
     size: list[tuple[int, ...]] = []
 
-    def load(first: int) -> npt.NDArray[np.uint8]:
+    def load(first: int) -> tuple[int, npt.NDArray[np.uint8]]:
         pixels = tiles.read(range(first, min(first + batch_size, len(tiles))))
         for offset, tile in enumerate(pixels):
             if not size:
@@ -116,97 +122,6 @@ def _batches(tiles: TileSet, start: int, batch_size: int) -> Iterator[tuple[int,
                     f"{tiles.names[first + offset]}: expected a tile of {size[0][1]} x {size[0][0]} like the others, "
                     f"got {tile.shape[1]} x {tile.shape[0]}. Bring the tiles to one size."
                 )
-        return np.stack(pixels)
+        return first, np.stack(pixels)
 
-    starts = iter(range(start, len(tiles), batch_size))
-    with ThreadPoolExecutor(worker_count()) as pool:
-        try:
-            for first in starts:
-                ahead.append((first, pool.submit(load, first)))
-                if len(ahead) > worker_count():
-                    position, task = ahead.pop(0)
-                    yield position, task.result()
-            for position, task in ahead:
-                yield position, task.result()
-        finally:
-            for _, task in ahead:
-                task.cancel()
-
-
-class _Progress:
-    """Rows of a run that is not finished, in a folder: plain float32 files, and how many rows of them are safe.
-
-    The count is written after the rows were flushed, so that whatever kills the run, counted rows are whole; rows
-    beyond the count are written again, with the same bytes.
-    """
-
-    def __init__(self, folder: Path, identity: dict[str, object], width: int) -> None:
-        self._folder, self._identity = folder, identity
-        self._state = folder / "state.json"
-        self._widths = {"features": width, "colours": COLOURS}
-        self._since_flush = 0
-        self.done = 0
-
-    def __enter__(self) -> "_Progress":
-        try:
-            state = json.loads(self._state.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            state = {}
-        if state.get("identity") == self._identity:
-            self.done = int(state["done"])
-        else:
-            shutil.rmtree(self._folder, ignore_errors=True)
-        try:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            self._files = {
-                name: os.open(self._folder / f"{name}.f32", os.O_RDWR | os.O_CREAT, 0o666) for name in self._widths
-            }
-        except OSError as error:
-            raise output_error(self._folder, error) from error
-        sizes = {name: os.fstat(file).st_size // (4 * self._widths[name]) for name, file in self._files.items()}
-        self.done = min(self.done, *sizes.values())
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        with contextlib.suppress(OSError):
-            if kind is not None:
-                self._flush()
-        for file in self._files.values():
-            os.close(file)
-
-    def append(self, features: Float32Array, colours: Float32Array) -> None:
-        """Add the next rows."""
-        try:
-            for name, rows in (("features", features), ("colours", colours)):
-                block = memoryview(np.ascontiguousarray(rows, dtype=np.float32).tobytes())
-                offset = self.done * 4 * self._widths[name]
-                while block:
-                    written = os.pwrite(self._files[name], block, offset)
-                    block, offset = block[written:], offset + written
-        except OSError as error:
-            raise output_error(self._folder, error) from error
-        self.done += len(features)
-        self._since_flush += 1
-        if self._since_flush >= FLUSH_EVERY:
-            self._flush()
-
-    def arrays(self, rows: int) -> tuple[Float32Array, Float32Array]:
-        """All rows, mapped from the files: features (M, D), colours (M, 6)."""
-        self._flush()
-        features, colours = (
-            np.memmap(self._folder / f"{name}.f32", np.float32, "r", shape=(rows, width))
-            for name, width in self._widths.items()
-        )
-        return features, colours
-
-    def remove(self) -> None:
-        """Remove the folder; the table is whole."""
-        shutil.rmtree(self._folder, ignore_errors=True)
-
-    def _flush(self) -> None:
-        for file in self._files.values():
-            os.fsync(file)
-        write_json_atomic(self._state, {"identity": self._identity, "done": self.done})
-        self._since_flush = 0
+    return read_ahead(load, range(start, len(tiles), batch_size), threads=worker_count())

@@ -1,13 +1,11 @@
 """Where the files of a data set lie: the members of a zip, or the files of a folder; read in the order of their bytes,
 ahead of whoever uses them."""
 
-import collections
+import contextlib
 import hashlib
-import itertools
 import os
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 from gigapath.files import real_path
@@ -21,6 +19,7 @@ from gigapath.linear_probe.zip_directory import (
     read_members,
     tail_size,
 )
+from gigapath.read_ahead import read_ahead
 
 SPAN_BYTES = 4 << 20  # read at once
 SPAN_GAP = 256 << 10  # bytes between two members that are worth reading over
@@ -157,20 +156,11 @@ def read_members_ahead(source: Source) -> Iterator[tuple[int, bytes | memoryview
     handing Python's lock over for each of them costs more than it gives (measured: three times slower).
     """
     workers = worker_count()
-    spans = iter(source.spans())
-    ahead: collections.deque[Future[list[tuple[int, bytes | memoryview]]]] = collections.deque()
-    with ThreadPoolExecutor(workers) as pool:
-        try:
-            ahead.extend(pool.submit(source.load, span) for span in itertools.islice(spans, 2 * workers))
-            while ahead:
-                loaded = ahead.popleft().result()
-                ahead.extend(pool.submit(source.load, span) for span in itertools.islice(spans, 1))
-                for index, content in loaded:
-                    source.check(index, content)
-                    yield index, content
-        finally:
-            for task in ahead:
-                task.cancel()
+    with contextlib.closing(read_ahead(source.load, source.spans(), threads=workers, ahead=2 * workers)) as spans:
+        for loaded in spans:
+            for index, content in loaded:
+                source.check(index, content)
+                yield index, content
 
 
 def visible(name: str) -> bool:

@@ -1,14 +1,13 @@
 """Tiles from a slide as pixels: one named filter, through threads or in the caller.
 
 `iter_tiles` gives them in order, in arrays of their own; `read_into` puts them into places that somebody else owns. B
-tiles of a batch, T side of a tile. The pixels depend on the tile alone: not on workers, prefetch or batch size.
+tiles of a batch, T side of a tile. The pixels depend on the tile alone: not on workers or batch size.
 """
 
+import contextlib
 import itertools
 import threading
-from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Protocol
 
 import cv2
@@ -17,6 +16,7 @@ import numpy.typing as npt
 
 from gigapath.features import Tiles
 from gigapath.preprocessing.slide import Slide, SlideError
+from gigapath.read_ahead import read_ahead
 
 UInt8Array = npt.NDArray[np.uint8]
 
@@ -94,7 +94,8 @@ def fill_places(
         raise problems[0]
 
 
-_Batch = tuple[int, UInt8Array, "list[Future[None]]"]
+# Batches that threads read while one is in the caller's hands; bounds memory.
+_BATCHES_AHEAD = 2
 
 
 def filter_name(read_size: tuple[int, int], tile_size: int) -> str:
@@ -181,7 +182,7 @@ def read_tile(slide: Slide, tiles: Tiles, index: int) -> UInt8Array:
 
 
 def iter_tiles(
-    slide: Slide, tiles: Tiles, *, batch_size: int, workers: int = 0, prefetch: int = 2, start: int = 0
+    slide: Slide, tiles: Tiles, *, batch_size: int, workers: int = 0, start: int = 0
 ) -> Iterator[tuple[int, UInt8Array]]:
     """Yield (index of the first tile, pixels (n, T, T, 3)) in the order of `tiles`; the last batch may be smaller.
 
@@ -192,17 +193,16 @@ def iter_tiles(
         tiles: which tiles, and how they are read.
         batch_size: B, tiles per batch.
         workers: threads that read; 0 reads in the caller, one batch at a time.
-        prefetch: batches that are read ahead of the one in the caller's hands; bounds memory.
         start: index of the first tile to read.
     """
     if batch_size < 1:
         raise ValueError(f"iter_tiles: expected a batch size of at least 1, got {batch_size!r}.")
-    if workers < 0 or prefetch < 0:
-        raise ValueError(f"iter_tiles: expected workers and prefetch of at least 0, got {workers!r}, {prefetch!r}.")
+    if workers < 0:
+        raise ValueError(f"iter_tiles: expected workers of at least 0, got {workers!r}.")
     firsts = range(start, len(tiles), batch_size)
     if workers == 0:
         return _read_here(slide, tiles, firsts)
-    return _read_ahead(slide, tiles, firsts, workers, prefetch)
+    return _read_ahead(slide, tiles, firsts, workers)
 
 
 def _read_here(slide: Slide, tiles: Tiles, firsts: range) -> Iterator[tuple[int, UInt8Array]]:
@@ -214,45 +214,39 @@ def _read_here(slide: Slide, tiles: Tiles, firsts: range) -> Iterator[tuple[int,
         yield first, batch
 
 
-def _read_ahead(
-    slide: Slide, tiles: Tiles, firsts: range, workers: int, prefetch: int
-) -> Iterator[tuple[int, UInt8Array]]:
+def _read_ahead(slide: Slide, tiles: Tiles, firsts: range, workers: int) -> Iterator[tuple[int, UInt8Array]]:
     reader = TileReader(slide, tiles, range(firsts.start, len(tiles)))
     stop = threading.Event()
     failures: list[SlideError] = []  # the first is the cause: OpenSlide refuses every read after it
 
-    def fill(batch: UInt8Array, first: int, rows: range) -> None:
+    def runs() -> Iterator[tuple[int, UInt8Array, range]]:
+        """Runs of neighbours share the slide's compressed blocks, so each thread gets one run of a batch."""
+        for first in firsts:
+            batch = _empty_batch(tiles, first, firsts.step)
+            ends = np.linspace(0, len(batch), min(workers, len(batch)) + 1).astype(int).tolist()
+            yield from ((first, batch, range(a, b)) for a, b in itertools.pairwise(ends))
+
+    def fill(run: tuple[int, UInt8Array, range]) -> tuple[int, UInt8Array, range]:
+        first, batch, rows = run
         for row in rows:
             if stop.is_set():
-                return
+                break
             try:
                 reader.fill(first + row, batch[row])
             except SlideError as error:
                 failures.append(error)
                 stop.set()
+        return run
 
-    pool = ThreadPoolExecutor(workers, thread_name_prefix="tile-reader")
-    queue: deque[_Batch] = deque()
-    ahead = iter(firsts)
-    try:
-        while True:
-            for first in itertools.islice(ahead, prefetch + 1 - len(queue)):
-                batch = _empty_batch(tiles, first, firsts.step)
-                # Runs of neighbours share the slide's compressed blocks, so each thread gets one run of the batch.
-                ends = np.linspace(0, len(batch), min(workers, len(batch)) + 1).astype(int).tolist()
-                runs = [range(a, b) for a, b in itertools.pairwise(ends)]
-                queue.append((first, batch, [pool.submit(fill, batch, first, run) for run in runs]))
-            if not queue:
-                return
-            first, batch, jobs = queue.popleft()
-            for job in jobs:
-                job.result()
-            if failures:
-                raise failures[0]
-            yield first, batch
-    finally:
-        stop.set()
-        pool.shutdown(wait=True, cancel_futures=True)
+    with contextlib.closing(read_ahead(fill, runs(), threads=workers, ahead=_BATCHES_AHEAD * workers)) as done:
+        try:
+            for first, batch, rows in done:
+                if failures:
+                    raise failures[0]
+                if rows.stop == len(batch):
+                    yield first, batch
+        finally:
+            stop.set()
 
 
 def _empty_batch(tiles: Tiles, first: int, batch_size: int) -> UInt8Array:

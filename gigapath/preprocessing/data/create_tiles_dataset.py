@@ -12,8 +12,7 @@ import json
 import logging
 import re
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +30,7 @@ from gigapath.preprocessing.data.tiling import tile_array_2d
 from gigapath.preprocessing.grid import Grid
 from gigapath.preprocessing.published import cells_in_box, find_foreground, share_below
 from gigapath.preprocessing.slide import Slide, SlideError, open_slide
+from gigapath.read_ahead import read_ahead
 from gigapath.tables import csv_text
 
 LOG = logging.getLogger(__name__)
@@ -259,7 +259,7 @@ def _cut(
     corners = [(int(x), int(y)) for x, y in grid.corners(cells)]
     found, failed = [], []
     with tqdm(total=len(corners), desc=job.slide_id, unit="tile", disable=not progress) as bar:
-        for corner, share in _ahead(one, corners):
+        for corner, share in zip(corners, read_ahead(one, corners, threads=THREADS, ahead=AHEAD), strict=True):
             bar.update()
             if share is None:
                 failed.append(corner)
@@ -300,25 +300,6 @@ def _cut_one(
         Image.fromarray(pixels).save(buffer, format="PNG", compress_level=3, pnginfo=info)
         write_bytes_atomic(job.folder / f"{_descriptor(*corner)}.png", buffer.getvalue())
     return share
-
-
-def _ahead(
-    work: Callable[[tuple[int, int]], float | None], corners: Iterable[tuple[int, int]]
-) -> Iterator[tuple[tuple[int, int], float | None]]:
-    """Results in order, from a few threads and at most AHEAD in work."""
-    queue: deque[tuple[tuple[int, int], Future[float | None]]] = deque()
-    with ThreadPoolExecutor(THREADS, thread_name_prefix="tile-cutter") as pool:
-        try:
-            for corner in corners:
-                queue.append((corner, pool.submit(work, corner)))
-                if len(queue) >= AHEAD:
-                    first, job = queue.popleft()
-                    yield first, job.result()
-            while queue:
-                first, job = queue.popleft()
-                yield first, job.result()
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
 
 
 def _descriptor(x: int, y: int) -> str:
