@@ -13,6 +13,7 @@ import os
 import re
 import secrets
 import socket
+import stat
 import time
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
@@ -126,9 +127,10 @@ def atomic_file(path: Path | str, *, mode: int = 0o666) -> Iterator[Path]:
         OutputError: the file could not be made, written, flushed or renamed.
     """
     path = Path(path)
-    temporary = _create_temporary(path, mode)
+    temporary, descriptor = open_temporary(path, mode=mode)
     try:
         try:
+            os.close(descriptor)
             yield temporary
         except OutputError:
             raise
@@ -192,17 +194,37 @@ def read_json(path: Path, *, keys: Sequence[str], mend: str) -> dict[str, Any]:
 def open_temporary(path: Path, *, mode: int = 0o666) -> tuple[Path, int]:
     """Make the temporary file of `path` and open it for reading and writing.
 
-    For a writer that flushes by itself; it ends with `publish` on success, and always with `discard`.
+    For a writer that flushes by itself; it ends with `publish` on success, and always with `discard`. The folder is
+    made where it is missing.
 
     Returns:
         the temporary path and an open file descriptor, which the caller closes.
     """
-    temporary = _create_temporary(path, mode)
+    temporary = path.with_name(_temporary_name(path.name))
+    _LIVE.add(temporary.name)
     try:
-        return temporary, os.open(temporary, os.O_RDWR)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # Plain open: the umask and a setgid folder apply, as they would not with tempfile's mode 0600.
+        descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL, mode)
     except OSError as error:
         discard(temporary)
         raise output_error(path, error) from error
+    _tidy(path.parent)
+    return temporary, descriptor
+
+
+def open_own(path: Path, flags: int) -> int:
+    """Open a file whose name others can foresee, for what is ours alone: a link, pipe or device is never followed or
+    waited for.
+
+    Raises:
+        OSError: there is no such file, or it is no plain one.
+    """
+    descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.ELOOP, "expected a plain file", str(path))
+    return descriptor
 
 
 def publish(temporary: Path, path: Path) -> None:
@@ -225,20 +247,6 @@ def discard(temporary: Path) -> None:
     _LIVE.discard(temporary.name)
     with contextlib.suppress(OSError):
         temporary.unlink(missing_ok=True)
-
-
-def _create_temporary(path: Path, mode: int) -> Path:
-    temporary = path.with_name(_temporary_name(path.name))
-    _LIVE.add(temporary.name)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # Plain open: the umask and a setgid folder apply, as they would not with tempfile's mode 0600.
-        os.close(os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL, mode))
-    except OSError as error:
-        discard(temporary)
-        raise output_error(path, error) from error
-    _tidy(path.parent)
-    return temporary
 
 
 def _temporary_name(name: str) -> str:

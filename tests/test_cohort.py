@@ -349,7 +349,10 @@ def test_digest_does_not_depend_on_the_order_of_keys() -> None:
 
 def test_paths_are_recorded_for_their_owner_only_and_merged(tmp_path: Path) -> None:
     record_run(tmp_path, "1", {}, [SlideEntry("a", Path("/x/a.svs"), 0.5), SlideEntry("b", Path("/x/b.svs"))])
+    assert (tmp_path / "private").stat().st_mode & 0o777 == 0o700
+    (tmp_path / "private").chmod(0o755)  # as version 0.1.0 made it
     record_run(tmp_path, "2", {}, [SlideEntry("b", Path("/y/b.svs"), mask=Path("/y/b.png"))])
+    assert (tmp_path / "private").stat().st_mode & 0o777 == 0o700
     assert (tmp_path / "private" / "paths.csv").stat().st_mode & 0o777 == 0o600
     assert recorded_paths(tmp_path) == [
         SlideEntry("a", Path("/x/a.svs"), 0.5),

@@ -11,7 +11,7 @@ from feature_files import make_features, make_tiles
 
 from gigapath.features import TileEmbeddingsWriter, gigapath_file
 from gigapath.features.kept_rows import KeptRows
-from gigapath.files import OutputError
+from gigapath.files import OutputError, open_own
 
 CELLS = np.stack([np.arange(60) % 9, np.arange(60) // 9], axis=1)
 TILES = make_tiles(cells=CELLS)
@@ -126,14 +126,39 @@ def test_disk_that_refuses_kept_rows_does_not_end_the_run(tmp_path: Path, monkey
 
     from gigapath.features import kept_rows
 
-    for call in ("open", "pwrite", "fsync"):
+    for call in ("open_own", "pwrite", "fsync"):
         with monkeypatch.context() as patch:
+            patch.setattr(kept_rows, "open_own", refuse if call == "open_own" else open_own)
             patch.setattr(kept_rows, "os", type("os", (), {**vars(os), call: refuse, "strerror": os.strerror}))
             rows = kept(tmp_path / "b.h5")
             rows.keep(ROWS[:20])
             rows.commit()
             rows.close()
         assert kept(tmp_path / "b.h5").find() == 0 and names(tmp_path) == []
+
+
+@pytest.mark.parametrize("plant", ["link", "hard link", "pipe"])
+def test_what_somebody_planted_under_the_name_of_kept_rows_is_left_alone(tmp_path: Path, plant: str) -> None:
+    victim = tmp_path / "victim"
+    other = kept(victim)
+    other.keep(ROWS[:10])
+    other.commit()
+    other.close()
+    before = other.file.read_bytes()
+    rows = kept(tmp_path / "a.h5")
+    if plant == "link":
+        rows.file.symlink_to(other.file)
+    elif plant == "hard link":
+        other.file.write_bytes(before[:-1])  # rows that nobody can go on with
+        before = before[:-1]
+        rows.file.hardlink_to(other.file)
+    else:
+        os.mkfifo(rows.file)
+    assert rows.find() == 0
+    rows.keep(ROWS[:20])
+    rows.commit()
+    rows.close()
+    assert other.file.read_bytes() == before and kept(tmp_path / "a.h5").find() == 20
 
 
 def test_quick_slides_and_full_disks_leave_no_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,6 @@
 """Keeps names out of everything but `private/`: paths, users and hosts, with `--pseudonymise KEYFILE` ids too."""
 
+import contextlib
 import hmac
 import json
 import os
@@ -70,8 +71,12 @@ def redact(value: Any) -> Any:
 
 
 def write_private(out: Path, name: str, text: str) -> None:
-    """Write `private/<name>`, which only its owner may read."""
-    write_text_atomic(out / PRIVATE / name, text, mode=0o600)
+    """Write `private/<name>`; only its owner may read it, or look into the folder."""
+    folder = out / PRIVATE
+    with contextlib.suppress(OSError):  # writing the file says what is wrong
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        folder.chmod(folder.stat().st_mode & ~0o077)
+    write_text_atomic(folder / name, text, mode=0o600)
 
 
 def record_run(out: Path, run_id: str, owner: Mapping[str, Any], entries: Iterable[SlideEntry] = ()) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from gigapath.features.data import Array
-from gigapath.files import PARTIAL_SUFFIX
+from gigapath.files import PARTIAL_SUFFIX, open_own
 
 _MAGIC = b"GPROWS1\n"
 # magic, identity, rows of the whole, width, type, rows kept, their CRC-32; the header's own CRC-32 follows.
@@ -69,7 +69,7 @@ class KeptRows:
         Nothing that came may be used where `count` is 0 then: its checksum was wrong.
         """
         self._count = self._crc = 0
-        with contextlib.suppress(OSError), self.file.open("rb") as file:
+        with contextlib.suppress(OSError), os.fdopen(open_own(self.file, os.O_RDONLY), "rb") as file:
             said = self._read_header(file.read(_START))
             if said is None:
                 return
@@ -91,7 +91,10 @@ class KeptRows:
         data = np.ascontiguousarray(rows, self.dtype).tobytes()
         try:
             if self._descriptor < 0:
-                self._descriptor = os.open(self.file, os.O_RDWR | os.O_CREAT, 0o666)
+                if not self._count:  # whatever has that name holds nothing of ours
+                    self.file.parent.mkdir(parents=True, exist_ok=True)
+                    self.file.unlink(missing_ok=True)
+                self._descriptor = open_own(self.file, os.O_RDWR | (0 if self._count else os.O_CREAT | os.O_EXCL))
             position = _START + self._count * self._row_bytes
             done = 0
             while done < len(data):
