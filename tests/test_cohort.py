@@ -12,8 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gigapath.cohort.dicom import series_uid
-from gigapath.cohort.manifest import SlideEntry, find_slides, read_manifest
+from gigapath.cohort.manifest import SlideEntry, find_slides, read_manifest, series_uid
 from gigapath.cohort.privacy import record_run, recorded_paths, redact, without_paths
 from gigapath.cohort.record import RunRecord
 from gigapath.cohort.reuse import check_unmixed, digest, finished

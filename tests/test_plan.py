@@ -1,12 +1,14 @@
 """`gigapath plan`: what a cohort is made of, from headers alone; suspects among files and ids; the pilot."""
 
 import json
+import logging
 import os
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+import tifffile
 from made_slides import paint_tissue, write_pyramid
 
 from gigapath.cli.main import main
@@ -128,12 +130,11 @@ def test_identical_files_are_compared_to_the_last_byte(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("bigtiff", [False, True])
 def test_missing_bytes_knows_a_tiff_that_was_cut_short(tmp_path: Path, bigtiff: bool) -> None:
-    import tifffile
-
     path = tmp_path / "a.tif"
     with tifffile.TiffWriter(path, bigtiff=bigtiff) as file:  # directory first, pixels behind it
-        for side in (300, 150):
-            file.write(np.zeros((side, side + 10, 3), np.uint8), tile=(48, 48), photometric="rgb")
+        for side in (300, 150):  # the smaller one in a SubIFD, as OME-TIFFs keep their levels
+            level = np.zeros((side, side + 10, 3), np.uint8)
+            file.write(level, tile=(48, 48), photometric="rgb", subifds=int(side == 300), metadata=None)
     whole = path.read_bytes()
     assert missing_bytes(path) == 0
     for lacking in (1, 100, 40_000):
@@ -144,6 +145,17 @@ def test_missing_bytes_knows_a_tiff_that_was_cut_short(tmp_path: Path, bigtiff: 
         assert missing_bytes(path) >= 0
     path.write_bytes(whole[:8] + b"\xff" * 200)
     assert missing_bytes(path) == 0
+
+
+def test_broken_tags_are_not_quoted_on_the_terminal(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger(), "handlers", [])  # as where nobody set up logging
+    path = tmp_path / "a.tif"
+    tifffile.imwrite(path, np.zeros((64, 64, 3), np.uint8), tile=(32, 32), photometric="rgb", software="Jane Doe")
+    path.write_bytes(path.read_bytes().replace(b"Jane Doe", b"Jane D\x90\x81"))  # which no code page holds
+    assert missing_bytes(path) == 0
+    assert capsys.readouterr().err == ""
 
 
 def test_stratified_takes_every_kind_and_then_in_proportion() -> None:

@@ -1,5 +1,6 @@
 """From what a user names (slide files, folders, manifests) to the list of slides, each with one id."""
 
+import io
 import logging
 import math
 import os
@@ -7,7 +8,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PureWindowsPath
 
-from gigapath.cohort.dicom import series_uid
 from gigapath.file_names import name_problem, one_line, quoted_name
 from gigapath.files import real_path
 from gigapath.preprocessing.slide import SLIDE_SUFFIXES, slide_id_of
@@ -25,6 +25,9 @@ _CONTACT_SHEET = "contact_sheet"
 # Bytes of a path and of one name in it on common file systems.
 _MAX_PATH, _MAX_PART = 4000, 255
 _KNOWN_COLUMNS = ("path", "slide_id", "mpp", "mpp_x", "mpp_y", "mask", "md5")
+_SERIES = "SeriesInstanceUID"
+_DICOM_HEAD = 1 << 20  # bytes; it stands ahead of everything big (ICC profiles, tables of frames, pixels)
+_DEFLATED = b"1.2.840.10008.1.2.1.99"
 _IDENTITIES = ("patient_id", "site")
 _SAME_SCALE = 0.02  # x and y that differ by less are averaged
 
@@ -259,6 +262,25 @@ def _one_of_each_series(paths: Iterable[Path]) -> Iterator[Path]:
             series.setdefault((path.parent, uid), []).append(path)
     for files in series.values():
         yield min(files, key=lambda file: (-file.stat().st_size, file.name))
+
+
+def series_uid(path: Path) -> str | None:
+    """The SeriesInstanceUID of a DICOM file, the only value that is taken from it; None where it doesn't say."""
+    import pydicom  # where there is a DICOM file
+    from pydicom.dataelem import RawDataElement
+
+    try:
+        with path.open("rb") as file:
+            head = file.read(_DICOM_HEAD)
+        if _DEFLATED in head[:1024]:  # unpacking it is not bounded
+            return None
+        header = pydicom.dcmread(io.BytesIO(head), stop_before_pixels=True, specific_tags=[_SERIES])
+        found = header.get_item(_SERIES)  # as it is in the file: converting checks it, and warns with the value
+        if not isinstance(found, RawDataElement) or not found.value or len(found.value) < found.length:
+            return None
+        return found.value.decode("ascii").strip("\0 ") or None
+    except Exception:  # a header cut short or broken ends in a dozen types
+        return None
 
 
 def _each_once(entries: Iterable[SlideEntry]) -> Iterator[SlideEntry]:

@@ -1,23 +1,19 @@
 """`survey`: what a cohort is made of and what it will cost, from the slides' headers alone; `run_pilot` tiles a few.
 
 Also what is odd about a list of slides before any is opened (the same file twice, ids that may name people), and
-whether a TIFF file is as long as its own directory says (TIFF 6.0, BigTIFF; no tile is read).
+whether a TIFF file is as long as its own directories say (no tile is read).
 """
 
 import contextlib
 import hashlib
 import math
 import re
-import struct
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO
-
-import numpy as np
-import numpy.typing as npt
+from typing import Any
 
 from gigapath.cohort.manifest import SlideEntry, find_slides, id_problems
 from gigapath.cohort.privacy import without_paths
@@ -30,6 +26,7 @@ from gigapath.embedding.tiling import tile_cohort
 from gigapath.files import sha256_of
 from gigapath.machine import available_cores
 from gigapath.options import check_options, option
+from gigapath.preprocessing.fast import open_tiff
 from gigapath.preprocessing.grid import plan_grid
 from gigapath.preprocessing.slide import SAME_SCALE, Slide, SlideError
 from gigapath.preprocessing.tiling import TileOptions
@@ -130,80 +127,19 @@ def stratified(strata: Sequence[str], count: int) -> list[int]:
     )
 
 
-_OFFSETS_AND_COUNTS = {273: 279, 324: 325}  # StripOffsets, TileOffsets -> the tags with their byte counts
-_DTYPES = {1: "u1", 3: "u2", 4: "u4", 16: "u8"}  # BYTE, SHORT, LONG, LONG8
-_DIRECTORIES = 1000  # a chain longer than this is a loop
-_ENTRIES = 4096
-_NDPI_BYTES = 1 << 32  # Hamamatsu's files beyond this keep the upper half of their offsets elsewhere
-
-
 def missing_bytes(path: Path) -> int:
     """How many bytes a TIFF lacks at its end, by the tiles and strips that it lists; 0 where it is whole, or no TIFF.
 
     A directory that can't be read ends the search: what opens the slide says more about that.
     """
-    with path.open("rb") as file:
-        size = file.seek(0, 2)
-        file.seek(0)
-        try:
-            return max(0, _end(file, size) - size)
-        except (struct.error, ValueError, OverflowError, MemoryError):
-            return 0
-
-
-def _end(file: BinaryIO, size: int) -> int:
-    """The end of the last tile or strip that any directory lists."""
-    head = file.read(16)
-    order = {b"II": "<", b"MM": ">"}.get(head[:2])
-    if order is None or len(head) < 16:
+    try:
+        with open_tiff(path) as file:
+            pages = [one for page in file.pages for one in (page, *(page.pages or ()))]  # levels in SubIFDs too
+            listed = [zip(page.dataoffsets, page.databytecounts, strict=True) for page in pages]
+            end = max((start + length for parts in listed for start, length in parts if length), default=0)
+            return max(0, int(end) - path.stat().st_size)
+    except Exception:  # a broken file ends in a dozen types
         return 0
-    version = struct.unpack(order + "H", head[2:4])[0]
-    if version == 42:
-        big, position = False, struct.unpack(order + "I", head[4:8])[0]
-    elif version == 43:
-        big, position = True, struct.unpack(order + "Q", head[8:16])[0]
-    else:
-        return 0
-    if not big and size >= _NDPI_BYTES:
-        return 0
-    end = 0
-    for _ in range(_DIRECTORIES):
-        if position == 0:
-            break
-        found, position = _directory(file, position, order, big)
-        for offsets, counts in _OFFSETS_AND_COUNTS.items():
-            starts, lengths = found.get(offsets), found.get(counts)
-            if starts is not None and lengths is not None and len(starts) == len(lengths) and len(starts):
-                ends = np.where(lengths > 0, starts + lengths, 0)
-                end = max(end, int(ends.max()))
-    return end
-
-
-def _directory(file: BinaryIO, position: int, order: str, big: bool) -> tuple[dict[int, npt.NDArray[np.int64]], int]:
-    """(the tags of interest -> their values, where the next directory is) of the directory at `position`."""
-    file.seek(position)
-    form, width = (order + "Q", 20) if big else (order + "H", 12)
-    count = struct.unpack(form, file.read(struct.calcsize(form)))[0]
-    if count > _ENTRIES:
-        raise ValueError("no directory")
-    entries = file.read(count * width)
-    following = struct.unpack(order + ("Q" if big else "I"), file.read(8 if big else 4))[0]
-    found = {}
-    for start in range(0, count * width, width):
-        tag, kind = struct.unpack_from(order + "HH", entries, start)
-        if tag not in _OFFSETS_AND_COUNTS and tag not in _OFFSETS_AND_COUNTS.values():
-            continue
-        number = struct.unpack_from(order + ("Q" if big else "I"), entries, start + 4)[0]
-        dtype = np.dtype(order + _DTYPES[kind]) if kind in _DTYPES else None
-        if dtype is None:
-            raise ValueError("another type")
-        inline = width - (12 if big else 8)
-        data = entries[start + width - inline : start + width]
-        if number * dtype.itemsize > inline:
-            file.seek(struct.unpack(order + ("Q" if big else "I"), data)[0])
-            data = file.read(number * dtype.itemsize)
-        found[tag] = np.frombuffer(data, dtype, count=number).astype(np.int64)
-    return found, following
 
 
 # Headers wait for the disk more than they compute.

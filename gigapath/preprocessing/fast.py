@@ -9,6 +9,7 @@ level, arrays (H, W, 3) uint8 RGB. Only pages that are tiled and as large as one
 one by its order, so that no label and no macro picture is ever decoded.
 """
 
+import logging
 import os
 import threading
 import zlib
@@ -32,6 +33,7 @@ SERVED = ("aperio", "generic-tiff", "philips")
 _NONE, _LZW, _JPEG, _DEFLATE = 1, 5, 7, (8, 32946)
 _JP2K_YCBCR, _JP2K_RGB = 33003, 33005  # Aperio's
 _RGB, _YCBCR = 2, 6  # photometric
+_NOBODY = logging.NullHandler()
 
 
 class BlockError(Exception):
@@ -85,6 +87,15 @@ class TiffLevel:
         return pixels
 
 
+def open_tiff(path: Path) -> Any:
+    """The directories of a TIFF, as `tifffile.TiffFile`. Its log quotes the file's own words, which may name a person:
+    they reach those who set up logging, not the terminal of everybody."""
+    import tifffile
+
+    logging.getLogger("tifffile").addHandler(_NOBODY)
+    return tifffile.TiffFile(path)
+
+
 def tiff_levels(path: Path, vendor: str, level_dimensions: Sequence[tuple[int, int]]) -> dict[int, TiffLevel]:
     """The levels of a slide that can be decoded from its file, by their index; none where the format is another one.
 
@@ -100,10 +111,10 @@ def tiff_levels(path: Path, vendor: str, level_dimensions: Sequence[tuple[int, i
         return {}
     import imagecodecs  # noqa: F401  told here, not at the first block
     import simplejpeg  # noqa: F401
-    import tifffile
+    import tifffile  # noqa: F401
 
     try:
-        with tifffile.TiffFile(path) as file:
+        with open_tiff(path) as file:
             pages = [page for page in file.pages if page.is_tiled and _is_level(page, vendor)]
             found = {}
             for index, size in enumerate(level_dimensions):
@@ -112,8 +123,8 @@ def tiff_levels(path: Path, vendor: str, level_dimensions: Sequence[tuple[int, i
                 if decode is not None:
                     found[index] = _level(matches[0], size, decode)
             return found
-    except (tifffile.TiffFileError, OSError, ValueError, KeyError, IndexError, TypeError):
-        return {}  # whatever the library stumbles over, OpenSlide has opened it
+    except Exception:  # whatever the library stumbles over, OpenSlide has opened it
+        return {}
 
 
 def orientation_and_channels(path: Path, vendor: str) -> tuple[int, int]:
@@ -125,15 +136,11 @@ def orientation_and_channels(path: Path, vendor: str) -> tuple[int, int]:
     if vendor not in SERVED:
         return 1, 3
     try:
-        import tifffile
-    except ImportError:
-        return 1, 3
-    try:
-        with tifffile.TiffFile(path) as file:
+        with open_tiff(path) as file:
             pages = [page for page in file.pages if page.is_tiled and _is_level(page, vendor)]
             turned = (int(page.tags.valueof("Orientation", 1)) for page in pages)
             return next((turn for turn in turned if turn != 1), 1), int(pages[0].samplesperpixel)
-    except (tifffile.TiffFileError, OSError, ValueError, KeyError, IndexError, TypeError):
+    except Exception:  # not installed, or whatever the library stumbles over: OpenSlide has opened it
         return 1, 3
 
 

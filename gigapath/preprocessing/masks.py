@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from gigapath.features.arrays import read_npy, read_npz
 from gigapath.features.h5 import open_h5, read_attrs, read_dataset
 from gigapath.features.other_tools import clam_step
+from gigapath.preprocessing.fast import open_tiff
 from gigapath.preprocessing.header import is_level_of
 from gigapath.preprocessing.published import published_tissue
 from gigapath.preprocessing.slide import Overview, Slide
@@ -386,9 +387,7 @@ def _unsuited(path: Path, found: str) -> _Unsuited:
 
 
 def _tiff_values(path: Path, head: bytes, overview: Overview) -> NDArray[Any]:
-    import tifffile
-
-    with tifffile.TiffFile(path) as file:
+    with open_tiff(path) as file:
         first, *others = file.pages
         first = first.aspage()
         others = [page.aspage() for page in others]
