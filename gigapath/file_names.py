@@ -8,7 +8,9 @@ MAX_NAME_BYTES = 180
 # Of a longer name so much is shown, and so many digits of its digest.
 _QUOTED_BYTES, _QUOTED_DIGITS = 100, 16
 FORMULA_MARKS = "=+-@"
+_LINES_UP = re.compile(r"(\x1b\[A)+")
 _TURNING = "\u2028\u2029\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069\u200e\u200f\u061c"
+_COMMANDS = re.compile(rf"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff{_TURNING}]")
 
 
 def safe_name(slide_id: str) -> str:
@@ -77,6 +79,18 @@ def folder_name(slide_id: str) -> str:
 def one_line(text: str) -> str:
     """A text, such as a path, with escapes in place of line ends, other control characters and what is no UTF-8."""
     return "".join(_escape(character) if _breaks_lines(character) else character for character in text)
+
+
+def for_terminal(text: str) -> str:
+    """A text with escapes in place of what a terminal would take for commands, or what turns text around.
+
+    Line ends and tabs stay, and what bars of progress move about with: a carriage return in front, or nothing but the
+    sequence for a line up. The escapes are JSON's, so that a document stays one.
+    """
+    if _LINES_UP.fullmatch(text):
+        return text
+    front, rest = ("\r", text[1:]) if text.startswith("\r") else ("", text)
+    return front + _COMMANDS.sub(lambda found: f"\\u{ord(found[0]):04x}", rest)
 
 
 def _is_control(character: str) -> bool:

@@ -1,13 +1,33 @@
 """Signals end a run between two batches: what is finished stays, what is half done is dropped, the exit is 75."""
 
+import contextlib
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import FrameType, TracebackType
 from typing import Any
 
 # What schedulers send ahead of a time limit (SIGTERM, SIGUSR1) and people press (SIGINT).
 _NAMES = ("SIGTERM", "SIGINT", "SIGUSR1")
+
+
+@contextlib.contextmanager
+def interrupting() -> Iterator[None]:
+    """Let schedulers' signals interrupt as Ctrl-C does, within this block only and wherever no `StopFlag` watches:
+    what is half written is removed on the way out."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    previous = {}
+    if threading.current_thread() is threading.main_thread():  # handlers can't be set elsewhere
+        numbers = [getattr(signal, name) for name in _NAMES if hasattr(signal, name) and name != "SIGINT"]
+        previous = {number: signal.signal(number, interrupt) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 class Stopped(Exception):

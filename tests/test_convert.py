@@ -1,6 +1,9 @@
 """Converting tile embeddings between tools: each direction keeps embeddings, cells and places."""
 
+import json
+import os
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +24,7 @@ from feature_files import (
 )
 
 from gigapath.cli.main import main
-from gigapath.features import TileEmbeddings, TileEmbeddingsWriter, read_features
+from gigapath.features import SlideEmbeddings, TileEmbeddings, TileEmbeddingsWriter, read_features, write_slide
 from gigapath.features.describe import describe
 from gigapath.features.other_tools import FORMATS, Scale, convert
 from gigapath.files import OutputError
@@ -148,6 +151,41 @@ def test_stamp_counts_micrometres(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="do not fit in STAMP's float16"):
         big = read_features(write_trident(tmp_path, FEATURES * 1e6))
         convert(big, "stamp", tmp_path / "out", scale=SCALE)
+
+
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_ends_convert_and_export_in_75_and_leaves_nothing_half_written(
+    sent: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, out = write_ours(tmp_path), tmp_path / "out"
+    words = ["convert", str(source), "--to", "trident", "--out", str(out)]
+    with monkeypatch.context() as patch:
+        patch.setattr("gigapath.features.h5.publish", lambda *_: os.kill(os.getpid(), sent))
+        assert main(words) == 75
+    assert not [path for path in out.rglob("*") if path.is_file()]
+    assert main(words) == 0
+    slide = SlideEmbeddings(slide_id="a", tile_mean=np.ones((1, 3), np.float32))
+    write_slide(tmp_path / "slides_mean__x" / "a.h5", slide)
+    words = ["export", str(tmp_path), "--embedding", "tile-mean", "--to", str(out / "table.csv")]
+    with monkeypatch.context() as patch:
+        patch.setattr("gigapath.files.publish", lambda *_: os.kill(os.getpid(), sent))
+        assert main(words) == 75
+    assert not list(out.glob("table*"))
+    assert main(words) == 0
+
+
+def test_what_a_file_says_is_no_command_to_the_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = "\x1b[2J\x9b31m\u202e"
+    path = write_ours(tmp_path)
+    with h5py.File(path, "a") as file:
+        file.attrs["encoder"] = file["features"].attrs["encoder"] = words
+    for verb in (["inspect"], ["inspect", "--json"], ["check"], ["convert", "--to", "trident", "--out", str(tmp_path)]):
+        main([*verb, str(path)])
+        main([*verb, str(tmp_path / f"missing{words}.h5")])
+        said = capsys.readouterr()
+        assert not set(words) & (set(said.out + said.err) - set("[2J31m"))
+        if "--json" in verb:
+            assert words in json.dumps(json.loads(said.out), ensure_ascii=False).replace("\\u001b", "\x1b")
 
 
 def test_what_is_not_stated_is_asked_for(tmp_path: Path) -> None:

@@ -1,15 +1,18 @@
 """`gigapath VERB ...`: finds the verb's module and runs it; nothing heavy is imported before that."""
 
 import argparse
+import contextlib
 import difflib
 import importlib
 import os
 import signal
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Any, NoReturn, TextIO
 
 import gigapath
+from gigapath.file_names import for_terminal
+from gigapath.signals import interrupting
 
 # verb -> (module under gigapath.cli, one line of help), in the order of use. A module offers `add_arguments(parser)`
 # and `run(namespace) -> exit status`.
@@ -50,6 +53,19 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message.rstrip('.')}. See {self.prog} --help.\n")
 
 
+class _Shown:
+    """Standard output or error, where whatever comes from files (names, errors, attributes) is escaped."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        return self._stream.write(for_terminal(text))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
 def build_parser(verb: str | None) -> argparse.ArgumentParser:
     """The parser of `gigapath`; only the chosen verb's module is imported."""
     parser = _Parser(
@@ -72,6 +88,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Every error a user can cause ends here as one sentence; set GIGAPATH_DEBUG=1 to see where it came from.
     """
+    shown: Any = _Shown(sys.stdout), _Shown(sys.stderr)
+    with interrupting(), contextlib.redirect_stdout(shown[0]), contextlib.redirect_stderr(shown[1]):
+        return _run_verb(argv)
+
+
+def _run_verb(argv: Sequence[str] | None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     verb = next((word for word in arguments if not word.startswith("-")), None)
     parser = build_parser(verb)
