@@ -270,6 +270,18 @@ def test_mixed_precision_trains_close_to_fp32(tmp_path, precision) -> None:
     assert losses[precision] == pytest.approx(losses["fp32"], rel=0.02) and losses[precision] != losses["fp32"]
 
 
+def test_death_of_another_process_is_one_sentence(monkeypatch) -> None:
+    def closed(*arguments: object) -> None:
+        raise RuntimeError("Connection closed by peer")
+
+    monkeypatch.setattr("torch.distributed.all_reduce", closed)
+    monkeypatch.setattr("torch.distributed.all_gather_object", closed)
+    two = Processes(torch.device("cpu"), 0, 2)
+    for call in (lambda: two.gather(1), lambda: two.sum(torch.ones(1))):
+        with pytest.raises(ConnectionError, match="the same command goes on"):
+            call()
+
+
 def test_auto_precision_follows_the_launcher_and_the_device(monkeypatch) -> None:
     cpu = torch.device("cpu")
     monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)

@@ -3,10 +3,11 @@
 import unicodedata
 from pathlib import Path
 
+import numpy as np
 import pytest
 from made_cohort import write_csv
 
-from gigapath.evaluation.labels import join_labels, patients_of, read_labels, sorted_classes
+from gigapath.evaluation.labels import alike_classes, class_notes, join_labels, patients_of, read_labels, sorted_classes
 from gigapath.evaluation.task import Task, load_task
 from gigapath.finetune.task_writer import new_task
 from gigapath.linear_probe.labels import LabelRows, class_names, rows_of_table
@@ -87,6 +88,29 @@ def test_classes_are_ordered_alike_everywhere(tmp_path: Path) -> None:
     assert (
         new_task(table, tmp_path / "t.yaml")[0].classes == class_names(written, None)[1] == ("0.5", "9", "10", "a", "b")
     )
+
+
+@pytest.mark.parametrize(
+    "names", [("Tumor", "tumor"), ("lymph node", "Lymph_Node"), ("grade-1", "grade 1"), ("ER +", "er+"), ("Ä.", "ä")]
+)
+def test_classes_that_differ_in_form_only_are_alike(names: tuple[str, str]) -> None:
+    assert alike_classes(["other", *names]) == [list(names)]
+
+
+@pytest.mark.parametrize("names", [("ER+", "ER-"), ("-1", "1"), ("1.5", "15"), ("3+4", "4+3"), ("<5", ">5")])
+def test_classes_that_differ_in_a_sign_or_a_number_are_not(names: tuple[str, str]) -> None:
+    assert alike_classes(names) == []
+
+
+def test_alike_classes_and_classes_of_one_patient_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    words = ["tumor", "tumor", "normal", "normal", "normal", "Tumor"]
+    rows = [[f"s{n}", word, f"p{n // 2}"] for n, word in enumerate(words)]
+    table = write_csv(tmp_path / "labels.csv", ["slide_id", "label", "patient_id"], rows)
+    new_task(table, tmp_path / "task.yaml")
+    told = caplog.text
+    assert "'Tumor' and 'tumor'" in told and "tumor has a single patient (p0)" in told and "normal has" not in told
+    truth = np.array([[1, 0], [1, 1], [0, 1]])
+    assert len(notes := class_notes(("TP53", "KRAS"), truth, ["a", "a", "b"], "slide")) == 1 and "TP53" in notes[0]
 
 
 def test_a_column_that_stands_twice_is_refused(tmp_path: Path) -> None:

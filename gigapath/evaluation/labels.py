@@ -24,6 +24,9 @@ _NO = {"0", "0.0", "false", "no"}
 _WHOLE_NUMBER = re.compile(r"(0|-?[1-9][0-9]*)(?:\.0+)?")
 _NUMBER = re.compile(r"-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?")
 _BARCODE = re.compile(r"TCGA-\w{2}-\w{4}")
+# What tells classes apart: letters, numbers with the marks inside them (1.5, 3+4), signs before a number or at the end
+# (-1, <5, ER+).
+_TELLING = re.compile(r"\d+(?:[^\w\s]\d+)*|[^\W\d_]+|^[^\w\s]+(?=\d)|[+-]+$")
 
 IntArray = npt.NDArray[np.int64]
 
@@ -50,6 +53,11 @@ class Labels:
 
     def __len__(self) -> int:
         return len(self.slide_ids)
+
+    def class_notes(self, classes: Sequence[str]) -> list[str]:
+        """`class_notes` of these slides."""
+        known = self.patients is not None
+        return class_notes(classes, self.truth, self.patients or self.slide_ids, "patient" if known else "slide")
 
     def take(self, rows: Sequence[int] | IntArray) -> "Labels":
         """Some of the slides, in the order given; the digest stays that of the whole CSV."""
@@ -80,6 +88,35 @@ def sorted_classes(labels: Iterable[str]) -> list[str]:
         return (False, float(name), name) if _NUMBER.fullmatch(name) else (True, 0.0, name)
 
     return sorted(set(map(canonical_label, set(labels))), key=order)
+
+
+def alike_classes(classes: Iterable[str]) -> list[list[str]]:
+    """Classes that differ in case, blanks or punctuation only, such as `Tumor` and `tumor`."""
+    by_letters: dict[str, list[str]] = {}
+    for name in classes:
+        by_letters.setdefault("".join(_TELLING.findall(name.casefold())) or name, []).append(name)
+    return [names for names in by_letters.values() if len(names) > 1]
+
+
+def class_notes(classes: Sequence[str], truth: IntArray, units: Sequence[str], unit: str) -> list[str]:
+    """Sentences on classes that look like one, and on classes of a single slide or patient.
+
+    Args:
+        classes: their names.
+        truth: (N,) class index, or (N, C) of 0 and 1.
+        units: (N,) the slide or patient of each row.
+        unit: what these are called.
+    """
+    notes = [
+        f"the classes {' and '.join(map(repr, names[:SHOWN]))} differ in case, blanks or punctuation only: if they are "
+        "one, write them alike"
+        for names in alike_classes(classes)
+    ]
+    for index, name in enumerate(classes):
+        rows = np.flatnonzero(truth[:, index] if truth.ndim == 2 else truth == index)
+        if len(of_class := {units[row] for row in rows.tolist()}) == 1:
+            notes.append(f"the class {name} has a single {unit} ({of_class.pop()}): no score of it means much")
+    return notes
 
 
 def read_labels(path: Path | str, task: Task, *, id_rule: str = "exact") -> Labels:

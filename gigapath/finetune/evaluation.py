@@ -100,7 +100,7 @@ def probabilities(logits: FloatArray, task: Task, temperature: float = 1.0) -> F
 
 def default_calibration(task: Task) -> Calibration:
     """Temperature 1 and thresholds of one half."""
-    return Calibration(1.0, (0.5,) * _threshold_count(task))
+    return Calibration(1.0, (0.5,) * threshold_count(task))
 
 
 def fit_calibration(logits: FloatArray, truth: IntArray, task: Task) -> Calibration:
@@ -143,7 +143,8 @@ def _best_threshold(positive: npt.NDArray[np.bool_], said: FloatArray) -> float:
     return float(cuts[int(np.argmax(gains))])
 
 
-def _threshold_count(task: Task) -> int:
+def threshold_count(task: Task) -> int:
+    """How many thresholds a task has: one a label, one where there are two classes, else none."""
     return len(task.classes) if task.multi_label else int(task.setting == "binary")
 
 

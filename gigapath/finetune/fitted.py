@@ -16,7 +16,7 @@ from gigapath.evaluation.task import Task, task_from
 from gigapath.files import sha256_of, write_json_atomic
 from gigapath.finetune import checkpoints
 from gigapath.finetune.data import Bags, ReadAhead, check_made
-from gigapath.finetune.evaluation import Calibration, probabilities
+from gigapath.finetune.evaluation import Calibration, probabilities, threshold_count
 from gigapath.finetune.heads import build_head, pack
 from gigapath.finetune.options import ModelOptions
 from gigapath.machine import available_cores
@@ -146,9 +146,11 @@ def load_head(path: Path | str) -> FittedHead:
         task = task_from(held["task"], HEAD)
         options = from_dict(ModelOptions, held["model"])
         calibration = Calibration(float(held["temperature"]), tuple(map(float, held["thresholds"])), held["fitted_on"])
+        if len(calibration.thresholds) != threshold_count(task):
+            raise TypeError(calibration.thresholds)
         model = build_head(options, pretrained="", input_dim=held["input_dim"], n_classes=len(task.classes))
         model.load_state_dict(checkpoints.load_tensors(tensors))
-    except (TypeError, AttributeError, RuntimeError) as error:  # a word in place of a number, tensors of other shapes
+    except (TypeError, AttributeError, RuntimeError) as error:  # a word in place of a number, thresholds of others
         raise ValueError(f"{file}: expected the JSON of a fitted head, got a damaged one. Copy it anew.") from error
     made = held["features"]
     return FittedHead(model, task, options, held["input_dim"], made, calibration, held["precision"], held["sha256"])

@@ -80,6 +80,7 @@ def prepare(inputs: Inputs, settings: Settings) -> Cohort:
         lacking = [fold.number for fold in folds if len(fold.val) == 0]
         if lacking:
             raise ValueError(f"--select val, --calibrate: expected validation slides, fold {lacking[0]} has none.")
+    notes += joined.labels.class_notes(task.classes)
     notes += check_classes(folds, joined.labels.truth, task.classes)
     used = sorted({int(row) for fold in folds for rows in fold.sets().values() for row in rows})
     joined = _keep(joined, used)

@@ -79,6 +79,7 @@ class TrainingOptions:
         "auto", "auto = bf16 on CUDA where it exists, else fp16 with scaling; fp32 on a CPU", choices=PRECISIONS
     )
     device: str = option("auto", "auto, cpu, cuda, cuda:N or mps; under accelerate launch or torchrun its own")
+    allow_low_memory: bool = option(False, "go on where the plan says that the largest slide won't fit")
     workers: int = option(2, "threads that read ahead", at_least=1)
     seed: int = option(0, "seed of weights, splits, order, dropout and bootstrap", at_least=0)
     replicates: int = option(2000, "bootstrap replicates of the 95 % intervals; 0 = none", at_least=0)

@@ -38,7 +38,8 @@ class Plan:
         available: bytes that the device has free.
         seconds: of all folds and epochs, evaluation included.
         processes: that share the work.
-        advice: sentences on what to set, where it won't fit and where there are too few steps to learn in.
+        advice: a sentence where there are too few steps to learn in.
+        too_large: what would make the largest slide fit; "" where it does.
     """
 
     tiles: tuple[int, ...]
@@ -49,6 +50,7 @@ class Plan:
     seconds: float
     processes: int
     advice: tuple[str, ...]
+    too_large: str = ""
 
     def lines(self) -> list[str]:
         """For people."""
@@ -122,18 +124,17 @@ def make_plan(
     per_tile = kept / PROBE_TILES
     memory = int(fixed + per_tile * largest)
     available = free_bytes(processes.device)
-    advice = few_steps(folds, options, processes)
+    too_large = ""
     if memory > available:
         fits = max(0, int((available - fixed) / (per_tile * options.batch_size)))
         encoder: Any = getattr(model, "slide_encoder", None)
         ways = [] if encoder is None or encoder.encoder.checkpoint_activations else ["--checkpoint-activations"]
         ways += [f"max_tiles of the task to {fits:,} or less"] if fits else []
         ways += ["a smaller --batch-size"] if options.batch_size > 1 else []
-        advice.append(f"the largest slide won't fit: set {', or '.join(ways or ['--device to a larger one'])}.")
+        too_large = ", or ".join(ways or ["--device to a larger one"])
     seen = tuple(int(count) for count in counts)
-    return Plan(
-        seen, len(folds), trained, memory, available, total / rate / processes.world, processes.world, tuple(advice)
-    )
+    seconds, advice = total / rate / processes.world, tuple(few_steps(folds, options, processes))
+    return Plan(seen, len(folds), trained, memory, available, seconds, processes.world, advice, too_large)
 
 
 def few_steps(folds: Sequence[Fold], options: TrainingOptions, processes: Processes) -> list[str]:

@@ -1,7 +1,8 @@
 """The processes of a run and their device: one, or those of `accelerate launch` and `torchrun`."""
 
+import contextlib
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +24,8 @@ class Processes:
     def sum(self, tensor: Tensor) -> Tensor:
         """Add a tensor up over all processes, in place."""
         if self.world > 1:
-            dist.all_reduce(tensor)
+            with _others_there():
+                dist.all_reduce(tensor)
         return tensor
 
     def gather(self, value: Any) -> list[Any]:
@@ -31,7 +33,8 @@ class Processes:
         if self.world == 1:
             return [value]
         values: list[Any] = [None] * self.world
-        dist.all_gather_object(values, value)
+        with _others_there():
+            dist.all_gather_object(values, value)
         return values
 
     def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
@@ -50,6 +53,20 @@ class Processes:
             flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).reshape(-1) for p in those])
             for p, part in zip(those, torch.split(self.sum(flat), [p.numel() for p in those]), strict=True):
                 p.grad = part.view_as(p).clone()
+
+
+@contextlib.contextmanager
+def _others_there() -> Iterator[None]:
+    """Turn what a backend raises where another process has died into one sentence (gloo raises RuntimeError itself)."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        raise ConnectionError(
+            "another process of this run has ended or is out of reach; the same command goes on after the last "
+            "finished epoch."
+        ) from error
 
 
 def join_processes(device: str) -> Processes:

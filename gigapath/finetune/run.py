@@ -49,7 +49,7 @@ RUN = "finetune.json"
 # The model itself, beside its controls; from random weights it bears that control's name.
 TUNED, FROZEN = "fine-tuned", "frozen encoder"
 # What may differ between a run and the one that goes on with it: it changes no number that is stored.
-_FREE = ("workers", "device", "replicates")
+_FREE = ("workers", "device", "replicates", "allow_low_memory")
 
 Say = Callable[[str], None]
 
@@ -130,6 +130,12 @@ class _Run:
             self.say(line)
         if settings.controls:
             self.say("the controls take their own time besides")
+        too_large = next(filter(None, self.processes.gather(plan.too_large)), "")
+        if too_large and not settings.training.allow_low_memory:
+            raise ValueError(
+                f"the largest slide won't fit: it takes {plan.memory / 1e9:.1f} GB, {plan.available / 1e9:.1f} GB "
+                f"are free. Set {too_large}, or go on with --allow-low-memory."
+            )
         self._check_files()
         if self.first:
             split = keep_manifest(self.out, cohort.folds, cohort.joined.labels, how)

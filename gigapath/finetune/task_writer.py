@@ -1,5 +1,6 @@
 """A task file from a CSV of labels: columns and classes are read from it, and the result is checked against it."""
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -8,6 +9,8 @@ from gigapath.evaluation.task import Task, write_task
 from gigapath.tables import read_table
 
 MOST_CLASSES = 50
+
+log = logging.getLogger(__name__)
 
 
 def new_task(
@@ -49,10 +52,13 @@ def new_task(
             )
         setting = "binary" if len(found) == 2 else "multi_class"
         task = Task(title, setting, tuple(found), ordinal=ordinal, id_column=id_column, label_column=chosen[0])
-    truth = read_labels(labels, task).truth
+    read = read_labels(labels, task)
+    truth = read.truth
     if task.multi_label:
         counts = dict(zip(task.classes, truth.sum(axis=0).tolist(), strict=True))
     else:
         counts = {label: int((truth == index).sum()) for index, label in enumerate(task.classes)}
     write_task(path, task)
+    for note in read.class_notes(task.classes):
+        log.warning("note: %s", note)
     return task, counts

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from gigapath.evaluation.labels import class_notes
 from gigapath.evaluation.splits import Fold, audit
 from gigapath.linear_probe.archive import Report, read_embeddings
 from gigapath.linear_probe.labels import Joined, LabelRows, class_names, in_words, join_labels, own_labels, read_labels
@@ -102,6 +103,8 @@ def load_data(
     _check_splits(rows_of_split, label_of_row, classes, listed.source)
     warnings = []
     groups, group_column = _groups_of_rows(table, listed, joined, label_of_row, pcam_meta)
+    units = list(table.names) if groups is None else groups.tolist()
+    warnings += class_notes(classes, label_of_row, units, "tile" if group_column is None else group_column)
     if groups is not None:
         warnings += audit(
             [Fold(0, rows_of_split[TRAIN], rows_of_split[VALIDATION], rows_of_split[TEST])],

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from gigapath.evaluation.labels import ID_COLUMNS, SITE_COLUMNS, first_column, id_maker, patients_of
+from gigapath.evaluation.labels import ID_COLUMNS, SITE_COLUMNS, class_notes, first_column, id_maker, patients_of
 from gigapath.features import read_slides
 from gigapath.linear_probe.labels import class_names, in_words, named_column, splits_of_column
 from gigapath.linear_probe.options import ProbeOptions
@@ -120,6 +120,7 @@ def load_slides(
         notes.append("slides of train and val train together: the penalty is chosen by folds inside them")
     site_column = first_column(listed, SITE_COLUMNS)
     labels_of_slides = np.array([index_of_label[label] for label in written_labels], dtype=np.int64)
+    notes += class_notes(classes, labels_of_slides, groups.tolist(), "slide" if patients is None else "patient")
     return SlideData(
         ids=slide_ids,
         vectors={name: found[kept] for name, found in vectors.items()},

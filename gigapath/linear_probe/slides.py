@@ -24,6 +24,7 @@ from gigapath.evaluation import (
     prior_probabilities,
     site_probabilities,
 )
+from gigapath.evaluation.labels import alike_classes
 from gigapath.evaluation.splits import Fold, audit, draw_parts
 from gigapath.linear_probe.options import ProbeOptions, SlideProbeOptions
 from gigapath.linear_probe.slide_data import FloatArray, IntArray, SlideData, TextArray, load_slides
@@ -188,8 +189,10 @@ def _refuse_rare_classes(labels: IntArray, groups: TextArray, folds: int, classe
     counts = {name: len(set(groups[labels == index].tolist())) for index, name in enumerate(classes)}
     rarest = min((name for index, name in enumerate(classes) if (labels == index).any()), key=lambda name: counts[name])
     if counts[rarest] < folds:
+        others = [name for names in alike_classes(classes) if rarest in names for name in names if name != rarest]
         raise ValueError(
             f"folds: the class {rarest} occurs in {counts[rarest]} groups, {too_few}, or leave the class out."
+            + (f" If it is the same as {others[0]}, write both alike." if others else "")
         )
 
 
