@@ -13,7 +13,8 @@ from types import ModuleType
 import nbformat
 import numpy as np
 import pytest
-from notebooks import DEMO, ROOT, cleaned, client_of, environment, executed, lay_out, notebooks, small_picture
+
+from scripts.notebooks import DEMO, ROOT, cleaned, environment, executed, lay_out, notebooks
 
 SCRIPTS = ("1_slide_mpp_check.py", "2_tiling_demo.py", "3_load_tile_encoder.py", "4_load_slide_encoder.py")
 MOST_BYTES = 500_000  # of a notebook
@@ -53,12 +54,6 @@ def at_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     module = ModuleType("at_hand")
     module.__dict__.update(runpy.run_path(str(demo / "at_hand.py")))
     return module
-
-
-def test_the_named_notebooks_and_scripts_are_there() -> None:
-    names = {"run_gigapath", "gigapath_pca_visualization_timm", "finetune_your_slides"}
-    assert names <= {path.stem for path in notebooks()}
-    assert all((DEMO / name).is_file() for name in SCRIPTS)
 
 
 @BY_NAME
@@ -142,45 +137,6 @@ def test_patch_tokens_of_a_vision_transformer_lie_on_its_grid() -> None:
     images = encoder.transform.batch(pixels)
     with torch.inference_mode():
         assert np.allclose(tokens[0, 3, 5], encoder.model.forward_features(images)[0, 1 + 3 * 14 + 5], atol=1e-5)
-
-
-def test_cleaned_notebooks_have_one_output_a_stream_wherever_a_warning_cut_it() -> None:
-    def said(name: str, text: str) -> nbformat.NotebookNode:
-        return nbformat.v4.new_output("stream", name=name, text=text)
-
-    picture = nbformat.v4.new_output("display_data")
-    cut = [said("stdout", "a"), said("stderr", "warning"), said("stdout", "b"), picture, said("stdout", "c")]
-    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("", outputs=cut)])
-    outputs = cleaned(notebook).cells[0].outputs
-    assert outputs == [said("stdout", "ab"), picture, said("stdout", "c")]
-
-
-def test_notebooks_run_in_the_interpreter_of_the_tests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    other = tmp_path / "kernels" / "python3"
-    other.mkdir(parents=True)
-    spec = {"argv": ["/other/python"], "display_name": "Python 3", "language": "python"}
-    (other / "kernel.json").write_text(json.dumps(spec))
-    monkeypatch.setenv("JUPYTER_PATH", str(tmp_path))
-    found = client_of(nbformat.v4.new_notebook(), tmp_path).km.kernel_spec
-    assert found is not None and found.argv[0] == sys.executable
-
-
-def test_pictures_of_notebooks_are_made_small() -> None:
-    import io
-
-    from PIL import Image
-
-    def png(image: Image.Image) -> bytes:
-        buffer = io.BytesIO()
-        image.save(buffer, "PNG")
-        return buffer.getvalue()
-
-    photograph = png(Image.effect_noise((1200, 800), 80).convert("RGB"))
-    kind, content = small_picture(photograph)
-    assert kind == "image/jpeg" and len(content) < len(photograph) / 3
-    assert Image.open(io.BytesIO(content)).size == (900, 600)
-    kind, content = small_picture(png(Image.new("RGB", (600, 400), "white")))
-    assert kind == "image/png" and len(content) < 2000
 
 
 @pytest.mark.slow
@@ -269,19 +225,6 @@ def test_pictures_are_small_and_all_of_them_are_shown() -> None:
         assert f"pictures/{path.name})" in shown
         with Image.open(path) as image:
             assert not image.getexif() and "comment" not in image.info
-
-
-def test_preprocessing_guide_names_what_exists() -> None:
-    guide = (DEMO / "preprocessing.md").read_text()
-    for target in re.findall(r"\]\(([^)#]+)\)", guide):
-        assert (DEMO / target).is_file(), target
-    for script in re.findall(r"python (demo/\S+?)[ `]", guide):
-        assert (ROOT / script).is_file(), script
-    from readme_options import options_of, parsers
-
-    known = options_of(parsers()["tile"])
-    for option in set(re.findall(r"`(--[a-z][a-z-]+)", guide)):
-        assert any(option in name for name in known), option
 
 
 @pytest.mark.slow

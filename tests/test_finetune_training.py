@@ -391,15 +391,3 @@ def test_two_processes_train_as_one(tmp_path) -> None:
         for key, tensor in found["one"].items():
             if key.startswith("end.") or key == "loss":
                 assert (tensor - found[name][key]).abs().max() <= (1e-9 if key != "loss" else 1e-6), (name, key)
-
-
-def test_bench_of_a_step_counts_what_it_computes(monkeypatch) -> None:
-    from scripts.bench import finetuning, protocol
-
-    monkeypatch.setattr(protocol, "SECONDS", 0.0)
-    options = finetuning.FinetuningBench("gigapath-flash", tiles=(6, 9), depth=1, pairs=1, files=3, device="cpu")
-    (row,) = finetuning.measure(options)
-    weights = 12 * 384**2  # of a layer: four projections, and a feed-forward network of four times the width
-    least = 3 * sum(2 * (n + 1) * weights + 2 * n * 384**2 for n in (6, 9))
-    assert least < row["operations"] < 1.1 * least and row["packed"] > 0 and "| 2 | 15 |" in finetuning.in_words(row)
-    assert 0 < row["waiting"] < 1 and "ms a step" in finetuning.in_words(row)

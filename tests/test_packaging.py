@@ -20,18 +20,6 @@ ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
 
-TOP_LEVEL = {
-    "gigapath",
-    "docs",
-    "scripts",
-    "demo",
-    "tests",
-    "environment.yaml",
-    "pyproject.toml",
-    "README.md",
-    "LICENSE",
-    "CITATION.cff",
-}
 
 # The name that is imported, where it is not the distribution's own.
 IMPORTED_AS = {
@@ -122,22 +110,6 @@ def test_conda_environment_gives_what_pyproject_says() -> None:
     assert set(match.group(1).split(",")) <= set(EXTRAS)
     # the environment that the tests' script makes is the same one
     assert f"prepare_environment {match.group(1)}\n" in (ROOT / "scripts/test.sh").read_text()
-
-
-def test_dependencies_are_ranges_and_stated_once() -> None:
-    for requirements in (PROJECT["dependencies"], *EXTRAS.values()):
-        names = [distribution(requirement) for requirement in requirements]
-        assert sorted(set(names)) == sorted(names)
-    for requirement in [*PROJECT["dependencies"], *(line for lines in EXTRAS.values() for line in lines)]:
-        assert re.fullmatch(r"[A-Za-z0-9._-]+>=[0-9.]+(,<[0-9.]+)?(; .*)?", requirement), (
-            f"{requirement} is not an open range"
-        )
-
-
-def test_top_level_holds_the_known_entries() -> None:
-    entries = {name.split("/")[0] for name in files_of_checkout()}
-    assert {name for name in entries if not name.startswith(".")} <= TOP_LEVEL
-    assert TOP_LEVEL - {"demo"} <= entries
 
 
 def test_no_tracked_file_names_a_registry_or_this_machine() -> None:

@@ -11,7 +11,6 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = [*sorted((ROOT / "scripts").rglob("*.sh")), ROOT / ".ci" / "run"]
-RECIPES = sorted((ROOT / "scripts").glob("run_*.sh"))
 
 # A Python that runs code as it is, makes an environment by linking itself, and hands `pip install` to $PIP_SAYS.
 FAKE_PYTHON = """#!/usr/bin/env bash
@@ -88,14 +87,6 @@ def test_scripts_are_well_formed() -> None:
         pytest.skip("shellcheck is not installed; it parses what bash would")
     result = subprocess.run([shellcheck, "-x", *map(str, SCRIPTS)], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout
-
-
-def test_recipe_scripts_are_short_and_hand_over() -> None:
-    for script in RECIPES:
-        lines = script.read_text().splitlines()
-        assert len(lines) <= 25, f"{script.name} has {len(lines)} lines"
-        assert any(line.startswith("exec ") for line in lines), script.name
-        assert '"$@"' in script.read_text(), f"{script.name} does not pass its arguments on"
 
 
 def test_bootstrap_installs_once_and_is_quick_afterwards(sandbox: Sandbox) -> None:

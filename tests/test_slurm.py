@@ -124,13 +124,3 @@ def test_outside_of_slurm_it_is_one_sentence(cluster: Cluster) -> None:
     environment = {**cluster.environment, "SLURM_ARRAY_TASK_ID": ""}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=20, check=False)
     assert done.returncode == 2 and "sbatch" in done.stderr and done.stderr.count("\n") == 1
-
-
-@pytest.mark.parametrize("script", ["slurm_tile.sh", "slurm_embed.sh"])
-def test_array_jobs_ask_for_what_they_need(script: str) -> None:
-    text = (ROOT / "scripts" / script).read_text()
-    asked = [line.removeprefix("#SBATCH ") for line in text.splitlines() if line.startswith("#SBATCH ")]
-    for option in ("--requeue", "--signal=B:USR1@120", "--open-mode=append", "--output=%x-%A_%a.log"):
-        assert option in asked
-    assert any(option.startswith("--cpus-per-task=") for option in asked)
-    assert ("--gres=gpu:1" in asked) == (script == "slurm_embed.sh")

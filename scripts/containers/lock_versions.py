@@ -1,6 +1,6 @@
 """The versions that the containers install: every package that ours needs, as it is in the environment that runs this.
 
-python tests/lock_versions.py      rewrites scripts/containers/lock.txt; a test holds that it fits pyproject.toml
+python scripts/containers/lock_versions.py      rewrites the lock.txt beside it
 """
 
 import re
@@ -11,8 +11,8 @@ from pathlib import Path
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-ROOT = Path(__file__).parent.parent
-LOCK = ROOT / "scripts" / "containers" / "lock.txt"
+ROOT = Path(__file__).parents[2]
+LOCK = Path(__file__).with_name("lock.txt")
 EXTRAS = ("standin", "train")
 # PyTorch's own CUDA libraries are pinned by PyTorch, and differ by platform.
 LEFT_TO_TORCH = re.compile(r"nvidia-|cuda-|triton$")
@@ -46,14 +46,7 @@ def closure(wanted: list[Requirement]) -> dict[str, str]:
     return found
 
 
-def read_lock() -> dict[str, str]:
-    """name -> version, as the lock says."""
-    lines = [line.strip() for line in LOCK.read_text().splitlines()]
-    pairs = [line.split("==") for line in lines if line and not line.startswith("#")]
-    return {canonicalize_name(name): version for name, version in pairs}
-
-
 if __name__ == "__main__":
     rows = [f"{name}=={version}" for name, version in sorted(closure(declared()).items())]
-    head = "# Made by `python tests/lock_versions.py`; PyTorch's CUDA libraries follow from its own version.\n"
+    head = "# Made by `python scripts/containers/lock_versions.py`; the CUDA libraries follow from PyTorch's version.\n"
     LOCK.write_text(head + "\n".join(rows) + "\n")

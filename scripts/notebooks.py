@@ -1,6 +1,6 @@
 """The notebooks in demo/: run top to bottom, their outputs made small and free of what changes from run to run.
 
-    python tests/notebooks.py [NAME ...]    runs them on the demo slide with the stand-in, and writes their outputs
+    python scripts/notebooks.py [NAME ...]    runs them on the demo slide with the stand-in, and writes their outputs
 
 They run in a copy of the checkout's layout (demo/, data/, outputs/), so that nothing of an earlier run helps.
 """
