@@ -51,6 +51,16 @@ def test_packaged_tasks_are_the_published_ones() -> None:
         ("name: x\nsetting: multi_class\nlabel_dict: {a: 0, b: 1}\nmax_tiles: 0", "max_tiles"),
         ("- a\n- b", "keys and values"),
         (
+            "name: x\nsetting: multi_class\nlabel_dict: {" + ", ".join(f"c{n}: {n}" for n in range(10_001)) + "}",
+            "at most 10,000 labels",
+        ),
+        (
+            "a0: &a0 {x: 1}\n"
+            + "".join(f"a{n}: &a{n} {{<<: [{', '.join([f'*a{n - 1}'] * 10)}]}}\n" for n in range(1, 12)),
+            "expected YAML",
+        ),
+        ("name: " + "x" * 2_000_000, "at most 2,000,000 bytes"),
+        (
             "name: [",
             r"^task.yaml: expected YAML, got something else in line 1\. Correct it, or write",
         ),

@@ -5,6 +5,7 @@ import errno
 import json
 import logging
 import os
+import resource
 import stat
 import sys
 import types
@@ -255,6 +256,30 @@ def test_head_with_thresholds_of_the_wrong_number_is_refused(fitted, tmp_path, t
     (tmp_path / "head.json").write_text(json.dumps({**held, "thresholds": thresholds}))  # of three classes: none
     with pytest.raises(ValueError, match=r"head\.json"):
         load_head(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"input_dim": 10**9},
+        {"input_dim": 10**30},
+        {"model": {"feat_layer": "-".join(["2"] * 100_000)}},
+        {"model": {"max_wsi_size": 10**400}},
+        {"task": {"label_dict": {str(index): index for index in range(9_000)}}},
+        {"task": {"label_dict": {str(index): index for index in range(20_000)}}},
+    ],
+    ids=["width", "more than a number holds", "states", "slide", "classes", "too many classes"],
+)
+def test_head_that_claims_other_sizes_than_its_tensors_is_refused_before_it_is_built(fitted, tmp_path, change) -> None:
+    held = json.loads((fitted / "out" / "fold_0" / "head.json").read_text())
+    for key, value in change.items():
+        held[key] = {**held[key], **value} if isinstance(value, dict) else value
+    (tmp_path / "head.json").write_text(json.dumps(held))
+    (tmp_path / "head.safetensors").symlink_to(fitted / "out" / "fold_0" / "head.safetensors")
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(ValueError):
+        load_head(tmp_path)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000  # kB
 
 
 def settings(**training) -> Settings:

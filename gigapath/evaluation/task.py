@@ -10,6 +10,8 @@ from gigapath.files import write_text_atomic
 SETTINGS = ("multi_class", "binary", "multi_label")
 FOLDER = Path(__file__).parent / "tasks"
 _METRICS = ("qwk",)
+_MOST_CLASSES = 10_000
+_MOST_BYTES = 2_000_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,6 +77,8 @@ def load_task(name: str | Path) -> Task:
         raise FileNotFoundError(
             f"--task: expected {known} or a YAML file, got {str(name)!r}. `gigapath init-task LABELS` writes one."
         )
+    if path.stat().st_size > _MOST_BYTES:
+        raise ValueError(f"{path.name}: expected a task file of at most {_MOST_BYTES:,} bytes, got a larger one.")
     yaml = _yaml()
     try:
         content = _keys_as_written(yaml)(path.read_text(encoding="utf-8")).get_single_data()
@@ -136,6 +140,8 @@ def _classes(label_dict: Any, setting: str, who: str) -> tuple[str, ...]:
     """Names in the order of their index, which must run from 0 without a gap."""
     if not isinstance(label_dict, Mapping) or not label_dict:
         raise ValueError(f"{who}: expected label_dict with a label and its index a line, got {_shown(label_dict)}.")
+    if len(label_dict) > _MOST_CLASSES:
+        raise ValueError(f"{who}: expected at most {_MOST_CLASSES:,} labels in label_dict, got {len(label_dict):,}.")
     by_index = {index: str(name) for name, index in label_dict.items() if type(index) is int}
     if sorted(by_index) != list(range(len(label_dict))):
         raise ValueError(f"{who}: expected the indices 0 to {len(label_dict) - 1} in label_dict, each once.")
@@ -148,12 +154,14 @@ def _classes(label_dict: Any, setting: str, who: str) -> tuple[str, ...]:
 
 def _keys_as_written(yaml: Any) -> Any:
     """YAML's safe loader, but keys stay the text that stands there: of the labels no, on, 01 and null it would make
-    truth values, numbers and nothing."""
+    truth values, numbers and nothing. Merged mappings, by which a small file grows without end, are refused."""
 
     class Loader(yaml.SafeLoader):  # type: ignore[misc]
         def construct_mapping(self, node: Any, deep: bool = False) -> Any:
             for key, _ in node.value:
-                if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+                if key.tag == "tag:yaml.org,2002:merge":
+                    raise yaml.constructor.ConstructorError(None, None, "a merged mapping", key.start_mark)
+                if isinstance(key, yaml.ScalarNode):
                     key.tag = "tag:yaml.org,2002:str"
             return super().construct_mapping(node, deep)
 

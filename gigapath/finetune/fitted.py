@@ -21,6 +21,7 @@ from gigapath.finetune.heads import build_head, pack
 from gigapath.finetune.options import ModelOptions
 from gigapath.machine import available_cores
 from gigapath.options import from_dict, to_dict
+from gigapath.weights import assign_weights
 
 HEAD = "head.json"
 TENSORS = "head.safetensors"
@@ -148,9 +149,11 @@ def load_head(path: Path | str) -> FittedHead:
         calibration = Calibration(float(held["temperature"]), tuple(map(float, held["thresholds"])), held["fitted_on"])
         if len(calibration.thresholds) != threshold_count(task):
             raise TypeError(calibration.thresholds)
-        model = build_head(options, pretrained="", input_dim=held["input_dim"], n_classes=len(task.classes))
-        model.load_state_dict(checkpoints.load_tensors(tensors))
-    except (TypeError, AttributeError, RuntimeError) as error:  # a word in place of a number, thresholds of others
+        state = checkpoints.load_tensors(tensors)
+        with torch.device("meta"):  # whatever sizes the JSON claims, only the tensors' own are laid out
+            model = build_head(options, pretrained="", input_dim=held["input_dim"], n_classes=len(task.classes))
+        assign_weights(HEAD, model, state)
+    except (TypeError, AttributeError, RuntimeError, OverflowError) as error:  # words for numbers, sizes beyond all
         raise ValueError(f"{file}: expected the JSON of a fitted head, got a damaged one. Copy it anew.") from error
     made = held["features"]
     return FittedHead(model, task, options, held["input_dim"], made, calibration, held["precision"], held["sha256"])

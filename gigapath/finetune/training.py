@@ -105,10 +105,13 @@ class Trainer:
             facts, tensors = kept
             if facts["tag"] != tag:
                 raise ValueError(f"{folder}: its checkpoint is of another run. Choose another --out.")
-            history = [Epoch(**entry) for entry in facts["history"]]
-            scaler.load_state_dict(facts["scaler"])
-            checkpoints.restore_optimizer(model, optimizer, tensors)
-            model.load_state_dict(_part(tensors, "model."))
+            try:
+                history = [Epoch(**entry) for entry in facts["history"]]
+                scaler.load_state_dict(facts["scaler"])
+                checkpoints.restore_optimizer(model, optimizer, tensors)
+                model.load_state_dict(_part(tensors, "model."))
+            except (TypeError, AttributeError, KeyError, RuntimeError) as error:
+                raise ValueError(f"{folder}: its checkpoint is damaged. {checkpoints.MEND}") from error
             best = _part(tensors, "best.") or None
             if self.processes.rank == 0:
                 log.info("fold %d goes on after epoch %d", fold.number, len(history))
