@@ -135,6 +135,41 @@ def test_a_signal_ends_in_75(
     monkeypatch.undo()
 
 
+def test_a_log_hears_of_the_layers_of_a_slide_that_takes_long(
+    slides: Path, tmp_path: Path, tiny: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from gigapath.cli import progress
+
+    assert embed(slides, tmp_path, "--slide-encoder", "none") == 0
+    for seconds, news in ((10.0, 0), (0.0, 1)):
+        monkeypatch.setattr(progress, "_QUIET_SECONDS", seconds)
+        capsys.readouterr()
+        words = ["--slide-encoder", "gigapath-flash", "--random-weights", "--device", "cpu", "--overwrite", "slides"]
+        assert main(["slide-embed", str(tmp_path), *words]) == 0
+        assert capsys.readouterr().out.count("a: layer 1 of 12") == news
+
+
+def test_a_signal_within_a_layer_stops_slide_embed(
+    slides: Path, tmp_path: Path, tiny: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from gigapath.cli.progress import Terminal
+
+    assert embed(slides, tmp_path, "--slide-encoder", "none") == 0
+    done: list[int] = []
+
+    def stop(self: Terminal, slide_id: str, layer: int, layers: int) -> None:
+        done.append(layer)
+        if layer == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(Terminal, "layer", stop)
+    words = ["slide-embed", str(tmp_path), "--slide-encoder", "gigapath-flash", "--random-weights", "--device", "cpu"]
+    assert main(words) == 75
+    assert done == [1, 2]
+    assert "stopped: 1 stopped, 1 todo; " in capsys.readouterr().out
+    monkeypatch.undo()
+
+
 def test_slide_embed_with_untrained_weights_says_so(
     slides: Path, tmp_path: Path, tiny: None, capsys: pytest.CaptureFixture[str]
 ) -> None:

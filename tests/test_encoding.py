@@ -1,7 +1,7 @@
 """Encoding: full batches of one shape, streams into the file, all states of a slide in one pass, the pair rule."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,8 @@ from gigapath.embedding.slide_encoding import (
     usual_slide_encoder,
 )
 from gigapath.features import SlideEmbeddings, TileEmbeddings
+from gigapath.longnet.dilated import LARGEST_LAUNCH
+from gigapath.signals import Stopped
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -136,6 +138,43 @@ def test_slide_embeddings_that_overflow_half_precision_are_refused() -> None:
         ):
             work(tiles)
     assert all(np.isfinite(value).all() for value in tiny_slide_encoder().embed(tiles).values())
+
+
+@pytest.mark.parametrize("name", ["default", "default:tiles"])
+def test_a_stop_is_heard_within_a_layer_and_asking_changes_no_number(
+    monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    tiles, encoder = some_embeddings(3000), tiny_slide_encoder()
+    news: list[str] = []
+
+    def work(check: Callable[[], None]) -> Any:
+        news.clear()
+        given: dict[str, Any] = {"check": check, "progress": lambda done, layers: news.append(f"{done}/{layers}")}
+        if name == "default":
+            return encoder.embed(tiles, **given)["states_mean"]
+        return encoder.embed_tiles(tiles, name, **given)
+
+    asked = work(lambda: news.append("?"))
+    first, second = news.index("1/2"), news.index("2/2")
+    assert second - first > 20  # launches of the attention's branches, and parts of the rows
+    assert np.array_equal(
+        asked, encoder.embed(tiles)["states_mean"] if name == "default" else encoder.embed_tiles(tiles)
+    )
+
+    def stop() -> None:
+        news.append("?")
+        if len(news) > first + 5:
+            raise Stopped("SIGTERM")
+
+    with pytest.raises(Stopped):
+        work(stop)
+    assert news[first] == "1/2" and len(news) == first + 6
+    # Larger parts than a step are cut: no product of all rows, no launch of all heads.
+    monkeypatch.setattr("gigapath.longnet.linear._STEP_ROWS", 500)
+    monkeypatch.setitem(LARGEST_LAUNCH, "cpu", 1000 * 8 * 4)
+    cut = work(lambda: news.append("?"))
+    assert news.index("2/2") - news.index("1/2") > second - first + 4 * 6
+    np.testing.assert_allclose(cut, asked, rtol=0, atol=1e-5)
 
 
 def test_slide_encoder_takes_values_as_stored() -> None:

@@ -116,7 +116,11 @@ def test_blocks_are_few_and_cut_where_a_launch_grows_too_large() -> None:
     assert [part.batch for part in block.parts(3 * 1024 * 16)] == [3, 3, 3, 1]
     x = torch.arange(10240.0 * 16).view(10240, 16)
     assert torch.equal(torch.cat([part.of(x) for part in block.parts(3 * 1024 * 16)]), block.of(x))
-    assert [part.batch for part in block.parts(1)] == [1] * 10
+    assert [(part.batch, part.heads) for part in block.parts(5 * 1024)] == [(1, 5), (1, 5), (1, 5), (1, 1)] * 10
+    one = plan_blocks((10240,), 16384, 16, 16)[0]  # a head a group: each begins a token later
+    alone = [part.of(x) for part in one.parts(1)]
+    assert [part.shape for part in alone] == [(1, 1, 640)] * 16
+    assert torch.equal(torch.cat(alone, dim=1), one.of(x))
 
 
 def test_dilated_attention_refuses_lengths_that_do_not_add_up() -> None:

@@ -2,6 +2,7 @@
 
 import json
 import sys
+import time
 from collections.abc import Mapping
 from typing import Any, TextIO
 
@@ -16,6 +17,7 @@ EXIT_STATUS = {"done": 0, "some slides failed": EXIT_FAILED_SLIDES, "stopped": E
 _FAILURES_SHOWN = 20
 _STAGES = {"plan": "tiling", "read": "reading", "encode": "device", "write": "writing", "slides": "slide encoder"}
 _SHOWN_SHARE = 0.05
+_QUIET_SECONDS = 10.0  # a log without a bar hears of a slide's layers after so long a silence
 
 
 class Terminal(Watcher):
@@ -39,6 +41,8 @@ class Terminal(Watcher):
         self._reasons: dict[str, str] = {}  # of the slides that failed
         self._at = ""  # the slide that the run is at
         self._busy = ""  # how busy the stages were of late
+        self._layer = ""  # how far the slide encoder is with that slide
+        self._printed = 0.0  # when the last line was printed, where there is no bar
 
     def __enter__(self) -> "Terminal":
         return self
@@ -49,7 +53,7 @@ class Terminal(Watcher):
     def plan(self, plan: Plan) -> None:
         self._shown = plan
         for line in plan.lines:
-            print(line, file=self._words, flush=True)
+            self._print(line)
         todo = plan.slides - plan.reused
         if sys.stderr.isatty() and todo:
             total = plan.tiles if self._unit == "tile" else todo
@@ -57,11 +61,7 @@ class Terminal(Watcher):
 
     def stopping(self, signal: str) -> None:
         more = " Ctrl-C once more ends at once." if signal == "SIGINT" else ""
-        print(
-            f"\n{signal}: stopping after this {'batch' if self._unit == 'tile' else 'slide'}.{more}",
-            file=sys.stderr,
-            flush=True,
-        )
+        print(f"\n{signal}: stopping within seconds; what is done is kept.{more}", file=sys.stderr, flush=True)
 
     def expect(self, tiles: int) -> None:
         if self._bar is not None and self._unit == "tile":
@@ -79,7 +79,16 @@ class Terminal(Watcher):
 
     def _show(self) -> None:
         if self._bar is not None:
-            self._bar.set_postfix_str(", ".join(part for part in (self._at, self._busy) if part), refresh=False)
+            parts = (self._at, self._layer, self._busy)
+            self._bar.set_postfix_str(", ".join(part for part in parts if part), refresh=False)
+
+    def layer(self, slide_id: str, done: int, layers: int) -> None:
+        if self._bar is not None:
+            self._layer = f"layer {done}/{layers}" if done < layers else ""
+            self._show()
+            self._bar.refresh()
+        elif done < layers and time.monotonic() - self._printed >= _QUIET_SECONDS:
+            self._print(f"{slide_id}: layer {done} of {layers} of the slide encoder")
 
     def slide(self, row: Mapping[str, Any], number: int, slides: int) -> None:
         known = self._reasons.get(row["slide_id"]) == row["error"]
@@ -88,7 +97,7 @@ class Terminal(Watcher):
             if known:  # tried once more, to no other end
                 return
         if self._bar is None:
-            print(f"{number}/{slides} {_line(row)}", file=self._words, flush=True)
+            self._print(f"{number}/{slides} {_line(row)}")
             return
         self._at = f"slide {number}/{slides}"
         self._show()
@@ -103,9 +112,13 @@ class Terminal(Watcher):
             "the slide that failed is tried once more." if slides == 1 else f"{slides} slides failed: tried once more."
         )
         if self._bar is None:
-            print(line, file=self._words, flush=True)
+            self._print(line)
         else:
             self._bar.write(line, file=sys.stderr)
+
+    def _print(self, line: str) -> None:
+        print(line, file=self._words, flush=True)
+        self._printed = time.monotonic()
 
     def close(self) -> None:
         """Put the bar away."""

@@ -60,6 +60,9 @@ class Watcher:
     def busy(self, shares: Mapping[str, float]) -> None:
         """Share of the last second or so that each stage ("plan", "read", "encode", "write", "slides") was busy."""
 
+    def layer(self, slide_id: str, done: int, layers: int) -> None:
+        """The slide encoder is through `done` of its `layers` with a slide: minutes each of a large slide."""
+
     def slide(self, row: Mapping[str, Any], number: int, slides: int) -> None:
         """Slide `number` of `slides` is through; `row` is what slides.csv says of the stages that it went through."""
 

@@ -20,10 +20,14 @@ from gigapath.features import TileEmbeddings, parse_embedding
 from gigapath.file_names import plain_name
 from gigapath.hub import remembered_sha256
 from gigapath.longnet.attention import choose_kernel
+from gigapath.longnet.steps import between_steps
 from gigapath.releases import RELEASES, release_of
 from gigapath.slide_encoder import WEIGHTS_FILE, LongNetViT, create_model
 from gigapath.tile_encoder import TileEncoder
 from gigapath.weights import find_weights, load_state_dict, tell_architecture
+
+# Gets the number of layers that are through, and of all.
+Progress = Callable[[int, int], None]
 
 _RANDOM_SEED = 0
 # Rows summed at once for the mean of a slide's tiles: the sum must not depend on how they were batched.
@@ -146,13 +150,18 @@ class SlideEncoder:
         return choose_kernel(q).name
 
     def embed(
-        self, tiles: TileEmbeddings, *, after_layer: Callable[[], None] = lambda: None
+        self,
+        tiles: TileEmbeddings,
+        *,
+        check: Callable[[], None] = lambda: None,
+        progress: Progress = lambda done, layers: None,
     ) -> dict[str, npt.NDArray[np.float32]]:
         """The embeddings of a slide by name, from its tile embeddings as stored, N at least 1, in row-major order.
 
         Args:
             tiles: the tile embeddings, with cells.
-            after_layer: called after each layer; it may raise to stop.
+            check: called within the layers, every few seconds at the least; it may raise to stop.
+            progress: called after each layer.
 
         Raises:
             EncoderError: the encoder failed, for want of memory or otherwise.
@@ -164,20 +173,26 @@ class SlideEncoder:
         features = torch.from_numpy(np.ascontiguousarray(tiles.features))
         coords = torch.from_numpy(tiles.encoder_coords())
         with self._failures(len(tiles)):
-            states = self._states(self.model, features, coords, after_layer)
+            states = self._states(self.model, features, coords, check, progress)
         for value in states.values():
             self._check_finite(tiles, value)
         return {**states, **mean}
 
     def embed_tiles(
-        self, tiles: TileEmbeddings, name: str = "default:tiles", *, after_layer: Callable[[], None] = lambda: None
+        self,
+        tiles: TileEmbeddings,
+        name: str = "default:tiles",
+        *,
+        check: Callable[[], None] = lambda: None,
+        progress: Progress = lambda done, layers: None,
     ) -> npt.NDArray[np.float32]:
         """One vector a tile, which knows the tiles around it: the tokens that the mean is taken of, before `norm`.
 
         Args:
             tiles: the tile embeddings, with cells, N at least 1.
             name: a name of `gigapath.features.data` that ends with `:tiles`.
-            after_layer: called after each layer; it may raise to stop.
+            check: as for `embed`.
+            progress: as for `embed`.
 
         Returns:
             (N, E) float32; for all-states (N, (depth + 1) * E).
@@ -206,7 +221,7 @@ class SlideEncoder:
         features = torch.from_numpy(np.ascontiguousarray(tiles.features))
         coords = torch.from_numpy(tiles.encoder_coords())
         with self._failures(len(tiles)):
-            self._states(self.model, features, coords, after_layer, keep)
+            self._states(self.model, features, coords, check, progress, keep)
         for value in kept:
             self._check_finite(tiles, value)
         return kept[0] if len(kept) == 1 else np.concatenate(kept, axis=1)
@@ -236,13 +251,18 @@ class SlideEncoder:
         model: LongNetViT,
         features: Tensor,
         coords: Tensor,
-        after_layer: Callable[[], None],
-        see_tokens: Callable[[int, Tensor], None] = lambda state, tokens: None,
+        check: Callable[[], None],
+        progress: Progress,
+        keep_tokens: Callable[[int, Tensor], None] = lambda state, tokens: None,
     ) -> dict[str, npt.NDArray[np.float32]]:
-        with torch.inference_mode(), autocast(self.precision, self.device):
-            states, default = pooled_states(
-                model, features.to(self.device), coords.to(self.device), after_layer, see_tokens
-            )
+        def see_tokens(state: int, tokens: Tensor) -> None:
+            check()
+            keep_tokens(state, tokens)
+            if 1 <= state <= model.depth:
+                progress(state, model.depth)
+
+        with torch.inference_mode(), autocast(self.precision, self.device), between_steps(check):
+            states, default = pooled_states(model, features.to(self.device), coords.to(self.device), see_tokens)
         pooled = {
             "states_mean": states[:, 0],
             "states_class": states[:, 1],
@@ -256,7 +276,6 @@ def pooled_states(
     model: LongNetViT,
     features: Tensor,
     coords: Tensor,
-    after_layer: Callable[[], None] = lambda: None,
     see_tokens: Callable[[int, Tensor], None] = lambda state, tokens: None,
 ) -> tuple[Tensor, Tensor]:
     """Every state and the default output of one slide, pooled both ways, in one pass of the encoder.
@@ -265,7 +284,6 @@ def pooled_states(
         model: the slide encoder, in eval mode.
         features: (N, D) tile embeddings.
         coords: (N, 2) (x, y) in pixels, of which `model.tile_size` make a cell.
-        after_layer: called after each layer; it may raise to stop.
         see_tokens: gets the number of each state, depth + 1 for the default output, and its tile tokens (N, E).
 
     Returns:
@@ -274,7 +292,6 @@ def pooled_states(
     """
 
     def pool(tokens: Tensor) -> Tensor:  # (1, N + 1, E) -> (2, E)
-        after_layer()
         see_tokens(next(numbers), tokens[0, 1:])
         pooled: Tensor = model.norm(torch.stack([tokens[0, 1:].mean(0), tokens[0, 0]]))
         return pooled

@@ -2,8 +2,9 @@
 
 import dataclasses
 import glob
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -120,7 +121,7 @@ class SlideStage:
 
     def _embed_slide(self, run: CohortRun, entry: SlideEntry, path: Path, features: str, named: str) -> Outcome:
         result = self.folder / f"{entry.slide_id}.h5"
-        arrays, count, described = self._embeddings(path, run.stop.check)
+        arrays, count, described = self._embeddings(run, entry, path)
         if count == 0:
             result.unlink(missing_ok=True)  # of an earlier run, which found tissue
             return Outcome("no_tissue")
@@ -146,7 +147,7 @@ class SlideStage:
             of_piece = tiles.take(tiles.section == piece)
             attrs = self._attrs(_described(tiles), len(of_piece), features, named)
             name = section_name(entry.slide_id, piece)
-            arrays = self.encoder.embed(of_piece, after_layer=run.stop.check)
+            arrays = self.encoder.embed(of_piece, check=run.stop.check, progress=partial(run.watch.layer, name))
             attrs = {**attrs, "of_slide": entry.slide_id, "section": piece}
             write_slide(self.folder / f"{name}.h5", SlideEmbeddings(slide_id=name, attrs=attrs, **arrays))
         left = int(np.count_nonzero(tiles.section == 0))
@@ -161,7 +162,8 @@ class SlideStage:
         if not len(tiles):
             result.unlink(missing_ok=True)
             return Outcome("no_tissue")
-        vectors = self.encoder.embed_tiles(tiles, self.form, after_layer=run.stop.check)
+        progress = partial(run.watch.layer, entry.slide_id)
+        vectors = self.encoder.embed_tiles(tiles, self.form, check=run.stop.check, progress=progress)
         attrs = self._attrs(_described(tiles), len(tiles), features, named)
         # Whoever feeds these to a slide encoder as tile embeddings is told that they are none.
         attrs["encoder"] = f"{self.encoder.name}'s {self.form} of {tiles.encoder or 'an encoder without a name'}"
@@ -188,7 +190,9 @@ class SlideStage:
     def _facts(self, attrs: Mapping[str, Any]) -> dict[str, Any]:
         return {"slide_encoder": self.encoder.name, "trained": attrs["trained"]}
 
-    def _embeddings(self, path: Path, check: Callable[[], None]) -> tuple[dict[str, Array], int, Mapping[str, Any]]:
+    def _embeddings(
+        self, run: CohortRun, entry: SlideEntry, path: Path
+    ) -> tuple[dict[str, Array], int, Mapping[str, Any]]:
         """The slide's embeddings by name, its number of tiles, and what the file of tile embeddings says of itself.
 
         The mean is streamed from our own files; the slide encoder takes the slide as a whole.
@@ -201,7 +205,9 @@ class SlideStage:
             self._check_encoder(described.get("encoder"))
             return arrays, count, described
         tiles = self._read(path)
-        arrays = self.encoder.embed(tiles, after_layer=check) if len(tiles) else {}
+        if not len(tiles):
+            return {}, 0, _described(tiles)
+        arrays = self.encoder.embed(tiles, check=run.stop.check, progress=partial(run.watch.layer, entry.slide_id))
         return arrays, len(tiles), _described(tiles)
 
     def _read(self, path: Path) -> TileEmbeddings:

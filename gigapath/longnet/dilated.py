@@ -19,6 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from gigapath.longnet.attention import attend, attend_backward, choose_kernel, side_by_side
 from gigapath.longnet.kernels import Extra, Kernel, wide_dtype
+from gigapath.longnet.steps import next_step
 
 # Output of one launch, in bytes: a kernel's answer exists beside the merged one for a moment.
 LARGEST_LAUNCH = {"cpu": 16 << 20, "other": 256 << 20}
@@ -57,16 +58,20 @@ class Block:
         )
 
     def parts(self, largest: int) -> "list[Block]":
-        """This block cut along its batch, so that no part has more than `largest` rows of heads (or one entry)."""
-        step = max(1, largest // (self.heads * self.rows))
+        """This block cut along its batch, and along the heads of an entry that is too large by itself, so that no part
+        has more than `largest` rows of heads (or one head)."""
+        batch = max(1, largest // (self.heads * self.rows))
+        heads = min(self.heads, max(1, largest // self.rows))
         return [
             replace(
                 self,
-                token=self.token + start * self.batch_tokens,
-                head=self.head + start * self.batch_heads,
-                batch=min(step, self.batch - start),
+                token=self.token + entry * self.batch_tokens + head * self.head_tokens,
+                head=self.head + entry * self.batch_heads + head,
+                batch=min(batch, self.batch - entry),
+                heads=min(heads, self.heads - head),
             )
-            for start in range(0, self.batch, step)
+            for entry in range(0, self.batch, batch)
+            for head in range(0, self.heads, heads)
         ]
 
 
@@ -179,6 +184,7 @@ def _forward(
         merged.zero_()
     for plan in plans:
         for block in plan:
+            next_step()
             out, lse, extra = attend(block.of(q), block.of(k), block.of(v), block.zero_keys, scale, kernel)
             target = block.of(total)
             if write:

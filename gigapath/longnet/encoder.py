@@ -20,6 +20,7 @@ from gigapath.longnet import dilated
 from gigapath.longnet.config import LongNetConfig
 from gigapath.longnet.dilated import dilated_attention
 from gigapath.longnet.linear import Linear, bfloat16_pays
+from gigapath.longnet.steps import next_step
 
 Lengths = tuple[int, ...]
 
@@ -95,6 +96,7 @@ class FeedForward(nn.Module):
         fc1 = self.fc1.product(x, gelu=True)
         fc2 = self.fc2.product(x)
         for part in row_parts(x):
+            next_step()
             part.add_(fc2(self.ffn_layernorm(fc1(norm(part)))))
 
 
