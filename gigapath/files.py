@@ -112,7 +112,7 @@ def is_write_error(error: OSError, temporary: Path) -> bool:
 
 
 @contextlib.contextmanager
-def atomic_file(path: Path | str, *, mode: int = 0o666) -> Iterator[Path]:
+def atomic_file(path: Path | str, *, mode: int = 0o666, durable: bool = True) -> Iterator[Path]:
     """Give a temporary path in the folder of `path`; on success it is flushed to disk and takes the name `path`, on
     any error it is removed and whatever `path` was before stays.
 
@@ -122,6 +122,7 @@ def atomic_file(path: Path | str, *, mode: int = 0o666) -> Iterator[Path]:
     Args:
         path: where the file goes.
         mode: permissions before the umask; 0o600 for what only the user may read.
+        durable: False leaves out the flush, milliseconds a file, where a power cut that takes the file costs a redo.
 
     Raises:
         OutputError: the file could not be made, written, flushed or renamed.
@@ -138,37 +139,39 @@ def atomic_file(path: Path | str, *, mode: int = 0o666) -> Iterator[Path]:
             if is_write_error(error, temporary):
                 raise output_error(path, error) from error
             raise
-        try:
-            descriptor = os.open(temporary, os.O_RDONLY)
+        if durable:
             try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
-        except OSError as error:
-            raise output_error(path, error) from error
-        publish(temporary, path)
+                descriptor = os.open(temporary, os.O_RDONLY)
+                try:
+                    os.fsync(descriptor)
+                finally:
+                    os.close(descriptor)
+            except OSError as error:
+                raise output_error(path, error) from error
+        publish(temporary, path, durable=durable)
     finally:
         discard(temporary)
 
 
-def write_bytes_atomic(path: Path | str, content: bytes, *, mode: int = 0o666) -> None:
+def write_bytes_atomic(path: Path | str, content: bytes, *, mode: int = 0o666, durable: bool = True) -> None:
     """Write a whole file at once, or not at all."""
-    with atomic_file(path, mode=mode) as temporary:
+    with atomic_file(path, mode=mode, durable=durable) as temporary:
         try:
             temporary.write_bytes(content)
         except OSError as error:
             raise output_error(Path(path), error) from error
 
 
-def write_text_atomic(path: Path | str, text: str, *, mode: int = 0o666) -> None:
+def write_text_atomic(path: Path | str, text: str, *, mode: int = 0o666, durable: bool = True) -> None:
     """Write a whole UTF-8 text at once, or not at all; line ends stay as they are."""
-    write_bytes_atomic(path, text.encode("utf-8"), mode=mode)
+    write_bytes_atomic(path, text.encode("utf-8"), mode=mode, durable=durable)
 
 
-def write_json_atomic(path: Path | str, value: Any, *, mode: int = 0o666) -> None:
+def write_json_atomic(path: Path | str, value: Any, *, mode: int = 0o666, durable: bool = True) -> None:
     """Write JSON, readable (two spaces, keys in the order given), with a final line end. NaN and infinity raise
     ValueError: they are not JSON."""
-    write_text_atomic(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n", mode=mode)
+    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    write_text_atomic(path, text, mode=mode, durable=durable)
 
 
 def read_json(path: Path, *, keys: Sequence[str], mend: str) -> dict[str, Any]:
@@ -227,12 +230,14 @@ def open_own(path: Path, flags: int) -> int:
     return descriptor
 
 
-def publish(temporary: Path, path: Path) -> None:
+def publish(temporary: Path, path: Path, *, durable: bool = True) -> None:
     """Give the finished, flushed temporary file its name, and make the name itself durable."""
     try:
         temporary.replace(path)
     except OSError as error:
         raise output_error(path, error) from error
+    if not durable:
+        return
     # Not every file system can flush a folder; the file itself is safe already.
     with contextlib.suppress(OSError):
         folder = os.open(path.parent, os.O_RDONLY)

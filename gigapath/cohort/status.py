@@ -72,8 +72,8 @@ def status_path(folder: Path, slide_id: str) -> Path:
 
 
 def write_status(folder: Path, status: Status) -> None:
-    """Write a slide's status file, whole or not at all."""
-    write_json_atomic(status_path(folder, status.slide_id), dataclasses.asdict(status))
+    """Write a slide's status file, whole or not at all; one that a power cut takes makes its slide one to do."""
+    write_json_atomic(status_path(folder, status.slide_id), dataclasses.asdict(status), durable=False)
 
 
 def read_status(folder: Path, slide_id: str) -> Status | None:
