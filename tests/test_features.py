@@ -338,7 +338,6 @@ def at_call(number: int, code: int, plain: Callable[..., Any]) -> Callable[..., 
         ("ftruncate", 1),
         ("fsync", 1),
         ("close", 1),
-        ("close", 2),
         ("replace", 1),
     ],
 )

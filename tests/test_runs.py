@@ -2,6 +2,7 @@
 recorded and the others go on, numbers depend on neither workers nor neighbours."""
 
 import csv
+import hashlib
 import json
 import os
 import shutil
@@ -23,6 +24,7 @@ import gigapath
 from gigapath.cli.main import main
 from gigapath.cohort.manifest import SlideEntry
 from gigapath.cohort.run import Plan, RunResult, Watcher
+from gigapath.cohort.status import Status, write_status
 from gigapath.embedding.options import EmbedOptions, RunOptions, SlideEmbedOptions
 from gigapath.embedding.passes import PlainPass
 from gigapath.embedding.run import run_embed
@@ -30,7 +32,9 @@ from gigapath.embedding.settling import Settled
 from gigapath.embedding.slide_embedding import run_slide_embed
 from gigapath.embedding.slide_encoding import EncoderError, load_slide_encoder
 from gigapath.embedding.tiling import run_tile, tiles_identity
-from gigapath.features import read_features, read_slide, read_slides, read_tiles
+from gigapath.features import FeatureFileError, read_features, read_slide, read_slides, read_tiles
+from gigapath.features.check import check_file
+from gigapath.features.h5 import recorded_sha256
 from gigapath.files import OutputError
 from gigapath.preprocessing.reading import TileReader
 from gigapath.preprocessing.slide import SlideError, open_slide
@@ -945,3 +949,119 @@ def test_slide_embed_writes_the_table_that_export_writes(
     assert main(["slide-embed", *words, "--embedding", "default:tiles", "--to", str(table)]) == 1
     assert main(["slide-embed", *words, "--embedding", "class"]) == 1
     assert "embedding: expected default, state:I" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------------------- bytes that changed
+
+KINDS = ("tiles", "features_tiny", "slides_tinynet__tiny")
+
+
+def checked(path: Path) -> set[str]:
+    return {finding.name for finding in check_file(path).findings if finding.wrong}
+
+
+def test_each_of_60_flipped_bits_is_found_in_every_kind_of_file(slides: Path, tmp_path: Path) -> None:
+    embed(slides / "a.tif", tmp_path)
+    readers = {"tiles": read_tiles, "features_tiny": read_features, "slides_tinynet__tiny": read_slide}
+    random = np.random.default_rng(0)
+    for kind in KINDS:
+        path = tmp_path / kind / "a.h5"
+        whole = path.read_bytes()
+        found = 0
+        for bit in random.integers(0, 8 * len(whole), 60).tolist():
+            damaged = bytearray(whole)
+            damaged[bit // 8] ^= 1 << bit % 8
+            path.write_bytes(damaged)
+            found += "checksum" in checked(path)
+        assert found == 60, kind
+        with pytest.raises(FeatureFileError, match=r"^a\.h5: its bytes have changed"):
+            readers[kind](path)
+        path.write_bytes(whole)
+        assert "checksum" not in checked(path)
+        readers[kind](path)
+
+
+def test_rotten_tile_embeddings_reach_no_result(
+    slides: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    embed([slides / "a.tif", slides / "b.tif"], tmp_path, slide_encoder="mean")
+    path = tmp_path / "features_tiny/a.h5"
+    damaged = bytearray(path.read_bytes())
+    damaged[-100] ^= 1
+    path.write_bytes(damaged)
+    for name in ("mean", "tinynet"):
+        result = run_slide_embed(
+            [tmp_path / "features_tiny"], tmp_path / name, embedding=SlideEmbedOptions(slide_encoder=name, device="cpu")
+        )
+        assert (result.counts["failed"], result.counts["done"]) == (1, 1)
+        assert "SHA-256" in table(tmp_path / name)["a"]["error"]
+    assert main(["check", str(tmp_path / "features_tiny")]) == 3
+    assert main(["convert", str(path), "--to", "trident", "--out", str(tmp_path / "trident")]) != 0
+    assert main(["inspect", str(path)]) != 0
+    assert "SHA-256" in capsys.readouterr().err
+    path.unlink()
+    embed([slides / "a.tif", slides / "b.tif"], tmp_path, slide_encoder="mean")
+    assert main(["check", str(path.parent)]) == 0
+
+
+def test_skipping_what_is_done_reads_no_file_to_its_end(
+    slides: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    embed(slides, tmp_path)
+    for module in ("gigapath.features.h5", "gigapath.cohort.run"):
+        monkeypatch.setattr(f"{module}.sha256_of", lambda path: pytest.fail(f"{path} was read"))
+    before = touched(tmp_path)
+    assert embed(slides, tmp_path).outcome == "done"
+    assert touched(tmp_path) == before
+
+
+def test_results_without_a_checksum_are_whole_and_reused(
+    slides: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    embed(slides / "a.tif", tmp_path)
+    for kind in KINDS:
+        status = tmp_path / kind / "a.json"
+        held = json.loads(status.read_text())
+        del held["sha256"]
+        status.write_text(json.dumps(held))
+    before = touched(tmp_path)
+    assert embed(slides / "a.tif", tmp_path).outcome == "done"
+    assert touched(tmp_path) == before
+    assert main(["check", str(tmp_path)]) == 0
+    assert capsys.readouterr().out.count("no-checksum") == 3
+
+
+@pytest.mark.parametrize("stage", ["features", "slides"])
+def test_kill_between_a_file_and_its_record_leaves_nothing_that_looks_damaged(
+    slides: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str
+) -> None:
+    embed(slides / "a.tif", tmp_path)
+
+    def killed(folder: Path, status: Status) -> None:
+        if status.stage == stage:
+            raise KeyboardInterrupt
+        write_status(folder, status)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("gigapath.cohort.run.write_status", killed)
+        embed(slides / "a.tif", tmp_path, store="float16", overwrite="features")
+    path = tmp_path / KINDS[1 if stage == "features" else 2] / "a.h5"
+    assert "checksum" not in checked(path)
+    assert embed(slides / "a.tif", tmp_path, store="float16", overwrite="features").outcome == "done"
+    assert recorded_sha256(path) == hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_file_that_another_run_makes_meanwhile_gets_no_wrong_checksum(
+    slides: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def late(folder: Path, status: Status) -> None:
+        write_status(folder, status)
+        path = folder / "a.h5"
+        if status.stage == "features" and status.sha256:
+            path.with_name("other").write_bytes(path.read_bytes() + b"\0")
+            path.with_name("other").replace(path)
+
+    monkeypatch.setattr("gigapath.cohort.run.write_status", late)
+    embed(slides / "a.tif", tmp_path)
+    assert recorded_sha256(tmp_path / "features_tiny/a.h5") is None
+    assert recorded_sha256(tmp_path / "tiles/a.h5") is not None

@@ -19,7 +19,7 @@ from gigapath.features.check import (
     files_to_check,
     some,
 )
-from gigapath.findings import Finding
+from gigapath.findings import NOTE, Finding
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -83,6 +83,12 @@ def _check_statuses(folder: Path, there: Collection[str]) -> list[Finding]:
     if lost:
         text = f"{len(lost)} slides are done by their status, but their files are missing: {some(lost)}."
         findings.append(Finding("missing-file", text, "They take no part. Run the same command again."))
+    unsummed = [name for name, status in statuses.items() if status.finished and not status.sha256]
+    unsummed = [f"{name}.h5" for name in unsummed if f"{name}.h5" in there]
+    if unsummed:
+        text = f"{len(unsummed)} of its files have no checksum: {some(unsummed)}."
+        advice = "Bytes that change in them may not be noticed; what is made from now on has one."
+        findings.append(Finding("no-checksum", text, advice, state=NOTE))
     open_ones = [f"{slide_id} ({status.status})" for slide_id, status in statuses.items() if not status.finished]
     if open_ones:
         text = f"{len(open_ones)} slides are not finished: {some(open_ones)}."

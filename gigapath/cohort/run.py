@@ -17,6 +17,7 @@ from gigapath.cohort.privacy import without_paths
 from gigapath.cohort.record import RunRecord
 from gigapath.cohort.status import STATES, Status, read_status, slide_row, write_slides_csv, write_status
 from gigapath.features.kept_rows import rows_file
+from gigapath.files import sha256_of
 from gigapath.preprocessing.slide import SlideError
 from gigapath.signals import StopFlag, Stopped
 
@@ -83,7 +84,8 @@ Process = Callable[[Sequence[SlideEntry]], SlideResults]
 class Outcome:
     """What a stage found out about a slide; becomes its status.
 
-    `since` says when (time.monotonic) work on it began, where that was before the attempt.
+    `since` says when (time.monotonic) work on it began, where that was before the attempt; `files` names what it wrote,
+    where that is not the one `<slide_id>.h5`.
     """
 
     status: str = "done"
@@ -92,6 +94,7 @@ class Outcome:
     facts: Mapping[str, Any] = field(default_factory=dict)
     digest: str = ""
     since: float | None = None
+    files: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -223,11 +226,16 @@ class CohortRun:
         started = time.monotonic()
         before = read_status(folder, entry.slide_id)
         stopped = None
+        made: dict[Path, tuple[int, ...]] = {}
+        sha256: Mapping[str, str] = {}
         error = ""
         try:
             if entry.problem:
                 raise SlideError(entry.problem)
             outcome = work()
+            names = outcome.files or (f"{entry.slide_id}.h5",)
+            made = {folder / name: _which(folder / name) for name in names if (folder / name).is_file()}
+            sha256 = {path.name: sha256_of(path) for path in made}  # from memory: they have just been written
         except Stopped as signal:
             stopped = signal
             outcome, error = Outcome("stopped"), f"stopped by {signal}"
@@ -250,12 +258,17 @@ class CohortRun:
             facts=outcome.facts,
             columns=entry.columns,
             ended=round(time.time(), 3),
+            sha256=sha256,
         )
         meanwhile = None if status.finished else read_status(folder, entry.slide_id)
         if meanwhile is not None and meanwhile != before and meanwhile.finished and meanwhile.identity == identity:
             status = meanwhile  # another run on this folder has done it while this one tried
         else:
+            if meanwhile is not None:
+                status = replace(status, sha256=meanwhile.sha256)  # of the earlier result, which stays
             write_status(folder, status)
+            if any(_which(path) != which for path, which in made.items()):  # another run has just made it too
+                write_status(folder, replace(status, sha256={}))
         if stopped is not None:
             raise stopped
         return status
@@ -319,6 +332,15 @@ class CohortRun:
         mine = {entry.slide_id for entry in self.entries}
         rows = write_slides_csv(self.out, self.stages, [*mine, *self.cohort])
         return [row for row in rows if row["slide_id"] in mine]
+
+
+def _which(path: Path) -> tuple[int, ...]:
+    """Tells a file from another one that has taken its name; () where there is none."""
+    try:
+        found = path.stat()
+    except OSError:
+        return ()
+    return found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def _counts(rows: Sequence[Mapping[str, Any]]) -> dict[str, int]:

@@ -44,6 +44,7 @@ class Status:
         facts: provenance columns of slides.csv: plain numbers and words, no paths.
         columns: the manifest's columns, carried through.
         ended: when the stage ended, in seconds since 1970 (UTC).
+        sha256: of the result's files by their names; folders of earlier versions have none.
     """
 
     slide_id: str
@@ -59,6 +60,7 @@ class Status:
     facts: Mapping[str, Any] = field(default_factory=dict)
     columns: Mapping[str, str] = field(default_factory=dict)
     ended: float = 0.0
+    sha256: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def finished(self) -> bool:
@@ -92,7 +94,7 @@ def _has_form(status: Status) -> bool:
     """Whether what was read has the types that are written: whoever else writes there must not end a run."""
     numbers = (status.tiles, status.seconds, status.numerics_version, status.ended)
     texts = (status.stage, status.error, status.digest, *status.warnings)
-    tables = (status.identity, status.facts, status.columns)
+    tables = (status.identity, status.facts, status.columns, status.sha256)
     return (
         all(isinstance(value, int | float) for value in numbers)
         and all(isinstance(value, str) for value in texts)

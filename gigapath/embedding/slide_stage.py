@@ -26,7 +26,7 @@ from gigapath.features import (
 )
 from gigapath.features.data import Array
 from gigapath.features.gigapath_file import open_ours
-from gigapath.features.h5 import read_attrs
+from gigapath.features.h5 import check_undamaged, read_attrs
 from gigapath.features.reading import is_ours
 
 # What a slide's file repeats of its tile embeddings.
@@ -143,6 +143,7 @@ class SlideStage:
         pieces = [int(piece) for piece in np.unique(tiles.section) if piece > 0]
         if not pieces:
             return Outcome("no_tissue")
+        files = tuple(f"{section_name(entry.slide_id, piece)}.h5" for piece in pieces)
         for piece in pieces:
             of_piece = tiles.take(tiles.section == piece)
             attrs = self._attrs(_described(tiles), len(of_piece), features, named)
@@ -153,7 +154,7 @@ class SlideStage:
         left = int(np.count_nonzero(tiles.section == 0))
         warnings = (f"{left} tiles lie on no piece of tissue and are in no section's embedding.",) if left else ()
         facts = {**self._facts(attrs), "sections": len(pieces), "section_numbers": " ".join(map(str, pieces))}
-        return Outcome(tiles=len(tiles), facts=facts, digest=named, warnings=warnings)
+        return Outcome(tiles=len(tiles), facts=facts, digest=named, warnings=warnings, files=files)
 
     def _embed_tiles(
         self, run: CohortRun, entry: SlideEntry, tiles: TileEmbeddings, features: str, named: str
@@ -197,6 +198,8 @@ class SlideStage:
 
         The mean is streamed from our own files; the slide encoder takes the slide as a whole.
         """
+        if self.encoder.model is None:
+            check_undamaged(path)
         if self.encoder.model is None and is_ours(path):
             with open_ours(path, "features") as file:
                 count = len(file["features"])

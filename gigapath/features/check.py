@@ -26,6 +26,7 @@ from gigapath.features.cells import (
 )
 from gigapath.features.contents import Contents, read_contents
 from gigapath.features.data import CELL, FRAMES, GRID, Array
+from gigapath.features.h5 import DAMAGED, MEND_DAMAGED, is_damaged
 from gigapath.features.reading import SUFFIXES, list_feature_files
 from gigapath.features.tables import SAME_THROUGHOUT
 from gigapath.files import PARTIAL_SUFFIX
@@ -148,6 +149,8 @@ def check_file(path: Path, *, tile_size_level0: float | None = None) -> FileRepo
         tile_size_level0: the distance between neighbouring tiles, where the file does not say.
     """
     try:
+        if path.is_file() and is_damaged(path):  # nothing else that is said of it would mean anything
+            return FileReport(path, findings=[Finding("checksum", DAMAGED, f"Its numbers are wrong. {MEND_DAMAGED}")])
         return check_contents(read_contents(path, tile_size_level0=tile_size_level0))
     except (ValueError, OSError) as error:
         message = str(error).removeprefix(f"{path.name}: ")

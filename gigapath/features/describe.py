@@ -10,6 +10,7 @@ from gigapath.features.cells import OPTION, as_number, cells_of, observed_step, 
 from gigapath.features.check import check_contents
 from gigapath.features.contents import Contents, read_contents
 from gigapath.features.data import FRAMES, FeatureFileError
+from gigapath.features.h5 import check_undamaged
 
 _TOOLS = {
     "gigapath": "gigapath",
@@ -49,6 +50,7 @@ def describe(path: Path | str, *, tile_size_level0: float | None = None) -> dict
         FeatureFileError: a file that can't be read, or one that holds none of these.
     """
     path = Path(path)
+    check_undamaged(path)
     held = read_contents(path, tile_size_level0=tile_size_level0)
     findings = check_contents(held).findings
     for finding in findings:

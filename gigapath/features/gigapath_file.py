@@ -22,7 +22,16 @@ from gigapath.features.data import (
     TileEmbeddings,
     Tiles,
 )
-from gigapath.features.h5 import H5Writer, is_complete, open_h5, read_attr, read_attrs, read_dataset, write_attrs
+from gigapath.features.h5 import (
+    H5Writer,
+    check_undamaged,
+    is_complete,
+    open_h5,
+    read_attr,
+    read_attrs,
+    read_dataset,
+    write_attrs,
+)
 from gigapath.features.kept_rows import KeptRows
 from gigapath.files import OutputError
 
@@ -49,8 +58,9 @@ def read_tiles(path: Path | str) -> Tiles:
     """Read a file of `write_tiles`.
 
     Raises:
-        FeatureFileError: another kind of file, or one that is not complete.
+        FeatureFileError: another kind of file, one that is not complete, or whose bytes have changed since.
     """
+    check_undamaged(Path(path))
     with open_ours(path, "tiles") as file:
         attrs = read_attrs(file)
         qc = file["qc"]
@@ -256,8 +266,9 @@ def read_slide(path: Path | str) -> SlideEmbeddings:
     """Read a file of `write_slide`.
 
     Raises:
-        FeatureFileError: another kind of file, or one that is not complete.
+        FeatureFileError: another kind of file, one that is not complete, or whose bytes have changed since.
     """
+    check_undamaged(Path(path))
     with open_ours(path, "slide") as file:
         attrs = read_attrs(file)
         arrays = {name: read_dataset(file, name) for name in STATES if name in file or name == "tile_mean"}

@@ -8,6 +8,7 @@ lets HDF5 believe that all went well.
 import contextlib
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -16,7 +17,17 @@ import h5py
 import numpy as np
 
 from gigapath.features.data import Array, FeatureFileError
-from gigapath.files import OutputError, discard, is_write_error, open_temporary, output_error, publish
+from gigapath.files import (
+    OutputError,
+    discard,
+    is_write_error,
+    open_temporary,
+    output_error,
+    publish,
+    real_path,
+    sha256_of,
+    write_json_atomic,
+)
 
 
 @contextlib.contextmanager
@@ -259,7 +270,8 @@ class H5Writer:
 
     `complete = True` is written at the root after everything else; then the file is flushed, opened again and its
     datasets compared with what was made, and renamed. On any error nothing of it is left, and a file that had the name
-    before stays. `check` raises where the disk has failed since; call it after a large write.
+    before stays. `check` raises where the disk has failed since; call it after a large write. A checksum that is
+    recorded under this name is withdrawn first: a kill before the new one is recorded leaves none, never a wrong one.
 
     Raises:
         gigapath.files.OutputError: the disk is full, read-only, ...
@@ -307,6 +319,7 @@ class H5Writer:
             except OSError as problem:
                 raise output_error(self.path, problem) from problem
             self._verify(made)
+            _withdraw_sha256(self.path)
             publish(self._temporary, self.path)
         finally:
             self._release()
@@ -331,6 +344,66 @@ class H5Writer:
 def is_complete(file: h5py.File) -> bool:
     """True where one of our files was finished."""
     return bool(read_attr(file, "complete"))
+
+
+# The run that makes a file records its SHA-256 in the slide's status, `<id>.json` beside it; that of a piece of tissue,
+# `<id>.section-N.h5`, stands in the same.
+_SECTION = re.compile(r"\.section-\d+$")
+_MOST_STATUS_BYTES = 1 << 22
+
+
+def recorded_sha256(path: Path) -> str | None:
+    """What the run that made a file recorded of its bytes; None for files of other tools and of versions that recorded
+    nothing."""
+    for place in dict.fromkeys((path, real_path(path))):
+        held = _record_of(place)
+        if held is not None:
+            return str(held[1]["sha256"][place.name])
+    return None
+
+
+def is_damaged(path: Path) -> bool:
+    """Whether a file's bytes are others than when it was made; reads it to its end where a checksum is recorded."""
+    recorded = recorded_sha256(path)
+    while recorded is not None and sha256_of(path) != recorded:
+        before, recorded = recorded, recorded_sha256(path)
+        if recorded == before:  # else a run has just made the file again
+            return True
+    return False
+
+
+def check_undamaged(path: Path) -> None:
+    """Raise FeatureFileError where a file's bytes are others than when it was made."""
+    if path.is_file() and is_damaged(path):
+        raise FeatureFileError(f"{path.name}: {DAMAGED} {MEND_DAMAGED}")
+
+
+DAMAGED = "its bytes have changed since it was made: its SHA-256 is not the one that its run recorded."
+MEND_DAMAGED = "Delete the file, and run the command that made it again."
+
+
+def _record_of(path: Path) -> tuple[Path, dict[str, Any]] | None:
+    """The status file that records a checksum of a file, and what it holds."""
+    stem = path.name.removesuffix(path.suffix)
+    for slide_id in dict.fromkeys((stem, _SECTION.sub("", stem))):
+        record = path.with_name(f"{slide_id}.json")
+        try:
+            if record.is_file() and record.stat().st_size <= _MOST_STATUS_BYTES:
+                held = json.loads(record.read_text(encoding="utf-8"))
+                if isinstance(held["sha256"][path.name], str):
+                    return record, held
+        except (OSError, ValueError, TypeError, LookupError, RecursionError):
+            continue
+    return None
+
+
+def _withdraw_sha256(path: Path) -> None:
+    """Forget the checksum of a file that is about to be replaced."""
+    found = _record_of(path)
+    if found is not None:
+        record, held = found
+        del held["sha256"][path.name]
+        write_json_atomic(record, held)
 
 
 # Where HDF5 trusts what it reads: text attributes lie in "global heap collections", and on a damaged one HDF5 loops

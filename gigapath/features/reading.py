@@ -13,7 +13,7 @@ import numpy as np
 from gigapath.features.cells import OPTION, as_pair, cells_of, observed_step, row_major
 from gigapath.features.data import Array, Attrs, FeatureFileError, TileEmbeddings
 from gigapath.features.gigapath_file import check_ours, open_ours, stage_of
-from gigapath.features.h5 import find_dataset, open_h5, read_attrs, read_dataset
+from gigapath.features.h5 import check_undamaged, find_dataset, open_h5, read_attrs, read_dataset
 from gigapath.features.other_tools import COORDINATES, Held, read_other_tool, two_axes
 from gigapath.files import is_hidden, real_path
 
@@ -175,6 +175,7 @@ def read_features(
     cells: bool = True,
     order: str = "row-major",
     coordinates: Path | str | None = None,
+    verify: bool = True,
 ) -> TileEmbeddings:
     """Read the tile embeddings of one slide: ours, TRIDENT's, CLAM's, Mussel's, STAMP's, slide2vec's or those of the
     published fine-tuning code.
@@ -189,16 +190,20 @@ def read_features(
         order: "row-major", as the slide encoder was trained, or "file".
         coordinates: for tools that keep coordinates in a second file and where it is not in its usual place: that file
             or a folder of such files (CLAM's `patches/<slide>.h5`, slide2vec's `tiles/<id>.coordinates.npz`).
+        verify: compare the file with the SHA-256 that its run recorded; False where that was done already.
 
     Raises:
         FileNotFoundError: no such file.
         FeatureFileError: another kind of file, one that is truncated or was never finished, NaN or infinity, another
-            width, two tiles on one cell, an unknown step. One sentence that names the file.
+            width, two tiles on one cell, an unknown step, bytes that have changed since its run. One sentence that
+            names the file.
     """
     path = Path(path)
     if order not in ("row-major", "file"):
         raise ValueError(f"read_features: expected order row-major or file, got {order!r}.")
     second = None if coordinates is None else Path(coordinates)
+    if verify:
+        check_undamaged(path)
     if is_ours(path):
         found = _read_ours(path)
         _check_values(found.features, embed_dim, path)

@@ -132,6 +132,7 @@ class FileBags:
         self.tile_size_level0 = tile_size_level0
         self.kept: dict[int, Bag] = {}
         self.room = KEPT_BYTES
+        self._verified: set[int] = set()  # rows whose files are as their run made them: read every epoch, asked once
 
     def __getitem__(self, row: int) -> Bag:
         bag = self.kept.get(row)
@@ -147,7 +148,10 @@ class FileBags:
         path = self.files[row]
         facts = self.facts[row]
         stated = None if facts.states_step else self.tile_size_level0
-        held = read_features(path, tile_size_level0=stated, embed_dim=facts.width, order="file")
+        held = read_features(
+            path, tile_size_level0=stated, embed_dim=facts.width, order="file", verify=row not in self._verified
+        )
+        self._verified.add(row)
         if len(held) == 0:
             raise FeatureFileError(f"{path.name}: it has no tiles. Leave the slide out of the labels.")
         coords = held.encoder_coords(CELL)
