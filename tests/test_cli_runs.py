@@ -4,7 +4,6 @@ import errno
 import importlib.util
 import json
 import os
-import re
 import signal
 import sys
 from collections.abc import Callable
@@ -19,7 +18,6 @@ from tiny_encoders import tiny_tile_encoder
 from gigapath.cli.main import main
 from gigapath.embedding.options import RunOptions
 from gigapath.embedding.tiling import run_tile
-from gigapath.features import read_slide
 from gigapath.files import OutputError
 
 SMALL = ["--tile-size", "64", "--workers", "0"]
@@ -53,28 +51,6 @@ def leftovers(out: Path) -> list[str]:
 # ---------------------------------------------------------------------------------- what is said
 
 
-def test_tile_then_embed_tells_a_log_what_is_done(
-    slides: Path, tmp_path: Path, tiny: None, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main(["tile", str(slides), "--out", str(tmp_path), *SMALL]) == 0
-    said = capsys.readouterr().out
-    assert "2 slides: 2 to tile, 0 done before" in said
-    assert "1/2 a: done, " in said
-    assert "2/2 b: done, " in said
-    assert re.search(r"done: 2 done \(\d+ tiles\); \d+ s\.", said)
-    assert embed(slides, tmp_path) == 0
-    captured = capsys.readouterr()
-    assert "tile encoder: a tiny encoder for tests; cpu, fp32, batches of 32" in captured.out
-    assert "slide encoder: the mean of the tile embeddings." in captured.out
-    assert " tiles to embed, " in captured.out
-    assert "tiles/s (one batch, measured here)" in captured.out
-    assert f"see {tmp_path / 'slides.csv'}" in captured.out
-    assert "\r" not in captured.out + captured.err
-    assert captured.err == ""
-    assert embed(slides, tmp_path) == 0
-    assert "2 slides: 0 to do, 2 done before" in capsys.readouterr().out
-
-
 def test_a_terminal_gets_a_bar_with_rate_and_time_left(
     slides: Path, tmp_path: Path, tiny: None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -106,19 +82,6 @@ def test_json_is_the_one_thing_on_standard_output(
     }
     assert document["plan"]["to_tile"] == 3
     assert "3 slides: 3 to tile" in captured.err
-
-
-def test_some_failed_slides_end_in_3_and_are_listed(
-    slides: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    broken = tmp_path / "broken.svs"
-    broken.write_text("text")
-    assert main(["tile", str(slides), str(broken), "--out", str(tmp_path / "out"), *SMALL]) == 3
-    said = capsys.readouterr().out
-    assert re.search(r"some slides failed: 2 done \(\d+ tiles\), 1 failed; ", said)
-    assert "  broken: failed: expected a slide that OpenSlide reads" in said
-    assert said.count("broken: failed") == 2, "when it failed and at the end, not when it was tried once more"
-    assert "Traceback" not in said
 
 
 def test_a_signal_ends_in_75(
@@ -168,51 +131,6 @@ def test_a_signal_within_a_layer_stops_slide_embed(
     assert done == [1, 2]
     assert "stopped: 1 stopped, 1 todo; " in capsys.readouterr().out
     monkeypatch.undo()
-
-
-def test_slide_embed_with_untrained_weights_says_so(
-    slides: Path, tmp_path: Path, tiny: None, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert embed(slides, tmp_path, "--slide-encoder", "none") == 0
-    assert list(tmp_path.glob("slides_*")) == []
-    words = ["--slide-encoder", "gigapath-flash", "--random-weights", "--device", "cpu"]
-    assert main(["slide-embed", str(tmp_path), *words]) == 0
-    assert "UNTRAINED" in capsys.readouterr().out
-    slide = read_slide(tmp_path / "slides_gigapath-flash-random__tiny/a.h5")
-    assert slide.attrs["trained"] is False
-    assert slide.states_mean is not None
-    assert slide.states_mean.shape == (13, 384)
-
-
-def test_standin_takes_the_mean_or_with_random_weights_an_untrained_longnet(monkeypatch: pytest.MonkeyPatch) -> None:
-    from gigapath.embedding import run as embedding
-    from gigapath.embedding.options import EmbedOptions
-
-    asked: list[tuple[str, bool]] = []
-
-    def load(name: str, **given: Any) -> Any:
-        asked.append((name, given["random_weights"]))
-        raise ValueError("enough")
-
-    monkeypatch.setattr(embedding, "load_slide_encoder", load)
-    encoder = tiny_tile_encoder("standin")
-    for options in (
-        EmbedOptions(tile_encoder="standin"),
-        EmbedOptions(tile_encoder="standin", random_weights=True),
-        EmbedOptions(tile_encoder="timm:resnet18", random_weights=True),
-        EmbedOptions(tile_encoder="standin", slide_encoder="gigapath-flash", random_weights=True),
-    ):
-        with pytest.raises(ValueError, match="enough"):
-            embedding._slide_encoder(options, encoder)
-    with pytest.raises(ValueError, match="enough"):
-        embedding._slide_encoder(EmbedOptions(), tiny_tile_encoder("gigapath"))
-    assert asked == [
-        ("mean", False),
-        ("gigapath", True),
-        ("mean", False),
-        ("gigapath-flash", True),
-        ("gigapath", False),
-    ]
 
 
 @pytest.mark.parametrize(
@@ -408,14 +326,6 @@ def test_output_folder_that_takes_nothing_ends_in_one_sentence(
     assert main(["tile", str(slides), "--out", str(tmp_path / "out"), *SMALL]) == 1
     assert "could not be written" in one_sentence(capsys, "tile")
     assert leftovers(tmp_path / "out") == []
-
-
-def test_output_folder_that_is_a_file_ends_in_one_sentence(
-    slides: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "out").write_text("a file")
-    assert main(["tile", str(slides), "--out", str(tmp_path / "out"), *SMALL]) == 1
-    assert "a file of that name is there" in one_sentence(capsys, "tile")
 
 
 @pytest.mark.parametrize("after", [3, 6, 9, 12, 15, 18])

@@ -38,16 +38,6 @@ def test_find_slides_searches_folders_in_order_of_paths(tmp_path: Path) -> None:
     assert ids_in(tmp_path) == ["one", "two", "p", "three"]
 
 
-@pytest.mark.parametrize(
-    ("name", "slide_id"),
-    [("a.svs", "a"), ("a.b.TIFF", "a.b"), ("a.ome.tif", "a"), ("with space.mrxs", "with space"), ("a.xyz", "a.xyz")],
-)
-def test_find_slides_takes_the_id_from_the_file_name_without_its_suffix(
-    tmp_path: Path, name: str, slide_id: str
-) -> None:
-    assert ids_in(touch(tmp_path / name)) == [slide_id]
-
-
 def test_find_slides_stops_on_two_slides_of_one_id_and_names_both(tmp_path: Path) -> None:
     first, second = touch(tmp_path / "x" / "a.svs"), touch(tmp_path / "y" / "a.tif")
     with pytest.raises(ValueError, match="two slides have the id 'a'") as error:

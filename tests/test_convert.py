@@ -27,7 +27,6 @@ from gigapath.cli.main import main
 from gigapath.features import SlideEmbeddings, TileEmbeddings, TileEmbeddingsWriter, read_features, write_slide
 from gigapath.features.describe import describe
 from gigapath.features.other_tools import FORMATS, Scale, convert
-from gigapath.files import OutputError
 
 FEATURES = make_features()
 ORDER = shuffled(len(CELLS))
@@ -267,12 +266,3 @@ def test_command_converts_folders_and_names_what_failed(tmp_path: Path, capsys: 
     assert "expected a file or folder of tile embeddings" in capsys.readouterr().err
     assert main(["convert", str(folder), "--to", "clam", "--out", out, "--slide-mpp", "0"]) == 1
     assert "--slide-mpp: expected a value above 0" in capsys.readouterr().err
-
-
-def test_output_that_cannot_be_written_ends_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = write_ours(tmp_path)
-    (tmp_path / "out").write_text("a file where the folder should be")
-    with pytest.raises(OutputError):
-        convert(read_features(path), "published", tmp_path / "out")
-    assert main(["convert", str(path), "--to", "published", "--out", str(tmp_path / "out")]) == 1
-    assert "a file of that name is there" in capsys.readouterr().err

@@ -2,14 +2,12 @@
 
 import hashlib
 import http.server
-import re
 import threading
 import types
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import huggingface_hub
 import huggingface_hub.constants
@@ -159,24 +157,6 @@ def test_a_folder_that_can_not_be_made_is_one_sentence(
 # ----------------------------------------------------------------------------------------------------- the table
 
 
-def test_table_names_what_can_be_checked() -> None:
-    hosts = set()
-    for name, entry in DOWNLOADS.items():
-        assert re.fullmatch(r"[a-z-]+", name) and entry.about
-        for file in entry.files:
-            assert not Path(file.file).is_absolute() and ".." not in Path(file.file).parts
-            assert file.digest is None or re.fullmatch(
-                r"sha256:[0-9a-f]{64}|git:[0-9a-f]{40}|md5:[0-9a-f]{32}", file.digest
-            )
-            if file.source.startswith("https:"):
-                hosts.add(urlsplit(file.source).netloc)
-                assert file.digest is not None
-            else:
-                assert file.source.startswith("hf_hub:")
-    assert hosts == {"raw.githubusercontent.com", "zenodo.org", "openslide.cs.cmu.edu"}
-    assert set(DOWNLOADS) >= {"gigapath", "gigapath-flash", "demo-slide", "demo-tile", "pcam", "panda", "mutation"}
-
-
 def test_table_agrees_with_the_files_at_hand(shared: Path) -> None:
     here = {path.name: path for path in (shared / "data").rglob("*") if path.is_file()}
     compared = 0
@@ -290,23 +270,6 @@ def test_download_of_a_dataset_is_checked_against_what_the_hub_states(
         download("panda-embeddings", tmp_path)
     fake_hub(monkeypatch, CONTENT, None)
     assert download("panda-embeddings", tmp_path)[0].digest is None
-
-
-def test_pcam_is_labels_embeddings_and_the_table_of_slides(
-    site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    fake_hub(monkeypatch, CONTENT, None)
-    labels, embeddings, *slides = DOWNLOADS["pcam"].files
-    assert labels.source == (
-        "https://raw.githubusercontent.com/prov-gigapath/prov-gigapath/09d8e876afb98a1dda01cc531b1087c58fffc9f7/"
-        "dataset_csv/pcam/pcam.csv"
-    )
-    here = [replace(file, source=f"{site.address}/file", digest=DIGEST) for file in (labels, *slides)]
-    site.statuses = [200, 404, 404, 404]  # 200: as usual
-    monkeypatch.setitem(DOWNLOADS, "pcam", replace(DOWNLOADS["pcam"], files=(here[0], embeddings, *here[1:])))
-    collected = download("pcam", tmp_path)
-    assert files_in(tmp_path) == ["GigaPath_PCam_embeddings.zip", "dataset_csv/pcam/pcam.csv"]
-    assert [bool(file.missing) for file in collected] == [False, False, True, True, True]
 
 
 def test_git_digest_is_gits_own(tmp_path: Path) -> None:

@@ -12,7 +12,6 @@ import torch
 from tiny_encoders import WIDTH, tiny_longnet, tiny_slide_encoder, tiny_tile_encoder
 
 from gigapath.embedding.slide_encoding import (
-    EncoderError,
     encode_padded,
     load_slide_encoder,
     mean_of_rows,
@@ -35,11 +34,6 @@ def batches(pixels: Pixels, size: int) -> Iterator[tuple[int, Pixels]]:
         yield first, pixels[first : first + size]
 
 
-def test_tiny_encoder_tells_tiles_apart() -> None:
-    first, second = tiny_tile_encoder().encode(some_pixels(2))
-    assert np.abs(first - second).max() > 1e-3
-
-
 def test_encode_padded_shows_the_encoder_one_shape_and_cuts_the_padding() -> None:
     encoder, seen = tiny_tile_encoder(), []
     encoder.model.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape[0]))
@@ -52,24 +46,6 @@ def test_vector_of_a_tile_does_not_depend_on_its_neighbours() -> None:
     alone = np.concatenate([encode_padded(tile[None], encoder, 4) for tile in pixels])
     together = np.concatenate([encode_padded(block, encoder, 4) for _, block in batches(pixels, 4)])
     assert alone.tobytes() == together.tobytes()
-
-
-@pytest.mark.parametrize(
-    ("error", "words"),
-    [
-        (torch.cuda.OutOfMemoryError("no"), "too little memory for batches of 4 tiles. Choose a smaller --batch-size"),
-        (RuntimeError("kernel\nmore"), "tiny failed on cpu: kernel"),
-    ],
-)
-def test_a_failing_encoder_ends_in_one_sentence(error: Exception, words: str) -> None:
-    encoder = tiny_tile_encoder()
-
-    def fail(*_: Any) -> None:
-        raise error
-
-    encoder.model.register_forward_pre_hook(fail)
-    with pytest.raises(EncoderError, match=words):
-        encode_padded(some_pixels(1), encoder, 4)
 
 
 def some_embeddings(count: int = 7, width: int = WIDTH, dtype: type = np.float32) -> TileEmbeddings:

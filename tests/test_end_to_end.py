@@ -20,7 +20,6 @@ from gigapath.cli.main import main
 from gigapath.embedding.options import EmbedOptions, RunOptions
 from gigapath.embedding.run import run_embed
 from gigapath.features import read_features, read_slide, read_tiles
-from gigapath.preprocessing.reading import resample
 from scripts.bench.made_slide import write_large
 
 REPOSITORY = Path(__file__).parent.parent
@@ -39,31 +38,7 @@ def tile(slide: Path, out: Path, *words: str) -> tuple[int, dict[str, str]]:
         return status, next(row for row in csv.DictReader(file) if row["slide_id"] == slide.stem)
 
 
-def check_tiles_equal_the_slide(slide: Path, out: Path) -> None:
-    """Every kept tile is `read_region` at its recorded coordinates, resampled by the named filter."""
-    from gigapath.preprocessing.reading import iter_tiles
-    from gigapath.preprocessing.slide import open_slide
-
-    tiles = read_tiles(out / "tiles" / f"{slide.stem}.h5")
-    assert len(tiles) > 5
-    with openslide.open_slide(str(slide)) as plain, open_slide(slide) as opened:
-        for first, pixels in iter_tiles(opened, tiles, batch_size=16, workers=2):
-            for offset, found in enumerate(pixels):
-                x, y = (int(value) for value in tiles.coords_level0[first + offset])
-                rgba = np.asarray(plain.read_region((x, y), tiles.level, tiles.read_size))
-                assert rgba[..., 3].min() == 255
-                np.testing.assert_array_equal(found, resample(rgba[..., :3], (tiles.tile_size, tiles.tile_size)))
-
-
 # ----------------------------------------------------------------------------------------------------- the real slides
-
-
-def test_cmu_1_is_done(real: Path, tmp_path: Path) -> None:
-    slide = real / "CMU-1-Small-Region.svs"
-    status, row = tile(slide, tmp_path)
-    assert (status, row["status"], row["level"], row["mpp_source"]) == (0, "done", "0", "openslide.mpp")
-    assert (float(row["mpp_x"]), float(row["mpp"])) == (0.499, 0.499)
-    check_tiles_equal_the_slide(slide, tmp_path)
 
 
 def test_slide_without_mpp_fails_with_the_option_and_is_done_with_it(real: Path, tmp_path: Path) -> None:
@@ -74,7 +49,6 @@ def test_slide_without_mpp_fails_with_the_option_and_is_done_with_it(real: Path,
     status, row = tile(slide, tmp_path, "--slide-mpp", "0.25")
     assert (status, row["status"], row["mpp_source"], row["error"]) == (0, "done", "'--slide-mpp", "")
     assert read_tiles(tmp_path / f"tiles/{slide.stem}.h5").tile_size_level0 == (512, 512)
-    check_tiles_equal_the_slide(slide, tmp_path)
 
 
 def test_fluorescence_is_refused_with_the_way_to_go_on(real: Path, tmp_path: Path) -> None:
@@ -97,17 +71,6 @@ def test_implausible_mpp_is_refused_unless_stated(real: Path, tmp_path: Path) ->
     status, row = tile(slide, tmp_path, "--slide-mpp", "28.969", "--mpp", "29")
     assert status == 0
     assert row["status"] in ("done", "no_tissue")
-
-
-@pytest.mark.parametrize("name", ["ink", "plain"])
-def test_plain_images_need_an_mpp(real: Path, tmp_path: Path, name: str) -> None:
-    slide = real / f"{name}.jpeg"
-    status, row = tile(slide, tmp_path)
-    assert (status, row["status"]) == (3, "failed")
-    assert "--slide-mpp" in row["error"]
-    status, row = tile(slide, tmp_path, "--slide-mpp", "0.5")
-    assert (status, row["status"], row["vendor"]) == (0, "done", "plain-image")
-    check_tiles_equal_the_slide(slide, tmp_path)
 
 
 def test_ink_outside_tissue_is_not_kept(real: Path, tmp_path: Path) -> None:

@@ -277,13 +277,6 @@ def test_blocks_are_let_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         assert np.array_equal(read(0, None), expected[order[0]])  # once more than was asked for
 
 
-def test_going_on_from_a_tile(tmp_path: Path) -> None:
-    path = write_pyramid(tmp_path / "a.tif", PICTURE, mpp=(0.5, 0.5), tile=112, steps=(1,))
-    with open_slide(path) as slide:
-        tiles = all_tiles(slide, mpp=0.7)
-        assert np.array_equal(read_all(slide, tiles, start=31, workers=2), read_plainly(path, tiles)[31:])
-
-
 @pytest.mark.parametrize("spoilt", ["every block", "the last block", "the largest block"])
 def test_a_reader_that_differs_in_one_pixel_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spoilt: str

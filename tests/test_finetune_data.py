@@ -8,13 +8,12 @@ import h5py
 import numpy as np
 import pytest
 from feature_files import write_clam, write_published, write_stamp, write_trident
-from made_cohort import made_bag, write_cohort, write_csv, write_slide, write_task
+from made_cohort import made_bag, write_csv, write_slide, write_task
 
 from gigapath.evaluation.labels import join_labels, read_labels
 from gigapath.evaluation.splits import audit, check_classes, draw_folds, keep_manifest, read_splits
 from gigapath.evaluation.task import load_task
 from gigapath.features import FeatureFileError
-from gigapath.features.reading import find_feature_files
 from gigapath.finetune.data import FileBags, ReadAhead, look_at_all
 from gigapath.finetune.options import JoinOptions
 from gigapath.finetune.task_writer import new_task
@@ -293,14 +292,6 @@ def test_features_of_another_make_are_refused(tmp_path) -> None:
     assert len(look_at_all(near[:2], JoinOptions())) == 2
     with pytest.raises(FeatureFileError, match=r"its mpp is 0\.25"):
         look_at_all(near, JoinOptions())
-
-
-def test_feature_folder_of_a_run_is_found(tmp_path) -> None:
-    features, _ = write_cohort(tmp_path, [0, 1])
-    features.rename(tmp_path / "features_standin")
-    assert [file.name for file in find_feature_files(tmp_path)] == ["slide-000.h5", "slide-001.h5"]
-    with pytest.raises(ValueError, match="found none"):
-        find_feature_files((tmp_path / "empty").mkdir() or tmp_path / "empty")
 
 
 def test_reading_ahead_keeps_the_order_and_hides_waiting() -> None:

@@ -621,13 +621,3 @@ def test_logging_of_runs_does_not_pile_up(fitted) -> None:
     assert main(words) == 1  # refused before anything begins
     logger = logging.getLogger("gigapath.finetune")
     assert (logger.handlers, logger.level) == ([], logging.NOTSET)
-
-
-@pytest.mark.parametrize(
-    ("verb", "word"),
-    [("finetune", "--controls"), ("evaluate", "--labels"), ("predict", "--out"), ("init-task", "--label")],
-)
-def test_help_of_the_verbs_names_their_options(capsys, verb, word) -> None:
-    with pytest.raises(SystemExit) as ended:
-        main([verb, "--help"])
-    assert ended.value.code == 0 and word in capsys.readouterr().out

@@ -208,12 +208,6 @@ def test_missing_cores_are_no_tissue(tmp_path: Path, slide: Slide, overview: Ove
         read_mask(path, slide, overview)
 
 
-def test_excluding_all_classes_is_an_error(tmp_path: Path, slide: Slide, overview: Overview) -> None:
-    path = write_geojson(tmp_path / "a.geojson", [feature([box(0, 0, 1280, HEIGHT)], "Fold")])
-    with pytest.raises(ValueError, match="--exclude"):
-        read_mask(path, slide, overview, exclude=["Fold"])
-
-
 def zigzag(edges: int, width: float, height: float) -> Outline:
     x = np.linspace(0, width, edges + 1)
     y = np.where(np.arange(edges + 1) % 2, height, 0.0)

@@ -317,11 +317,3 @@ def test_margin_only_widens_where_tiles_are_looked_for(tmp_path: Path, slide_pat
     assert table(process(slide_path, tmp_path / "wide", margin=600)) == rows
     with PIL.Image.open(tmp_path / "wide" / "thumbnails" / "made.tif_roi.png") as wide:
         assert wide.size == (1024, round(1024 * 1930 / 2610))
-
-
-def test_slide_with_bounds_keeps_absolute_coordinates(slide_path: Path) -> None:
-    with open_slide(slide_path) as slide:
-        slide.bounds = (300, 200, 1500, 1200)
-        grid = create_tiles_dataset._level_grid(slide, 1, 256)
-    assert grid.anchor == (300, 200)
-    assert (grid.columns, grid.rows) == (1500 // 512, 1200 // 512)

@@ -23,7 +23,6 @@ from gigapath.file_names import folder_name
 from gigapath.report import ReportOptions, write_report
 from gigapath.report.pictures import distances, pick_tiles
 from gigapath.report.projection import project
-from gigapath.report.results import _mean_over_fits, _predictions
 from gigapath.report.write import json_for_html, script_text
 
 CANARY = "Doe,JANE_1953"
@@ -427,14 +426,3 @@ def test_probe_is_shown(tmp_path: Path) -> None:
     assert blocks["scores"]["columns"][:2] == ["test", "validation"]
     assert len(blocks["curves"]["panels"]) == 2 and blocks["curves"]["mark"]["words"].startswith("kept: step")
     assert np.sum(blocks["confusion"]["counts"]) == len(blocks["predictions"]["rows"])
-
-
-def test_predictions_of_many_keep_the_clearest_mistakes() -> None:
-    rows = [{"name": str(n), "label": "a", "p_a": f"{n / 6000:.4f}", "p_b": "0"} for n in range(6000)]
-    block = _predictions(rows, what="tiles")
-    assert [row[0] for row in block["rows"][:2]] == ["0", "1"] and len(block["rows"]) == 1000
-    assert "1,000 of 6,000 tiles" in block["note"]
-    fits = [{"slide_id": "s", "embedding": "e", "fold": str(n), "label": "a", "p_a": p} for n, p in enumerate("01")]
-    assert _mean_over_fits(fits) == [
-        {"slide_id": "s", "embedding": "e", "label": "a", "predicted": "a", "p_a": "0.5000"}
-    ]

@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 import signal
-import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -26,16 +25,13 @@ from gigapath.cohort.manifest import SlideEntry
 from gigapath.cohort.run import Plan, RunResult, Watcher
 from gigapath.cohort.status import Status, write_status
 from gigapath.embedding.options import EmbedOptions, RunOptions, SlideEmbedOptions
-from gigapath.embedding.passes import PlainPass
 from gigapath.embedding.run import run_embed
-from gigapath.embedding.settling import Settled
 from gigapath.embedding.slide_embedding import run_slide_embed
 from gigapath.embedding.slide_encoding import EncoderError, load_slide_encoder
 from gigapath.embedding.tiling import run_tile, tiles_identity
 from gigapath.features import FeatureFileError, read_features, read_slide, read_slides, read_tiles
 from gigapath.features.check import check_file
 from gigapath.features.h5 import recorded_sha256
-from gigapath.files import OutputError
 from gigapath.preprocessing.reading import TileReader
 from gigapath.preprocessing.slide import SlideError, open_slide
 from gigapath.preprocessing.tiling import TileOptions
@@ -273,29 +269,29 @@ def test_second_run_skips_what_is_done_and_says_so(slides: Path, tmp_path: Path)
     assert len(list((tmp_path / "runs").glob("*.json"))) == 2
 
 
-def test_changed_slide_encoder_redoes_that_stage_alone(slides: Path, tmp_path: Path) -> None:
-    embed(slides, tmp_path)
-    before = touched(tmp_path)
-    embed(slides, tmp_path, slide_encoder="mean")
-    after = touched(tmp_path)
-    assert {name: after[name] for name in before} == before
-    assert set(after) - set(before) == {"slides_mean__tiny/a.h5", "slides_mean__tiny/b.h5"}
-    slide = read_slide(tmp_path / "slides_mean__tiny/a.h5")
-    assert slide.states_mean is None
-    assert slide.tile_mean.tobytes() == read_slide(tmp_path / "slides_tinynet__tiny/a.h5").tile_mean.tobytes()
-
-
-def test_changed_precision_redoes_features_and_slides_and_keeps_tiles(
-    slides: Path, tmp_path: Path, tiny: dict[str, Any]
+@pytest.mark.parametrize(
+    ("changed", "redone"),
+    [
+        ({"slide_encoder": "mean"}, {"slides_mean__tiny"}),
+        ({"overwrite": "features"}, {"features_tiny"}),
+        ({"precision": "bf16"}, {"features_tiny", "slides_tinynet__tiny"}),
+    ],
+    ids=lambda value: next(iter(value)),
+)
+def test_what_changes_is_made_again_by_its_stage_alone(
+    slides: Path, tmp_path: Path, tiny: dict[str, Any], changed: dict[str, str], redone: set[str]
 ) -> None:
     embed(slides, tmp_path)
     before, notes = touched(tmp_path), Notes()
-    tiny["precision"] = "bf16"
-    embed(slides, tmp_path, watch=notes)
+    tiny |= {name: value for name, value in changed.items() if name == "precision"}
+    embed(slides, tmp_path, watch=notes, **{name: value for name, value in changed.items() if name != "precision"})
     after = touched(tmp_path)
-    redone = {name for name in after if after[name] != before[name]}
-    assert redone == {name for name in before if not name.startswith("tiles/")}
-    assert "features_tiny: 3 made before in other numbers, now again: precision fp32 -> bf16." in notes.plans[0].lines
+    assert {name.split("/")[0] for name in after if after[name] != before.get(name)} == redone
+    assert any("precision fp32 -> bf16" in line for line in notes.plans[0].lines) == ("precision" in changed)
+    vectors = [read_slide(path).tile_mean for path in sorted(tmp_path.glob("slides_*/a.h5"))]
+    assert all(vector.shape == (1, WIDTH) for vector in vectors)
+    if "slide_encoder" in changed:
+        assert vectors[0].tobytes() == vectors[1].tobytes(), "from the same tile embeddings"
 
 
 def test_changed_tiling_that_gives_equal_tiles_keeps_the_embeddings(slides: Path, tmp_path: Path) -> None:
@@ -319,36 +315,6 @@ def test_tiles_that_were_looked_at_are_not_made_anew_by_embed(slides: Path, tmp_
     assert len(read_features(tmp_path / "features_tiny/a.h5")) == 7
     embed([], tmp_path / "other", tiles=str(tmp_path))
     assert len(read_features(tmp_path / "other/features_tiny/a.h5")) == 7, "taken as they are"
-
-
-def test_overwrite_does_one_stage_again(slides: Path, tmp_path: Path) -> None:
-    embed(slides, tmp_path)
-    before = touched(tmp_path)
-    embed(slides, tmp_path, overwrite="features")
-    after = touched(tmp_path)
-    assert {name.split("/")[0] for name in after if after[name] != before[name]} == {"features_tiny"}
-
-
-def test_failed_slides_are_tried_again(slides: Path, tmp_path: Path) -> None:
-    late = tmp_path / "late.tif"
-    late.write_text("not there yet")
-    out = tmp_path / "out"
-    assert embed([slides, late], out).counts["failed"] == 1
-    shutil.copy(slides / "b.tif", late)
-    before, result = touched(out), embed([slides, late], out)
-    assert result.counts["failed"] == 0
-    assert {name: time for name, time in touched(out).items() if name in before} == before
-    assert table(out)["late"]["status"] == "done"
-    assert table(out)["late"]["error"] == ""
-
-
-def test_half_a_file_never_counts_as_done(slides: Path, tmp_path: Path) -> None:
-    embed(slides, tmp_path)
-    whole = arrays_of(tmp_path / "features_tiny/a.h5")
-    path = tmp_path / "features_tiny/a.h5"
-    path.write_bytes(path.read_bytes()[:3000])
-    embed(slides, tmp_path)
-    assert arrays_of(path) == whole
 
 
 def test_mixed_numerics_are_refused_unless_allowed(slides: Path, tmp_path: Path, tiny: dict[str, Any]) -> None:
@@ -501,27 +467,6 @@ def test_batch_that_the_memory_does_not_hold_is_halved_and_recorded(
     assert touched(tmp_path / "out") == before, "the next run comes to the same size, and has nothing to do"
 
 
-def test_slide_that_breaks_off_fails_alone(slides: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    fill = TileReader.fill
-
-    def broken(self: TileReader, index: int, out: Any) -> None:
-        if self._tiles.slide_id == "a" and index >= 16:
-            raise SlideError(f"slide 'a': tile {index} can't be decoded")
-        fill(self, index, out)
-
-    threads = set(threading.enumerate())
-    embed(slides, tmp_path / "whole")
-    monkeypatch.setattr(TileReader, "fill", broken)
-    result = embed(slides, tmp_path / "out")
-    rows = table(tmp_path / "out")
-    assert result.outcome == "some slides failed"
-    assert {name: row["status"] for name, row in rows.items()} == {"a": "failed", "b": "done", "blank": "no_tissue"}
-    assert "can't be decoded" in rows["a"]["error"]
-    assert not list((tmp_path / "out/features_tiny").glob("a.h5*"))
-    assert arrays_of(tmp_path / "out/features_tiny/b.h5") == arrays_of(tmp_path / "whole/features_tiny/b.h5")
-    assert set(threading.enumerate()) <= threads
-
-
 def test_batch_sizes_agree_within_1e_5(slides: Path, tmp_path: Path) -> None:
     found = []
     for size in (16, 5, 64):
@@ -568,22 +513,6 @@ def test_slide_embed_gives_what_embed_gives_and_then_skips(slides: Path, tmp_pat
     assert touched(tmp_path) == before
     assert "path" in (tmp_path / "private/paths.csv").read_text()
     assert "features_tiny" not in (tmp_path / "private/paths.csv").read_text(), "it says where the slides lie"
-
-
-def test_slide_embed_reads_other_tools_files(tmp_path: Path) -> None:
-    folder = tmp_path / "features_uni"
-    folder.mkdir()
-    rng = np.random.default_rng(0)
-    with h5py.File(folder / "s1.h5", "w") as file:
-        file["features"] = rng.normal(size=(6, WIDTH)).astype(np.float32)
-        file["features"].attrs["encoder"] = "uni"
-        file["coords"] = np.stack(np.meshgrid([0, 1024], [0, 1024, 2048]), -1).reshape(-1, 2)
-        for name, value in {"patch_size": 256, "patch_size_level0": 1024, "overlap": 0, "name": "s1"}.items():
-            file["coords"].attrs[name] = value
-    result = slide_embed(folder, tmp_path / "out")
-    assert result.counts["done"] == 1
-    slide = read_slide(tmp_path / "out/slides_tinynet__uni/s1.h5")
-    assert (slide.attrs["source"], slide.attrs["encoder"], slide.attrs["tiles"]) == ("trident", "uni", 6)
 
 
 def test_slide_embed_refuses_features_of_another_encoder_than_the_pairs(
@@ -734,30 +663,6 @@ def len_of_tiles(slide: Path, out: Path) -> int:
     return int(run_tile([slide], out, tiling=TILING).rows[0]["tiles"])
 
 
-@pytest.mark.parametrize("code", ["ENOSPC", "EDQUOT"])
-def test_full_disk_stops_the_run_with_one_sentence(
-    slides: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str
-) -> None:
-    import errno
-
-    real = os.pwrite
-    calls = {"left": 12}
-
-    def pwrite(descriptor: int, data: Any, offset: int) -> int:
-        calls["left"] -= 1
-        if calls["left"] < 0:
-            raise OSError(getattr(errno, code), os.strerror(getattr(errno, code)))
-        return real(descriptor, data, offset)
-
-    monkeypatch.setattr("gigapath.features.h5.os.pwrite", pwrite)
-    with pytest.raises(OutputError, match=r"^[^\n]+ could not be written: the disk [^\n]+\.$"):
-        embed(slides, tmp_path)
-    assert not any("partial" in file for file in files_in(tmp_path))
-    monkeypatch.undo()
-    for path in tmp_path.rglob("*.h5"):
-        arrays_of(path)
-
-
 def test_encoder_that_fails_ends_the_run_and_leaves_no_half_file(
     slides: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -808,46 +713,7 @@ def test_hash_full_checks_the_manifests_md5(slides: Path, tmp_path: Path) -> Non
     assert "expected MD5 000" in rows["b"]["error"]
 
 
-def test_max_tiles_is_said_before_the_work(slides: Path, tmp_path: Path) -> None:
-    notes = Notes()
-    embed(slides, tmp_path, tiling=TileOptions(tile_size=TILE, max_tiles=7, seed=3), watch=notes)
-    assert any("at most 7 tiles a slide" in line and "seed 3" in line for line in notes.plans[0].lines)
-    assert len(read_tiles(tmp_path / "tiles/a.h5")) == 7
-
-
-def test_plan_tells_tiles_bytes_time_and_ways_out_of_a_long_one(
-    slides: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    notes = Notes()
-    embed(slides, tmp_path, watch=notes)
-    text = "\n".join(notes.plans[0].lines)
-    assert "3 slides: 3 to do, 0 done before" in text
-    assert "about" in text
-    assert "tiles (by the slides' sizes; a third or three times as many are possible)" in text
-    assert "tiles/s (one batch, measured here)" in text
-    assert "hundred times as fast" not in text
-    assert not notes.plans[0].exact
-    slow = Settled((PlainPass(tiny_tile_encoder()),), False, 0.001, ("plain",))
-    monkeypatch.setattr("gigapath.embedding.run.settle", lambda *_, **__: slow)
-    embed(slides, tmp_path, watch=notes, overwrite="features")
-    text = "\n".join(notes.plans[1].lines)
-    assert notes.plans[1].exact
-    for words in ("hours", "--device cuda", "gigapath-flash", "--max-tiles", "standin"):
-        assert words in text
-
-
 # ---------------------------------------------------------------------------------- sections, vectors of tiles, tables
-
-
-def test_tiling_plan_tells_slides_tiles_and_time(slides: Path, tmp_path: Path) -> None:
-    notes = Notes()
-    run_tile([slides], tmp_path, tiling=TILING, watch=notes)
-    facts = notes.plans[0].facts
-    assert (facts["slides"], facts["to_tile"], facts["skipped"]) == (3, 3, 0)
-    assert 0.3 < facts["seconds"] < 60
-    assert any("; about " in line and line.endswith(".") for line in notes.plans[0].lines)
-    run_tile([slides], tmp_path, tiling=TILING, watch=notes)
-    assert "seconds" not in notes.plans[1].facts, "nothing is left to do"
 
 
 def test_the_level_that_tiling_decodes_is_the_coarsest_fine_enough(tmp_path: Path) -> None:

@@ -156,7 +156,7 @@ def test_arrays_are_not_believed_about_their_size(tmp_path: Path) -> None:
     "slide_id",
     [
         "", " ", "a ", " a", ".", "..", "../x", "/abs", "a/b", "a\\b", "..\\x", "a\0b", "a\nb", "a\rb", "\x1b[2J",
-        "\x7f", "x" * 181, "é" * 91, "\ud800",
+        "\x7f", "x" * 181, "é" * 91, "\ud800", "-x", "=1+1", "a\x85b", "a\u202eb",
     ],
 )  # fmt: skip
 def test_names_that_could_leave_the_folder_or_break_a_table_are_refused(slide_id: str) -> None:

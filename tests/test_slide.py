@@ -322,23 +322,6 @@ def test_label_and_macro_are_never_opened(tmp_path: Path, monkeypatch: pytest.Mo
         slide.read(0, 0, 2, 100, 100)
 
 
-def test_real_headers_are_read_as_they_are(shared: Path) -> None:
-    folder = shared / "data" / "slides"
-    with open_slide(folder / "CMU-1-Small-Region.svs") as slide:
-        assert (slide.dimensions, slide.mpp.x, slide.objective_power) == ((2220, 2967), 0.499, 20)
-    with open_slide(folder / "fluorescence-dapi.ndpi") as slide:
-        assert slide.scanner == "C9600-12"
-        assert slide.mpp.x == pytest.approx(0.228, abs=0.001)
-    for name in ("TCGA-CR-7395-no-mpp.svs", "ink.jpeg", "plain.jpeg"):
-        with (
-            open_slide(folder / name) as slide,
-            pytest.raises(SlideError, match=r"got none\. State them with --slide-mpp"),
-        ):
-            _ = slide.mpp
-    with open_slide(folder / "low-power.dcm") as slide, pytest.raises(SlideError, match=r"28\.969.*--slide-mpp"):
-        _ = slide.mpp
-
-
 PICTURE = paint_tissue(1300, 900)
 
 

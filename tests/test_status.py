@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -96,12 +95,6 @@ def test_slide_that_failed_in_a_stage_before_has_failed_in_its_own_encoders_stag
     assert states["slides_mean__tiny"] == (1, 0) and states["slides_mean__other"] == (0, 1)
 
 
-def test_one_slide_is_a_slide(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    put(tmp_path / "tiles", "s0", tiles=1000)
-    assert main(["status", str(tmp_path)]) == 0
-    assert capsys.readouterr().out.splitlines()[0].endswith(": 1 slide")
-
-
 def test_status_prints_json_and_refuses_other_folders(
     out: Path, tmp_path_factory: pytest.TempPathFactory, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -125,20 +118,3 @@ def test_status_imports_nothing_heavy_and_ctrl_c_at_its_end_says_nothing(out: Pa
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.splitlines()[-1] == "[]"
     assert run.stderr == ""
-
-
-def main_5000() -> None:
-    """`python tests/test_status.py DIR`: writes 5,000 slides in three stages and prints what reading them takes."""
-    folder = Path(sys.argv[1])
-    for stage in ("tiles", "features_gigapath", "slides_gigapath__gigapath"):
-        for number in range(5000):
-            put(folder / stage, f"slide-{number:05d}", tiles=10_000, seconds=60.0, ended=1e9 + number)
-    write_slides_csv(folder, [folder / "tiles"])
-    for _ in range(5):
-        started = time.perf_counter()
-        read_progress(folder)
-        print(f"{time.perf_counter() - started:.3f} s")
-
-
-if __name__ == "__main__":
-    main_5000()

@@ -211,21 +211,6 @@ def test_what_waits_for_the_caller_is_bounded(monkeypatch: pytest.MonkeyPatch) -
         assert [sum(len(block) for _, block in slide.blocks()) for slide in slides] == [41, 41, 41]
 
 
-def test_vectors_that_wait_come_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gigapath.embedding.batches._BLOCK", 10)
-    encoder = tiny_tile_encoder()
-    tiles = [picture(slide, 41) for slide in range(2)]
-    with TileStream([PlainPass(encoder)], 4, across=False) as stream:
-        slides = [stream.submit(Made(each)) for each in tiles]
-        stream.submit(Made(picture(2, 0))).wait_prepared()
-        first = list(slides[0].blocks())
-        wait_until(lambda: len(slides[1]._ready) >= 11)
-        second = list(slides[1].blocks())
-    assert [len(block) for _, block in second] == [8, 8, 8, 8, 9], "whole batches, at most ten vectors"
-    for found, each in zip((first, second), tiles, strict=True):
-        assert np.concatenate([block for _, block in found]).tobytes() == plainly(encoder, each, 4).tobytes()
-
-
 @pytest.mark.parametrize(("untaken", "seconds", "batches"), [(64, 0.05, 1), (4, 2 * LIMIT, 2)])
 def test_a_caller_is_woken_after_a_while_and_before_the_encoder_has_to_wait(
     monkeypatch: pytest.MonkeyPatch, untaken: int, seconds: float, batches: int

@@ -15,7 +15,7 @@ from made_slides import paint_tissue, write_pyramid, write_scn
 
 from gigapath.features import read_tiles, write_tiles
 from gigapath.preprocessing import reading
-from gigapath.preprocessing.reading import iter_tiles, resample
+from gigapath.preprocessing.reading import iter_tiles
 from gigapath.preprocessing.slide import Slide, SlideError, open_slide
 from gigapath.preprocessing.tiling import TileOptions, TilePlan, hilbert_index, plan_tiles, spread_evenly
 from gigapath.preprocessing.tissue import tile_fractions
@@ -389,27 +389,3 @@ def test_real_slides_end_as_they_should(
         assert (plan.tiles.level, plan.tiles.tile_size_level0) == (level, (pitch, pitch))
         check_every_tile(path, slide, plan)
     assert str(shared) not in repr(plan.tiles.attrs)
-
-
-def test_real_slides_that_cannot_be_tiled_say_why(shared: Path) -> None:
-    folder = shared / "data" / "slides"
-    cases = {
-        "TCGA-CR-7395-no-mpp.svs": "--slide-mpp",
-        "ink.jpeg": "--slide-mpp",
-        "plain.jpeg": "--slide-mpp",
-        "low-power.dcm": r"28\.969.*--slide-mpp",
-        "fluorescence-dapi.ndpi": "dark background, looks like fluorescence.*--allow-dark-background",
-    }
-    for name, words in cases.items():
-        with open_slide(folder / name) as slide, pytest.raises(SlideError, match=words):
-            plan_tiles(slide, TileOptions())
-
-
-def test_ink_outside_tissue_is_not_kept(shared: Path) -> None:
-    """The blue stroke of the real picture reaches from the tissue to the lower edge."""
-    with open_slide(shared / "data" / "slides" / "ink.jpeg", slide_mpp=0.5) as slide:
-        plan = plan_tiles(slide, TileOptions())
-        for index, fraction in enumerate(plan.tiles.tissue_fraction):
-            pixels = resample(reading.read_tile(slide, plan.tiles, index), (32, 32)).astype(int)
-            blue = (pixels[..., 2] - pixels[..., 0] > 40).mean()
-            assert blue < 0.5, (index, fraction)

@@ -21,12 +21,12 @@ from gigapath import slide_encoder
 from gigapath.cli.main import main
 from gigapath.doctor import verify_slide_encoder, verify_tile_encoder
 from gigapath.doctor.options import VerifyOptions
-from gigapath.doctor.verify import as_table, verdict
+from gigapath.doctor.verify import verdict
 from gigapath.doctor.verify_tile_encoder import RIGHT, forms_of
 from gigapath.embedding import slide_encoding as encoding
 from gigapath.embedding.slide_encoding import encode_padded
 from gigapath.files import sha256_of
-from gigapath.findings import OK, SKIPPED, Finding
+from gigapath.findings import SKIPPED, Finding
 from gigapath.preprocessing.slide import open_slide
 from gigapath.preprocessing.tiling import plan_tiles
 from gigapath.releases import RELEASES
@@ -431,12 +431,6 @@ def test_verify_panda_counts_official_tiles(official: Path, monkeypatch: pytest.
 
 
 # ------------------------------------------------------------------------------------------------ pieces
-
-
-def test_table_is_markdown() -> None:
-    table = as_table("title", [Finding("a", "x | y", state=OK), Finding("b", "z")])
-    head = ["**title: failed**", "", "| check | result | |", "|---|---|---|"]
-    assert table.splitlines() == [*head, "| a | passed | x / y |", "| b | failed | z |"]
 
 
 @pytest.mark.slow
