@@ -2,6 +2,8 @@
 
 import csv
 import json
+import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from gigapath.cohort.status import Status, read_status, slide_row, write_slides_
 from gigapath.embedding import tiling
 from gigapath.embedding.options import RunOptions
 from gigapath.embedding.tiling import run_tile
+from gigapath.preprocessing.slide import SlideError
 from gigapath.preprocessing.tiling import TileOptions
 
 TILING = TileOptions(tile_size=64)
@@ -90,6 +93,40 @@ def test_failed_slides_are_tried_once_more_when_all_others_are_through(
     assert (rows["s1"]["status"], rows["s2"]["status"], rows["s2"]["error"]) == (
         *("done", "failed", "the file server is away"),
     )
+
+
+def test_what_cannot_change_is_not_tried_again(slides: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, watch = tiling.plan_tiles, Retries()
+    tried = []
+
+    def plan(slide: Any, options: Any, **given: Any) -> Any:
+        tried.append(slide.slide_id)
+        if slide.slide_id == "s1":
+            raise SlideError("slide 's1': its pixels are damaged.")
+        if slide.slide_id == "s2":
+            raise KeyError("s2")
+        return real(slide, options, **given)
+
+    monkeypatch.setattr(tiling, "plan_tiles", plan)
+    assert tile(slides, tmp_path, watch=watch).counts["failed"] == 2
+    assert watch.counts == [] and len(tried) == 7
+
+
+def test_slides_that_are_missing_fail_together(
+    slides: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [f"{slides}/s0.tif", *(f"nowhere/{number}.tif" for number in range(300))]
+    (tmp_path / "m.csv").write_text("path\n" + "\n".join(rows) + "\n")
+    flushed = []
+    monkeypatch.setattr(os, "fsync", flushed.append)
+    words = ["tile", str(tmp_path / "m.csv"), "--out", str(tmp_path / "out"), "--tile-size", "64", "--workers", "0"]
+    assert main(words) == 3
+    said = capsys.readouterr().out
+    assert said.count("expected a file, got none") == 1 and len(said) < 2000
+    assert re.search(r"300 failed: expected a file, got none named .*\(0, 1, 10, 100, 101 and 295 more\)", said)
+    assert len(flushed) < 30
+    assert table(tmp_path / "out")["299"]["status"] == "failed" and table(tmp_path / "out")["s0"]["status"] == "done"
+    assert tile(slides / "s0.tif", tmp_path / "out").outcome == "done"
 
 
 def test_only_failed_leaves_everything_else_out(slides: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

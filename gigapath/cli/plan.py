@@ -9,7 +9,7 @@ from pathlib import Path
 from gigapath.cli.arguments import add_json, add_options, options_from
 from gigapath.cli.main import EXIT_FAILED_SLIDES
 from gigapath.cli.progress import Terminal
-from gigapath.cohort.progress import failures_by_kind
+from gigapath.cohort.progress import failure_lines, failures_by_kind
 from gigapath.embedding.preflight import Survey, SurveyOptions, run_pilot, survey
 from gigapath.preprocessing.tiling import TileOptions
 from gigapath.releases import RELEASES
@@ -70,9 +70,7 @@ def lines(found: Survey, rate: float | None, source: str) -> Iterable[str]:
         bar = "#" * max(1, round(_BAR * count / max(counts.values())))
         yield f"  {mpp:5.2f}  {count:>7,}  {bar}"
     refused = {header.slide_id: header.error for header in headers if header.error}
-    for kind, slides in failures_by_kind(refused).items():
-        more = f" and {len(slides) - _NAMED:,} more" if len(slides) > _NAMED else ""
-        yield f"{len(slides):,} refused: {kind} ({', '.join(slides[:_NAMED])}{more})"
+    yield from failure_lines(failures_by_kind(refused), "refused")
     lacking = {
         header.slide_id: f"{in_bytes(header.missing_bytes)} missing" for header in headers if header.missing_bytes
     }

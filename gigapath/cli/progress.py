@@ -9,12 +9,12 @@ from typing import Any, TextIO
 from tqdm import tqdm
 
 from gigapath.cli.main import EXIT_FAILED_SLIDES, EXIT_STOPPED
+from gigapath.cohort.progress import failure_kind, failure_lines, failures_by_kind
 from gigapath.cohort.run import Plan, RunResult, Watcher
 from gigapath.embedding.times import bottleneck
-from gigapath.text import in_words, tiles_in_words
+from gigapath.text import in_words, slides_in_words, tiles_in_words
 
 EXIT_STATUS = {"done": 0, "some slides failed": EXIT_FAILED_SLIDES, "stopped": EXIT_STOPPED}
-_FAILURES_SHOWN = 20
 _STAGES = {"plan": "tiling", "read": "reading", "encode": "device", "write": "writing", "slides": "slide encoder"}
 _SHOWN_SHARE = 0.05
 _QUIET_SECONDS = 10.0  # a log without a bar hears of a slide's layers after so long a silence
@@ -38,7 +38,7 @@ class Terminal(Watcher):
         self._bar: tqdm[Any] | None = None
         self._shown: Plan | None = None
         self._again = False
-        self._reasons: dict[str, str] = {}  # of the slides that failed
+        self._kinds: dict[str, str] = {}  # kind of failure -> the first slide that failed by it
         self._at = ""  # the slide that the run is at
         self._busy = ""  # how busy the stages were of late
         self._layer = ""  # how far the slide encoder is with that slide
@@ -91,26 +91,31 @@ class Terminal(Watcher):
             self._print(f"{slide_id}: layer {done} of {layers} of the slide encoder")
 
     def slide(self, row: Mapping[str, Any], number: int, slides: int) -> None:
-        known = self._reasons.get(row["slide_id"]) == row["error"]
+        line = _line(row)
         if row["status"] == "failed":
-            self._reasons[row["slide_id"]] = row["error"]
-            if known:  # tried once more, to no other end
-                return
+            first = self._kinds.setdefault(failure_kind(row["error"], row["slide_id"]), row["slide_id"])
+            if first != row["slide_id"]:
+                line = f"{row['slide_id']}: failed, as {first}"
+            elif self._again:  # tried once more, to no other end
+                line = f"{row['slide_id']}: failed as before"
         if self._bar is None:
-            self._print(f"{number}/{slides} {_line(row)}")
+            self._print(f"{number}/{slides} {line}")
             return
         self._at = f"slide {number}/{slides}"
         self._show()
         if self._unit == "slide" and not self._again:
             self._bar.update(1)
         if row["status"] == "failed":
-            self._bar.write(_line(row), file=sys.stderr)
+            self._bar.write(line, file=sys.stderr)
+
+    def missing(self, slides: int) -> None:
+        self._say(f"{slides_in_words(slides)} failed: no such file. They are listed at the end.")
 
     def retrying(self, slides: int) -> None:
         self._again = True
-        line = (
-            "the slide that failed is tried once more." if slides == 1 else f"{slides} slides failed: tried once more."
-        )
+        self._say(f"{slides_in_words(slides)} failed by input or output: tried once more.")
+
+    def _say(self, line: str) -> None:
         if self._bar is None:
             self._print(line)
         else:
@@ -154,11 +159,9 @@ class Terminal(Watcher):
             print("What is done is kept: the same command goes on from here.", file=self._words)
         if result.note:
             print(result.note, file=self._words)
-        failed = [row for row in result.rows if row["status"] == "failed"]
-        for row in failed[:_FAILURES_SHOWN]:
-            print(f"  {_line(row)}", file=self._words)
-        if len(failed) > _FAILURES_SHOWN:
-            print(f"  and {len(failed) - _FAILURES_SHOWN} more: see slides.csv", file=self._words)
+        failed = {row["slide_id"]: row["error"] for row in result.rows if row["status"] == "failed"}
+        for line in failure_lines(failures_by_kind(failed)):
+            print(f"  {line}", file=self._words)
         print(f"see {result.out / 'slides.csv'}", file=self._words)
         return status
 

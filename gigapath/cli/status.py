@@ -7,12 +7,9 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 from gigapath.cli.arguments import add_json
-from gigapath.cohort.progress import StageProgress, read_progress
+from gigapath.cohort.progress import StageProgress, failure_lines, read_progress
 from gigapath.cohort.status import STATES
 from gigapath.text import in_words, slides_in_words
-
-_KINDS_SHOWN = 10
-_SLIDES_SHOWN = 5
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,7 +34,8 @@ def run(namespace: argparse.Namespace) -> int:
         if line:
             print(line)
     for stage in stages:
-        _print_failures(stage)
+        for line in failure_lines(stage.failures):
+            print(f"{stage.folder}: {line}")
     if any(stage.counts["failed"] for stage in stages):
         print("What failed is not counted as left: the same command tries it again, --only failed tries it alone.")
     return 0
@@ -60,11 +58,3 @@ def _pace(stage: StageProgress) -> str:
 
 def _rate(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
-
-
-def _print_failures(stage: StageProgress) -> None:
-    for kind, slides in list(stage.failures.items())[:_KINDS_SHOWN]:
-        more = f" and {len(slides) - _SLIDES_SHOWN:,} more" if len(slides) > _SLIDES_SHOWN else ""
-        print(f"{stage.folder}: {len(slides):,} failed: {kind} ({', '.join(slides[:_SLIDES_SHOWN])}{more})")
-    if len(stage.failures) > _KINDS_SHOWN:
-        print(f"{stage.folder}: and {len(stage.failures) - _KINDS_SHOWN} other kinds of failures: see slides.csv")

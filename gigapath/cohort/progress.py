@@ -5,7 +5,7 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ _STAGE_FOLDERS = ("tiles", "features_", "slides_", "contextual_")
 # The rate is that of the results of so many seconds before the newest one.
 _WINDOW_SECONDS = 3600.0
 _READ_BYTES = 1 << 16
+_KINDS_SHOWN, _SLIDES_SHOWN = 20, 5
 
 
 @dataclass(frozen=True)
@@ -99,13 +100,32 @@ def failures_by_kind(errors: Mapping[str, str]) -> dict[str, tuple[str, ...]]:
     """
     kinds: dict[str, list[str]] = {}
     for slide_id in sorted(errors):
-        text = re.sub(r"'[^']*'", "...", without_name(errors[slide_id], slide_id, "..."))
-        kinds.setdefault(re.sub(r"(?<![\w.])\d[\d.,]*\d|(?<![\w.])\d", "N", text), []).append(slide_id)
+        kinds.setdefault(failure_kind(errors[slide_id], slide_id), []).append(slide_id)
     said = {
         without_name(errors[slides[0]].removeprefix(f"slide {slides[0]!r}: "), slides[0], "..."): tuple(slides)
         for slides in kinds.values()
     }
     return dict(sorted(said.items(), key=lambda item: (-len(item[1]), item[0])))
+
+
+def failure_kind(error: str, slide_id: str) -> str:
+    """An error without the names and numbers in it."""
+    text = re.sub(r"'[^']*'", "...", without_name(error, slide_id, "..."))
+    return re.sub(r"(?<![\w.])\d[\d.,]*\d|(?<![\w.])\d", "N", text)
+
+
+def failure_lines(failures: Mapping[str, Sequence[str]], word: str = "failed") -> Iterator[str]:
+    """A line a kind of failure: how many slides, the sentence in full, and the first of them.
+
+    Args:
+        failures: as `failures_by_kind` gives it.
+        word: what became of the slides.
+    """
+    for kind, slides in list(failures.items())[:_KINDS_SHOWN]:
+        more = f" and {len(slides) - _SLIDES_SHOWN:,} more" if len(slides) > _SLIDES_SHOWN else ""
+        yield f"{len(slides):,} {word}: {kind} ({', '.join(slides[:_SLIDES_SHOWN])}{more})"
+    if len(failures) > _KINDS_SHOWN:
+        yield f"and {len(failures) - _KINDS_SHOWN} other kinds: see slides.csv"
 
 
 def _order(folder: Path) -> tuple[int, str]:

@@ -19,11 +19,11 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NoReturn, Protocol
+from typing import Any, Protocol
 
 from gigapath.cohort.manifest import SlideEntry
 from gigapath.cohort.run import CohortRun, Plan, SlideResults, Watcher
-from gigapath.cohort.status import Status, read_status
+from gigapath.cohort.status import Status
 from gigapath.files import check_writable, remove_abandoned, writer_name
 from gigapath.machine import available_cores
 from gigapath.preprocessing.slide import SlideError
@@ -419,7 +419,7 @@ class RayWorkers:
             elif error is not None:
                 raise error
             else:
-                yield entry, [_fail(self._run, entry)]
+                yield entry, [self._run.fail(entry, SlideError(_LOST))]
 
     def _end(self, worker: _Worker) -> None:
         self._workers.remove(worker)
@@ -478,15 +478,3 @@ def _none_came() -> OSError:
         f"expected a worker within {_PATIENCE_SECONDS:.0f} s, got none: the machines are taken, or gone. "
         "Look at `ray status`, then run the same command again."
     )
-
-
-def _fail(run: CohortRun, entry: SlideEntry) -> Status:
-    """Mark a slide that no worker survived as failed, in the first stage that is not finished."""
-    statuses = {folder: read_status(folder, entry.slide_id) for folder in run.stages}
-    unfinished = [folder for folder, status in statuses.items() if status is None or not status.finished]
-    folder = [*unfinished, run.stages[-1]][0]
-
-    def fail() -> NoReturn:
-        raise SlideError(_LOST)
-
-    return run.attempt(folder, entry, folder.name.partition("_")[0], {}, fail)

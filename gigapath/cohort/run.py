@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from gigapath.cohort.manifest import SlideEntry
 from gigapath.cohort.privacy import without_paths
@@ -67,8 +67,11 @@ class Watcher:
     def slide(self, row: Mapping[str, Any], number: int, slides: int) -> None:
         """Slide `number` of `slides` is through; `row` is what slides.csv says of the stages that it went through."""
 
+    def missing(self, slides: int) -> None:
+        """The files of so many slides are not there: they fail together, before the others are worked on."""
+
     def retrying(self, slides: int) -> None:
-        """All slides are through; the `slides` that failed are tried once more."""
+        """All slides are through; those `slides` that failed by input or output are tried once more."""
 
 
 # slides.csv is derived again during a run once this many times its own cost has passed.
@@ -163,8 +166,8 @@ class CohortRun:
     ) -> RunResult:
         """Bring slides through their stages; the run's record and slides.csv are left however it ends.
 
-        Slides that failed are tried once more when all others are through: a file server that was away for a minute
-        is back then.
+        Slides that failed by an error of input or output are tried once more when all others are through: a file server
+        that was away for a minute is back then. Whatever else a slide fails by can't change.
 
         Args:
             todo: the slides of which something is left to do.
@@ -228,7 +231,7 @@ class CohortRun:
         stopped = None
         made: dict[Path, tuple[int, ...]] = {}
         sha256: Mapping[str, str] = {}
-        error = ""
+        error, may_pass = "", False
         try:
             if entry.problem:
                 raise SlideError(entry.problem)
@@ -244,6 +247,7 @@ class CohortRun:
             if getattr(problem, "stops_run", False) or os.environ.get("GIGAPATH_DEBUG"):
                 raise
             outcome, error = Outcome("failed"), without_paths(_sentence(problem), entry)
+            may_pass = _may_pass(problem, entry.path)
         status = Status(
             slide_id=entry.slide_id,
             stage=stage,
@@ -259,6 +263,7 @@ class CohortRun:
             columns=entry.columns,
             ended=round(time.time(), 3),
             sha256=sha256,
+            may_pass=may_pass,
         )
         meanwhile = None if status.finished else read_status(folder, entry.slide_id)
         if meanwhile is not None and meanwhile != before and meanwhile.finished and meanwhile.identity == identity:
@@ -285,38 +290,63 @@ class CohortRun:
                 if status is not None and status.finished and status.columns != entry.columns:
                     write_status(folder, replace(status, columns=entry.columns))
 
+    def fail(self, entry: SlideEntry, error: Exception) -> Status:
+        """Mark a slide that nobody works on as failed, in the first stage that is not finished."""
+        statuses = {folder: read_status(folder, entry.slide_id) for folder in self.stages}
+        unfinished = [folder for folder, status in statuses.items() if status is None or not status.finished]
+        folder = [*unfinished, self.stages[-1]][0]
+
+        def work() -> NoReturn:
+            raise error
+
+        return self.attempt(folder, entry, folder.name.partition("_")[0], {}, work)
+
     def _loop(self, todo: Sequence[SlideEntry], process: Process) -> str:
+        missing = [entry for entry in todo if not entry.problem and not entry.path.exists()]
+        if missing:
+            self.watch.missing(len(missing))
+        for entry in missing:
+            name = entry.path.name
+            self.fail(entry, FileNotFoundError(f"slide {entry.slide_id!r}: expected a file, got none named {name!r}."))
+        absent = {entry.slide_id for entry in missing}
+        there = [entry for entry in todo if entry.slide_id not in absent]
         try:
-            failed = self._pass(todo, process)
-            again = [entry for entry in failed if not entry.problem]
+            failed, again = self._pass(there, process, len(missing))
+            self._drop_rows(failed)
             if again and not self._note:
                 self.watch.retrying(len(again))
-                failed = [entry for entry in failed if entry.problem] + self._pass(again, process)
-                self._drop_rows(failed)
+                lasting, again = self._pass(again, process, len(missing) + len(failed))
+                self._drop_rows([*lasting, *again])
+                failed += lasting
         except Stopped:
             return "stopped"
-        return "some slides failed" if failed else "done"
+        return "some slides failed" if missing or failed or again else "done"
 
     def _drop_rows(self, failed: Sequence[SlideEntry]) -> None:
-        """Remove the rows that slides which failed twice have kept: a file that can't be read to the end may have been
-        wrong before that too, so what mends it begins with its first tile. A stopped or killed slide's rows stay."""
+        """Remove the rows that slides which failed for good have kept: a file that can't be read to the end may have
+        been wrong before that too, so what mends it begins with its first tile. A stopped or killed slide's stay."""
         for entry in failed:
             for folder in self.stages:
                 with contextlib.suppress(OSError):
                     rows_file(folder / f"{entry.slide_id}.h5").unlink(missing_ok=True)
 
-    def _pass(self, todo: Sequence[SlideEntry], process: Process) -> list[SlideEntry]:
-        """Go through slides once; those that failed. More of them than allowed end the pass, and `_note` says so."""
+    def _pass(
+        self, todo: Sequence[SlideEntry], process: Process, before: int
+    ) -> tuple[list[SlideEntry], list[SlideEntry]]:
+        """Go through slides once; those that failed for good, and those whose failure may pass. More of them, with the
+        `before` that failed earlier, than allowed end the pass, and `_note` says so."""
         next_table = 0.0
-        failed = []
+        failed: list[SlideEntry] = []
+        again: list[SlideEntry] = []
         results = process(todo)
         for number, (entry, statuses) in enumerate(results, start=1):
             if not all(status.finished for status in statuses):
-                failed.append(entry)
+                (again if any(status.may_pass for status in statuses) else failed).append(entry)
             self.watch.slide(slide_row(entry.slide_id, statuses), number, len(todo))
-            if self.max_failures is not None and len(failed) > self.max_failures:
+            so_far = before + len(failed) + len(again)
+            if self.max_failures is not None and so_far > self.max_failures:
                 self._note = (
-                    f"{len(failed)} of {number} slides failed, more than --max-failures {self.max_failures}: ended "
+                    f"{so_far} of {before + number} slides failed, more than --max-failures {self.max_failures}: ended "
                     f"with {len(todo) - number} slides to do. Look at the reasons, then run the same command again."
                 )
                 results.close()
@@ -325,7 +355,7 @@ class CohortRun:
             if now >= next_table and number < len(todo):
                 self._table()
                 next_table = time.monotonic() + _TABLE_SHARE * (time.monotonic() - now)
-        return failed
+        return failed, again
 
     def _table(self) -> list[dict[str, Any]]:
         """Write slides.csv; the rows of this run's slides."""
@@ -347,6 +377,20 @@ def _counts(rows: Sequence[Mapping[str, Any]]) -> dict[str, int]:
     """Slides by status, every status named."""
     counted = Counter(row["status"] for row in rows)
     return {state: counted[state] for state in STATES}
+
+
+def _may_pass(error: Exception, path: Path) -> bool:
+    """Whether a failure is one of input or output, by the error or because the slide's file can't be read now:
+    libraries that decode say no more than that they could not."""
+    for_good = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
+    if isinstance(error, OSError):
+        return not isinstance(error, for_good)
+    try:
+        with path.open("rb") as file:
+            file.read(1)
+    except OSError as found:
+        return not isinstance(found, for_good)
+    return False
 
 
 def _sentence(error: Exception) -> str:

@@ -45,6 +45,7 @@ class Status:
         columns: the manifest's columns, carried through.
         ended: when the stage ended, in seconds since 1970 (UTC).
         sha256: of the result's files by their names; folders of earlier versions have none.
+        may_pass: whether a failure is one of input or output, which the next attempt may not meet; not kept in files.
     """
 
     slide_id: str
@@ -61,6 +62,7 @@ class Status:
     columns: Mapping[str, str] = field(default_factory=dict)
     ended: float = 0.0
     sha256: Mapping[str, str] = field(default_factory=dict)
+    may_pass: bool = False
 
     @property
     def finished(self) -> bool:
@@ -75,7 +77,9 @@ def status_path(folder: Path, slide_id: str) -> Path:
 
 def write_status(folder: Path, status: Status) -> None:
     """Write a slide's status file, whole or not at all; one that a power cut takes makes its slide one to do."""
-    write_json_atomic(status_path(folder, status.slide_id), dataclasses.asdict(status), durable=False)
+    values = dataclasses.asdict(status)
+    del values["may_pass"]
+    write_json_atomic(status_path(folder, status.slide_id), values, durable=False)
 
 
 def read_status(folder: Path, slide_id: str) -> Status | None:
