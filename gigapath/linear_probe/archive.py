@@ -1,16 +1,25 @@
-"""A zip or a folder of one `.pt` per tile, read once into one matrix: in parallel, in the order in which the bytes lie,
-without unpacking to disk and without running what the files hold. A checked cache beside it makes the second reading
-quick."""
+"""A zip or a folder of one `.pt` per tile, read once into one matrix; nothing is unpacked to disk, no code is run.
+A checked cache beside it makes the second reading quick."""
 
+import hashlib
+import io
 import logging
-from collections.abc import Callable
+import os
+import pickle
+import struct
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
+import torch
 
-from gigapath.files import OutputError
-from gigapath.linear_probe.sources import FolderSource, Source, ZipSource, read_members_ahead, visible
+from gigapath.files import OutputError, real_path
+from gigapath.linear_probe.fast_vectors import Layout, layout_of, stored_members
 from gigapath.linear_probe.table import (
     EmbeddingTable,
     bare_name,
@@ -18,17 +27,120 @@ from gigapath.linear_probe.table import (
     check_unique,
     read_table,
     split_of_path,
+    worker_count,
     write_table,
 )
-from gigapath.linear_probe.tensor_files import VectorReader
 
 CACHE_SUFFIX = ".cache.h5"
 CACHE_VERSION = 1  # raised when the cache's content changes for the same zip
 REPORT_EVERY = 1024  # tiles
+READ_AHEAD = 512  # files of a folder
+MOST_BYTES = 1 << 28  # a member larger than this holds neither a vector nor a tile
+_ENTRY_BYTES = 46  # of a member in a zip's table, without its name, extra field and comment
+_END_BYTES = 22  # of a zip's end record, without its comment
+# What zipfile raises for a file that is no zip, damaged, encrypted or packed in a way that it does not know.
+_ZIP_ERRORS = (
+    *(zipfile.BadZipFile, zlib.error, struct.error, OSError, EOFError),
+    *(ValueError, RuntimeError, NotImplementedError, OverflowError),
+)
 
 log = logging.getLogger(__name__)
 
 Report = Callable[[int, int], None]  # (tiles read, tiles in all)
+
+
+class ZipFiles:
+    """The members of a zip that `accept` takes by their names.
+
+    Attributes:
+        names: in the order of the zip's table.
+    """
+
+    def __init__(self, path: Path, accept: Callable[[str], bool]) -> None:
+        self.path = path
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: no such file.")
+        try:
+            self._zip = zipfile.ZipFile(path)
+            with path.open("rb") as file:
+                # A zip that is cut short may end in a member that is a zip itself, which zipfile takes for the whole.
+                file.seek(-_END_BYTES - len(self._zip.comment), os.SEEK_END)
+                if file.read(4) != b"PK\x05\x06":
+                    raise ValueError("it is cut short")
+        except _ZIP_ERRORS as error:
+            raise ValueError(f"{path.name}: {_reason(error)}, so it is no whole zip. Fetch it anew.") from None
+        self._members = [member for member in self._zip.infolist() if accept(member.filename)]
+        self.names = [member.filename for member in self._members]
+        for member in self._members:
+            if member.file_size > MOST_BYTES:
+                raise ValueError(f"{path.name}: {member.filename} claims {member.file_size:,} bytes. Fetch it anew.")
+
+    def identity(self) -> str:
+        """Size, time of change and the table of members, which holds every member's name, size and CRC-32."""
+        status = self.path.stat()
+        size = sum(
+            _ENTRY_BYTES + len(member.extra) + len(member.comment)
+            + len(member.orig_filename.encode("utf-8" if member.flag_bits & 0x800 else "cp437"))
+            for member in self._zip.infolist()
+        )  # fmt: skip
+        with self.path.open("rb") as file:
+            file.seek(self._zip.start_dir)
+            table = file.read(size)
+        return f"zip {status.st_size} {status.st_mtime_ns} {hashlib.sha256(table).hexdigest()}"
+
+    def read(self, index: int) -> bytes:
+        """A member's bytes, unpacked and checked."""
+        member = self._members[index]
+        try:
+            return self._zip.read(member)
+        except _ZIP_ERRORS as error:
+            raise ValueError(
+                f"{self.path.name}: {member.filename} is damaged or packed otherwise ({_reason(error)}). Fetch it anew."
+            ) from None
+
+    def read_all(self) -> Iterator[tuple[int, bytes]]:
+        """(number, bytes) of every member, in the order in which they lie."""
+        order = sorted(range(len(self._members)), key=lambda index: self._members[index].header_offset)
+        stored = stored_members(self.path, [self._members[index] for index in order])
+        for index, content in zip(order, stored, strict=True):
+            yield index, self.read(index) if content is None else content
+
+
+class FolderFiles:
+    """The files of a folder, and of the folders below it, that `accept` takes by their paths; `names` are these."""
+
+    def __init__(self, path: Path, accept: Callable[[str], bool]) -> None:
+        self.path = path
+        self._entries = sorted(_walk(path, "", accept, {real_path(path)}))
+        self.names = [name for name, _, _ in self._entries]
+
+    def identity(self) -> str:
+        """Names, sizes and times of change of all files."""
+        listed = "\n".join(f"{name}\t{size}\t{changed}" for name, size, changed in self._entries)
+        return f"folder {len(self._entries)} {hashlib.sha256(listed.encode()).hexdigest()}"
+
+    def read(self, index: int) -> bytes:
+        """A file's bytes."""
+        try:
+            return (self.path / self.names[index]).read_bytes()
+        except OSError as error:
+            raise ValueError(f"{self.names[index]}: expected a readable file, got {error.strerror!r}.") from error
+
+    def read_all(self) -> Iterator[tuple[int, bytes]]:
+        """(number, bytes) of every file, read by threads: on a network's disk the wait for each adds up."""
+        rows = range(len(self.names))
+        with ThreadPoolExecutor(worker_count()) as pool:
+            for start in rows[::READ_AHEAD]:
+                ahead = rows[start : start + READ_AHEAD]
+                yield from zip(ahead, pool.map(self.read, ahead), strict=True)
+
+
+Files = ZipFiles | FolderFiles
+
+
+def visible(name: str) -> bool:
+    """Whether a path is neither hidden nor a Mac's shadow of a file."""
+    return not any(part.startswith(".") or part == "__MACOSX" for part in name.split("/"))
 
 
 def read_embeddings(
@@ -50,20 +162,24 @@ def read_embeddings(
     """
     path = Path(path)
     if path.is_dir():
-        source: Source = FolderSource(path, _is_vector)
+        files: Files = FolderFiles(path, _is_vector)
     elif path.suffix.lower() == ".zip":
-        source = ZipSource(path, _is_vector)
+        files = ZipFiles(path, _is_vector)
     else:
         table = read_table(path)
         order = sorted(range(len(table)), key=lambda row: (table.splits[row], table.names[row]))
-        return _reordered(table, order), {"identity": _file_identity(path), "read_from": "files"}
-    identity = source.identity()
+        status = path.stat()
+        return _reordered(table, order), {
+            "identity": f"file {status.st_size} {status.st_mtime_ns}",
+            "read_from": "files",
+        }
+    identity = files.identity()
     cache_path = path.with_name(path.name + CACHE_SUFFIX)
     if cache:
         cached = _read_cache(cache_path, identity)
         if cached is not None:
             return cached, {"identity": identity, "read_from": "cache"}
-    table = _read_all(source, path.name, report or (lambda done, total: None))
+    table = _read_all(files, path.name, report or (lambda done, total: None))
     if cache:
         try:
             write_table(cache_path, replace(table, attrs={"identity": identity, "cache_version": CACHE_VERSION}))
@@ -86,44 +202,108 @@ def _read_cache(path: Path, identity: str) -> EmbeddingTable | None:
     return replace(table, attrs={})
 
 
-def _read_all(source: Source, where: str, report: Report) -> EmbeddingTable:
-    members = source.members()
-    if not members:
+def _read_all(files: Files, where: str, report: Report) -> EmbeddingTable:
+    if not files.names:
         raise ValueError(f"{where}: expected .pt files, got none. Name the zip or folder of tile embeddings.")
-    names = [bare_name(member) for member in members]
-    splits = [split_of_path(member) for member in members]
+    names = [bare_name(name) for name in files.names]
+    splits = [split_of_path(name) for name in files.names]
     check_unique(names, where)
-    order = sorted(range(len(members)), key=lambda index: (splits[index], names[index]))
-    row_of_member = np.empty(len(members), dtype=np.int64)
-    row_of_member[order] = np.arange(len(members))
+    order = sorted(range(len(names)), key=lambda index: (splits[index], names[index]))
+    row_of_file = np.empty(len(names), dtype=np.int64)
+    row_of_file[order] = np.arange(len(names))
 
     features = np.empty((0, 0), dtype=np.float32)
-    reader = VectorReader()
-    for done, (index, content) in enumerate(read_members_ahead(source), start=1):
-        vector = reader.read(content, members[index])
+    vectors = VectorReader()
+    first = ""
+    for done, (index, content) in enumerate(files.read_all(), start=1):
+        vector = vectors.read(content, files.names[index])
         if done == 1:
-            features = np.empty((len(members), len(vector)), dtype=np.float32)
-            first = members[index]
+            features = np.empty((len(names), len(vector)), dtype=np.float32)
+            first = files.names[index]
         elif len(vector) != features.shape[1]:
             raise ValueError(
-                f"{members[index]}: expected a vector of width {features.shape[1]} like {first}, "
+                f"{files.names[index]}: expected a vector of width {features.shape[1]} like {first}, "
                 f"got {len(vector)}. Keep the embeddings of one encoder together."
             )
-        features[row_of_member[index]] = vector
-        if done % REPORT_EVERY == 0 or done == len(members):
-            report(done, len(members))
+        features[row_of_file[index]] = vector
+        if done % REPORT_EVERY == 0 or done == len(names):
+            report(done, len(names))
     ordered = tuple(names[index] for index in order)
     check_finite(features, ordered, where)
     return EmbeddingTable(ordered, features, tuple(splits[index] for index in order))
+
+
+class VectorReader:
+    """Reads one vector per file: by torch's restricted reader where the file is laid out like none before."""
+
+    def __init__(self) -> None:
+        self._layouts: dict[int, list[Layout]] = {}  # by the size of the file
+
+    def read(self, content: bytes, name: str) -> npt.NDArray[np.float32]:
+        """The vector (D,) in a `.pt` file.
+
+        Args:
+            content: the file's bytes.
+            name: for messages.
+
+        Raises:
+            ValueError: no `.pt` file, one that holds code or anything but one vector of real numbers.
+        """
+        for layout in self._layouts.get(len(content), ()):
+            vector = layout.read(content)
+            if vector is not None:
+                return vector
+        tensor = _load(content, name)
+        found = layout_of(content, tensor)
+        if found is not None:
+            self._layouts.setdefault(len(content), []).append(found)
+        return np.asarray(tensor.flatten().to(torch.float32).numpy())
+
+
+def _load(content: bytes, name: str) -> torch.Tensor:
+    try:
+        tensor = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    except Exception as error:
+        if isinstance(error, pickle.UnpicklingError) and "GLOBAL" in str(error):
+            raise ValueError(
+                f"{name}: holds objects other than tensors, and loading those could run code. "
+                "Save the plain vector (torch.save(embedding.cpu(), path))."
+            ) from error
+        raise ValueError(f"{name}: can't be read as a .pt file. Fetch or make it anew.") from error
+    if not isinstance(tensor, torch.Tensor):
+        raise ValueError(f"{name}: expected one tensor, got {type(tensor).__name__}. Save the plain vector.")
+    if tensor.layout != torch.strided or not tensor.dtype.is_floating_point:
+        raise ValueError(f"{name}: expected a vector of real numbers, got {tensor.dtype}.")
+    if tensor.numel() == 0 or tensor.numel() != max(tensor.shape, default=0):
+        raise ValueError(f"{name}: expected one vector, got shape {tuple(tensor.shape)}.")
+    return tensor.detach()
 
 
 def _is_vector(name: str) -> bool:
     return name.endswith(".pt") and visible(name)
 
 
-def _file_identity(path: Path) -> str:
-    status = path.stat()
-    return f"file {status.st_size} {status.st_mtime_ns}"
+def _reason(error: BaseException) -> str:
+    """What zipfile says of a file, on one line, without the file's own words where they are long."""
+    return " ".join(str(error).split())[:100] or type(error).__name__
+
+
+def _walk(folder: Path, prefix: str, accept: Callable[[str], bool], seen: set[Path]) -> Iterator[tuple[str, int, int]]:
+    """Name, size and time of change of each file; a folder that `seen` holds, such as one that links back, is not
+    entered."""
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            name = prefix + entry.name
+            try:
+                inner = real_path(Path(entry.path)) if entry.is_dir() else None
+                status = entry.stat() if inner is None and accept(name) else None
+            except OSError as error:  # a link to nothing, or to itself
+                raise ValueError(f"{name}: expected a file, got {error.strerror!r}. Mend or remove it.") from error
+            if status is not None:
+                yield name, status.st_size, status.st_mtime_ns
+            elif inner is not None and inner not in seen:
+                seen.add(inner)
+                yield from _walk(Path(entry.path), name + "/", accept, seen)
 
 
 def _reordered(table: EmbeddingTable, order: list[int]) -> EmbeddingTable:

@@ -15,9 +15,9 @@ import numpy.typing as npt
 from PIL import Image, UnidentifiedImageError
 
 from gigapath.features.h5 import open_h5
+from gigapath.linear_probe.archive import Files, FolderFiles, ZipFiles, visible
 from gigapath.linear_probe.labels import LabelRows, join_labels, rows_of_table
 from gigapath.linear_probe.pcam import read_meta
-from gigapath.linear_probe.sources import FolderSource, Source, ZipSource, visible
 from gigapath.linear_probe.table import SPLIT_WORDS, bare_name, check_unique, split_of_path
 from gigapath.tables import parse_table
 
@@ -71,20 +71,20 @@ def open_tile_set(path: Path | str) -> TileSet:
         files = sorted(path.glob("*.h5")) or sorted((path / "pcam").glob("*.h5"))
         if any(_PCAM.fullmatch(file.name) for file in files):
             return _pcam([file for file in files if _PCAM.fullmatch(file.name)])
-        return _images(FolderSource(path, _is_tile_or_csv), path.name)
+        return _images(FolderFiles(path, _is_tile_or_csv), path.name)
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file or folder.")
     if path.suffix.lower() != ".zip":
         raise ValueError(f"{path.name}: expected a folder, a .zip or PCam's .h5 files of tiles, got {path.suffix!r}.")
-    return _images(ZipSource(path, _is_tile_or_csv), path.name)
+    return _images(ZipFiles(path, _is_tile_or_csv), path.name)
 
 
 def _is_tile_or_csv(name: str) -> bool:
     return visible(name) and (IMAGES.search(name) is not None or name.lower().endswith(".csv"))
 
 
-def _images(source: Source, where: str) -> TileSet:
-    members = source.members()
+def _images(files: Files, where: str) -> TileSet:
+    members = files.names
     images = [index for index, member in enumerate(members) if IMAGES.search(member)]
     tables = [index for index, member in enumerate(members) if not IMAGES.search(member)]
     if not images:
@@ -98,9 +98,8 @@ def _images(source: Source, where: str) -> TileSet:
     groups: list[str] | None = None
     group_column: str | None = None
     if tables:
-        content = source.load(tables)[0][1]
-        source.check(tables[0], content)
-        listed = rows_of_table(parse_table(bytes(content), members[tables[0]]), label="label", split=None, group=None)
+        table = parse_table(files.read(tables[0]), members[tables[0]])
+        listed = rows_of_table(table, label="label", split=None, group=None)
         labels, splits, groups = _from_csv(listed, names, splits)
         group_column = listed.group_column
     else:
@@ -109,12 +108,8 @@ def _images(source: Source, where: str) -> TileSet:
     order = sorted(range(len(images)), key=lambda row: (splits[row], names[row]))
 
     def read(rows: Sequence[int]) -> list[Pixels]:
-        pixels = []
-        for row in rows:
-            index, content = source.load([images[order[row]]])[0]
-            source.check(index, content)
-            pixels.append(_decode(bytes(content), members[index]))
-        return pixels
+        indices = [images[order[row]] for row in rows]
+        return [_decode(files.read(index), members[index]) for index in indices]
 
     return TileSet(
         names=tuple(names[row] for row in order),
@@ -123,7 +118,7 @@ def _images(source: Source, where: str) -> TileSet:
         groups=None if groups is None else tuple(groups[row] for row in order),
         group_column=group_column,
         read=read,
-        identity=source.identity(),
+        identity=files.identity(),
     )
 
 
