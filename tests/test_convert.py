@@ -167,7 +167,7 @@ def test_a_signal_ends_convert_and_export_in_75_and_leaves_nothing_half_written(
     write_slide(tmp_path / "slides_mean__x" / "a.h5", slide)
     words = ["export", str(tmp_path), "--embedding", "tile-mean", "--to", str(out / "table.csv")]
     with monkeypatch.context() as patch:
-        patch.setattr("gigapath.files.publish", lambda *_: os.kill(os.getpid(), sent))
+        patch.setattr("gigapath.files.publish", lambda *_, **__: os.kill(os.getpid(), sent))
         assert main(words) == 75
     assert not list(out.glob("table*"))
     assert main(words) == 0

@@ -311,6 +311,37 @@ def test_attributes_of_unknown_kinds_are_refused(tmp_path: Path) -> None:
     assert names(tmp_path) == []
 
 
+# Files that are open elsewhere
+
+
+@pytest.mark.parametrize("locking", [None, False, True, "best-effort"])
+def test_file_that_this_process_has_open_is_read_as_it_is_or_said_to_be_open(tmp_path: Path, locking: Any) -> None:
+    path = write_ours(tmp_path / "a.h5")
+    options = {} if locking is None else {"locking": locking}
+    with h5py.File(path, "r", **options) as file:
+        held = file["features"]
+        assert np.array_equal(read_features(path).features, FEATURES)
+        assert np.array_equal(held[()], FEATURES), "theirs stays open"
+    for mode in ("r+", "a", "w"):
+        with h5py.File(path, mode, **options), pytest.raises(FeatureFileError, match="open for writing"):
+            read_features(path)
+
+
+def test_file_that_another_program_is_making_is_said_to_be_open(tmp_path: Path) -> None:
+    path = tmp_path / "a.h5"
+    code = (
+        "import sys, h5py\nwith h5py.File(sys.argv[1], 'w', locking=True) as file:\n"
+        " file['features'] = [[0.0]]\n print('made', flush=True)\n sys.stdin.read()"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as other:
+        assert other.stdout is not None and other.stdout.readline()
+        with pytest.raises(FeatureFileError, match=r"open for writing|still being written"):
+            read_features(path)
+        other.communicate()
+
+
 # A failing disk
 
 

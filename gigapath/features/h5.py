@@ -6,6 +6,7 @@ lets HDF5 believe that all went well.
 """
 
 import contextlib
+import fcntl
 import json
 import os
 import re
@@ -36,18 +37,20 @@ def open_h5(path: Path | str) -> Iterator[h5py.File]:
 
     Raises:
         FileNotFoundError: no such file.
-        FeatureFileError: not an h5 file, or one that can't be read to the end.
+        FeatureFileError: not an h5 file, one that is being written, or one that can't be read to the end.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file.")
     try:
-        file = h5py.File(path, "r", locking=False)
+        file = _open_unlocked(path)
     except PermissionError:
         raise
     except (OSError, RuntimeError) as error:
         raise FeatureFileError(f"{path.name}: expected an HDF5 file, {_what_it_is(path, error)}.") from error
     with file:
+        if file.id.get_intent() & h5py.h5f.ACC_RDWR:
+            raise FeatureFileError(f"{path.name}: this process has it open for writing. Close it there first.")
         try:
             _check_links(path, file)
             if not heaps_are_sound(path, file):
@@ -59,6 +62,18 @@ def open_h5(path: Path | str) -> Iterator[h5py.File]:
             raise FeatureFileError(
                 f"{path.name}: could not be read to the end ({_first_line(error)}). Make it again or fetch it anew."
             ) from error
+
+
+def _open_unlocked(path: Path) -> h5py.File:
+    """The file without a lock; or as somebody else in this process has opened it, which HDF5 asks for."""
+    try:
+        return h5py.File(path, "r", locking=False)
+    except (OSError, RuntimeError) as error:
+        for locking in ("best-effort", True):
+            with contextlib.suppress(OSError, RuntimeError):
+                if "flag values don't match" in str(error):
+                    return h5py.File(path, "r", locking=locking)
+        raise
 
 
 def _check_links(path: Path, file: h5py.File) -> None:
@@ -76,18 +91,27 @@ def _check_links(path: Path, file: h5py.File) -> None:
             raise FeatureFileError(f"{path.name}: its {name[:80]!r} lies in another file. Copy it into this one.")
 
 
+_AGAIN = "Make it again or fetch it anew, unless it is still being written"
+
+
 def _what_it_is(path: Path, error: Exception) -> str:
-    if "already open" in str(error):
-        return "got one that this process is writing. Close it first"
+    if "unable to lock" in str(error) and "Resource temporarily" not in str(error):
+        return "got one on a file system without locks. Set HDF5_USE_FILE_LOCKING=FALSE"
     with path.open("rb") as file:
         start = file.read(8)
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # as HDF5 does
+        except BlockingIOError:
+            return "got one that another program has open for writing. Read it when that is done"
+        except OSError:  # a file system without locks
+            pass
     if not start:
-        return "got an empty one. Make it again"
+        return f"got an empty one. {_AGAIN}"
     if start != b"\x89HDF\r\n\x1a\n":
         return f"got something else (it begins with {start!r}). Name a feature file"
     if "truncated" in str(error):
-        return "got a truncated one. Make it again or fetch it anew"
-    return f"got a damaged one ({_first_line(error)}). Make it again or fetch it anew"
+        return f"got a truncated one. {_AGAIN}"
+    return f"got a damaged one ({_first_line(error)}). {_AGAIN}"
 
 
 def _first_line(error: Exception) -> str:
