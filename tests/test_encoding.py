@@ -250,6 +250,7 @@ def test_vectors_of_tiles_need_a_name_of_theirs() -> None:
         ("gigapath-flash", "gigapath-flash", "gigapath-flash"),
         ("gigapath-flash-random", "mean", "gigapath-flash"),
         ("standin", "mean", "gigapath"),
+        ("Prov-GigaPath", "gigapath", "gigapath"),
         (None, "mean", "gigapath"),
     ],
 )

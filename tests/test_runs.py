@@ -801,6 +801,28 @@ def test_vectors_of_tiles_of_another_tools_file_keep_its_unit(tmp_path: Path) ->
     assert result.rows[0]["error"].startswith("--per section: expected a file that says which piece of tissue")
 
 
+@pytest.mark.parametrize("words", [[], ["--slide-encoder", "mean"]])
+def test_another_tools_embeddings_of_a_released_width_ask_for_the_slide_encoder(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str]
+) -> None:
+    folder = tmp_path / "20x_256px/features_somewhere"
+    folder.mkdir(parents=True)
+    (tmp_path / "20x_256px/_config_feats.json").write_text('{"run": {"patch_encoder": "maybe_giga"}}')
+    with h5py.File(folder / "s1.h5", "w") as file:
+        file["features"] = np.random.default_rng(0).normal(size=(2, 1536)).astype(np.float32)
+        file["coords"] = np.int64([[0, 0], [256, 0]])
+        file["coords"].attrs["patch_size_level0"] = 256
+        file["features"].attrs["encoder"] = "giga\nx"
+    code = main(["slide-embed", str(folder), "--out", str(tmp_path / "out"), *words])
+    said = capsys.readouterr().err
+    if words:
+        assert code == 0
+        return
+    assert code == 1 and "--slide-encoder: expected a name" in said and not (tmp_path / "out").exists()
+    for hint in ("encoder 'giga\\nx'", "patch_encoder 'maybe_giga'", "folder 20x_256px/features_somewhere"):
+        assert hint in said
+
+
 def test_slide_embed_writes_the_table_that_export_writes(
     slides: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -112,7 +112,7 @@ class SlideEmbedOptions:
     slide_encoder: str | None = option(
         None,
         "gigapath, gigapath-flash, mean or a checkpoint (default: the pair of the tile encoder that the files name, "
-        "else mean)",
+        "else mean; to be named for another tool's files of a released encoder's width that name none)",
         metavar="NAME",
     )
     embedding: str = option(

@@ -14,7 +14,7 @@ from gigapath.embedding.slide_encoding import SlideEncoder, load_slide_encoder, 
 from gigapath.embedding.slide_stage import SlideStage, slides_folder
 from gigapath.embedding.slides import only_failed
 from gigapath.features import FeatureFileError
-from gigapath.features.reading import find_feature_files, look_at_features, slide_name
+from gigapath.features.reading import FeatureFacts, encoder_hints, find_feature_files, look_at_features, slide_name
 from gigapath.file_names import name_problem, one_line, plain_name, quoted_name
 from gigapath.files import real_path, sha256_of
 from gigapath.machine import available_cores
@@ -53,8 +53,9 @@ def run_slide_embed(
     with StopFlag(watch.stopping) as stop, at_most_threads(available_cores()):
         entries = entries_of(features)
         out = _output_folder(entries, out)
-        encoder_name, width = _first_described(entries)
-        slide_encoder = _slide_encoder(embedding, encoder_name, width)
+        first, facts = _first_described(entries)
+        encoder_name, width = facts.encoder, facts.width
+        slide_encoder = _slide_encoder(embedding, first, facts)
         before = [
             path for path in (out / "tiles", entries[0].path.parent) if path.is_relative_to(out) and path.is_dir()
         ]
@@ -90,8 +91,7 @@ def run_slide_embed(
             f"slide encoder: {slide_encoder.description}; {slide_encoder.device.type}, {slide_encoder.precision}.",
             f"tile embeddings of {encoder_name or 'an encoder that the files do not name'}, {width}-d; into {folder}.",
         )
-        facts = {"slides": len(entries), "todo": len(todo), "skipped": skipped}
-        plan = Plan(lines, len(entries), skipped, facts=facts)
+        plan = Plan(lines, len(entries), skipped, facts={"slides": len(entries), "todo": len(todo), "skipped": skipped})
 
         def work(entry: SlideEntry) -> list[Status]:
             return [stage.embed(run, entry, entry.path, names[entry.slide_id])]
@@ -99,17 +99,25 @@ def run_slide_embed(
         return dataclasses.replace(run.over_slides(todo, run.in_process(work), lambda: plan), results=folder)
 
 
-def _slide_encoder(embedding: SlideEmbedOptions, tile_encoder: str | None, width: int) -> SlideEncoder:
+def _slide_encoder(embedding: SlideEmbedOptions, first: Path, facts: FeatureFacts) -> SlideEncoder:
     """The slide encoder that the options mean for these tile embeddings; one that was trained on others is refused.
 
     Args:
         embedding: which slide encoder.
-        tile_encoder: what the files name, or None.
-        width: D.
+        first: a file of these tile embeddings.
+        facts: what it says of itself.
     """
-    name = embedding.slide_encoder
+    name, tile_encoder, width = embedding.slide_encoder, facts.encoder, facts.width
     if name is None:
         name = usual_slide_encoder(tile_encoder, random_weights=embedding.random_weights)
+        fitting = [release.name for release in RELEASES.values() if release.tile_dim == width]
+        if name == "mean" and fitting and not facts.of_our_run:
+            hints = "; ".join(encoder_hints(first, facts.attrs))
+            raise ValueError(
+                f"--slide-encoder: expected a name, since {first.name} and the other {width}-d embeddings may be those "
+                f"of {fitting[0]}'s tile encoder and do not say so (they say: {hints}). Name {fitting[0]} if they are, "
+                "else mean."
+            )
     slide_encoder = load_slide_encoder(
         name,
         in_chans=width,
@@ -155,13 +163,12 @@ def _output_folder(entries: Sequence[SlideEntry], out: str | Path | None) -> Pat
     return folder.parent
 
 
-def _first_described(entries: Sequence[SlideEntry]) -> tuple[str | None, int]:
-    """(tile encoder that is named, width) of the first file that can be read."""
+def _first_described(entries: Sequence[SlideEntry]) -> tuple[Path, FeatureFacts]:
+    """The first file that can be read, and what it says of itself."""
     error: Exception | None = None
     for entry in entries:
         try:
-            facts = look_at_features(entry.path)
-            return facts.encoder, facts.width
+            return entry.path, look_at_features(entry.path)
         except (FeatureFileError, OSError) as problem:
             error = error or problem
     raise ValueError(f"none of {slides_in_words(len(entries))} has readable tile embeddings: {error}")

@@ -380,10 +380,8 @@ def load_slide_encoder(
 def usual_slide_encoder(tile_encoder: str | None, *, random_weights: bool) -> str:
     """The slide encoder where nobody names one: that of the tile encoder's own release, else the mean, or with
     `random_weights` an untrained one."""
-    if random_weights:
-        release = (tile_encoder or "").removesuffix("-random")
-        return release if release in RELEASES else "gigapath"
-    return tile_encoder if tile_encoder in RELEASES else "mean"
+    release = release_of((tile_encoder or "").removesuffix("-random" if random_weights else ""))
+    return release if release in RELEASES else "gigapath" if random_weights else "mean"
 
 
 def find_slide_checkpoint(name: str) -> Path:

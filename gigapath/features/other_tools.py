@@ -500,7 +500,7 @@ def _read_slide2vec(path: Path, coordinates: Path | None) -> Held:
         rows = _rows_of(index.reshape(-1), places["tile_index"].reshape(-1), path)
         coords, fractions = coords[rows], None if fractions is None else fractions[rows]
     meta = _read_json(beside.with_name(f"{beside.name.removesuffix('.npz')}.meta.json"))
-    attrs = {**_flat(meta), **_flat(sidecar)}
+    attrs = {**flat_json(meta), **flat_json(sidecar)}
     step = as_pair(attrs.get("step_px_lv0"))
     if step is None and not as_number(attrs.get("overlap")):
         step = as_pair(attrs.get("tile_size_lv0"))
@@ -549,13 +549,13 @@ def _read_json(path: Path) -> Any:
         raise FeatureFileError(f"{path.name}: expected JSON, got something that is not ({error}).") from error
 
 
-def _flat(value: Any) -> dict[str, Any]:
+def flat_json(value: Any) -> dict[str, Any]:
     """The plain values of nested JSON objects by their own names; the outermost of equal names stays."""
     if not isinstance(value, Mapping):
         return {}
     found: dict[str, Any] = {}
     for inner in value.values():
-        found.update(_flat(inner))
+        found.update(flat_json(inner))
     found.update({str(name): entry for name, entry in value.items() if isinstance(entry, str | int | float | bool)})
     return found
 

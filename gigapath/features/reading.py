@@ -1,7 +1,10 @@
 """Which files hold tile embeddings, and the one reader of them: our files and other tools', to the same dataclass."""
 
+import contextlib
 import fnmatch
+import json
 import os
+import re
 import zipfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -10,12 +13,12 @@ from typing import Any
 
 import numpy as np
 
-from gigapath.features.cells import OPTION, as_pair, cells_of, observed_step, row_major
+from gigapath.features.cells import OPTION, all_facts, as_pair, cells_of, observed_step, row_major
 from gigapath.features.data import Array, Attrs, FeatureFileError, TileEmbeddings
 from gigapath.features.gigapath_file import check_ours, open_ours, stage_of
 from gigapath.features.h5 import check_undamaged, find_dataset, open_h5, read_attrs, read_dataset
-from gigapath.features.other_tools import COORDINATES, Held, read_other_tool, two_axes
-from gigapath.files import is_hidden, real_path
+from gigapath.features.other_tools import COORDINATES, Held, flat_json, read_other_tool, two_axes
+from gigapath.files import is_hidden, real_path, visible_files
 
 # Looked for in this order: a folder that holds some of the first holds no features under the others.
 SUFFIXES = (".h5", ".npz", ".pt")
@@ -25,6 +28,11 @@ _OTHER_FOLDERS = ("tiles", "patches", "slides_*", "slide_features_*", "slide_emb
 _NO_FEATURES = ({"values.npy", "cells.npy"}, {"slide_ids.npy", "vectors.npy"})
 # Attributes by which files say how far apart their tiles lie (ours, TRIDENT's, CLAM's and Mussel's, STAMP's).
 _STEPS = ("tile_size_level0", "patch_size_level0", "patch_size", "step_size", "tile_size_um", "tile_size_lv0")
+
+# Where hints at an encoder are looked for.
+_ENCODER = re.compile(r"encoder|extractor|model|backbone", re.IGNORECASE)
+_FEW_FILES = 8
+_SIDECAR_BYTES = 1 << 20
 
 # Rows that are looked at at once, so that a check needs no second copy of a large array.
 _CHECK_ROWS = 4096
@@ -128,6 +136,24 @@ class FeatureFacts:
     attrs: Attrs
     ends: Array
     states_step: bool
+
+    @property
+    def of_our_run(self) -> bool:
+        """Whether this package computed the embeddings: such a file names its encoder."""
+        return "implementation" in self.attrs and "converted_from" not in self.attrs
+
+
+def encoder_hints(path: Path, attrs: Attrs) -> list[str]:
+    """What a file of tile embeddings, the JSON files beside it and its folders say of the encoder, in words."""
+    found = [f"{name} {value!r}"[:100] for name, value in all_facts(attrs).items() if _ENCODER.search(name)]
+    folder = path.absolute().parent
+    beside = [file for place in (folder, folder.parent) for file in visible_files(place, "*.json")[:_FEW_FILES]]
+    for file in beside:
+        if file.is_file() and file.stat().st_size <= _SIDECAR_BYTES:
+            with contextlib.suppress(OSError, ValueError, RecursionError):
+                said = flat_json(json.loads(file.read_text(encoding="utf-8")))
+                found += [f"{name} {said[name]!r}"[:100] for name in said if _ENCODER.search(name)]
+    return [*list(dict.fromkeys(found))[:_FEW_FILES], f"folder {folder.parent.name}/{folder.name}"]
 
 
 def look_at_features(path: Path) -> FeatureFacts:
