@@ -113,24 +113,6 @@ def test_published_files_have_neighbours_one_cell_apart(tmp_path: Path) -> None:
     assert np.array_equal(np.floor(assets["coords"] / 256), CELLS)  # what the published encoder divides by
 
 
-def test_trident_attributes_come_from_the_slide(tmp_path: Path) -> None:
-    (path,) = convert(read_features(write_ours(tmp_path)), "trident", tmp_path / "out")
-    with h5py.File(path, "r") as file:
-        coords = dict(file["coords"].attrs)
-        assert dict(file["features"].attrs) == {"name": "slide-1", "savetodir": "None", "encoder": "gigapath"}
-    assert coords == {
-        "patch_size": 256,
-        "patch_size_level0": 512,
-        "level0_magnification": 40,
-        "target_magnification": 20,
-        "overlap": 0,
-        "name": "slide-1",
-        "savetodir": "None",
-        "level0_width": 6000,
-        "level0_height": 4000,
-    }
-
-
 def test_clam_gets_its_three_files(tmp_path: Path) -> None:
     torch = pytest.importorskip("torch")
     features, tensor, patches = convert(read_features(write_ours(tmp_path)), "clam", tmp_path / "out")

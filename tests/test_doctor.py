@@ -3,7 +3,6 @@
 import errno
 import json
 import os
-import re
 import time
 from pathlib import Path
 from typing import Any
@@ -150,10 +149,3 @@ def test_the_made_slide_is_one_for_openslide(compression: str, tmp_path: Path) -
         assert slide.vendor == ("aperio" if compression == "jpeg2000" else "generic-tiff")
         pixels = slide.read(0, 0, 0, 700, 530)
     assert np.abs(pixels.astype(int) - image).max() <= (40 if compression == "jpeg" else 0)
-
-
-def test_every_extra_that_users_may_want_is_looked_at() -> None:
-    text = (Path(__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8")
-    table = text.partition("[project.optional-dependencies]")[2].partition("\n[")[0]
-    named = set(re.findall(r"^(\w+) = \[", table, re.MULTILINE))
-    assert set(installation._EXTRAS) == named - {"dev"}

@@ -9,7 +9,6 @@ import subprocess
 import sys
 import textwrap
 import tracemalloc
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -39,7 +38,6 @@ from gigapath.features import (
     write_tiles,
 )
 from gigapath.features.gigapath_file import nominal_magnification
-from gigapath.features.h5 import open_h5
 from gigapath.files import OutputError
 
 FEATURES = make_features()
@@ -389,13 +387,6 @@ def test_failing_disk_gives_one_sentence_and_leaves_nothing(
     assert np.array_equal(read_features(folder / "old.h5").features, FEATURES + 1)
 
 
-def test_failing_h5py_call_gives_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(h5py.Dataset, "__setitem__", at_call(1, errno.ENOSPC, h5py.Dataset.__setitem__))
-    with pytest.raises(OutputError, match="the disk is full"):
-        write_ours(tmp_path / "a.h5")
-    assert names(tmp_path) == []
-
-
 def test_error_of_the_caller_passes_through_and_leaves_nothing(tmp_path: Path) -> None:
     with (
         pytest.raises(FileNotFoundError),
@@ -442,24 +433,6 @@ def test_file_size_limit_gives_one_sentence_and_a_clean_exit(limit: int, tmp_pat
     assert done.stderr == ""
     assert done.stdout.startswith("2 OutputError: out/a.h5 could not be written: it would grow past the largest file")
     assert names(tmp_path / "out") == []
-
-
-KILLED = """
-    import os, sys
-    sys.path.insert(0, {tests!r})
-    from feature_files import make_features, make_tiles
-    from gigapath.features import TileEmbeddingsWriter
-    with TileEmbeddingsWriter({path!r}, make_tiles(), embed_dim=6) as writer:
-        writer.write(0, make_features()[:5])
-        os._exit(9)
-"""
-
-
-def test_killed_run_leaves_only_a_partial_and_the_next_one_clears_it(tmp_path: Path) -> None:
-    assert run_child(KILLED, path=str(tmp_path / "a.h5")).returncode == 9
-    assert [name.endswith(".partial") for name in names(tmp_path)] == [True]
-    write_ours(tmp_path / "a.h5")
-    assert names(tmp_path) == ["a.h5"]
 
 
 MEMORY = """
@@ -607,14 +580,6 @@ def test_untrained_vectors_are_called_so(tmp_path: Path) -> None:
     assert (tmp_path / "t.csv").read_text().splitlines()[1].startswith("a,default:mean,False,")
 
 
-def test_one_untrained_slide_among_trained_ones_is_called_so(run: Path) -> None:
-    attrs = {"trained": False, "slide_encoder": "gigapath", "encoder": "gigapath", "precision": "fp32"}
-    write_slide(run / "slides_gigapath__gigapath" / "z.h5", make_slide("z", attrs=attrs))
-    with pytest.warns(UserWarning, match="untrained slide encoder"), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*differ in trained")
-        read_slides(run, allow_mixed=True)
-
-
 def test_read_slides_keeps_the_vectors_that_are_asked_for_alone(tmp_path: Path) -> None:
     states = np.zeros((50, 2000), np.float32)  # 400 kB
     for number in range(30):
@@ -667,10 +632,3 @@ def test_csv_gives_back_every_float32(values: list[float], tmp_path_factory: pyt
     export_table(folder, folder / "t.csv", embedding="tile-mean")
     cells = (folder / "t.csv").read_text().splitlines()[1].split(",")[3:]
     assert [float(np.float32(cell)) for cell in cells] == values
-
-
-def test_an_error_without_words_is_named_by_its_kind(tmp_path: Path) -> None:
-    path = tmp_path / "a.h5"
-    h5py.File(path, "w").close()
-    with pytest.raises(FeatureFileError, match=r"a\.h5: could not be read to the end \(KeyError\)"), open_h5(path):
-        raise KeyError("")

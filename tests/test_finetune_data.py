@@ -4,7 +4,6 @@ import json
 import subprocess
 import sys
 
-import h5py
 import numpy as np
 import pytest
 from feature_files import write_clam, write_published, write_stamp, write_trident
@@ -258,15 +257,6 @@ def test_bad_feature_files_are_named_and_never_replaced(tmp_path) -> None:
     wide = write_slide(tmp_path / "wide.h5", np.pad(features, ((0, 0), (0, 3))), cells)
     with pytest.raises(FeatureFileError, match=r"wide.h5: expected embeddings of width 8, got 11"):
         look_at_all([good, wide], JoinOptions())
-    bare = tmp_path / "bare.h5"
-    with h5py.File(bare, "w") as file:
-        file["features"] = features
-    with pytest.raises(FeatureFileError, match=r"bare.h5: .*'coords'"):
-        look_at_all([good, bare], JoinOptions())
-    cut = tmp_path / "cut.h5"
-    cut.write_bytes(good.read_bytes()[:-200])
-    with pytest.raises(FeatureFileError, match=r"cut.h5: .*truncated"):
-        look_at_all([good, cut], JoinOptions())
     empty = write_slide(tmp_path / "empty.h5", features[:0], cells[:0])
     with pytest.raises(FeatureFileError, match=r"empty.h5: it has no tiles"):
         look_at_all([good, empty], JoinOptions())

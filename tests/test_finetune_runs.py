@@ -484,22 +484,11 @@ def test_nothing_is_written_when_the_input_is_off(tmp_path, capsys) -> None:
     assert "--features: expected embeddings of width 16" in refused("--pretrained", weights)
     assert main([*map(str, base), "--out", str(task)]) == 1 and "expected a folder" in capsys.readouterr().err
     slide = features / "slide-003.h5"
-    whole = slide.read_bytes()
-    slide.write_bytes(whole[:-40])
-    assert "slide-003.h5" in refused()
-    slide.write_bytes(whole)
     for word, value in (("NaN", np.nan), ("inf", np.inf)):
         with h5py.File(slide, "r+") as file:
             file["features"][5, 2] = value
         said = refused()
         assert "slide-003.h5" in said and "row 5" in said, (word, said)
-        slide.write_bytes(whole)
-    with h5py.File(slide, "r+") as file:
-        file["coords"][4] = [512 * 1000, 0]
-    assert "expected cells 0 to 999" in refused()
-    with h5py.File(slide, "r+") as file:
-        del file["coords"]
-    assert "slide-003.h5: expected datasets 'features' and 'coords'" in refused()
 
 
 def test_every_file_is_read_before_the_first_is_written_and_not_again(tmp_path, monkeypatch) -> None:

@@ -24,7 +24,7 @@ from feature_files import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gigapath.features import FeatureFileError, TileEmbeddingsWriter, h5, read_features, write_tiles
+from gigapath.features import FeatureFileError, TileEmbeddingsWriter, read_features, write_tiles
 from gigapath.features.cells import cells_of, observed_step, row_major
 from gigapath.features.check import check_file, files_to_check
 from gigapath.features.describe import describe
@@ -123,12 +123,6 @@ def test_trident_fractional_size_and_none_attributes(tmp_path: Path) -> None:
     found = read_features(path)
     assert np.array_equal(found.cells, CELLS)
     assert found.attrs["savetodir"] is None
-
-
-def test_trident_empty_slide_has_no_tiles(tmp_path: Path) -> None:
-    path = write_trident(tmp_path, np.zeros((0, 6), np.float32), np.zeros((0, 2)))
-    found = read_features(path)
-    assert found.features.shape == (0, 6) and found.cells is not None and found.cells.shape == (0, 2)
 
 
 def test_clam_step_from_every_way_it_is_written(tmp_path: Path) -> None:
@@ -242,34 +236,6 @@ def test_another_width_is_refused(tmp_path: Path) -> None:
         read_features(path, embed_dim=1536)
 
 
-def test_nan_is_named_by_its_row(tmp_path: Path) -> None:
-    features = np.zeros((5000, 2), np.float32)
-    features[4711, 1] = np.inf
-    cells = np.stack(np.divmod(np.arange(5000), 100)[::-1], axis=1)
-    with pytest.raises(FeatureFileError, match="row 4711"):
-        read_features(write_trident(tmp_path, features, cells))
-
-
-@pytest.mark.parametrize("share", [0.0, 0.001, 0.1, 0.5, 0.999])
-def test_truncated_file_gives_one_sentence(share: float, tmp_path: Path) -> None:
-    path = write_trident(tmp_path, make_features(8, 4000))
-    content = path.read_bytes()
-    path.write_bytes(content[: int(len(content) * share)])
-    with pytest.raises(FeatureFileError, match=r"^slide-1\.h5: .*(empty|truncated|something else|damaged)"):
-        read_features(path)
-
-
-@pytest.mark.parametrize("content", [b"slide_id,label\n", b"\x89HDF\r\n\x1a\n" + b"\0" * 500])
-@pytest.mark.parametrize("name", ["a.h5", "a.npz"])
-def test_other_content_gives_one_sentence(content: bytes, name: str, tmp_path: Path) -> None:
-    (tmp_path / "tiles").mkdir()
-    path = tmp_path / "features" / name
-    path.parent.mkdir()
-    path.write_bytes(content)
-    with pytest.raises(FeatureFileError, match=f"^{name}: expected an"):
-        read_features(path)
-
-
 def test_missing_file_and_folder(tmp_path: Path) -> None:
     for path in (tmp_path / "none.h5", tmp_path / "none.npz", tmp_path):
         with pytest.raises(FileNotFoundError, match="no such file"):
@@ -280,13 +246,6 @@ def test_tiles_file_is_not_taken_for_embeddings(tmp_path: Path) -> None:
     write_tiles(tmp_path / "slide-1.h5", make_tiles())
     with pytest.raises(FeatureFileError, match="expected a file of our stage 'features', got one of stage 'tiles'"):
         read_features(tmp_path / "slide-1.h5")
-
-
-def test_pickled_npz_is_not_run(tmp_path: Path) -> None:
-    path = write_slide2vec(tmp_path, FEATURES, order=ORDER)
-    np.savez(path, features=np.array([{"a": 1}], dtype=object))
-    with pytest.raises(FeatureFileError, match=r"slide-1\.npz"):
-        read_features(path)
 
 
 @settings(derandomize=True, deadline=None, max_examples=50)
@@ -378,15 +337,6 @@ def test_damaged_text_attributes_do_not_hang_the_reader(tmp_path: Path) -> None:
         read_features(path)
 
 
-def test_heap_check_skips_the_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = write_trident(tmp_path, make_features(8, 100_000))
-    read: list[int] = []
-    plain = h5._find
-    monkeypatch.setattr(h5, "_find", lambda raw, start, stop: read.append(stop - start) or plain(raw, start, stop))
-    read_features(path)
-    assert 0 < sum(read) < 50_000 < path.stat().st_size
-
-
 def test_reading_takes_no_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
     plain = h5py.File
@@ -460,27 +410,6 @@ def test_chunks_and_ratios_beyond_what_the_shape_needs_are_refused_before_memory
     for name in ("chunk", "ratio"):
         with pytest.raises(FeatureFileError, match="in memory"):
             read_features(tmp_path / f"{name}.h5")
-
-
-@pytest.mark.parametrize("name", ["features", "coords"])
-@pytest.mark.parametrize("kind", ["references", "text", "complex", "bool", "records"])
-def test_datasets_of_other_types_give_one_sentence(name: str, kind: str, tmp_path: Path) -> None:
-    values: dict[str, Any] = {
-        "references": {"shape": (8, 2), "dtype": h5py.ref_dtype},
-        "text": {"data": np.array([["a", "b"]] * 8, dtype=object), "dtype": h5py.string_dtype()},
-        "complex": {"data": np.ones((8, 2), complex)},
-        "bool": {"data": np.ones((8, 2), bool)},
-        "records": {"data": np.zeros((8, 2), [("x", "f4"), ("y", "f4")])},
-    }
-    with h5py.File(tmp_path / "a.h5", "w") as file:
-        file.create_dataset(name, **values[kind])
-        if name == "coords":
-            file["features"] = FEATURES
-        else:
-            file["coords"] = COORDS
-    for read in (read_features, look_at_features):
-        with pytest.raises(FeatureFileError, match=rf"^a\.h5: its dataset '{name}' holds .*\.$"):
-            read(tmp_path / "a.h5")
 
 
 def test_attributes_of_millions_of_numbers_are_left_out(tmp_path: Path) -> None:

@@ -70,20 +70,6 @@ def test_describe_says_what_our_file_is(tmp_path: Path) -> None:
     assert {name: found[name] for name in expected} == expected
 
 
-def test_words_name_every_fact(tmp_path: Path) -> None:
-    text = "\n".join(in_words(describe(write_ours(tmp_path / "a.h5"))))
-    for fact in (
-        "a.h5: tile embeddings of slide slide-1, written by gigapath 0.",
-        "8 tiles; 6 values each, float32.",
-        "Tile encoder: standin; weights sha256 abababababab; precision fp32.",
-        "0.5 microns per pixel; coordinates in level-0 pixels, tiles 512 apart.",
-        "Columns 3 to 7, rows 1 to 4; stored in row-major order.",
-        "Numerics version 1; complete.",
-    ):
-        assert fact in text
-    assert "Warning" not in text
-
-
 @pytest.mark.parametrize(
     ("write", "facts"),
     [

@@ -11,7 +11,7 @@ import numpy as np
 import openslide
 import pytest
 import tifffile
-from made_slides import all_tiles, paint_tissue, write_pyramid, write_scn
+from made_slides import all_tiles, paint_tissue, write_pyramid
 
 from gigapath.preprocessing.fast import READERS
 from gigapath.preprocessing.reading import filter_name, iter_tiles, read_tile, resample
@@ -46,18 +46,6 @@ def test_tile_holds_the_picture_that_was_written(tmp_path: Path) -> None:
         for first, batch in iter_tiles(slide, tiles, batch_size=32):
             for tile, (x, y) in zip(batch, tiles.coords_level0[first : first + 32], strict=True):
                 assert np.array_equal(tile, image[y : y + 64, x : x + 64])
-
-
-def test_tiles_of_a_slide_with_bounds_lie_on_the_scanned_area(tmp_path: Path) -> None:
-    image = paint_tissue(960, 640)
-    path = write_scn(tmp_path / "b.scn", image, canvas=(3000, 2500), offset=(1003, 707), mpp=0.5)
-    with open_slide(path) as slide:
-        tiles = all_tiles(slide)
-        assert tiles.coords_level0.min(0).tolist() == [1003, 707]
-        for index in (0, 5, len(tiles) - 1):
-            x, y = tiles.coords_level0[index] - (1003, 707)
-            difference = read_tile(slide, tiles, index).astype(int) - image[y : y + 64, x : x + 64]
-            assert np.abs(difference).mean() < 4  # JPEG
 
 
 @pytest.mark.parametrize("workers", [0, 1, 2, 3])

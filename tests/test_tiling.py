@@ -19,7 +19,6 @@ from gigapath.preprocessing.reading import iter_tiles
 from gigapath.preprocessing.slide import Slide, SlideError, open_slide
 from gigapath.preprocessing.tiling import TileOptions, TilePlan, hilbert_index, plan_tiles, spread_evenly
 from gigapath.preprocessing.tissue import tile_fractions
-from scripts.bench.made_slide import write_large
 
 UInt8Array = npt.NDArray[np.uint8]
 
@@ -92,18 +91,6 @@ def test_tiles_of_any_pyramid_show_the_same_picture(field: UInt8Array, tmp_path:
     for name, mpp, steps in (("b.tif", 0.25, (1, 2, 4)), ("c.tif", 0.25, (1, 4)), ("d.tif", 0.2431, (1, 4))):
         found = cv2.GaussianBlur(tile(name, mpp, steps).astype(np.float32), (0, 0), 3)
         assert np.abs(found - expected).mean() < 0.2 * np.abs(neighbour - expected).mean()
-
-
-def test_cells_equal_the_division_over_a_row_of_a_thousand_tiles(tmp_path: Path) -> None:
-    path = write_large(tmp_path / "row.tif", (530_000, 1_100), mpp=0.2431, steps=(1, 4, 16), tile=128)
-    with open_slide(path) as slide:
-        tiles = plan_tiles(slide, TileOptions(tissue="none")).tiles
-    assert tiles.tile_size_level0 == (527, 527)
-    assert tiles.cells.max(0).tolist() == [1004, 1]
-    assert len(np.unique(tiles.cells, axis=0)) == len(tiles) == 2 * 1005
-    assert np.array_equal(tiles.coords_level0 // 527, tiles.cells)
-    assert np.array_equal(np.round(tiles.coords_level0 / 527), tiles.cells)
-    assert np.array_equal(np.lexsort(tiles.coords_level0.T), np.arange(len(tiles)))  # row-major
 
 
 def test_a_coarse_slide_is_refused_with_the_option_named(field: UInt8Array, tmp_path: Path) -> None:
