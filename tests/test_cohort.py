@@ -94,7 +94,7 @@ def test_find_slides_says_how_many_pngs_it_passes_over(tmp_path: Path, caplog: p
 
 
 def test_find_slides_names_what_is_missing_or_empty(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"no such slide, folder or manifest: .*nothing\.svs"):
+    with pytest.raises(FileNotFoundError, match=r"nothing\.svs"):
         find_slides([tmp_path / "nothing.svs"])
     with pytest.raises(ValueError, match="expected a folder with slides, found none"):
         find_slides([tmp_path])

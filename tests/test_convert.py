@@ -171,17 +171,17 @@ def test_what_a_file_says_is_no_command_to_the_terminal(tmp_path: Path, capsys: 
 
 def test_what_is_not_stated_is_asked_for(tmp_path: Path) -> None:
     trident = read_features(write_trident(tmp_path / "t", FEATURES))
-    with pytest.raises(ValueError, match=r"does not say the slide's mpp.*--slide-mpp"):
+    with pytest.raises(ValueError, match="--slide-mpp"):
         convert(trident, "stamp", tmp_path / "out")
     stamp = read_features(write_stamp(tmp_path / "s", FEATURES))
-    with pytest.raises(ValueError, match=r"not level-0 pixels.*--slide-mpp"):
+    with pytest.raises(ValueError, match="--slide-mpp"):
         convert(stamp, "trident", tmp_path / "out")
     published = read_features(write_published(tmp_path / "p", FEATURES), tile_size_level0=256)
-    with pytest.raises(ValueError, match=r"which level.*--coords-mpp"):
+    with pytest.raises(ValueError, match="--coords-mpp"):
         convert(published, "gigapath", tmp_path / "out", scale=Scale(slide_mpp=0.25))
     with pytest.raises(ValueError, match="one of our files already"):
         convert(read_features(write_ours(tmp_path)), "gigapath", tmp_path / "out")
-    with pytest.raises(ValueError, match="--to: expected one of gigapath, trident"):
+    with pytest.raises(ValueError, match="--to"):
         convert(trident, "TRIDENT", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

@@ -109,9 +109,7 @@ def test_slide_embeddings_that_overflow_half_precision_are_refused() -> None:
     tiles = dataclasses.replace(some_embeddings(), features=np.full((7, WIDTH), 6e4, np.float32))
     encoder = dataclasses.replace(tiny_slide_encoder(), precision="fp16")
     for work in (encoder.embed, encoder.embed_tiles):
-        with pytest.raises(
-            ValueError, match=r"tinynet: an embedding of s is not finite in fp16\. Try --precision fp32"
-        ):
+        with pytest.raises(ValueError, match="--precision"):
             work(tiles)
     assert all(np.isfinite(value).all() for value in tiny_slide_encoder().embed(tiles).values())
 
@@ -183,7 +181,7 @@ def test_load_slide_encoder_names_what_there_is(tmp_path: Path) -> None:
         load_slide_encoder("titan", in_chans=8)
     weights = tmp_path / "other.pth"
     torch.save({"head.weight": torch.zeros(2, 2)}, weights)
-    with pytest.raises(ValueError, match=r"other\.pth: expected a slide encoder's checkpoint"):
+    with pytest.raises(ValueError, match=r"other\.pth"):
         load_slide_encoder(str(weights), in_chans=8)
     with pytest.raises(ValueError, match="expected the name of a slide encoder"):
         load_slide_encoder(str(weights), in_chans=8, random_weights=True)

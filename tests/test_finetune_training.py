@@ -223,7 +223,7 @@ def test_full_disk_while_saving_is_one_sentence_and_leaves_nothing(tmp_path, mon
 
     bags, truth = bags_of(6)
     monkeypatch.setattr("safetensors.torch.save_file", full)
-    with pytest.raises(OutputError, match=r"checkpoint-1.safetensors could not be written: the disk is full") as caught:
+    with pytest.raises(OutputError, match=r"checkpoint-1\.safetensors") as caught:
         trainer_of(bags, truth).train(narrow(), fold_of(6), tmp_path, {})
     assert caught.value.stops_run and list(tmp_path.iterdir()) == []
 

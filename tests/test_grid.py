@@ -84,7 +84,7 @@ def test_grid_refuses_a_tile_made_of_absurdly_many_pixels() -> None:
 
 
 def test_grid_refuses_absurdly_many_tiles() -> None:
-    with pytest.raises(SlideError, match=r"19531250 x 19531250.*--tile-size"):
+    with pytest.raises(SlideError, match="--tile-size"):
         plan_grid(header(0.5, size=(5_000_000_000, 5_000_000_000)))
 
 

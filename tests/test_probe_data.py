@@ -480,7 +480,7 @@ def test_flipped_byte_in_a_member_is_noticed(made: tuple[Path, Path]) -> None:
 
 
 def test_missing_container_is_one_sentence(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"nowhere\.zip: no such file"):
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.zip"):
         read_embeddings(tmp_path / "nowhere.zip")
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match=r"empty: expected \.pt files, got none"):

@@ -228,9 +228,7 @@ def test_tcga_ids_join_by_rule(copied: tuple[Path, Path]) -> None:
     folder, table = copied
     rows = list(csv.DictReader(table.open()))
     write_rows(table, [{**row, "slide_id": row["slide_id"] + ".01Z-00-DX1.ABC.svs"} for row in rows])
-    with pytest.raises(
-        ValueError, match=r"slides without an embedding: 80 .* embeddings without a row: 80 .*--id-rule"
-    ):
+    with pytest.raises(ValueError, match="--id-rule"):
         probe_slides(folder, table, ProbeOptions(), QUICK)
     options = SlideProbeOptions(embedding="default", folds=3, repeats=1, id_rule="tcga")
     assert probe_slides(folder, table, ProbeOptions(replicates=0), options).data.facts["slides"] == 80

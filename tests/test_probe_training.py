@@ -130,7 +130,7 @@ def test_last_steps_are_looked_at_when_looks_do_not_divide_the_steps() -> None:
 
 def test_loss_that_is_not_finite_is_an_error() -> None:
     features, labels = planted(100, 8)
-    with pytest.raises(ValueError, match=r"the loss is not finite at step \d+. Lower --lr"):
+    with pytest.raises(ValueError, match="--lr"):
         train(features * 1e30, labels, torch.arange(60), torch.arange(60, 100), 2, Recipe(steps=50, lr=1e9), seed=0)
 
 

@@ -350,7 +350,7 @@ def test_an_address_where_nothing_answers_is_refused_at_once(slides: Path, tmp_p
         server.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{server.getsockname()[1]}"  # bound, but nobody listens
         for wrong in (address, "127.0.0.1", "ray://127.0.0.1:x"):
-            with pytest.raises(OSError, match=r"--ray-address: expected HOST:PORT of a Ray cluster"):
+            with pytest.raises(OSError, match="--ray-address"):
                 run_tile([slides], tmp_path, tiling=TILING, options=RunOptions(engine="ray", ray_address=wrong))
 
 

@@ -780,11 +780,11 @@ def test_slide_embed_gives_one_vector_a_tile(slides: Path, tmp_path: Path) -> No
     assert encoder.model is not None
     mean = encoder.model.norm(torch.from_numpy(held.features).mean(0)).numpy()
     np.testing.assert_allclose(mean, encoder.embed(tiles)["states_mean"][1], atol=1e-5)
-    with pytest.raises(ValueError, match="--embedding default:tiles: expected a slide encoder with layers"):
+    with pytest.raises(ValueError, match="--embedding"):
         slide_embed(tmp_path, slide_encoder="mean", embedding="default:tiles")
     with pytest.raises(ValueError, match="a: expected one vector a slide, got default:tiles"):
         read_slide(tmp_path / "slides_tinynet__tiny/a.h5").select("default:tiles")
-    with pytest.raises(ValueError, match="--per section: expected one vector a section"):
+    with pytest.raises(ValueError, match="--per"):
         SlideEmbedOptions(per="section", embedding="default:tiles")
 
 

@@ -140,7 +140,7 @@ def test_gpu_that_was_granted_and_is_not_there_is_an_error(monkeypatch: pytest.M
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", value)
         assert devices.resolve_device("auto").type == "cpu"
     monkeypatch.setenv("SLURM_JOB_GPUS", "0")
-    with pytest.raises(ValueError, match=r"expected a GPU, which SLURM_JOB_GPUS=0 grants to this job.*--device cpu"):
+    with pytest.raises(ValueError, match="--device"):
         devices.resolve_device("auto")
     assert devices.resolve_device("cpu").type == "cpu", "it was asked for"
 

@@ -111,7 +111,7 @@ def test_x_and_y_are_averaged_only_where_they_agree(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("value", [0, -1.0, float("nan"), float("inf")])
 def test_an_override_must_be_a_scale(tmp_path: Path, value: float) -> None:
-    with pytest.raises(ValueError, match="--slide-mpp: expected microns per pixel above 0"):
+    with pytest.raises(ValueError, match="--slide-mpp"):
         open_slide(tmp_path / "a.svs", slide_mpp=value)
 
 
@@ -272,7 +272,7 @@ def test_what_is_no_slide_gets_one_sentence_without_its_folder(tmp_path: Path) -
         assert str(caught.value).startswith(f"slide {slide_id_of(name)!r}: "), name
         assert "canary" not in str(caught.value)
         assert "\n" not in str(caught.value)
-    with pytest.raises(FileNotFoundError, match=r"'none'.*none of the name 'none\.svs'"):
+    with pytest.raises(FileNotFoundError, match=r"none\.svs"):
         open_slide(folder / "none.svs")
 
 

@@ -219,7 +219,7 @@ def fluorescence(width: int, height: int) -> UInt8Array:
 def test_a_dark_background_is_refused_with_the_way_on(tmp_path: Path) -> None:
     path = write_pyramid(tmp_path / "dapi.tif", fluorescence(1900, 1300), mpp=(0.5, 0.5))
     with open_slide(path) as slide:
-        with pytest.raises(SlideError, match=r"'dapi'.*dark background, looks like fluor.*--allow-dark-background"):
+        with pytest.raises(SlideError, match="--allow-dark-background"):
             plan_tiles(slide, TileOptions())
         plan = plan_tiles(slide, TileOptions(allow_dark_background=True))
     assert 0 < len(plan.tiles) < 35
