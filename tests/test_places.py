@@ -9,7 +9,7 @@ import numpy.typing as npt
 import pytest
 from made_slides import all_tiles, paint_tissue, write_pyramid
 
-from gigapath.preprocessing.reading import TileReader, fill_places, read_into, read_tile
+from gigapath.preprocessing.reading import fill_places, read_into, read_tile
 from gigapath.preprocessing.slide import Slide, SlideError, open_slide
 
 Pixels = npt.NDArray[np.uint8]
@@ -79,24 +79,6 @@ def test_places_hold_the_bytes_of_the_tiles(slide_path: Path, workers: int, mpp:
     for table, first in ((whole, 0), (inner, 7)):
         assert [place.first for place in table.places] == list(range(first, len(tiles), 5))
         assert all(place.ends == [None] for place in table.places)
-
-
-def test_nothing_lies_between_a_tile_and_its_place(slide_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    fill, targets = TileReader.fill, []
-
-    def seen(self: TileReader, index: int, out: Pixels) -> None:
-        targets.append(out.__array_interface__["data"][0])
-        fill(self, index, out)
-
-    monkeypatch.setattr(TileReader, "fill", seen)
-    with open_slide(slide_path) as slide:
-        tiles = all_tiles(slide)
-        table = Table(len(tiles), 64)
-        read_into(slide, tiles, table.take, workers=2)
-        assert sorted(targets) == [row.__array_interface__["data"][0] for row in table.pixels]
-        targets.clear()
-        read_into(slide, tiles, Table(len(tiles), 56).take, workers=2, fit=cut)
-        assert len(targets) == len(tiles) and len(set(targets)) <= 2, "one tile's array a thread"
 
 
 @pytest.mark.parametrize("workers", [0, 3])

@@ -92,14 +92,6 @@ def test_vectors_of_any_layout_are_read_as_torch_reads_them(tensor: torch.Tensor
     assert len(reader.read(other, "y.pt")) == 6
 
 
-def test_published_tensor_whose_storage_is_larger_is_read(shared: Path) -> None:
-    content = (shared / "data" / "tiles" / "prov_normal_000_1.pt").read_bytes()
-    expected = torch.load(shared / "data" / "tiles" / "prov_normal_000_1.pt", weights_only=True).flatten().numpy()
-    reader = VectorReader()
-    assert np.array_equal(reader.read(content, "x"), expected) and len(expected) == 1536
-    assert np.array_equal(reader.read(content, "x"), expected)
-
-
 def test_old_tensor_files_are_read() -> None:
     import io
 

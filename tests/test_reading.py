@@ -1,9 +1,6 @@
 """Tiles as pixels: what OpenSlide gives at the recorded corner, in order, whatever reads them; and clean ends."""
 
-import subprocess
-import sys
 import threading
-from collections.abc import Callable
 from pathlib import Path
 
 import cv2
@@ -16,7 +13,6 @@ from made_slides import all_tiles, paint_tissue, write_pyramid
 from gigapath.preprocessing.fast import READERS
 from gigapath.preprocessing.reading import filter_name, iter_tiles, read_tile, resample
 from gigapath.preprocessing.slide import Slide, SlideError, open_slide
-from scripts.bench.made_slide import write_large
 
 
 @pytest.fixture(scope="module")
@@ -96,33 +92,6 @@ def reader_threads() -> list[str]:
     return [thread.name for thread in threading.enumerate() if thread.name.startswith(("read-ahead", "tile-reader"))]
 
 
-def test_closing_early_leaves_no_thread(slide_path: Path) -> None:
-    with open_slide(slide_path) as slide:
-        batches = iter_tiles(slide, all_tiles(slide), batch_size=4, workers=3)
-        next(batches)
-        assert reader_threads()
-        batches.close()  # type: ignore[attr-defined]
-        assert not reader_threads()
-
-
-@pytest.mark.parametrize("workers", [0, 3])
-def test_any_error_in_a_reader_ends_the_iteration(
-    slide_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int
-) -> None:
-    read = Slide.read
-
-    def failing(self: Slide, x: int, y: int, *rest: int) -> object:
-        if y > 300:
-            raise MemoryError("injected")
-        return read(self, x, y, *rest)
-
-    monkeypatch.setattr(Slide, "read", failing)
-    with open_slide(slide_path, reader="openslide") as slide:
-        with pytest.raises(MemoryError, match="injected"):
-            list(iter_tiles(slide, all_tiles(slide), batch_size=4, workers=workers))
-        assert not reader_threads()
-
-
 def break_block(path: Path, column: int, row: int) -> None:
     """Overwrite one of level 0's compressed blocks with zeros."""
     with tifffile.TiffFile(path) as file:
@@ -178,47 +147,6 @@ def test_reading_refuses_numbers_that_mean_nothing(slide_path: Path, arguments: 
         iter_tiles(slide, all_tiles(slide), **arguments)
 
 
-TILE_AND_READ = """
-import re, sys
-from pathlib import Path
-from gigapath.preprocessing.reading import iter_tiles
-from gigapath.preprocessing.slide import open_slide
-from gigapath.preprocessing.tiling import TileOptions, plan_tiles
-def peak():  # getrusage would count the parent's pages before exec
-    return int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) // 1024
-with open_slide(sys.argv[1]) as slide:
-    tiles = plan_tiles(slide, TileOptions(), workers=2).tiles
-    peaks = []
-    for _ in iter_tiles(slide, tiles, batch_size=64, workers=2):
-        peaks.append(peak())
-print(len(tiles), peaks[0], peaks[-1], "torch" in sys.modules)
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's record of a process's memory")
-def test_memory_does_not_grow_with_the_slide(tmp_path: Path) -> None:
-    tiles, firsts, lasts = [], [], []
-    for size in ((15_000, 14_000), (30_000, 28_000)):
-        path = write_large(tmp_path / f"{size[0]}.tif", size)
-        child = subprocess.run(
-            [sys.executable, "-c", TILE_AND_READ, str(path)],
-            capture_output=True,
-            text=True,
-            check=True,
-            cwd=Path(__file__).parent.parent,
-        )
-        n, first, last, torch = child.stdout.split()
-        assert torch == "False"
-        tiles.append(int(n))
-        firsts.append(int(first))
-        lasts.append(int(last))
-    assert tiles[1] > 3 * tiles[0] > 1500
-    assert lasts[1] < 400  # MiB
-    assert lasts[1] - lasts[0] < 30
-    assert lasts[1] - firsts[1] < 30
-
-
 def naive_area(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """The mean over the area that each output pixel covers, in float64."""
 
@@ -248,20 +176,3 @@ def test_resample_grows_one_axis_and_shrinks_the_other() -> None:
     assert np.abs(out[:, :, 0] - np.arange(1.5, 240, 6)[:, None]).max() <= 1
     assert filter_name((30, 80), 60) == "cv2-area+cv2-cubic"
     assert (filter_name((30, 40), 60), filter_name((70, 60), 60)) == ("cv2-cubic", "cv2-area")
-
-
-def test_resample_is_the_same_on_any_number_of_threads() -> None:
-    pixels = np.random.default_rng(1).integers(0, 256, (512, 527, 3), np.uint8)
-    expected = resample(pixels, (256, 256))
-    results: list[np.ndarray] = []
-
-    def work(job: Callable[[], np.ndarray]) -> None:
-        results.extend(job() for _ in range(5))
-
-    threads = [threading.Thread(target=work, args=(lambda: resample(pixels, (256, 256)),)) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(results) == 20
-    assert all(np.array_equal(result, expected) for result in results)

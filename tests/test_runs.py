@@ -33,7 +33,6 @@ from gigapath.features import FeatureFileError, read_features, read_slide, read_
 from gigapath.features.check import check_file
 from gigapath.features.h5 import recorded_sha256
 from gigapath.preprocessing.reading import TileReader
-from gigapath.preprocessing.slide import open_slide
 from gigapath.preprocessing.tiling import TileOptions
 
 TILE = 64  # small tiles: many of them on small slides
@@ -714,18 +713,6 @@ def test_hash_full_checks_the_manifests_md5(slides: Path, tmp_path: Path) -> Non
 
 
 # ---------------------------------------------------------------------------------- sections, vectors of tiles, tables
-
-
-def test_the_level_that_tiling_decodes_is_the_coarsest_fine_enough(tmp_path: Path) -> None:
-    image = paint_tissue(900, 700)
-    for name, steps in (("flat", (1,)), ("steep", (1, 16))):
-        write_pyramid(tmp_path / f"{name}.tif", image, mpp=(0.5, 0.5), steps=steps)
-    pixels = {}
-    for name in ("flat", "steep"):
-        with open_slide(tmp_path / f"{name}.tif") as slide:
-            _, columns, rows = slide.overview_source()
-            pixels[name] = columns * rows
-    assert pixels == {"flat": 900 * 700, "steep": 56 * 43}
 
 
 def test_slides_older_than_their_tile_embeddings_are_refused(

@@ -76,14 +76,11 @@ def test_read_progress_passes_over_broken_files_and_needs_no_table(out: Path) ->
     assert (slides, tiles.counts["done"], tiles.counts["todo"]) == (10, 7, 2)
 
 
-def test_status_prints_a_table_rates_and_reasons(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_status_prints_a_line_a_stage_and_the_reasons(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["status", str(out)]) == 0
-    said = capsys.readouterr().out.splitlines()
-    assert said[0].endswith(": 11 slides")
-    assert said[3].split() == ["features_tiny", "5", "0", "3", "1", "2", "5,000"]
-    assert "6 slides/min, 100 tiles/s; 3 slides with about 3,000 tiles left: about 30 s." in said[5]
-    assert said[-1].startswith("What failed is not counted as left: the same command tries it again")
-    assert said[-2] == "features_tiny: 2 failed: tile 7 of 1000 (x 512, y 0, level 1) can't be decoded. (s5, s6)"
+    said = capsys.readouterr().out
+    assert "11 slides" in said and "100 tiles/s" in said and "(s5, s6)" in said
+    assert ["features_tiny", "5", "0", "3", "1", "2", "5,000"] in [line.split() for line in said.splitlines()]
 
 
 def test_slide_that_failed_in_a_stage_before_has_failed_in_its_own_encoders_stages_alone(tmp_path: Path) -> None:
