@@ -26,8 +26,8 @@ from tiny_encoders import MeanColourEncoder, mean_colour_encoder
 
 import gigapath.cohort.run
 import gigapath.cohort.sheet
-import gigapath.embedding.batches
 import gigapath.embedding.run
+import gigapath.embedding.stream
 import gigapath.embedding.tiling
 import gigapath.features.gigapath_file
 import gigapath.features.h5
@@ -96,7 +96,7 @@ def prepare(point: str = "", at: int = 1) -> Callable[[], None]:
         gigapath.cohort.sheet: {"contact_sheet": lambda *_, **__: None},
         gigapath.features.gigapath_file: {"KEEP_SECONDS": 0.02, "WORTH_SECONDS": 0.0},
         os: {"fsync": lambda _: None},  # a killed process takes nothing with it that the system has
-        gigapath.embedding.batches: {"_BLOCK": 8},  # every batch is written by itself
+        gigapath.embedding.stream: {"_BLOCK": 8},  # every batch is written by itself
     }
     before = [(module, name, getattr(module, name)) for module, names in changes.items() for name in names]
     for module, names in changes.items():

@@ -89,7 +89,7 @@ def test_a_signal_ends_in_75(
 ) -> None:
     from gigapath.cli.progress import Terminal
 
-    monkeypatch.setattr("gigapath.embedding.batches._BLOCK", 1)  # news of every batch
+    monkeypatch.setattr("gigapath.embedding.stream._BLOCK", 1)  # news of every batch
     monkeypatch.setattr(Terminal, "tiles", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
     assert embed(slides, tmp_path, "--batch-size", "4") == 75
     said = capsys.readouterr().out

@@ -11,8 +11,8 @@ import pytest
 import torch
 from tiny_encoders import WIDTH, tiny_longnet, tiny_slide_encoder, tiny_tile_encoder
 
+from gigapath.embedding.forward import encode_padded
 from gigapath.embedding.slide_encoding import (
-    encode_padded,
     load_slide_encoder,
     mean_of_rows,
     pooled_states,

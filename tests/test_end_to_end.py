@@ -194,7 +194,7 @@ import cv2, torch
 from tiny_encoders import tiny_tile_encoder
 import gigapath.embedding.job as embed_job
 import gigapath.embedding.run as embedding
-import gigapath.embedding.batches as vectors
+import gigapath.embedding.stream as vectors
 from gigapath.embedding.options import EmbedOptions, RunOptions
 from gigapath.cohort.run import Watcher
 from gigapath.tile_encoder import TileEncoder

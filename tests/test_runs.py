@@ -24,10 +24,11 @@ from gigapath.cli.main import main
 from gigapath.cohort.manifest import SlideEntry
 from gigapath.cohort.run import Plan, RunResult, Watcher
 from gigapath.cohort.status import Status, write_status
+from gigapath.embedding.forward import EncoderError
 from gigapath.embedding.options import EmbedOptions, RunOptions, SlideEmbedOptions
 from gigapath.embedding.run import run_embed
 from gigapath.embedding.slide_embedding import run_slide_embed
-from gigapath.embedding.slide_encoding import EncoderError, load_slide_encoder
+from gigapath.embedding.slide_encoding import load_slide_encoder
 from gigapath.embedding.tiling import run_tile, tiles_identity
 from gigapath.features import FeatureFileError, read_features, read_slide, read_slides, read_tiles
 from gigapath.features.check import check_file
@@ -449,7 +450,7 @@ def test_batch_that_the_memory_does_not_hold_is_halved_and_recorded(
 
     embed(slides / "a.tif", tmp_path / "small", batch_size=8)
     monkeypatch.setattr("gigapath.embedding.run.load_tile_encoder", load)
-    monkeypatch.setattr("gigapath.embedding.settling._OUT_OF_MEMORY", ("cpu",))
+    monkeypatch.setattr("gigapath.embedding.forward._OUT_OF_MEMORY", ("cpu",))
     notes = Notes()
     result = embed(slides / "a.tif", tmp_path / "out", batch_size=None, watch=notes)
     assert "batches of 8" in "\n".join(notes.plans[0].lines)
@@ -553,7 +554,7 @@ def test_random_slide_encoder_is_labelled_in_every_output(slides: Path, tmp_path
 @pytest.fixture
 def batch_by_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every batch's vectors are written, and told of, by themselves."""
-    monkeypatch.setattr("gigapath.embedding.batches._BLOCK", 1)
+    monkeypatch.setattr("gigapath.embedding.stream._BLOCK", 1)
 
 
 class StopAfter(Watcher):

@@ -14,11 +14,16 @@ from tiny_encoders import WIDTH, tiny_tile_encoder
 from torch import Tensor, nn
 
 from gigapath.devices import reproducible, resolve_devices
-from gigapath.embedding.passes import PlainPass, choose_pass
-from gigapath.embedding.settling import fitting_batch_size, settle
-from gigapath.embedding.slide_encoding import EncoderError, OutOfMemory, encode_padded
-from gigapath.embedding.stream import TileStream
-from gigapath.embedding.times import StageTimes, bottleneck
+from gigapath.embedding.forward import (
+    EncoderError,
+    OutOfMemory,
+    PlainForward,
+    choose_forward,
+    encode_padded,
+    fitting_batch_size,
+    probe_devices,
+)
+from gigapath.embedding.stream import StageTimes, TileStream
 from gigapath.preprocessing.reading import Take, fill_places
 from gigapath.standin import weights_file
 from gigapath.tile_encoder import TileEncoder, load_tile_encoder
@@ -108,7 +113,7 @@ def test_vectors_are_those_of_the_plain_path(across: bool, devices: int, threads
     expected = [plainly(encoder, each, 4) for each in tiles]
     assert np.abs(expected[0][0] - expected[0][1]).max() > 1e-3
     for order in (range(len(COUNTS)), (4, 2, 0, 1, 3)):
-        with TileStream([PlainPass(encoder)] * devices, 4, across=across, depth=depth, readers=threads) as stream:
+        with TileStream([PlainForward(encoder)] * devices, 4, across=across, depth=depth, readers=threads) as stream:
             found = collect(stream, [Made(tiles[n], threads) for n in order])
         assert [each.tobytes() for each in found] == [expected[n].tobytes() for n in order]
 
@@ -121,7 +126,7 @@ def test_vectors_of_the_stand_in_are_those_of_the_plain_path() -> None:
     encoder = load_tile_encoder("standin")
     tiles = [picture(slide, count, 100) for slide, count in enumerate((3, 6))]
     expected = [plainly(encoder, each, 4) for each in tiles]
-    with TileStream([PlainPass(encoder)] * 2, 4) as stream:
+    with TileStream([PlainForward(encoder)] * 2, 4) as stream:
         for each, wanted in zip(tiles, expected, strict=True):
             blocks = dict(stream.submit(Made(each, encoder=encoder)).blocks())
             assert np.concatenate([blocks[first] for first in sorted(blocks)]).tobytes() == wanted.tobytes()
@@ -131,14 +136,14 @@ def test_batches_have_one_shape_and_cross_the_slides_borders() -> None:
     for across, batches in ((True, 7), (False, 8)):
         encoder, seen = tiny_tile_encoder(), []
         encoder.model.register_forward_pre_hook(lambda _, inputs, seen=seen: seen.append(inputs[0].shape[0]))
-        with TileStream([PlainPass(encoder)], 4, across=across) as stream:
+        with TileStream([PlainForward(encoder)], 4, across=across) as stream:
             collect(stream, [Made(picture(slide, count)) for slide, count in enumerate(COUNTS)])
         assert seen == [4] * batches
 
 
 def test_a_slide_that_comes_when_all_others_are_through_is_done_too() -> None:
     encoder = tiny_tile_encoder()
-    with TileStream([PlainPass(encoder)], 4) as stream:
+    with TileStream([PlainForward(encoder)], 4) as stream:
         for slide in range(3):
             tiles = picture(slide, 5)
             assert collect(stream, [Made(tiles)])[0].tobytes() == plainly(encoder, tiles, 4).tobytes()
@@ -163,7 +168,7 @@ def test_the_next_slide_is_planned_and_read_while_one_is_encoded() -> None:
         return point
 
     sources = [Made(picture(0, 4)), Made(picture(1, 4), fail=saw(1)), Made(picture(2, 4), fail=saw(2))]
-    with TileStream([PlainPass(encoder)], 4) as stream:
+    with TileStream([PlainForward(encoder)], 4) as stream:
         collect(stream, sources)
     assert read[1].is_set() and planned.is_set()
 
@@ -173,7 +178,7 @@ def test_what_waits_for_the_encoder_is_bounded() -> None:
     encoder = tiny_tile_encoder()
     encoder.model.register_forward_pre_hook(lambda *_: (go.wait(LIMIT), None)[-1])
     tiles = picture(0, 200)
-    with TileStream([PlainPass(encoder)], 4, depth=2) as stream:
+    with TileStream([PlainForward(encoder)], 4, depth=2) as stream:
         vectors = stream.submit(Made(tiles, fail=lambda point, first: firsts.append(first)))
         vectors.wait_prepared()
         # One batch in the encoder, two that wait, and one being filled.
@@ -186,7 +191,7 @@ def test_what_waits_for_the_encoder_is_bounded() -> None:
 
 @pytest.mark.parametrize(("threads", "buffers"), [(1, 4), (3, 6)])
 def test_buffers_are_few_and_taken_again(threads: int, buffers: int) -> None:
-    class Seeing(PlainPass):
+    class Seeing(PlainForward):
         def start(self, pixels: Tensor) -> Callable[[], npt.NDArray[np.float32]]:
             seen.append(pixels)  # kept, so that no other lies where it lay
             return super().start(pixels)
@@ -199,10 +204,10 @@ def test_buffers_are_few_and_taken_again(threads: int, buffers: int) -> None:
 
 
 def test_what_waits_for_the_caller_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gigapath.embedding.batches._UNTAKEN", 3)
+    monkeypatch.setattr("gigapath.embedding.stream._UNTAKEN", 3)
     encoder, seen = tiny_tile_encoder(), []
     encoder.model.register_forward_pre_hook(lambda *_: seen.append(1))
-    with TileStream([PlainPass(encoder)] * 2, 4) as stream:
+    with TileStream([PlainForward(encoder)] * 2, 4) as stream:
         slides = [stream.submit(Made(picture(slide, 41))) for slide in range(3)]
         slides[0].wait_prepared()
         wait_until(lambda: len(seen) >= 3)
@@ -215,8 +220,8 @@ def test_what_waits_for_the_caller_is_bounded(monkeypatch: pytest.MonkeyPatch) -
 def test_a_caller_is_woken_after_a_while_and_before_the_encoder_has_to_wait(
     monkeypatch: pytest.MonkeyPatch, untaken: int, seconds: float, batches: int
 ) -> None:
-    monkeypatch.setattr("gigapath.embedding.batches._UNTAKEN", untaken)
-    monkeypatch.setattr("gigapath.embedding.batches._CHECK_SECONDS", seconds)
+    monkeypatch.setattr("gigapath.embedding.stream._UNTAKEN", untaken)
+    monkeypatch.setattr("gigapath.embedding.stream._CHECK_SECONDS", seconds)
     go, calls = threading.Event(), []
     encoder = tiny_tile_encoder()
 
@@ -226,7 +231,7 @@ def test_a_caller_is_woken_after_a_while_and_before_the_encoder_has_to_wait(
             go.wait(LIMIT)
 
     encoder.model.register_forward_pre_hook(hold)
-    with TileStream([PlainPass(encoder)], 4) as stream:
+    with TileStream([PlainForward(encoder)], 4) as stream:
         blocks = stream.submit(Made(picture(0, 41))).blocks()
         first = len(next(blocks)[1])  # the encoder holds still: the slide is not through
         assert first in range(4, 4 * batches + 1), "far fewer than a block"
@@ -252,7 +257,7 @@ def test_a_slide_that_fails_harms_no_other(point: str, first: int, devices: int)
     tiles = [picture(slide, 9) for slide in range(4)]
     sources = [Made(each) for each in tiles]
     sources[1].fail = raise_at(point, first, OSError("a bad sector"))
-    with TileStream([PlainPass(encoder)] * devices, 4) as stream:
+    with TileStream([PlainForward(encoder)] * devices, 4) as stream:
         coming = [stream.submit(source) for source in sources]
         for slide, vectors in enumerate(coming):
             if slide == 1:
@@ -282,7 +287,7 @@ def test_a_failing_encoder_ends_everything_with_its_sentence(devices: int, error
             raise error
 
     encoder.model.register_forward_pre_hook(fail)
-    with pytest.raises(EncoderError, match=words), TileStream([PlainPass(encoder)] * devices, 4) as stream:
+    with pytest.raises(EncoderError, match=words), TileStream([PlainForward(encoder)] * devices, 4) as stream:
         collect(stream, [Made(picture(slide, 9)) for slide in range(3)])
 
 
@@ -294,7 +299,7 @@ def test_a_vector_that_is_not_finite_fails_its_own_slide() -> None:
 
     encoder = dataclasses.replace(tiny_tile_encoder(), model=Sensitive())
     bright = np.full((3, 64, 64, 3), 250, np.uint8)
-    with TileStream([PlainPass(encoder)], 4) as stream:
+    with TileStream([PlainForward(encoder)], 4) as stream:
         dark, white, last = (stream.submit(Made(each)) for each in (picture(0, 3), bright, picture(2, 3)))
         assert sum(len(block) for _, block in dark.blocks()) == 3
         with pytest.raises(ValueError, match="tiny: a vector is not finite in fp32"):
@@ -316,7 +321,7 @@ def test_a_slide_that_fails_where_no_buffer_is_free_lets_the_others_go_on(thread
 
     sources = [Made(each, threads) for each in tiles]
     sources[1].fail = fail
-    with TileStream([PlainPass(encoder)], 4, depth=0, readers=threads) as stream:
+    with TileStream([PlainForward(encoder)], 4, depth=0, readers=threads) as stream:
         first, broken, last = (stream.submit(source) for source in sources)
         for vectors, expected in ((first, tiles[0]), (last, tiles[2])):
             blocks = dict(vectors.blocks())
@@ -332,7 +337,7 @@ def test_slides_that_were_prepared_are_closed_however_it_ends() -> None:
     encoder = tiny_tile_encoder()
     encoder.model.register_forward_pre_hook(lambda *_: (go.wait(LIMIT), None)[-1])
     sources = [Made(picture(slide, 50)) for slide in range(4)]
-    with TileStream([PlainPass(encoder)], 4) as stream:
+    with TileStream([PlainForward(encoder)], 4) as stream:
         for source in sources:
             stream.submit(source)
         wait_until(lambda: sources[1].prepared)
@@ -344,11 +349,11 @@ def test_slides_that_were_prepared_are_closed_however_it_ends() -> None:
 
 def test_a_caller_that_fails_or_leaves_ends_the_threads() -> None:
     encoder = tiny_tile_encoder()
-    with pytest.raises(KeyError), TileStream([PlainPass(encoder)] * 2, 4) as stream:
+    with pytest.raises(KeyError), TileStream([PlainForward(encoder)] * 2, 4) as stream:
         coming = [stream.submit(Made(picture(slide, 50))) for slide in range(3)]
         for _ in coming[0].blocks():
             raise KeyError
-    with TileStream([PlainPass(encoder)], 4) as stream:
+    with TileStream([PlainForward(encoder)], 4) as stream:
         first, second = (stream.submit(Made(picture(slide, 30))) for slide in range(2))
         first.drop()
         assert sum(len(block) for _, block in second.blocks()) == 30
@@ -368,11 +373,11 @@ def test_a_stop_is_heard_while_nothing_comes() -> None:
             go.set()
             raise Stop
 
-    with pytest.raises(Stop), TileStream([PlainPass(encoder)], 4, check=check) as stream:
+    with pytest.raises(Stop), TileStream([PlainForward(encoder)], 4, check=check) as stream:
         collect(stream, [Made(picture(0, 50))])
 
 
-# ---------------------------------------------------------------------------------- settling, the ways of a device
+# -----------------------------------------------------------------------------the ways of a device, and what it can do
 
 
 class Late:
@@ -393,15 +398,15 @@ class Late:
 
 def test_the_quicker_way_is_taken_where_it_gives_the_plain_bytes() -> None:
     encoder = tiny_tile_encoder()
-    assert isinstance(choose_pass(encoder, 4)[0], PlainPass)
-    way, words = choose_pass(encoder, 4, Late)
+    assert isinstance(choose_forward(encoder, 4)[0], PlainForward)
+    way, words = choose_forward(encoder, 4, Late)
     assert isinstance(way, Late) and "checked against the plain way" in words
     for fast, said in (
         (lambda e: Late(e, wrong=True), "gave other numbers"),
         (lambda e: Late(e, error=RuntimeError("no stream\nat all")), r"failed (no stream)"),
     ):
-        way, words = choose_pass(encoder, 4, fast)
-        assert isinstance(way, PlainPass) and said in words
+        way, words = choose_forward(encoder, 4, fast)
+        assert isinstance(way, PlainForward) and said in words
     tiles = [picture(slide, count) for slide, count in enumerate(COUNTS)]
     with TileStream([Late(encoder), Late(encoder)], 4) as stream:
         found = collect(stream, [Made(each) for each in tiles])
@@ -422,13 +427,13 @@ def limited(most: int) -> TileEncoder:
 
 def test_a_batch_that_the_memory_does_not_hold_is_halved(monkeypatch: pytest.MonkeyPatch) -> None:
     assert fitting_batch_size([limited(5)], 32) == 32, "a CPU is not asked: it would take a batch's time"
-    monkeypatch.setattr("gigapath.embedding.settling._OUT_OF_MEMORY", ("cpu",))
+    monkeypatch.setattr("gigapath.embedding.forward._OUT_OF_MEMORY", ("cpu",))
     assert fitting_batch_size([limited(5)], 32) == 4
     assert fitting_batch_size([limited(40), limited(9)], 32) == 8, "the least of several devices"
     with pytest.raises(OutOfMemory, match="batches of 1 tiles"):
         fitting_batch_size([limited(0)], 32)
     with pytest.raises(OutOfMemory, match="--batch-size"):
-        settle([limited(5)], 32, several=True)
+        probe_devices([limited(5)], 32, several=True)
 
 
 def test_batches_cross_borders_only_where_a_tiles_place_changes_nothing() -> None:
@@ -437,17 +442,17 @@ def test_batches_cross_borders_only_where_a_tiles_place_changes_nothing() -> Non
             return (x.mean((1, 2, 3)) * (1 + 1e-6 * torch.arange(len(x))))[:, None].expand(-1, WIDTH)
 
     encoder = tiny_tile_encoder()
-    assert settle([encoder], 8, several=True).across
-    assert not settle([encoder], 8, several=False).across, "nothing to gain: not tried"
-    assert not settle([dataclasses.replace(encoder, model=ByPlace())], 8, several=True).across
+    assert probe_devices([encoder], 8, several=True).across
+    assert not probe_devices([encoder], 8, several=False).across, "nothing to gain: not tried"
+    assert not probe_devices([dataclasses.replace(encoder, model=ByPlace())], 8, several=True).across
 
 
 def test_devices_that_give_other_numbers_are_refused() -> None:
     first, second = tiny_tile_encoder(), tiny_tile_encoder()
-    assert len(settle([first, second, first], 4, several=True).passes) == 3
+    assert len(probe_devices([first, second, first], 4, several=True).forwards) == 3
     next(second.model.parameters()).mul_(1.0001)
     with pytest.raises(ValueError, match="--devices"):
-        settle([first, second], 4, several=True)
+        probe_devices([first, second], 4, several=True)
 
 
 def test_devices_are_a_list_or_a_number() -> None:
@@ -474,7 +479,7 @@ def test_switches_of_the_process_are_put_back_by_the_last_thread() -> None:
     assert (flags.deterministic, flags.allow_tf32) == before
 
 
-def test_busy_shares_name_the_stage_that_the_others_wait_for() -> None:
+def test_busy_shares_count_from_a_snapshot_and_by_the_workers_of_a_stage() -> None:
     busy = StageTimes({"read": 1, "encode": 2})
     busy.add("read", 5.0)
     before = busy.snapshot()
@@ -482,4 +487,4 @@ def test_busy_shares_name_the_stage_that_the_others_wait_for() -> None:
         time.sleep(0.05)
     shares = busy.shares(before)
     assert shares["read"] == 0 and 0 < shares["encode"] <= 0.5, "one of two worked"
-    assert (bottleneck(shares), bottleneck(busy.shares())) == ("encode", "read")
+    assert busy.shares()["read"] > busy.shares()["encode"]

@@ -24,7 +24,7 @@ from gigapath.doctor.options import VerifyOptions
 from gigapath.doctor.verify import verdict
 from gigapath.doctor.verify_tile_encoder import RIGHT, forms_of
 from gigapath.embedding import slide_encoding as encoding
-from gigapath.embedding.slide_encoding import encode_padded
+from gigapath.embedding.forward import encode_padded
 from gigapath.files import sha256_of
 from gigapath.findings import SKIPPED, Finding
 from gigapath.preprocessing.slide import open_slide

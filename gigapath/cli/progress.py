@@ -11,7 +11,6 @@ from tqdm import tqdm
 from gigapath.cli.main import EXIT_FAILED_SLIDES, EXIT_STOPPED
 from gigapath.cohort.progress import failure_kind, failure_lines, failures_by_kind
 from gigapath.cohort.run import Plan, RunResult, Watcher
-from gigapath.embedding.times import bottleneck
 from gigapath.text import in_words, slides_in_words, tiles_in_words
 
 EXIT_STATUS = {"done": 0, "some slides failed": EXIT_FAILED_SLIDES, "stopped": EXIT_STOPPED}
@@ -168,7 +167,7 @@ class Terminal(Watcher):
 
 def busy_in_words(shares: Mapping[str, float]) -> str:
     """How busy the stages are, the one that the others wait for in front; those that hardly work are left out."""
-    slowest = bottleneck(shares)
+    slowest = max(shares, key=lambda stage: shares[stage])
     names = sorted(shares, key=lambda name: (name != slowest, -shares[name]))
     shown = [f"{_STAGES[name]} {shares[name]:.0%}" for name in names if name == slowest or shares[name] >= _SHOWN_SHARE]
     return "busy: " + ", ".join(shown)

@@ -17,7 +17,7 @@ import numpy.typing as npt
 import torch
 from PIL import Image
 
-from gigapath.embedding.slide_encoding import encode_padded
+from gigapath.embedding.forward import encode_padded
 from gigapath.features import Tiles, read_features
 from gigapath.findings import OK, SKIPPED, Finding
 from gigapath.hub import digest_of

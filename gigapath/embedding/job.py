@@ -14,14 +14,11 @@ from gigapath.cohort.manifest import SlideEntry
 from gigapath.cohort.reuse import digest
 from gigapath.cohort.run import Outcome
 from gigapath.cohort.status import Status
-from gigapath.embedding.batches import SlideVectors
-from gigapath.embedding.passes import PlainPass
-from gigapath.embedding.settling import Settled
+from gigapath.embedding.forward import DeviceProbe, PlainForward
 from gigapath.embedding.slides import open_entry
 from gigapath.embedding.stages import EmbedStages
-from gigapath.embedding.stream import TileStream
+from gigapath.embedding.stream import SlideVectors, Snapshot, TileStream
 from gigapath.embedding.tiling import tile_slide, tiles_digest
-from gigapath.embedding.times import Snapshot, bottleneck
 from gigapath.features import TileEmbeddingsWriter, Tiles
 from gigapath.features.kept_rows import KeptRows
 from gigapath.machine import available_cores
@@ -162,10 +159,10 @@ class EmbedJob(EmbedStages):
     Use it as a context manager: `announce` the slides, then `work` for each in that order; no thread is left.
 
     Attributes (beside those of `EmbedStages`):
-        settled: how the devices are used; None for the plain way, a slide at a time.
+        probe: how the devices are used; None for the plain way, a slide at a time.
     """
 
-    settled: Settled | None = None
+    probe: DeviceProbe | None = None
     _expected: dict[str, int] = field(default_factory=dict)
     _coming: deque[ComingSlide] = field(default_factory=deque)
     _stream: TileStream | None = None
@@ -213,10 +210,10 @@ class EmbedJob(EmbedStages):
     def _running_stream(self) -> TileStream:
         """The stream, with every slide submitted that was announced."""
         if self._stream is None:
-            passes = self.settled.passes if self.settled else tuple(PlainPass(encoder) for encoder in self.encoders)
-            across = self.settled is not None and self.settled.across
+            forwards = self.probe.forwards if self.probe else tuple(PlainForward(encoder) for encoder in self.encoders)
+            across = self.probe is not None and self.probe.across
             self._stream = TileStream(
-                passes,
+                forwards,
                 self.batch_size,
                 across=across,
                 readers=max(1, self.workers),
@@ -312,8 +309,8 @@ class EmbedJob(EmbedStages):
         """How busy each stage was, for the run's record."""
         return {
             "busy": {stage: round(share, 3) for stage, share in shares.items()},
-            "waited_for": bottleneck(shares),
-            "batches_across_slides": self.settled is not None and self.settled.across,
+            "waited_for": max(shares, key=lambda stage: shares[stage]),
+            "batches_across_slides": self.probe is not None and self.probe.across,
         }
 
     def _expect(self, entry: SlideEntry, tiles: int) -> None:

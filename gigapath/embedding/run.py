@@ -16,9 +16,9 @@ from gigapath.cohort.shards import largest_first
 from gigapath.cohort.status import read_statuses
 from gigapath.devices import at_most_threads, resolve_devices
 from gigapath.embedding.estimate import estimate_tiles
+from gigapath.embedding.forward import fitting_batch_size, probe_devices
 from gigapath.embedding.job import EmbedJob
 from gigapath.embedding.options import EmbedOptions, RunOptions
-from gigapath.embedding.settling import fitting_batch_size, settle
 from gigapath.embedding.slide_encoding import SlideEncoder, load_slide_encoder
 from gigapath.embedding.slide_stage import SlideStage, slides_folder
 from gigapath.embedding.slides import check_names, check_tissue, chosen, named, share_in_words
@@ -210,7 +210,7 @@ def _worker_job(
             f"--engine ray: expected workers with the same settings, got one with others: {'; '.join(changed)}. "
             "Give each kind of machine a run and a folder of its own."
         )
-    job.settled = settle(job.encoders, job.batch_size, several=True)
+    job.probe = probe_devices(job.encoders, job.batch_size, several=True)
     return job, found
 
 
@@ -304,7 +304,7 @@ def measure_encoder(name: str, device: str) -> float:
     """Tiles/s of a tile encoder on this machine, by a batch or two of the size that a run takes."""
     encoder = load_tile_encoder(name, device=device, precision="auto")
     size = fitting_batch_size([encoder], default_batch_size(encoder))
-    return settle([encoder], size, several=False).tiles_per_second
+    return probe_devices([encoder], size, several=False).tiles_per_second
 
 
 def _plan(job: EmbedJob, todo: Sequence[SlideEntry]) -> Plan:
@@ -317,8 +317,8 @@ def _plan(job: EmbedJob, todo: Sequence[SlideEntry]) -> Plan:
     guess = (total - sum(counted)) // len(unknown) if unknown else 0
     job.expect({slide_id: guess if count is None else count for slide_id, count in known.items()})
     if total:
-        job.settled = settle(job.encoders, job.batch_size, several=len(todo) > 1)
-        job.run.facts["batches"] = ", ".join(job.settled.ways)
+        job.probe = probe_devices(job.encoders, job.batch_size, several=len(todo) > 1)
+        job.run.facts["batches"] = ", ".join(job.probe.ways)
     skipped = len(entries) - len(todo)
     lines = [f"{slides_in_words(len(entries))}: {len(todo)} to do, {skipped} done before in equal numbers and skipped."]
     lines[:0] = share_in_words(entries, job.run.cohort, job.options)
@@ -342,10 +342,10 @@ def _plan(job: EmbedJob, todo: Sequence[SlideEntry]) -> Plan:
         "tiles_exact": not unknown,
         "bytes": size,
     }
-    if job.settled is not None:
-        rate = job.settled.tiles_per_second
+    if job.probe is not None:
+        rate = job.probe.tiles_per_second
         # The last batch, or that of each slide, is padded, half of it on average.
-        padded = 1 if job.settled.across else len(todo)
+        padded = 1 if job.probe.across else len(todo)
         seconds = (total + padded * (job.batch_size - 1) / 2) / rate
         facts |= {"tiles_per_second": rate, "seconds": seconds}
         lines.append(f"{work}; about {in_words(seconds)} at {rate:.3g} tiles/s (one batch, measured here).")

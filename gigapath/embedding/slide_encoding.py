@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from gigapath.devices import AUTOCAST_TYPES, autocast, resolve_device, resolve_precision
+from gigapath.embedding.forward import EncoderError, first_line
 from gigapath.features import TileEmbeddings, parse_embedding
 from gigapath.file_names import plain_name
 from gigapath.hub import remembered_sha256
@@ -23,7 +24,6 @@ from gigapath.longnet.attention import choose_kernel
 from gigapath.longnet.steps import between_steps
 from gigapath.releases import RELEASES, release_of
 from gigapath.slide_encoder import WEIGHTS_FILE, LongNetViT, create_model
-from gigapath.tile_encoder import TileEncoder
 from gigapath.weights import find_weights, load_state_dict, tell_architecture
 
 # Gets the number of layers that are through, and of all.
@@ -32,50 +32,6 @@ Progress = Callable[[int, int], None]
 _RANDOM_SEED = 0
 # Rows summed at once for the mean of a slide's tiles: the sum must not depend on how they were batched.
 _MEAN_ROWS = 1024
-
-
-class EncoderError(ValueError):
-    """An encoder failed, which is no slide's fault: a run ends with this one sentence."""
-
-    stops_run = True
-
-
-class OutOfMemory(EncoderError):
-    """The device's memory doesn't hold a batch."""
-
-
-def encode_padded(pixels: npt.NDArray[np.uint8], encoder: TileEncoder, batch_size: int) -> npt.NDArray[np.float32]:
-    """(n, T, T, 3) uint8 to (n, D) float32 through one batch of exactly `batch_size` tiles, padded and cut.
-
-    So the vector of a tile depends on nothing but the tile, whatever stands beside it.
-
-    Raises:
-        EncoderError: the encoder failed, for want of memory or otherwise.
-        ValueError: a vector is not finite.
-    """
-    batch = np.zeros((batch_size, *[encoder.transform.resize] * 2, 3), np.uint8)
-    encoder.transform.fit(pixels, batch[: len(pixels)])
-    with encoder_failures(encoder, batch_size):
-        vectors = encoder.forward(torch.from_numpy(batch).to(encoder.device)).cpu().numpy()
-    return encoder.checked(vectors[: len(pixels)])
-
-
-@contextlib.contextmanager
-def encoder_failures(encoder: TileEncoder, batch_size: int) -> Iterator[None]:
-    """What a device or a model says when it fails on a batch, as one sentence: EncoderError."""
-    try:
-        yield
-    except torch.cuda.OutOfMemoryError as error:
-        raise OutOfMemory(
-            f"{encoder.name}: {encoder.device} has too little memory for batches of {batch_size} tiles. "
-            "Choose a smaller --batch-size."
-        ) from error
-    except (RuntimeError, MemoryError, ValueError) as error:
-        raise EncoderError(f"{encoder.name} failed on {encoder.device}: {_first_line(error)}") from error
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 @dataclass(frozen=True)
@@ -244,7 +200,7 @@ class SlideEncoder:
                 "Use --device cpu, or --max-tiles when tiling."
             ) from error
         except (RuntimeError, MemoryError) as error:
-            raise EncoderError(f"{self.name} failed on {self.device}: {_first_line(error)}") from error
+            raise EncoderError(f"{self.name} failed on {self.device}: {first_line(error)}") from error
 
     def _states(
         self,

@@ -19,12 +19,10 @@ from torch import Tensor
 from gigapath.cohort.manifest import SlideEntry
 from gigapath.cohort.run import CohortRun
 from gigapath.devices import resolve_device, resolve_precision
+from gigapath.embedding.forward import DeviceProbe, choose_forward, encode_padded
 from gigapath.embedding.job import EmbedJob
 from gigapath.embedding.options import RunOptions
-from gigapath.embedding.passes import choose_pass
 from gigapath.embedding.run import default_batch_size
-from gigapath.embedding.settling import Settled
-from gigapath.embedding.slide_encoding import encode_padded
 from gigapath.embedding.slides import open_entry
 from gigapath.features import Tiles, write_tiles
 from gigapath.hub import download
@@ -138,8 +136,8 @@ class _Turn:
         self.stages: dict[str, Any] = {}
         self._folder, self._entries, self._encoder = folder, entries, encoder
         self._batch_size, self._workers = batch_size, workers
-        way, words = choose_pass(encoder, batch_size)
-        self._settled = Settled((way,), len(entries) > 1, 0.0, (words,))
+        way, words = choose_forward(encoder, batch_size)
+        self._probe = DeviceProbe((way,), len(entries) > 1, 0.0, (words,))
 
     def __call__(self) -> None:
         run = CohortRun(self._folder, "embed", self._entries, [], {})
@@ -155,7 +153,7 @@ class _Turn:
             tiles=self._folder / "tiles",
             own_tiles=False,
             slides=None,
-            settled=self._settled,
+            probe=self._probe,
         )
         with job:
             job.announce(self._entries)

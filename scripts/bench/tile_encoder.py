@@ -10,7 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from gigapath.devices import resolve_device, resolve_precision
-from gigapath.embedding.passes import PlainPass, made_batch
+from gigapath.embedding.forward import PlainForward, made_batch
 from gigapath.options import check_options, option
 from gigapath.tile_encoder import TileEncoder, load_tile_encoder
 from scripts.bench.protocol import Work, compare, product
@@ -55,7 +55,7 @@ def measure(options: TileEncoderBench) -> Iterator[dict[str, Any]]:
     operations = operations_of(encoder)
     dtype = torch.float32 if device.type == "cpu" else _DTYPES[precision]
     for batch_size in options.batch_size:
-        batch, plain = made_batch(encoder, batch_size), PlainPass(encoder)
+        batch, plain = made_batch(encoder, batch_size), PlainForward(encoder)
         work = Work(partial(plain.start, batch), float(batch_size * operations))
         with torch.inference_mode():
             share = compare(work, product(device, dtype), options.pairs, device)
