@@ -257,6 +257,16 @@ def test_calibration_slope_finds_the_planted_one(slope: float, classes: int) -> 
     assert calibration_slope(predictions) == pytest.approx(slope, rel=0.04)
 
 
+def test_calibration_slope_of_a_model_that_is_far_too_sure_is_found() -> None:
+    generator = np.random.default_rng(0)
+    logits = generator.normal(size=(4000, 3)) * 20
+    truth = (logits / 40 + generator.gumbel(size=logits.shape)).argmax(axis=1)  # logits forty times too large
+    said = np.exp(logits - logits.max(axis=1, keepdims=True))
+    predictions = Predictions(truth, said / said.sum(axis=1, keepdims=True), tuple("abc"))
+    # Probabilities below 1e-12 are taken for it, which leaves a slope a little above 1 / 40.
+    assert 0.02 < calibration_slope(predictions) < 0.05
+
+
 def test_calibration_slope_is_not_defined_where_classes_separate() -> None:
     said = np.array([[0.9, 0.1], [0.8, 0.2], [0.3, 0.7], [0.1, 0.9]])
     assert np.isnan(calibration_slope(Predictions(np.array([0, 0, 1, 1]), said, ("a", "b"))))

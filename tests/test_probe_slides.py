@@ -15,11 +15,11 @@ from sklearn.metrics import roc_auc_score
 
 from gigapath.cli.main import main
 from gigapath.features import SlideEmbeddings, read_slide, write_slide
+from gigapath.linear_probe.heads import LogisticRegression
 from gigapath.linear_probe.labels import rows_of_table
 from gigapath.linear_probe.options import ProbeOptions, SlideProbeOptions
 from gigapath.linear_probe.slide_report import to_json
 from gigapath.linear_probe.slides import fit_fold, probe_slides
-from gigapath.linear_probe.solvers import LogisticRegression
 from gigapath.tables import parse_table
 
 PATIENTS = 40

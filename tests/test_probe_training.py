@@ -11,16 +11,21 @@ from sklearn.metrics import f1_score
 from sklearn.neighbors import NearestNeighbors as SkNeighbours
 
 from gigapath.evaluation import f1_weighted
-from gigapath.linear_probe import solvers, training
-from gigapath.linear_probe.solvers import (
+from gigapath.linear_probe import heads
+from gigapath.linear_probe.heads import (
     LogisticRegression,
     NearestNeighbours,
+    Recipe,
+    blocks,
     choose_neighbours,
     choose_penalty,
     cross_entropy,
+    draw_batches,
+    first_weights,
+    learning_rate,
     standardisation,
+    train,
 )
-from gigapath.linear_probe.training import Recipe, blocks, draw_batches, first_weights, learning_rate, train
 
 CPU = torch.device("cpu")
 
@@ -173,17 +178,6 @@ def test_logistic_regression_is_scikit_learns(classes: int, penalty: float) -> N
     assert np.allclose(ours.sum(axis=1), 1)
 
 
-@pytest.mark.parametrize("start", [-30.0, -3.0, 0.0])
-def test_minimum_is_found_beside_values_that_are_not_numbers(start: float) -> None:
-    """-log(1 - p) - 3 p, defined below 1, has its minimum at 2/3; a step may leap over the end."""
-
-    def objective(point: torch.Tensor) -> tuple[float, torch.Tensor]:
-        return float((-torch.log(1 - point) - 3 * point).sum()), 1 / (1 - point) - 3
-
-    found = solvers.minimise(objective, torch.tensor([start], dtype=torch.float64))
-    assert found.item() == pytest.approx(2 / 3, abs=1e-5)
-
-
 def test_entries_that_never_change_are_left_out() -> None:
     features, labels = planted(200, 6)
     features[:, 3] = 7.0
@@ -201,19 +195,19 @@ def test_penalty_is_the_one_with_the_least_loss_on_validation() -> None:
     said = head.probabilities(features, val_rows)
     assert cross_entropy(said, labels[val_rows].numpy()) == pytest.approx(choice.tried[choice.value], abs=1e-12)
     # With 100 rows of 60 entries the weakest penalties overfit: the search went past its best and then ended.
-    assert list(choice.tried).index(choice.value) == len(choice.tried) - 1 - solvers.PATIENCE
-    assert len(choice.tried) < len(solvers.PENALTIES)
+    assert list(choice.tried).index(choice.value) == len(choice.tried) - 1 - heads.PATIENCE
+    assert len(choice.tried) < len(heads.PENALTIES)
 
 
 def test_neighbours_are_scikit_learns_across_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     features, labels = planted(500, 8, 3)
     features[:, 5] += 3
     train_rows, query = torch.randperm(500, generator=torch.Generator().manual_seed(0))[:400], torch.arange(450, 500)
-    monkeypatch.setattr(training.blocks, "__defaults__", (64,))
+    monkeypatch.setattr(heads.blocks, "__defaults__", (64,))
     said = NearestNeighbours(features, labels, train_rows, 3).probabilities(query, [1, 7, 100])
     reference = SkNeighbours(n_neighbors=100, metric="cosine").fit(features[train_rows].numpy())
     distance, index = reference.kneighbors(features[query].numpy())
-    votes = np.exp((1 - distance) / solvers.TEMPERATURE)
+    votes = np.exp((1 - distance) / heads.TEMPERATURE)
     for k, shares in said.items():
         expected = np.zeros((50, 3))
         for row in range(50):

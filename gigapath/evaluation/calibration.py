@@ -2,9 +2,9 @@
 
 import numpy as np
 
-from gigapath.evaluation.scores import Predictions
+from gigapath.evaluation.scores import FloatArray, Predictions
 
-MAX_STEPS = 100
+FLAT = 1e-7  # curvature of the mean log loss below which it falls for ever: the classes are separated
 
 
 def calibration_slope(predictions: Predictions) -> float:
@@ -13,6 +13,8 @@ def calibration_slope(predictions: Predictions) -> float:
     1 = as sure as it should be, below 1 = too sure. For two classes this is the slope of Cox's logistic
     recalibration. NaN where it is not defined: one class only, or classes that the probabilities separate perfectly.
     """
+    from scipy.optimize import minimize
+
     if predictions.multi_label:
         raise ValueError("calibration_slope: expected a task with one class a row. Call it for each label.")
     present, truth = np.unique(predictions.truth, return_inverse=True)
@@ -24,24 +26,24 @@ def calibration_slope(predictions: Predictions) -> float:
     # One design for all parameters: x[n, c] = (log p_nc, one-hot of c without its first entry).
     offsets = np.broadcast_to(np.eye(classes)[:, 1:], (rows, classes, classes - 1))
     design = np.concatenate([logs[:, :, None], offsets], axis=2)  # (N, C, P)
-    parameters = np.zeros(classes)
-    parameters[0] = 1.0
-    for _ in range(MAX_STEPS):
+    of_truth = design[np.arange(rows), truth]
+
+    def softmax(parameters: FloatArray) -> tuple[FloatArray, FloatArray]:
+        """(probabilities (N, C), log loss (N,))."""
         logits = design @ parameters
-        softmax = np.exp(logits - logits.max(axis=1, keepdims=True))
-        softmax /= softmax.sum(axis=1, keepdims=True)
-        expected = np.einsum("nc,ncp->np", softmax, design)
-        gradient = (design[np.arange(rows), truth] - expected).sum(axis=0)
-        spread = design - expected[:, None, :]
-        curvature = np.einsum("nc,ncp,ncq->pq", softmax, spread, spread)
-        try:
-            step = np.linalg.solve(curvature, gradient)
-        except np.linalg.LinAlgError:
-            return float("nan")
-        # Newton's step, held back where the start is far from the optimum.
-        parameters = parameters + step * min(1.0, 5.0 / max(np.abs(step).max(), 1e-300))
-        if np.abs(step).max() < 1e-8:
-            return float(parameters[0])
-        if np.abs(parameters).max() > 1e4:
-            return float("nan")
-    return float("nan")
+        logits -= logits.max(axis=1, keepdims=True)
+        total = np.exp(logits).sum(axis=1)
+        return np.exp(logits) / total[:, None], np.log(total) - logits[np.arange(rows), truth]
+
+    def loss(parameters: FloatArray) -> tuple[float, FloatArray]:
+        said, losses = softmax(parameters)
+        return float(losses.mean()), (np.einsum("nc,ncp->np", said, design) - of_truth).mean(axis=0)
+
+    def curvature(parameters: FloatArray) -> FloatArray:
+        said, _ = softmax(parameters)
+        spread = design - np.einsum("nc,ncp->np", said, design)[:, None, :]
+        return np.asarray(np.einsum("nc,ncp,ncq->pq", said, spread, spread) / rows)
+
+    start = np.eye(classes)[0]
+    best = minimize(loss, start, jac=True, hess=curvature, method="trust-exact", options={"gtol": 1e-9}).x
+    return float(best[0]) if np.linalg.eigvalsh(curvature(best))[0] > FLAT else float("nan")

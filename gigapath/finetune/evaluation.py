@@ -106,17 +106,17 @@ def default_calibration(task: Task) -> Calibration:
 def fit_calibration(logits: FloatArray, truth: IntArray, task: Task) -> Calibration:
     """The temperature of least log loss, then for each label the threshold of greatest sensitivity + specificity.
 
-    Temperature scaling as in Guo et al. 2017; the search is a golden section over its logarithm.
+    Temperature scaling as in Guo et al. 2017, searched over its logarithm by Brent's bounded method.
     """
-    low, high = math.log(0.05), math.log(20.0)
-    ratio = (math.sqrt(5) - 1) / 2
-    for _ in range(60):
-        first, second = high - ratio * (high - low), low + ratio * (high - low)
-        if _log_loss(logits, truth, task, math.exp(first)) <= _log_loss(logits, truth, task, math.exp(second)):
-            high = second
-        else:
-            low = first
-    temperature = math.exp((low + high) / 2)
+    from scipy.optimize import minimize_scalar
+
+    found = minimize_scalar(
+        lambda logarithm: _log_loss(logits, truth, task, math.exp(logarithm)),
+        bounds=(math.log(0.05), math.log(20.0)),
+        method="bounded",
+        options={"xatol": 1e-9},
+    )
+    temperature = math.exp(found.x)
     said = probabilities(logits, task, temperature)
     pairs = []
     if task.multi_label:

@@ -26,10 +26,9 @@ from gigapath.evaluation import (
 )
 from gigapath.evaluation.labels import alike_classes
 from gigapath.evaluation.splits import Fold, audit, draw_parts
+from gigapath.linear_probe.heads import PATIENCE, PENALTIES, LogisticRegression, cross_entropy, one_thread
 from gigapath.linear_probe.options import ProbeOptions, SlideProbeOptions
 from gigapath.linear_probe.slide_data import FloatArray, IntArray, SlideData, TextArray, load_slides
-from gigapath.linear_probe.solvers import PATIENCE, PENALTIES, LogisticRegression, cross_entropy
-from gigapath.linear_probe.training import one_thread
 from gigapath.options import to_dict
 
 BASELINE = "tile-mean"

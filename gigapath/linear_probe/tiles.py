@@ -26,10 +26,9 @@ from gigapath.evaluation import (
 )
 from gigapath.linear_probe.archive import Report
 from gigapath.linear_probe.data import ProbeData, load_data
+from gigapath.linear_probe.heads import Choice, LinearHead, Look, Recipe, choose_neighbours, choose_penalty, train
 from gigapath.linear_probe.options import ProbeOptions, TileProbeOptions
-from gigapath.linear_probe.solvers import Choice, choose_neighbours, choose_penalty
 from gigapath.linear_probe.table import TEST, TRAIN, VALIDATION
-from gigapath.linear_probe.training import LinearHead, Look, Recipe, train
 from gigapath.machine import available_cores
 from gigapath.options import to_dict
 

@@ -1,39 +1,205 @@
-"""The other two heads: multinomial logistic regression fitted to the end, and nearest neighbours.
+"""The heads of a probe: a linear layer by the published recipe, multinomial logistic regression fitted to the end, and
+nearest neighbours. The last two choose their one number on the validation set and draw nothing.
 
-Both choose their one number on the validation set; neither draws anything.
+The matrix of embeddings lives on the device; a step gathers its rows from it, and no data loader is in the way.
 
-Legend: N rows, D width, C classes, M rows to predict.
+Legend: N rows, D width, C classes, B rows a step, M rows to predict.
 """
 
 import contextlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from gigapath.evaluation import f1_weighted
-from gigapath.linear_probe.training import LinearHead, blocks, one_thread
 
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
-Objective = Callable[[torch.Tensor], tuple[float, torch.Tensor]]  # parameters (P,) -> value, gradient (P,)
 
+EVALUATED_ROWS = 16384  # rows scored at once
 # Strength of the L2 penalty, in units of the mean loss on standardised embeddings; strong to weak, so that each fit
 # starts from the one before.
 PENALTIES = tuple(10.0 ** (exponent / 2) for exponent in range(2, -13, -1))
 PATIENCE = 3  # weaker penalties tried after the best one
-NEIGHBOURS = (1, 3, 5, 10, 20, 50, 100, 200)
-TEMPERATURE = 0.07  # of the neighbours' votes, as in DINO's protocol
 MAX_ITERATIONS = 500
 TOLERANCE = 1e-5  # largest entry of the gradient of the mean loss
-HISTORY = 10  # moves that are remembered
-SEARCHES = 20  # sizes tried along one direction
 SMALL_MATRIX = 1 << 26  # entries; below this, several threads cost a fit more than they give
+NEIGHBOURS = (1, 3, 5, 10, 20, 50, 100, 200)
+TEMPERATURE = 0.07  # of the neighbours' votes, as in DINO's protocol
 QUERY_ROWS = 2048  # rows whose neighbours are looked for at once
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The numbers of the published recipe."""
+
+    steps: int = 4000
+    batch_size: int = 128
+    lr: float = 0.02
+    weight_decay: float = 0.01
+    eval_every: int = 100
+
+
+@dataclass(frozen=True)
+class LinearHead:
+    """Logits = x @ weight.T + bias; weight (C, D), bias (C,), on the device of the matrix."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor
+
+    def probabilities(self, features: torch.Tensor, rows: torch.Tensor) -> FloatArray:
+        """Softmax of the logits of some rows of a matrix, (rows, C)."""
+        return np.asarray(torch.from_numpy(self.logits(features, rows)).softmax(dim=1).numpy())
+
+    def logits(self, features: torch.Tensor, rows: torch.Tensor) -> FloatArray:
+        """The logits of some rows of a matrix, (rows, C)."""
+        return np.asarray(torch.cat([part.cpu().double() for part in self._logits(features, rows)]).numpy())
+
+    def predicted(self, features: torch.Tensor, rows: torch.Tensor) -> IntArray:
+        """The most probable class of some rows of a matrix, (rows,)."""
+        return np.asarray(torch.cat([part.argmax(dim=1) for part in self._logits(features, rows)]).cpu().numpy())
+
+    def _logits(self, features: torch.Tensor, rows: torch.Tensor) -> Iterator[torch.Tensor]:
+        for _, x in blocks(features, rows):
+            yield torch.addmm(self.bias, x, self.weight.t())
+
+
+@dataclass(frozen=True)
+class Look:
+    """One look at the validation set: after which step, the mean training loss since the last look, the weighted F1."""
+
+    step: int
+    train_loss: float
+    val_f1: float
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What a run of the recipe gives: the head of the best look, that look's step, and all looks."""
+
+    head: LinearHead
+    step: int
+    looks: tuple[Look, ...]
+
+
+def first_weights(classes: int, width: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weight (C, D) and bias (C,) as torch's linear layer begins: uniform within 1 / sqrt(D), from the seed alone."""
+    generator = torch.Generator().manual_seed(seed)
+    bound = 1 / math.sqrt(width)
+    weight = torch.empty(classes, width).uniform_(-bound, bound, generator=generator)
+    return weight, torch.empty(classes).uniform_(-bound, bound, generator=generator)
+
+
+def draw_batches(rows: int, steps: int, batch_size: int, seed: int) -> torch.Tensor:
+    """Positions (steps, B) among the training rows, drawn with replacement, fresh at every step.
+
+    Drawn on the CPU, so that every device trains on the same tiles.
+    """
+    generator = torch.Generator().manual_seed(seed + (1 << 32))  # another stream than the weights'
+    return torch.randint(rows, (steps, batch_size), generator=generator)
+
+
+def learning_rate(step: int, steps: int, lr: float) -> float:
+    """The rate of a step counted from 0: half a cosine from `lr` towards 0, which would be reached at step `steps`."""
+    return 0.5 * lr * (1 + math.cos(math.pi * step / steps))
+
+
+def train(
+    features: torch.Tensor,
+    labels: torch.Tensor,
+    train_rows: torch.Tensor,
+    val_rows: torch.Tensor,
+    classes: int,
+    recipe: Recipe,
+    *,
+    seed: int,
+    on_look: Callable[[Look], None] = lambda look: None,
+) -> Fit:
+    """Run the recipe once.
+
+    The gradient of the mean cross-entropy of a linear layer is (softmax - one-hot).T @ x / B; it is written out, since
+    a step is so small that autograd's bookkeeping would cost as much as its arithmetic.
+
+    Args:
+        features: (N, D) float32 on the device.
+        labels: (N,) int64 class index, on the device.
+        train_rows: rows of `features` to draw from, int64 on the device.
+        val_rows: rows that choose the best look.
+        classes: C.
+        recipe: the numbers.
+        seed: of the first weights and the draws.
+        on_look: called after each look.
+
+    Raises:
+        ValueError: the loss is no longer finite.
+    """
+    device = features.device
+    weight, bias = (tensor.to(device) for tensor in first_weights(classes, features.shape[1], seed))
+    drawn = train_rows[draw_batches(len(train_rows), recipe.steps, recipe.batch_size, seed).to(device)]  # (steps, B)
+    targets = labels[drawn].unsqueeze(2)  # (steps, B, 1)
+    minus_one = torch.full((recipe.batch_size, 1), -1.0, device=device)
+    losses = torch.zeros(recipe.steps, device=device)
+    val_truth = labels[val_rows].cpu().numpy()
+    best: tuple[float, int, LinearHead] | None = None
+    looks: list[Look] = []
+    last_look = 0
+    with torch.inference_mode(), one_thread(device):
+        for step in range(recipe.steps):
+            x = features.index_select(0, drawn[step])  # (B, D)
+            log_softmax = torch.addmm(bias, x, weight.t()).log_softmax(dim=1)  # (B, C)
+            losses[step] = log_softmax.gather(1, targets[step]).mean()
+            gradient = log_softmax.exp_().scatter_add_(1, targets[step], minus_one)  # softmax - one-hot
+            lr = learning_rate(step, recipe.steps, recipe.lr)
+            keep = 1 - lr * recipe.weight_decay
+            weight.mul_(keep).addmm_(gradient.t(), x, alpha=-lr / recipe.batch_size)
+            bias.mul_(keep).sub_(gradient.sum(dim=0), alpha=lr / recipe.batch_size)
+            if (step + 1) % recipe.eval_every and step + 1 < recipe.steps:
+                continue
+            loss = -float(losses[last_look : step + 1].mean())
+            if not math.isfinite(loss):
+                raise ValueError(f"the loss is not finite at step {step + 1}. Lower --lr, or scale the embeddings.")
+            head = LinearHead(weight.clone(), bias.clone())
+            f1 = f1_weighted(val_truth, head.predicted(features, val_rows), classes)
+            looks.append(Look(step + 1, loss, f1))
+            on_look(looks[-1])
+            last_look = step + 1
+            if best is None or f1 > best[0]:
+                best = (f1, step + 1, head)
+    assert best is not None
+    return Fit(best[2], best[1], tuple(looks))
+
+
+@contextlib.contextmanager
+def one_thread(device: torch.device) -> Iterator[None]:
+    """On a CPU let torch use one thread, and give it back its threads afterwards.
+
+    A step of SGD takes a fifth of a millisecond: handing it to several threads costs more than it saves (seven times
+    as much on a machine where others work too), and one thread makes the result independent of their number.
+    """
+    threads = torch.get_num_threads()
+    if device.type == "cpu":
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def blocks(
+    features: torch.Tensor, rows: torch.Tensor, size: int = EVALUATED_ROWS
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Some rows of a matrix in blocks: (rows, their embeddings); without a copy where they lie side by side."""
+    for start in range(0, len(rows), size):
+        block = rows[start : start + size]
+        first, last = int(block[0]), int(block[-1])
+        if last - first + 1 == len(block) and bool((block[1:] > block[:-1]).all()):
+            yield block, features[first : last + 1]
+        else:
+            yield block, features.index_select(0, block)
 
 
 @dataclass(frozen=True)
@@ -71,7 +237,7 @@ def standardisation(features: torch.Tensor, rows: torch.Tensor) -> Standardisati
 
 class LogisticRegression:
     """Multinomial logistic regression on standardised embeddings: mean cross-entropy + penalty / 2 * |W|^2, the bias
-    free. Fitted by L-BFGS; the standardisation is folded into the weights, so the matrix stays as it is.
+    free. Fitted by scipy's L-BFGS-B; the standardisation is folded into the weights, so the matrix stays as it is.
 
     Args:
         features: (N, D) float32 or float64 on the device.
@@ -96,12 +262,19 @@ class LogisticRegression:
         else:
             ones = torch.ones(features.shape[1], dtype=torch.float64, device=features.device)
             self._standard = Standardisation(torch.zeros_like(ones), ones)
-        self._start = torch.zeros(classes * (features.shape[1] + 1), dtype=torch.float64, device=features.device)
+        self._start = np.zeros(classes * (features.shape[1] + 1))
 
     def fit(self, penalty: float) -> LinearHead:
         """The best head for a penalty; starts from the fit before."""
-        self._start = minimise(lambda flat: self._objective(flat, penalty), self._start)
-        weight, bias = self._unfold(self._start)
+        from scipy.optimize import minimize
+
+        def objective(flat: FloatArray) -> tuple[float, FloatArray]:
+            value, gradient = self._objective(torch.from_numpy(flat).to(self._features.device), penalty)
+            return value, gradient.cpu().numpy()
+
+        how = {"maxiter": MAX_ITERATIONS, "gtol": TOLERANCE, "ftol": 0.0}
+        self._start = minimize(objective, self._start, jac=True, method="L-BFGS-B", options=how).x
+        weight, bias = self._unfold(torch.from_numpy(self._start).to(self._features.device))
         return LinearHead(weight.to(self._features.dtype), bias.to(self._features.dtype))
 
     def _unfold(self, flat: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -176,78 +349,6 @@ def choose_penalty(
 def cross_entropy(probabilities: FloatArray, truth: IntArray) -> float:
     """Mean -log of the probability of the true class, in nats."""
     return float(-np.log(np.maximum(probabilities[np.arange(len(truth)), truth], 1e-300)).mean())
-
-
-def minimise(objective: Objective, start: torch.Tensor) -> torch.Tensor:
-    """The minimum (P,) of a smooth convex function by L-BFGS, from `start` (P,) float64.
-
-    Nocedal and Wright, Numerical Optimization, algorithms 7.4 and 7.5, with a bisecting search for Wolfe's conditions.
-    torch's own is made for networks: it brings its compiler along (a second and 300 MB) and takes many times as long
-    for a fit of a few hundred rows.
-
-    Returns:
-        the point where no entry of the gradient is above `TOLERANCE`, where rounding hides any further descent, or
-        which `MAX_ITERATIONS` led to.
-    """
-    point = start
-    value, gradient = objective(point)
-    moves: list[Move] = []
-    for _ in range(MAX_ITERATIONS):
-        if float(gradient.abs().max()) < TOLERANCE:
-            break
-        direction = _descent(gradient, moves)
-        # Without memory the direction has no scale: begin with a step of length 1 at most.
-        size = 1.0 if moves else min(1.0, 1.0 / float(gradient.norm()))
-        found = _search(objective, point, value, direction, float(gradient @ direction), size)
-        if found is None and not moves:
-            break
-        if found is None:
-            moves = []
-            continue
-        size, value, new_gradient = found
-        step, change = size * direction, new_gradient - gradient
-        point, gradient = point + step, new_gradient
-        moves = [*moves[1 - HISTORY :], Move(step, change, 1 / float(step @ change))]
-    return point
-
-
-class Move(NamedTuple):
-    """A step that was taken, the gradient's change along it, and the inverse of their product, which is positive."""
-
-    step: torch.Tensor
-    change: torch.Tensor
-    inverse: float
-
-
-def _descent(gradient: torch.Tensor, moves: list[Move]) -> torch.Tensor:
-    """Minus the inverse curvature, as the last moves tell it, times the gradient (the two loops)."""
-    direction = -gradient
-    shares = []
-    for move in reversed(moves):
-        shares.append(move.inverse * float(move.step @ direction))
-        direction.add_(move.change, alpha=-shares[-1])
-    if moves:
-        direction.mul_(1 / (moves[-1].inverse * float(moves[-1].change.square().sum())))
-    for move in moves:
-        direction.add_(move.step, alpha=shares.pop() - move.inverse * float(move.change @ direction))
-    return direction
-
-
-def _search(
-    objective: Objective, point: torch.Tensor, value: float, direction: torch.Tensor, slope: float, size: float
-) -> tuple[float, float, torch.Tensor] | None:
-    """(size, value, gradient) of a step that goes down enough and ends where it is flatter; None where none does."""
-    low, high = 0.0, math.inf
-    for _ in range(SEARCHES):
-        new_value, gradient = objective(point + size * direction)
-        if not new_value <= value + 1e-4 * size * slope:  # NaN is not
-            high = size
-        elif float(gradient @ direction) < 0.9 * slope:
-            low = size
-        else:
-            return size, new_value, gradient
-        size = 2 * low if math.isinf(high) else 0.5 * (low + high)
-    return None
 
 
 class NearestNeighbours:
