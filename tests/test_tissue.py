@@ -17,7 +17,7 @@ from gigapath.preprocessing.tissue import (
     find_tissue,
     has_dark_background,
     make_mask,
-    otsu_threshold,
+    otsu_cuts,
     tile_fractions,
     tile_sections,
 )
@@ -299,7 +299,7 @@ def test_tile_fractions_are_exact_areas(
 
 def test_otsu_finds_the_gap() -> None:
     histogram = np.bincount(np.r_[np.full(900, 20), np.full(100, 80)], minlength=256)
-    assert otsu_threshold(histogram) == 51  # the middle of a gap that is equally good all along
+    assert otsu_cuts(histogram).tolist() == list(range(20, 80))  # equally good all along the gap
 
 
 def test_dark_background_is_told_from_brightfield() -> None:

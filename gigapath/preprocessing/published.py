@@ -15,7 +15,7 @@ from gigapath.features import Tiles
 from gigapath.preprocessing.grid import Grid
 from gigapath.preprocessing.reading import iter_tiles
 from gigapath.preprocessing.slide import Overview, Slide
-from gigapath.preprocessing.tissue import TissueMask, make_mask
+from gigapath.preprocessing.tissue import TissueMask, make_mask, otsu_cuts
 
 BINS = 256
 BAND_PIXELS = 8_000_000
@@ -31,7 +31,8 @@ def luminance_threshold(counts: NDArray[np.int64]) -> float:
 
 
 def otsu_centre(histogram: NDArray[np.floating], edges: NDArray[np.floating]) -> float:
-    """Otsu's threshold as the published code has it: the centre of the last bin of the darker class.
+    """Otsu's threshold as the published code has it: the centre of the last bin of the darker class, of equally good
+    ones the first.
 
     Args:
         histogram: (n,) counts of bins between the darkest and the brightest value.
@@ -43,13 +44,8 @@ def otsu_centre(histogram: NDArray[np.floating], edges: NDArray[np.floating]) ->
     filled = np.flatnonzero(histogram)
     if len(filled) == 1:
         return float((edges[0] + edges[-1]) / 2)
-    centres = (edges[:-1] + edges[1:]) / 2
-    below, above = np.cumsum(histogram), np.cumsum(histogram[::-1])[::-1]
-    mean_below = np.cumsum(histogram * centres) / below
-    mean_above = (np.cumsum((histogram * centres)[::-1]) / above[::-1])[::-1]
-    between = below[:-1] * above[1:] * (mean_below[:-1] - mean_above[1:]) ** 2
-    first = np.flatnonzero(between >= between.max() * (1 - 1e-12))[0]  # empty bins between the classes are all equal
-    return float(centres[first])
+    first = otsu_cuts(histogram)[0]
+    return float((edges[first] + edges[first + 1]) / 2)
 
 
 def share_below(tiles: NDArray[np.uint8], threshold: float) -> NDArray[np.float32]:

@@ -28,10 +28,10 @@ CONTRAST = 12
 EVERYTHING, NOTHING = 0, 256
 
 
-def otsu_threshold(histogram: NDArray[np.int64]) -> int:
-    """Otsu's threshold: the first bin of the upper class, where the variance between the classes is largest.
+def otsu_cuts(histogram: NDArray[Any]) -> NDArray[np.int64]:
+    """Otsu's threshold: the last bins of the lower class for which the variance between the classes is largest.
 
-    Between two far peaks every cut of the gap is equally good; the middle one is taken.
+    Between two far peaks every cut of the gap is equally good; all of them are given, ascending.
 
     Args:
         histogram: (n,) counts, at least two of them not 0.
@@ -43,8 +43,7 @@ def otsu_threshold(histogram: NDArray[np.int64]) -> int:
     with np.errstate(divide="ignore", invalid="ignore"):
         between = (sums[-1] * below / counts.sum() - sums[:-1]) ** 2 / (below * above)
     between = np.nan_to_num(between, nan=-1.0, posinf=-1.0)
-    best = np.flatnonzero(between >= between.max() * (1 - 1e-12))
-    return int(best[len(best) // 2]) + 1
+    return np.flatnonzero(between >= between.max() * (1 - 1e-12))
 
 
 def palest_tissue(values: NDArray[np.uint8]) -> int:
@@ -71,7 +70,8 @@ def palest_tissue(values: NDArray[np.uint8]) -> int:
     histogram[:flat] = 0
     threshold = None
     while np.count_nonzero(histogram) > 1:
-        cut = otsu_threshold(histogram)
+        cuts = otsu_cuts(histogram)
+        cut = int(cuts[len(cuts) // 2]) + 1  # in the middle of a gap
         if cut + _median(histogram[cut:]) - _median(histogram[:cut]) < CONTRAST:
             break
         threshold, histogram = cut, histogram[:cut]
