@@ -182,6 +182,9 @@ def test_overview_reads_each_pixel_of_a_coarse_level_once(tmp_path: Path, monkey
     path = write_pyramid(tmp_path / "a.tif", paint_tissue(5000, 3000), mpp=(0.5, 0.5), steps=(1, 4))
     with open_slide(path, reader="openslide") as slide:
         slide.overview()
+        assert sum(pixels for level, pixels in reads if level == 0) <= 4 * 257**2  # a few places, to compare the levels
+        reads.clear()
+        slide.overview()
     assert {level for level, _ in reads} == {1}
     assert sum(pixels for _, pixels in reads) == 1250 * 750
 
@@ -366,6 +369,62 @@ def test_levels_that_are_not_the_whole_slide_made_smaller_are_not_read(
             there = PICTURE[y : y + plan.tiles.tile_size_level0[1], x : x + plan.tiles.tile_size_level0[0]]
             wanted = cv2.resize(there, (64, 64), interpolation=cv2.INTER_AREA)
             assert np.abs(read_tile(slide, plan.tiles, index).astype(int) - wanted).max() <= 2
+
+
+def altered(level: Any, how: str) -> Any:
+    """A level (H, W, 3) of a pyramid as it is met: of the same size, and the same picture or another."""
+    height, width = level.shape[:2]
+    soft = cv2.GaussianBlur(level, (0, 0), 1.5)
+    part = cv2.resize(level, (width * 15 // 16, height * 15 // 16), interpolation=cv2.INTER_AREA)
+    framed = np.full_like(level, 245)
+    framed[: part.shape[0], : part.shape[1]] = part
+    return {
+        "blurred": soft,
+        "sharpened": cv2.addWeighted(level, 2.5, soft, -1.5, 0),
+        "dim": (0.6 * level).astype(np.uint8),
+        "half a pixel off": cv2.blur(level, (2, 2)),
+        "padded": framed,
+        "cropped": cv2.resize(level[: part.shape[0], : part.shape[1]], (width, height)),
+        "mirrored": level[:, ::-1],
+        "upside down": level[::-1],
+        "a tile off": np.roll(level, 128, axis=1),
+        "another slide": paint_tissue(width, height, seed=5)[::-1, ::-1],
+        "blank": np.full_like(level, 245),
+    }[how]
+
+
+@pytest.mark.parametrize("changed", [1, 2])
+@pytest.mark.parametrize(
+    ("how", "same"),
+    [
+        *((how, True) for how in ("blurred", "sharpened", "dim", "half a pixel off")),
+        *((how, False) for how in ("padded", "cropped", "mirrored", "upside down", "a tile off")),
+        *((how, False) for how in ("another slide", "blank")),
+    ],
+)
+@pytest.mark.parametrize("rule", ["otsu", "published"])
+def test_a_level_that_shows_another_picture_is_not_read(
+    tmp_path: Path, changed: int, how: str, same: bool, rule: str
+) -> None:
+    with tifffile.TiffWriter(tmp_path / "a.tif") as file:
+        for index in range(3):
+            level = cv2.resize(PICTURE, (1300 >> index, 900 >> index), interpolation=cv2.INTER_AREA)
+            file.write(
+                altered(level, how) if index == changed else level,
+                tile=(128, 128), subfiletype=int(index > 0), photometric="rgb", compression="jpeg",
+                resolution=(2e4, 2e4), resolutionunit="CENTIMETER", metadata=None,
+            )  # fmt: skip
+    with open_slide(tmp_path / "a.tif") as slide:
+        assert len(slide.level_dimensions) == 3  # headers give nothing away
+        plan = plan_tiles(slide, TileOptions(mpp=1.0, tile_size=64, tissue=rule))
+        assert len(slide.level_dimensions) == (3 if same else changed)
+        assert any("are not read" in warning for warning in plan.warnings) == (not same)
+        if same:
+            return
+        middle = len(plan.tiles) // 2
+        x, y = plan.tiles.coords_level0[middle].tolist()
+        wanted = cv2.resize(PICTURE[y : y + 128, x : x + 128], (64, 64), interpolation=cv2.INTER_AREA)
+        assert np.abs(read_tile(slide, plan.tiles, middle).astype(int) - wanted).mean() < 4
 
 
 @pytest.mark.parametrize(

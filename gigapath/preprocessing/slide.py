@@ -4,6 +4,7 @@ Frames: `level0` coordinates are OpenSlide's absolute level-0 pixels, (x, y) fro
 (width, height); arrays are (H, W, 3) uint8 RGB. Label and macro images are never opened.
 """
 
+import itertools
 import math
 import threading
 from collections.abc import Callable, Mapping
@@ -48,6 +49,13 @@ OVERVIEW_MPP = 8.0
 OVERVIEW_SIDE = 8192  # no overview grows beyond this many pixels a side
 OVERVIEW_READ_PIXELS = 50 * 10**9  # half an hour of decoding; above that a header is broken
 BLOCK_SIDE = 1024  # pixels of a level read at once for the overview, a side
+
+# Levels are compared with the next finer one at a few places. Correlation is blind to brightness and contrast; blur and
+# sharpening leave 0.9 of it, another place or another picture at most 0.6 at one of the places.
+COMPARED_SIDE = 64  # pixels of the coarser level
+COMPARED_PIXELS = 1024  # of the finer level, a side, at most
+ALIKE = 0.5**0.5  # half of what varies in one is found in the other
+TEXTURE = 6.0  # grey levels (standard deviation); what varies less shows nothing to compare
 
 
 @dataclass(frozen=True)
@@ -157,6 +165,7 @@ class Slide:
         self.level_dimensions: tuple[tuple[int, int], ...] = tuple(handle.level_dimensions[:used])
         self.level_downsamples: tuple[float, ...] = tuple(handle.level_downsamples[:used])
         self.misfits: tuple[tuple[int, int], ...] = tuple(handle.level_dimensions[used:])
+        self._compared = 0  # levels up to this one show what level 0 does
         self.properties = allowed(header)
         self.objective_power = number(header, "openslide.objective-power")
         self.stated_mpp = stated_mpp(header)
@@ -284,6 +293,51 @@ class Slide:
         Raises:
             SlideError: the pixels can't be decoded, or there are absurdly many of them and no coarse level.
         """
+        overview = self._overview(mpp, workers)
+        if self.compare_levels(overview, self.overview_source(mpp)[0]):
+            return overview
+        return self.overview(mpp, workers=workers)  # from the levels that are left
+
+    def compare_levels(self, overview: Overview, last: int) -> bool:
+        """Whether the levels up to `last` show what level 0 does, where the overview has most to show.
+
+        Each is compared with the next finer one, which costs the same whatever its downsample. From the first that
+        shows something else on they are left out, as if the file had no such levels.
+        """
+        levels = range(self._compared + 1, min(last + 1, len(self.level_dimensions)))
+        places = _where_to_compare(overview) if levels else []
+        for level in levels:
+            if not all(self._shows_the_finer(level, *place) for place in places):
+                self.misfits = (*self.level_dimensions[level:], *self.misfits)
+                self.level_dimensions = self.level_dimensions[:level]
+                self.level_downsamples = self.level_downsamples[:level]
+                return False
+            self._compared = level
+        return True
+
+    def _shows_the_finer(self, level: int, x: float, y: float) -> bool:
+        """Whether a level shows what the next finer one does about (x, y), in level-0 pixels, but for a pixel's shift;
+        True where nothing varies there."""
+        downsample = self.level_downsamples[level]
+        ratio = downsample / self.level_downsamples[level - 1]
+        width, height = self.level_dimensions[level]
+        side = min(COMPARED_SIDE, max(16, int(COMPARED_PIXELS / ratio)), width, height)
+        left = min(max(round(x / downsample - side / 2), 0), width - side)
+        top = min(max(round(y / downsample - side / 2), 0), height - side)
+        corner = round(left * downsample), round(top * downsample)
+        try:
+            coarse = self._read_apart(*corner, level, side, side)
+            fine = self._read_apart(*corner, level - 1, round(side * ratio), round(side * ratio))
+        except SlideError:  # where its pixels are wanted, the reader says so
+            return True
+        pair = [cv2.blur(pixels, (3, 3)) for pixels in (coarse, _area_mean(fine, (side, side)))]
+        low, high = sorted(float(pixels.std(axis=(0, 1)).mean()) for pixels in pair)
+        if high < TEXTURE or side < 8:
+            return True
+        shifts = cv2.matchTemplate(pair[1], pair[0][1:-1, 1:-1], cv2.TM_CCOEFF_NORMED)
+        return low > high / 10 and float(shifts.max()) > ALIKE
+
+    def _overview(self, mpp: float, workers: int) -> Overview:
         own = self.mpp
         left, top = self.bounds[:2]
         wanted = self._overview_mpp(mpp)
@@ -395,6 +449,24 @@ def _on_white(rgba: UInt8Array) -> UInt8Array:
         return np.ascontiguousarray(rgba[..., :3])
     weight = alpha[..., None].astype(np.uint16)
     return ((rgba[..., :3] * weight + 255 * (255 - weight) + 127) // 255).astype(np.uint8)
+
+
+def _where_to_compare(overview: Overview) -> list[tuple[float, float]]:
+    """Level-0 (x, y) of the strongest contrast in each quarter of the overview; where it shows nothing, the middles of
+    a finer grid: a blank picture may hide a slide."""
+    step = 1 + max(overview.image.shape) // 1024  # enough to choose by, whatever the slide's size
+    grey = overview.image[::step, ::step].mean(axis=-1, dtype=np.float32)
+    contrast = cv2.blur((cv2.blur(grey, (3, 3)) - cv2.blur(grey, (9, 9))) ** 2, (9, 9))
+    blank = contrast.max() < 1
+    rows, columns = (np.linspace(0, side, 5 if blank else 3).astype(int).tolist() for side in contrast.shape)
+    found = []
+    for (top, bottom), (left, right) in itertools.product(itertools.pairwise(rows), itertools.pairwise(columns)):
+        cell = contrast[top:bottom, left:right]
+        y, x = divmod(int(cell.argmax()), cell.shape[1]) if cell.size and not blank else np.array(cell.shape) // 2
+        at = (left + x + 0.5) * step, (top + y + 0.5) * step
+        left_level0, top_level0 = overview.origin_level0
+        found.append((left_level0 + float(at[0]) * overview.scale[0], top_level0 + float(at[1]) * overview.scale[1]))
+    return found
 
 
 def _area_mean(pixels: UInt8Array, size: tuple[int, int]) -> UInt8Array:

@@ -95,6 +95,9 @@ def plan_tiles(slide: Slide, options: TileOptions, *, workers: int = 0) -> TileP
         allow_upsampling=options.allow_upsampling,
     )
     overview = slide.overview(workers=workers)
+    slide.compare_levels(overview, len(slide.level_dimensions) - 1 if options.tissue == "published" else grid.level)
+    if grid.level >= len(slide.level_dimensions):
+        return plan_tiles(slide, options, workers=workers)
     dark = has_dark_background(overview)
     if dark and not options.allow_dark_background:
         raise SlideError(
