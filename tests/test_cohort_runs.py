@@ -15,10 +15,10 @@ from gigapath.cli.main import main
 from gigapath.cohort.manifest import SlideEntry
 from gigapath.cohort.privacy import record_run, recorded_paths
 from gigapath.cohort.run import CohortRun, Outcome, RunResult, Watcher
-from gigapath.cohort.shards import cut_by_weight, parse_shard, take_shard, weigh
+from gigapath.cohort.shards import cut_by_weight, take_shard, weigh
 from gigapath.cohort.status import Status, read_status, slide_row, write_slides_csv, write_status
 from gigapath.embedding import tiling
-from gigapath.embedding.options import RunOptions
+from gigapath.embedding.options import RunOptions, parse_shard
 from gigapath.embedding.tiling import run_tile
 from gigapath.preprocessing.slide import SlideError
 from gigapath.preprocessing.tiling import TileOptions

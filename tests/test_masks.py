@@ -22,8 +22,9 @@ from made_slides import paint_tissue, write_pyramid
 
 from gigapath.preprocessing import masks
 from gigapath.preprocessing.grid import plan_grid
-from gigapath.preprocessing.masks import Outline, fill, read_mask, tissue_of
+from gigapath.preprocessing.masks import Outline, fill, read_mask
 from gigapath.preprocessing.slide import Overview, Slide, open_slide
+from gigapath.preprocessing.tiling import tissue_of
 from gigapath.preprocessing.tissue import TissueMask, tile_fractions
 
 WIDTH, HEIGHT = 2600, 1900

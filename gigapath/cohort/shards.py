@@ -9,7 +9,6 @@ import csv
 import hashlib
 import heapq
 import os
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -20,18 +19,6 @@ from gigapath.tables import csv_text
 
 FOLDER = "shards"
 _COLUMNS = ("slide_id", "shard", "weight")
-
-
-def parse_shard(text: str) -> tuple[int, int]:
-    """(I, N) of "I/N": share I of N, counted from 1.
-
-    Raises:
-        ValueError: other words, or I outside 1 to N.
-    """
-    match = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text)
-    if match is None or not 1 <= int(match[1]) <= int(match[2]):
-        raise ValueError(f"--shard: expected I/N with I from 1 to N, such as 1/4, got {text!r}.")
-    return int(match[1]), int(match[2])
 
 
 def take_shard(

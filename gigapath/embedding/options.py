@@ -1,9 +1,9 @@
 """Options of the runs; together with `TileOptions` they are the command line. No torch in here, so that a wrong word is
 told at once."""
 
+import re
 from dataclasses import dataclass
 
-from gigapath.cohort.shards import parse_shard
 from gigapath.features import parse_embedding
 from gigapath.machine import available_cores
 from gigapath.options import check_options, option
@@ -76,6 +76,18 @@ class RunOptions(KeepOptions):
             raise ValueError("--ray-address, --worker-cores: expected --engine ray beside them, got --engine local.")
         if self.shard is not None:
             parse_shard(self.shard)
+
+
+def parse_shard(text: str) -> tuple[int, int]:
+    """(I, N) of "I/N": share I of N, counted from 1.
+
+    Raises:
+        ValueError: other words, or I outside 1 to N.
+    """
+    match = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text)
+    if match is None or not 1 <= int(match[1]) <= int(match[2]):
+        raise ValueError(f"--shard: expected I/N with I from 1 to N, such as 1/4, got {text!r}.")
+    return int(match[1]), int(match[2])
 
 
 @dataclass(frozen=True)

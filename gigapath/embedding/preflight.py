@@ -19,9 +19,8 @@ from gigapath.cohort.manifest import SlideEntry, find_slides, id_problems
 from gigapath.cohort.privacy import without_paths
 from gigapath.cohort.run import RunResult, Watcher
 from gigapath.cohort.status import FINISHED
-from gigapath.embedding.estimate import TISSUE_SHARE
 from gigapath.embedding.options import RunOptions
-from gigapath.embedding.slides import open_entry
+from gigapath.embedding.slides import TISSUE_SHARE, open_entry
 from gigapath.embedding.tiling import tile_cohort
 from gigapath.files import sha256_of
 from gigapath.machine import available_cores

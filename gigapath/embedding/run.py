@@ -12,16 +12,14 @@ from gigapath.cohort.manifest import SlideEntry, find_slides
 from gigapath.cohort.privacy import recorded_paths
 from gigapath.cohort.reuse import check_same_tiles, check_unmixed, differences
 from gigapath.cohort.run import CohortRun, Plan, RunResult, Watcher
-from gigapath.cohort.shards import largest_first
 from gigapath.cohort.status import read_statuses
 from gigapath.devices import at_most_threads, resolve_devices
-from gigapath.embedding.estimate import estimate_tiles
 from gigapath.embedding.forward import fitting_batch_size, probe_devices
 from gigapath.embedding.job import EmbedJob
 from gigapath.embedding.options import EmbedOptions, RunOptions
 from gigapath.embedding.slide_encoding import SlideEncoder, load_slide_encoder
 from gigapath.embedding.slide_stage import SlideStage, slides_folder
-from gigapath.embedding.slides import check_names, check_tissue, chosen, named, share_in_words
+from gigapath.embedding.slides import check_names, check_tissue, chosen, estimate_tiles, named, share_in_words
 from gigapath.embedding.tiling import tiling_identities, write_contact_sheet
 from gigapath.features import TILES_NUMERICS_VERSION
 from gigapath.machine import available_cores
@@ -126,6 +124,7 @@ def _prepare(
 def _over_ray(run: CohortRun, tiling: TileOptions, embedding: EmbedOptions, options: RunOptions) -> RunResult:
     """The run by Ray's workers, each with encoders of its own; the first one says what is to do, since it has them."""
     from gigapath.cohort.ray import RayWorkers  # where it is asked for
+    from gigapath.cohort.shards import largest_first
 
     if embedding.devices is not None or embedding.device not in ("auto", "cpu", "cuda"):
         raise ValueError(

@@ -1,18 +1,22 @@
-"""A slide of a cohort, opened and tiled as its row of the manifest and the options say together."""
+"""The slides of a cohort as the manifest and the options say together: opened, chosen, and what they will cost."""
 
 import contextlib
 import dataclasses
-from collections.abc import Iterable, Sequence
+import math
+import time
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+
+import numpy as np
 
 from gigapath.cohort.manifest import SlideEntry
 from gigapath.cohort.privacy import KEPT_COLUMNS, pseudonymised, read_key, recorded_paths
-from gigapath.cohort.shards import parse_shard, take_shard
 from gigapath.cohort.status import read_status
-from gigapath.embedding.options import RunOptions
-from gigapath.preprocessing.masks import METHODS, mask_file
+from gigapath.embedding.options import RunOptions, parse_shard
+from gigapath.preprocessing.grid import plan_grid
 from gigapath.preprocessing.slide import Slide, SlideError, open_slide
 from gigapath.preprocessing.tiling import TileOptions
+from gigapath.preprocessing.tissue import METHODS
 
 
 def open_entry(entry: SlideEntry, tiling: TileOptions, reader: str = "auto") -> Slide:
@@ -54,6 +58,8 @@ def named(entries: list[SlideEntry], tiling: TileOptions, options: RunOptions) -
 
 
 def _with_mask(entry: SlideEntry, folder: Path) -> SlideEntry:
+    from gigapath.preprocessing.masks import mask_file  # where masks are given
+
     with contextlib.suppress(FileNotFoundError):  # the stage says so
         return entry if entry.mask is not None else dataclasses.replace(entry, mask=mask_file(folder, entry.slide_id))
     return entry
@@ -84,6 +90,8 @@ def chosen(
     """The slides of a cohort that this run is for: its `--shard`, of which `--only failed` leaves the failed ones."""
     mine = list(entries)
     if options.shard is not None:
+        from gigapath.cohort.shards import take_shard
+
         mine = take_shard(out, verb, mine, parse_shard(options.shard), tiles=tiles)
     return only_failed(mine, stages) if options.only == "failed" else mine
 
@@ -124,3 +132,59 @@ def check_tissue(entries: Iterable[SlideEntry], tiling: TileOptions) -> None:
         raise ValueError(
             f"--include, --exclude: expected --tissue FILE beside them, got --tissue {tiling.tissue}. Give one."
         )
+
+
+# So many slides are opened for an estimate; the others are taken to be like them.
+_SAMPLE = 20
+# Share of a slide's grid that is tissue, about, where nothing is known yet.
+TISSUE_SHARE = 0.3
+# Pixels a side that are read to learn how fast a slide can be decoded.
+_BLOCK = 1024
+# What tiling a slide takes beside decoding: tissue, flags, preview. As measured on two cores for any size of slide.
+_SECONDS_A_SLIDE = 0.4
+
+
+def guess_tiles(slide: Slide, tiling: TileOptions) -> int:
+    """About how many tiles a slide is going to have, from its header alone."""
+    grid = plan_grid(slide, mpp=tiling.mpp, tile_size=tiling.tile_size, tolerance=tiling.mpp_tolerance)
+    places = grid.columns * grid.rows
+    guess = places if tiling.tissue == "none" else math.ceil(places * TISSUE_SHARE)
+    return guess if tiling.max_tiles is None else min(guess, tiling.max_tiles)
+
+
+def estimate_tiles(counted: Sequence[int], unknown: Sequence[SlideEntry], tiling: TileOptions) -> int:
+    """Tiles of slides whose tiles are known, and of those still to be tiled by a sample of their headers."""
+    return sum(counted) + round(_over_sample(unknown, tiling, lambda slide: guess_tiles(slide, tiling)))
+
+
+def estimate_tiling(todo: Sequence[SlideEntry], tiling: TileOptions, workers: int) -> float:
+    """Seconds that tiling is going to take here, by a block of pixels read from each slide of a sample."""
+    return _over_sample(todo, tiling, lambda slide: _tiling_seconds(slide, tiling, workers))
+
+
+def _over_sample(entries: Sequence[SlideEntry], tiling: TileOptions, cost: Callable[[Slide], float]) -> float:
+    """The sum of `cost` over slides, from a sample of them; a slide that can't be opened costs nothing."""
+    step = max(1, len(entries) // _SAMPLE)
+    sample = entries[::step][:_SAMPLE]
+    found = 0.0
+    for entry in sample:
+        with contextlib.suppress(ValueError, OSError), open_entry(entry, tiling) as slide:
+            found += cost(slide)
+    return found * len(entries) / len(sample) if sample else 0.0
+
+
+def _tiling_seconds(slide: Slide, tiling: TileOptions, workers: int) -> float:
+    """The level that the overview comes from is read as a whole, that of the tiles too by the published rule."""
+    level, columns, rows = slide.overview_source()
+    pixels = columns * rows
+    if tiling.tissue == "published":
+        grid = plan_grid(slide, mpp=tiling.mpp, tile_size=tiling.tile_size, tolerance=tiling.mpp_tolerance)
+        pixels += grid.columns * grid.rows * grid.read_size[0] * grid.read_size[1]
+    width, height = min(_BLOCK, columns), min(_BLOCK, rows)
+    left, top, w, h = slide.bounds
+    down = slide.level_downsamples[level]
+    corner = left + max(0, int((w - width * down) / 2)), top + max(0, int((h - height * down) / 2))
+    started = time.perf_counter()
+    slide.reads(level, np.array([(*corner, width, height)]))(0, None)
+    seconds = time.perf_counter() - started
+    return _SECONDS_A_SLIDE + seconds * pixels / (width * height) / max(1, workers)

@@ -15,19 +15,27 @@ import numpy as np
 from gigapath.cohort.manifest import SlideEntry, find_slides
 from gigapath.cohort.reuse import check_unmixed, digest, finished, redone
 from gigapath.cohort.run import CohortRun, Outcome, Plan, RunResult, Watcher
-from gigapath.cohort.shards import largest_first
 from gigapath.cohort.sheet import draw_contact_sheet
 from gigapath.cohort.status import Status, changed, derive
-from gigapath.embedding.estimate import estimate_tiles, estimate_tiling
 from gigapath.embedding.options import RunOptions
-from gigapath.embedding.slides import check_names, check_tissue, chosen, named, open_entry, options_for, share_in_words
+from gigapath.embedding.slides import (
+    check_names,
+    check_tissue,
+    chosen,
+    estimate_tiles,
+    estimate_tiling,
+    named,
+    open_entry,
+    options_for,
+    share_in_words,
+)
 from gigapath.features import TILES_NUMERICS_VERSION, Tiles, write_tiles
 from gigapath.files import hex_digest, sha256_of
 from gigapath.options import to_dict
-from gigapath.preprocessing.masks import METHODS
 from gigapath.preprocessing.preview import preview_picture, write_preview
 from gigapath.preprocessing.slide import SlideError
 from gigapath.preprocessing.tiling import TileOptions, TilePlan, plan_tiles
+from gigapath.preprocessing.tissue import METHODS
 from gigapath.signals import StopFlag
 from gigapath.text import in_words, slides_in_words, tiles_in_words
 
@@ -100,6 +108,7 @@ def tile_cohort(
 
         if options.engine == "ray":
             from gigapath.cohort.ray import RayWorkers  # where it is asked for
+            from gigapath.cohort.shards import largest_first
 
             with RayWorkers(run, address=options.ray_address, cores=options.worker_cores, device="none") as workers:
                 reading = dataclasses.replace(options, workers=options.reading_threads(workers.cores))

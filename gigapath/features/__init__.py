@@ -1,6 +1,8 @@
 """What travels between the stages, and the h5 files that hold it: ours, written whole or not at all, and other
 tools', read into the same dataclasses."""
 
+from typing import TYPE_CHECKING
+
 from gigapath.features.data import (
     NUMERICS_VERSION,
     SLIDE_NUMERICS_VERSION,
@@ -21,7 +23,10 @@ from gigapath.features.gigapath_file import (
     write_tiles,
 )
 from gigapath.features.reading import read_features
-from gigapath.features.tables import export_table, read_slides
+from gigapath.lazy import lazy_names
+
+if TYPE_CHECKING:
+    from gigapath.features.tables import export_table, read_slides
 
 __all__ = [
     "NUMERICS_VERSION",
@@ -43,3 +48,5 @@ __all__ = [
     "write_tile_vectors",
     "write_tiles",
 ]
+
+__getattr__, __dir__ = lazy_names(__name__, {"tables": ("export_table", "read_slides")})

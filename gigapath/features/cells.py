@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,7 @@ import numpy as np
 from gigapath.features.data import Array, Attrs, FeatureFileError
 
 OPTION = "--tile-size-level0"
+SLIDE2VEC_COORDINATES = ".coordinates.npz"
 
 
 def cells_of(coords: Array, step: tuple[float, float], *, who: str) -> Array:
@@ -139,6 +141,24 @@ def all_facts(attrs: Attrs) -> dict[str, Any]:
     except (KeyError, TypeError, ValueError):  # a file of the tool itself
         earlier = {}
     return {**(earlier if isinstance(earlier, dict) else {}), **attrs}
+
+
+def flat_json(value: Any) -> dict[str, Any]:
+    """The plain values of nested JSON objects by their own names; the outermost of equal names stays."""
+    if not isinstance(value, Mapping):
+        return {}
+    found: dict[str, Any] = {}
+    for inner in value.values():
+        found.update(flat_json(inner))
+    found.update({str(name): entry for name, entry in value.items() if isinstance(entry, str | int | float | bool)})
+    return found
+
+
+def two_axes(array: Array) -> Array:
+    """(N, D) of (1, N, D), (N, 1, D) and the like: axes of a batch, wherever some tools leave one."""
+    while array.ndim > 2 and 1 in array.shape:
+        array = np.squeeze(array, axis=array.shape.index(1))
+    return array
 
 
 def tile_pixels(attrs: Attrs, source: str) -> int | None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from gigapath.features.cells import as_pair
+from gigapath.features.cells import as_pair, two_axes
 from gigapath.features.data import Array, FeatureFileError
 from gigapath.features.gigapath_file import STATES, stage_of
 from gigapath.features.h5 import is_complete, open_h5, read_attrs, read_dataset
@@ -16,7 +16,6 @@ from gigapath.features.other_tools import (
     coordinates_file_step,
     read_other_tool,
     slide_vector,
-    two_axes,
 )
 from gigapath.features.reading import slide_name
 

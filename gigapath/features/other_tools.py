@@ -19,7 +19,18 @@ import numpy as np
 
 import gigapath
 from gigapath.features.arrays import read_npz, read_tensor
-from gigapath.features.cells import OPTION, all_facts, as_number, as_pair, cells_of, tile_mpp, tile_pixels
+from gigapath.features.cells import (
+    OPTION,
+    SLIDE2VEC_COORDINATES,
+    all_facts,
+    as_number,
+    as_pair,
+    cells_of,
+    flat_json,
+    tile_mpp,
+    tile_pixels,
+    two_axes,
+)
 from gigapath.features.data import CELL, Array, Attrs, FeatureFileError, TileEmbeddings
 from gigapath.features.gigapath_file import nominal_magnification
 from gigapath.features.h5 import H5Writer, open_h5, read_attrs, read_dataset, write_attrs
@@ -151,13 +162,6 @@ def _of_coordinates(attrs: Attrs, held: dict[str, Any]) -> Held | None:
     if "mpp" in held["attrs"] or "native_mpp" in held["attrs"]:
         return _mussel(held)
     return Held(source="clam", step=clam_step(held["attrs"]), **held)
-
-
-def two_axes(array: Array) -> Array:
-    """(N, D) of (1, N, D), (N, 1, D) and the like: axes of a batch, wherever some tools leave one."""
-    while array.ndim > 2 and 1 in array.shape:
-        array = np.squeeze(array, axis=array.shape.index(1))
-    return array
 
 
 def _text(attrs: Attrs, name: str) -> str | None:
@@ -458,7 +462,6 @@ def _write_stamp(found: TileEmbeddings, folder: Path, scale: Scale) -> list[Path
 # ------------------------------------------------------------------------------------------------------------ slide2vec
 
 _EMBEDDINGS = "tile_embeddings"
-COORDINATES = ".coordinates.npz"
 
 
 def _is_slide2vec(path: Path) -> bool:
@@ -521,7 +524,7 @@ def _slide2vec_coordinates(path: Path, sidecar: Any) -> list[Path]:
     folder = path.absolute().parent
     root = next((parent.parent for parent in (folder, *folder.parents) if parent.name == _EMBEDDINGS), folder.parent)
     inside = folder.relative_to(root).parts[1:] if folder.is_relative_to(root) else ()
-    usual = [root.joinpath("tiles", *inside, f"{path.stem}{COORDINATES}")]
+    usual = [root.joinpath("tiles", *inside, f"{path.stem}{SLIDE2VEC_COORDINATES}")]
     said = sidecar.get("coordinates_npz_path") if isinstance(sidecar, dict) else None
     if isinstance(said, str) and said.endswith(".npz"):
         parts = PureWindowsPath(said).parts  # takes both kinds of slashes
@@ -547,17 +550,6 @@ def _read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise FeatureFileError(f"{path.name}: expected JSON, got something that is not ({error}).") from error
-
-
-def flat_json(value: Any) -> dict[str, Any]:
-    """The plain values of nested JSON objects by their own names; the outermost of equal names stays."""
-    if not isinstance(value, Mapping):
-        return {}
-    found: dict[str, Any] = {}
-    for inner in value.values():
-        found.update(flat_json(inner))
-    found.update({str(name): entry for name, entry in value.items() if isinstance(entry, str | int | float | bool)})
-    return found
 
 
 def _write_slide2vec(found: TileEmbeddings, folder: Path, scale: Scale) -> list[Path]:

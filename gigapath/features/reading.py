@@ -9,16 +9,28 @@ import zipfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from gigapath.features.cells import OPTION, all_facts, as_pair, cells_of, observed_step, row_major
+from gigapath.features.cells import (
+    OPTION,
+    SLIDE2VEC_COORDINATES,
+    all_facts,
+    as_pair,
+    cells_of,
+    flat_json,
+    observed_step,
+    row_major,
+    two_axes,
+)
 from gigapath.features.data import Array, Attrs, FeatureFileError, TileEmbeddings
 from gigapath.features.gigapath_file import check_ours, open_ours, stage_of
 from gigapath.features.h5 import check_undamaged, find_dataset, open_h5, read_attrs, read_dataset
-from gigapath.features.other_tools import COORDINATES, Held, flat_json, read_other_tool, two_axes
 from gigapath.files import is_hidden, real_path, visible_files
+
+if TYPE_CHECKING:  # loaded when another tool's file comes: runs over our own need none of it
+    from gigapath.features.other_tools import Held
 
 # Looked for in this order: a folder that holds some of the first holds no features under the others.
 SUFFIXES = (".h5", ".npz", ".pt")
@@ -60,7 +72,9 @@ def list_feature_files(folder: Path, *, leave_out: Sequence[str] = ()) -> list[P
             continue
         seen.add(real)
         paths = [Path(place, name) for name in names if Path(name).suffix in SUFFIXES and not is_hidden(name)]
-        found += [path for path in paths if not path.name.endswith(COORDINATES) and not _is_map_or_table(path)]
+        found += [
+            path for path in paths if not path.name.endswith(SLIDE2VEC_COORDINATES) and not _is_map_or_table(path)
+        ]
     return sorted(found)
 
 
@@ -236,6 +250,8 @@ def read_features(
         if tile_size_level0 is not None and found.tile_size_level0 is not None:
             _check_stated(tile_size_level0, found.tile_size_level0, path)
         return found
+    from gigapath.features.other_tools import read_other_tool
+
     held = read_other_tool(path, coordinates=second)
     _check_shapes(held, path)
     _check_values(held.features, embed_dim, path)
@@ -274,7 +290,7 @@ def _read_ours(path: Path) -> TileEmbeddings:
         )
 
 
-def _embeddings(held: Held, path: Path, *, stated: float | None, cells: bool, sort: bool) -> TileEmbeddings:
+def _embeddings(held: "Held", path: Path, *, stated: float | None, cells: bool, sort: bool) -> TileEmbeddings:
     """Another tool's file as tile embeddings: float32 or float16, its cells derived and the tiles put in order."""
     features = held.features if held.features.dtype in (np.float32, np.float16) else held.features.astype(np.float32)
     coords = held.coords.astype(np.float64 if held.coords.dtype.kind == "f" else np.int64)
@@ -317,7 +333,7 @@ def _check_stated(stated: float, found: float, path: Path) -> None:
         )
 
 
-def _check_shapes(held: Held, path: Path) -> None:
+def _check_shapes(held: "Held", path: Path) -> None:
     features, coords, fractions = held.features, held.coords, held.tissue_fraction
     if features.ndim != 2 or features.dtype.kind != "f":
         raise FeatureFileError(

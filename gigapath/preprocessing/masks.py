@@ -22,9 +22,8 @@ from gigapath.features.h5 import open_h5, read_attrs, read_dataset
 from gigapath.features.other_tools import clam_step
 from gigapath.preprocessing.fast import open_tiff
 from gigapath.preprocessing.header import is_level_of
-from gigapath.preprocessing.published import published_tissue
 from gigapath.preprocessing.slide import Overview, Slide
-from gigapath.preprocessing.tissue import BoolImage, TissueMask, box_means, find_tissue, make_mask
+from gigapath.preprocessing.tissue import METHODS, BoolImage, TissueMask, box_means, make_mask
 
 # Numbers in words pack to a tenth; what packs to a hundredth is none of ours.
 _MOST_PACKED = 100
@@ -223,33 +222,8 @@ OUTLINES = (".geojson", ".json", ".geojson.gz", ".json.gz")
 IMAGES = (".png", ".tif", ".tiff")
 COORDINATES = (".h5", ".hdf5", ".npz", ".npy")
 
-METHODS = ("otsu", "published", "none")
-
 SAME_SHAPE = 0.05  # by which a mask image's aspect may differ from the slide's
 IMAGE_PIXELS = 2**28
-
-
-def tissue_of(
-    slide: Slide, overview: Overview, tissue: str, *, include: Sequence[str] = (), exclude: Sequence[str] = ()
-) -> TissueMask:
-    """The tissue of a slide as `--tissue` says.
-
-    Args:
-        slide: the open slide.
-        overview: the slide at low power.
-        tissue: a method, or the path of a file, or of a folder that holds `<slide id>.<suffix>`.
-        include: classes of the file that count; all of them when empty.
-        exclude: classes of the file that are cut out.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: the file is no mask of this slide, or classes are asked for where there are none.
-    """
-    if tissue not in METHODS:
-        return read_mask(mask_file(Path(tissue), slide.slide_id), slide, overview, include=include, exclude=exclude)
-    if include or exclude:
-        raise ValueError(f"--include, --exclude: expected --tissue FILE beside them, got --tissue {tissue}. Give one.")
-    return published_tissue(slide, overview) if tissue == "published" else find_tissue(overview, tissue)
 
 
 def read_mask(

@@ -1,7 +1,9 @@
 """Plan the tiles of a slide: where tissue is, on a grid of whole tiles. Reads coarse levels and no tile, but for the
 published rule, which judges each tile by its own pixels."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,14 +12,14 @@ import numpy.typing as npt
 from gigapath.features import TILES_NUMERICS_VERSION, Tiles
 from gigapath.options import check_options, option
 from gigapath.preprocessing.grid import Grid, plan_grid
-from gigapath.preprocessing.masks import tissue_of
-from gigapath.preprocessing.published import published_shares
 from gigapath.preprocessing.quality import QC_NAMES, tile_qc
 from gigapath.preprocessing.reading import filter_name
 from gigapath.preprocessing.slide import SAME_SCALE, Overview, Slide, SlideError
 from gigapath.preprocessing.tissue import (
+    METHODS,
     TissueMask,
     area_shares,
+    find_tissue,
     has_dark_background,
     is_grey,
     tile_fractions,
@@ -112,6 +114,8 @@ def plan_tiles(slide: Slide, options: TileOptions, *, workers: int = 0) -> TileP
         )
     mask = tissue_of(slide, overview, options.tissue, include=options.include, exclude=options.exclude)
     if options.tissue == "published":
+        from gigapath.preprocessing.published import published_shares
+
         fractions = published_shares(slide, mask, grid, workers=workers)
         kept = fractions > options.min_tissue  # "exceeds", as published
     else:
@@ -157,6 +161,35 @@ def plan_tiles(slide: Slide, options: TileOptions, *, workers: int = 0) -> TileP
         },
     )
     return TilePlan(tiles=tiles, grid=grid, overview=overview, mask=mask, dropped=dropped, warnings=warnings)
+
+
+def tissue_of(
+    slide: Slide, overview: Overview, tissue: str, *, include: Sequence[str] = (), exclude: Sequence[str] = ()
+) -> TissueMask:
+    """The tissue of a slide as `--tissue` says.
+
+    Args:
+        slide: the open slide.
+        overview: the slide at low power.
+        tissue: a method, or the path of a file, or of a folder that holds `<slide id>.<suffix>`.
+        include: classes of the file that count; all of them when empty.
+        exclude: classes of the file that are cut out.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: the file is no mask of this slide, or classes are asked for where there are none.
+    """
+    if tissue not in METHODS:
+        from gigapath.preprocessing.masks import mask_file, read_mask  # where masks are given
+
+        return read_mask(mask_file(Path(tissue), slide.slide_id), slide, overview, include=include, exclude=exclude)
+    if include or exclude:
+        raise ValueError(f"--include, --exclude: expected --tissue FILE beside them, got --tissue {tissue}. Give one.")
+    if tissue == "published":
+        from gigapath.preprocessing.published import published_tissue  # a rule of its own, seldom asked for
+
+        return published_tissue(slide, overview)
+    return find_tissue(overview, tissue)
 
 
 def count_dropped(

@@ -20,6 +20,9 @@ from gigapath.preprocessing.grid import Grid
 from gigapath.preprocessing.slide import Overview
 from gigapath.preprocessing.stain import GLASS_CHROMA
 
+# Rules by which `--tissue` finds tissue; whatever else it names is a file or a folder of files.
+METHODS = ("otsu", "published", "none")
+
 # Stain, in grey levels, by which tissue must stand out from glass. Empty glass, blurred, scatters by 2 to 6; the
 # palest tissue that is still worth a tile stands out by about 15.
 CONTRAST = 12
