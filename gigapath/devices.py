@@ -84,41 +84,77 @@ def resolve_precision(precision: str, device: torch.device) -> str:
     return precision
 
 
-def autocast(precision: str, device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """The context in which a model computes: autocast to "fp16" or "bf16", nothing for "fp32"."""
-    if precision == "fp32":
-        return contextlib.nullcontext()
-    return torch.autocast(device.type, dtype=AUTOCAST_TYPES[precision])
-
-
-_reproducible_lock = threading.Lock()
-_reproducible_users = 0
-_reproducible_flags: Any = None
+_pins = threading.Lock()
+_pinned = 0
+_unpin = contextlib.ExitStack()
 
 
 @contextlib.contextmanager
-def reproducible(device: torch.device) -> Iterator[None]:
-    """On CUDA, convolutions in true float32 and by deterministic kernels, within this block only.
+def computing(precision: str, device: torch.device) -> Iterator[None]:
+    """The context in which a model computes: autocast to "fp16" or "bf16", and for all that stays float32 true float32
+    (no TF32, no bfloat16 behind its back) and deterministic convolutions, whatever the process has set.
 
-    cuDNN's switches belong to the process: of several threads inside, the first sets them and the last puts them back.
+    These switches belong to the process: of several threads inside, the first sets them and the last puts them back.
     """
-    global _reproducible_users, _reproducible_flags
-    if device.type != "cuda":
-        yield
-        return
-    with _reproducible_lock:
-        if _reproducible_users == 0:
-            flags = torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
-            flags.__enter__()
-            _reproducible_flags = flags
-        _reproducible_users += 1
+    global _pinned
+    with _pins:
+        if _pinned == 0:
+            _unpin.enter_context(_true_float32())
+        _pinned += 1
+    try:
+        with torch.autocast(device.type, AUTOCAST_TYPES.get(precision), enabled=precision != "fp32"):
+            yield
+    finally:
+        with _pins:
+            _pinned -= 1
+            if _pinned == 0:
+                _unpin.close()
+
+
+@contextlib.contextmanager
+def _true_float32() -> Iterator[None]:
+    cudnn = torch.backends.cudnn
+    # Torch 2.9 brought a switch for each operation. They go along with the two older ones, which set them too; torch
+    # refuses to say where the older one stands once somebody has used the newer ones alone.
+    places: list[Any] = []
+    if hasattr(cudnn, "conv"):
+        places = [cudnn.conv, cudnn.rnn, torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul")]  # noqa: B009
+    newer = [(place, place.fp32_precision) for place in places]
+    tf32 = products = None
+    with contextlib.suppress(RuntimeError):
+        tf32 = cudnn.allow_tf32
+    with contextlib.suppress(RuntimeError):
+        products = torch.get_float32_matmul_precision()
+    plain = (cudnn.deterministic, cudnn.benchmark)
+    cudnn.deterministic, cudnn.benchmark, cudnn.allow_tf32 = True, False, False
+    torch.set_float32_matmul_precision("highest")
+    for place in places:
+        place.fp32_precision = "ieee"
     try:
         yield
     finally:
-        with _reproducible_lock:
-            _reproducible_users -= 1
-            if _reproducible_users == 0:
-                _reproducible_flags.__exit__(None, None, None)
+        cudnn.deterministic, cudnn.benchmark = plain
+        if tf32 is not None:
+            cudnn.allow_tf32 = tf32
+        if products is not None:
+            torch.set_float32_matmul_precision(products)
+        for place, before in newer:
+            place.fp32_precision = before
+
+
+def device_identity(device: torch.device) -> str:
+    """What numbers depend on of a device: its kind, and of a GPU the model and its compute capability too."""
+    if device.type != "cuda":
+        return device.type
+    about = torch.cuda.get_device_properties(device)
+    return f"cuda ({about.name}, {about.major}.{about.minor})"
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that a device's memory was too small: torch's own, cuBLAS's, cuDNN's or the driver's."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and bool(re.search("out of memory|ALLOC_FAILED", str(error), re.IGNORECASE))
 
 
 @contextlib.contextmanager

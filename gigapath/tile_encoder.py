@@ -20,7 +20,7 @@ from timm.data import resolve_model_data_config  # type: ignore[attr-defined]
 from torch import Tensor, nn
 
 from gigapath import standin
-from gigapath.devices import autocast, reproducible, resolve_device, resolve_precision
+from gigapath.devices import computing, resolve_device, resolve_precision
 from gigapath.file_names import plain_name
 from gigapath.hub import HUB_PREFIXES, hub_error, remembered_sha256
 from gigapath.releases import RELEASES, TILE_FILE, Release
@@ -109,7 +109,7 @@ class TileEncoder:
         Raises:
             ValueError: the model gives vectors of another width.
         """
-        with torch.inference_mode(), autocast(self.precision, self.device), reproducible(self.device):
+        with torch.inference_mode(), computing(self.precision, self.device):
             vectors: Tensor = self.model(self.transform.normalise(pixels)).float()
         if vectors.shape != (len(pixels), self.embed_dim):
             raise ValueError(

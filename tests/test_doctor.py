@@ -5,11 +5,13 @@ import json
 import os
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import huggingface_hub
 import numpy as np
 import pytest
+import torch
 
 from gigapath.cli.main import main
 from gigapath.doctor import diagnose as run
@@ -108,6 +110,33 @@ def test_a_driver_without_a_gpu_in_sight_is_wrong(monkeypatch: pytest.MonkeyPatc
     assert device.state == "wrong" and "NVIDIA driver" in device.text and device.advice
 
 
+@pytest.mark.parametrize(
+    ("capability", "built_for", "runs"),
+    [
+        ((7, 0), ["sm_75", "sm_80", "sm_90", "compute_90"], False),
+        ((7, 5), ["sm_75", "sm_80"], True),
+        ((8, 6), ["sm_75", "sm_80"], True),
+        ((8, 0), ["sm_75", "sm_86"], False),
+        ((10, 0), ["sm_80", "sm_90"], False),
+        ((10, 0), ["sm_80", "compute_90"], True),
+        ((12, 0), ["sm_90a", "sm_120"], True),
+        ((10, 0), ["compute_90a"], False),
+        ((9, 0), ["gfx90a"], True),
+    ],
+)
+def test_a_gpu_that_torch_was_not_built_for_is_wrong(
+    capability: tuple[int, int], built_for: list[str], runs: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    about = SimpleNamespace(name="A GPU", total_memory=16e9, major=capability[0], minor=capability[1])
+    cuda = installation.torch.cuda
+    monkeypatch.setattr(cuda, "is_available", lambda: True)
+    monkeypatch.setattr(cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(cuda, "get_device_properties", lambda index: about)
+    monkeypatch.setattr(cuda, "get_arch_list", lambda: built_for)
+    (device,) = installation.check_devices()
+    assert (device.state == "ok") is runs and "A GPU" in device.text
+
+
 def test_a_refused_kernel_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(installation, "find_fault", lambda *a: "the short case gives dq wrong by 1")
     kernels = installation.check_kernels()
@@ -115,12 +144,12 @@ def test_a_refused_kernel_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_wrong_number_a_broken_step_and_a_broken_codec_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(selftest, "whole_way", lambda: (selftest.TILES, np.zeros(8, np.float32)))
+    monkeypatch.setattr(selftest, "whole_way", lambda device: (selftest.TILES, np.zeros(8, np.float32)))
     assert "differs from the stored one" in selftest.check_whole_way()[0].text
-    monkeypatch.setattr(selftest, "whole_way", lambda: (3, np.asarray(selftest.VECTOR, np.float32)))
+    monkeypatch.setattr(selftest, "whole_way", lambda device: (3, np.asarray(selftest.VECTOR, np.float32)))
     assert "3 tiles were found" in selftest.check_whole_way()[0].text
 
-    def fail() -> None:
+    def fail(device: torch.device) -> None:
         raise RuntimeError("no such operator")
 
     monkeypatch.setattr(selftest, "whole_way", fail)

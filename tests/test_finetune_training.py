@@ -1,5 +1,6 @@
 """The recipe: one step against plain code, packed = accumulated, a run that goes on, precision, calibration, heads."""
 
+import contextlib
 import math
 import os
 import subprocess
@@ -14,7 +15,7 @@ import torch.nn.functional as F
 from made_cohort import NARROW, made_bag
 from weights_recipe import fill
 
-from gigapath.devices import autocast
+from gigapath.devices import computing
 from gigapath.evaluation.splits import Fold
 from gigapath.evaluation.task import Task
 from gigapath.files import OutputError
@@ -289,7 +290,11 @@ def test_auto_precision_follows_the_launcher_and_the_device(monkeypatch) -> None
     for word, precision in (("bf16", "bf16"), ("fp16", "fp16"), ("no", "fp32")):
         monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", word)
         assert training_precision("auto", cpu) == precision
-    with autocast("bf16", cpu):
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION")
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+    assert training_precision("auto", torch.device("cuda", 0)) == "fp16", "a GPU that only emulates bfloat16"
+    with computing("bf16", cpu):
         assert torch.nn.functional.linear(torch.ones(2, 2), torch.ones(2, 2)).dtype == torch.bfloat16
 
 

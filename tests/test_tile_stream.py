@@ -1,9 +1,12 @@
 """The stream from slides to vectors: equal bytes however it is arranged, bounded, and it ends whatever fails."""
 
 import dataclasses
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,7 +16,7 @@ import torch
 from tiny_encoders import WIDTH, tiny_tile_encoder
 from torch import Tensor, nn
 
-from gigapath.devices import reproducible, resolve_devices
+from gigapath.devices import computing, device_identity, resolve_devices
 from gigapath.embedding.forward import (
     EncoderError,
     OutOfMemory,
@@ -413,13 +416,13 @@ def test_the_quicker_way_is_taken_where_it_gives_the_plain_bytes() -> None:
     assert [each.tobytes() for each in found] == [plainly(encoder, each, 4).tobytes() for each in tiles]
 
 
-def limited(most: int) -> TileEncoder:
-    """An encoder on a device whose memory holds `most` tiles."""
+def limited(most: int, words: str = "CUDA out of memory") -> TileEncoder:
+    """An encoder on a device whose memory holds `most` tiles, and which says so with these words."""
     encoder = tiny_tile_encoder()
 
     def check(_: nn.Module, inputs: tuple[Tensor]) -> None:
         if len(inputs[0]) > most:
-            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+            raise (torch.OutOfMemoryError if words == "CUDA out of memory" else RuntimeError)(words)
 
     encoder.model.register_forward_pre_hook(check)
     return encoder
@@ -429,6 +432,14 @@ def test_a_batch_that_the_memory_does_not_hold_is_halved(monkeypatch: pytest.Mon
     assert fitting_batch_size([limited(5)], 32) == 32, "a CPU is not asked: it would take a batch's time"
     monkeypatch.setattr("gigapath.embedding.forward._OUT_OF_MEMORY", ("cpu",))
     assert fitting_batch_size([limited(5)], 32) == 4
+    for words in (
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
+        "CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported",
+    ):
+        assert fitting_batch_size([limited(5, words)], 32) == 4
+    with pytest.raises(EncoderError, match="illegal memory access"):
+        fitting_batch_size([limited(5, "CUDA error: an illegal memory access was encountered")], 32)
     assert fitting_batch_size([limited(40), limited(9)], 32) == 8, "the least of several devices"
     with pytest.raises(OutOfMemory, match="batches of 1 tiles"):
         fitting_batch_size([limited(0)], 32)
@@ -466,17 +477,61 @@ def test_devices_are_a_list_or_a_number() -> None:
         resolve_devices("cpu,gpu", "auto")
 
 
+def test_two_models_of_gpu_are_two_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    about = {
+        "A100": SimpleNamespace(name="A100", major=8, minor=0),
+        "H100": SimpleNamespace(name="H100", major=9, minor=0),
+    }
+    named = []
+    for gpu in about.values():
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device, gpu=gpu: gpu)
+        named.append(device_identity(torch.device("cuda", 0)))
+    assert len(set(named)) == 2 and "A100" in named[0] and "9.0" in named[1]
+    assert device_identity(torch.device("cpu")) == "cpu"
+
+
 def test_switches_of_the_process_are_put_back_by_the_last_thread() -> None:
     flags = torch.backends.cudnn
     before = (flags.deterministic, flags.allow_tf32)
-    cuda = torch.device("cuda")
-    first, second = reproducible(cuda), reproducible(cuda)
+    first, second = computing("fp32", torch.device("cpu")), computing("bf16", torch.device("cpu"))
     first.__enter__()
     second.__enter__()
     first.__exit__(None, None, None)
     assert (flags.deterministic, flags.allow_tf32) == (True, False)
     second.__exit__(None, None, None)
     assert (flags.deterministic, flags.allow_tf32) == before
+
+
+@pytest.mark.parametrize("way", ["older switch", "newer switch", "all at once"])
+def test_float32_is_true_float32_whatever_the_process_has_set(way: str) -> None:
+    """In a process of its own: torch does not forget which of its switches were used."""
+    switches = {
+        "older switch": "torch.set_float32_matmul_precision('medium')",
+        "newer switch": "torch.backends.cuda.matmul.fp32_precision = 'tf32'",
+        "all at once": "torch.backends.fp32_precision = 'tf32'",
+    }
+    if way != "older switch" and not hasattr(torch.backends.cuda.matmul, "fp32_precision"):
+        pytest.skip("this torch has the older switches alone")
+    script = f"""
+import torch
+from gigapath.devices import computing
+{switches[way]}
+def state():
+    found = []
+    for ask in (torch.get_float32_matmul_precision, lambda: torch.backends.cuda.matmul.allow_tf32,
+                lambda: torch.backends.cudnn.allow_tf32, lambda: torch.backends.cuda.matmul.fp32_precision):
+        try:
+            found.append(ask())
+        except (RuntimeError, AttributeError) as error:
+            found.append(type(error).__name__)
+    return found
+before = state()
+with computing("fp32", torch.device("cpu")):
+    assert torch.get_float32_matmul_precision() == "highest"
+    assert not torch.backends.cuda.matmul.allow_tf32 and not torch.backends.cudnn.allow_tf32
+assert state() == before, (before, state())
+"""
+    subprocess.run([sys.executable, "-c", script], check=True)
 
 
 def test_busy_shares_count_from_a_snapshot_and_by_the_workers_of_a_stage() -> None:

@@ -8,6 +8,7 @@ import secrets
 import shutil
 import tempfile
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 import huggingface_hub.constants
@@ -93,7 +94,12 @@ def check_devices() -> list[Finding]:
             about = torch.cuda.get_device_properties(index)
             text = f"cuda:{index} is {about.name}, {about.total_memory / 1e9:.0f} GB, CUDA {torch.version.cuda}"
             facts = {"name": about.name, "bytes": about.total_memory, "capability": [about.major, about.minor]}
-            found.append(Finding(f"cuda-{index}", text, state=OK, facts=facts))
+            if runs_on((about.major, about.minor), torch.cuda.get_arch_list()):
+                found.append(Finding(f"cuda-{index}", text, state=OK, facts=facts))
+                continue
+            text += f": torch {torch.__version__} was not built for its compute capability {about.major}.{about.minor}"
+            advice = "install a build of torch that was (an older CUDA serves older GPUs), or use --device cpu."
+            found.append(Finding(f"cuda-{index}", text, advice, facts=facts))
         return found
     if torch.backends.mps.is_available():
         return [Finding("mps", "Apple's GPU (mps)", state=OK)]
@@ -108,6 +114,22 @@ def check_devices() -> list[Finding]:
         "ask the scheduler for a GPU, look at CUDA_VISIBLE_DEVICES and nvidia-smi; an old driver needs an older CUDA."
     )
     return [Finding("cuda", f"{text} (CUDA {torch.version.cuda}) sees no GPU", advice)]
+
+
+def runs_on(capability: tuple[int, int], built_for: Sequence[str]) -> bool:
+    """Whether code that torch was built for runs on a GPU of this compute capability: binaries ("sm_80") on their own
+    major version from their minor one on, intermediate code ("compute_80") on all that are newer; a letter at the end
+    ties either to one capability. True where nothing of the kind is named, as in AMD's builds."""
+    built_for = [name for name in built_for if name.startswith(("sm_", "compute_"))]
+    for name in built_for:
+        kind, _, number = name.partition("_")
+        exact, number = number[-1:].isalpha(), number.rstrip("abcdefghijklmnopqrstuvwxyz")
+        target = (int(number[:-1]), int(number[-1]))
+        if target == capability or (
+            not exact and target <= capability and (kind == "compute" or target[0] == capability[0])
+        ):
+            return True
+    return not built_for
 
 
 def check_kernels() -> list[Finding]:

@@ -16,6 +16,7 @@ from PIL import Image
 from PIL import features as pillow
 from torch import nn
 
+from gigapath.devices import computing
 from gigapath.features import TileEmbeddingsWriter, read_features
 from gigapath.findings import NOTE, OK, WRONG, Finding
 from gigapath.preprocessing.reading import iter_tiles
@@ -91,47 +92,54 @@ def check_codecs() -> list[Finding]:
 
 
 def check_whole_way() -> list[Finding]:
-    """A made slide, its tiles, narrow encoders, a slide embedding; seconds, no weights, no network."""
+    """A made slide, its tiles, narrow encoders, a slide embedding; seconds, no weights, no network. On the CPU, and on
+    each GPU that is there."""
+    gpus = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+    return [_check_way(device) for device in (torch.device("cpu"), *gpus)]
+
+
+def _check_way(device: torch.device) -> Finding:
+    name = "whole-way" if device.type == "cpu" else f"whole-way-{device.type}-{device.index}"
     started = time.monotonic()
     try:
-        tiles, vector = whole_way()
+        tiles, vector = whole_way(device)
     except Exception as error:  # whatever is broken is what the doctor is asked for
-        text = f"failed with {type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
-        return [Finding("whole-way", text, "GIGAPATH_DEBUG=1 gigapath doctor shows where.")]
+        text = f"{device}: failed with {type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+        return Finding(name, text, "GIGAPATH_DEBUG=1 gigapath doctor shows where.")
     seconds = time.monotonic() - started
     facts = {"tiles": tiles, "vector": [round(float(value), 6) for value in vector], "seconds": round(seconds, 2)}
     difference = float(np.abs(vector - np.asarray(VECTOR)).max())
     if tiles != TILES:
         text, advice = f"{tiles} tiles were found, expected {TILES}", "look at the versions of OpenCV and OpenSlide."
-        return [Finding("whole-way", text, advice, facts=facts)]
+        return Finding(name, text, advice, facts=facts)
     if not difference <= TOLERANCE:
-        text = f"the slide embedding differs from the stored one by {difference:.2g}, where {TOLERANCE} is allowed"
+        text = f"{device}: the slide embedding differs from the stored one by {difference:.2g}, allowed is {TOLERANCE}"
         advice = "look at the attention kernels above, and at the versions of torch and OpenCV."
-        return [Finding("whole-way", text, advice, facts=facts)]
-    text = f"slide to slide embedding in {seconds:.1f} s: {tiles} tiles, within {difference:.0e} of the stored numbers"
-    return [Finding("whole-way", text, state=OK, facts=facts)]
+        return Finding(name, text, advice, facts=facts)
+    text = f"slide to slide embedding on {device} in {seconds:.1f} s: {tiles} tiles, within {difference:.0e} of the "
+    return Finding(name, f"{text}stored numbers", state=OK, facts=facts)
 
 
-def whole_way() -> tuple[int, npt.NDArray[np.float32]]:
+def whole_way(device: torch.device) -> tuple[int, npt.NDArray[np.float32]]:
     """How many tiles there are, and the first eight numbers of the slide embedding."""
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         path, result = Path(folder) / "made.tif", Path(folder) / "made.h5"
         write_slide(path, paint(2300, 1900), mpp=0.25)
-        encoder = narrow_tile_encoder()
+        encoder = narrow_tile_encoder(device)
         with open_slide(path) as slide:
             tiles = plan_tiles(slide, TileOptions()).tiles
             with TileEmbeddingsWriter(result, tiles, embed_dim=WIDTH) as writer:
                 for first, pixels in iter_tiles(slide, tiles, batch_size=4, workers=1):
                     writer.write(first, encoder.encode(pixels))
         held = read_features(result)
-        features, coords = torch.from_numpy(held.features), torch.from_numpy(held.encoder_coords())
-        with torch.inference_mode():
-            (vector,) = narrow_slide_encoder()(features[None], coords[None])
-    return len(tiles), vector[0, :8].float().numpy()
+        features, coords = torch.from_numpy(held.features).to(device), torch.from_numpy(held.encoder_coords())
+        with torch.inference_mode(), computing("fp32", device):
+            (vector,) = narrow_slide_encoder().to(device)(features[None], coords[None].to(device))
+    return len(tiles), vector[0, :8].float().cpu().numpy()
 
 
-def narrow_tile_encoder() -> TileEncoder:
+def narrow_tile_encoder(device: torch.device) -> TileEncoder:
     """A convolution and a pooling whose weights are sines: the same on every machine."""
     model = nn.Sequential(nn.Conv2d(3, WIDTH, 16, stride=16), nn.Tanh(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     _fill(model)
@@ -142,9 +150,9 @@ def narrow_tile_encoder() -> TileEncoder:
         weights_sha256=None,
         transform=TileTransform(64, 64, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)),
         description="a narrow encoder for the self-test",
-        device=torch.device("cpu"),
+        device=device,
         precision="fp32",
-        model=model.eval().requires_grad_(False),
+        model=model.eval().requires_grad_(False).to(device),
     )
 
 

@@ -18,6 +18,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from gigapath.devices import is_out_of_memory
 from gigapath.tile_encoder import TileEncoder
 
 Vectors = npt.NDArray[np.float32]
@@ -59,12 +60,12 @@ def encoder_failures(encoder: TileEncoder, batch_size: int) -> Iterator[None]:
     """What a device or a model says when it fails on a batch, as one sentence: EncoderError."""
     try:
         yield
-    except torch.cuda.OutOfMemoryError as error:
-        raise OutOfMemory(
-            f"{encoder.name}: {encoder.device} has too little memory for batches of {batch_size} tiles. "
-            "Choose a smaller --batch-size."
-        ) from error
     except (RuntimeError, MemoryError, ValueError) as error:
+        if is_out_of_memory(error):
+            raise OutOfMemory(
+                f"{encoder.name}: {encoder.device} has too little memory for batches of {batch_size} tiles. "
+                "Choose a smaller --batch-size."
+            ) from error
         raise EncoderError(f"{encoder.name} failed on {encoder.device}: {first_line(error)}") from error
 
 
@@ -124,8 +125,10 @@ class CudaForward:
     def start(self, pixels: Tensor) -> Callable[[], Vectors]:
         try:
             return self._start(pixels)
-        except torch.cuda.OutOfMemoryError:  # memory that torch keeps in pieces of other sizes may make up for it
-            torch.cuda.empty_cache()
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            torch.cuda.empty_cache()  # memory that torch keeps in pieces of other sizes may make up for it
             return self._start(pixels)
 
     def _start(self, pixels: Tensor) -> Callable[[], Vectors]:

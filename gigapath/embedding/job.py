@@ -14,6 +14,7 @@ from gigapath.cohort.manifest import SlideEntry
 from gigapath.cohort.reuse import digest
 from gigapath.cohort.run import Outcome
 from gigapath.cohort.status import Status
+from gigapath.devices import device_identity
 from gigapath.embedding.forward import DeviceProbe, PlainForward
 from gigapath.embedding.slides import open_entry
 from gigapath.embedding.stages import EmbedStages
@@ -285,7 +286,7 @@ class EmbedJob(EmbedStages):
         facts = {
             "tile_encoder": self.encoder.name,
             "precision": self.encoder.precision,
-            "device": self.encoder.device.type,
+            "device": device_identity(self.encoder.device),
             "trained": self.encoder.trained,
             **slide.reading,
         }

@@ -6,14 +6,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from gigapath.cohort.manifest import SlideEntry, find_slides
 from gigapath.cohort.privacy import recorded_paths
 from gigapath.cohort.reuse import check_same_tiles, check_unmixed, differences
 from gigapath.cohort.run import CohortRun, Plan, RunResult, Watcher
 from gigapath.cohort.status import read_statuses
-from gigapath.devices import at_most_threads, resolve_devices
+from gigapath.devices import at_most_threads, device_identity, resolve_devices
 from gigapath.embedding.forward import fitting_batch_size, probe_devices
 from gigapath.embedding.job import EmbedJob
 from gigapath.embedding.options import EmbedOptions, RunOptions
@@ -285,8 +283,7 @@ def _facts(job: EmbedJob) -> dict[str, object]:
 
 
 def _device_name(encoders: Sequence[TileEncoder]) -> str:
-    device = encoders[0].device
-    name = f"cuda ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else device.type
+    name = device_identity(encoders[0].device)
     return name if len(encoders) == 1 else f"{len(encoders)} x {name}"
 
 

@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from gigapath.devices import AUTOCAST_TYPES, autocast, resolve_device, resolve_precision
+from gigapath.devices import AUTOCAST_TYPES, computing, is_out_of_memory, resolve_device, resolve_precision
 from gigapath.embedding.forward import EncoderError, first_line
 from gigapath.features import TileEmbeddings, parse_embedding
 from gigapath.file_names import plain_name
@@ -194,12 +194,12 @@ class SlideEncoder:
         """What a device says when it fails, as one sentence."""
         try:
             yield
-        except torch.cuda.OutOfMemoryError as error:
-            raise EncoderError(
-                f"{self.name}: {self.device} has too little memory for a slide of {count} tiles. "
-                "Use --device cpu, or --max-tiles when tiling."
-            ) from error
         except (RuntimeError, MemoryError) as error:
+            if is_out_of_memory(error):
+                raise EncoderError(
+                    f"{self.name}: {self.device} has too little memory for a slide of {count} tiles. "
+                    "Use --device cpu, or --max-tiles when tiling."
+                ) from error
             raise EncoderError(f"{self.name} failed on {self.device}: {first_line(error)}") from error
 
     def _states(
@@ -217,7 +217,7 @@ class SlideEncoder:
             if 1 <= state <= model.depth:
                 progress(state, model.depth)
 
-        with torch.inference_mode(), autocast(self.precision, self.device), between_steps(check):
+        with torch.inference_mode(), computing(self.precision, self.device), between_steps(check):
             states, default = pooled_states(model, features.to(self.device), coords.to(self.device), see_tokens)
         pooled = {
             "states_mean": states[:, 0],

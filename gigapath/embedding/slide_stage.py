@@ -14,6 +14,7 @@ from gigapath.cohort.manifest import SlideEntry
 from gigapath.cohort.reuse import digest, finished
 from gigapath.cohort.run import CohortRun, Outcome
 from gigapath.cohort.status import Status
+from gigapath.devices import device_identity
 from gigapath.embedding.options import KeepOptions
 from gigapath.embedding.slide_encoding import SlideEncoder, mean_of_rows
 from gigapath.features import (
@@ -77,7 +78,7 @@ class SlideStage:
             **shared,
             "weights_sha256": self.encoder.weights_sha256,
             "precision": self.encoder.precision,
-            "device": self.encoder.device.type,
+            "device": device_identity(self.encoder.device),
         }
 
     def identity(self, features: str) -> dict[str, Any]:
@@ -181,7 +182,7 @@ class SlideStage:
             "slide_encoder": self.encoder.name,
             "slide_weights_sha256": self.encoder.weights_sha256,
             "slide_precision": self.encoder.precision,
-            "slide_device": self.encoder.device.type,
+            "slide_device": device_identity(self.encoder.device),
             "attention_kernel": self.encoder.kernel,
             "trained": self.encoder.trained and described.get("trained") is not False,
             "features": features,

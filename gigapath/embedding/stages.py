@@ -12,6 +12,7 @@ from gigapath.cohort.manifest import SlideEntry
 from gigapath.cohort.reuse import digest, finished, redone
 from gigapath.cohort.run import CohortRun
 from gigapath.cohort.status import Status, read_status
+from gigapath.devices import device_identity
 from gigapath.embedding.options import RunOptions
 from gigapath.embedding.slide_stage import SlideStage
 from gigapath.embedding.tiling import tiles_digest, tiles_done, tiling_identities
@@ -65,7 +66,7 @@ class EmbedStages:
             "weights_sha256": self.encoder.weights_sha256,
             "transform": self.encoder.transform_name,
             "precision": self.encoder.precision,
-            "device": self.encoder.device.type,
+            "device": device_identity(self.encoder.device),
             "batch_size": self.batch_size,
             "store": self.store,
             "reader": OPENSLIDE,  # its numbers, whatever reads them

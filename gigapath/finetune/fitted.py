@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from gigapath.devices import AUTOCAST_TYPES, at_most_threads, autocast
+from gigapath.devices import AUTOCAST_TYPES, at_most_threads, computing
 from gigapath.evaluation.task import Task, task_from
 from gigapath.files import sha256_of, write_json_atomic
 from gigapath.finetune import checkpoints
@@ -86,7 +86,7 @@ class FittedHead:
         with torch.no_grad(), at_most_threads(available_cores()):
             for bag in ReadAhead(bags.__getitem__, workers=workers)(rows):
                 check_stop()
-                with autocast(self.precision, device):
+                with computing(self.precision, device):
                     logits = self.model.forward_packed(*pack([bag], device))  # type: ignore[operator]
                 found.append(logits[0].double().cpu().numpy())
         return probabilities(np.stack(found), self.task, self.calibration.temperature)

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from gigapath.devices import autocast
+from gigapath.devices import computing
 from gigapath.evaluation.splits import Fold
 from gigapath.features.data import CELL
 from gigapath.finetune.data import Bag
@@ -174,7 +174,7 @@ def _probe(model: nn.Module, input_dim: int, precision: str, device: torch.devic
     state = torch.get_rng_state()
     model.train()
     started = time.perf_counter()
-    with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor), autocast(precision, device):
+    with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor), computing(precision, device):
         loss = model.forward_packed(*pack([bag], device)).float().sum()  # type: ignore[operator]
     loss.backward()
     if device.type == "cuda":

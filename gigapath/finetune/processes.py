@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from gigapath.devices import resolve_device
+from gigapath.devices import is_out_of_memory, resolve_device
 
 
 @dataclass(frozen=True)
@@ -60,9 +60,9 @@ def _others_there() -> Iterator[None]:
     """Turn what a backend raises where another process has died into one sentence (gloo raises RuntimeError itself)."""
     try:
         yield
-    except torch.OutOfMemoryError:
-        raise
     except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise
         raise ConnectionError(
             "another process of this run has ended or is out of reach; the same command goes on after the last "
             "finished epoch."
@@ -97,4 +97,6 @@ def training_precision(precision: str, device: torch.device) -> str:
         return launched
     if launched == "no" or device.type != "cuda":
         return "fp32"
-    return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+    with torch.cuda.device(device):
+        # A T4 or V100 computes in it by emulation, slower than in float32.
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gigapath.devices import autocast
+from gigapath.devices import computing
 from gigapath.evaluation.splits import Fold
 from gigapath.evaluation.task import Task
 from gigapath.finetune import checkpoints
@@ -210,9 +210,10 @@ class Trainer:
         """
         total = 0.0
         for bags, rows in passes:
-            loss = self.loss_of(model, bags, rows)
-            mean = loss / slides
-            (mean if scaler is None else scaler.scale(mean)).backward()
+            with computing("fp32", self.processes.device):  # the way back too
+                loss = self.loss_of(model, bags, rows)
+                mean = loss / slides
+                (mean if scaler is None else scaler.scale(mean)).backward()
             total += float(loss.detach())
         self.processes.sum_gradients(model.parameters())
         return total
@@ -220,7 +221,7 @@ class Trainer:
     def loss_of(self, model: nn.Module, bags: Sequence[Bag], rows: IntArray) -> Tensor:
         """The loss summed over a chunk's slides."""
         device = self.processes.device
-        with autocast(self.precision, device):
+        with computing(self.precision, device):
             logits = model.forward_packed(*pack(bags, device, self.dtype))  # type: ignore[operator]
         logits = logits if self.dtype == torch.float64 else logits.float()
         return summed_loss(logits, torch.as_tensor(self.truth[rows], device=device))
@@ -238,7 +239,7 @@ class Trainer:
         with torch.no_grad():
             for bag in ahead(mine):
                 self.check_stop()
-                with autocast(self.precision, processes.device):
+                with computing(self.precision, processes.device):
                     logits = model.forward_packed(*pack([bag], processes.device, self.dtype))  # type: ignore[operator]
                 found.append(logits[0].double().cpu().numpy())
         out = np.empty((len(rows), len(self.task.classes)))

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gigapath.cohort.reuse import digest
+from gigapath.devices import device_identity
 from gigapath.features import NUMERICS_VERSION
 from gigapath.features.kept_rows import KeptRows
 from gigapath.linear_probe.table import EmbeddingTable, worker_count, write_table
@@ -60,7 +61,7 @@ def embed_tiles(
         "trained": encoder.trained,
         "transform": encoder.transform_name,
         "precision": encoder.precision,
-        "device": encoder.device.type,
+        "device": device_identity(encoder.device),
         "batch_size": batch_size,
         "numerics_version": NUMERICS_VERSION,
     }
