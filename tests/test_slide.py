@@ -457,6 +457,14 @@ def test_a_turned_tiff_is_refused(tmp_path: Path, orientation: int, page: int) -
         open_slide(path)
 
 
+def test_a_tiff_that_begins_with_its_overview_is_refused(tmp_path: Path) -> None:
+    with tifffile.TiffWriter(tmp_path / "a.tif") as file:
+        for picture in (PICTURE[::4, ::4], PICTURE):
+            file.write(picture, tile=(128, 128), photometric="rgb", metadata=None)
+    with pytest.raises(SlideError, match="325 x 225 before 1300 x 900"):
+        open_slide(tmp_path / "a.tif")
+
+
 @pytest.mark.parametrize("form", ["channels", "one channel", "white is zero", "png", "rgb", "pale"])
 def test_grey_slides_are_refused(tmp_path: Path, form: str) -> None:
     grey = PICTURE[..., 1]

@@ -10,6 +10,7 @@ one by its order, so that no label and no macro picture is ever decoded.
 """
 
 import logging
+import math
 import os
 import threading
 import zlib
@@ -127,21 +128,38 @@ def tiff_levels(path: Path, vendor: str, level_dimensions: Sequence[tuple[int, i
         return {}
 
 
-def orientation_and_channels(path: Path, vendor: str) -> tuple[int, int]:
-    """What OpenSlide leaves unsaid of a TIFF's levels: the first orientation that isn't 1, and channels a pixel.
+@dataclass(frozen=True)
+class TiffFacts:
+    """What OpenSlide leaves unsaid of a TIFF's levels, as far as it is known.
 
-    Returns:
-        (1, 3) where nothing else is known.
+    Attributes:
+        orientation: the first that isn't 1.
+        channels: of a pixel.
+        larger: size of a picture larger than the first, or None.
     """
+
+    orientation: int = 1
+    channels: int = 3
+    larger: tuple[int, int] | None = None
+
+
+def tiff_facts(path: Path, vendor: str) -> TiffFacts:
+    """What the tags of a slide's levels say; of other formats, and where tags can't be read, nothing is known."""
     if vendor not in SERVED:
-        return 1, 3
+        return TiffFacts()
     try:
         with open_tiff(path) as file:
             pages = [page for page in file.pages if page.is_tiled and _is_level(page, vendor)]
             turned = (int(page.tags.valueof("Orientation", 1)) for page in pages)
-            return next((turn for turn in turned if turn != 1), 1), int(pages[0].samplesperpixel)
+            first, sizes = pages[0], [(page.imagewidth, page.imagelength) for page in pages]
+            larger = max(sizes, key=math.prod)
+            return TiffFacts(
+                orientation=next((turn for turn in turned if turn != 1), 1),
+                channels=int(first.samplesperpixel),
+                larger=larger if math.prod(larger) > math.prod(sizes[0]) else None,
+            )
     except Exception:  # not installed, or whatever the library stumbles over: OpenSlide has opened it
-        return 1, 3
+        return TiffFacts()
 
 
 def _is_level(page: Any, vendor: str) -> bool:

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import openslide
 
-from gigapath.preprocessing.fast import READERS, FastReader, orientation_and_channels
+from gigapath.preprocessing.fast import READERS, FastReader, tiff_facts
 from gigapath.preprocessing.handle import open_handle
 from gigapath.preprocessing.header import (
     SCANNERS,
@@ -169,13 +169,19 @@ class Slide:
         self.properties = allowed(header)
         self.objective_power = number(header, "openslide.objective-power")
         self.stated_mpp = stated_mpp(header)
-        turned, channels = orientation_and_channels(path, self.vendor)
-        if turned != 1:
+        facts = tiff_facts(path, self.vendor)
+        if facts.orientation != 1:
             raise SlideError(
-                f"slide {slide_id!r}: expected a TIFF of orientation 1, got {turned}: OpenSlide turns each block by "
-                "itself. Convert it to a tiled TIFF that starts at its top left (orientation 1)."
+                f"slide {slide_id!r}: expected a TIFF of orientation 1, got {facts.orientation}: OpenSlide turns each "
+                "block by itself. Convert it to a tiled TIFF that starts at its top left (orientation 1)."
             )
-        self.one_channel = channels == 1
+        if facts.larger is not None:
+            raise SlideError(
+                f"slide {slide_id!r}: expected a TIFF whose first picture is the slide, got {self.dimensions[0]} x "
+                f"{self.dimensions[1]} before {facts.larger[0]} x {facts.larger[1]}: a label or an overview, which "
+                "OpenSlide takes for the slide. Write the slide first."
+            )
+        self.one_channel = facts.channels == 1
         self.bounds = scanned_area(slide_id, self.dimensions, self.properties)
         sizes, downsamples = self.level_dimensions, self.level_downsamples
         self.fast = FastReader(path, self.vendor, sizes, downsamples, self._read_apart, reader)
