@@ -277,8 +277,8 @@ def remove_abandoned(folder: Path | str, *, gone: Collection[str] = ()) -> None:
             with contextlib.suppress(OSError):
                 if f"{match[1]}-{match[2]}" in gone:
                     over = True
-                elif match[1] == _machine():
-                    over = int(match[2]) == os.getpid() or not _is_running(int(match[2]))
+                elif (running := is_running_here(f"{match[1]}-{match[2]}")) is not None:
+                    over = int(match[2]) == os.getpid() or not running
                 else:
                     over = time.time() - entry.stat().st_mtime > ABANDONED_SECONDS
                 if over:
@@ -295,9 +295,13 @@ def _tidy(folder: Path) -> None:
     _NEXT_TIDY[name] = done + 50 * (done - now)
 
 
-def _is_running(pid: int) -> bool:
+def is_running_here(writer: str) -> bool | None:
+    """Whether the process of a `writer_name` runs; None for one of another machine."""
+    machine, _, pid = writer.partition("-")
+    if machine != _machine():
+        return None
     try:
-        os.kill(pid, 0)
+        os.kill(int(pid), 0)
     except ProcessLookupError:
         return False
     except OSError:  # it runs, but belongs to somebody else

@@ -15,7 +15,7 @@ import pytest
 from gigapath.cohort.manifest import SlideEntry, find_slides, read_manifest, series_uid
 from gigapath.cohort.privacy import record_run, recorded_paths, redact, without_paths
 from gigapath.cohort.record import RunRecord
-from gigapath.cohort.reuse import check_unmixed, digest, finished
+from gigapath.cohort.reuse import StageOptions, digest, finished
 from gigapath.cohort.status import Status, read_status, status_path, write_slides_csv, write_status
 from gigapath.features import Tiles, write_tiles
 from gigapath.files import OutputError
@@ -324,12 +324,21 @@ def test_finished_takes_no_failed_slide_and_no_tissue_without_a_slide_file(tmp_p
     assert finished(tmp_path, "a", {}) is not None
 
 
-def test_check_unmixed_refuses_other_slides_of_other_numerics(tmp_path: Path) -> None:
-    write_status(tmp_path, Status("a", "features", "done", identity={"precision": "fp16", "mpp": 1}))
-    check_unmixed(tmp_path, {"precision": "fp32"}, {"a"})
-    check_unmixed(tmp_path, {"precision": "fp16", "mpp": 2}, {"b"})
-    with pytest.raises(ValueError, match=r"'a' differ from this run's: precision fp16 -> fp32\..*--allow-mixed"):
-        check_unmixed(tmp_path, {"precision": "fp32"}, {"b"})
+def test_results_of_other_options_are_refused(tmp_path: Path) -> None:
+    write_status(tmp_path, Status("a", "features", "done", identity={"precision": "fp16", "mpp": 1, "tiles": "x"}))
+
+    def check(identity: dict[str, Any], own: str, cohort: str = "", **more: Any) -> None:
+        StageOptions(tmp_path, identity, dict.fromkeys(own, identity), cohort or own, **more).check()
+
+    check({"precision": "fp16", "mpp": 1, "tiles": "y"}, "a")
+    check({"precision": "fp16", "mpp": 2}, "b")
+    check({"precision": "fp32"}, "b", "ab")  # another job of the array makes it
+    check({"precision": "fp32", "mpp": 2}, "a", overwrite=True)
+    check({"precision": "fp32", "mpp": 1}, "a", allow_mixed=True)
+    with pytest.raises(ValueError, match=r"--precision fp16 -> fp32 \(1 slide\).*'a'.*--allow-mixed"):
+        check({"precision": "fp32"}, "b")
+    with pytest.raises(ValueError, match=r"--mpp 1 -> 2 .*--overwrite"):
+        check({"precision": "fp32", "mpp": 2}, "a", allow_mixed=True)
 
 
 def test_digest_does_not_depend_on_the_order_of_keys() -> None:

@@ -292,21 +292,21 @@ def test_slides_csv_is_written_again_where_another_run_has_gone_on(
 def test_slide_that_another_run_finishes_meanwhile_is_not_marked_as_failed(tmp_path: Path) -> None:
     run, entry = CohortRun(tmp_path, "tile", [], [], {}), SlideEntry("a", tmp_path / "a")
 
-    def work() -> Outcome:
-        write_status(tmp_path, Status("a", "tiles", "done", 7, identity={"mpp": 0.5}))
-        raise OSError("gone")
-
-    assert run.attempt(tmp_path, entry, "tiles", {"mpp": 0.5}, work).tiles == 7
-    assert run.attempt(tmp_path, entry, "tiles", {"mpp": 0.25}, work).status == "failed"
-    write_status(tmp_path, Status("a", "tiles", "done", 7, identity={"mpp": 0.5}))
-
     def fail() -> Outcome:
         raise OSError("gone")
 
-    assert run.attempt(tmp_path, entry, "tiles", {"mpp": 0.5}, fail).status == "failed", "nobody has done it since"
+    def work() -> Outcome:
+        write_status(tmp_path, Status("a", "slides", "no_tissue", 7, identity={"mpp": 0.5}))
+        raise OSError("gone")
+
+    assert run.attempt(tmp_path, entry, "slides", {"mpp": 0.5}, fail).status == "failed", "nobody has done it"
     found = read_status(tmp_path, "a")
     assert found is not None and slide_row("a", [found])["error"] == "gone"
     assert found.ended > 1.7e9
+    assert run.attempt(tmp_path, entry, "slides", {"mpp": 0.5}, work).tiles == 7
+    assert run.attempt(tmp_path, entry, "slides", {"mpp": 0.25}, work).status == "failed", "with other options"
+    found = read_status(tmp_path, "a")
+    assert found is not None and found.finished, "what the other has done stands"
 
 
 def test_columns_that_are_added_or_mended_reach_what_is_kept(slides: Path, tmp_path: Path) -> None:

@@ -274,20 +274,19 @@ def test_second_run_skips_what_is_done_and_says_so(slides: Path, tmp_path: Path)
     [
         ({"slide_encoder": "mean"}, {"slides_mean__tiny"}),
         ({"overwrite": "features"}, {"features_tiny"}),
-        ({"precision": "bf16"}, {"features_tiny", "slides_tinynet__tiny"}),
+        ({"precision": "bf16", "overwrite": "features"}, {"features_tiny", "slides_tinynet__tiny"}),
     ],
-    ids=lambda value: next(iter(value)),
+    ids=["slide_encoder", "overwrite", "precision"],
 )
 def test_what_changes_is_made_again_by_its_stage_alone(
     slides: Path, tmp_path: Path, tiny: dict[str, Any], changed: dict[str, str], redone: set[str]
 ) -> None:
     embed(slides, tmp_path)
-    before, notes = touched(tmp_path), Notes()
+    before = touched(tmp_path)
     tiny |= {name: value for name, value in changed.items() if name == "precision"}
-    embed(slides, tmp_path, watch=notes, **{name: value for name, value in changed.items() if name != "precision"})
+    embed(slides, tmp_path, **{name: value for name, value in changed.items() if name != "precision"})
     after = touched(tmp_path)
     assert {name.split("/")[0] for name in after if after[name] != before.get(name)} == redone
-    assert any("precision fp32 -> bf16" in line for line in notes.plans[0].lines) == ("precision" in changed)
     vectors = [read_slide(path).tile_mean for path in sorted(tmp_path.glob("slides_*/a.h5"))]
     assert all(vector.shape == (1, WIDTH) for vector in vectors)
     if "slide_encoder" in changed:
@@ -296,9 +295,8 @@ def test_what_changes_is_made_again_by_its_stage_alone(
 
 def test_changed_tiling_that_gives_equal_tiles_keeps_the_embeddings(slides: Path, tmp_path: Path) -> None:
     embed(slides, tmp_path)
-    before, notes = touched(tmp_path), Notes()
-    embed(slides, tmp_path, tiling=TileOptions(tile_size=TILE, max_tiles=100_000), watch=notes, overwrite="tiles")
-    assert "tiles: 3 made before in other numbers, now again: max_tiles none -> 100000." in notes.plans[0].lines
+    before = touched(tmp_path)
+    embed(slides, tmp_path, tiling=TileOptions(tile_size=TILE, max_tiles=100_000), overwrite="tiles")
     after = touched(tmp_path)
     assert {name for name in after if after[name] != before[name]} == {f"tiles/{n}.h5" for n in ("a", "b", "blank")}
     embed(slides, tmp_path, tiling=TileOptions(tile_size=TILE, max_tiles=10), overwrite="tiles")
@@ -308,8 +306,9 @@ def test_changed_tiling_that_gives_equal_tiles_keeps_the_embeddings(slides: Path
 def test_tiles_that_were_looked_at_are_not_made_anew_by_embed(slides: Path, tmp_path: Path) -> None:
     run_tile([slides], tmp_path, tiling=TileOptions(tile_size=TILE, max_tiles=7), options=RunOptions(workers=0))
     before = touched(tmp_path)
-    with pytest.raises(ValueError, match=r"others: max_tiles 7 -> none \(3 slides\).*--overwrite tiles"):
-        embed(slides, tmp_path)
+    for again in (lambda: embed(slides, tmp_path), lambda: run_tile([slides], tmp_path, tiling=TILING)):
+        with pytest.raises(ValueError, match=r"others: --max-tiles 7 -> none \(3 slides\).*--overwrite tiles"):
+            again()
     assert touched(tmp_path) == before
     embed(slides, tmp_path, tiling=TileOptions(tile_size=TILE, max_tiles=7))
     assert len(read_features(tmp_path / "features_tiny/a.h5")) == 7
@@ -317,11 +316,51 @@ def test_tiles_that_were_looked_at_are_not_made_anew_by_embed(slides: Path, tmp_
     assert len(read_features(tmp_path / "other/features_tiny/a.h5")) == 7, "taken as they are"
 
 
+@pytest.mark.usefixtures("batch_by_batch")
+@pytest.mark.parametrize("how", ["other options", "stopped", "failed", "missing"])
+def test_finished_work_stands_whatever_becomes_of_a_run_that_would_make_it_again(
+    slides: Path, tmp_path: Path, tiny: dict[str, Any], monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    copies, out = tmp_path / "slides", tmp_path / "out"
+    shutil.copytree(slides, copies)
+    embed(copies, out)
+    before = touched(out)
+    statuses = {path: path.read_text() for path in out.rglob("*/[ab]*.json")}
+    with monkeypatch.context() as patch:
+        if how == "other options":
+            tiny["precision"] = "bf16"
+            with pytest.raises(ValueError, match=r"features_tiny: .*--precision fp32 -> bf16 .*--overwrite features"):
+                embed(copies, out)
+            tiny["precision"] = "fp32"
+        elif how == "stopped":
+            tiny["precision"] = "bf16"
+            assert embed(copies, out, overwrite="features", watch=StopAfter(1)).outcome == "stopped"
+            tiny["precision"] = "fp32"
+        elif how == "failed":
+            patch.setattr("gigapath.embedding.tiling.plan_tiles", lambda *_, **__: 1 / 0)
+            result = embed(copies, out, overwrite="tiles")
+            assert result.counts["failed"] == 3 and "ZeroDivisionError" in result.rows[0]["error"]
+        else:
+            for path in copies.iterdir():
+                path.rename(path.with_suffix(".away"))
+            (copies / "m.csv").write_text("path\na.tif\nb.tif\nblank.tif\n")
+            assert embed(copies / "m.csv", out).counts["failed"] == 3
+            for path in copies.glob("*.away"):
+                path.rename(path.with_suffix(".tif"))
+            (copies / "m.csv").unlink()
+    assert touched(out) == before
+    assert {path: path.read_text() for path in out.rglob("*/[ab]*.json")} == statuses
+    notes = Notes()
+    assert embed(copies, out, watch=notes).outcome == "done"
+    assert notes.plans[0].reused == 3 and touched(out) == before
+    assert table(out)["a"]["status"] == "done" and not list(out.rglob("*.partial"))
+
+
 def test_mixed_numerics_are_refused_unless_allowed(slides: Path, tmp_path: Path, tiny: dict[str, Any]) -> None:
     embed(slides / "a.tif", tmp_path)
     tiny["precision"] = "bf16"
     with pytest.raises(
-        ValueError, match=r"features_tiny: .* those of 'a' differ .*precision fp32 -> bf16.*--allow-mixed"
+        ValueError, match=r"features_tiny: .*--precision fp32 -> bf16.*--overwrite features.*'a'.*--allow-mixed"
     ):
         embed(slides / "b.tif", tmp_path)
     assert not (tmp_path / "features_tiny/b.h5").exists()
@@ -362,12 +401,14 @@ def test_tiles_of_earlier_numerics_are_not_joined_by_others_unasked(
         run_tile([a], tmp_path, tiling=TILING)
     made = (tmp_path / "tiles" / "a.h5").stat().st_mtime_ns
     for run in (lambda: run_tile([b], tmp_path, tiling=TILING), lambda: embed(b, tmp_path)):
-        with pytest.raises(ValueError, match=r"tiles: .*numerics_version 1 -> 2\. Name those slides too"):
+        with pytest.raises(ValueError, match=r"tiles: .*numerics_version 1 -> 2 .*'a' too where it is named"):
             run()
     mixed = run_tile([a, b], tmp_path, tiling=TILING, options=RunOptions(allow_mixed=True))
     assert mixed.outcome == "done" and (tmp_path / "tiles" / "a.h5").stat().st_mtime_ns == made
-    assert embed([a, b], tmp_path).outcome == "done"
-    assert (tmp_path / "tiles" / "a.h5").stat().st_mtime_ns != made, "named, they are made again"
+    with pytest.raises(ValueError, match=r"numerics_version 1 -> 2 \(1 slide\).*--overwrite tiles"):
+        embed([a, b], tmp_path)
+    assert embed([a, b], tmp_path, overwrite="tiles").outcome == "done"
+    assert (tmp_path / "tiles" / "a.h5").stat().st_mtime_ns != made, "asked for, they are made again"
 
 
 def test_tiles_that_are_missing_or_of_another_slide_fail_that_slide(slides: Path, tmp_path: Path) -> None:
@@ -382,19 +423,6 @@ def test_tiles_that_are_missing_or_of_another_slide_fail_that_slide(slides: Path
     assert "expected its tiles, got none" in rows["b"]["error"]
     assert "expected 900 x 700 pixels, as when it was tiled, got 640 x 500" in rows["blank"]["error"]
     assert {path.name for path in (tmp_path / "out/features_tiny").glob("*.h5")} == {"a.h5"}
-
-
-def test_tiles_from_before_a_failed_tiling_are_not_taken(slides: Path, tmp_path: Path) -> None:
-    tiled, mask = tmp_path / "tiled", tmp_path / "mask.geojson"
-    half = {"type": "Polygon", "coordinates": [[[0, 0], [450, 0], [450, 700], [0, 700], [0, 0]]]}
-    named = {"classification": {"name": "Tumor"}}
-    mask.write_text(json.dumps({"type": "Feature", "geometry": half, "properties": named}))
-    run_tile([slides / "a.tif"], tiled, tiling=TILING)
-    stroma = TileOptions(tile_size=TILING.tile_size, tissue=str(mask), include=("Stroma",))
-    assert run_tile([slides / "a.tif"], tiled, tiling=stroma).outcome == "some slides failed"
-    assert (tiled / "tiles/a.h5").is_file()
-    assert embed(slides / "a.tif", tmp_path / "out", tiles=str(tiled)).outcome == "some slides failed"
-    assert "those from before its last tiling, which ended as 'failed'" in table(tmp_path / "out")["a"]["error"]
 
 
 # ---------------------------------------------------------------------------------- the numbers
@@ -678,7 +706,7 @@ def test_encoder_that_fails_ends_the_run_and_leaves_no_half_file(
     monkeypatch.setattr("gigapath.embedding.run.load_tile_encoder", lambda *_, **__: encoder)
     with pytest.raises(EncoderError, match="tiny failed on cpu: device lost"):
         embed(slides, tmp_path)
-    assert list((tmp_path / "features_tiny").iterdir()) == []
+    assert list(tmp_path.glob("features_tiny/*")) == []
     record = json.loads(next((tmp_path / "runs").glob("*.json")).read_text())
     assert record["outcome"] == "error"
 
@@ -722,7 +750,7 @@ def test_slides_older_than_their_tile_embeddings_are_refused(
     embed(slides, tmp_path)
     before, _ = read_slides(tmp_path)
     tiny["precision"] = "bf16"
-    embed(slides, tmp_path, slide_encoder="none")
+    embed(slides, tmp_path, slide_encoder="none", overwrite="features")
     with pytest.raises(ValueError, match=r"2 of its slides \(a\) are older than their tile embeddings.*slide-embed"):
         read_slides(tmp_path)
     with pytest.warns(UserWarning, match="older than their tile embeddings"):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from gigapath.cli.arguments import add_json, add_options, options_from
 from gigapath.cli.main import EXIT_FAILED_SLIDES
+from gigapath.cohort.reuse import mixed_options
 from gigapath.cohort.status import read_statuses
 from gigapath.embedding.options import CheckOptions
 from gigapath.features.check import (
@@ -83,6 +84,10 @@ def _check_statuses(folder: Path, there: Collection[str]) -> list[Finding]:
     if lost:
         text = f"{len(lost)} slides are done by their status, but their files are missing: {some(lost)}."
         findings.append(Finding("missing-file", text, "They take no part. Run the same command again."))
+    mixed = mixed_options(statuses.values())
+    if mixed:
+        text = f"its results are of different options: {'; '.join(mixed)}."
+        findings.append(Finding("mixed-options", text, "Make them alike with --overwrite, or keep a folder for each."))
     unsummed = [name for name, status in statuses.items() if status.finished and not status.sha256]
     unsummed = [f"{name}.h5" for name in unsummed if f"{name}.h5" in there]
     if unsummed:

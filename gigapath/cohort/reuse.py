@@ -3,7 +3,8 @@
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,11 @@ from gigapath.text import slides_in_words
 # What must be one within a folder, or the results can't be compared with each other.
 # `fast_transform` stands in folders of version 0.1.0 that were read by approximations, which are no more.
 NUMERICS = ("weights_sha256", "precision", "device", "batch_size", "reader", "fast_transform", "numerics_version")
-
-# What the tiles' identity names beside what somebody chose.
-_NOT_CHOSEN = ("slide_bytes", "numerics_version")
+# Of these, and whatever else an identity names, those that are no option by their name.
+_NO_OPTIONS = {
+    *("reader", "fast_transform", "numerics_version", "transform", "slide_bytes", "tiles", "features", "form"),
+    *("weights_sha256", "encoder", "slide_encoder"),
+}
 
 
 def digest(identity: Mapping[str, Any]) -> str:
@@ -31,7 +34,6 @@ def finished(
     identity: Mapping[str, Any],
     *,
     allow_mixed: bool = False,
-    files: Callable[[Status], Collection[str]] | None = None,
 ) -> Status | None:
     """The status of a finished result that equals what this run would compute, or None.
 
@@ -43,7 +45,6 @@ def finished(
         slide_id: the slide.
         identity: what the result would depend on in this run.
         allow_mixed: take results that differ in `NUMERICS` alone.
-        files: names of the result's files by its status, where it is not the one `<slide_id>.h5`.
     """
     status = read_status(folder, slide_id)
     if status is None or not status.finished:
@@ -51,78 +52,118 @@ def finished(
     ignored = NUMERICS if allow_mixed else ()
     if _without(status.identity, ignored) != _without(identity, ignored):
         return None
-    without_file = status.stage == "slides" and status.status == "no_tissue"
-    names = files(status) if files else [f"{slide_id}.h5"]
+    return status if holds(folder, status) else None
+
+
+def holds(folder: Path, status: Status) -> bool:
+    """Whether the files of a finished result are there, whole, and those that its status is about."""
+    if status.stage == "slides" and status.status == "no_tissue":
+        return True
+    pieces = str(status.facts.get("section_numbers", "")).split()
+    names = [section_name(status.slide_id, int(piece)) for piece in pieces] or [status.slide_id]
     named = digest(status.identity)
-    return status if without_file or all(_is_whole(folder / name, named) for name in names) else None
+    return all(_is_whole(folder / f"{name}.h5", named) for name in names)
+
+
+def section_name(slide_id: str, section: int) -> str:
+    """What a piece of a slide's tissue is called in files and tables."""
+    return f"{slide_id}.section-{section}"
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """What differs between two identities, as "precision fp16 -> fp32"."""
-    names = sorted(name for name in {*before, *now} if before.get(name) != now.get(name))
-    return [f"{name} {_show(before.get(name))} -> {_show(now.get(name))}" for name in names]
+    """What differs between two identities, as "--precision fp16 -> fp32"."""
+    return [f"{_as_option(name)} {_show(before.get(name))} -> {_show(now.get(name))}" for name in _differ(before, now)]
 
 
-def redone(folder: Path, identities: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Sentences on the finished results that are going to be made again, and why.
+def _differ(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    return sorted(name for name in {*before, *now} if before.get(name) != now.get(name))
 
-    Args:
+
+def _as_option(name: str) -> str:
+    return name if name in _NO_OPTIONS or " " in name else "--" + name.replace("_", "-")
+
+
+@dataclass(frozen=True)
+class StageOptions:
+    """What the results of a run in a stage's folder are made with: no others are to be there.
+
+    Attributes:
         folder: the stage's folder.
-        identities: by slide, what its result is going to depend on; only what is named here is compared.
+        shared: what all its results depend on.
+        own: by slide of this run, what its result depends on.
+        cohort: ids of all slides that runs with these options make.
+        overwrite: whether what is finished is made again.
+        allow_mixed: whether results may differ in `NUMERICS`.
+        given: names in an identity that no option chose: the slide's file, the results of stages before.
+        instead: another way to go on, for the message.
     """
-    reasons: Counter[str] = Counter()
-    for slide_id, identity in identities.items():
-        before = read_status(folder, slide_id)
-        if before is not None and before.finished:
-            named = {*identity, *(name for name in NUMERICS if name in before.identity)}
-            reasons.update(differences({name: before.identity.get(name) for name in named}, identity))
-    return [f"{folder.name}: {count} made before in other numbers, now again: {why}." for why, count in reasons.items()]
 
+    folder: Path
+    shared: Mapping[str, Any]
+    own: Mapping[str, Mapping[str, Any]]
+    cohort: Collection[str]
+    overwrite: bool = False
+    allow_mixed: bool = False
+    given: Collection[str] = ("slide_bytes", "tiles", "features")
+    instead: str = ""
 
-def check_same_tiles(folder: Path, identities: Mapping[str, Mapping[str, Any]]) -> None:
-    """Refuse to make tiles anew, which somebody may have looked at, because another run has other options of tiling.
+    @property
+    def owned(self) -> Mapping[str, Any]:
+        """What runs that share the folder agree on."""
+        return _without(self.shared, NUMERICS if self.allow_mixed else ())
 
-    Only slides that are named in `identities` are looked at. Tiles of a slide whose file has changed, or of other
-    numerics of this package, are made anew all the same.
+    def check(self, *, overwrite: bool | None = None) -> None:
+        """Refuse finished results of other options: none is made anew, and none is joined by others, unasked.
 
-    Args:
-        folder: the stage's folder.
-        identities: by slide, what its tiles would depend on.
+        Args:
+            overwrite: in place of the run's own.
 
-    Raises:
-        ValueError: names what differs and the ways to go on.
-    """
-    changed: Counter[str] = Counter()
-    for slide_id, identity in identities.items():
-        before = read_status(folder, slide_id)
-        if before is not None and before.finished:
-            changed.update(differences(*(_without(each, _NOT_CHOSEN) for each in (before.identity, identity))))
-    if changed:
-        found = "; ".join(f"{what} ({slides_in_words(count)})" for what, count in changed.most_common(3))
+        Raises:
+            ValueError: names what differs and the ways to go on.
+        """
+        ignored = {*self.given, *(NUMERICS if self.allow_mixed else ())}
+        overwrite = self.overwrite if overwrite is None else overwrite
+        changed: Counter[str] = Counter()
+        names: set[str] = set()
+        strange = ""  # a slide that is none of this run's
+        for slide_id, status in read_statuses(self.folder).items():
+            before, now = _only(status.identity), _only(self.shared)
+            if slide_id in self.own:
+                before, now = _without(status.identity, ignored), _without(self.own[slide_id], ignored)
+            passed_over = overwrite if slide_id in self.own else self.allow_mixed or slide_id in self.cohort
+            if not status.finished or passed_over or before == now:
+                continue
+            changed.update(differences(before, now))
+            names.update(_differ(before, now))
+            strange = strange if slide_id in self.own else strange or slide_id
+        if not changed:
+            return
+        found = [f"{what} ({slides_in_words(count)})" for what, count in changed.most_common(3)]
+        stage = {"contextual": "slides"}.get(name := self.folder.name.partition("_")[0], name)
+        again = f"--overwrite {stage} makes them again" + f", {strange!r} too where it is named" * bool(strange)
+        mixed = names <= set(NUMERICS)
         raise ValueError(
-            f"{folder.name}: expected the options with which the slides were tiled before, got others: {found}. Give "
-            f"those again, or --tiles {folder.parent} to take the tiles as they are, or --overwrite tiles."
+            f"{self.folder.name}: expected the options with which its slides were done, got others: "
+            f"{'; '.join(found)}. Give those of before, or use another --out; {again}"
+            f"{', --allow-mixed takes both together' * mixed}{self.instead}."
         )
 
 
-def check_unmixed(folder: Path, identity: Mapping[str, Any], slide_ids: Collection[str]) -> None:
-    """Refuse a folder that would hold results of different numerics after this run.
-
-    Results of this run's own slides don't count: they are redone where they differ.
-
-    Raises:
-        ValueError: names what differs and the ways to go on.
-    """
-    for slide_id, status in read_statuses(folder).items():
-        if slide_id in slide_ids or not status.finished:
-            continue
-        changed = differences(_only(status.identity), _only(identity))
-        if changed:
-            raise ValueError(
-                f"{folder.name}: expected results of one kind, but those of {slide_id!r} differ from this run's: "
-                f"{'; '.join(changed)}. Name those slides too, which makes them again, or use another --out, the "
-                "same settings, or --allow-mixed."
-            )
+def mixed_options(statuses: Iterable[Status]) -> list[str]:
+    """In what finished results of one folder differ, as "--store float32 (7 slides), float16 (1 slide)"; what a
+    manifest states slide by slide may."""
+    values: dict[str, Counter[str]] = {}
+    for status in statuses:
+        for name, value in status.identity.items() if status.finished else ():
+            masked = name == "tissue" and str(value).startswith("sha256:")
+            if name not in ("slide_bytes", "tiles", "features", "slide_mpp", "seed") and not masked:
+                values.setdefault(name, Counter())[_show(value)] += 1
+    return [
+        f"{_as_option(name)} "
+        + ", ".join(f"{value} ({slides_in_words(count)})" for value, count in found.most_common(3))
+        for name, found in values.items()
+        if len(found) > 1
+    ]
 
 
 def _is_whole(path: Path, identity: str) -> bool:

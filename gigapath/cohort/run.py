@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from gigapath.cohort.manifest import SlideEntry
+from gigapath.cohort.owner import Ownership
 from gigapath.cohort.privacy import without_paths
 from gigapath.cohort.record import RunRecord
+from gigapath.cohort.reuse import StageOptions, holds
 from gigapath.cohort.status import STATES, Status, read_status, slide_row, write_slides_csv, write_status
 from gigapath.features.kept_rows import rows_file
-from gigapath.files import sha256_of
+from gigapath.files import check_writable, sha256_of
 from gigapath.preprocessing.slide import SlideError
 from gigapath.signals import StopFlag, Stopped
 
@@ -142,6 +144,7 @@ class CohortRun:
         keep_paths: whether `private/paths.csv` learns where the entries lie.
         cohort: ids of all slides that slides.csv lists, where `entries` are a share of them.
         max_failures: the run ends once more slides than this have failed, or None.
+        made_with: what the results of the stages that the run writes are made with.
     """
 
     out: Path
@@ -156,7 +159,10 @@ class CohortRun:
     keep_paths: bool = True
     cohort: Sequence[str] = ()
     max_failures: int | None = None
+    made_with: Sequence[StageOptions] = ()
     _note: str = ""
+    _failed: dict[str, dict[str, Any]] = field(default_factory=dict)
+    _owner: Ownership = field(default_factory=lambda: Ownership({}))
 
     def over_slides(
         self,
@@ -177,8 +183,16 @@ class CohortRun:
 
         Raises:
             OutputError: the output folder can't be written, or the disk is full.
-            ValueError: an encoder failed (EncoderError).
+            ValueError: an encoder failed (EncoderError), the folder holds results of other options, or another run
+                makes such there (FolderTaken).
         """
+        check_writable(self.out)
+        with Ownership({stage.folder: stage.owned for stage in self.made_with}) as self._owner:
+            for stage in self.made_with:
+                stage.check()
+            return self._recorded(todo, process, make_plan)
+
+    def _recorded(self, todo: Sequence[SlideEntry], process: Process, make_plan: Callable[[], Plan]) -> RunResult:
         started = time.monotonic()
         record = RunRecord(self.out, self.verb, self.options, self.command, self.facts)
         record.start(self.entries, keep_paths=self.keep_paths)
@@ -191,6 +205,10 @@ class CohortRun:
             rows = self._table()
             outcome = self._loop(todo, process)
             rows = self._table()
+            self._owner.check()
+            if outcome == "done":
+                for stage in self.made_with:
+                    stage.check(overwrite=False)
         except BaseException:
             with contextlib.suppress(OSError):  # the disk may be what ended the run
                 record.end("error", _counts(rows))
@@ -265,12 +283,12 @@ class CohortRun:
             sha256=sha256,
             may_pass=may_pass,
         )
-        meanwhile = None if status.finished else read_status(folder, entry.slide_id)
-        if meanwhile is not None and meanwhile != before and meanwhile.finished and meanwhile.identity == identity:
-            status = meanwhile  # another run on this folder has done it while this one tried
+        self._owner.check()
+        earlier = None if status.finished else read_status(folder, entry.slide_id)
+        if earlier is not None and earlier.finished and holds(folder, earlier):  # the result and its status stay
+            if earlier != before and earlier.identity == identity:
+                status = earlier  # another run on this folder has done it while this one tried
         else:
-            if meanwhile is not None:
-                status = replace(status, sha256=meanwhile.sha256)  # of the earlier result, which stays
             write_status(folder, status)
             if any(_which(path) != which for path, which in made.items()):  # another run has just made it too
                 write_status(folder, replace(status, sha256={}))
@@ -307,7 +325,8 @@ class CohortRun:
             self.watch.missing(len(missing))
         for entry in missing:
             name = entry.path.name
-            self.fail(entry, FileNotFoundError(f"slide {entry.slide_id!r}: expected a file, got none named {name!r}."))
+            error = FileNotFoundError(f"slide {entry.slide_id!r}: expected a file, got none named {name!r}.")
+            self._failed[entry.slide_id] = slide_row(entry.slide_id, [self.fail(entry, error)])
         absent = {entry.slide_id for entry in missing}
         there = [entry for entry in todo if entry.slide_id not in absent]
         try:
@@ -340,9 +359,13 @@ class CohortRun:
         again: list[SlideEntry] = []
         results = process(todo)
         for number, (entry, statuses) in enumerate(results, start=1):
+            row = slide_row(entry.slide_id, statuses)
+            self._failed.pop(entry.slide_id, None)
             if not all(status.finished for status in statuses):
+                self._failed[entry.slide_id] = row
                 (again if any(status.may_pass for status in statuses) else failed).append(entry)
-            self.watch.slide(slide_row(entry.slide_id, statuses), number, len(todo))
+            self.watch.slide(row, number, len(todo))
+            self._owner.check()
             so_far = before + len(failed) + len(again)
             if self.max_failures is not None and so_far > self.max_failures:
                 self._note = (
@@ -358,10 +381,12 @@ class CohortRun:
         return failed, again
 
     def _table(self) -> list[dict[str, Any]]:
-        """Write slides.csv; the rows of this run's slides."""
+        """Write slides.csv; the rows of this run's slides. One that failed where an earlier result stays is done there,
+        and failed here."""
         mine = {entry.slide_id for entry in self.entries}
         rows = write_slides_csv(self.out, self.stages, [*mine, *self.cohort])
-        return [row for row in rows if row["slide_id"] in mine]
+        failed = {name: {key: row[key] for key in ("status", "error")} for name, row in self._failed.items()}
+        return [{**row, **failed.get(row["slide_id"], {})} for row in rows if row["slide_id"] in mine]
 
 
 def _which(path: Path) -> tuple[int, ...]:

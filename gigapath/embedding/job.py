@@ -109,7 +109,7 @@ class ComingSlide:
         """Find where an earlier run came to, and open the slide."""
         stages = self._stages
         self.kept = stages.kept_rows(self.entry, stages.identity(self.digest or ""), tiles)
-        self._start = self.kept.find()
+        self._start = 0 if self.kept is None else self.kept.find()
         try:
             self._opened = slide = open_entry(self.entry, stages.tiling, stages.options.reader)
             size = tiles.attrs.get("slide_size")

@@ -8,7 +8,7 @@ from typing import Any
 
 from gigapath.cohort.manifest import SlideEntry, find_slides
 from gigapath.cohort.privacy import recorded_paths
-from gigapath.cohort.reuse import check_same_tiles, check_unmixed, differences
+from gigapath.cohort.reuse import StageOptions, differences
 from gigapath.cohort.run import CohortRun, Plan, RunResult, Watcher
 from gigapath.cohort.status import read_statuses
 from gigapath.devices import at_most_threads, device_identity, resolve_devices
@@ -18,8 +18,7 @@ from gigapath.embedding.options import EmbedOptions, RunOptions
 from gigapath.embedding.slide_encoding import SlideEncoder, load_slide_encoder
 from gigapath.embedding.slide_stage import SlideStage, slides_folder
 from gigapath.embedding.slides import check_names, check_tissue, chosen, estimate_tiles, named, share_in_words
-from gigapath.embedding.tiling import tiling_identities, write_contact_sheet
-from gigapath.features import TILES_NUMERICS_VERSION
+from gigapath.embedding.tiling import write_contact_sheet
 from gigapath.machine import available_cores
 from gigapath.options import to_dict
 from gigapath.preprocessing.tiling import TileOptions
@@ -106,16 +105,8 @@ def _prepare(
 ) -> tuple[EmbedJob, list[SlideEntry]]:
     """The job over the slides of `run`, of which the options choose, and what is left to do."""
     job = _job(run, tiling, embedding, options)
-    if not options.allow_mixed:
-        ids = set(run.cohort)
-        if job.own_tiles:
-            check_unmixed(job.tiles, {"numerics_version": TILES_NUMERICS_VERSION}, ids)
-        check_unmixed(job.features, job.run_identity(), ids)
-        if job.slides is not None:
-            check_unmixed(job.slides.folder, job.slides.run_identity(), ids)
     run.entries = chosen(run.entries, run.out, "embed", run.stages, options, tiles=job.tiles)
-    if job.own_tiles and not options.overwrites("tiles"):
-        check_same_tiles(job.tiles, tiling_identities(run.entries, tiling))
+    run.made_with = job.made_with(run.entries, frozenset(run.cohort))
     return job, [entry for entry in run.entries if not job.is_done(entry)]
 
 
@@ -137,7 +128,7 @@ def _over_ray(run: CohortRun, tiling: TileOptions, embedding: EmbedOptions, opti
             options=replace(options, workers=options.reading_threads(workers.cores)),
         )
         found: WorkList = workers.start(make_job)
-        run.entries, run.stages = found.entries, found.stages
+        run.entries, run.stages, run.made_with = found.entries, found.stages, found.made_with
         run.facts.update(found.facts)
         workers.expected.update(found.tiles)
         todo = largest_first(found.todo, found.tiles_folder)
@@ -155,6 +146,7 @@ class WorkList:
         tiles_folder: where the slides' tiles are.
         plan: for whoever watches.
         stages: the folders of the stages.
+        made_with: what their results are made with.
         facts: for the run's record.
         numerics: what the numbers depend on; all workers must come to the same.
         batch_size: tiles of a batch, for all workers.
@@ -166,6 +158,7 @@ class WorkList:
     tiles_folder: Path
     plan: Plan
     stages: tuple[Path, ...]
+    made_with: tuple[StageOptions, ...]
     facts: Mapping[str, Any]
     numerics: Mapping[str, Any]
     batch_size: int
@@ -196,6 +189,7 @@ def _worker_job(
             tiles_folder=job.tiles,
             plan=plan,
             stages=tuple(run.stages),
+            made_with=tuple(run.made_with),
             facts=dict(run.facts),
             numerics=_numerics(job),
             batch_size=job.batch_size,
@@ -318,7 +312,6 @@ def _plan(job: EmbedJob, todo: Sequence[SlideEntry]) -> Plan:
     skipped = len(entries) - len(todo)
     lines = [f"{slides_in_words(len(entries))}: {len(todo)} to do, {skipped} done before in equal numbers and skipped."]
     lines[:0] = share_in_words(entries, job.run.cohort, job.options)
-    lines += job.redone(todo)
     lines.append(
         f"tile encoder: {encoder.description}; {_device_name(job.encoders)}, {encoder.precision}, "
         f"batches of {job.batch_size}, {job.workers} reading threads."

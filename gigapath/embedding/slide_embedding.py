@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from gigapath.cohort.manifest import SlideEntry
-from gigapath.cohort.reuse import check_unmixed
 from gigapath.cohort.run import CohortRun, Plan, RunResult, Watcher
 from gigapath.cohort.status import Status, read_status
 from gigapath.devices import at_most_threads
@@ -63,8 +62,6 @@ def run_slide_embed(
         stage = SlideStage(
             slide_encoder, folder, options, embedding.tile_size_level0, encoder_name, form=embedding.form
         )
-        if not options.allow_mixed:
-            check_unmixed(folder, stage.run_identity(), {entry.slide_id for entry in entries})
         ids = sorted(entry.slide_id for entry in entries)
         if options.only == "failed":
             entries = only_failed(entries, [folder])
@@ -83,6 +80,7 @@ def run_slide_embed(
             keep_paths=False,
             cohort=ids,
             max_failures=options.max_failures,
+            made_with=[stage.made_with([entry.slide_id for entry in entries], frozenset(ids))],
         )
         run.facts["slide_encoder"] = slide_encoder.facts
         skipped = len(entries) - len(todo)

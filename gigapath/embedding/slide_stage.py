@@ -2,7 +2,7 @@
 
 import dataclasses
 import glob
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from gigapath.cohort.manifest import SlideEntry
-from gigapath.cohort.reuse import digest, finished
+from gigapath.cohort.reuse import StageOptions, digest, finished, section_name
 from gigapath.cohort.run import CohortRun, Outcome
 from gigapath.cohort.status import Status
 from gigapath.devices import device_identity
@@ -41,11 +41,6 @@ def slides_folder(out: Path, slide_encoder: str, tile_encoder: str, form: str = 
     if form in ("slide", "section"):
         return out / (f"slides_{pair}" if form == "slide" else f"slides_{pair}__sections")
     return out / f"contextual_{pair}__{form.removesuffix(':tiles').replace(':', '-')}"
-
-
-def section_name(slide_id: str, section: int) -> str:
-    """What a piece of a slide's tissue is called in files and tables."""
-    return f"{slide_id}.section-{section}"
 
 
 @dataclass(frozen=True)
@@ -91,12 +86,18 @@ class SlideStage:
         """The status of a result that holds, or None."""
         if self.options.overwrites("slides"):
             return None
-        return finished(
-            self.folder,
-            slide_id,
-            self.identity(features),
+        return finished(self.folder, slide_id, self.identity(features), allow_mixed=self.options.allow_mixed)
+
+    def made_with(self, slide_ids: Collection[str], cohort: Collection[str]) -> StageOptions:
+        """What the results of a run over these slides are made with."""
+        identity = {name: value for name, value in self.identity("").items() if name != "features"}
+        return StageOptions(
+            folder=self.folder,
+            shared=identity,
+            own=dict.fromkeys(slide_ids, identity),
+            cohort=cohort,
+            overwrite=self.options.overwrites("slides"),
             allow_mixed=self.options.allow_mixed,
-            files=_files_of_sections if self.form == "section" else None,
         )
 
     def embed(self, run: CohortRun, entry: SlideEntry, path: Path, features: str) -> Status:
@@ -133,25 +134,29 @@ class SlideStage:
     def _embed_sections(
         self, run: CohortRun, entry: SlideEntry, tiles: TileEmbeddings, features: str, named: str
     ) -> Outcome:
-        """One file a piece; positions stay those on the slide."""
-        for earlier in self.folder.glob(f"{glob.escape(section_name(entry.slide_id, 0)[:-1])}*.h5"):
-            earlier.unlink()
+        """One file a piece; positions stay those on the slide. Earlier files stay until all pieces are embedded."""
         if tiles.section is None:
             raise ValueError(
                 "--per section: expected a file that says which piece of tissue each tile lies on, got one that does "
                 "not. Tile the slide with gigapath tile."
             )
+        made: list[SlideEmbeddings] = []
         pieces = [int(piece) for piece in np.unique(tiles.section) if piece > 0]
-        if not pieces:
-            return Outcome("no_tissue")
-        files = tuple(f"{section_name(entry.slide_id, piece)}.h5" for piece in pieces)
         for piece in pieces:
             of_piece = tiles.take(tiles.section == piece)
             attrs = self._attrs(_described(tiles), len(of_piece), features, named)
             name = section_name(entry.slide_id, piece)
             arrays = self.encoder.embed(of_piece, check=run.stop.check, progress=partial(run.watch.layer, name))
             attrs = {**attrs, "of_slide": entry.slide_id, "section": piece}
-            write_slide(self.folder / f"{name}.h5", SlideEmbeddings(slide_id=name, attrs=attrs, **arrays))
+            made.append(SlideEmbeddings(slide_id=name, attrs=attrs, **arrays))
+        files = tuple(f"{section.slide_id}.h5" for section in made)
+        for section, file in zip(made, files, strict=True):
+            write_slide(self.folder / file, section)
+        for earlier in self.folder.glob(f"{glob.escape(section_name(entry.slide_id, 0)[:-1])}*.h5"):
+            if earlier.name not in files:
+                earlier.unlink()
+        if not made:
+            return Outcome("no_tissue")
         left = int(np.count_nonzero(tiles.section == 0))
         warnings = (f"{left} tiles lie on no piece of tissue and are in no section's embedding.",) if left else ()
         facts = {**self._facts(attrs), "sections": len(pieces), "section_numbers": " ".join(map(str, pieces))}
@@ -235,8 +240,3 @@ class SlideStage:
 
 def _described(tiles: TileEmbeddings) -> Mapping[str, Any]:
     return {**tiles.attrs, "encoder": tiles.encoder, "source": tiles.source}
-
-
-def _files_of_sections(status: Status) -> list[str]:
-    pieces = str(status.facts.get("section_numbers", "")).split()
-    return [f"{section_name(status.slide_id, int(piece))}.h5" for piece in pieces]

@@ -1,21 +1,21 @@
 """The stages of `run_embed` for a slide: with what, into which folders, and what of them is done already."""
 
 import contextlib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from gigapath.cohort.manifest import SlideEntry
-from gigapath.cohort.reuse import digest, finished, redone
+from gigapath.cohort.reuse import StageOptions, digest, finished
 from gigapath.cohort.run import CohortRun
 from gigapath.cohort.status import Status, read_status
 from gigapath.devices import device_identity
 from gigapath.embedding.options import RunOptions
 from gigapath.embedding.slide_stage import SlideStage
-from gigapath.embedding.tiling import tiles_digest, tiles_done, tiling_identities
+from gigapath.embedding.tiling import tiled_with, tiles_digest, tiles_done
 from gigapath.features import NUMERICS_VERSION, Tiles, read_tiles
 from gigapath.features.kept_rows import KeptRows
 from gigapath.preprocessing.fast import OPENSLIDE
@@ -99,11 +99,29 @@ class EmbedStages:
         status = read_status(self.tiles, entry.slide_id) if self.own_tiles else None
         return status.tiles if status is not None else len(self.read_tiles(entry))
 
-    def redone(self, todo: Sequence[SlideEntry]) -> list[str]:
-        """Sentences on results that are going to be made again because something that they depend on has changed."""
-        tiles = tiling_identities(todo, self.tiling) if self.own_tiles else {}
-        features = {entry.slide_id: self.run_identity() for entry in todo}
-        return [*redone(self.tiles, tiles), *redone(self.features, features)]
+    def made_with(self, entries: Sequence[SlideEntry], cohort: Collection[str]) -> list[StageOptions]:
+        """What the results of a run over these slides are made with, stage by stage."""
+        features = dict.fromkeys((entry.slide_id for entry in entries), self.run_identity())
+        shared, given = self.run_identity(), ["slide_bytes", "tiles"]
+        if not self.own_tiles:  # another folder's tiles are chosen by an option
+            given.remove("tiles")
+            shared["given_tiles"] = digest({"folder": str(self.tiles.resolve())})
+            names = {entry.slide_id: self.tiles_name(entry) for entry in entries}
+            features = {slide_id: self.identity(name) for slide_id, name in names.items() if name is not None}
+        made = StageOptions(
+            folder=self.features,
+            shared=shared,
+            own=features,
+            cohort=cohort,
+            overwrite=self.options.overwrites("features"),
+            allow_mixed=self.options.allow_mixed,
+            given=given,
+        )
+        tiled = [tiled_with(self.tiles, entries, cohort, self.tiling, self.options)] if self.own_tiles else []
+        if self.slides is None:
+            return [*tiled, made]
+        slides = self.slides.made_with([entry.slide_id for entry in entries], cohort)
+        return [*tiled, made, replace(slides, overwrite=slides.overwrite or made.overwrite)]  # they follow from these
 
     def features_done(self, entry: SlideEntry, tiles: str | None) -> Status | None:
         """The status of tile embeddings that hold; `tiles` names the tiles that they are of."""
@@ -115,8 +133,8 @@ class EmbedStages:
         """Everything that a slide's tile embeddings depend on; `tiles` names its tiles."""
         return {**self.run_identity(), "tiles": tiles}
 
-    def kept_rows(self, entry: SlideEntry, identity: Mapping[str, Any], tiles: Tiles) -> KeptRows:
-        """The rows of a slide that an earlier run has made safe, in whole batches; none where all are to be made again.
+    def kept_rows(self, entry: SlideEntry, identity: Mapping[str, Any], tiles: Tiles) -> KeptRows | None:
+        """The rows of a slide that an earlier run has made safe, in whole batches; None where all are to be made again.
 
         A slide's rows may depend on their places in a batch, so a run goes on with a batch that begins where one began.
         """
@@ -125,6 +143,7 @@ class EmbedStages:
         kept = KeptRows(path, digest(identity), shape, dtype, step=self.batch_size)
         if self.options.overwrites("features"):
             kept.discard()
+            return None
         return kept
 
     def read_tiles(self, entry: SlideEntry) -> Tiles:

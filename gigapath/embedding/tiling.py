@@ -5,7 +5,7 @@ import dataclasses
 import glob
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from gigapath.cohort.manifest import SlideEntry, find_slides
-from gigapath.cohort.reuse import check_unmixed, digest, finished, redone
+from gigapath.cohort.reuse import StageOptions, digest, finished
 from gigapath.cohort.run import CohortRun, Outcome, Plan, RunResult, Watcher
 from gigapath.cohort.sheet import draw_contact_sheet
 from gigapath.cohort.status import Status, changed, derive
@@ -86,8 +86,6 @@ def tile_cohort(
         check_names(cohort, out)
         folder = out / "tiles"
         ids = {entry.slide_id for entry in cohort}
-        if not options.allow_mixed:
-            check_unmixed(folder, {"numerics_version": TILES_NUMERICS_VERSION}, ids)
         entries = chosen(cohort, out, "tile", [folder], options, tiles=folder)
         todo = [entry for entry in entries if tiles_done(folder, entry, tiling, options) is None]
         run = CohortRun(
@@ -101,6 +99,7 @@ def tile_cohort(
             stop=stop,
             cohort=sorted(ids),
             max_failures=options.max_failures,
+            made_with=[tiled_with(folder, entries, ids, tiling, options)],
         )
 
         def plan() -> Plan:
@@ -169,10 +168,10 @@ def tile_slide(run: CohortRun, folder: Path, entry: SlideEntry, tiling: TileOpti
         with open_entry(entry, tiling, "openslide" if options.reader == "openslide" else "auto") as slide:
             plan = plan_tiles(slide, options_for(entry, tiling), workers=options.reading_threads())
             picture = preview_picture(slide, plan.overview)
-        preview = run.out / "previews" / f"{entry.slide_id}.jpg"
-        write_preview(preview, plan.overview, plan.mask, plan.tiles, picture=picture)
         tiles = dataclasses.replace(plan.tiles, attrs={**plan.tiles.attrs, "identity": digest(identity)})
         write_tiles(folder / f"{entry.slide_id}.h5", tiles)
+        preview = run.out / "previews" / f"{entry.slide_id}.jpg"
+        write_preview(preview, plan.overview, plan.mask, plan.tiles, picture=picture)
         return Outcome(
             status="done" if len(plan.tiles) else "no_tissue",
             tiles=len(plan.tiles),
@@ -199,13 +198,23 @@ def tiles_identity(entry: SlideEntry, tiling: TileOptions) -> dict[str, Any]:
     return {**numbers, "slide_bytes": entry.path.stat().st_size, "numerics_version": TILES_NUMERICS_VERSION}
 
 
-def tiling_identities(entries: Sequence[SlideEntry], tiling: TileOptions) -> dict[str, dict[str, Any]]:
-    """The identity of each slide's tiles, but for slides that can't be looked at."""
-    found = {}
+def tiled_with(
+    folder: Path, entries: Sequence[SlideEntry], cohort: Collection[str], tiling: TileOptions, options: RunOptions
+) -> StageOptions:
+    """What the tiles of a run over these slides are made with; slides that can't be looked at are left out."""
+    own = {}
     for entry in entries:
         with contextlib.suppress(OSError):
-            found[entry.slide_id] = tiles_identity(entry, tiling)
-    return found
+            own[entry.slide_id] = tiles_identity(entry, tiling)
+    return StageOptions(
+        folder=folder,
+        shared={**to_dict(tiling), "numerics_version": TILES_NUMERICS_VERSION},
+        own=own,
+        cohort=cohort,
+        overwrite=options.overwrites("tiles"),
+        allow_mixed=options.allow_mixed,
+        instead=f"; embed --tiles {folder.parent} takes the tiles as they are",
+    )
 
 
 def tiles_digest(tiles: Tiles, entry: SlideEntry) -> str:
@@ -283,7 +292,6 @@ def _plan(
     skipped = len(entries) - len(todo)
     lines = [
         f"{slides_in_words(len(entries))}: {len(todo)} to tile, {skipped} done before in equal numbers and skipped.",
-        *redone(out / "tiles", tiling_identities(todo, tiling)),
         f"tiles of {tiling.tile_size} px at {tiling.mpp:g} microns a pixel, tissue by {_rule(tiling)}, "
         f"at least {tiling.min_tissue:g} of a tile.",
     ]
