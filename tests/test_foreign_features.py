@@ -24,7 +24,9 @@ from feature_files import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gigapath.cohort.status import read_status
 from gigapath.features import FeatureFileError, TileEmbeddingsWriter, read_features, write_tiles
+from gigapath.features.arrays import read_npz
 from gigapath.features.cells import cells_of, observed_step, row_major
 from gigapath.features.check import check_file, files_to_check
 from gigapath.features.describe import describe
@@ -412,7 +414,8 @@ def test_chunks_and_ratios_beyond_what_the_shape_needs_are_refused_before_memory
             read_features(tmp_path / f"{name}.h5")
 
 
-def test_attributes_of_millions_of_numbers_are_left_out(tmp_path: Path) -> None:
+@pytest.mark.parametrize("count", [2_000_000, 5_000_000])
+def test_attributes_of_millions_of_numbers_are_left_out(tmp_path: Path, count: int) -> None:
     with h5py.File(stepped(tmp_path / "a.h5"), "r+") as file:
         for number in range(2000):
             file.attrs[f"a{number}"] = number
@@ -420,8 +423,34 @@ def test_attributes_of_millions_of_numbers_are_left_out(tmp_path: Path) -> None:
         read_features(tmp_path / "a.h5")
     with h5py.File(tmp_path / "b.h5", "w", libver="latest") as file:
         file["features"] = FEATURES
-        file.create_dataset("coords", data=COORDS).attrs.update(patch_size_level0=512, big=np.zeros(2_000_000))
-    assert "big" not in read_features(tmp_path / "b.h5").attrs
+        file.create_dataset("coords", data=COORDS).attrs.update(patch_size_level0=512, big=np.zeros(count))
+    found = read_features(tmp_path / "b.h5")
+    assert "big" not in found.attrs and np.array_equal(found.cells, CELLS)
+
+
+@pytest.mark.parametrize("size", [100, 60_000])
+def test_names_are_no_longer_than_names_may_be(size: int, tmp_path: Path) -> None:
+    path = stepped(tmp_path / "a.h5")
+    with h5py.File(path, "r+") as file:
+        file.attrs["encoder"] = "x" * size
+    assert read_features(path).encoder == look_at_features(path).encoder == "x" * 100
+
+
+def test_coordinates_that_no_number_of_ours_holds_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(FeatureFileError, match="which no slide does"):
+        read_features(stepped(tmp_path / "a.h5", coords=COORDS.astype(np.uint64) + np.uint64(2**63)))
+
+
+def test_npz_that_packs_better_than_embeddings_do_is_refused(tmp_path: Path) -> None:
+    np.savez_compressed(tmp_path / "a.npz", features=np.zeros((20_000, 1024), np.float32))
+    with pytest.raises(FeatureFileError, match="in memory"):
+        read_npz(tmp_path / "a.npz")
+
+
+def test_pipes_under_the_names_of_status_files_are_not_waited_for(tmp_path: Path) -> None:
+    path = stepped(tmp_path / "a.h5")
+    os.mkfifo(tmp_path / "a.json")
+    assert read_status(tmp_path, "a") is None and len(read_features(path)) == len(FEATURES)
 
 
 @pytest.mark.parametrize("tool", ["trident", "stamp"])
@@ -431,8 +460,9 @@ def test_slide_files_of_other_tools_are_named_as_what_they_are(tool: str, tmp_pa
         path = write_h5(tmp_path / "a.h5", {"features": vector, "coords": COORDS})
     else:
         path = write_h5(tmp_path / "a.h5", {"feats": vector[None]}, {"": {"feat_type": "slide", "encoder": "titan"}})
-    with pytest.raises(FeatureFileError, match="one slide vector"):
-        read_features(path)
+    for read in (read_features, look_at_features):
+        with pytest.raises(FeatureFileError, match="one slide vector"):
+            read(path)
     found = describe(path)
     assert (found["kind"], found["tool"], found["width"]) == ("slide embeddings", tool, 6)
 

@@ -16,6 +16,7 @@ FINISHED = ("done", "no_tissue")
 SLIDES_CSV = "slides.csv"
 _FIRST_COLUMNS = ("slide_id", "status", "tiles", "seconds", "tiles/s", "error")
 _DERIVED_AT_MOST = 3
+_MOST_BYTES = 1 << 22
 # Columns of slides.csv that are not the manifest's: of these names, those of the manifest get a prefix.
 _OURS = re.compile(
     r"slide_id|status|tiles|tiles/s|error|warnings|vendor|scanner|width|height|objective_power|mpp|mpp_x|mpp_y|mpp_source"
@@ -85,7 +86,10 @@ def write_status(folder: Path, status: Status) -> None:
 def read_status(folder: Path, slide_id: str) -> Status | None:
     """The status of a slide, or None where there is none that can be read: then the slide is to do."""
     try:
-        values = json.loads(status_path(folder, slide_id).read_text(encoding="utf-8"))
+        path = status_path(folder, slide_id)
+        if not path.is_file() or path.stat().st_size > _MOST_BYTES:  # a pipe, or something of another tool
+            return None
+        values = json.loads(path.read_text(encoding="utf-8"))
         known = {name.name for name in dataclasses.fields(Status)}
         status = Status(**{name: value for name, value in values.items() if name in known})
         status = dataclasses.replace(status, warnings=tuple(status.warnings))

@@ -9,6 +9,7 @@ from typing import BinaryIO
 import numpy as np
 
 from gigapath.features.data import Array, FeatureFileError
+from gigapath.features.h5 import ANY_FILE, MOST_PACKED_NUMBERS
 
 _MAGIC = b"\x93NUMPY"
 _MOST_HEADER = 10_000  # as numpy has it: what parses a header is not made for more
@@ -24,6 +25,8 @@ def read_npz(path: Path) -> dict[str, Array]:
     try:
         with zipfile.ZipFile(path) as archive:
             for member in archive.infolist():
+                if member.file_size > max(ANY_FILE, member.compress_size * MOST_PACKED_NUMBERS):
+                    raise ValueError(f"{member.compress_size:,} bytes claim {member.file_size:,} in memory")
                 with archive.open(member) as content:
                     _check_size(content, member.file_size)  # type: ignore[arg-type]
         with np.load(path, allow_pickle=False) as held:

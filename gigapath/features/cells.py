@@ -143,6 +143,12 @@ def all_facts(attrs: Attrs) -> dict[str, Any]:
     return {**(earlier if isinstance(earlier, dict) else {}), **attrs}
 
 
+def name_in(attrs: Attrs, *names: str) -> str | None:
+    """The first of some attributes that holds a text, as what something is called: not longer than a name may be."""
+    found = (attrs.get(name) for name in names)
+    return next((value[:100] for value in found if isinstance(value, str) and value), None)
+
+
 def flat_json(value: Any) -> dict[str, Any]:
     """The plain values of nested JSON objects by their own names; the outermost of equal names stays."""
     if not isinstance(value, Mapping):

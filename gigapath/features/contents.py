@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from gigapath.features.cells import as_pair, two_axes
+from gigapath.features.cells import as_pair, name_in, two_axes
 from gigapath.features.data import Array, FeatureFileError
 from gigapath.features.gigapath_file import STATES, stage_of
 from gigapath.features.h5 import is_complete, open_h5, read_attrs, read_dataset
@@ -97,7 +97,7 @@ def _read(path: Path) -> Contents:
                 vectors = {name: read_dataset(file, name, kinds=_KINDS)}
                 vectors = {name: vector[None] if vector.ndim == 1 else vector for name, vector in vectors.items()}
                 attrs = {**read_attrs(file), **read_attrs(file[name])}
-                encoder = _text(attrs.get("encoder"))
+                encoder = name_in(attrs, "encoder")
                 return Contents(
                     path, "slide embeddings", tool, path.stem, vectors=vectors, slide_encoder=encoder, attrs=attrs
                 )
@@ -109,7 +109,7 @@ def _read(path: Path) -> Contents:
 
 def _of_ours(path: Path, file: Any, stage: str) -> Contents:
     attrs = read_attrs(file)
-    slide_id, encoder, complete = str(attrs.get("slide_id")), _text(attrs.get("encoder")), is_complete(file)
+    slide_id, encoder, complete = str(name_in(attrs, "slide_id")), name_in(attrs, "encoder"), is_complete(file)
     if stage == "slide":
         vectors = {name: read_dataset(file, name, kinds=_KINDS) for name in STATES if name in file}
         return Contents(
@@ -119,7 +119,7 @@ def _of_ours(path: Path, file: Any, stage: str) -> Contents:
             slide_id,
             vectors=vectors,
             encoder=encoder,
-            slide_encoder=_text(attrs.get("slide_encoder")),
+            slide_encoder=name_in(attrs, "slide_encoder"),
             attrs=attrs,
             complete=complete,
         )
@@ -159,7 +159,3 @@ def _of_held(path: Path, held: Held) -> Contents:
         encoder=held.encoder,
         attrs=held.attrs,
     )
-
-
-def _text(value: Any) -> str | None:
-    return value if isinstance(value, str) and value else None

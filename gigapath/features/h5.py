@@ -122,8 +122,8 @@ def _first_line(error: Exception) -> str:
 # gzip packs at most 1032 bytes into one, the other filters of HDF5 less. Numbers that mean something don't pack so
 # well: beyond what any file may take, their ratio is bounded too, and no chunk is larger than its dataset.
 _MOST_PACKED = 1100
-_MOST_PACKED_NUMBERS = 32
-_ANY_FILE = 1 << 26  # bytes
+MOST_PACKED_NUMBERS = 32
+ANY_FILE = 1 << 26  # bytes
 _KINDS = {"O": "texts or references", "S": "texts", "b": "truth values", "c": "complex numbers", "V": "records"}
 
 
@@ -160,7 +160,7 @@ def find_dataset(file: h5py.File, name: str, *, kinds: str = "iuf") -> h5py.Data
     if size > stored * (_MOST_PACKED if packed else 1):
         raise FeatureFileError(f"{path.name}: its dataset {name!r} is cut short. Make it again or fetch it anew.")
     chunk = 0 if found.chunks is None else found.dtype.itemsize * int(np.prod(found.chunks, dtype=object))
-    if size > max(_ANY_FILE, stored * _MOST_PACKED_NUMBERS) or chunk > max(_ANY_FILE, size):
+    if size > max(ANY_FILE, stored * MOST_PACKED_NUMBERS) or chunk > max(ANY_FILE, size):
         claimed = max(size, chunk)
         raise FeatureFileError(
             f"{path.name}: its dataset {name!r} of {stored:,} bytes claims {claimed:,} in memory. Make it again."
@@ -171,6 +171,14 @@ def find_dataset(file: h5py.File, name: str, *, kinds: str = "iuf") -> h5py.Data
 # Kinds of attributes that are read. No tool needs others, and HDF5 crashes on damaged ones of variable length.
 _READ_TYPES = (h5py.h5t.TypeIntegerID, h5py.h5t.TypeFloatID, h5py.h5t.TypeEnumID, h5py.h5t.TypeStringID)
 _MOST_ATTRS, _MOST_ATTR_BYTES = 1000, 1 << 20
+# HDF5 reads every attribute whole to list their names. Of a file or dataset with more bytes of them than this, those
+# that other tools' files are read by are asked for by name.
+_MOST_LISTED_BYTES = 1 << 24
+_NAMED = (
+    *("patch_size_level0", "patch_size", "overlap", "level0_magnification", "target_magnification", "level0_width"),
+    *("level0_height", "encoder", "name", "patch_level", "downsample", "level_dim", "mpp", "native_mpp", "step_size"),
+    *("model_type", "stamp_version", "extractor", "unit", "tile_size", "tile_size_um", "tile_size_px", "feat_type"),
+)
 
 
 def read_attrs(item: Any) -> dict[str, Any]:
@@ -180,7 +188,9 @@ def read_attrs(item: Any) -> dict[str, Any]:
     attrs = item.attrs
     if len(attrs) > _MOST_ATTRS:
         raise FeatureFileError(f"{Path(item.file.filename).name}: it has {len(attrs):,} attributes. Make it again.")
-    return {str(name): plain_value(attrs[name]) for name in attrs if _is_readable(attrs, name)}
+    large = h5py.h5o.get_info(item.id).meta_size.attr.heap_size > _MOST_LISTED_BYTES
+    names = [name for name in _NAMED if name in attrs] if large else list(attrs)
+    return {name: plain_value(attrs[name]) for name in names if _is_readable(attrs, name)}
 
 
 def read_attr(item: Any, name: str) -> Any:

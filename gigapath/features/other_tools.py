@@ -27,6 +27,7 @@ from gigapath.features.cells import (
     as_pair,
     cells_of,
     flat_json,
+    name_in,
     tile_mpp,
     tile_pixels,
     two_axes,
@@ -105,14 +106,7 @@ def read_other_tool(path: Path, *, coordinates: Path | None = None) -> Held:
             raise FileNotFoundError(f"{path}: no such file.")
         return _read_slide2vec(path, coordinates) if _is_slide2vec(path) else _read_clam_tensor(path, coordinates)
     with open_h5(path) as file:
-        slide = slide_vector(file)
-        if slide is not None:
-            tool, _, words = slide
-            name = {"trident": "TRIDENT", "stamp": "STAMP"}[tool]
-            raise FeatureFileError(
-                f"{path.name}: expected tile embeddings (N, D), got one slide vector, {words}, as {name} writes them. "
-                "Name the files of its tiles."
-            )
+        refuse_slide_vector(file)
         name = "feats" if "feats" in file else "features"
         if name not in file or "coords" not in file:
             inside = ", ".join(sorted(file)[:10]) or "nothing"
@@ -137,9 +131,24 @@ def slide_vector(file: h5py.File) -> tuple[str, str, str] | None:
     for tool, name in (("trident", "features"), ("stamp", "feats")):
         dataset = file.get(name, getlink=True) and file.get(name)
         kind = read_attrs(file).get("feat_type") if tool == "stamp" else None
-        if isinstance(dataset, h5py.Dataset) and (dataset.ndim == 1 or kind not in (None, "tile")):
+        if (
+            isinstance(dataset, h5py.Dataset)
+            and dataset.dtype.kind in "iuf"
+            and (dataset.ndim == 1 or kind not in (None, "tile"))
+        ):
             return tool, name, f"{dataset.shape} of feat_type {kind!r}" if kind else str(dataset.shape)
     return None
+
+
+def refuse_slide_vector(file: h5py.File) -> None:
+    """Raise FeatureFileError where a file is another tool's slide embedding."""
+    slide = slide_vector(file)
+    if slide is not None:
+        tool, _, words = slide
+        raise FeatureFileError(
+            f"{Path(file.filename).name}: expected tile embeddings (N, D), got one slide vector, {words}, as "
+            f"{tool.upper()} writes them. Name the files of its tiles."
+        )
 
 
 def coordinates_file_step(file: h5py.File) -> tuple[str, Step | None] | None:
@@ -162,11 +171,6 @@ def _of_coordinates(attrs: Attrs, held: dict[str, Any]) -> Held | None:
     if "mpp" in held["attrs"] or "native_mpp" in held["attrs"]:
         return _mussel(held)
     return Held(source="clam", step=clam_step(held["attrs"]), **held)
-
-
-def _text(attrs: Attrs, name: str) -> str | None:
-    value = attrs.get(name)
-    return value if isinstance(value, str) and value else None
 
 
 def _beside(given: Path | None, usual: list[Path]) -> Path | None:
@@ -295,7 +299,7 @@ def _trident(held: dict[str, Any]) -> Held:
     overlap = as_number(held["attrs"].get("overlap"))
     if overlap:
         step, why = None, f"its tiles overlap by {overlap:g} pixels. State the distance between them with {OPTION}"
-    return Held(source="trident", step=step, no_step=why, encoder=_text(held["attrs"], "encoder"), **held)
+    return Held(source="trident", step=step, no_step=why, encoder=name_in(held["attrs"], "encoder"), **held)
 
 
 def _write_trident(found: TileEmbeddings, folder: Path, scale: Scale) -> list[Path]:
@@ -330,7 +334,7 @@ def _trident_attrs(found: TileEmbeddings, step: int) -> dict[str, Any]:
 def _mussel(held: dict[str, Any]) -> Held:
     attrs = held["attrs"]
     step = as_pair(attrs.get("step_size")) or as_pair(attrs.get("patch_size"))
-    return Held(source="mussel", step=step, encoder=_text(attrs, "model_type") or _text(attrs, "encoder"), **held)
+    return Held(source="mussel", step=step, encoder=name_in(attrs, "model_type", "encoder"), **held)
 
 
 # ----------------------------------------------------------------------------------------------------------------- CLAM
@@ -426,7 +430,7 @@ def _stamp(held: dict[str, Any]) -> Held:
     elif step is None:
         step, frame = as_pair(attrs.get("tile_size")), "unstated"
         why = f"it states no unit (an early STAMP file: 224, if so). State the distance of its tiles with {OPTION}"
-    return Held(source="stamp", frame=frame, step=step, no_step=why, encoder=_text(attrs, "extractor"), **held)
+    return Held(source="stamp", frame=frame, step=step, no_step=why, encoder=name_in(attrs, "extractor"), **held)
 
 
 def _write_stamp(found: TileEmbeddings, folder: Path, scale: Scale) -> list[Path]:
@@ -512,7 +516,7 @@ def _read_slide2vec(path: Path, coordinates: Path | None) -> Held:
         features=features,
         coords=coords,
         step=step,
-        encoder=_text(attrs, "encoder_name"),
+        encoder=name_in(attrs, "encoder_name"),
         tissue_fraction=None if fractions is None else fractions.astype(np.float32),
         attrs=attrs,
     )

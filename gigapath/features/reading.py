@@ -20,6 +20,7 @@ from gigapath.features.cells import (
     as_pair,
     cells_of,
     flat_json,
+    name_in,
     observed_step,
     row_major,
     two_axes,
@@ -123,7 +124,9 @@ def _inside(folder: Path) -> list[Path]:
         found = [path for path in files if path.suffix == suffix]
         if found:
             return found
-    raise ValueError(f"{folder}: expected files of tile embeddings ({', '.join(SUFFIXES)}), found none.")
+    others = [str(path.relative_to(folder)) for path in list_feature_files(folder)[:1]]
+    found_there = f"only such as {others[0]}" if others else "none"
+    raise ValueError(f"{folder}: expected files of tile embeddings ({', '.join(SUFFIXES)}), found {found_there}.")
 
 
 def slide_name(path: Path) -> str:
@@ -183,6 +186,10 @@ def look_at_features(path: Path) -> FeatureFacts:
     with open_h5(path) as file:
         if stage_of(file) is not None:
             check_ours(file, "features")
+        else:
+            from gigapath.features.other_tools import refuse_slide_vector
+
+            refuse_slide_vector(file)
         name = "feats" if "feats" in file else "features"
         if name not in file or "coords" not in file:
             inside = ", ".join(sorted(file)[:10]) or "nothing"
@@ -196,8 +203,7 @@ def look_at_features(path: Path) -> FeatureFacts:
         attrs = {**read_attrs(file), **read_attrs(coords), **read_attrs(features)}
         batch = (slice(None),) * (features.ndim - 2 if features.shape[0] == 1 else 0)
         first, last = (features[batch + (slice(at, at + 4),)] for at in (0, max(0, shape[0] - 4)))  # noqa: RUF005
-    encoder = attrs.get("encoder") or attrs.get("extractor")
-    return _facts(shape, None if encoder is None else str(encoder), attrs, first, last)
+    return _facts(shape, name_in(attrs, "encoder", "extractor"), attrs, first, last)
 
 
 def _facts(shape: tuple[int, ...], encoder: str | None, attrs: Attrs, *ends: Array) -> FeatureFacts:
@@ -278,14 +284,13 @@ def _read_ours(path: Path) -> TileEmbeddings:
         if row_major(arrays["cells"]) is not None:
             raise FeatureFileError(f"{path.name}: its cells are not in row-major order, each once. Make it again.")
         pitch = as_pair(attrs.get("tile_size_level0"))
-        encoder = attrs.get("encoder")
         return TileEmbeddings(
             slide_id=str(attrs.get("slide_id")),
             frame=str(attrs.get("frame") or "level0"),
             tile_size_level0=None if pitch is None else float(np.mean(pitch)),
             qc_names=qc_names,
             attrs=attrs,
-            encoder=None if encoder is None else str(encoder),
+            encoder=name_in(attrs, "encoder"),
             **arrays,
         )
 
@@ -343,6 +348,8 @@ def _check_shapes(held: "Held", path: Path) -> None:
         raise FeatureFileError(
             f"{path.name}: expected coords {(len(features), 2)}, got {coords.shape} of {coords.dtype}."
         )
+    if coords.dtype.kind == "u" and coords.size and coords.max() > np.iinfo(np.int64).max:
+        raise FeatureFileError(f"{path.name}: its coordinates reach {coords.max()}, which no slide does.")
     if fractions is not None and fractions.shape != (len(features),):
         raise FeatureFileError(f"{path.name}: expected one tissue fraction a tile, got {fractions.shape}.")
 
