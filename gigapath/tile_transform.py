@@ -4,6 +4,7 @@ T pixels of a tile's side, B tiles of a batch.
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
@@ -100,8 +101,7 @@ class TileTransform:
         """
         start = round((self.resize - self.crop) / 2)
         inner = pixels[:, start : start + self.crop, start : start + self.crop]
-        # Tensors, not Python numbers: CUDA multiplies by the reciprocal of a number, which rounds differently.
-        whole, mean, std = (torch.tensor(v, device=pixels.device) for v in ((255.0,) * 3, self.mean, self.std))
+        whole, mean, std = _constants(self.mean, self.std, pixels.device)
         floats = inner.to(torch.float32, memory_format=torch.contiguous_format)  # the cut costs no copy of its own
         scaled = floats.div_(whole).sub_(mean).div_(std)  # (B, crop, crop, 3)
         return scaled.permute(0, 3, 1, 2)
@@ -112,6 +112,15 @@ class TileTransform:
         for i, tile in enumerate(tiles):
             resized[i] = np.asarray(Image.fromarray(tile).resize(size, resampling))
         return resized
+
+
+@lru_cache(maxsize=32)
+def _constants(mean: RGB, std: RGB, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """What pixels are divided by, what is taken off and what that is divided by, (3,) each, kept on the device: a copy
+    for each batch would make the host wait. Tensors, since CUDA multiplies by the reciprocal of a Python number, which
+    rounds differently."""
+    whole, mean_, std_ = (torch.tensor(values, device=device) for values in ((255.0,) * 3, mean, std))
+    return whole, mean_, std_
 
 
 # Both released tile encoders. The published config.json says crop_pct 1.0, so timm's own transform of it differs.

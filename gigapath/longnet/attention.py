@@ -54,7 +54,8 @@ def add_zero_keys(out: Tensor, lse: Tensor, zero_keys: int) -> tuple[Tensor, Ten
     """
     if zero_keys == 0:
         return out, lse
-    full = torch.logaddexp(lse, lse.new_tensor(math.log(zero_keys)))
+    # torch.full writes on the device; a tensor made of a Python number is copied there, and the host waits for it.
+    full = torch.logaddexp(lse, torch.full((), math.log(zero_keys), dtype=lse.dtype, device=lse.device))
     return out.mul_((lse - full).exp().unsqueeze(-1)), full
 
 

@@ -91,7 +91,7 @@ def read_attention(
         padding = part.block.zero_keys
         found = part.scores.logsumexp(-1)
         if padding:
-            found = torch.logaddexp(found, found.new_tensor(math.log(padding)))
+            found = torch.logaddexp(found, torch.full((), math.log(padding), dtype=found.dtype, device=found.device))
             part.of(zero_keys)[:, part.rows] += padding
         part.of(lse[part.branch])[:, part.rows] = found
     total = lse.logsumexp(0)
