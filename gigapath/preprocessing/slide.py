@@ -184,7 +184,7 @@ class Slide:
         self.one_channel = facts.channels == 1
         self.bounds = scanned_area(slide_id, self.dimensions, self.properties)
         sizes, downsamples = self.level_dimensions, self.level_downsamples
-        self.fast = FastReader(path, self.vendor, sizes, downsamples, self._read_apart, reader)
+        self.fast = FastReader(path, self.vendor, sizes, downsamples, self.read_apart, reader)
 
     def __enter__(self) -> "Slide":
         return self
@@ -254,7 +254,7 @@ class Slide:
         """
         return _on_white(self._read_rgba(x, y, level, width, height))
 
-    def _read_apart(self, x: int, y: int, level: int, width: int, height: int) -> UInt8Array:
+    def read_apart(self, x: int, y: int, level: int, width: int, height: int) -> UInt8Array:
         """Like `read`, but an error leaves the slide readable: OpenSlide would refuse every read after it."""
         try:
             return self.read(x, y, level, width, height)
@@ -332,8 +332,8 @@ class Slide:
         top = min(max(round(y / downsample - side / 2), 0), height - side)
         corner = round(left * downsample), round(top * downsample)
         try:
-            coarse = self._read_apart(*corner, level, side, side)
-            fine = self._read_apart(*corner, level - 1, round(side * ratio), round(side * ratio))
+            coarse = self.read_apart(*corner, level, side, side)
+            fine = self.read_apart(*corner, level - 1, round(side * ratio), round(side * ratio))
         except SlideError:  # where its pixels are wanted, the reader says so
             return True
         pair = [cv2.blur(pixels, (3, 3)) for pixels in (coarse, _area_mean(fine, (side, side)))]

@@ -2,34 +2,30 @@
 
 What differs from the published code: coordinates are right, in level-0 pixels; the grid starts at the slide's corner
 (or its bounds) and holds only whole tiles inside the slide; tiles are read one by one, so memory does not depend on
-the slide, which is never copied; a slide without tissue gives an empty table; a table that is there counts as done
-only when every tile in it is whole and was cut with the same values.
+the slide, which is never copied; a slide without tissue gives an empty table.
 """
 
-import csv
 import io
-import json
 import logging
 import re
-from collections import deque
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, PngImagePlugin
+from PIL import Image
 from tqdm import tqdm
 
 from gigapath.file_names import safe_name
 from gigapath.files import write_bytes_atomic, write_text_atomic
 from gigapath.preprocessing.data.foreground_segmentation import segment_foreground
-from gigapath.preprocessing.data.thumbnails import save_thumbnails
 from gigapath.preprocessing.data.tiling import tile_array_2d
 from gigapath.preprocessing.grid import Grid
 from gigapath.preprocessing.published import cells_in_box, find_foreground, share_below
-from gigapath.preprocessing.slide import Slide, SlideError, open_slide
+from gigapath.preprocessing.slide import Overview, Slide, SlideError, open_slide
 from gigapath.read_ahead import read_ahead
 from gigapath.tables import csv_text
 
@@ -37,11 +33,12 @@ LOG = logging.getLogger(__name__)
 
 COLUMNS = ("slide_id", "tile_id", "image", "label", "tile_x", "tile_y", "occupancy")
 TILE_NAME = re.compile(r"\d{5,}x_\d{5,}y\.png")
-PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
-PNG_ENTRY = "gigapath"  # the text entry of a tile that says how it was cut
 THREADS = 4
 AHEAD = 64  # tiles in work at once; bounds memory
-_NUMERICS_VERSION = 1  # of these tiles, which are found the published way; raised when they change
+THUMBNAIL_SIDE = 1024  # of the longer side, in pixels
+LINE = (25, 70, 215)
+
+Box = tuple[int, int, int, int]  # level-0 x, y, width, height
 
 
 def save_image(array_chw: NDArray[Any], path: Path | str) -> Image.Image:
@@ -89,27 +86,6 @@ def generate_tiles(
     return tiles[kept], corners[kept], occupancies[kept], int(np.count_nonzero(~kept))
 
 
-@dataclass(frozen=True)
-class _Job:
-    """One slide to cut: where to, and all that changes the result."""
-
-    folder: Path
-    slide_id: str
-    label: Any
-    metadata: Mapping[str, Any]
-    values: Mapping[str, Any]
-
-    def row(self, x: int, y: int, occupancy: float) -> dict[str, Any]:
-        """A tile's line of the table."""
-        name = _descriptor(x, y)
-        facts = (self.slide_id, f"{self.slide_id}.{name}", f"{self.slide_id}/{name}.png", self.label, x, y, occupancy)
-        return {**dict(zip(COLUMNS, facts, strict=True)), **self.slide_columns()}
-
-    def slide_columns(self) -> dict[str, Any]:
-        """What the sample says of the slide."""
-        return {f"slide_{key}": value for key, value in self.metadata.items()}
-
-
 def process_slide(
     sample: Mapping[str, Any],
     level: int,
@@ -124,8 +100,7 @@ def process_slide(
     """Cut the tissue of a slide into PNG tiles.
 
     Writes `output_dir/<slide_id>/`: the tiles (`00256x_00512y.png`, level-0 corner), `dataset.csv` and
-    `failed_tiles.csv`; and three thumbnails that begin with the slide's file name. What is there already, whole and
-    cut with the same values, stays as it is.
+    `failed_tiles.csv`; and three thumbnails that begin with the slide's file name. An earlier run's tiles go.
 
     Args:
         sample: `image` (the slide's path), `slide_id`, `metadata` (a dict, one `slide_<key>` column each), and
@@ -148,45 +123,65 @@ def process_slide(
         ValueError: the slide can't be opened, or an argument makes no sense.
         OSError: an output can't be written.
     """
-    path, job = _job(sample, level, margin, tile_size, foreground_threshold, occupancy_threshold, output_dir)
-    if _is_done(job):
-        LOG.info("slide %r: done before, skipped.", job.slide_id)
-        return job.folder
-    with open_slide(path, slide_id=job.slide_id) as slide:
+    path, slide_id, metadata = _checked(sample, margin, tile_size)
+    folder = Path(output_dir) / slide_id
+
+    def cut(corner: tuple[int, int], read: Callable[..., NDArray[np.uint8]]) -> float | None:
+        """Read one tile, write it if it has enough foreground, and return the share; None where it can't be read."""
+        try:
+            pixels = read(*corner, grid.level, *grid.read_size)
+        except SlideError:
+            return None
+        share = float(share_below(pixels[None], threshold)[0])
+        if share > occupancy_threshold:
+            buffer = io.BytesIO()
+            Image.fromarray(pixels).save(buffer, format="PNG", compress_level=3)
+            write_bytes_atomic(folder / f"{_descriptor(corner)}.png", buffer.getvalue())
+        return share
+
+    with open_slide(path, slide_id=slide_id) as slide:
         grid = _level_grid(slide, level, tile_size)
         threshold, box = find_foreground(slide, foreground_threshold)
-        _clear(job.folder)
+        _clear(folder)
         cells = np.zeros((0, 2), np.int64) if box is None else cells_in_box(grid, box, margin)
-        found, failed = _cut(slide, grid, cells, threshold, occupancy_threshold, job, tile_progress)
-    if failed:
-        retried, failed = _retry(path, grid, failed, threshold, occupancy_threshold, job)
-        found = sorted(found + retried, key=lambda tile: (tile[1], tile[0]))
-        LOG.warning("slide %r: %d tiles can't be read, see failed_tiles.csv.", job.slide_id, len(failed))
-    if not found:
-        LOG.warning("slide %r: no tissue found, no tiles.", job.slide_id)
-    with open_slide(path, slide_id=job.slide_id) as slide:
-        kept = grid.cells(np.array([tile[:2] for tile in found], np.int64).reshape(-1, 2)).astype(np.int64)
-        roi = _grown(box, margin, slide.dimensions)
+        corners = [(int(x), int(y)) for x, y in grid.corners(cells)]
+        cutting = read_ahead(lambda corner: cut(corner, slide.read), corners, threads=THREADS, ahead=AHEAD)
+        with closing(cutting), tqdm(cutting, slide_id, len(corners), unit="tile", disable=not tile_progress) as shares:
+            found = dict(zip(corners, shares, strict=True))
+    # A scale of its own: thumbnails are measured in level-0 pixels.
+    with open_slide(path, slide_id=slide_id, slide_mpp=1.0) as slide:
+        # After one broken tile OpenSlide refused all others: once more, one by one.
+        found |= {corner: cut(corner, slide.read_apart) for corner, share in found.items() if share is None}
+        kept = [corner for corner, share in found.items() if share is not None and share > occupancy_threshold]
         try:
-            save_thumbnails(Path(thumbnail_dir), path.name, slide, roi, grid, kept)
+            _save_thumbnails(Path(thumbnail_dir), path.name, slide, _grown(box, margin, slide.dimensions), grid, kept)
         except SlideError as error:  # tiles matter more than their pictures
             LOG.warning("%s", error)
-    names = [{"tile_id": f"{job.slide_id}.{_descriptor(x, y)}"} for x, y in failed]
-    _write_table(job.folder / "failed_tiles.csv", ("tile_id",), names)
-    rows = [job.row(*tile) for tile in found]
-    _write_table(job.folder / "dataset.csv", (*COLUMNS, *job.slide_columns()), rows)  # last: its being there means done
-    return job.folder
+    failed = [corner for corner, share in found.items() if share is None]
+    if failed:
+        LOG.warning("slide %r: %d tiles can't be read, see failed_tiles.csv.", slide_id, len(failed))
+    if not kept:
+        LOG.warning("slide %r: no tissue found, no tiles.", slide_id)
+    names = [["tile_id"], *([f"{slide_id}.{_descriptor(corner)}"] for corner in failed)]
+    write_text_atomic(folder / "failed_tiles.csv", csv_text(names))
+    rows: list[list[Any]] = [[*COLUMNS, *(f"slide_{key}" for key in metadata)]]
+    for corner in kept:
+        name = _descriptor(corner)
+        facts = (
+            slide_id,
+            f"{slide_id}.{name}",
+            f"{slide_id}/{name}.png",
+            sample.get("label", ""),
+            *corner,
+            found[corner],
+        )
+        rows.append([*facts, *metadata.values()])
+    write_text_atomic(folder / "dataset.csv", csv_text(rows))  # last: its being there means done
+    return folder
 
 
-def _job(
-    sample: Mapping[str, Any],
-    level: int,
-    margin: int,
-    tile_size: int,
-    foreground_threshold: float | None,
-    occupancy_threshold: float,
-    output_dir: Path | str,
-) -> tuple[Path, _Job]:
+def _checked(sample: Mapping[str, Any], margin: int, tile_size: int) -> tuple[Path, str, dict[str, Any]]:
+    """The slide's path, its id and its metadata."""
     missing = [key for key in ("image", "slide_id", "metadata") if key not in sample]
     if missing:
         raise ValueError(f"process_slide: expected a sample with image, slide_id and metadata, got no {missing[0]}.")
@@ -197,17 +192,7 @@ def _job(
     path, slide_id = Path(sample["image"]), safe_name(str(sample["slide_id"]))
     if not path.is_file():
         raise FileNotFoundError(f"process_slide: expected a slide, got no file of the name {path.name!r}.")
-    values = {
-        "level": int(level),
-        "margin": int(margin),
-        "tile_size": int(tile_size),
-        "foreground_threshold": None if foreground_threshold is None else float(foreground_threshold),
-        "occupancy_threshold": float(occupancy_threshold),
-        "slide_bytes": path.stat().st_size,
-        "numerics_version": _NUMERICS_VERSION,
-    }
-    job = _Job(Path(output_dir) / slide_id, slide_id, sample.get("label", ""), dict(sample["metadata"]), values)
-    return path, job
+    return path, slide_id, dict(sample["metadata"])
 
 
 def _level_grid(slide: Slide, level: int, tile_size: int) -> Grid:
@@ -236,88 +221,43 @@ def _level_grid(slide: Slide, level: int, tile_size: int) -> Grid:
     )
 
 
-Found = list[tuple[int, int, float]]  # level-0 x and y, occupancy
+def _save_thumbnails(
+    folder: Path, name: str, slide: Slide, box: Box, grid: Grid, corners: list[tuple[int, int]]
+) -> None:
+    """Write `<name>_original.png`, the slide; `_roi.png`, the box; `_roi_tiles.png`, the box with the tiles."""
+    whole = slide.overview(max(slide.bounds[2:]) / THUMBNAIL_SIDE)
+    fine = slide.overview(max(box[2:]) / THUMBNAIL_SIDE)
+    (left, top), (right, bottom) = _on(fine, box[:2]), _on(fine, (box[0] + box[2], box[1] + box[3]))
+    roi = fine.image[max(0, top) : bottom, max(0, left) : right].copy()
+    drawn = fine.image.copy()
+    for x, y in corners:
+        cv2.rectangle(drawn, _on(fine, (x, y)), _on(fine, (x + grid.pitch[0], y + grid.pitch[1])), LINE, 2)
+    pictures = {"original": whole.image, "roi": roi, "roi_tiles": drawn[max(0, top) : bottom, max(0, left) : right]}
+    for kind, picture in pictures.items():
+        _, content = cv2.imencode(".png", picture[..., ::-1])
+        write_bytes_atomic(folder / f"{name}_{kind}.png", content.tobytes())
 
 
-def _cut(
-    slide: Slide,
-    grid: Grid,
-    cells: NDArray[np.int64],
-    threshold: float,
-    occupancy_threshold: float,
-    job: _Job,
-    progress: bool,
-) -> tuple[Found, list[tuple[int, int]]]:
-    """Read every cell and write the tiles with enough foreground; what can't be read is returned as failed."""
-
-    def one(corner: tuple[int, int]) -> float | None:
-        try:
-            return _cut_one(slide, grid, corner, threshold, occupancy_threshold, job)
-        except SlideError:
-            return None
-
-    corners = [(int(x), int(y)) for x, y in grid.corners(cells)]
-    found, failed = [], []
-    with tqdm(total=len(corners), desc=job.slide_id, unit="tile", disable=not progress) as bar:
-        for corner, share in zip(corners, read_ahead(one, corners, threads=THREADS, ahead=AHEAD), strict=True):
-            bar.update()
-            if share is None:
-                failed.append(corner)
-            elif share > occupancy_threshold:
-                found.append((*corner, share))
-    return found, failed
+def _on(overview: Overview, point: tuple[int, int]) -> tuple[int, int]:
+    """The pixel of an overview at a level-0 point."""
+    x, y = (
+        round((at - start) / step)
+        for at, start, step in zip(point, overview.origin_level0, overview.scale, strict=True)
+    )
+    return x, y
 
 
-def _retry(
-    path: Path, grid: Grid, failed: list[tuple[int, int]], threshold: float, occupancy_threshold: float, job: _Job
-) -> tuple[Found, list[tuple[int, int]]]:
-    """One by one again: after one broken tile OpenSlide refuses all others, so each failure opens the slide anew."""
-    found, broken, rest = [], [], deque(failed)
-    while rest:
-        with open_slide(path, slide_id=job.slide_id) as slide:
-            while rest:
-                corner = rest.popleft()
-                try:
-                    share = _cut_one(slide, grid, corner, threshold, occupancy_threshold, job)
-                except SlideError:
-                    broken.append(corner)
-                    break
-                if share > occupancy_threshold:
-                    found.append((*corner, share))
-    return found, broken
+def _descriptor(corner: tuple[int, int]) -> str:
+    return f"{corner[0]:05d}x_{corner[1]:05d}y"
 
 
-def _cut_one(
-    slide: Slide, grid: Grid, corner: tuple[int, int], threshold: float, occupancy_threshold: float, job: _Job
-) -> float:
-    """Read one tile, write it if it has enough foreground, and return the share."""
-    pixels = slide.read(*corner, grid.level, *grid.read_size)
-    share = float(share_below(pixels[None], threshold)[0])
-    if share > occupancy_threshold:
-        info = PngImagePlugin.PngInfo()
-        info.add_text(PNG_ENTRY, json.dumps(job.values))
-        buffer = io.BytesIO()
-        Image.fromarray(pixels).save(buffer, format="PNG", compress_level=3, pnginfo=info)
-        write_bytes_atomic(job.folder / f"{_descriptor(*corner)}.png", buffer.getvalue())
-    return share
-
-
-def _descriptor(x: int, y: int) -> str:
-    return f"{x:05d}x_{y:05d}y"
-
-
-def _grown(box: tuple[int, int, int, int] | None, margin: int, size: tuple[int, int]) -> tuple[int, int, int, int]:
+def _grown(box: Box | None, margin: int, size: tuple[int, int]) -> Box:
     """The box with its margin, cut to the slide; the slide itself where there is no box."""
     if box is None:
         return (0, 0, *size)
     left, top = max(0, box[0] - margin), max(0, box[1] - margin)
     right, bottom = min(size[0], box[0] + box[2] + margin), min(size[1], box[1] + box[3] + margin)
     return left, top, right - left, bottom - top
-
-
-def _write_table(path: Path, columns: Iterable[str], rows: Iterable[Mapping[str, Any]]) -> None:
-    header = list(columns)
-    write_text_atomic(path, csv_text([header, *([row.get(name, "") for name in header] for row in rows)]))
 
 
 def _clear(folder: Path) -> None:
@@ -328,38 +268,3 @@ def _clear(folder: Path) -> None:
         for file in folder.iterdir():
             if TILE_NAME.fullmatch(file.name):
                 file.unlink()
-
-
-def _is_done(job: _Job) -> bool:
-    """Whether the folder holds all tiles of its table, whole and cut with the same values, and no others.
-
-    Without tiles there is nothing to compare with: such a slide is looked at again.
-    """
-    try:
-        with (job.folder / "dataset.csv").open(newline="", encoding="utf-8") as file:
-            rows = list(csv.DictReader(file))
-        failed = (job.folder / "failed_tiles.csv").read_text(encoding="utf-8").split()
-    except (OSError, ValueError, csv.Error):
-        return False
-    facts = {"label": job.label, **job.slide_columns()}
-    expected = {name: "" if value is None else str(value) for name, value in facts.items()}
-    if not rows or failed != ["tile_id"] or set(rows[0]) != {*COLUMNS, *job.slide_columns()}:
-        return False
-    if any(row[name] != value for row in rows for name, value in expected.items()):
-        return False
-    named = {Path(row["image"] or "").name for row in rows}
-    held = {file.name for file in job.folder.iterdir() if TILE_NAME.fullmatch(file.name)}
-    return named == held and all(_is_whole(job.folder / name, job.values) for name in named)
-
-
-def _is_whole(path: Path, values: Mapping[str, Any]) -> bool:
-    """Whether a tile's PNG has its end and was cut with these values."""
-    try:
-        with path.open("rb") as file:
-            file.seek(-len(PNG_END), io.SEEK_END)
-            if file.read() != PNG_END:
-                return False
-        with Image.open(path, formats=("PNG",)) as image:
-            return bool(image.info.get(PNG_ENTRY) == json.dumps(values))
-    except (OSError, SyntaxError):
-        return False
