@@ -29,7 +29,7 @@ def drop_path(x: Tensor, rate: float, lengths: Lengths) -> Tensor:
     """Zero whole slides of x (B, N, D) or (1, T, D) with probability `rate`, and scale the others by 1 / (1 - rate)."""
     keep = torch.empty(len(lengths), device=x.device, dtype=x.dtype).bernoulli_(1 - rate).div_(1 - rate)
     # Expanded one by one: lengths in a tensor would have to be copied to the device, and the host would wait for it.
-    per_token = torch.cat([one.expand(length) for one, length in zip(keep.split(1), lengths, strict=True)])
+    per_token = torch.cat([one.expand(length) for one, length in zip(keep.unbind(), lengths, strict=True)])
     return x * per_token.view(*x.shape[:-1], 1)
 
 
