@@ -144,7 +144,7 @@ def test_a_cut_file_that_opens_fails_at_its_first_missing_tile(tmp_path: Path, n
 )
 def test_reading_refuses_numbers_that_mean_nothing(slide_path: Path, arguments: dict[str, int], words: str) -> None:
     with open_slide(slide_path) as slide, pytest.raises(ValueError, match=words):
-        iter_tiles(slide, all_tiles(slide), **arguments)
+        next(iter_tiles(slide, all_tiles(slide), **arguments))
 
 
 def naive_area(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:

@@ -1,5 +1,6 @@
 """Opening slides: scale and its source, bounds, overview, and one sentence for everything that is no slide."""
 
+import gzip
 import os
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import pytest
 import tifffile
 from made_slides import paint_tissue, write_pyramid, write_scn
 
-from gigapath.preprocessing import handle
+from gigapath.preprocessing import header
 from gigapath.preprocessing import slide as slide_module
 from gigapath.preprocessing.header import allowed, leading_levels, stated_mpp
 from gigapath.preprocessing.reading import read_tile
@@ -245,7 +246,7 @@ def test_large_or_deep_plain_images_are_refused(tmp_path: Path, monkeypatch: pyt
     with pytest.raises(SlideError, match="8-bit"):
         open_slide(tmp_path / "deep.png")
     PIL.Image.new("RGB", (40, 30)).save(tmp_path / "large.png")
-    monkeypatch.setattr(handle, "PLAIN_IMAGE_PIXELS", 1000)
+    monkeypatch.setattr(header, "PLAIN_IMAGE_PIXELS", 1000)
     with pytest.raises(SlideError, match="tiled pyramid"):
         open_slide(tmp_path / "large.png")
 
@@ -258,6 +259,7 @@ def test_what_is_no_slide_gets_one_sentence_without_its_folder(tmp_path: Path) -
     bad = {
         "text.svs": b"this is no slide",
         "empty.svs": b"",
+        "packed.svs.gz": gzip.compress(whole),
         "cut.svs": whole[: len(whole) // 2],
         "page.tiff": (folder / "page.tiff").read_bytes(),
         "mirax.mrxs": (folder / "page.tiff").read_bytes(),

@@ -6,32 +6,16 @@ the slide encoder's grid is (i, j): pitch and anchor are whole numbers, so every
 
 import math
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from gigapath.preprocessing.slide import Mpp, SlideError
+from gigapath.preprocessing.slide import Slide, SlideError
 
 UPSAMPLING_LIMIT = 1.3
 HALF_PIXEL = 0.5  # what a tile may lack of its side before a level counts as too coarse
 READ_PIXELS = 2**26  # no tile is made from more pixels than this
 GRID_TILES = 10**8  # a hundred times what the largest slides hold
-
-
-class SlideGeometry(Protocol):
-    """What the grid needs to know of a slide (`gigapath.preprocessing.slide.Slide` is one)."""
-
-    @property
-    def slide_id(self) -> str: ...
-    @property
-    def mpp(self) -> Mpp: ...
-    @property
-    def bounds(self) -> tuple[int, int, int, int]: ...
-    @property
-    def level_dimensions(self) -> tuple[tuple[int, int], ...]: ...
-    @property
-    def level_downsamples(self) -> tuple[float, ...]: ...
 
 
 @dataclass(frozen=True)
@@ -60,23 +44,13 @@ class Grid:
     rows: int
     upsampled: float = 1.0
 
-    @property
-    def resampled(self) -> bool:
-        """Whether tiles are not the level's own pixels."""
-        return self.read_size != (self.tile_size, self.tile_size)
-
     def corners(self, cells: npt.NDArray[np.integer]) -> npt.NDArray[np.int64]:
         """Level-0 corners (N, 2) of the cells (N, 2), both (x, y)."""
         return np.asarray(self.anchor, np.int64) + cells.astype(np.int64) * np.asarray(self.pitch, np.int64)
 
-    def cells(self, coords_level0: npt.NDArray[np.integer]) -> npt.NDArray[np.int32]:
-        """Cells (N, 2) in which the level-0 points (N, 2) lie; the inverse of `corners` on corners."""
-        offset = coords_level0.astype(np.int64) - np.asarray(self.anchor, np.int64)
-        return np.floor_divide(offset, np.asarray(self.pitch, np.int64)).astype(np.int32)
-
 
 def plan_grid(
-    slide: SlideGeometry,
+    slide: Slide,
     *,
     mpp: float = 0.5,
     tile_size: int = 256,
@@ -155,7 +129,7 @@ def _nominal(downsample: float, read_size: int) -> float:
     return whole if read_size * abs(downsample / whole - 1) <= HALF_PIXEL else downsample
 
 
-def _check_upsampling(slide: SlideGeometry, mpp: float, factor: float, allowed: bool) -> None:
+def _check_upsampling(slide: Slide, mpp: float, factor: float, allowed: bool) -> None:
     if factor > UPSAMPLING_LIMIT * (1 + 1e-9) and not allowed:
         raise SlideError(
             f"slide {slide.slide_id!r}: expected at most {UPSAMPLING_LIMIT * mpp:g} microns per pixel for tiles at "
@@ -164,7 +138,7 @@ def _check_upsampling(slide: SlideGeometry, mpp: float, factor: float, allowed: 
         )
 
 
-def _whole_tiles(slide: SlideGeometry, axis: int, start: int, extent: int, pitch: int, read: int, level: int) -> int:
+def _whole_tiles(slide: Slide, axis: int, start: int, extent: int, pitch: int, read: int, level: int) -> int:
     """Tiles along one axis that lie inside the bounds, and whose pixels the level holds: levels are rounded down, so
     the last tile may miss pixels there that level 0 has."""
     downsample = slide.level_downsamples[level]

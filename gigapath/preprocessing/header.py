@@ -1,15 +1,98 @@
-"""What a slide's header says of scale, bounds, objective and scanner, where it contradicts itself, and what of it may
-leave: never free text."""
+"""What opens a slide's file, what its header says of scale, bounds, objective and scanner, where it contradicts itself,
+and what of it may leave: never free text."""
 
 import html
 import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+
+import openslide
+import PIL.Image
 
 
 class SlideError(ValueError):
     """What is wrong with one slide, in one sentence that holds no path; a job records it and goes on."""
+
+
+TILE_PIXELS = 2**28  # of the file's own tiles: OpenSlide ends the process where it can't have the memory for one
+PLAIN_IMAGE_PIXELS = 89_000_000  # a plain image is decoded whole; Pillow itself warns from here on
+_UNSUPPORTED = "Unsupported TIFF compression: "  # OpenSlide's words
+PLAIN_IMAGE_MODES = ("RGB", "RGBA", "L", "LA", "P", "CMYK", "YCbCr")
+_GZIP = b"\x1f\x8b"
+
+
+def open_handle(path: Path, slide_id: str) -> openslide.AbstractSlide:
+    """OpenSlide's handle, or Pillow's behind OpenSlide's plain-image class for JPEG and PNG."""
+    who = f"slide {slide_id!r}"
+    try:
+        if path.is_dir():
+            raise SlideError(f"{who}: expected a slide file, got a folder. Name the slides in it, or a list of them.")
+        if path.exists() and not path.is_file():  # opening a pipe would wait for ever
+            raise SlideError(f"{who}: expected a slide file, got a pipe or a device. Name a regular file.")
+        with path.open("rb") as file:
+            start = file.read(2)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{who}: expected a slide file, got none of the name {path.name!r}.") from error
+    except OSError as error:
+        raise SlideError(f"{who}: expected a readable file, got {error.strerror!r}. Check who may read it.") from error
+    if not start:
+        raise SlideError(f"{who}: expected a slide file, got an empty one. Copy it again.")
+    if start == _GZIP:
+        raise SlideError(f"{who}: expected a slide file, got one packed by gzip. Unpack it first (gunzip).")
+    try:
+        return _with_tiles_that_fit(openslide.OpenSlide(str(path)), who)
+    except openslide.OpenSlideUnsupportedFormatError as error:
+        unsupported: Exception = error
+    except openslide.OpenSlideError as error:
+        compression = str(error).partition(_UNSUPPORTED)[2]
+        if compression:
+            raise SlideError(
+                f"{who}: expected a TIFF whose tiles OpenSlide decodes, got TIFF compression {compression}. Convert it "
+                "to tiles in JPEG (vips tiffsave --tile --pyramid --compression jpeg)."
+            ) from error
+        raise SlideError(
+            f"{who}: expected a whole slide, got one that OpenSlide knows but can't open. "
+            "It is damaged, cut short, or lacks the files that belong to it: copy it again with all its parts."
+        ) from error
+    try:
+        # Only these two: of a TIFF, Pillow would take the first page, whatever it shows.
+        with PIL.Image.open(path, formats=("JPEG", "PNG")) as image:
+            pixels, mode = image.width * image.height, image.mode
+    except PIL.Image.DecompressionBombError:
+        pixels, mode = PLAIN_IMAGE_PIXELS + 1, ""
+    except MemoryError:
+        raise
+    except Exception:  # Pillow raises a dozen types for damaged files, ValueError for a text chunk too large among them
+        raise SlideError(
+            f"{who}: expected a slide that OpenSlide reads, or a JPEG or PNG image, got another format or a file "
+            "cut short. Convert it to a tiled TIFF, or copy it again with all its parts."
+        ) from unsupported
+    if pixels > PLAIN_IMAGE_PIXELS:
+        raise SlideError(
+            f"{who}: expected a plain image of at most {PLAIN_IMAGE_PIXELS // 1_000_000} megapixels, got a larger one. "
+            "Convert it to a tiled pyramid (vips tiffsave --tile --pyramid)."
+        )
+    if mode not in PLAIN_IMAGE_MODES:
+        raise SlideError(f"{who}: expected 8-bit colours or greys, got mode {mode!r}. Convert it to 8-bit RGB.")
+    return openslide.ImageSlide(str(path))
+
+
+def _with_tiles_that_fit(handle: openslide.OpenSlide, who: str) -> openslide.OpenSlide:
+    """The handle, closed and refused where one of the file's own tiles is absurdly large on any level."""
+    sides = (
+        [number(handle.properties, f"openslide.level[{level}].tile-{side}") or 0 for side in ("width", "height")]
+        for level in range(handle.level_count)
+    )
+    pixels = max((width * height for width, height in sides), default=0.0)
+    if pixels > TILE_PIXELS:
+        handle.close()
+        raise SlideError(
+            f"{who}: expected tiles of at most {TILE_PIXELS // 2**20} megapixels in the file, got {pixels:.3g} pixels. "
+            "Its header is damaged: copy it again."
+        )
+    return handle
 
 
 # What leaves a slide's header: numbers as numbers, words only where they have the form of a scanner's model name.
@@ -79,15 +162,6 @@ def _ome_microns(attributes: Mapping[str, str], name: str) -> float | None:
     value = number(attributes, name)
     unit = _OME_UNITS.get(html.unescape(attributes.get(f"{name}Unit", "um")))
     return None if value is None or unit is None else value * unit
-
-
-def largest_tile(header: Mapping[str, str]) -> float:
-    """Pixels of the largest of the file's own tiles on any level, 0 where it states none."""
-    sides = (
-        [number(header, f"openslide.level[{level}].tile-{side}") or 0 for side in ("width", "height")]
-        for level in range(int(number(header, "openslide.level-count") or 0))
-    )
-    return max((width * height for width, height in sides), default=0.0)
 
 
 def allowed(header: Mapping[str, str]) -> dict[str, str | float]:

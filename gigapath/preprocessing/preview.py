@@ -239,10 +239,7 @@ def _scale_bar(draw: ImageDraw.ImageDraw, right: int, y: int, room: int, mpp: fl
 
 def font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
     """Pillow's own font: nothing is looked for on the machine."""
-    try:
-        return ImageFont.load_default(size)
-    except TypeError:  # before Pillow 10.1 it has one size
-        return ImageFont.load_default()
+    return ImageFont.load_default(size)
 
 
 def fitted(text: str, size: int, width: int) -> str:

@@ -1,15 +1,15 @@
 """Flags per tile, seen at low power: numbers to look at and to filter by later; no tile is left out for them."""
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from gigapath.preprocessing import ink, stain
+from gigapath.preprocessing import stain
 from gigapath.preprocessing.grid import Grid
-from gigapath.preprocessing.slide import Mpp, Overview
+from gigapath.preprocessing.slide import Overview, Slide
 from gigapath.preprocessing.tissue import box_means
 
 QC_NAMES = ("focus", "white", "black", "pen", "saturation")
@@ -22,21 +22,7 @@ RIM = 16  # pixels of the level
 TEXTURE = 2.0  # mean grey levels per pixel below which there is nothing to judge the focus by
 
 
-class Readable(Protocol):
-    """What this module needs of a slide."""
-
-    @property
-    def mpp(self) -> Mpp: ...
-    @property
-    def level_dimensions(self) -> tuple[tuple[int, int], ...]: ...
-    @property
-    def level_downsamples(self) -> tuple[float, ...]: ...
-    def reads(
-        self, level: int, places: NDArray[np.int64]
-    ) -> Callable[[int, NDArray[np.uint8] | None], NDArray[np.uint8]]: ...
-
-
-def tile_qc(slide: Readable, overview: Overview, grid: Grid, cells: NDArray[np.int32]) -> NDArray[np.float32]:
+def tile_qc(slide: Slide, overview: Overview, grid: Grid, cells: NDArray[np.int32]) -> NDArray[np.float32]:
     """Measure every tile.
 
     `focus` is the mean spatial frequency of the tile at 4 microns a pixel, in cycles per millimetre, whatever the
@@ -56,8 +42,8 @@ def tile_qc(slide: Readable, overview: Overview, grid: Grid, cells: NDArray[np.i
     maps: dict[str, Callable[[], NDArray[Any]]] = {  # one at a time: each is as large as the overview
         "white": lambda: stain.glass_pixels(image),
         "black": lambda: stain.extremes(image)[0] <= BLACK_LEVEL,
-        "pen": lambda: ink.pen_pixels(image, mpp),
-        "saturation": lambda: stain.by_bands(image, ink.saturation),
+        "pen": lambda: stain.pen_pixels(image, mpp),
+        "saturation": lambda: stain.by_bands(image, stain.saturation),
     }
     columns, rows = cells[:, 0], cells[:, 1]
     edges = [
@@ -69,7 +55,7 @@ def tile_qc(slide: Readable, overview: Overview, grid: Grid, cells: NDArray[np.i
     return np.stack([found[name] for name in QC_NAMES], axis=1).astype(np.float32)
 
 
-def _focus(slide: Readable, grid: Grid, rows: NDArray[np.integer]) -> NDArray[np.float32]:
+def _focus(slide: Slide, grid: Grid, rows: NDArray[np.integer]) -> NDArray[np.float32]:
     """(rows, columns) of the grid: the focus of the tiles in these rows, NaN elsewhere.
 
     The mean square frequency of an image is the power of its Laplacian over the power of its gradient.

@@ -200,30 +200,16 @@ def iter_tiles(
     if workers < 0:
         raise ValueError(f"iter_tiles: expected workers of at least 0, got {workers!r}.")
     firsts = range(start, len(tiles), batch_size)
-    if workers == 0:
-        return _read_here(slide, tiles, firsts)
-    return _read_ahead(slide, tiles, firsts, workers)
-
-
-def _read_here(slide: Slide, tiles: Tiles, firsts: range) -> Iterator[tuple[int, UInt8Array]]:
-    reader = TileReader(slide, tiles, range(firsts.start, len(tiles)))
-    for first in firsts:
-        batch = _empty_batch(tiles, first, firsts.step)
-        for row in range(len(batch)):
-            reader.fill(first + row, batch[row])
-        yield first, batch
-
-
-def _read_ahead(slide: Slide, tiles: Tiles, firsts: range, workers: int) -> Iterator[tuple[int, UInt8Array]]:
-    reader = TileReader(slide, tiles, range(firsts.start, len(tiles)))
+    reader = TileReader(slide, tiles, range(start, len(tiles)))
     stop = threading.Event()
     failures: list[SlideError] = []  # the first is the cause: OpenSlide refuses every read after it
 
     def runs() -> Iterator[tuple[int, UInt8Array, range]]:
         """Runs of neighbours share the slide's compressed blocks, so each thread gets one run of a batch."""
         for first in firsts:
-            batch = _empty_batch(tiles, first, firsts.step)
-            ends = np.linspace(0, len(batch), min(workers, len(batch)) + 1).astype(int).tolist()
+            rows = min(batch_size, len(tiles) - first)
+            batch = np.empty((rows, tiles.tile_size, tiles.tile_size, 3), np.uint8)
+            ends = np.linspace(0, rows, min(max(1, workers), rows) + 1).astype(int).tolist()
             yield from ((first, batch, range(a, b)) for a, b in itertools.pairwise(ends))
 
     def fill(run: tuple[int, UInt8Array, range]) -> tuple[int, UInt8Array, range]:
@@ -238,7 +224,9 @@ def _read_ahead(slide: Slide, tiles: Tiles, firsts: range, workers: int) -> Iter
                 stop.set()
         return run
 
-    with contextlib.closing(read_ahead(fill, runs(), threads=workers, ahead=_BATCHES_AHEAD * workers)) as done:
+    here = (fill(run) for run in runs())
+    ahead = read_ahead(fill, runs(), threads=workers, ahead=_BATCHES_AHEAD * workers) if workers else here
+    with contextlib.closing(ahead) as done:
         try:
             for first, batch, rows in done:
                 if failures:
@@ -247,11 +235,6 @@ def _read_ahead(slide: Slide, tiles: Tiles, firsts: range, workers: int) -> Iter
                     yield first, batch
         finally:
             stop.set()
-
-
-def _empty_batch(tiles: Tiles, first: int, batch_size: int) -> UInt8Array:
-    n = min(batch_size, len(tiles) - first)
-    return np.empty((n, tiles.tile_size, tiles.tile_size, 3), np.uint8)
 
 
 def read_into(

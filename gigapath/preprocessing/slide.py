@@ -20,7 +20,6 @@ import numpy.typing as npt
 import openslide
 
 from gigapath.preprocessing.fast import READERS, FastReader, tiff_facts
-from gigapath.preprocessing.handle import open_handle
 from gigapath.preprocessing.header import (
     SCANNERS,
     Mpp,
@@ -29,6 +28,7 @@ from gigapath.preprocessing.header import (
     check_scale,
     leading_levels,
     number,
+    open_handle,
     scanned_area,
     stated_mpp,
 )

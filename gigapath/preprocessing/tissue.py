@@ -15,7 +15,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from gigapath.preprocessing import ink, stain
+from gigapath.preprocessing import stain
 from gigapath.preprocessing.grid import Grid
 from gigapath.preprocessing.slide import Overview
 from gigapath.preprocessing.stain import GLASS_CHROMA
@@ -185,11 +185,11 @@ def find_tissue(overview: Overview, method: str = "otsu") -> TissueMask:
     image = overview.image
     if has_dark_background(overview):
         return _bright_on_dark(overview)
-    fill = overview.opaque & (stain.extremes(image)[0] <= ink.FILL_LEVEL)
-    unscanned = ink.at_border(fill) | _missing(image)
+    fill = overview.opaque & (stain.extremes(image)[0] <= stain.FILL_LEVEL)
+    unscanned = stain.at_border(fill) | _missing(image)
     frame = _dark_frame(image) & ~fill
     frame |= _grey_edges(image, frame | unscanned)
-    pen = ink.pen_pixels(image, overview.mpp)
+    pen = stain.pen_pixels(image, overview.mpp)
     seen = overview.opaque & ~frame & ~unscanned
     counted = seen & ~fill & ~pen
     blurred = stain.blurred_where_seen(image, seen)
@@ -202,8 +202,8 @@ def find_tissue(overview: Overview, method: str = "otsu") -> TissueMask:
     found = counted & stained
     if found.any():
         pen &= stained  # without tissue the whole stroke is recorded
-    kept_pen = ink.on_tissue(pen, found, overview.mpp)
-    kept_fill = ink.touching(fill & ~unscanned, found)
+    kept_pen = stain.on_tissue(pen, found, overview.mpp)
+    kept_fill = stain.touching(fill & ~unscanned, found)
     found |= kept_pen | kept_fill
     dropped = {"pen": pen & ~kept_pen, "black": fill & ~kept_fill, "frame": frame}
     whole = _without_specks(_without_holes(found, overview.mpp) & ~dropped["pen"] & overview.opaque, overview.mpp)
