@@ -6,8 +6,8 @@ another's place is there in a fraction of the seconds that torch's import takes.
 """
 
 import contextlib
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -17,14 +17,15 @@ import numpy.typing as npt
 
 import gigapath.embedding.tiling
 from gigapath.cohort.manifest import SlideEntry, find_slides
-from gigapath.cohort.reuse import digest, finished
-from gigapath.cohort.run import CohortRun, Outcome, Plan, RunResult, Watcher
+from gigapath.cohort.reuse import digest
+from gigapath.cohort.run import CohortRun, Plan, RunResult, Watcher
 from gigapath.cohort.shards import largest_first
+from gigapath.cohort.stage import Outcome, Stage
 from gigapath.cohort.status import Status
 from gigapath.embedding.options import RunOptions
 from gigapath.embedding.slides import open_entry
-from gigapath.embedding.tiling import tile_slide, tiles_done
-from gigapath.features import SlideEmbeddings, TileEmbeddingsWriter, read_tiles, write_slide
+from gigapath.embedding.tiling import TileStage
+from gigapath.features import SlideEmbeddings, TileEmbeddingsWriter, write_slide
 from gigapath.features.kept_rows import KeptRows
 from gigapath.files import write_bytes_atomic
 from gigapath.preprocessing.reading import iter_tiles
@@ -88,50 +89,25 @@ def worker_job(run: CohortRun, found: None) -> tuple["MeanColourJob", None]:
     return MeanColourJob(run), None
 
 
-@dataclass(frozen=True)
-class MeanColourJob:
-    """Brings a slide through the three stages; what is done and holds is left as it is."""
+@dataclass
+class ColourStage(Stage):
+    """Tile embeddings of a slide."""
 
+    before: TileStage
+    options: RunOptions
     run: CohortRun
-    options: RunOptions = field(default_factory=lambda: RunOptions(workers=0))
+    name = "features"
 
-    def announce(self, entries: Sequence[SlideEntry]) -> None:
-        """Nothing is read ahead."""
+    def __post_init__(self) -> None:
+        self.folder = self.run.out / f"features_{NAME}"
 
-    def is_done(self, entry: SlideEntry) -> bool:
-        tiled = self._tiled(entry)
-        features = None if tiled is None else self._finished("features", entry, tiled.digest)
-        return features is not None and self._finished("slides", entry, features.digest) is not None
+    def identity(self, entry: SlideEntry) -> dict[str, Any]:
+        return {"encoder": NAME, "before": self.before.digest(entry)}
 
-    def work(self, entry: SlideEntry) -> list[Status]:
-        tiles = self.run.out / "tiles"
-        statuses = [self._tiled(entry) or tile_slide(self.run, tiles, entry, TILING, self.options)]
-        for stage, embed in (("features", self._embed_tiles), ("slides", self._embed_slide)):
-            if not statuses[-1].finished:
-                break
-            before = statuses[-1].digest
-            done = self._finished(stage, entry, before)
-            statuses.append(done or self._attempt(stage, entry, before, embed))
-        return statuses
-
-    def _tiled(self, entry: SlideEntry) -> Status | None:
-        return tiles_done(self.run.out / "tiles", entry, TILING, self.options)
-
-    def _folder(self, stage: str) -> Path:
-        return self.run.out / {"features": f"features_{NAME}", "slides": f"slides_mean__{NAME}"}[stage]
-
-    def _finished(self, stage: str, entry: SlideEntry, before: str) -> Status | None:
-        return finished(self._folder(stage), entry.slide_id, {"encoder": NAME, "before": before})
-
-    def _attempt(self, stage: str, entry: SlideEntry, before: str, embed: Any) -> Status:
-        identity = {"encoder": NAME, "before": before}
-        path = self._folder(stage) / f"{entry.slide_id}.h5"
-        return self.run.attempt(path.parent, entry, stage, identity, lambda: embed(entry, path, digest(identity)))
-
-    def _embed_tiles(self, entry: SlideEntry, path: Path, identity: str) -> Outcome:
-        tiles = read_tiles(self.run.out / "tiles" / path.name)
-        kept = KeptRows(path, identity, (len(tiles), WIDTH), np.dtype("float32"), step=_BATCH)
-        start, attrs = kept.find(), {"encoder": NAME, "identity": identity}
+    def make(self, entry: SlideEntry, identity: Mapping[str, Any]) -> Outcome:
+        tiles, path, named = self.before.read(entry), self.path(entry), digest(identity)
+        kept = KeptRows(path, named, (len(tiles), WIDTH), np.dtype("float32"), step=_BATCH)
+        start, attrs = kept.find(), {"encoder": NAME, "identity": named}
         with (
             open_entry(entry, TILING) as slide,
             TileEmbeddingsWriter(path, tiles, embed_dim=WIDTH, attrs=attrs, kept=kept) as writer,
@@ -139,15 +115,50 @@ class MeanColourJob:
             for first, pixels in iter_tiles(slide, tiles, batch_size=_BATCH, start=start):
                 self.run.stop.check()
                 writer.write(first, colours(pixels))
-        return Outcome("done" if len(tiles) else "no_tissue", len(tiles), digest=identity)
+        return Outcome("done" if len(tiles) else "no_tissue", len(tiles), digest=named)
 
-    def _embed_slide(self, entry: SlideEntry, path: Path, identity: str) -> Outcome:
+
+@dataclass
+class MeanStage(Stage):
+    """The mean of a slide's tile embeddings."""
+
+    before: ColourStage
+    options: RunOptions
+    name = "slides"
+
+    def __post_init__(self) -> None:
+        self.folder = self.before.run.out / f"slides_mean__{NAME}"
+
+    def identity(self, entry: SlideEntry) -> dict[str, Any]:
+        return {"encoder": NAME, "before": self.before.digest(entry)}
+
+    def make(self, entry: SlideEntry, identity: Mapping[str, Any]) -> Outcome:
         from gigapath.features import read_features
 
-        tiles = read_features(self._folder("features") / path.name)
+        tiles, named = read_features(self.before.path(entry)), digest(identity)
         if not len(tiles):
             return Outcome("no_tissue")
         mean = tiles.features.mean(axis=0, dtype=np.float64).astype(np.float32)[None]
-        attrs = {"encoder": NAME, "identity": identity}
-        write_slide(path, SlideEmbeddings(slide_id=entry.slide_id, attrs=attrs, tile_mean=mean))
-        return Outcome(tiles=len(tiles), digest=identity)
+        attrs = {"encoder": NAME, "identity": named}
+        write_slide(self.path(entry), SlideEmbeddings(slide_id=entry.slide_id, attrs=attrs, tile_mean=mean))
+        return Outcome(tiles=len(tiles), digest=named)
+
+
+class MeanColourJob:
+    """Brings a slide through the three stages; what is done and holds is left as it is."""
+
+    def __init__(self, run: CohortRun) -> None:
+        options = RunOptions(workers=0)
+        self.run, tiles = run, TileStage(run.out, TILING, options)
+        features = ColourStage(tiles, options, run)
+        self.stages: list[Stage] = [tiles, features, MeanStage(features, options)]
+
+    def announce(self, entries: Sequence[SlideEntry]) -> None:
+        """Nothing is read ahead."""
+
+    def is_done(self, entry: SlideEntry) -> bool:
+        return all(stage.done(entry) is not None for stage in self.stages)
+
+    def work(self, entry: SlideEntry) -> list[Status]:
+        statuses = self.run.through(self.stages, entry)
+        return statuses or [status for stage in self.stages if (status := stage.done(entry)) is not None]

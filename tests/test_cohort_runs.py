@@ -14,8 +14,9 @@ from made_slides import paint_tissue, write_pyramid
 from gigapath.cli.main import main
 from gigapath.cohort.manifest import SlideEntry
 from gigapath.cohort.privacy import record_run, recorded_paths
-from gigapath.cohort.run import CohortRun, Outcome, RunResult, Watcher
+from gigapath.cohort.run import CohortRun, RunResult, Watcher
 from gigapath.cohort.shards import cut_by_weight, take_shard, weigh
+from gigapath.cohort.stage import Outcome
 from gigapath.cohort.status import Status, read_status, slide_row, write_slides_csv, write_status
 from gigapath.embedding import tiling
 from gigapath.embedding.options import RunOptions, parse_shard

@@ -192,7 +192,7 @@ sys.path.insert(0, "tests")
 from pathlib import Path
 import cv2, torch
 from tiny_encoders import tiny_tile_encoder
-import gigapath.embedding.job as embed_job
+import gigapath.embedding.features_stage as embed_job
 import gigapath.embedding.run as embedding
 import gigapath.embedding.stream as vectors
 from gigapath.embedding.options import EmbedOptions, RunOptions

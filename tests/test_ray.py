@@ -24,7 +24,8 @@ from mean_colour import run_mean_colours
 
 from gigapath.cohort.manifest import SlideEntry
 from gigapath.cohort.ray import RayWorkers
-from gigapath.cohort.run import CohortRun, Outcome, Plan, RunResult, Watcher
+from gigapath.cohort.run import CohortRun, Plan, RunResult, Watcher
+from gigapath.cohort.stage import Outcome
 from gigapath.cohort.status import Status
 from gigapath.embedding.options import EmbedOptions, RunOptions
 from gigapath.embedding.tiling import run_tile

@@ -29,7 +29,7 @@ from gigapath.embedding.options import EmbedOptions, RunOptions, SlideEmbedOptio
 from gigapath.embedding.run import run_embed
 from gigapath.embedding.slide_embedding import run_slide_embed
 from gigapath.embedding.slide_encoding import load_slide_encoder
-from gigapath.embedding.tiling import run_tile, tiles_identity
+from gigapath.embedding.tiling import TileStage, run_tile
 from gigapath.features import FeatureFileError, read_features, read_slide, read_slides, read_tiles
 from gigapath.features.check import check_file
 from gigapath.features.h5 import recorded_sha256
@@ -230,7 +230,7 @@ def test_tiles_are_named_by_the_content_of_their_mask(name: str, slides: Path, t
     found = []
     for other, content in ((name, b"one"), (name, b"two"), ("a_b.geojson", b"another slide's")):
         (tmp_path / other).write_bytes(content)
-        found.append(tiles_identity(entry, by_masks))
+        found.append(TileStage(tmp_path, by_masks, RunOptions()).identity(entry))
     assert found[0] != found[1] == found[2]
 
 

@@ -268,7 +268,7 @@ class RayWorkers:
                 host, _, port = self._address.rpartition(":")
                 socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_SECONDS).close()
             self._ray.init(self._address, **quiet)
-        except (OSError, RuntimeError, ValueError, OverflowError) as error:
+        except (OSError, RuntimeError, ValueError, OverflowError, self._ray.exceptions.RayError) as error:
             reason = (str(error).strip().splitlines() or [""])[0].rstrip(".")
             raise OSError(
                 f"--ray-address: expected HOST:PORT of a Ray cluster, auto or local, got {self._address!r}: {reason}. "

@@ -17,6 +17,7 @@ from gigapath.cohort.owner import Ownership
 from gigapath.cohort.privacy import without_paths
 from gigapath.cohort.record import RunRecord
 from gigapath.cohort.reuse import StageOptions, holds
+from gigapath.cohort.stage import Outcome, Stage
 from gigapath.cohort.status import STATES, Status, read_status, slide_row, write_slides_csv, write_status
 from gigapath.features.kept_rows import rows_file
 from gigapath.files import check_writable, sha256_of
@@ -83,23 +84,6 @@ _TABLE_SHARE = 20.0
 SlideResults = Generator[tuple[SlideEntry, Sequence[Status]], None, None]
 # Brings slides through their stages: in this process, or over Ray.
 Process = Callable[[Sequence[SlideEntry]], SlideResults]
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a stage found out about a slide; becomes its status.
-
-    `since` says when (time.monotonic) work on it began, where that was before the attempt; `files` names what it wrote,
-    where that is not the one `<slide_id>.h5`.
-    """
-
-    status: str = "done"
-    tiles: int = 0
-    warnings: tuple[str, ...] = ()
-    facts: Mapping[str, Any] = field(default_factory=dict)
-    digest: str = ""
-    since: float | None = None
-    files: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -226,6 +210,28 @@ class CohortRun:
                 yield entry, work(entry)
 
         return process
+
+    def through(self, stages: Sequence[Stage], entry: SlideEntry) -> list[Status]:
+        """Bring a slide through stages, as far as it comes; the status of each that was not done before.
+
+        Raises:
+            Exception: as `attempt`.
+        """
+        statuses: list[Status] = []
+        for stage in stages:
+            if stage.done(entry) is None:
+                statuses.append(self.make(stage, entry))
+                if not statuses[-1].finished:
+                    break
+        return statuses
+
+    def make(self, stage: Stage, entry: SlideEntry) -> Status:
+        """`attempt` what a stage makes of a slide."""
+        try:
+            identity = stage.identity(entry)
+        except (OSError, ValueError):  # `make` says so
+            identity = {}
+        return self.attempt(stage.folder, entry, stage.name, identity, lambda: stage.make(entry, identity))
 
     def attempt(
         self, folder: Path, entry: SlideEntry, stage: str, identity: Mapping[str, Any], work: Callable[[], Outcome]

@@ -12,13 +12,13 @@ from gigapath.cohort.reuse import StageOptions, differences
 from gigapath.cohort.run import CohortRun, Plan, RunResult, Watcher
 from gigapath.cohort.status import read_statuses
 from gigapath.devices import at_most_threads, device_identity, resolve_devices
+from gigapath.embedding.features_stage import EmbedJob, FeatureStage
 from gigapath.embedding.forward import fitting_batch_size, probe_devices
-from gigapath.embedding.job import EmbedJob
 from gigapath.embedding.options import EmbedOptions, RunOptions
 from gigapath.embedding.slide_encoding import SlideEncoder, load_slide_encoder
 from gigapath.embedding.slide_stage import SlideStage, slides_folder
 from gigapath.embedding.slides import check_names, check_tissue, chosen, estimate_tiles, named, share_in_words
-from gigapath.embedding.tiling import write_contact_sheet
+from gigapath.embedding.tiling import GivenTiles, TileStage, write_contact_sheet
 from gigapath.machine import available_cores
 from gigapath.options import to_dict
 from gigapath.preprocessing.tiling import TileOptions
@@ -105,7 +105,7 @@ def _prepare(
 ) -> tuple[EmbedJob, list[SlideEntry]]:
     """The job over the slides of `run`, of which the options choose, and what is left to do."""
     job = _job(run, tiling, embedding, options)
-    run.entries = chosen(run.entries, run.out, "embed", run.stages, options, tiles=job.tiles)
+    run.entries = chosen(run.entries, run.out, "embed", run.stages, options, tiles=job.features.tiles.folder)
     run.made_with = job.made_with(run.entries, frozenset(run.cohort))
     return job, [entry for entry in run.entries if not job.is_done(entry)]
 
@@ -186,13 +186,13 @@ def _worker_job(
             entries=tuple(run.entries),
             todo=tuple(todo),
             tiles=job.expected,
-            tiles_folder=job.tiles,
+            tiles_folder=job.features.tiles.folder,
             plan=plan,
             stages=tuple(run.stages),
             made_with=tuple(run.made_with),
             facts=dict(run.facts),
             numerics=_numerics(job),
-            batch_size=job.batch_size,
+            batch_size=job.features.batch_size,
         )
     job = _job(run, tiling, replace(embedding, batch_size=found.batch_size), options)
     changed = differences(found.numerics, _numerics(job))
@@ -201,14 +201,14 @@ def _worker_job(
             f"--engine ray: expected workers with the same settings, got one with others: {'; '.join(changed)}. "
             "Give each kind of machine a run and a folder of its own."
         )
-    job.probe = probe_devices(job.encoders, job.batch_size, several=True)
+    job.features.probe = probe_devices(job.features.encoders, job.features.batch_size, several=True)
     return job, found
 
 
 def _numerics(job: EmbedJob) -> dict[str, Any]:
     """What all tile and slide embeddings of the run depend on."""
     slides = {} if job.slides is None else job.slides.run_identity()
-    return {**job.run_identity(), **{f"slides: {name}": value for name, value in slides.items()}}
+    return {**job.features.run_identity(), **{f"slides: {name}": value for name, value in slides.items()}}
 
 
 def _job(
@@ -219,46 +219,43 @@ def _job(
 ) -> EmbedJob:
     """What the options come to: encoders, folders, batch size, threads."""
     encoders = _tile_encoders(embedding)
-    slide_encoder = _slide_encoder(embedding, encoders[0])
-    encoder, tiles = encoders[0], run.out / "tiles"
+    encoder, slide_encoder = encoders[0], _slide_encoder(embedding, encoders[0])
+    tiles: TileStage | GivenTiles = TileStage(run.out, tiling, options)
     if embedding.tiles:
         given = Path(embedding.tiles)
-        tiles = given / "tiles" if (given / "tiles").is_dir() else given
-        if not tiles.is_dir():
+        tiles = GivenTiles(given / "tiles" if (given / "tiles").is_dir() else given)
+        if not tiles.folder.is_dir():
             raise FileNotFoundError(f"--tiles: expected a folder made by gigapath tile, got {embedding.tiles!r}.")
-    slides = None
-    if slide_encoder is not None:
-        slides = SlideStage(slide_encoder, slides_folder(run.out, slide_encoder.name, encoder.name), options)
-    job = EmbedJob(
-        run=run,
+    features = FeatureStage(
+        folder=run.out / f"features_{encoder.name}",
+        tiles=tiles,
         tiling=tiling,
         options=options,
         encoders=encoders,
         batch_size=embedding.batch_size or fitting_batch_size(encoders, default_batch_size(encoder)),
         workers=options.reading_threads(),
         store=embedding.store,
-        features=run.out / f"features_{encoder.name}",
-        tiles=tiles,
-        own_tiles=not embedding.tiles,
-        slides=slides,
+        run=run,
     )
-    shown = job.own_tiles or tiles.resolve() == (run.out / "tiles").resolve()
-    run.stages = [
-        *([tiles] if shown else []),  # so that slides.csv says what is known of the tiles
-        job.features,
-        *([slides.folder] if slides is not None else []),
-    ]
+    slides = None
+    if slide_encoder is not None:
+        folder = slides_folder(run.out, slide_encoder.name, encoder.name)
+        slides = SlideStage(folder=folder, encoder=slide_encoder, features=features, options=options, run=run)
+    job = EmbedJob(run, features, slides)
+    run.stages = [stage.folder for stage in job.stages]
+    if tiles.folder.resolve() == (run.out / "tiles").resolve() and tiles.folder not in run.stages:
+        run.stages = [tiles.folder, *run.stages]  # so that slides.csv says what is known of the tiles
     run.facts.update(_facts(job))
     return job
 
 
 def _facts(job: EmbedJob) -> dict[str, object]:
     """What the run's record says of the encoders."""
-    encoder, slides = job.encoder, job.slides
+    features, encoder = job.features, job.features.encoder
     release = RELEASES.get(encoder.name)
     facts: dict[str, object] = {
-        "device": _device_name(job.encoders),
-        "workers": job.workers,
+        "device": _device_name(features.encoders),
+        "workers": features.workers,
         "tile_encoder": {
             "name": encoder.name,
             "description": encoder.description,
@@ -268,11 +265,11 @@ def _facts(job: EmbedJob) -> dict[str, object]:
             "revision": release.revision if release else None,
             "transform": encoder.transform_name,
             "precision": encoder.precision,
-            "batch_size": job.batch_size,
+            "batch_size": features.batch_size,
         },
     }
-    if slides is not None:
-        facts["slide_encoder"] = slides.encoder.facts
+    if job.slides is not None:
+        facts["slide_encoder"] = job.slides.encoder.facts
     return facts
 
 
@@ -299,27 +296,27 @@ def measure_encoder(name: str, device: str) -> float:
 
 def _plan(job: EmbedJob, todo: Sequence[SlideEntry]) -> Plan:
     """What the run is going to do and what it costs, by a batch or two measured here."""
-    entries, encoder = job.run.entries, job.encoder
+    entries, features, encoder = job.run.entries, job.features, job.features.encoder
     known = {entry.slide_id: job.known_tiles(entry) for entry in todo}
     counted = [count for count in known.values() if count is not None]
     unknown = [entry for entry in todo if known[entry.slide_id] is None]
-    total = estimate_tiles(counted, unknown, job.tiling)
+    total = estimate_tiles(counted, unknown, features.tiling)
     guess = (total - sum(counted)) // len(unknown) if unknown else 0
     job.expect({slide_id: guess if count is None else count for slide_id, count in known.items()})
     if total:
-        job.probe = probe_devices(job.encoders, job.batch_size, several=len(todo) > 1)
-        job.run.facts["batches"] = ", ".join(job.probe.ways)
+        features.probe = probe_devices(features.encoders, features.batch_size, several=len(todo) > 1)
+        job.run.facts["batches"] = ", ".join(features.probe.ways)
     skipped = len(entries) - len(todo)
     lines = [f"{slides_in_words(len(entries))}: {len(todo)} to do, {skipped} done before in equal numbers and skipped."]
-    lines[:0] = share_in_words(entries, job.run.cohort, job.options)
+    lines[:0] = share_in_words(entries, job.run.cohort, features.options)
     lines.append(
-        f"tile encoder: {encoder.description}; {_device_name(job.encoders)}, {encoder.precision}, "
-        f"batches of {job.batch_size}, {job.workers} reading threads."
+        f"tile encoder: {encoder.description}; {_device_name(features.encoders)}, {encoder.precision}, "
+        f"batches of {features.batch_size}, {features.workers} reading threads."
     )
     lines.append(f"slide encoder: {job.slides.encoder.description if job.slides else 'none'}.")
-    if job.tiling.max_tiles is not None and job.own_tiles:
-        lines.append(f"at most {job.tiling.max_tiles} tiles a slide, spread evenly (seed {job.tiling.seed}).")
-    size = total * encoder.embed_dim * (4 if job.store == "float32" else 2)
+    if features.tiling.max_tiles is not None and isinstance(features.tiles, TileStage):
+        lines.append(f"at most {features.tiling.max_tiles} tiles a slide, spread evenly (seed {features.tiling.seed}).")
+    size = total * encoder.embed_dim * (4 if features.store == "float32" else 2)
     work = (
         f"{tiles_in_words(total, exact=not unknown)} to embed, {in_bytes(size)} of tile embeddings into {job.run.out}"
     )
@@ -331,11 +328,11 @@ def _plan(job: EmbedJob, todo: Sequence[SlideEntry]) -> Plan:
         "tiles_exact": not unknown,
         "bytes": size,
     }
-    if job.probe is not None:
-        rate = job.probe.tiles_per_second
+    if features.probe is not None:
+        rate = features.probe.tiles_per_second
         # The last batch, or that of each slide, is padded, half of it on average.
-        padded = 1 if job.probe.across else len(todo)
-        seconds = (total + padded * (job.batch_size - 1) / 2) / rate
+        padded = 1 if features.probe.across else len(todo)
+        seconds = (total + padded * (features.batch_size - 1) / 2) / rate
         facts |= {"tiles_per_second": rate, "seconds": seconds}
         lines.append(f"{work}; about {in_words(seconds)} at {rate:.3g} tiles/s (one batch, measured here).")
         if seconds > _PATIENCE_SECONDS and encoder.device.type == "cpu":

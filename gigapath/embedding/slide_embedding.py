@@ -1,12 +1,12 @@
 """`run_slide_embed`: tile embeddings, ours or another tool's, to the embeddings of slides."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from gigapath.cohort.manifest import SlideEntry
 from gigapath.cohort.run import CohortRun, Plan, RunResult, Watcher
-from gigapath.cohort.status import Status, read_status
+from gigapath.cohort.status import read_status
 from gigapath.devices import at_most_threads
 from gigapath.embedding.options import KeepOptions, SlideEmbedOptions
 from gigapath.embedding.slide_encoding import SlideEncoder, load_slide_encoder, usual_slide_encoder
@@ -59,14 +59,9 @@ def run_slide_embed(
             path for path in (out / "tiles", entries[0].path.parent) if path.is_relative_to(out) and path.is_dir()
         ]
         folder = slides_folder(out, slide_encoder.name, plain_name(encoder_name or "features"), embedding.form)
-        stage = SlideStage(
-            slide_encoder, folder, options, embedding.tile_size_level0, encoder_name, form=embedding.form
-        )
         ids = sorted(entry.slide_id for entry in entries)
         if options.only == "failed":
             entries = only_failed(entries, [folder])
-        names = {entry.slide_id: _features_name(entry) for entry in entries}
-        todo = [entry for entry in entries if stage.done(entry.slide_id, names[entry.slide_id]) is None]
         resolved = {**to_dict(embedding), **to_dict(options)}
         run = CohortRun(
             out=out,
@@ -80,8 +75,19 @@ def run_slide_embed(
             keep_paths=False,
             cohort=ids,
             max_failures=options.max_failures,
-            made_with=[stage.made_with([entry.slide_id for entry in entries], frozenset(ids))],
         )
+        stage = SlideStage(
+            folder=folder,
+            encoder=slide_encoder,
+            features=_FeatureFiles({entry.slide_id: _features_name(entry) for entry in entries}),
+            options=options,
+            run=run,
+            tile_size_level0=embedding.tile_size_level0,
+            tile_encoder=encoder_name,
+            form=embedding.form,
+        )
+        run.made_with = [stage.made_with(entries, frozenset(ids))]
+        todo = [entry for entry in entries if stage.done(entry) is None]
         run.facts["slide_encoder"] = slide_encoder.facts
         skipped = len(entries) - len(todo)
         lines = (
@@ -90,11 +96,21 @@ def run_slide_embed(
             f"tile embeddings of {encoder_name or 'an encoder that the files do not name'}, {width}-d; into {folder}.",
         )
         plan = Plan(lines, len(entries), skipped, facts={"slides": len(entries), "todo": len(todo), "skipped": skipped})
+        process = run.in_process(lambda entry: [run.make(stage, entry)])
+        return dataclasses.replace(run.over_slides(todo, process, lambda: plan), results=folder)
 
-        def work(entry: SlideEntry) -> list[Status]:
-            return [stage.embed(run, entry, entry.path, names[entry.slide_id])]
 
-        return dataclasses.replace(run.over_slides(todo, run.in_process(work), lambda: plan), results=folder)
+@dataclasses.dataclass(frozen=True)
+class _FeatureFiles:
+    """Files of tile embeddings, wherever they are; `names` tells their content by slide."""
+
+    names: Mapping[str, str]
+
+    def path(self, entry: SlideEntry) -> Path:
+        return entry.path
+
+    def digest(self, entry: SlideEntry) -> str:
+        return self.names[entry.slide_id]
 
 
 def _slide_encoder(embedding: SlideEmbedOptions, first: Path, facts: FeatureFacts) -> SlideEncoder:

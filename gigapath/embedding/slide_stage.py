@@ -2,18 +2,18 @@
 
 import dataclasses
 import glob
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from gigapath.cohort.manifest import SlideEntry
-from gigapath.cohort.reuse import StageOptions, digest, finished, section_name
-from gigapath.cohort.run import CohortRun, Outcome
-from gigapath.cohort.status import Status
+from gigapath.cohort.reuse import StageOptions, digest, section_name
+from gigapath.cohort.run import CohortRun
+from gigapath.cohort.stage import Outcome, Stage
 from gigapath.devices import device_identity
 from gigapath.embedding.options import KeepOptions
 from gigapath.embedding.slide_encoding import SlideEncoder, mean_of_rows
@@ -43,26 +43,41 @@ def slides_folder(out: Path, slide_encoder: str, tile_encoder: str, form: str = 
     return out / f"contextual_{pair}__{form.removesuffix(':tiles').replace(':', '-')}"
 
 
-@dataclass(frozen=True)
-class SlideStage:
-    """The slide encoder of a run and where its results go.
+class Features(Protocol):
+    """Where a run's tile embeddings are."""
+
+    def path(self, entry: SlideEntry) -> Path:
+        """A slide's file."""
+
+    def digest(self, entry: SlideEntry) -> str:
+        """Names its content."""
+
+
+@dataclass
+class SlideStage(Stage):
+    """From a slide's tile embeddings to its own: `slides_*/<id>.h5`.
 
     Attributes:
-        encoder: the slide encoder, or the mean.
         folder: `slides_<slide encoder>__<tile encoder>`.
+        encoder: the slide encoder, or the mean.
+        features: the tile embeddings.
         options: how the run goes about it.
+        run: the run, for its news and its stop.
         tile_size_level0: what the user says of the step between tiles, for files of other tools.
         tile_encoder: the tile encoder that all files must name, or None to ask nothing.
         form: "slide" for one embedding a slide, "section" for one a connected piece of tissue, or a name that ends
             with `:tiles` for one vector a tile.
     """
 
-    encoder: SlideEncoder
     folder: Path
+    encoder: SlideEncoder
+    features: Features
     options: KeepOptions
+    run: CohortRun
     tile_size_level0: float | None = None
     tile_encoder: str | None = None
     form: str = "slide"
+    name = "slides"
 
     def run_identity(self) -> dict[str, Any]:
         """The part of the identity that all slides share."""
@@ -76,54 +91,37 @@ class SlideStage:
             "device": device_identity(self.encoder.device),
         }
 
-    def identity(self, features: str) -> dict[str, Any]:
-        """Everything that a slide's embeddings depend on; `features` names its tile embeddings."""
+    def identity(self, entry: SlideEntry) -> dict[str, Any]:
+        return {**self._chosen(), "features": self.features.digest(entry)}
+
+    def _chosen(self) -> dict[str, Any]:
         step = {} if self.tile_size_level0 is None else {"tile_size_level0": self.tile_size_level0}
         form = {} if self.form == "slide" else {"form": self.form}
-        return {**self.run_identity(), "features": features, **step, **form}
+        return {**self.run_identity(), **step, **form}
 
-    def done(self, slide_id: str, features: str) -> Status | None:
-        """The status of a result that holds, or None."""
-        if self.options.overwrites("slides"):
-            return None
-        return finished(self.folder, slide_id, self.identity(features), allow_mixed=self.options.allow_mixed)
-
-    def made_with(self, slide_ids: Collection[str], cohort: Collection[str]) -> StageOptions:
+    def made_with(self, entries: Sequence[SlideEntry], cohort: Collection[str]) -> StageOptions:
         """What the results of a run over these slides are made with."""
-        identity = {name: value for name, value in self.identity("").items() if name != "features"}
         return StageOptions(
             folder=self.folder,
-            shared=identity,
-            own=dict.fromkeys(slide_ids, identity),
+            shared=self._chosen(),
+            own=dict.fromkeys((entry.slide_id for entry in entries), self._chosen()),
             cohort=cohort,
             overwrite=self.options.overwrites("slides"),
             allow_mixed=self.options.allow_mixed,
         )
 
-    def embed(self, run: CohortRun, entry: SlideEntry, path: Path, features: str) -> Status:
-        """Embed one slide; writes its file and its status.
+    def make(self, entry: SlideEntry, identity: Mapping[str, Any]) -> Outcome:
+        features, named = self.features.digest(entry), digest(identity)
+        if self.form == "slide":
+            return self._embed_slide(entry, features, named)
+        tiles = self._read(self.features.path(entry))
+        if self.form == "section":
+            return self._embed_sections(entry, tiles, features, named)
+        return self._embed_tiles(entry, tiles, features, named)
 
-        Args:
-            run: the run.
-            entry: the slide.
-            path: its tile embeddings.
-            features: names them, for the identity.
-        """
-        identity = self.identity(features)
-
-        def work() -> Outcome:
-            if self.form == "slide":
-                return self._embed_slide(run, entry, path, features, digest(identity))
-            tiles = self._read(path)
-            if self.form == "section":
-                return self._embed_sections(run, entry, tiles, features, digest(identity))
-            return self._embed_tiles(run, entry, tiles, features, digest(identity))
-
-        return run.attempt(self.folder, entry, "slides", identity, work)
-
-    def _embed_slide(self, run: CohortRun, entry: SlideEntry, path: Path, features: str, named: str) -> Outcome:
-        result = self.folder / f"{entry.slide_id}.h5"
-        arrays, count, described = self._embeddings(run, entry, path)
+    def _embed_slide(self, entry: SlideEntry, features: str, named: str) -> Outcome:
+        result = self.path(entry)
+        arrays, count, described = self._embeddings(entry)
         if count == 0:
             result.unlink(missing_ok=True)  # of an earlier run, which found tissue
             return Outcome("no_tissue")
@@ -131,9 +129,7 @@ class SlideStage:
         write_slide(result, SlideEmbeddings(slide_id=entry.slide_id, attrs=attrs, **arrays))
         return Outcome(tiles=count, facts=self._facts(attrs), digest=named)
 
-    def _embed_sections(
-        self, run: CohortRun, entry: SlideEntry, tiles: TileEmbeddings, features: str, named: str
-    ) -> Outcome:
+    def _embed_sections(self, entry: SlideEntry, tiles: TileEmbeddings, features: str, named: str) -> Outcome:
         """One file a piece; positions stay those on the slide. Earlier files stay until all pieces are embedded."""
         if tiles.section is None:
             raise ValueError(
@@ -146,7 +142,7 @@ class SlideStage:
             of_piece = tiles.take(tiles.section == piece)
             attrs = self._attrs(_described(tiles), len(of_piece), features, named)
             name = section_name(entry.slide_id, piece)
-            arrays = self.encoder.embed(of_piece, check=run.stop.check, progress=partial(run.watch.layer, name))
+            arrays = self.encoder.embed(of_piece, **self._heard(name))
             attrs = {**attrs, "of_slide": entry.slide_id, "section": piece}
             made.append(SlideEmbeddings(slide_id=name, attrs=attrs, **arrays))
         files = tuple(f"{section.slide_id}.h5" for section in made)
@@ -162,15 +158,12 @@ class SlideStage:
         facts = {**self._facts(attrs), "sections": len(pieces), "section_numbers": " ".join(map(str, pieces))}
         return Outcome(tiles=len(tiles), facts=facts, digest=named, warnings=warnings, files=files)
 
-    def _embed_tiles(
-        self, run: CohortRun, entry: SlideEntry, tiles: TileEmbeddings, features: str, named: str
-    ) -> Outcome:
-        result = self.folder / f"{entry.slide_id}.h5"
+    def _embed_tiles(self, entry: SlideEntry, tiles: TileEmbeddings, features: str, named: str) -> Outcome:
+        result = self.path(entry)
         if not len(tiles):
             result.unlink(missing_ok=True)
             return Outcome("no_tissue")
-        progress = partial(run.watch.layer, entry.slide_id)
-        vectors = self.encoder.embed_tiles(tiles, self.form, check=run.stop.check, progress=progress)
+        vectors = self.encoder.embed_tiles(tiles, self.form, **self._heard(entry.slide_id))
         attrs = self._attrs(_described(tiles), len(tiles), features, named)
         # Whoever feeds these to a slide encoder as tile embeddings is told that they are none.
         attrs["encoder"] = f"{self.encoder.name}'s {self.form} of {tiles.encoder or 'an encoder without a name'}"
@@ -197,13 +190,16 @@ class SlideStage:
     def _facts(self, attrs: Mapping[str, Any]) -> dict[str, Any]:
         return {"slide_encoder": self.encoder.name, "trained": attrs["trained"]}
 
-    def _embeddings(
-        self, run: CohortRun, entry: SlideEntry, path: Path
-    ) -> tuple[dict[str, Array], int, Mapping[str, Any]]:
+    def _heard(self, name: str) -> dict[str, Any]:
+        """What the encoder calls within its layers, and after each."""
+        return {"check": self.run.stop.check, "progress": partial(self.run.watch.layer, name)}
+
+    def _embeddings(self, entry: SlideEntry) -> tuple[dict[str, Array], int, Mapping[str, Any]]:
         """The slide's embeddings by name, its number of tiles, and what the file of tile embeddings says of itself.
 
         The mean is streamed from our own files; the slide encoder takes the slide as a whole.
         """
+        path = self.features.path(entry)
         if self.encoder.model is None:
             check_undamaged(path)
         if self.encoder.model is None and is_ours(path):
@@ -216,8 +212,7 @@ class SlideStage:
         tiles = self._read(path)
         if not len(tiles):
             return {}, 0, _described(tiles)
-        arrays = self.encoder.embed(tiles, check=run.stop.check, progress=partial(run.watch.layer, entry.slide_id))
-        return arrays, len(tiles), _described(tiles)
+        return self.encoder.embed(tiles, **self._heard(entry.slide_id)), len(tiles), _described(tiles)
 
     def _read(self, path: Path) -> TileEmbeddings:
         """The slide's tile embeddings, of the right encoder."""

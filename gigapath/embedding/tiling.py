@@ -13,10 +13,11 @@ from typing import Any
 import numpy as np
 
 from gigapath.cohort.manifest import SlideEntry, find_slides
-from gigapath.cohort.reuse import StageOptions, digest, finished
-from gigapath.cohort.run import CohortRun, Outcome, Plan, RunResult, Watcher
+from gigapath.cohort.reuse import StageOptions, digest
+from gigapath.cohort.run import CohortRun, Plan, RunResult, Watcher
 from gigapath.cohort.sheet import draw_contact_sheet
-from gigapath.cohort.status import Status, changed, derive
+from gigapath.cohort.stage import Outcome, Stage
+from gigapath.cohort.status import Status, changed, derive, read_status
 from gigapath.embedding.options import RunOptions
 from gigapath.embedding.slides import (
     check_names,
@@ -29,7 +30,7 @@ from gigapath.embedding.slides import (
     options_for,
     share_in_words,
 )
-from gigapath.features import TILES_NUMERICS_VERSION, Tiles, write_tiles
+from gigapath.features import TILES_NUMERICS_VERSION, Tiles, read_tiles, write_tiles
 from gigapath.files import hex_digest, sha256_of
 from gigapath.options import to_dict
 from gigapath.preprocessing.preview import preview_picture, write_preview
@@ -84,10 +85,11 @@ def tile_cohort(
     with StopFlag(watch.stopping) as stop:
         check_tissue(cohort, tiling)
         check_names(cohort, out)
-        folder = out / "tiles"
+        stage = TileStage(out, tiling, options)
+        folder = stage.folder
         ids = {entry.slide_id for entry in cohort}
         entries = chosen(cohort, out, "tile", [folder], options, tiles=folder)
-        todo = [entry for entry in entries if tiles_done(folder, entry, tiling, options) is None]
+        todo = [entry for entry in entries if stage.done(entry) is None]
         run = CohortRun(
             out=out,
             verb="tile",
@@ -99,7 +101,7 @@ def tile_cohort(
             stop=stop,
             cohort=sorted(ids),
             max_failures=options.max_failures,
-            made_with=[tiled_with(folder, entries, ids, tiling, options)],
+            made_with=[stage.made_with(entries, ids)],
         )
 
         def plan() -> Plan:
@@ -115,62 +117,68 @@ def tile_cohort(
                 todo = largest_first(todo, folder)
                 result = run.over_slides(todo, workers.process, lambda: workers.with_line(plan()))
         else:
-            work = run.in_process(lambda entry: [tile_slide(run, folder, entry, tiling, options)])
-            result = run.over_slides(todo, work, plan)
+            result = run.over_slides(todo, run.in_process(lambda entry: [run.make(stage, entry)]), plan)
         write_contact_sheet(out)
     return result
 
 
 def _worker_job(run: CohortRun, found: None, *, tiling: TileOptions, options: RunOptions) -> tuple["_TileJob", None]:
     """The job of one of Ray's workers."""
-    return _TileJob(run, tiling, options), None
+    return _TileJob(run, TileStage(run.out, tiling, options)), None
 
 
 @dataclasses.dataclass(frozen=True)
 class _TileJob:
     run: CohortRun
-    tiling: TileOptions
-    options: RunOptions
+    stage: "TileStage"
 
     def announce(self, entries: Sequence[SlideEntry]) -> None:
         """Nothing is to be read ahead."""
 
     def work(self, entry: SlideEntry) -> list[Status]:
         """Tile a slide, unless a worker that was lost had just done it."""
-        folder = self.run.out / "tiles"
-        done = tiles_done(folder, entry, self.tiling, self.options)
-        return [done or tile_slide(self.run, folder, entry, self.tiling, self.options)]
+        return [self.stage.done(entry) or self.run.make(self.stage, entry)]
 
 
-def tiles_done(folder: Path, entry: SlideEntry, tiling: TileOptions, options: RunOptions) -> Status | None:
-    """The status of tiles that are there already and equal what this run would make, or None."""
-    if options.overwrites("tiles"):
-        return None
-    try:
-        identity = tiles_identity(entry, tiling)
-    except OSError:  # the slide or its mask is gone: the stage itself says so
-        return None
-    return finished(folder, entry.slide_id, identity, allow_mixed=options.allow_mixed)
+@dataclasses.dataclass
+class TileStage(Stage):
+    """From a slide to its tiles: `tiles/<id>.h5`, with a preview.
 
+    Attributes:
+        out: the output folder.
+        tiling: how slides are cut.
+        options: how the run goes about it.
+    """
 
-def tile_slide(run: CohortRun, folder: Path, entry: SlideEntry, tiling: TileOptions, options: RunOptions) -> Status:
-    """Tile one slide into `folder`, with its preview and status."""
-    try:
-        identity = tiles_identity(entry, tiling)
-    except OSError:  # the slide or its mask is gone: `work` says so
-        identity = {}
+    out: Path
+    tiling: TileOptions
+    options: RunOptions
+    name = "tiles"
 
-    def work() -> Outcome:
+    def __post_init__(self) -> None:
+        self.folder = self.out / "tiles"
+
+    def identity(self, entry: SlideEntry) -> dict[str, Any]:
+        options = to_dict(options_for(entry, self.tiling))
+        numbers = {name: value for name, value in options.items() if name not in _ACCEPTANCE}
+        numbers["slide_mpp"] = entry.mpp if entry.mpp is not None else self.tiling.slide_mpp
+        if numbers["tissue"] not in METHODS:
+            numbers["tissue"] = _mask_digest(Path(numbers["tissue"]), entry.slide_id)
+        if self.tiling.max_tiles is None:
+            del numbers["seed"]
+        return {**numbers, "slide_bytes": entry.path.stat().st_size, "numerics_version": TILES_NUMERICS_VERSION}
+
+    def make(self, entry: SlideEntry, identity: Mapping[str, Any]) -> Outcome:
         if entry.mask is not None and not entry.mask.exists():
             raise SlideError("mask: expected the file that the manifest names, got none. Mend its row in the manifest.")
-        facts = _file_facts(entry, options)
+        facts = _file_facts(entry, self.options)
         # Where tiles lie never depends on the reader: unless told to leave it to OpenSlide, what equals it may read.
-        with open_entry(entry, tiling, "openslide" if options.reader == "openslide" else "auto") as slide:
-            plan = plan_tiles(slide, options_for(entry, tiling), workers=options.reading_threads())
+        with open_entry(entry, self.tiling, "openslide" if self.options.reader == "openslide" else "auto") as slide:
+            plan = plan_tiles(slide, options_for(entry, self.tiling), workers=self.options.reading_threads())
             picture = preview_picture(slide, plan.overview)
         tiles = dataclasses.replace(plan.tiles, attrs={**plan.tiles.attrs, "identity": digest(identity)})
-        write_tiles(folder / f"{entry.slide_id}.h5", tiles)
-        preview = run.out / "previews" / f"{entry.slide_id}.jpg"
+        write_tiles(self.path(entry), tiles)
+        preview = self.out / "previews" / f"{entry.slide_id}.jpg"
         write_preview(preview, plan.overview, plan.mask, plan.tiles, picture=picture)
         return Outcome(
             status="done" if len(plan.tiles) else "no_tissue",
@@ -180,41 +188,57 @@ def tile_slide(run: CohortRun, folder: Path, entry: SlideEntry, tiling: TileOpti
             digest=tiles_digest(plan.tiles, entry),
         )
 
-    return run.attempt(folder, entry, "tiles", identity, work)
+    def read(self, entry: SlideEntry) -> Tiles:
+        """The slide's tiles, from their file also where this run made them: the features' file is the same to the last
+        byte then."""
+        return read_tiles(self.path(entry))
+
+    def made_with(self, entries: Sequence[SlideEntry], cohort: Collection[str]) -> StageOptions:
+        """What the tiles of a run over these slides are made with; slides that can't be looked at are left out."""
+        own = {}
+        for entry in entries:
+            with contextlib.suppress(OSError):
+                own[entry.slide_id] = self.identity(entry)
+        return StageOptions(
+            folder=self.folder,
+            shared={**to_dict(self.tiling), "numerics_version": TILES_NUMERICS_VERSION},
+            own=own,
+            cohort=cohort,
+            overwrite=self.options.overwrites("tiles"),
+            allow_mixed=self.options.allow_mixed,
+            instead=f"; embed --tiles {self.folder.parent} takes the tiles as they are",
+        )
 
 
-def tiles_identity(entry: SlideEntry, tiling: TileOptions) -> dict[str, Any]:
-    """Everything that the tiles of a slide depend on.
+@dataclasses.dataclass(frozen=True)
+class GivenTiles:
+    """Tiles of another folder, made by `gigapath tile`."""
 
-    Raises:
-        OSError: the slide or its mask can't be looked at.
-    """
-    numbers = {name: value for name, value in to_dict(options_for(entry, tiling)).items() if name not in _ACCEPTANCE}
-    numbers["slide_mpp"] = entry.mpp if entry.mpp is not None else tiling.slide_mpp
-    if numbers["tissue"] not in METHODS:
-        numbers["tissue"] = _mask_digest(Path(numbers["tissue"]), entry.slide_id)
-    if tiling.max_tiles is None:
-        del numbers["seed"]
-    return {**numbers, "slide_bytes": entry.path.stat().st_size, "numerics_version": TILES_NUMERICS_VERSION}
+    folder: Path
 
+    def read(self, entry: SlideEntry) -> Tiles:
+        """The slide's tiles, from their file.
 
-def tiled_with(
-    folder: Path, entries: Sequence[SlideEntry], cohort: Collection[str], tiling: TileOptions, options: RunOptions
-) -> StageOptions:
-    """What the tiles of a run over these slides are made with; slides that can't be looked at are left out."""
-    own = {}
-    for entry in entries:
-        with contextlib.suppress(OSError):
-            own[entry.slide_id] = tiles_identity(entry, tiling)
-    return StageOptions(
-        folder=folder,
-        shared={**to_dict(tiling), "numerics_version": TILES_NUMERICS_VERSION},
-        own=own,
-        cohort=cohort,
-        overwrite=options.overwrites("tiles"),
-        allow_mixed=options.allow_mixed,
-        instead=f"; embed --tiles {folder.parent} takes the tiles as they are",
-    )
+        Raises:
+            SlideError: there are none, or its last tiling came to nothing.
+        """
+        path, status = self.folder / f"{entry.slide_id}.h5", read_status(self.folder, entry.slide_id)
+        if not path.is_file():
+            if status is not None and status.status == "failed":  # its reason is worth more than that it has no tiles
+                raise SlideError(status.error)
+            raise SlideError(
+                f"slide {entry.slide_id!r}: expected its tiles, got none in the folder of --tiles. Tile it there first."
+            )
+        if status is not None and not status.finished:  # the file is an earlier run's, made with other options
+            raise SlideError(
+                f"slide {entry.slide_id!r}: expected its tiles, got those from before its last tiling, which ended as "
+                f"{status.status!r}. Tile it again in the folder of --tiles."
+            )
+        return read_tiles(path)
+
+    def digest(self, entry: SlideEntry) -> str:
+        """Names the slide's tiles."""
+        return tiles_digest(self.read(entry), entry)
 
 
 def tiles_digest(tiles: Tiles, entry: SlideEntry) -> str:

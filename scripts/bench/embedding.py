@@ -19,11 +19,12 @@ from torch import Tensor
 from gigapath.cohort.manifest import SlideEntry
 from gigapath.cohort.run import CohortRun
 from gigapath.devices import resolve_device, resolve_precision
+from gigapath.embedding.features_stage import EmbedJob, FeatureStage
 from gigapath.embedding.forward import DeviceProbe, choose_forward, encode_padded
-from gigapath.embedding.job import EmbedJob
 from gigapath.embedding.options import RunOptions
 from gigapath.embedding.run import default_batch_size
 from gigapath.embedding.slides import open_entry
+from gigapath.embedding.tiling import GivenTiles
 from gigapath.features import Tiles, write_tiles
 from gigapath.hub import download
 from gigapath.options import check_options, option
@@ -141,21 +142,19 @@ class _Turn:
 
     def __call__(self) -> None:
         run = CohortRun(self._folder, "embed", self._entries, [], {})
-        job = EmbedJob(
-            run=run,
+        features = FeatureStage(
+            folder=self._folder / "features",
+            tiles=GivenTiles(self._folder / "tiles"),
             tiling=TileOptions(),
             options=RunOptions(overwrite="features"),
             encoders=(self._encoder,),
             batch_size=self._batch_size,
             workers=self._workers,
             store="float32",
-            features=self._folder / "features",
-            tiles=self._folder / "tiles",
-            own_tiles=False,
-            slides=None,
+            run=run,
             probe=self._probe,
         )
-        with job:
+        with EmbedJob(run, features, None) as job:
             job.announce(self._entries)
             for entry in self._entries:
                 (status,) = job.work(entry)

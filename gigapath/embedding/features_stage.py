@@ -1,0 +1,377 @@
+"""The stage from a slide's tiles to its tile embeddings, fed by a stream, and `EmbedJob`, which brings slides through
+all stages of `run_embed`: while one is encoded and written, the next is read and another one planned."""
+
+import contextlib
+import time
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gigapath.cohort.manifest import SlideEntry
+from gigapath.cohort.reuse import StageOptions, digest
+from gigapath.cohort.run import CohortRun
+from gigapath.cohort.stage import Outcome, Stage
+from gigapath.cohort.status import Status, read_status
+from gigapath.devices import device_identity
+from gigapath.embedding.forward import DeviceProbe, PlainForward
+from gigapath.embedding.options import RunOptions
+from gigapath.embedding.slide_stage import SlideStage
+from gigapath.embedding.slides import open_entry
+from gigapath.embedding.stream import SlideVectors, Snapshot, TileStream
+from gigapath.embedding.tiling import GivenTiles, TileStage
+from gigapath.features import NUMERICS_VERSION, TileEmbeddingsWriter, Tiles
+from gigapath.features.kept_rows import KeptRows
+from gigapath.machine import available_cores
+from gigapath.preprocessing.fast import OPENSLIDE
+from gigapath.preprocessing.reading import Take, filter_name, read_into
+from gigapath.preprocessing.slide import Slide, SlideError
+from gigapath.preprocessing.tiling import TileOptions
+from gigapath.tile_encoder import TileEncoder
+
+# How often a run tells how busy its stages are.
+_TELL_SECONDS = 1.0
+
+
+@dataclass
+class FeatureStage(Stage):
+    """From a slide's tiles to their embeddings: `features_*/<id>.h5`.
+
+    Attributes:
+        folder: of tile embeddings.
+        tiles: the slides' tiles.
+        tiling: the scale of slides that do not state theirs.
+        options: how the run goes about it.
+        encoders: the tile encoder, once a device; the same object where workers share it.
+        batch_size: tiles of every batch that the encoder sees.
+        workers: threads that read tiles.
+        store: "float32" or "float16".
+        run: the run, for its news and its stop.
+        probe: how the devices are used; None for the plain way, a slide at a time.
+        streamed: the slides on their way, by id.
+    """
+
+    folder: Path
+    tiles: TileStage | GivenTiles
+    tiling: TileOptions
+    options: RunOptions
+    encoders: tuple[TileEncoder, ...]
+    batch_size: int
+    workers: int
+    store: str
+    run: CohortRun
+    probe: DeviceProbe | None = None
+    streamed: "dict[str, StreamedSlide]" = field(default_factory=dict)
+    name = "features"
+    _stream: TileStream | None = None
+    _told: Snapshot = (0.0, {})
+
+    @property
+    def encoder(self) -> TileEncoder:
+        """The tile encoder, on its first device."""
+        return self.encoders[0]
+
+    def run_identity(self) -> dict[str, Any]:
+        """The part of the identity that all slides share."""
+        return {
+            "encoder": self.encoder.name,
+            "weights_sha256": self.encoder.weights_sha256,
+            "transform": self.encoder.transform_name,
+            "precision": self.encoder.precision,
+            "device": device_identity(self.encoder.device),
+            "batch_size": self.batch_size,
+            "store": self.store,
+            "reader": OPENSLIDE,  # its numbers, whatever reads them
+            "numerics_version": NUMERICS_VERSION,
+        }
+
+    def identity(self, entry: SlideEntry) -> dict[str, Any]:
+        return {**self.run_identity(), "tiles": self.tiles.digest(entry)}
+
+    def made_with(self, entries: Sequence[SlideEntry], cohort: Collection[str]) -> StageOptions:
+        """What the tile embeddings of a run over these slides are made with."""
+        own: dict[str, dict[str, Any]] = dict.fromkeys((entry.slide_id for entry in entries), self.run_identity())
+        shared, given = self.run_identity(), ["slide_bytes", "tiles"]
+        if isinstance(self.tiles, GivenTiles):  # another folder's tiles are chosen by an option
+            given.remove("tiles")
+            shared["given_tiles"] = digest({"folder": str(self.tiles.folder.resolve())})
+            own = {}
+            for entry in entries:
+                with contextlib.suppress(ValueError, OSError):  # the stage itself says what is wrong with them
+                    own[entry.slide_id] = self.identity(entry)
+        return StageOptions(
+            folder=self.folder,
+            shared=shared,
+            own=own,
+            cohort=cohort,
+            overwrite=self.options.overwrites("features"),
+            allow_mixed=self.options.allow_mixed,
+            given=given,
+        )
+
+    def kept_rows(self, entry: SlideEntry, tiles: Tiles) -> KeptRows | None:
+        """The rows of a slide that an earlier run has made safe, in whole batches; None where all are to be made again.
+
+        A slide's rows may depend on their places in a batch, so a run goes on with a batch that begins where one began.
+        """
+        shape = len(tiles), self.encoder.embed_dim
+        named = digest(self.identity(entry))
+        kept = KeptRows(self.path(entry), named, shape, np.dtype(self.store), step=self.batch_size)
+        if self.options.overwrites("features"):
+            kept.discard()
+            return None
+        return kept
+
+    def stream(self) -> TileStream:
+        """The stream, with every slide submitted that is on its way."""
+        if self._stream is None:
+            plain = tuple(PlainForward(encoder) for encoder in self.encoders)
+            self._stream = TileStream(
+                plain if self.probe is None else self.probe.forwards,
+                self.batch_size,
+                across=self.probe is not None and self.probe.across,
+                readers=max(1, self.workers),
+                cores=available_cores(),
+                check=self.run.stop.check,
+            )
+        for slide in self.streamed.values():
+            if slide.vectors is None:
+                slide.vectors = self._stream.submit(slide)
+        return self._stream
+
+    def close(self, kind: type[BaseException] | None = None) -> None:
+        """End the stream, and what it has in hand."""
+        if self._stream is not None:
+            self._stream.__exit__(kind, None, None)
+
+    def make(self, entry: SlideEntry, identity: Mapping[str, Any]) -> Outcome:
+        slide, stream = self.streamed[entry.slide_id], self.stream()
+        if slide.problem is not None:
+            raise slide.problem
+        tiles, vectors = slide.tiles, slide.vectors
+        assert tiles is not None and vectors is not None
+        attrs = {
+            **{name: value for name, value in identity.items() if name != "tiles"},
+            "batch_shape": (self.batch_size, tiles.tile_size, tiles.tile_size, 3),
+            "trained": self.encoder.trained,
+            "encoder_description": self.encoder.description,
+            "tiles": identity["tiles"],
+            "identity": digest(identity),
+        }
+        with (
+            TileEmbeddingsWriter(
+                self.path(entry),
+                tiles,
+                embed_dim=self.encoder.embed_dim,
+                dtype=self.store,
+                attrs=attrs,
+                kept=slide.kept,
+            ) as writer,
+            contextlib.closing(vectors.blocks()) as blocks,
+        ):
+            for first, block in blocks:
+                writer.write(first, block)
+                self.run.watch.tiles(len(block))
+                self._tell(stream)
+            writer.amend(slide.reading)
+            since = time.perf_counter()
+        stream.busy.add("write", time.perf_counter() - since)  # to flush and verify
+        facts = {
+            "tile_encoder": self.encoder.name,
+            "precision": self.encoder.precision,
+            "device": device_identity(self.encoder.device),
+            "trained": self.encoder.trained,
+            **slide.reading,
+        }
+        return Outcome(
+            "done" if len(tiles) else "no_tissue",
+            len(tiles),
+            facts=facts,
+            digest=digest(identity),
+            since=vectors.encoding_since,
+        )
+
+    def _tell(self, stream: TileStream) -> None:
+        """Tell whoever watches how busy the stages were of late."""
+        if time.perf_counter() - self._told[0] < _TELL_SECONDS:
+            return
+        shares = stream.busy.shares(self._told if self._told[1] else None)
+        self._told = stream.busy.snapshot()
+        self.run.watch.busy(shares)
+
+
+class StreamedSlide:
+    """A slide on its way through the stream, which finds out about it before its turn to be written comes.
+
+    Attributes:
+        entry: the slide.
+        statuses: of the stages before, where this run did them.
+        tiles: its tiles, where they are to be embedded.
+        kept: the rows of its tile embeddings that are safe already, and keeps more.
+        reading: what reads its tiles (`reader`) and makes them their size (`filter`), where they are to be embedded.
+        problem: what is wrong with it, for the stage to raise.
+        vectors: its vectors.
+    """
+
+    __slots__ = ("_opened", "_stage", "_start", "entry", "kept", "problem", "reading", "statuses", "tiles", "vectors")
+
+    def __init__(self, stage: FeatureStage, entry: SlideEntry) -> None:
+        self.entry = entry
+        self.statuses: list[Status] = []
+        self.tiles: Tiles | None = None
+        self.kept: KeptRows | None = None
+        self.reading: dict[str, str] = {}
+        self.problem: Exception | None = None
+        self.vectors: SlideVectors | None = None
+        self._stage = stage
+        self._opened: Slide | None = None
+        self._start = 0
+
+    def prepare(self) -> None:
+        """Tile the slide where that is to do, and open it where its tiles are to be embedded; called from the planner's
+        thread, so that the slide before is read meanwhile."""
+        stage = self._stage
+        if isinstance(stage.tiles, TileStage):
+            self.statuses = stage.run.through([stage.tiles], self.entry)
+        if any(not status.finished for status in self.statuses) or stage.done(self.entry) is not None:
+            return
+        try:
+            self.tiles = tiles = stage.tiles.read(self.entry)
+            self.kept = stage.kept_rows(self.entry, tiles)
+            self._start = 0 if self.kept is None else self.kept.find()
+            self._opened = slide = open_entry(self.entry, stage.tiling, stage.options.reader)
+            size = tiles.attrs.get("slide_size")
+            if size is not None and tuple(size) != slide.dimensions:
+                raise SlideError(
+                    f"slide {self.entry.slide_id!r}: expected {size[0]} x {size[1]} pixels, as when it was tiled, got "
+                    f"{slide.dimensions[0]} x {slide.dimensions[1]}. Tile it again: --overwrite tiles."
+                )
+            self.reading = {
+                "reader": slide.fast.used(tiles.level),
+                "filter": filter_name(tiles.read_size, tiles.tile_size),
+            }
+        except Exception as error:  # the slide's own, whatever it is
+            self.problem = error
+
+    def read(self, take: Take) -> None:
+        """Read the slide's tiles into the places that `take` gives, where they are to be embedded; called from the
+        reader's thread."""
+        if self._opened is None or self.tiles is None or self.problem is not None:
+            return
+        transform = self._stage.encoder.transform
+        fit = None if transform.fits(self.tiles.tile_size) else transform.fit
+        read_into(self._opened, self.tiles, take, fit=fit, workers=self._stage.workers, start=self._start)
+
+    def close(self) -> None:
+        """Let go of the slide's file."""
+        if self._opened is not None:
+            self._opened.close()
+            self._opened = None
+
+
+@dataclass
+class EmbedJob:
+    """Brings slides through the stages, of which the tile embeddings' reads ahead.
+
+    Use it as a context manager: `announce` the slides, then `work` for each in that order; no thread is left.
+
+    Attributes:
+        run: the run.
+        features: the stage of tile embeddings, which knows that of the tiles.
+        slides: the slide encoder's stage, or None.
+    """
+
+    run: CohortRun
+    features: FeatureStage
+    slides: SlideStage | None
+    _expected: dict[str, int] = field(default_factory=dict)
+
+    def __enter__(self) -> "EmbedJob":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        self.features.close(kind)
+
+    @property
+    def stages(self) -> list[Stage]:
+        """The stages that a slide goes through."""
+        tiles = self.features.tiles
+        before: list[Stage] = [tiles] if isinstance(tiles, TileStage) else []
+        return [*before, self.features, *([] if self.slides is None else [self.slides])]
+
+    def is_done(self, entry: SlideEntry) -> bool:
+        """Whether nothing is left to do for a slide."""
+        return all(stage.done(entry) is not None for stage in self.stages)
+
+    def made_with(self, entries: Sequence[SlideEntry], cohort: Collection[str]) -> list[StageOptions]:
+        """What the results of a run over these slides are made with, stage by stage."""
+        tiles, features = self.features.tiles, self.features.made_with(entries, cohort)
+        tiled = [tiles.made_with(entries, cohort)] if isinstance(tiles, TileStage) else []
+        if self.slides is None:
+            return [*tiled, features]
+        slides = self.slides.made_with(entries, cohort)
+        return [*tiled, features, replace(slides, overwrite=slides.overwrite or features.overwrite)]
+
+    def known_tiles(self, entry: SlideEntry) -> int | None:
+        """How many tiles of a slide are still to be embedded; None where it is still to be tiled."""
+        tiles = self.features.tiles
+        if isinstance(tiles, TileStage) and tiles.done(entry) is None:
+            return None
+        if self.features.done(entry) is not None:
+            return 0
+        status = read_status(tiles.folder, entry.slide_id) if isinstance(tiles, TileStage) else None
+        with contextlib.suppress(ValueError, OSError):  # the stage itself says what is wrong with them
+            return len(tiles.read(entry)) if status is None else status.tiles
+        return 0
+
+    def expect(self, tiles: dict[str, int]) -> None:
+        """Take note of how many tiles each slide is thought to have; corrected slide by slide as they are tiled."""
+        self._expected = dict(tiles)
+
+    @property
+    def expected(self) -> dict[str, int]:
+        """By slide, how many tiles it is thought to have that are to be embedded."""
+        return dict(self._expected)
+
+    def announce(self, entries: Sequence[SlideEntry]) -> None:
+        """Say which slides are going to be worked on, in this order, so that they can be planned and read ahead."""
+        for entry in entries:
+            self.features.streamed[entry.slide_id] = StreamedSlide(self.features, entry)
+
+    def work(self, entry: SlideEntry) -> list[Status]:
+        """Bring a slide through what is left to do; the status of each stage that was done.
+
+        Args:
+            entry: the next of the slides announced, or one that was not announced, once all of those are through.
+        """
+        streamed = self.features.streamed
+        if not streamed:
+            self.announce([entry])
+        stream = self.features.stream()
+        slide = streamed[next(iter(streamed))]
+        assert slide.entry == entry, f"{slide.entry.slide_id} was announced before {entry.slide_id}"
+        assert slide.vectors is not None
+        try:
+            slide.vectors.wait_prepared()
+            statuses = slide.statuses
+            tiles = len(slide.tiles) if slide.tiles is not None else max((s.tiles for s in statuses), default=None)
+            if tiles is not None and self._expected.get(entry.slide_id) != tiles:
+                self._expected[entry.slide_id] = tiles
+                self.run.watch.expect(sum(self._expected.values()))
+            if all(status.finished for status in statuses):
+                statuses += self.run.through([self.features], entry)
+            if self.slides is not None and all(status.finished for status in statuses):
+                with stream.busy.working("slides"):
+                    statuses += self.run.through([self.slides], entry)
+            return statuses
+        finally:
+            slide.vectors.drop()
+            del streamed[entry.slide_id]
+            shares = stream.busy.shares()
+            self.run.facts["stages"] = {
+                "busy": {stage: round(share, 3) for stage, share in shares.items()},
+                "waited_for": max(shares, key=lambda stage: shares[stage]),
+                "batches_across_slides": self.features.probe is not None and self.features.probe.across,
+            }
