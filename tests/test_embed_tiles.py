@@ -187,6 +187,27 @@ def test_progress_of_another_run_is_not_continued(folder: Path, tmp_path: Path, 
     assert np.array_equal(read_table(out).features, read_table(tmp_path / "w.h5").features)
 
 
+def test_table_that_is_finished_is_kept_and_one_of_other_options_refused(folder: Path, tmp_path: Path) -> None:
+    out, tiles = tmp_path / "out.h5", open_tile_set(folder)
+    embed_tiles(tiles, MeanEncoder(), out, batch_size=4)  # type: ignore[arg-type]
+    before, encoder = out.stat().st_mtime_ns, MeanEncoder()
+    assert embed_tiles(tiles, encoder, out, batch_size=4) == 30  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"--batch-size 4 -> 5.*--overwrite"):
+        embed_tiles(tiles, encoder, out, batch_size=5)  # type: ignore[arg-type]
+    assert encoder.batches == [] and out.stat().st_mtime_ns == before
+
+    def stop() -> None:
+        if encoder.batches:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        embed_tiles(tiles, encoder, out, batch_size=5, overwrite=True, check_stop=stop)  # type: ignore[arg-type]
+    assert embed_tiles(tiles, MeanEncoder(), out, batch_size=4) == 30  # type: ignore[arg-type]
+    assert embed_tiles(tiles, MeanEncoder(), out, batch_size=5, overwrite=True) == 5  # type: ignore[arg-type]
+    assert read_table(out).attrs["batch_size"] == 5
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.h5", "tiles"]
+
+
 def test_colour_statistics_are_means_and_deviations() -> None:
     tiles = np.zeros((2, 4, 4, 3), np.uint8)
     tiles[0, :2] = (10, 20, 30)

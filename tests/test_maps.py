@@ -262,14 +262,21 @@ def test_a_map_says_what_it_was_made_from(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("no_figures")
-def test_a_stopped_run_leaves_no_map_that_passes_for_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stopped_run_leaves_the_maps_of_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_ours(tmp_path / "f" / "a.h5")
     options = MapOptions(kind=("pca",), device="cpu")
     make_maps([tmp_path / "f"], tmp_path / "out", options)
-    monkeypatch.setattr("gigapath.maps.run.write_pictures", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
-    with pytest.raises(KeyboardInterrupt):
+    before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    (tmp_path / "f" / "a.h5").unlink()
+    write_ours(tmp_path / "f" / "a.h5", count=5)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("gigapath.maps.run.describe", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
         make_maps([tmp_path / "f"], tmp_path / "out", options)
-    assert not (tmp_path / "out" / "a" / "pca.json").exists()
+    assert {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()} == before
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("gigapath.maps.run.publish", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+        make_maps([tmp_path / "f"], tmp_path / "out", options)
+    assert not (tmp_path / "out" / "a" / "pca.json").exists(), "none that passes for whole"
 
 
 @pytest.mark.usefixtures("no_figures")

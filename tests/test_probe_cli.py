@@ -167,6 +167,17 @@ def test_what_can_not_start_is_one_sentence(
     assert not (tmp_path / "out" / "results.json").exists()
 
 
+def test_other_options_over_results_are_refused(
+    made: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert probe(made, tmp_path) == 0
+    before = (tmp_path / "results.json").read_bytes()
+    assert probe(made, tmp_path, "--solver", "lbfgs") == 1
+    assert "--solver sgd -> lbfgs" in (said := capsys.readouterr().err) and "--overwrite" in said
+    assert (tmp_path / "results.json").read_bytes() == before
+    assert probe(made, tmp_path, "--solver", "lbfgs", "--overwrite") == 0
+
+
 def test_results_of_an_earlier_run_never_stand_beside_new_ones(
     made: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -175,7 +186,12 @@ def test_results_of_an_earlier_run_never_stand_beside_new_ones(
     def fail(probe: object) -> str:
         raise OSError("the disk is gone")
 
-    monkeypatch.setattr(report_module, "_predictions_csv", fail)
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    with monkeypatch.context() as patch:
+        patch.setattr(report_module, "_predictions_csv", fail)
+        assert probe(made, tmp_path) == 1
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+    monkeypatch.setattr(report_module, "write_bytes_atomic", lambda *_: fail(None))
     assert probe(made, tmp_path) == 1
     assert not (tmp_path / "results.json").exists()
 

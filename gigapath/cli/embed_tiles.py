@@ -18,6 +18,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="folders by split and class; a zip or folder with a CSV (file, label, split); PCam's own HDF5 files",
     )
     parser.add_argument("--out", required=True, metavar="FILE", help="the embeddings' file, ending in .h5")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="embed again where FILE is there, or holds others' embeddings"
+    )
     add_options(parser, EmbedTilesOptions)
 
 
@@ -50,6 +53,7 @@ def run(namespace: argparse.Namespace) -> int:
                 encoder,
                 out,
                 batch_size=options.batch_size,
+                overwrite=namespace.overwrite,
                 report=_progress if sys.stderr.isatty() else lambda done, total: None,
                 check_stop=stop.check,
             )

@@ -1,11 +1,16 @@
 """`gigapath probe`: how well a linear layer (or its relatives) tells classes from frozen embeddings."""
 
 import argparse
+import json
 import sys
 from pathlib import Path
+from typing import Any
 
 from gigapath.cli.arguments import add_options, options_from
+from gigapath.cohort.owner import Ownership
+from gigapath.cohort.reuse import differences
 from gigapath.linear_probe.options import ProbeOptions, SlideProbeOptions, TileProbeOptions
+from gigapath.options import to_dict
 
 # Where the published PCam embeddings and labels lie once downloaded.
 PUBLISHED = "GigaPath_PCam_embeddings.zip"
@@ -24,6 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--labels", metavar="CSV", help="columns input (or file), label, split; not needed where EMBEDDINGS carry them"
     )
     parser.add_argument("--out", required=True, metavar="DIR", help="folder for results")
+    parser.add_argument("--overwrite", action="store_true", help="probe again where DIR holds results of other options")
     parser.add_argument("--demo", action="store_true", help="try it on made embeddings (a planted rule), no download")
     add_options(parser, ProbeOptions)
     add_options(parser, TileProbeOptions, title="tiles")
@@ -37,6 +43,29 @@ def run(namespace: argparse.Namespace) -> int:
     out = Path(namespace.out)
     if namespace.demo == (namespace.embeddings is not None):
         raise ValueError("expected either EMBEDDINGS or --demo. Name a zip, folder or file of embeddings.")
+    on_slides = slide_options.embedding is not None
+    given = {**to_dict(options), **to_dict(slide_options if on_slides else options_from(namespace, TileProbeOptions))}
+    with Ownership({out: given}):
+        if not namespace.overwrite:
+            _check_same(out, given)
+        return _probe(namespace, options, slide_options, out)
+
+
+def _check_same(out: Path, given: dict[str, Any]) -> None:
+    """Refuse to put results of other options in place of those that are there."""
+    try:
+        before = json.loads((out / "results.json").read_text(encoding="utf-8"))["options"]
+        changed = differences(before, json.loads(json.dumps(given)))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return
+    if changed:
+        raise ValueError(
+            f"{out}: expected the options of the results that it holds, got others: {'; '.join(changed[:5])}. Give "
+            "those of before, or use another --out; --overwrite probes again."
+        )
+
+
+def _probe(namespace: argparse.Namespace, options: ProbeOptions, slide_options: SlideProbeOptions, out: Path) -> int:
     if slide_options.embedding is not None:
         return _slides(namespace, options, slide_options, out)
     if namespace.embeddings and any(Path(namespace.embeddings).glob("slides_*/*.h5")):

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from gigapath.cohort.owner import Ownership
 from gigapath.cohort.record import versions
 from gigapath.cohort.reuse import differences
 from gigapath.devices import at_most_threads
@@ -91,7 +92,8 @@ def finetune(
     processes = join_processes(settings.training.device)
     precision = training_precision(settings.training.precision, processes.device)
     run = _Run(inputs, settings, cohort, out, processes, precision, say if processes.rank == 0 else _silent, check_stop)
-    with at_most_threads(available_cores()):
+    owned = {out: run.identity()} if processes.rank == 0 else {}
+    with Ownership(owned), at_most_threads(available_cores()):
         return run()
 
 
@@ -157,7 +159,7 @@ class _Run:
             self.say(line)
         return RunResult(evaluations, lines, self.out)
 
-    def _identity(self) -> dict[str, Any]:
+    def identity(self) -> dict[str, Any]:
         """What must be the same for a run to go on."""
         cohort, settings = self.cohort, self.settings
         training = {key: value for key, value in to_dict(settings.training).items() if key not in _FREE}
@@ -188,7 +190,7 @@ class _Run:
         path = self.out / RUN
         if not path.is_file():
             return
-        kept, now = read_json(path, keys=("identity",), mend=MEND)["identity"], self._identity()
+        kept, now = read_json(path, keys=("identity",), mend=MEND)["identity"], self.identity()
         kept = kept if isinstance(kept, dict) else {}
         differing = [key for key in now if kept.get(key) != now[key]]
         if differing:
@@ -233,7 +235,7 @@ class _Run:
             write_json_atomic(
                 self.out / RUN,
                 {
-                    "identity": self._identity(),
+                    "identity": self.identity(),
                     "options": options,
                     "split": split,
                     "notes": self.cohort.notes,

@@ -4,15 +4,18 @@ Legend: M tiles, D width, B tiles of a batch, T pixels of a tile's side.
 """
 
 import contextlib
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from gigapath.cohort.reuse import digest
+from gigapath.cohort.owner import Ownership
+from gigapath.cohort.reuse import differences, digest
 from gigapath.devices import device_identity
-from gigapath.features import NUMERICS_VERSION
+from gigapath.features import NUMERICS_VERSION, FeatureFileError
+from gigapath.features.h5 import is_complete, open_h5, read_attrs
 from gigapath.features.kept_rows import KeptRows
 from gigapath.linear_probe.table import EmbeddingTable, worker_count, write_table
 from gigapath.linear_probe.tile_sets import TileSet
@@ -31,6 +34,7 @@ def embed_tiles(
     out: Path | str,
     *,
     batch_size: int = 64,
+    overwrite: bool = False,
     report: Callable[[int, int], None] = lambda done, total: None,
     check_stop: Callable[[], None] = lambda: None,
 ) -> int:
@@ -44,6 +48,7 @@ def embed_tiles(
         encoder: the tile encoder.
         out: the table's file, ending in `.h5`. Beside it lies `<out>.rows.partial` until the table is whole.
         batch_size: B.
+        overwrite: embed again where the table is there already; it stays until the new one is whole.
         report: called after each batch with the number of tiles done and in all.
         check_stop: called before each batch; what it raises ends the run, which can be continued.
 
@@ -51,7 +56,9 @@ def embed_tiles(
         the number of tiles that were taken over from a run before.
 
     Raises:
-        ValueError: tiles of different sizes, unreadable ones, vectors that are not finite.
+        FolderTaken: another run makes this table with other options.
+        ValueError: the table is there, of other tiles or options; tiles of different sizes, unreadable ones, vectors
+            that are not finite.
     """
     out = Path(out)
     attrs = {
@@ -65,6 +72,41 @@ def embed_tiles(
         "batch_size": batch_size,
         "numerics_version": NUMERICS_VERSION,
     }
+    with Ownership({out.with_name(f".{out.name}.runs"): attrs}):
+        if not overwrite and made_before(out, attrs):
+            return len(tiles)
+        return _embed(tiles, encoder, out, attrs, batch_size, report, check_stop)
+
+
+def made_before(out: Path, attrs: Mapping[str, Any]) -> bool:
+    """Whether the table is there, whole and made in this way.
+
+    Raises:
+        ValueError: it was made of other tiles or with other options.
+    """
+    try:
+        with open_h5(out) as file:
+            found = read_attrs(file) if is_complete(file) else {}
+    except (FeatureFileError, OSError):  # none, or a damaged one
+        return False
+    changed = differences({name: found.get(name) for name in attrs}, attrs) if found else []
+    if changed:
+        raise ValueError(
+            f"{out.name}: expected the options with which it was made, got others: {'; '.join(changed)}. Give those of "
+            "before, or use another --out; --overwrite makes it again."
+        )
+    return bool(found)
+
+
+def _embed(
+    tiles: TileSet,
+    encoder: TileEncoder,
+    out: Path,
+    attrs: dict[str, Any],
+    batch_size: int,
+    report: Callable[[int, int], None],
+    check_stop: Callable[[], None],
+) -> int:
     width = encoder.embed_dim
     features, colours = np.empty((len(tiles), width), np.float32), np.empty((len(tiles), COLOURS), np.float32)
     identity = digest({**attrs, "rows": len(tiles)})

@@ -15,7 +15,7 @@ from gigapath.evaluation import confusion_matrix
 from gigapath.evaluation.intervals import Estimate
 from gigapath.evaluation.plots import draw_confusion, draw_curves, plotting_available, write_events
 from gigapath.evaluation.scores import SCORE_WORDS
-from gigapath.files import write_bytes_atomic, write_json_atomic, write_text_atomic
+from gigapath.files import write_bytes_atomic, write_json_atomic
 from gigapath.linear_probe.table import TEST, VALIDATION
 from gigapath.linear_probe.tiles import TileProbe
 
@@ -40,20 +40,18 @@ log = logging.getLogger(__name__)
 
 def write_tile_report(out: Path, probe: TileProbe) -> list[str]:
     """Write all files of a probe of tiles into a folder; returns their names."""
-    results = out / "results.json"
-    results.unlink(missing_ok=True)
-    write_text_atomic(out / "results.txt", published_lines(probe))
-    write_text_atomic(out / "predictions.csv", _predictions_csv(probe))
-    names = ["results.txt", "predictions.csv"]
+    files = {"results.txt": published_lines(probe).encode(), "predictions.csv": _predictions_csv(probe).encode()}
     if plotting_available():
-        write_bytes_atomic(out / "confusion.png", _confusion(probe))
-        write_bytes_atomic(out / "curve.png", _curve(probe))
-        names += ["confusion.png", "curve.png"]
+        files |= {"confusion.png": _confusion(probe), "curve.png": _curve(probe)}
     else:
         log.warning("no pictures: matplotlib is not installed (pip install 'gigapath[train]')")
+    names, results, content = list(files), out / "results.json", to_json(probe)
+    results.unlink(missing_ok=True)  # those of before stay until these are made, and none is called whole too early
+    for name, data in files.items():
+        write_bytes_atomic(out / name, data)
     if probe.results[0].looks and _write_tensorboard(out / "tensorboard", probe):
         names.append("tensorboard")
-    write_json_atomic(results, to_json(probe))
+    write_json_atomic(results, content)
     return [*names, "results.json"]
 
 

@@ -12,7 +12,7 @@ import numpy as np
 
 import gigapath
 from gigapath.evaluation.plots import draw_intervals, plotting_available
-from gigapath.files import write_bytes_atomic, write_json_atomic, write_text_atomic
+from gigapath.files import write_bytes_atomic, write_json_atomic
 from gigapath.linear_probe.report import TERMS
 from gigapath.linear_probe.slides import BASELINE, EmbeddingScore, SlideProbe
 
@@ -28,18 +28,17 @@ log = logging.getLogger(__name__)
 
 def write_slide_report(out: Path, probe: SlideProbe) -> list[str]:
     """Write all files of a probe of slides into a folder, `results.json` last; returns their names."""
-    results = out / "results.json"
-    results.unlink(missing_ok=True)
-    write_text_atomic(out / "summary.csv", _summary_csv(probe))
-    write_text_atomic(out / "predictions.csv", _predictions_csv(probe))
-    names = ["summary.csv", "predictions.csv"]
+    files = {"summary.csv": _summary_csv(probe).encode(), "predictions.csv": _predictions_csv(probe).encode()}
     if plotting_available():
-        write_bytes_atomic(out / "comparison.png", _comparison(probe))
-        names.append("comparison.png")
+        files["comparison.png"] = _comparison(probe)
     else:
         log.warning("no pictures: matplotlib is not installed (pip install 'gigapath[train]')")
-    write_json_atomic(results, to_json(probe))
-    return [*names, "results.json"]
+    results, content = out / "results.json", to_json(probe)
+    results.unlink(missing_ok=True)  # those of before stay until these are made, and none is called whole too early
+    for name, data in files.items():
+        write_bytes_atomic(out / name, data)
+    write_json_atomic(results, content)
+    return [*files, "results.json"]
 
 
 def to_json(probe: SlideProbe) -> dict[str, Any]:

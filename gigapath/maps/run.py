@@ -24,12 +24,15 @@ is not known is null. No paths.
 `made_from` tells a map that is out of date: `features_sha256` and `tiles_sha256` of the slide's embeddings and of the
 places of its tiles, `features_folder` and `features_digest` as the run's status file names them (null where there is
 none), `cohort_sha256` of all slides that gave the range and what is fitted, `head_sha256` of a fitted head's tensors.
-A map that is made again loses its JSON first, so that what a stopped run leaves is never taken for whole.
+A map that is made again loses its JSON once the new one is drawn, so that what a killed run leaves is never taken for
+whole, and a map stays where a run is stopped before.
 """
 
 import contextlib
 import dataclasses
 import hashlib
+import io
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -51,11 +54,13 @@ from gigapath.evaluation.plots import plotting_available
 from gigapath.features import FeatureFileError, TileEmbeddings, read_features
 from gigapath.files import (
     OutputError,
-    atomic_file,
     check_writable,
+    discard,
+    open_temporary,
+    output_error,
+    publish,
     write_bytes_atomic,
     write_json_atomic,
-    write_text_atomic,
 )
 from gigapath.finetune.data import look_at_all
 from gigapath.finetune.fitted import FittedHead, load_head
@@ -134,8 +139,23 @@ def make_maps(
     if next(reader.slides(), None) is None:
         return result
     shared = _fit_shared(reader, options)
+    with contextlib.ExitStack() as unfinished:
+        _make_maps(reader, shared, entries, out, options, unfinished)
+    return result
+
+
+def _make_maps(
+    reader: "_Reader",
+    shared: Shared,
+    entries: dict[str, Path],
+    out: Path,
+    options: MapOptions,
+    unfinished: contextlib.ExitStack,
+) -> None:
+    """Compute all maps, whose arrays wait in temporary files, and then write them with the colours of all."""
     places: dict[str, Place] = {}
     drawn: dict[str, list[TileMap]] = {}
+    arrays: dict[tuple[str, str], Path] = {}
     sources: dict[str, dict[str, str | None]] = {}
     for slide_id, tiles in reader.slides():
         with reader.recording(slide_id):
@@ -143,7 +163,8 @@ def make_maps(
                 _check_made(shared.head, entries[slide_id], options)
             place, maps = place_of(tiles), []
             for tile_map in slide_maps(shared, tiles):
-                write_arrays(out / slide_id, tile_map, place)
+                arrays[slide_id, tile_map.name] = waiting = write_arrays(out / slide_id, tile_map, place)
+                unfinished.callback(discard, waiting)
                 maps.append(dataclasses.replace(tile_map, arrays={}))
             sources[slide_id] = made_from(entries[slide_id], tiles)
             places[slide_id], drawn[slide_id] = place, maps
@@ -161,18 +182,18 @@ def make_maps(
             for tile_map in maps:
                 values = tile_map.sample() if options.range == "slide" else np.concatenate(samples[tile_map.name])
                 ranged = dataclasses.replace(tile_map, colours=tile_map.colours.spanning(values, SCOPES[options.range]))
-                write_pictures(
+                write_map(
                     out / slide_id,
                     ranged,
                     place,
                     overview,
+                    arrays=arrays[slide_id, tile_map.name],
                     made_from={**sources[slide_id], "cohort_sha256": cohort},
                     opacity=options.opacity,
                     note=note,
                 )
-            result.written[slide_id] = [tile_map.name for tile_map in maps]
-            tell(f"{slide_id}: {', '.join(result.written[slide_id])}{f' ({note})' if note else ''}")
-    return result
+            names = reader.result.written[slide_id] = [tile_map.name for tile_map in maps]
+            reader.tell(f"{slide_id}: {', '.join(names)}{f' ({note})' if note else ''}")
 
 
 class _Reader:
@@ -327,55 +348,69 @@ def look_at_slide(place: Place, entry: SlideEntry | None) -> tuple[Place, Overvi
         return place, None, f"tiles drawn on the grid: {without_paths(str(error), entry)}"
 
 
-def write_arrays(folder: Path, tile_map: TileMap, place: Place) -> None:
-    """Write `NAME.npz`, whole or not at all; the JSON of an earlier map of that name goes before."""
-    with contextlib.suppress(FileNotFoundError):
-        (folder / f"{tile_map.name}.json").unlink()
+def write_arrays(folder: Path, tile_map: TileMap, place: Place) -> Path:
+    """Write what becomes `NAME.npz` into a temporary file: a map of that name stays until the new one is whole."""
     arrays = {"values": tile_map.values, "cells": place.cells, **tile_map.arrays}
     if place.coords_level0 is not None:
         arrays["coords_level0"] = place.coords_level0
-    with atomic_file(folder / f"{tile_map.name}.npz") as temporary, temporary.open("wb") as file:
-        np.savez(file, **arrays)  # type: ignore[arg-type]
+    path = folder / f"{tile_map.name}.npz"
+    temporary, descriptor = open_temporary(path)
+    try:
+        with os.fdopen(descriptor, "w+b") as file:
+            np.savez(file, **arrays)  # type: ignore[arg-type]
+            file.flush()
+            os.fsync(descriptor)
+    except BaseException as error:
+        discard(temporary)
+        if isinstance(error, OSError):
+            raise output_error(path, error) from error
+        raise
+    return temporary
 
 
-def write_pictures(
+def write_map(
     folder: Path,
     tile_map: TileMap,
     place: Place,
     overview: Overview | None,
     *,
+    arrays: Path,
     made_from: Mapping[str, Any],
     opacity: float,
     note: str = "",
-) -> list[str]:
-    """Write everything of a map but its arrays, its JSON last.
+) -> None:
+    """Write everything of a map, its JSON last; an earlier map stays until all is drawn.
 
     Args:
         folder: of the slide's maps.
         tile_map: the map, with its range.
         place: where its tiles lie.
         overview: the slide to draw on, or None for the tiles' grid alone.
+        arrays: the temporary file of `write_arrays`.
         made_from: digests of what it was made of, for the JSON.
         opacity: of the map on the slide, 0 to 1.
         note: what to say beneath the picture, such as why the slide is not shown.
-
-    Returns:
-        the names of all its files, the arrays' too.
     """
     name = tile_map.name
     files = {"npz": f"{name}.npz", "png": f"{name}.png", "overlay": f"{name}_overlay.png"}
-    write_bytes_atomic(folder / files["png"], png(draw_map(tile_map, place, overview, opacity=opacity, note=note)))
-    with atomic_file(folder / files["overlay"]) as temporary:
-        Image.fromarray(tile_rgba(tile_map, place)).save(temporary, format="PNG")
+    overlay = io.BytesIO()
+    Image.fromarray(tile_rgba(tile_map, place)).save(overlay, format="PNG")
+    drawn = {
+        "png": png(draw_map(tile_map, place, overview, opacity=opacity, note=note)),
+        "overlay": overlay.getvalue(),
+    }
     if place.coords_level0 is not None and place.pitch_level0 is not None:
         files["geojson"] = f"{name}.geojson"
-        write_text_atomic(folder / files["geojson"], map_geojson(tile_map, place))
+        drawn["geojson"] = map_geojson(tile_map, place).encode()
     if tile_map.curve is not None:
         files["curve"] = f"{name}_curve.png"
-        write_bytes_atomic(folder / files["curve"], png(draw_curve(tile_map, place)))
+        drawn["curve"] = png(draw_curve(tile_map, place))
     facts = describe(tile_map, place, files, made_from=made_from, at_hand=overview is not None, note=note)
+    (folder / f"{name}.json").unlink(missing_ok=True)
+    publish(arrays, folder / files["npz"])
+    for role, content in drawn.items():
+        write_bytes_atomic(folder / files[role], content)
     write_json_atomic(folder / f"{name}.json", facts)
-    return [*files.values(), f"{name}.json"]
 
 
 def describe(
