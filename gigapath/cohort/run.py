@@ -417,6 +417,8 @@ def _may_pass(error: Exception, path: Path) -> bool:
     if isinstance(error, OSError):
         return not isinstance(error, for_good)
     try:
+        if not path.is_file():  # a pipe that nobody writes to would be waited for without end
+            return False
         with path.open("rb") as file:
             file.read(1)
     except OSError as found:
