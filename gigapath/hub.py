@@ -6,14 +6,10 @@ from elsewhere, whole or not at all. No torch in here.
 
 import contextlib
 import errno
-import hashlib
-import json
 import logging
-import os
 import re
 import sys
 import threading
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,12 +20,11 @@ import huggingface_hub
 import huggingface_hub.constants
 import huggingface_hub.utils
 
-from gigapath.files import atomic_file, hex_digest, output_error, sha256_of, write_json_atomic
-from gigapath.releases import DOWNLOADS, RELEASES, SLIDE_FILE, TILE_FILE, RemoteFile
+from gigapath.files import atomic_file, check_sha256, digest_of, output_error, remembered_sha256
+from gigapath.releases import DOWNLOADS, HUB_PREFIXES, RELEASES, SLIDE_FILE, TILE_FILE, RemoteFile
 
 logger = logging.getLogger(__name__)
 
-HUB_PREFIXES = ("hf_hub:", "hf-hub:")
 DEFAULT_FOLDER = Path("data")
 _TIMEOUT_SECONDS = 30.0
 _SILENT_SECONDS = 40.0
@@ -260,21 +255,6 @@ def ask_in_time(url: str, seconds: float) -> Exception | None:
     return outcome[0] if outcome else TimeoutError()
 
 
-def check_sha256(path: Path, recorded: str, name: str, *, strict: bool) -> None:
-    """Compare the file with the recorded sha256; another one raises ValueError, or warns where not `strict`."""
-    found = remembered_sha256(path)
-    if found == recorded:
-        logger.info("%s: sha256 is the recorded one", name)
-        return
-    message = (
-        f"{name}: expected the file with sha256 {recorded}, got {found}. "
-        f"It is damaged or not the release: remove {path} and fetch it again."
-    )
-    if strict:
-        raise ValueError(message)
-    warnings.warn(message, RuntimeWarning, stacklevel=3)
-
-
 def _pin(repo: str, filename: str) -> tuple[str | None, str | None]:
     """(revision, sha256) recorded for a file of the released repositories, else (None, None)."""
     for release in RELEASES.values():
@@ -367,49 +347,3 @@ def _of_status(status: int, who: str, host: str) -> OSError:
     if status >= 500:
         return ConnectionError(f"{who}: {host} is out of order ({status}). Run this again later.")
     return ConnectionError(f"{who}: {host} answered {status}. Check the address and the proxy.")
-
-
-def digest_of(path: Path, kind: str) -> str:
-    """The file's digest as `KIND:HEX`.
-
-    Args:
-        path: the file.
-        kind: "sha256", "md5", or "git" for the id that git gives the file's content as a blob.
-    """
-    if kind == "sha256":
-        return f"sha256:{sha256_of(path)}"
-    if kind == "git":
-        digest = hashlib.sha1(f"blob {path.stat().st_size}\0".encode(), usedforsecurity=False)
-        return f"git:{hex_digest(path, digest)}"
-    return f"md5:{hex_digest(path, hashlib.md5(usedforsecurity=False))}"
-
-
-def remembered_sha256(path: Path) -> str:
-    """The file's sha256 in hex, computed at most once while path, inode, size and time of change stay the same.
-
-    What was computed is remembered in one small file each under `HF_HOME/gigapath/sha256`; where that folder can't
-    be written, the digest is computed again the next time, which is slower and nothing else.
-    """
-    real = path.resolve()
-    before = _fingerprint(real)
-    name = hashlib.sha256(os.fsencode(real)).hexdigest()
-    memory = Path(huggingface_hub.constants.HF_HOME) / "gigapath" / "sha256" / f"{name}.json"
-    try:
-        known = json.loads(memory.read_text())
-    except (OSError, ValueError):
-        known = None
-    if isinstance(known, dict) and known.get("fingerprint") == before and isinstance(known.get("sha256"), str):
-        logger.debug("%s: the sha256 was computed before, and its size and time are unchanged", path.name)
-        return str(known["sha256"])
-    sha256 = sha256_of(real)
-    if _fingerprint(real) == before:
-        try:
-            write_json_atomic(memory, {"fingerprint": before, "sha256": sha256})
-        except OSError:
-            logger.info("%s: its sha256 can't be remembered under HF_HOME, so it is computed each time", path.name)
-    return sha256
-
-
-def _fingerprint(path: Path) -> list[int]:
-    stat = path.stat()
-    return [stat.st_ino, stat.st_size, stat.st_mtime_ns]

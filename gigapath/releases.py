@@ -63,6 +63,7 @@ class Download:
     note: str = ""
 
 
+HUB_PREFIXES = ("hf_hub:", "hf-hub:")  # of names of repositories
 TILE_FILE = "pytorch_model.bin"
 SLIDE_FILE = "slide_encoder.pth"
 

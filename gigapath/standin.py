@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from gigapath.hub import check_sha256
+from gigapath.files import check_sha256
 from gigapath.weights import load_state_dict
 
 ARCHITECTURE = "tf_efficientnet_lite0"  # its name in timm: TensorFlow's padding, which the weights were trained with

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from gigapath import standin
 from gigapath.devices import computing, resolve_device, resolve_precision
 from gigapath.file_names import plain_name
-from gigapath.hub import HUB_PREFIXES, hub_error, remembered_sha256
-from gigapath.releases import RELEASES, TILE_FILE, Release
+from gigapath.files import remembered_sha256
+from gigapath.releases import HUB_PREFIXES, RELEASES, TILE_FILE, Release
 from gigapath.tile_architectures import (
     create_model,
     gigapath_tile_enc_dinov2s,
@@ -236,6 +236,8 @@ def _timm_encoder(name: str, random_weights: bool) -> dict[str, Any]:
             raise ValueError(f"--tile-encoder: timm can't build {name!r} with its weights: {reason}") from error
         known = timm.get_pretrained_cfg(name, allow_unregistered=True)
         repo = (known.hf_hub_id if known else None) or name.partition(":")[2] or name
+        from gigapath.hub import hub_error
+
         raise hub_error(error, repo, "model.safetensors", Path(huggingface_hub.constants.HF_HUB_CACHE)) from error
     transform = _timm_transform(model)
     with torch.inference_mode():

@@ -13,8 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from gigapath.hub import HUB_PREFIXES, hub_file
-from gigapath.releases import RELEASES
+from gigapath.releases import HUB_PREFIXES, RELEASES
 
 # What a checkpoint of each released architecture looks like: shapes of a few entries, and one of the last layer's.
 _MARKS: dict[str, dict[str, dict[str, tuple[int, ...]]]] = {
@@ -71,6 +70,8 @@ def find_weights(
         ValueError: the file is not the recorded one, with `strict`.
     """
     if str(pretrained).startswith(HUB_PREFIXES):
+        from gigapath.hub import hub_file  # where it is on the hub
+
         return hub_file(str(pretrained), filename, local_dir=local_dir, cache_dir=cache_dir, strict=strict)
     path = Path(pretrained).expanduser()
     if path.is_dir():

@@ -13,8 +13,7 @@ from timm.models import register_model
 from weights_recipe import fill
 
 from gigapath import tile_architectures, tile_encoder, weights
-from gigapath.files import sha256_of
-from gigapath.hub import digest_of
+from gigapath.files import digest_of, sha256_of
 from gigapath.releases import DOWNLOADS, RELEASES, RemoteFile
 from gigapath.slide_encoder import LongNetViT
 from gigapath.tile_encoder import load_tile_encoder

@@ -16,8 +16,8 @@ import pytest
 
 from gigapath import hub
 from gigapath.cli.main import main
-from gigapath.files import OutputError
-from gigapath.hub import digest_of, download, hub_error, hub_file
+from gigapath.files import OutputError, digest_of
+from gigapath.hub import download, hub_error, hub_file
 from gigapath.releases import DOWNLOADS, RELEASES, Download, RemoteFile
 
 CONTENT = bytes(range(256)) * 5000  # 1.28 MB: several blocks

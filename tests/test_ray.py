@@ -160,7 +160,7 @@ def test_each_of_two_nodes_does_its_share_and_the_files_are_equal(
     check_equal(tmp_path, unbroken)
     facts = engine_facts(tmp_path)
     first, second = facts["machines"]
-    assert first["slides"] + second["slides"] == 43, "the broken one twice"
+    assert first["slides"] + second["slides"] == 42
     assert 0.35 <= first["tiles"] / (first["tiles"] + second["tiles"]) <= 0.65, facts
     said = capfd.readouterr()
     assert (said.out + said.err).count("\n") < 5, "Ray keeps quiet"
@@ -255,6 +255,9 @@ def deadly_job(run: CohortRun, found: None) -> tuple[Deadly, None]:
 
 def run_job(cluster: Any, out: Path, names: Sequence[str], make_job: Any = deadly_job) -> RunResult:
     entries = [SlideEntry(name, out / f"{name}.tif") for name in names]
+    out.mkdir(exist_ok=True)
+    for entry in entries:
+        entry.path.touch()
     run = CohortRun(out, "tile", entries, [out / "tiles"], {})
     with RayWorkers(run, address=cluster.address, cores=None, device="none") as workers:
         workers.start(make_job)
@@ -267,7 +270,7 @@ def test_a_slide_that_kills_its_workers_fails_with_that_reason_and_the_others_go
     result = run_job(cluster, tmp_path, ["a", "b", "c", "deadly", "d", "e", "f", "g"])
     assert result.counts["done"] == 7 and result.counts["failed"] == 1
     assert "its worker was lost" in next(row["error"] for row in result.rows if row["slide_id"] == "deadly")
-    assert engine_facts(tmp_path)["lost_workers"] in (3, 4), "in company perhaps, twice alone, once more in the end"
+    assert engine_facts(tmp_path)["lost_workers"] in (2, 3), "in company perhaps, twice alone"
 
 
 def test_a_full_disk_ends_the_run(cluster: Any, tmp_path: Path) -> None:

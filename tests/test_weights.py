@@ -14,7 +14,7 @@ from huggingface_hub.utils import GatedRepoError, LocalEntryNotFoundError
 from torch import nn
 from weights_recipe import filled
 
-from gigapath import hub, weights
+from gigapath import files, weights
 from gigapath.files import sha256_of
 from gigapath.releases import RELEASES
 from gigapath.weights import assign_weights, check_keys, find_weights, load_state_dict, tell_architecture
@@ -181,16 +181,16 @@ def test_sha256_is_computed_once_until_the_file_changes(
         counted.append(path)
         return sha256_of(path)
 
-    monkeypatch.setattr(hub, "sha256_of", counting)
-    first = hub.remembered_sha256(file)
-    assert hub.remembered_sha256(file) == first == sha256_of(file)
+    monkeypatch.setattr(files, "sha256_of", counting)
+    first = files.remembered_sha256(file)
+    assert files.remembered_sha256(file) == first == sha256_of(file)
     assert len(counted) == 1
     file.write_bytes(b"other bytes")
-    assert hub.remembered_sha256(file) == sha256_of(file) != first
+    assert files.remembered_sha256(file) == sha256_of(file) != first
     assert len(counted) == 2
     for memory in home.rglob("*.json"):  # a damaged memory is no memory
         memory.write_text("{")
-    assert hub.remembered_sha256(file) == sha256_of(file)
+    assert files.remembered_sha256(file) == sha256_of(file)
     assert len(counted) == 3
 
 
@@ -203,8 +203,8 @@ def test_sha256_is_computed_each_time_where_nothing_can_be_remembered(
     def refuse(*_: object) -> None:
         raise OSError(30, "Read-only file system")
 
-    monkeypatch.setattr(hub, "write_json_atomic", refuse)
-    assert hub.remembered_sha256(file) == hub.remembered_sha256(file) == sha256_of(file)
+    monkeypatch.setattr(files, "write_json_atomic", refuse)
+    assert files.remembered_sha256(file) == files.remembered_sha256(file) == sha256_of(file)
 
 
 @pytest.mark.parametrize("wrapped", [True, False])

@@ -9,7 +9,7 @@ from pathlib import Path
 from gigapath.cli.arguments import add_json, add_options, options_from
 from gigapath.cli.main import EXIT_FAILED_SLIDES
 from gigapath.cli.progress import Terminal
-from gigapath.cohort.progress import failure_lines, failures_by_kind
+from gigapath.cohort.status import failure_lines, failures_by_kind
 from gigapath.embedding.preflight import Survey, SurveyOptions, run_pilot, survey
 from gigapath.preprocessing.tiling import TileOptions
 from gigapath.releases import RELEASES

@@ -9,8 +9,8 @@ from typing import Any, TextIO
 from tqdm import tqdm
 
 from gigapath.cli.main import EXIT_FAILED_SLIDES, EXIT_STOPPED
-from gigapath.cohort.progress import failure_kind, failure_lines, failures_by_kind
 from gigapath.cohort.run import Plan, RunResult, Watcher
+from gigapath.cohort.status import failure_kind, failure_lines, failures_by_kind
 from gigapath.text import in_words, slides_in_words, tiles_in_words
 
 EXIT_STATUS = {"done": 0, "some slides failed": EXIT_FAILED_SLIDES, "stopped": EXIT_STOPPED}

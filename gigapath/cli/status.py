@@ -7,8 +7,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 from gigapath.cli.arguments import add_json
-from gigapath.cohort.progress import StageProgress, failure_lines, read_progress
-from gigapath.cohort.status import STATES
+from gigapath.cohort.progress import StageProgress, read_progress
+from gigapath.cohort.status import STATES, failure_lines
 from gigapath.text import in_words, slides_in_words
 
 

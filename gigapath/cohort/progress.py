@@ -3,22 +3,19 @@
 import csv
 import json
 import os
-import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from gigapath.cohort.status import FINISHED, SLIDES_CSV, STATES
-from gigapath.text import without_name
+from gigapath.cohort.status import FINISHED, SLIDES_CSV, STATES, failures_by_kind
 
 # Folders of stages, in the order of the work.
 _STAGE_FOLDERS = ("tiles", "features_", "slides_", "contextual_")
 # The rate is that of the results of so many seconds before the newest one.
 _WINDOW_SECONDS = 3600.0
 _READ_BYTES = 1 << 16
-_KINDS_SHOWN, _SLIDES_SHOWN = 20, 5
 
 
 @dataclass(frozen=True)
@@ -88,44 +85,6 @@ def left_out(folder: Path) -> int:
         return 0
     counts = next((stage.counts for stage in stages if stage.folder == folder.name), {})
     return sum(count for state, count in counts.items() if state not in FINISHED)
-
-
-def failures_by_kind(errors: Mapping[str, str]) -> dict[str, tuple[str, ...]]:
-    """Failed slides by what went wrong, the most frequent first.
-
-    Errors that differ in names and numbers alone are of one kind, for which the first slide's own sentence stands.
-
-    Args:
-        errors: slide -> its error.
-    """
-    kinds: dict[str, list[str]] = {}
-    for slide_id in sorted(errors):
-        kinds.setdefault(failure_kind(errors[slide_id], slide_id), []).append(slide_id)
-    said = {
-        without_name(errors[slides[0]].removeprefix(f"slide {slides[0]!r}: "), slides[0], "..."): tuple(slides)
-        for slides in kinds.values()
-    }
-    return dict(sorted(said.items(), key=lambda item: (-len(item[1]), item[0])))
-
-
-def failure_kind(error: str, slide_id: str) -> str:
-    """An error without the names and numbers in it."""
-    text = re.sub(r"'[^']*'", "...", without_name(error, slide_id, "..."))
-    return re.sub(r"(?<![\w.])\d[\d.,]*\d|(?<![\w.])\d", "N", text)
-
-
-def failure_lines(failures: Mapping[str, Sequence[str]], word: str = "failed") -> Iterator[str]:
-    """A line a kind of failure: how many slides, the sentence in full, and the first of them.
-
-    Args:
-        failures: as `failures_by_kind` gives it.
-        word: what became of the slides.
-    """
-    for kind, slides in list(failures.items())[:_KINDS_SHOWN]:
-        more = f" and {len(slides) - _SLIDES_SHOWN:,} more" if len(slides) > _SLIDES_SHOWN else ""
-        yield f"{len(slides):,} {word}: {kind} ({', '.join(slides[:_SLIDES_SHOWN])}{more})"
-    if len(failures) > _KINDS_SHOWN:
-        yield f"and {len(failures) - _KINDS_SHOWN} other kinds: see slides.csv"
 
 
 def _order(folder: Path) -> tuple[int, str]:

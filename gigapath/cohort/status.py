@@ -3,19 +3,21 @@
 import dataclasses
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from gigapath.files import write_json_atomic, write_text_atomic
 from gigapath.tables import csv_text
+from gigapath.text import without_name
 
 STATES = ("done", "no_tissue", "failed", "stopped", "todo")
 FINISHED = ("done", "no_tissue")
 SLIDES_CSV = "slides.csv"
 _FIRST_COLUMNS = ("slide_id", "status", "tiles", "seconds", "tiles/s", "error")
 _DERIVED_AT_MOST = 3
+_KINDS_SHOWN, _SLIDES_SHOWN = 20, 5
 _MOST_BYTES = 1 << 22
 # Columns of slides.csv that are not the manifest's: of these names, those of the manifest get a prefix.
 _OURS = re.compile(
@@ -200,3 +202,41 @@ def slide_row(slide_id: str, stages: Sequence[Status | None]) -> dict[str, Any]:
         row.update(status.facts)
     row["warnings"] = " ".join(dict.fromkeys(warning for status in seen for warning in status.warnings))
     return row
+
+
+def failures_by_kind(errors: Mapping[str, str]) -> dict[str, tuple[str, ...]]:
+    """Failed slides by what went wrong, the most frequent first.
+
+    Errors that differ in names and numbers alone are of one kind, for which the first slide's own sentence stands.
+
+    Args:
+        errors: slide -> its error.
+    """
+    kinds: dict[str, list[str]] = {}
+    for slide_id in sorted(errors):
+        kinds.setdefault(failure_kind(errors[slide_id], slide_id), []).append(slide_id)
+    said = {
+        without_name(errors[slides[0]].removeprefix(f"slide {slides[0]!r}: "), slides[0], "..."): tuple(slides)
+        for slides in kinds.values()
+    }
+    return dict(sorted(said.items(), key=lambda item: (-len(item[1]), item[0])))
+
+
+def failure_kind(error: str, slide_id: str) -> str:
+    """An error without the names and numbers in it."""
+    text = re.sub(r"'[^']*'", "...", without_name(error, slide_id, "..."))
+    return re.sub(r"(?<![\w.])\d[\d.,]*\d|(?<![\w.])\d", "N", text)
+
+
+def failure_lines(failures: Mapping[str, Sequence[str]], word: str = "failed") -> Iterator[str]:
+    """A line a kind of failure: how many slides, the sentence in full, and the first of them.
+
+    Args:
+        failures: as `failures_by_kind` gives it.
+        word: what became of the slides.
+    """
+    for kind, slides in list(failures.items())[:_KINDS_SHOWN]:
+        more = f" and {len(slides) - _SLIDES_SHOWN:,} more" if len(slides) > _SLIDES_SHOWN else ""
+        yield f"{len(slides):,} {word}: {kind} ({', '.join(slides[:_SLIDES_SHOWN])}{more})"
+    if len(failures) > _KINDS_SHOWN:
+        yield f"and {len(failures) - _KINDS_SHOWN} other kinds: see slides.csv"

@@ -17,9 +17,8 @@ from gigapath.devices import resolve_device
 from gigapath.doctor.options import VerifyOptions
 from gigapath.doctor.verify_slide_encoder import Reference, check_slide_encoder, read_reference
 from gigapath.doctor.verify_tile_encoder import HAS_DEMO, check_demo_tile, check_panda, find_pairs
-from gigapath.files import write_json_atomic
+from gigapath.files import remembered_sha256, write_json_atomic
 from gigapath.findings import OK, SKIPPED, WRONG, Finding
-from gigapath.hub import remembered_sha256
 from gigapath.options import to_dict
 from gigapath.releases import RELEASES, SLIDE_FILE, TILE_FILE, Release
 from gigapath.slide_encoder import create_model

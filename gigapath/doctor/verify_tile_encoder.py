@@ -19,8 +19,8 @@ from PIL import Image
 
 from gigapath.embedding.forward import encode_padded
 from gigapath.features import Tiles, read_features
+from gigapath.files import digest_of
 from gigapath.findings import OK, SKIPPED, Finding
-from gigapath.hub import digest_of
 from gigapath.preprocessing.slide import Slide, SlideError, open_slide
 from gigapath.preprocessing.tiling import TileOptions, plan_tiles
 from gigapath.releases import DOWNLOADS, release_of

@@ -19,7 +19,7 @@ from gigapath.devices import AUTOCAST_TYPES, computing, is_out_of_memory, resolv
 from gigapath.embedding.forward import EncoderError, first_line
 from gigapath.features import TileEmbeddings, parse_embedding
 from gigapath.file_names import plain_name
-from gigapath.hub import remembered_sha256
+from gigapath.files import remembered_sha256
 from gigapath.longnet.attention import choose_kernel
 from gigapath.longnet.steps import between_steps
 from gigapath.releases import RELEASES, release_of

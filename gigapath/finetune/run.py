@@ -40,9 +40,9 @@ from gigapath.finetune.options import ModelOptions, TrainingOptions
 from gigapath.finetune.plan import Plan, make_plan
 from gigapath.finetune.processes import Processes, join_processes, training_precision
 from gigapath.finetune.training import Trainer
-from gigapath.hub import HUB_PREFIXES
 from gigapath.machine import available_cores
 from gigapath.options import to_dict
+from gigapath.releases import HUB_PREFIXES
 from gigapath.slide_encoder import WEIGHTS_FILE
 from gigapath.weights import find_weights
 

@@ -13,9 +13,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from gigapath.cohort.progress import failures_by_kind
 from gigapath.cohort.record import RUNS
-from gigapath.cohort.status import Status, read_statuses
+from gigapath.cohort.status import Status, failures_by_kind, read_statuses
 from gigapath.features.h5 import open_h5, read_attrs
 from gigapath.preprocessing.reading import filter_name
 from gigapath.releases import RELEASES
