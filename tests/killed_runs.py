@@ -34,7 +34,7 @@ import gigapath.features.h5
 import gigapath.files
 import gigapath.tile_encoder
 from gigapath.cli.main import main
-from gigapath.cohort.run import Watcher
+from gigapath.cohort.run import Progress
 
 TESTS = Path(__file__).parent
 DIED = 99
@@ -232,7 +232,7 @@ def time_unbroken(ctx: ForkServerContext, slides: Path, out: Path) -> float:
     return time.monotonic() - started
 
 
-class _Handles(Watcher):
+class _Handles(Progress):
     """Writes down memory (MB) and open files once every so many slides."""
 
     def __init__(self, every: int, aloud: bool) -> None:

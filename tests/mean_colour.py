@@ -18,7 +18,7 @@ import numpy.typing as npt
 import gigapath.embedding.tiling
 from gigapath.cohort.manifest import SlideEntry, find_slides
 from gigapath.cohort.reuse import digest
-from gigapath.cohort.run import CohortRun, Plan, RunResult, Watcher
+from gigapath.cohort.run import CohortRun, Plan, Progress, RunResult
 from gigapath.cohort.shards import largest_first
 from gigapath.cohort.stage import Outcome, Stage
 from gigapath.cohort.status import Status
@@ -62,11 +62,11 @@ def plain() -> contextlib.ExitStack:
     return stack
 
 
-def run_mean_colours(slides: Path, out: Path, options: RunOptions, watch: Watcher | None = None) -> RunResult:
+def run_mean_colours(slides: Path, out: Path, options: RunOptions, watch: Progress | None = None) -> RunResult:
     """Tiles, tile embeddings and slide embeddings of a folder of slides, by `options.engine`."""
     entries = find_slides([slides], exclude=out)
     stages = [out / "tiles", out / f"features_{NAME}", out / f"slides_mean__{NAME}"]
-    run = CohortRun(out, "embed", entries, stages, {}, watch=watch or Watcher())
+    run = CohortRun(out, "embed", entries, stages, {}, watch=watch or Progress())
     job = MeanColourJob(run)
     todo = [entry for entry in entries if not job.is_done(entry)]
 

@@ -14,7 +14,7 @@ from made_slides import paint_tissue, write_pyramid
 from gigapath.cli.main import main
 from gigapath.cohort.manifest import SlideEntry
 from gigapath.cohort.privacy import record_run, recorded_paths
-from gigapath.cohort.run import CohortRun, RunResult, Watcher
+from gigapath.cohort.run import CohortRun, Progress, RunResult
 from gigapath.cohort.shards import cut_by_weight, take_shard, weigh
 from gigapath.cohort.stage import Outcome
 from gigapath.cohort.status import Status, read_status, slide_row, write_slides_csv, write_status
@@ -45,7 +45,7 @@ def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("gigapath.cohort.sheet.contact_sheet", lambda *_, **__: None)
 
 
-def tile(slides: Path, out: Path, *, watch: Watcher | None = None, **run: Any) -> RunResult:
+def tile(slides: Path, out: Path, *, watch: Progress | None = None, **run: Any) -> RunResult:
     return run_tile([slides], out, tiling=TILING, options=RunOptions(workers=0, **run), watch=watch)
 
 
@@ -71,7 +71,7 @@ class Failing:
         return self._real(slide, options, **given)
 
 
-class Retries(Watcher):
+class Retries(Progress):
     def __init__(self) -> None:
         self.counts: list[int] = []
 

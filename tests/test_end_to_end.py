@@ -196,7 +196,7 @@ import gigapath.embedding.features_stage as embed_job
 import gigapath.embedding.run as embedding
 import gigapath.embedding.stream as vectors
 from gigapath.embedding.options import EmbedOptions, RunOptions
-from gigapath.cohort.run import Watcher
+from gigapath.cohort.run import Progress
 from gigapath.tile_encoder import TileEncoder
 cv2.setNumThreads(1)
 embedding.available_cores = embed_job.available_cores = lambda: 1  # of those that OpenMP was told of
@@ -214,7 +214,7 @@ def native_threads():
 def resident():
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096 / 1e6
 
-class Memory(Watcher):
+class Memory(Progress):
     seen = []
     threads = native_threads()
     def tiles(self, count):

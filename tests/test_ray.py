@@ -24,7 +24,7 @@ from mean_colour import run_mean_colours
 
 from gigapath.cohort.manifest import SlideEntry
 from gigapath.cohort.ray import RayWorkers
-from gigapath.cohort.run import CohortRun, Plan, RunResult, Watcher
+from gigapath.cohort.run import CohortRun, Plan, Progress, RunResult
 from gigapath.cohort.stage import Outcome
 from gigapath.cohort.status import Status
 from gigapath.embedding.options import EmbedOptions, RunOptions
@@ -112,12 +112,12 @@ def unbroken(slides: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def over_ray(cluster: Any, slides: Path, out: Path, watch: Watcher | None = None) -> RunResult:
+def over_ray(cluster: Any, slides: Path, out: Path, watch: Progress | None = None) -> RunResult:
     options = RunOptions(engine="ray", ray_address=cluster.address)
     return run_tile([slides], out, tiling=TILING, options=options, watch=watch)
 
 
-def colours_over_ray(cluster: Any, slides: Path, out: Path, watch: Watcher) -> RunResult:
+def colours_over_ray(cluster: Any, slides: Path, out: Path, watch: Progress) -> RunResult:
     """Tiles, tile embeddings and slide embeddings, by workers that start within a second: none imports torch."""
     result = run_mean_colours(slides, out, RunOptions(engine="ray", ray_address=cluster.address), watch)
     assert (result.counts["done"], result.counts["no_tissue"], result.counts["failed"]) == (36, 4, 1)
@@ -169,7 +169,7 @@ def test_each_of_two_nodes_does_its_share_and_the_files_are_equal(
 # ------------------------------------------------------------------------------------- what is lost on the way
 
 
-class Striking(Watcher):
+class Striking(Progress):
     """Strikes once so many slides are through."""
 
     def __init__(self, after: int, strike: Any) -> None:

@@ -22,7 +22,7 @@ from tiny_encoders import WIDTH, tiny_slide_encoder, tiny_tile_encoder
 import gigapath
 from gigapath.cli.main import main
 from gigapath.cohort.manifest import SlideEntry
-from gigapath.cohort.run import Plan, RunResult, Watcher
+from gigapath.cohort.run import Plan, Progress, RunResult
 from gigapath.cohort.status import Status, write_status
 from gigapath.embedding.forward import EncoderError
 from gigapath.embedding.options import EmbedOptions, RunOptions, SlideEmbedOptions
@@ -40,7 +40,7 @@ TILE = 64  # small tiles: many of them on small slides
 TILING = TileOptions(tile_size=TILE)
 
 
-class Notes(Watcher):
+class Notes(Progress):
     """Writes down what a run says."""
 
     def __init__(self) -> None:
@@ -99,7 +99,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> dic
 
 
 def embed(
-    slides: Any, out: Path, *, watch: Watcher | None = None, tiling: TileOptions = TILING, **given: Any
+    slides: Any, out: Path, *, watch: Progress | None = None, tiling: TileOptions = TILING, **given: Any
 ) -> RunResult:
     run = {name: given.pop(name) for name in ("workers", "overwrite", "allow_mixed", "hash") if name in given}
     given = {"tile_encoder": "tiny", "slide_encoder": "tinynet", "batch_size": 16, "device": "cpu", **given}
@@ -585,7 +585,7 @@ def batch_by_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("gigapath.embedding.stream._BLOCK", 1)
 
 
-class StopAfter(Watcher):
+class StopAfter(Progress):
     """Sends this process a signal once so many batches are embedded."""
 
     def __init__(self, batches: int, name: str = "SIGTERM") -> None:

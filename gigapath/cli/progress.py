@@ -9,7 +9,7 @@ from typing import Any, TextIO
 from tqdm import tqdm
 
 from gigapath.cli.main import EXIT_FAILED_SLIDES, EXIT_STOPPED
-from gigapath.cohort.run import Plan, RunResult, Watcher
+from gigapath.cohort.run import Plan, Progress, RunResult
 from gigapath.cohort.status import failure_kind, failure_lines, failures_by_kind
 from gigapath.text import in_words, slides_in_words, tiles_in_words
 
@@ -19,7 +19,7 @@ _SHOWN_SHARE = 0.05
 _QUIET_SECONDS = 10.0  # a log without a bar hears of a slide's layers after so long a silence
 
 
-class Terminal(Watcher):
+class Terminal(Progress):
     """Draws a bar where somebody watches; elsewhere writes a line a slide, without carriage returns.
 
     Use it as a context manager: no bar is left.

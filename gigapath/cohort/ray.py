@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from gigapath.cohort.manifest import SlideEntry
-from gigapath.cohort.run import CohortRun, Plan, SlideResults, Watcher
+from gigapath.cohort.run import CohortRun, Plan, Progress, SlideResults
 from gigapath.cohort.status import Status
 from gigapath.files import check_writable, remove_abandoned, writer_name
 from gigapath.machine import available_cores
@@ -63,7 +63,7 @@ class SlideJob(Protocol):
 MakeJob = Callable[[CohortRun, Any], tuple[SlideJob, Any]]
 
 
-class _CountedTiles(Watcher):
+class _CountedTiles(Progress):
     def __init__(self) -> None:
         self.count = 0
 

@@ -46,7 +46,7 @@ class Plan:
     facts: Mapping[str, Any] = field(default_factory=dict)
 
 
-class Watcher:
+class Progress:
     """Receives a run's news; this one keeps quiet. Methods are called from the run's own thread."""
 
     def plan(self, plan: Plan) -> None:
@@ -137,7 +137,7 @@ class CohortRun:
     stages: Sequence[Path]
     options: Mapping[str, Any]
     command: Sequence[str] = ()
-    watch: Watcher = field(default_factory=Watcher)
+    watch: Progress = field(default_factory=Progress)
     stop: StopFlag = field(default_factory=StopFlag)
     facts: dict[str, Any] = field(default_factory=dict)
     keep_paths: bool = True

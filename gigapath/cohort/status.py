@@ -31,7 +31,7 @@ _STAGE_TITLES = {"tiles": "tile", "features": "embed", "slides": "slide_embed"}
 
 @dataclass(frozen=True)
 class Status:
-    """What became of one slide in one stage.
+    """How a stage ended for one slide.
 
     Attributes:
         slide_id: the slide.
@@ -233,7 +233,7 @@ def failure_lines(failures: Mapping[str, Sequence[str]], word: str = "failed") -
 
     Args:
         failures: as `failures_by_kind` gives it.
-        word: what became of the slides.
+        word: how they ended.
     """
     for kind, slides in list(failures.items())[:_KINDS_SHOWN]:
         more = f" and {len(slides) - _SLIDES_SHOWN:,} more" if len(slides) > _SLIDES_SHOWN else ""

@@ -227,8 +227,8 @@ def probe_devices(
     differing = [each.device for each, found in zip(distinct, vectors, strict=True) if not _equal(found, vectors[0])]
     if differing:
         raise ValueError(
-            f"--devices: expected devices that give equal numbers, got others of {', '.join(map(str, differing))} than "
-            f"of {distinct[0].device}. Give each kind of device a run and a folder of its own."
+            f"--devices: expected the same numbers of all, got others of {', '.join(map(str, differing))} than of "
+            f"{distinct[0].device}. Give each kind of device a run and a folder of its own."
         )
     batch = made_batch(distinct[0], batch_size)
     across = several

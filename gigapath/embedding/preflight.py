@@ -17,7 +17,7 @@ from typing import Any
 
 from gigapath.cohort.manifest import SlideEntry, find_slides, id_problems
 from gigapath.cohort.privacy import without_paths
-from gigapath.cohort.run import RunResult, Watcher
+from gigapath.cohort.run import Progress, RunResult
 from gigapath.cohort.status import FINISHED
 from gigapath.embedding.options import RunOptions
 from gigapath.embedding.slides import TISSUE_SHARE, open_entry
@@ -320,7 +320,7 @@ def run_pilot(
     count: int,
     tiling: TileOptions,
     *,
-    watch: Watcher | None = None,
+    watch: Progress | None = None,
     command: Sequence[str] = (),
 ) -> tuple[Survey, RunResult]:
     """Tile `count` slides up to their previews, spread over vendors, scales and sites; the survey counts by them then.
@@ -348,7 +348,7 @@ def run_pilot(
         raise ValueError("--pilot: expected slides that can be opened, got none.")
     strata = [f"{h.vendor}|{h.mpp or 0:.2f}|{entry.columns.get('site', '')}" for entry, h in pairs]
     chosen = [pairs[index] for index in stratified(strata, count)]
-    result = tile_cohort([entry for entry, _ in chosen], out, tiling, RunOptions(), watch or Watcher(), command)
+    result = tile_cohort([entry for entry, _ in chosen], out, tiling, RunOptions(), watch or Progress(), command)
     made = {row["slide_id"]: row for row in result.rows if row["status"] in FINISHED}
     tiles = sum(made[header.slide_id]["tiles"] for _, header in chosen if header.slide_id in made)
     places = sum(header.places for _, header in chosen if header.slide_id in made)

@@ -9,7 +9,7 @@ from typing import Any
 from gigapath.cohort.manifest import SlideEntry, find_slides
 from gigapath.cohort.privacy import recorded_paths
 from gigapath.cohort.reuse import StageOptions, differences
-from gigapath.cohort.run import CohortRun, Plan, RunResult, Watcher
+from gigapath.cohort.run import CohortRun, Plan, Progress, RunResult
 from gigapath.cohort.status import read_statuses
 from gigapath.devices import at_most_threads, device_identity, resolve_devices
 from gigapath.embedding.features_stage import EmbedJob, FeatureStage
@@ -47,7 +47,7 @@ def run_embed(
     tiling: TileOptions | None = None,
     embedding: EmbedOptions | None = None,
     options: RunOptions | None = None,
-    watch: Watcher | None = None,
+    watch: Progress | None = None,
     command: Sequence[str] = (),
 ) -> RunResult:
     """Embed slides: tiles where they are missing, `features_*/<id>.h5`, `slides_*/<id>.h5`, slides.csv.
@@ -55,7 +55,7 @@ def run_embed(
     Args:
         slides: slide files, folders of them, manifests; may be empty where `embedding.tiles` names a folder whose run
             recorded where its slides lie.
-        out: the output folder; what is done there with equal numbers is skipped, stage by stage.
+        out: the output folder; what is done there with the same settings is skipped, stage by stage.
         tiling: how slides are cut.
         embedding: which encoders.
         options: how the run goes about it.
@@ -69,7 +69,7 @@ def run_embed(
         OutputError: the output folder can't be written, or is full.
     """
     out, tiling = Path(out), tiling or TileOptions()
-    embedding, options, watch = embedding or EmbedOptions(), options or RunOptions(), watch or Watcher()
+    embedding, options, watch = embedding or EmbedOptions(), options or RunOptions(), watch or Progress()
     with StopFlag(watch.stopping) as stop, at_most_threads(available_cores()):
         cohort = _entries(slides, out, embedding.tiles, tiling, options)
         check_names(cohort, out)
@@ -307,7 +307,7 @@ def _plan(job: EmbedJob, todo: Sequence[SlideEntry]) -> Plan:
         features.probe = probe_devices(features.encoders, features.batch_size, several=len(todo) > 1)
         job.run.facts["batches"] = ", ".join(features.probe.ways)
     skipped = len(entries) - len(todo)
-    lines = [f"{slides_in_words(len(entries))}: {len(todo)} to do, {skipped} done before in equal numbers and skipped."]
+    lines = [f"{slides_in_words(len(entries))}: {len(todo)} to do, {skipped} done before with these settings, skipped."]
     lines[:0] = share_in_words(entries, job.run.cohort, features.options)
     lines.append(
         f"tile encoder: {encoder.description}; {_device_name(features.encoders)}, {encoder.precision}, "

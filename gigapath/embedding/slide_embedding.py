@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from gigapath.cohort.manifest import SlideEntry
-from gigapath.cohort.run import CohortRun, Plan, RunResult, Watcher
+from gigapath.cohort.run import CohortRun, Plan, Progress, RunResult
 from gigapath.cohort.status import read_status
 from gigapath.devices import at_most_threads
 from gigapath.embedding.options import KeepOptions, SlideEmbedOptions
@@ -29,7 +29,7 @@ def run_slide_embed(
     *,
     embedding: SlideEmbedOptions | None = None,
     options: KeepOptions | None = None,
-    watch: Watcher | None = None,
+    watch: Progress | None = None,
     command: Sequence[str] = (),
 ) -> RunResult:
     """Embed slides from their tile embeddings: `slides_*/<id>.h5`, slides.csv; with `per="section"` one file a piece of
@@ -48,7 +48,7 @@ def run_slide_embed(
         FileNotFoundError, PermissionError, ConnectionError: an input or the weights are not to be had.
         OutputError: the output folder can't be written, or is full.
     """
-    embedding, options, watch = embedding or SlideEmbedOptions(), options or KeepOptions(), watch or Watcher()
+    embedding, options, watch = embedding or SlideEmbedOptions(), options or KeepOptions(), watch or Progress()
     with StopFlag(watch.stopping) as stop, at_most_threads(available_cores()):
         entries = entries_of(features)
         out = _output_folder(entries, out)
@@ -91,7 +91,7 @@ def run_slide_embed(
         run.facts["slide_encoder"] = slide_encoder.facts
         skipped = len(entries) - len(todo)
         lines = (
-            f"{slides_in_words(len(entries))}: {len(todo)} to do, {skipped} done before in equal numbers and skipped.",
+            f"{slides_in_words(len(entries))}: {len(todo)} to do, {skipped} done before with these settings, skipped.",
             f"slide encoder: {slide_encoder.description}; {slide_encoder.device.type}, {slide_encoder.precision}.",
             f"tile embeddings of {encoder_name or 'an encoder that the files do not name'}, {width}-d; into {folder}.",
         )

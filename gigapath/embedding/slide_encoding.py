@@ -27,7 +27,7 @@ from gigapath.slide_encoder import WEIGHTS_FILE, LongNetViT, create_model
 from gigapath.weights import find_weights, load_state_dict, tell_architecture
 
 # Gets the number of layers that are through, and of all.
-Progress = Callable[[int, int], None]
+AfterLayer = Callable[[int, int], None]
 
 _RANDOM_SEED = 0
 # Rows summed at once for the mean of a slide's tiles: the sum must not depend on how they were batched.
@@ -110,7 +110,7 @@ class SlideEncoder:
         tiles: TileEmbeddings,
         *,
         check: Callable[[], None] = lambda: None,
-        progress: Progress = lambda done, layers: None,
+        progress: AfterLayer = lambda done, layers: None,
     ) -> dict[str, npt.NDArray[np.float32]]:
         """The embeddings of a slide by name, from its tile embeddings as stored, N at least 1, in row-major order.
 
@@ -140,7 +140,7 @@ class SlideEncoder:
         name: str = "default:tiles",
         *,
         check: Callable[[], None] = lambda: None,
-        progress: Progress = lambda done, layers: None,
+        progress: AfterLayer = lambda done, layers: None,
     ) -> npt.NDArray[np.float32]:
         """One vector a tile, which knows the tiles around it: the tokens that the mean is taken of, before `norm`.
 
@@ -208,7 +208,7 @@ class SlideEncoder:
         features: Tensor,
         coords: Tensor,
         check: Callable[[], None],
-        progress: Progress,
+        progress: AfterLayer,
         keep_tokens: Callable[[int, Tensor], None] = lambda state, tokens: None,
     ) -> dict[str, npt.NDArray[np.float32]]:
         def see_tokens(state: int, tokens: Tensor) -> None:

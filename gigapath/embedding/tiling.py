@@ -14,7 +14,7 @@ import numpy as np
 
 from gigapath.cohort.manifest import SlideEntry, find_slides
 from gigapath.cohort.reuse import StageOptions, digest
-from gigapath.cohort.run import CohortRun, Plan, RunResult, Watcher
+from gigapath.cohort.run import CohortRun, Plan, Progress, RunResult
 from gigapath.cohort.sheet import draw_contact_sheet
 from gigapath.cohort.stage import Outcome, Stage
 from gigapath.cohort.status import Status, changed, derive, read_status
@@ -50,14 +50,14 @@ def run_tile(
     *,
     tiling: TileOptions | None = None,
     options: RunOptions | None = None,
-    watch: Watcher | None = None,
+    watch: Progress | None = None,
     command: Sequence[str] = (),
 ) -> RunResult:
     """Tile slides: `tiles/<id>.h5`, a preview per slide, a contact sheet, slides.csv.
 
     Args:
         slides: slide files, folders of them, manifests.
-        out: the output folder; what is done there with equal numbers is skipped.
+        out: the output folder; what is done there with the same settings is skipped.
         tiling: how slides are cut.
         options: how the run goes about it.
         watch: receives the news.
@@ -68,7 +68,7 @@ def run_tile(
         FileNotFoundError: an input or the mask doesn't exist.
         OutputError: the output folder can't be written.
     """
-    out, tiling, options, watch = Path(out), tiling or TileOptions(), options or RunOptions(), watch or Watcher()
+    out, tiling, options, watch = Path(out), tiling or TileOptions(), options or RunOptions(), watch or Progress()
     cohort = named(find_slides(slides, exclude=out), tiling, options)
     return tile_cohort(cohort, out, tiling, options, watch, command)
 
@@ -78,7 +78,7 @@ def tile_cohort(
     out: Path,
     tiling: TileOptions,
     options: RunOptions,
-    watch: Watcher,
+    watch: Progress,
     command: Sequence[str] = (),
 ) -> RunResult:
     """`run_tile` for slides that are found already."""
@@ -315,7 +315,7 @@ def _plan(
     """What a tiling run is going to do."""
     skipped = len(entries) - len(todo)
     lines = [
-        f"{slides_in_words(len(entries))}: {len(todo)} to tile, {skipped} done before in equal numbers and skipped.",
+        f"{slides_in_words(len(entries))}: {len(todo)} to tile, {skipped} done before with these settings, skipped.",
         f"tiles of {tiling.tile_size} px at {tiling.mpp:g} microns a pixel, tissue by {_rule(tiling)}, "
         f"at least {tiling.min_tissue:g} of a tile.",
     ]
