@@ -13,7 +13,7 @@ import openslide
 import pytest
 import tifffile
 from made_slides import all_tiles, paint_tissue, write_pyramid, write_scn
-from test_reading import reader_threads
+from test_preprocessing_reading import reader_threads
 
 from gigapath.features import Tiles
 from gigapath.preprocessing import fast
