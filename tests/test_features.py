@@ -613,6 +613,23 @@ def test_exported_tables_hold_the_same_vectors(suffix: str, run: Path, tmp_path:
     assert names(to.parent) == [to.name]
 
 
+@pytest.mark.parametrize("suffix", [".csv", ".npz", ".parquet"])
+def test_exported_table_of_another_embedding_is_not_written_over_unasked(
+    suffix: str, run: Path, tmp_path: Path
+) -> None:
+    if suffix == ".parquet":
+        pytest.importorskip("pandas")
+    to = tmp_path / f"table{suffix}"
+    export_table(run, to)
+    before = to.read_bytes()
+    with pytest.raises(ValueError, match=r"--embedding default:mean -> tile-mean.*--overwrite"):
+        export_table(run, to, embedding="tile-mean")
+    assert to.read_bytes() == before
+    export_table(run, to)
+    export_table(run, to, embedding="tile-mean", overwrite=True)
+    assert to.read_bytes() != before
+
+
 def test_export_says_what_parquet_needs(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(ImportError, match=r"needs pandas and pyarrow.*gigapath\[train\]"):

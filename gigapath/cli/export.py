@@ -20,12 +20,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--to", required=True, metavar="FILE", help="where the table goes: .parquet, .csv or .npz")
     parser.add_argument("--allow-mixed", action="store_true", help="take slides of different numerics together")
+    parser.add_argument("--overwrite", action="store_true", help="write over a table of another embedding")
 
 
 def run(namespace: argparse.Namespace) -> int:
     """Write the table and say what is in it."""
     slides, width = export_table(
-        namespace.folder, namespace.to, embedding=namespace.embedding, allow_mixed=namespace.allow_mixed
+        namespace.folder,
+        namespace.to,
+        embedding=namespace.embedding,
+        allow_mixed=namespace.allow_mixed,
+        overwrite=namespace.overwrite,
     )
     print(f"{slides_in_words(slides)}, {width} values each ({namespace.embedding}), written to {namespace.to}.")
     if missing := left_out(find_slide_folder(namespace.folder).resolve()):

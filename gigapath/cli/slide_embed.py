@@ -46,5 +46,11 @@ def run(namespace: argparse.Namespace) -> int:
             command=namespace.words,
         )
     if namespace.to and result.results is not None and result.counts["done"]:
-        export_table(result.results, namespace.to, embedding=embedding.embedding, allow_mixed=options.allow_mixed)
+        export_table(
+            result.results,
+            namespace.to,
+            embedding=embedding.embedding,
+            allow_mixed=options.allow_mixed,
+            overwrite=options.overwrites("slides"),
+        )
     return watch.report(result)

@@ -1,5 +1,6 @@
 """Slide vectors of a whole run: one matrix, one table."""
 
+import contextlib
 import csv
 import io
 import json
@@ -87,7 +88,12 @@ def read_slides(
 
 
 def export_table(
-    folder: Path | str, to: Path | str, *, embedding: str = "default", allow_mixed: bool = False
+    folder: Path | str,
+    to: Path | str,
+    *,
+    embedding: str = "default",
+    allow_mixed: bool = False,
+    overwrite: bool = False,
 ) -> tuple[int, int]:
     """Write one embedding of every slide as one table, whole or not at all.
 
@@ -99,18 +105,26 @@ def export_table(
         to: a file ending in .parquet, .csv or .npz.
         embedding: as for `read_slides`.
         allow_mixed: as for `read_slides`.
+        overwrite: put the table in place of one of another embedding.
 
     Returns:
         slides, width.
 
     Raises:
+        ValueError: beside those of `read_slides`, the file holds another embedding.
         ImportError: parquet without pandas and pyarrow.
     """
     to = Path(to)
     if to.suffix not in TABLE_FORMATS:
         raise ValueError(f"--to: expected a file ending in {', '.join(TABLE_FORMATS)}, got {to.name!r}.")
-    ids, vectors, slides = _gather(folder, embedding, allow_mixed=allow_mixed)
     name = str(parse_embedding(embedding))
+    before = None if overwrite else _embedding_of(to)
+    if before is not None and before != name:
+        raise ValueError(
+            f"{to.name}: expected the embedding that the table holds, got another: --embedding {before} -> {name}. "
+            "Write it to another file, or put it in place of that one with --overwrite."
+        )
+    ids, vectors, slides = _gather(folder, embedding, allow_mixed=allow_mixed)
     trained = ["" if (value := attrs.get("trained")) is None else bool(value) for attrs in slides]
     if to.suffix == ".csv":
         _write_csv(to, ids, vectors, name, trained)
@@ -122,6 +136,21 @@ def export_table(
     else:
         _write_parquet(to, ids, vectors, name, trained)
     return vectors.shape[0], vectors.shape[1]
+
+
+def _embedding_of(table: Path) -> str | None:
+    """The name of the embedding that an exported table holds; None where there is none, or something else."""
+    with contextlib.suppress(Exception):  # whatever another file of that name raises
+        if table.suffix == ".csv":
+            with table.open(newline="", encoding="utf-8") as file:
+                return next(csv.DictReader(file))["embedding"]
+        if table.suffix == ".npz":
+            with np.load(table, allow_pickle=False) as held:
+                return str(json.loads(str(held["attrs"]))["embedding"])
+        import pandas
+
+        return str(pandas.read_parquet(table, columns=["embedding"])["embedding"].iloc[0])
+    return None
 
 
 def _gather(folder: Path | str, embedding: str, *, allow_mixed: bool) -> tuple[list[str], Array, list[Attrs]]:
