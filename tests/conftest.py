@@ -1,6 +1,10 @@
-"""Fixtures that every test can ask for."""
+"""Fixtures that every test can ask for, and what many read of a run."""
 
+import csv
+import json
 import os
+import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -24,3 +28,41 @@ def shared() -> Path:
     if not (folder / "data").is_dir():
         pytest.skip("real slides are not beside this checkout")
     return folder
+
+
+def table(out: Path) -> dict[str, dict[str, str]]:
+    """slide id -> its row of a run's slides.csv."""
+    with (out / "slides.csv").open(newline="", encoding="utf-8") as file:
+        return {row["slide_id"]: row for row in csv.DictReader(file)}
+
+
+@pytest.fixture
+def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiling draws no previews and no contact sheet."""
+    monkeypatch.setattr("gigapath.embedding.tiling.preview_picture", lambda _, overview: overview)
+    monkeypatch.setattr("gigapath.embedding.tiling.write_preview", lambda *_, **__: None)
+    monkeypatch.setattr("gigapath.cohort.sheet.contact_sheet", lambda *_, **__: None)
+
+
+@pytest.fixture
+def summary_writer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """TensorBoard's writer, which writes its (name, value, step) as JSON into a file that names the machine."""
+
+    class Writer:
+        def __init__(self, folder: str) -> None:
+            self.lines: list[tuple[str, float, int]] = []
+            self.path = Path(folder) / "events.out.tfevents.1700000000.the-machine.42.0"
+
+        def __enter__(self) -> "Writer":
+            return self
+
+        def add_scalar(self, name: str, value: float, step: int) -> None:
+            self.lines.append((name, value, step))
+
+        def __exit__(self, *error: object) -> None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.path.write_text(json.dumps(self.lines))
+
+    fake = types.ModuleType("torch.utils.tensorboard")
+    fake.SummaryWriter = Writer  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", fake)

@@ -14,6 +14,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
+from conftest import table
 from made_cohort import NARROW, write_cohort, write_splits, write_task
 from made_embeddings import made_vectors, pt_bytes, write_zip
 from made_embeddings import write_csv as write_rows
@@ -41,11 +42,8 @@ def in_time() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+def quick(monkeypatch: pytest.MonkeyPatch, no_pictures: None) -> None:
     """Tiny encoders under every name, no pictures."""
-    monkeypatch.setattr("gigapath.embedding.tiling.preview_picture", lambda _, overview: overview)
-    monkeypatch.setattr("gigapath.embedding.tiling.write_preview", lambda *_, **__: None)
-    monkeypatch.setattr("gigapath.cohort.sheet.contact_sheet", lambda *_, **__: None)
     monkeypatch.setattr("gigapath.embedding.run.load_tile_encoder", lambda name, **_: mean_colour_encoder())
     load = lambda name, **given: tiny_slide_encoder(given["in_chans"])  # noqa: E731
     monkeypatch.setattr("gigapath.embedding.run.load_slide_encoder", load)
@@ -71,11 +69,6 @@ def one_sentence(said: str, verb: str) -> str:
 def check_words(sentence: str) -> None:
     assert sentence and "\n" not in sentence and len(sentence) < 900, sentence[:2000]
     assert "unexpected " not in sentence and not sentence.startswith("[Errno"), sentence
-
-
-def table(out: Path) -> dict[str, dict[str, str]]:
-    with (out / "slides.csv").open(newline="") as file:
-        return {row["slide_id"]: row for row in csv.DictReader(file)}
 
 
 # ------------------------------------------------------------------------------------------------- slides

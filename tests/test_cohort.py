@@ -18,7 +18,6 @@ from gigapath.cohort.record import RunRecord
 from gigapath.cohort.reuse import StageOptions, digest, finished
 from gigapath.cohort.status import Status, read_status, status_path, write_slides_csv, write_status
 from gigapath.features import Tiles, write_tiles
-from gigapath.files import OutputError
 from gigapath.signals import StopFlag, Stopped
 
 
@@ -378,12 +377,6 @@ def test_run_records_are_added_never_overwritten_and_hold_no_path(tmp_path: Path
         private = out / "private" / file.name
         assert "CANARY" in private.read_text()
         assert private.stat().st_mode & 0o777 == 0o600
-
-
-def test_record_of_an_unwritable_folder_is_one_sentence(tmp_path: Path) -> None:
-    blocker = touch(tmp_path / "file")
-    with pytest.raises(OutputError, match="folder file could not be made: a file of that name is there"):
-        RunRecord(blocker / "out", "tile", {}).start([])
 
 
 def test_without_paths_leaves_ids_and_words(tmp_path: Path) -> None:

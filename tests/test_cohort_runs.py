@@ -1,6 +1,5 @@
 """Runs that share a folder or a cohort: failures are tried twice, shards do every slide once, two runs lose nothing."""
 
-import csv
 import json
 import os
 import re
@@ -9,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from conftest import table
 from made_slides import paint_tissue, write_pyramid
 
 from gigapath.cli.main import main
@@ -38,20 +38,11 @@ def slides(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(autouse=True)
-def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gigapath.embedding.tiling.preview_picture", lambda _, overview: overview)
-    monkeypatch.setattr("gigapath.embedding.tiling.write_preview", lambda *_, **__: None)
-    monkeypatch.setattr("gigapath.cohort.sheet.contact_sheet", lambda *_, **__: None)
+pytestmark = pytest.mark.usefixtures("no_pictures")
 
 
 def tile(slides: Path, out: Path, *, watch: Progress | None = None, **run: Any) -> RunResult:
     return run_tile([slides], out, tiling=TILING, options=RunOptions(workers=0, **run), watch=watch)
-
-
-def table(out: Path) -> dict[str, dict[str, str]]:
-    with (out / "slides.csv").open(newline="") as file:
-        return {row["slide_id"]: row for row in csv.DictReader(file)}
 
 
 class Failing:

@@ -1,7 +1,6 @@
 """Runs over cohorts: what is done is kept and skipped, what changes is redone by its stage alone, one bad slide is
 recorded and the others go on, numbers depend on neither workers nor neighbours."""
 
-import csv
 import hashlib
 import json
 import os
@@ -16,6 +15,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
+from conftest import table
 from made_slides import paint_tissue, write_pyramid
 from tiny_encoders import WIDTH, tiny_slide_encoder, tiny_tile_encoder
 
@@ -82,9 +82,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> dic
     """The tiny encoders under every name; what the test puts into the dict changes the tile encoder."""
     changes: dict[str, Any] = {}
     if "pictures" not in request.fixturenames:
-        monkeypatch.setattr("gigapath.embedding.tiling.preview_picture", lambda _, overview: overview)
-        monkeypatch.setattr("gigapath.embedding.tiling.write_preview", lambda *_, **__: None)
-        monkeypatch.setattr("gigapath.cohort.sheet.contact_sheet", lambda *_, **__: None)
+        request.getfixturevalue("no_pictures")
 
     def load(name: str, **_: Any) -> Any:
         return tiny_tile_encoder(**{"name": "tiny", **changes})
@@ -112,11 +110,6 @@ def embed(
         options=RunOptions(**{"workers": 0, **run}),
         watch=watch,
     )
-
-
-def table(out: Path) -> dict[str, dict[str, str]]:
-    with (out / "slides.csv").open(newline="") as file:
-        return {row["slide_id"]: row for row in csv.DictReader(file)}
 
 
 def files_in(out: Path) -> set[str]:

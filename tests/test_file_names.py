@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from broken_inputs import good_slide
+from conftest import table
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_encoders import mean_colour_encoder
@@ -50,11 +51,6 @@ def slides(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def expected() -> set[str]:
     names = {slide_id or quoted_name(name.removesuffix(".tif")) for name, (slide_id, _) in BAD.items()}
     return names | ({r"not-\udcff-utf8"} if sys.platform == "linux" else set())
-
-
-def table(out: Path) -> dict[str, dict[str, str]]:
-    with (out / "slides.csv").open(newline="", encoding="utf-8") as file:
-        return {row["slide_id"]: row for row in csv.DictReader(file)}
 
 
 def test_slides_with_bad_names_fail_each_with_a_sentence_and_the_others_are_done(

@@ -8,7 +8,6 @@ import os
 import resource
 import stat
 import sys
-import types
 from dataclasses import replace
 from pathlib import Path
 
@@ -87,35 +86,17 @@ def test_run_leaves_what_it_promises(fitted) -> None:
     assert sum(float(first[f"p_{c}"]) for c in range(3)) == pytest.approx(1, abs=1e-4)
 
 
-def test_plan_and_table_are_told(fitted, capsys) -> None:
-    words = ["finetune", "--task", fitted / "task.yaml", "--features", fitted / "features", "--labels"]
-    words += [
-        fitted / "labels.csv",
-        "--out",
-        fitted / "out",
-        "--splits",
-        fitted / "splits",
-        "--controls",
-        "--calibrate",
-    ]
+def test_a_finished_run_is_told_again_and_not_trained_again(fitted, capsys) -> None:
+    names = {"task": "task.yaml", "features": "features", "labels": "labels.csv", "out": "out", "splits": "splits"}
+    given = [word for option, name in names.items() for word in (f"--{option}", str(fitted / name))]
+    words = ["finetune", *given, "--controls", "--calibrate", *FAST, *RECIPE]
     before = (fitted / "out" / "fold_1" / "head.safetensors").read_bytes()
-    assert main([*map(str, words), *FAST, *RECIPE]) == 0  # everything is done: nothing is trained again
+    assert main(words) == 0
     told = capsys.readouterr().out
-    assert "slides: 24, tiles: 312 (median 13 a slide, largest 14), folds: 2" in told
-    assert all(
-        word in told
-        for word in (
-            "parameters trained: ",
-            "memory: less than 0.1 GB at the largest slide",
-            "time: about",
-            "AUROC",
-            "tile mean",
-        )
-    )
-    assert "epoch 1/3" not in told
+    assert "slides: 24" in told and "AUROC" in told and "tile mean" in told and "epoch 1/3" not in told
     assert (fitted / "out" / "fold_1" / "head.safetensors").read_bytes() == before
-    assert main([*map(str, words), *FAST, *RECIPE, "--epochs", "4"]) == 1
-    assert "another run, which differs in training (epochs 3 -> 4)" in capsys.readouterr().err
+    assert main([*words, "--epochs", "4"]) == 1
+    assert "epochs 3 -> 4" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -406,27 +387,9 @@ def test_frozen_encoder_is_cached_and_its_head_applies_to_tiles(tmp_path) -> Non
             assert row["p_1"] == pytest.approx(said[row["slide_id"]], abs=1e-5)
 
 
-def test_tensorboard_gets_every_epoch_where_it_is_installed(tmp_path, monkeypatch) -> None:
+@pytest.mark.usefixtures("summary_writer")
+def test_tensorboard_gets_every_epoch_where_it_is_installed(tmp_path) -> None:
     """A second run of the command leaves one file of events, and none names the machine."""
-
-    class Writer:
-        def __init__(self, folder: str) -> None:
-            self.lines: list[tuple[str, float, int]] = []
-            self.path = Path(folder) / "events.out.tfevents.1700000000.the-machine.42.0"
-
-        def __enter__(self) -> "Writer":
-            return self
-
-        def add_scalar(self, name: str, value: float, epoch: int) -> None:
-            self.lines.append((name, value, epoch))
-
-        def __exit__(self, *error: object) -> None:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.path.write_text(json.dumps(self.lines))
-
-    fake = types.ModuleType("torch.utils.tensorboard")
-    fake.SummaryWriter = Writer
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", fake)
     features, labels = write_cohort(tmp_path, [n % 3 for n in range(9)])
     splits = write_splits(tmp_path / "splits", (range(3), range(3, 6), range(6, 9)))
     inputs = Inputs(str(write_task(tmp_path / "t.yaml")), str(features), str(labels), str(splits), "")

@@ -7,7 +7,6 @@ import re
 import shutil
 import subprocess
 import sys
-import types
 from pathlib import Path
 
 import numpy as np
@@ -205,35 +204,15 @@ def test_pictures_are_left_out_without_matplotlib(
     assert "pip install 'gigapath[train]'" in caplog.text
 
 
-def test_tensorboard_gets_the_looks_where_it_is_installed(
-    made: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    written: list[tuple[str, str, float, int]] = []
-
-    class Writer:
-        def __init__(self, folder: str) -> None:
-            self.folder = folder
-
-        def __enter__(self) -> "Writer":
-            return self
-
-        def __exit__(self, *error: object) -> None:
-            Path(self.folder).mkdir(parents=True, exist_ok=True)
-            (Path(self.folder) / "events.out.tfevents.1700000000.the-machine.42.0").touch()
-
-        def add_scalar(self, name: str, value: float, step: int) -> None:
-            written.append((Path(self.folder).name, name, value, step))
-
-    fake = types.ModuleType("torch.utils.tensorboard")
-    fake.SummaryWriter = Writer  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", fake)
+@pytest.mark.usefixtures("summary_writer")
+def test_tensorboard_gets_the_looks_where_it_is_installed(made: tuple[str, str], tmp_path: Path) -> None:
     probe(made, tmp_path)
     looks = json.loads((tmp_path / "results.json").read_text())["looks"]
-    assert [entry[2:] for entry in written if entry[1] == "validation/f1_weighted"] == [
-        (look["val_f1"], look["step"]) for look in looks
+    ((seed, events),) = [(path.parent.name, path) for path in (tmp_path / "tensorboard").glob("*/*")]
+    assert (seed, events.name) == ("seed_0", "events.out.tfevents")
+    assert [line[1:] for line in json.loads(events.read_text()) if line[0] == "validation/f1_weighted"] == [
+        [look["val_f1"], look["step"]] for look in looks
     ]
-    assert {entry[0] for entry in written} == {"seed_0"}
-    assert [file.name for file in (tmp_path / "tensorboard/seed_0").iterdir()] == ["events.out.tfevents"]
 
 
 def test_script_runs_the_recipe_from_any_folder(made: tuple[str, str], tmp_path: Path) -> None:
