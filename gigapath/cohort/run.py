@@ -296,7 +296,8 @@ class CohortRun:
                 status = earlier  # another run on this folder has done it while this one tried
         else:
             write_status(folder, status)
-            if any(_which(path) != which for path, which in made.items()):  # another run has just made it too
+            again = [path for path, which in made.items() if _which(path) != which]  # by another run too
+            if any(not path.is_file() or sha256_of(path) != sha256[path.name] for path in again):
                 write_status(folder, replace(status, sha256={}))
         if stopped is not None:
             raise stopped
