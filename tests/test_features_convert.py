@@ -152,6 +152,9 @@ def test_a_signal_ends_convert_and_export_in_75_and_leaves_nothing_half_written(
         patch.setattr("gigapath.files.publish", lambda *_, **__: os.kill(os.getpid(), sent))
         assert main(words) == 75
     assert not list(out.glob("table*"))
+    with monkeypatch.context() as patch:
+        patch.setattr("gigapath.cli.export.add_arguments", lambda _: os.kill(os.getpid(), sent))
+        assert main(words) == 75, "while the verb is imported"
     assert main(words) == 0
 
 

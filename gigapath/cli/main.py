@@ -90,7 +90,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     shown: Any = _Shown(sys.stdout), _Shown(sys.stderr)
     with interrupting(), contextlib.redirect_stdout(shown[0]), contextlib.redirect_stderr(shown[1]):
-        return _run_verb(argv)
+        try:
+            return _run_verb(argv)
+        except KeyboardInterrupt:  # also while a verb's modules are imported
+            print("gigapath: stopped.", file=sys.stderr)
+            return EXIT_STOPPED
 
 
 def _run_verb(argv: Sequence[str] | None) -> int:
@@ -119,9 +123,6 @@ def _run_verb(argv: Sequence[str] | None) -> int:
             raise
         print(f"gigapath {namespace.verb}: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print(f"gigapath {namespace.verb}: stopped.", file=sys.stderr)
-        return EXIT_STOPPED
 
 
 def command() -> NoReturn:
