@@ -380,6 +380,7 @@ def altered(level: Any, how: str) -> Any:
         "mirrored": level[:, ::-1],
         "upside down": level[::-1],
         "a tile off": np.roll(level, 128, axis=1),
+        "eight pixels off": np.roll(level, 8, axis=0),
         "another slide": paint_tissue(width, height, seed=5)[::-1, ::-1],
         "blank": np.full_like(level, 245),
     }[how]
@@ -391,6 +392,7 @@ def altered(level: Any, how: str) -> Any:
     [
         *((how, True) for how in ("blurred", "sharpened", "dim", "half a pixel off")),
         *((how, False) for how in ("padded", "cropped", "mirrored", "upside down", "a tile off")),
+        ("eight pixels off", False),
         *((how, False) for how in ("another slide", "blank")),
     ],
 )

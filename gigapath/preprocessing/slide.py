@@ -50,11 +50,12 @@ OVERVIEW_SIDE = 8192  # no overview grows beyond this many pixels a side
 OVERVIEW_READ_PIXELS = 50 * 10**9  # half an hour of decoding; above that a header is broken
 BLOCK_SIDE = 1024  # pixels of a level read at once for the overview, a side
 
-# Levels are compared with the next finer one at a few places. Correlation is blind to brightness and contrast; blur and
-# sharpening leave 0.9 of it, another place or another picture at most 0.6 at one of the places.
+# Levels are compared with the next finer one at a few places. Correlation is blind to brightness and contrast; blur of
+# three pixels and sharpening leave 0.85 of it, another place or another picture less than 0.6 at one of the places.
 COMPARED_SIDE = 64  # pixels of the coarser level
 COMPARED_PIXELS = 1024  # of the finer level, a side, at most
 ALIKE = 0.5**0.5  # half of what varies in one is found in the other
+BETTER_ELSEWHERE = 0.1  # by which it may correlate better some pixels further: levels are rounded by less than two
 TEXTURE = 6.0  # grey levels (standard deviation); what varies less shows nothing to compare
 
 
@@ -322,12 +323,15 @@ class Slide:
         return True
 
     def _shows_the_finer(self, level: int, x: float, y: float) -> bool:
-        """Whether a level shows what the next finer one does about (x, y), in level-0 pixels, but for a pixel's shift;
-        True where nothing varies there."""
+        """Whether a level shows what the next finer one does about (x, y), in level-0 pixels, but for two pixels'
+        shift; True where too little varies there."""
         downsample = self.level_downsamples[level]
         ratio = downsample / self.level_downsamples[level - 1]
         width, height = self.level_dimensions[level]
-        side = min(COMPARED_SIDE, max(16, int(COMPARED_PIXELS / ratio)), width, height)
+        side = min(COMPARED_SIDE, int(COMPARED_PIXELS / ratio), width, height)
+        reach = side // 8
+        if reach == 0:  # too few pixels to tell pictures apart
+            return True
         left = min(max(round(x / downsample - side / 2), 0), width - side)
         top = min(max(round(y / downsample - side / 2), 0), height - side)
         corner = round(left * downsample), round(top * downsample)
@@ -336,12 +340,14 @@ class Slide:
             fine = self.read_apart(*corner, level - 1, round(side * ratio), round(side * ratio))
         except SlideError:  # where its pixels are wanted, the reader says so
             return True
-        pair = [cv2.blur(pixels, (3, 3)) for pixels in (coarse, _area_mean(fine, (side, side)))]
-        low, high = sorted(float(pixels.std(axis=(0, 1)).mean()) for pixels in pair)
-        if high < TEXTURE or side < 8:
+        a, b = (cv2.blur(pixels, (3, 3)) for pixels in (coarse, _area_mean(fine, (side, side))))
+        inner = slice(reach, side - reach)
+        low, high = sorted(float(pixels[inner, inner].std(axis=(0, 1)).mean()) for pixels in (a, b))
+        if high < TEXTURE:
             return True
-        shifts = cv2.matchTemplate(pair[1], pair[0][1:-1, 1:-1], cv2.TM_CCOEFF_NORMED)
-        return low > high / 10 and float(shifts.max()) > ALIKE
+        fit = cv2.matchTemplate(b, a[inner, inner], cv2.TM_CCOEFF_NORMED)  # by the shift along y and x
+        here = slice(reach - min(2, reach // 2), reach + min(2, reach // 2) + 1)
+        return low > high / 10 and float(fit[here, here].max()) > max(ALIKE, float(fit.max()) - BETTER_ELSEWHERE)
 
     def _overview(self, mpp: float, workers: int) -> Overview:
         own = self.mpp
