@@ -2,15 +2,13 @@
 
 The processes are forked from one that has imported everything, so that a run costs a tenth of a second and not four.
 
-python tests/killed_runs.py kills 20 1000     as the slow test, with seeds from 1000 on; prints what happened
-python tests/killed_runs.py soak 2000           memory and open files over that many slides
+python tests/killed_runs.py 2000     memory and open files over that many slides
 """
 
 import itertools
 import json
 import multiprocessing
 import os
-import shutil
 import signal
 import sys
 import tempfile
@@ -275,24 +273,7 @@ def soak(count: int, folder: Path, *, aloud: bool = False) -> list[tuple[int, fl
     return watch.rows
 
 
-def by_hand() -> None:
-    what, count = sys.argv[1], int(sys.argv[2])
-    folder = Path(tempfile.mkdtemp())
-    try:
-        if what == "soak":
-            soak(count, folder, aloud=True)
-            return
-        ctx = context()
-        slides = make_slides(folder / "slides", 40)
-        seconds = time_unbroken(ctx, slides, folder / "unbroken")
-        print(f"unbroken: {seconds:.2f} s")
-        first = int(sys.argv[3]) if len(sys.argv) > 3 else 1000
-        for seed in range(first, first + count):
-            print(kill_at_random(ctx, slides, folder / "unbroken", folder / f"out{seed}", seed, seconds), flush=True)
-    finally:
-        shutil.rmtree(folder)
-
-
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    by_hand()
+    with tempfile.TemporaryDirectory() as made:
+        soak(int(sys.argv[1]), Path(made), aloud=True)

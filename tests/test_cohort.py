@@ -9,15 +9,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
+from feature_files import make_tiles
 
 from gigapath.cohort.manifest import SlideEntry, find_slides, read_manifest, series_uid
 from gigapath.cohort.privacy import record_run, recorded_paths, redact, without_paths
 from gigapath.cohort.record import RunRecord
 from gigapath.cohort.reuse import StageOptions, digest, finished
 from gigapath.cohort.status import Status, read_status, status_path, write_slides_csv, write_status
-from gigapath.features import Tiles, write_tiles
+from gigapath.features import write_tiles
 from gigapath.signals import StopFlag, Stopped
 
 
@@ -266,24 +266,6 @@ def test_slides_csv_says_how_each_slide_stands(tmp_path: Path) -> None:
     assert list(a)[:6] == ["slide_id", "status", "tiles", "seconds", "tiles/s", "error"]
 
 
-def some_tiles(**attrs: str) -> Tiles:
-    return Tiles(
-        slide_id="a",
-        attrs=attrs,
-        coords_level0=np.array([[0, 0], [256, 0]]),
-        cells=np.array([[0, 0], [1, 0]]),
-        tissue_fraction=np.ones(2),
-        section=np.ones(2, np.int32),
-        qc=np.zeros((2, 0)),
-        qc_names=(),
-        level=0,
-        read_size=(256, 256),
-        tile_size=256,
-        tile_size_level0=(256, 256),
-        mpp=0.5,
-    )
-
-
 def test_slides_csv_keeps_the_manifests_columns_beside_its_own_and_holds_no_formula(tmp_path: Path) -> None:
     columns = {"status": "frozen", "level": "3", "scanner": "S9", "note": "=HYPERLINK(1)", "delta": "-0.5"}
     for folder, slide_id in ((tmp_path / "tiles", "a"), (tmp_path / "tiles", "b")):
@@ -303,9 +285,9 @@ def test_finished_wants_equal_identity_and_a_whole_file(tmp_path: Path) -> None:
     identity = {"mpp": 0.5, "precision": "fp32"}
     write_status(tmp_path, Status("a", "tiles", "done", 2, identity=identity))
     assert finished(tmp_path, "a", identity) is None, "there is no result"
-    write_tiles(tmp_path / "a.h5", some_tiles(identity=digest({"mpp": 0.5, "precision": "bf16"})))
+    write_tiles(tmp_path / "a.h5", make_tiles("a", attrs={"identity": digest({"mpp": 0.5, "precision": "bf16"})}))
     assert finished(tmp_path, "a", identity) is None, "the result is another run's, killed before its status"
-    write_tiles(tmp_path / "a.h5", some_tiles(identity=digest(identity)))
+    write_tiles(tmp_path / "a.h5", make_tiles("a", attrs={"identity": digest(identity)}))
     assert finished(tmp_path, "a", identity) is not None
     assert finished(tmp_path, "a", {**identity, "mpp": 0.25}) is None
     assert finished(tmp_path, "a", {**identity, "precision": "fp16"}) is None

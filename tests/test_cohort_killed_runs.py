@@ -89,7 +89,7 @@ def test_two_runs_at_once_and_four_shards_at_once_lose_nothing(
 
 @pytest.mark.slow
 def test_memory_and_open_files_stay_flat_over_many_slides(tmp_path: Path) -> None:
-    """The figures of 2,000 slides: `python tests/killed_runs.py soak 2000`."""
+    """The figures of 2,000 slides: `python tests/killed_runs.py 2000`."""
     rows = killed_runs.soak(120, tmp_path)
     assert rows[-1][2] <= rows[2][2], "open files"
     assert rows[-1][1] <= rows[2][1] + 30, "megabytes"

@@ -6,6 +6,7 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 import pytest
+from feature_files import make_tiles
 from made_slides import paint_tissue, write_pyramid
 
 from gigapath.features import Tiles, write_tiles
@@ -36,31 +37,14 @@ WHITE = (255, 255, 255)
 
 def made_tiles(cells: npt.NDArray[np.integer], *, pitch: int = 256, slide_id: str = "made", **attrs: object) -> Tiles:
     count = len(cells)
+    made = {
+        "bounds": (0, 0, 6400, 3200), "mpp_level0": (0.5, 0.5), "grid_size": (25, 12), "tissue_area_mm2": 1.5,
+        "tissue_state": "tissue", "tissue_pieces": 2, "dropped": {"background": 100},
+    }  # fmt: skip
     qc = np.tile(np.array([[100.0, 0.2, 0, 0, 0.3]], np.float32), (count, 1))
-    return Tiles(
-        slide_id=slide_id,
-        coords_level0=np.asarray(cells, np.int64) * pitch,
-        cells=np.asarray(cells, np.int32),
-        tissue_fraction=np.ones(count),
-        section=np.ones(count),
-        qc=qc,
-        qc_names=("focus", "white", "black", "pen", "saturation"),
-        level=0,
-        read_size=(pitch, pitch),
-        tile_size=256,
-        tile_size_level0=(pitch, pitch),
-        mpp=0.5,
-        attrs={
-            "bounds": (0, 0, 6400, 3200),
-            "mpp_level0": (0.5, 0.5),
-            "grid_size": (25, 12),
-            "tissue_area_mm2": 1.5,
-            "tissue_state": "tissue",
-            "tissue_pieces": 2,
-            "dropped": {"background": 100},
-            **attrs,
-        },
-    )
+    names = ("focus", "white", "black", "pen", "saturation")
+    size = {"level": 0, "read_size": (pitch, pitch), "section": np.ones(count), "tissue_fraction": np.ones(count)}
+    return make_tiles(slide_id, cells, pitch, qc=qc, qc_names=names, attrs={**made, **attrs}, **size)
 
 
 def share(image: Image, colour: tuple[int, int, int], near: int = 40) -> float:

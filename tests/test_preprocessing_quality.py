@@ -1,61 +1,43 @@
 """Flags per tile: each goes up for what it is named after, and for nothing else."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from pathlib import Path
 
 import cv2
 import numpy as np
 import numpy.typing as npt
 import pytest
-from made_slides import paint_tissue
+from made_slides import paint_tissue, write_pyramid
 
 from gigapath.preprocessing import quality
-from gigapath.preprocessing.grid import Grid, plan_grid
+from gigapath.preprocessing.grid import plan_grid
 from gigapath.preprocessing.quality import QC_NAMES, tile_qc
-from gigapath.preprocessing.slide import Mpp, Overview
+from gigapath.preprocessing.slide import Slide, open_slide
+
+Flags = dict[str, npt.NDArray[np.float32]]
+Measure = Callable[..., Flags]
 
 
-class MadeSlide:
-    """A slide in memory, with levels by area."""
-
-    slide_id = "made"
-
-    def __init__(self, image: npt.NDArray[np.uint8], mpp: float = 0.5, steps: Sequence[int] = (1, 4)) -> None:
-        self.mpp = Mpp(mpp, mpp, "made")
-        height, width = image.shape[:2]
-        self.bounds = (0, 0, width, height)
-        self.level_downsamples = tuple(float(step) for step in steps)
-        self.level_dimensions = tuple((width // step, height // step) for step in steps)
-        self.levels = [cv2.resize(image, size, interpolation=cv2.INTER_AREA) for size in self.level_dimensions]
-
-    def read(self, x: int, y: int, level: int, width: int, height: int) -> npt.NDArray[np.uint8]:
-        step = self.level_downsamples[level]
-        left, top = round(x / step), round(y / step)
-        found = self.levels[level][top : top + height, left : left + width]
-        white = np.full((height, width, 3), 255, np.uint8)
-        white[: found.shape[0], : found.shape[1]] = found
-        return white
-
-    def reads(
-        self, level: int, places: npt.NDArray[np.int64]
-    ) -> Callable[[int, npt.NDArray[np.uint8] | None], npt.NDArray[np.uint8]]:
-        return lambda index, out: self.read(*places[index, :2].tolist(), level, *places[index, 2:].tolist())
-
-    def overview(self) -> Overview:
-        width, height = self.bounds[2:]
-        step = 8 / self.mpp.x
-        size = round(width / step), round(height / step)
-        image = np.asarray(cv2.resize(self.levels[0], size, interpolation=cv2.INTER_AREA), np.uint8)
-        return Overview(image, np.ones(image.shape[:2], bool), (0, 0), (width / size[0], height / size[1]), 8.0)
-
-
-def measure(slide: MadeSlide) -> tuple[dict[str, npt.NDArray[np.float32]], Grid]:
+def tile_flags(slide: Slide) -> Flags:
     """Each flag as (rows, columns)."""
     grid = plan_grid(slide)
     rows, columns = np.indices((grid.rows, grid.columns))
     cells = np.stack([columns.ravel(), rows.ravel()], axis=1).astype(np.int32)
     values = tile_qc(slide, slide.overview(), grid, cells)
     assert values.dtype == np.float32
-    return {name: values[:, k].reshape(grid.rows, grid.columns) for k, name in enumerate(QC_NAMES)}, grid
+    return {name: values[:, k].reshape(grid.rows, grid.columns) for k, name in enumerate(QC_NAMES)}
+
+
+@pytest.fixture
+def measure(tmp_path: Path) -> Measure:
+    """Measures the tiles of a picture, of which a slide with two levels is made."""
+
+    def measured(image: npt.NDArray[np.uint8], mpp: float = 0.5) -> Flags:
+        path = write_pyramid(tmp_path / "made.tif", image, mpp=(mpp, mpp), steps=(1, 4), compression="deflate")
+        with open_slide(path) as slide:
+            return tile_flags(slide)
+
+    return measured
 
 
 @pytest.fixture(scope="module")
@@ -65,14 +47,14 @@ def picture() -> npt.NDArray[np.uint8]:
     return np.ascontiguousarray(image[340 : 340 + 4 * 256, 330 : 330 + 5 * 256])
 
 
-def test_shares_of_white_black_and_pen(picture: npt.NDArray[np.uint8]) -> None:
+def test_shares_of_white_black_and_pen(picture: npt.NDArray[np.uint8], measure: Measure) -> None:
     image = picture.copy()
     image[256:512, 0:128] = (244, 243, 245)
     image[256:512, 256:320] = (20, 20, 22)
     image[512:768, 512:768] = (40, 70, 150)
     image[768:, 1024:] = (120, 120, 120)
-    flags, _ = measure(MadeSlide(image))
-    assert flags["white"][1, 0] - measure(MadeSlide(picture))[0]["white"][1, 0] == pytest.approx(0.5, abs=0.1)
+    flags = measure(image)
+    assert flags["white"][1, 0] - measure(picture)["white"][1, 0] == pytest.approx(0.5, abs=0.1)
     assert flags["black"][1, 1] == pytest.approx(0.25, abs=0.02)
     assert flags["pen"][2, 2] == pytest.approx(1, abs=0.01)
     assert flags["pen"][0].max() == 0
@@ -80,45 +62,48 @@ def test_shares_of_white_black_and_pen(picture: npt.NDArray[np.uint8]) -> None:
     assert flags["saturation"][2, 2] == pytest.approx(110 / 150, abs=0.02)
 
 
-def test_focus_falls_with_blur_and_not_with_contrast_or_level() -> None:
+def test_focus_falls_with_blur_and_not_with_contrast_or_level(measure: Measure) -> None:
     rng = np.random.default_rng(0)
     texture = cv2.GaussianBlur(rng.normal(0, 1, (1024, 1280)).astype(np.float32), (0, 0), 3)
     image = np.clip(170 + 60 * texture / texture.std(), 0, 255).astype(np.uint8)[..., None].repeat(3, axis=-1)
     medians = []
     for sigma in (0, 4, 8, 16):  # pixels of 0.5 microns
         blurred = cv2.GaussianBlur(image, (0, 0), sigma) if sigma else image
-        medians.append(float(np.median(measure(MadeSlide(np.asarray(blurred, np.uint8)))[0]["focus"])))
+        medians.append(float(np.median(measure(np.asarray(blurred, np.uint8))["focus"])))
     assert medians[0] > 1.2 * medians[1] > 1.5 * medians[2]
     assert medians[1] > 50 > medians[3] or np.isnan(medians[3])
     pale = (170 + (image.astype(np.float32) - 170) * 0.4).astype(np.uint8)
-    assert np.median(measure(MadeSlide(pale))[0]["focus"]) == pytest.approx(medians[0], rel=0.05)
+    assert np.median(measure(pale)["focus"]) == pytest.approx(medians[0], rel=0.05)
     finer = np.asarray(cv2.resize(image, None, fx=2, fy=2, interpolation=cv2.INTER_CUBIC), np.uint8)
-    assert np.median(measure(MadeSlide(finer, mpp=0.25))[0]["focus"]) == pytest.approx(medians[0], rel=0.05)
+    assert np.median(measure(finer, mpp=0.25)["focus"]) == pytest.approx(medians[0], rel=0.05)
 
 
-def test_focus_does_not_depend_on_strips(picture: npt.NDArray[np.uint8], monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = measure(MadeSlide(picture))[0]["focus"]
+def test_focus_does_not_depend_on_strips(
+    picture: npt.NDArray[np.uint8], measure: Measure, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = measure(picture)["focus"]
     monkeypatch.setattr(quality, "STRIP_PIXELS", 10_000)
-    np.testing.assert_allclose(measure(MadeSlide(picture))[0]["focus"], whole, rtol=0.05)
+    np.testing.assert_allclose(measure(picture)["focus"], whole, rtol=0.05)
 
 
 def test_focus_is_not_judged_where_it_can_not_be(
-    picture: npt.NDArray[np.uint8], monkeypatch: pytest.MonkeyPatch
+    picture: npt.NDArray[np.uint8], measure: Measure, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     image = picture.copy()
     image[:512, :512] = 243
-    focus = measure(MadeSlide(image))[0]["focus"]
+    focus = measure(image)["focus"]
     assert np.isnan(focus[0, 0])
     assert np.isfinite(focus[2:, :3]).all()
     monkeypatch.setattr(quality, "FOCUS_PIXELS", 1000)
-    assert np.isnan(measure(MadeSlide(picture))[0]["focus"]).all()
+    assert np.isnan(measure(picture)["focus"]).all()
 
 
-def test_only_the_tiles_asked_for_are_measured(picture: npt.NDArray[np.uint8]) -> None:
-    slide = MadeSlide(picture)
-    flags, grid = measure(slide)
+def test_only_the_tiles_asked_for_are_measured(picture: npt.NDArray[np.uint8], tmp_path: Path) -> None:
     cells = np.array([[3, 0], [1, 2]], np.int32)
-    some = tile_qc(slide, slide.overview(), grid, cells)
+    path = write_pyramid(tmp_path / "made.tif", picture, mpp=(0.5, 0.5), steps=(1, 4), compression="deflate")
+    with open_slide(path) as slide:
+        flags, grid, overview = tile_flags(slide), plan_grid(slide), slide.overview()
+        some = tile_qc(slide, overview, grid, cells)
+        assert tile_qc(slide, overview, grid, cells[:0]).shape == (0, len(QC_NAMES))
     assert some.shape == (2, len(QC_NAMES))
     np.testing.assert_allclose(some[:, 4], [flags["saturation"][0, 3], flags["saturation"][2, 1]])
-    assert tile_qc(slide, slide.overview(), grid, cells[:0]).shape == (0, len(QC_NAMES))
