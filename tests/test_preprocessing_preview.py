@@ -89,7 +89,7 @@ def test_outline_fits_the_picture_of_another_frame(tmp_path: Path) -> None:
         assert max(picture.image.shape) > 4 * max(overview.image.shape)
         mask = find_tissue(overview)
         image = draw_preview(overview, mask, made_tiles(np.zeros((0, 2), int)), picture=picture)[:-PANEL]
-    _, frame = preview._sized(picture)
+    frame = preview._sized(picture)
     laid = preview._laid_on(frame, mask, mask.mask)
     plain = cv2.resize(picture.image, laid.shape[::-1], interpolation=cv2.INTER_AREA)
     coloured = plain.max(axis=-1).astype(int) - plain.min(axis=-1) > 25

@@ -9,10 +9,10 @@ import numpy.typing as npt
 import pytest
 from made_slides import paint_tissue, write_pyramid
 
-from gigapath.preprocessing import quality
+from gigapath.preprocessing import tiling
 from gigapath.preprocessing.grid import plan_grid
-from gigapath.preprocessing.quality import QC_NAMES, tile_qc
 from gigapath.preprocessing.slide import Slide, open_slide
+from gigapath.preprocessing.tiling import QC_NAMES, tile_qc
 
 Flags = dict[str, npt.NDArray[np.float32]]
 Measure = Callable[..., Flags]
@@ -82,7 +82,7 @@ def test_focus_does_not_depend_on_strips(
     picture: npt.NDArray[np.uint8], measure: Measure, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = measure(picture)["focus"]
-    monkeypatch.setattr(quality, "STRIP_PIXELS", 10_000)
+    monkeypatch.setattr(tiling, "STRIP_PIXELS", 10_000)
     np.testing.assert_allclose(measure(picture)["focus"], whole, rtol=0.05)
 
 
@@ -94,7 +94,7 @@ def test_focus_is_not_judged_where_it_can_not_be(
     focus = measure(image)["focus"]
     assert np.isnan(focus[0, 0])
     assert np.isfinite(focus[2:, :3]).all()
-    monkeypatch.setattr(quality, "FOCUS_PIXELS", 1000)
+    monkeypatch.setattr(tiling, "FOCUS_PIXELS", 1000)
     assert np.isnan(measure(picture)["focus"]).all()
 
 

@@ -5,7 +5,7 @@ A slide is a suspect where its figures are out of the ordinary; nothing is chang
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import cv2
@@ -36,24 +36,6 @@ TILES: Colour = (25, 70, 215)
 DROPPED: Colour = (245, 120, 0)
 
 REASONS = {"pen": "pen on glass", "black": "black fill", "frame": "dark frame", "speck": "specks"}
-
-
-@dataclass(frozen=True)
-class Frame:
-    """Where a picture of (h, w) pixels lies on the slide, as in Overview."""
-
-    shape: tuple[int, int]
-    origin_level0: tuple[int, int]
-    scale: tuple[float, float]
-
-
-@dataclass(frozen=True)
-class Item:
-    """One entry of the legend."""
-
-    colour: Colour
-    words: str
-    filled: bool
 
 
 def preview_picture(slide: Slide, overview: Overview) -> Overview:
@@ -96,8 +78,8 @@ def draw_preview(overview: Overview, mask: TissueMask, tiles: Tiles, *, picture:
         (H, W, 3) RGB, its longer side about SIDE.
     """
     seen = overview if picture is None else picture
-    image, frame = _sized(seen)
-    image, step = _draw_tiles(image, tiles, frame)
+    frame = _sized(seen)
+    image, step = _draw_tiles(frame, tiles)
     dropped = [(reason, area) for reason, area in mask.dropped.items() if area.any()]
     for _, area in dropped:
         within = _laid_on(frame, mask, area)
@@ -105,36 +87,35 @@ def draw_preview(overview: Overview, mask: TissueMask, tiles: Tiles, *, picture:
         _outline(image, within, DROPPED)
     if mask.state != "full" and mask.method != "none":
         _outline(image, _laid_on(frame, mask, mask.mask), TISSUE)
-    items = [Item(TISSUE, "tissue", False)] if mask.mask.any() and mask.state != "full" else []
+    legend = [(TISSUE, "tissue", False)] if mask.mask.any() and mask.state != "full" else []
     if len(tiles):
-        items.append(
-            Item(
-                TILES, "tiles (faded: no tile)" if step == 1 else f"tiles, a line every {step} (faded: no tile)", False
-            )
-        )
+        grid = "" if step == 1 else f", a line every {step}"
+        legend.append((TILES, f"tiles{grid} (faded: no tile)", False))
     if dropped:
-        items.append(Item(DROPPED, "left out: " + ", ".join(REASONS.get(name, name) for name, _ in dropped), True))
-    return _page(image, tiles.slide_id, _caption(mask, tiles), items, overview.mpp / overview.scale[0] * frame.scale[0])
+        legend.append((DROPPED, "left out: " + ", ".join(REASONS.get(name, name) for name, _ in dropped), True))
+    return _page(
+        image, tiles.slide_id, _caption(mask, tiles), legend, overview.mpp / overview.scale[0] * frame.scale[0]
+    )
 
 
-def _sized(seen: Overview) -> tuple[RGBImage, Frame]:
-    """The picture at SIDE, and where it lies."""
+def _sized(seen: Overview) -> Overview:
+    """The picture at SIDE."""
     height, width = seen.image.shape[:2]
     factor = SIDE / max(height, width)
     size = max(1, round(width * factor)), max(1, round(height * factor))
     how = cv2.INTER_AREA if factor < 1 else cv2.INTER_CUBIC
     image = np.asarray(cv2.resize(seen.image, size, interpolation=how), np.uint8)
     scale = seen.scale[0] * width / size[0], seen.scale[1] * height / size[1]
-    return image, Frame((size[1], size[0]), seen.origin_level0, scale)
+    return replace(seen, image=image, scale=scale)
 
 
-def _draw_tiles(image: RGBImage, tiles: Tiles, frame: Frame) -> tuple[RGBImage, int]:
+def _draw_tiles(frame: Overview, tiles: Tiles) -> tuple[RGBImage, int]:
     """Veil what lies outside the tiles and draw their grid; of many small tiles the lines of every `step`-th.
 
     Returns:
         the image, and `step`.
     """
-    pitch = np.asarray(tiles.tile_size_level0) / frame.scale
+    image, pitch = frame.image, np.asarray(tiles.tile_size_level0) / frame.scale
     step = next((step for step in GRID_STEPS if min(pitch) * step >= GRID_SPACE), GRID_STEPS[-1])
     corners = np.rint((tiles.coords_level0 - frame.origin_level0) / frame.scale).astype(int)
     ends = np.rint((tiles.coords_level0 + tiles.tile_size_level0 - frame.origin_level0) / frame.scale).astype(int)
@@ -152,7 +133,7 @@ def _draw_tiles(image: RGBImage, tiles: Tiles, frame: Frame) -> tuple[RGBImage, 
     return image, step
 
 
-def _laid_on(picture: Frame, mask: TissueMask, area: BoolImage) -> BoolImage:
+def _laid_on(picture: Overview, mask: TissueMask, area: BoolImage) -> BoolImage:
     """(h, w) of the picture: where `area`, in the frame of `mask`, lies on it, its outline smoothed."""
     scale = [to / of for to, of in zip(picture.scale, mask.scale, strict=True)]
     start = [
@@ -164,7 +145,7 @@ def _laid_on(picture: Frame, mask: TissueMask, area: BoolImage) -> BoolImage:
     grey = cv2.warpAffine(
         area.astype(np.uint8) * 255,
         pixels,
-        picture.shape[::-1],
+        picture.image.shape[1::-1],
         flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP,
         borderMode=cv2.BORDER_REPLICATE,
     )
@@ -195,14 +176,16 @@ def _caption(mask: TissueMask, tiles: Tiles) -> list[str]:
     return [f"{sized};  {area}", f"{rule};  {level}"]
 
 
-def _page(image: RGBImage, title: str, caption: Sequence[str], items: Sequence[Item], mpp: float) -> RGBImage:
+def _page(
+    image: RGBImage, title: str, caption: Sequence[str], legend: Sequence[tuple[Colour, str, bool]], mpp: float
+) -> RGBImage:
     """The picture on white, and below it title, caption, legend and scale bar.
 
     Args:
         image: (h, w, 3).
         title: the slide's id.
         caption: lines below it.
-        items: the legend.
+        legend: colour, words, and whether the sample is filled.
         mpp: microns per pixel of the picture.
     """
     height, width = image.shape[:2]
@@ -214,11 +197,11 @@ def _page(image: RGBImage, title: str, caption: Sequence[str], items: Sequence[I
     for row, line in enumerate(caption):
         draw.text((16, height + 48 + 28 * row), line, fill=GREY, font=font(20))
     x = 16
-    for item in items:
+    for colour, words, filled in legend:
         box = (x, height + 118, x + 22, height + 136)
-        draw.rectangle(box, outline=item.colour, fill=item.colour if item.filled else None, width=3)
-        draw.text((x + 30, height + 114), item.words, fill=INK, font=font(20))
-        x += 60 + round(font(20).getlength(item.words))
+        draw.rectangle(box, outline=colour, fill=colour if filled else None, width=3)
+        draw.text((x + 30, height + 114), words, fill=INK, font=font(20))
+        x += 60 + round(font(20).getlength(words))
     _scale_bar(draw, page.width - 16, height + 130, min(width // 3, page.width - 32 - x), mpp)
     return np.array(page)
 
