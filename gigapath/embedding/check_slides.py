@@ -10,7 +10,8 @@ from gigapath.cohort.manifest import SlideEntry, find_slides
 from gigapath.embedding.options import CheckOptions
 from gigapath.features.cells import all_facts, tile_pixels
 from gigapath.features.check import FileReport
-from gigapath.features.contents import Contents, read_contents
+from gigapath.features.data import Contents
+from gigapath.features.reading import read_contents
 from gigapath.findings import NOTE, Finding
 from gigapath.preprocessing.reading import resample
 from gigapath.preprocessing.slide import Slide, open_slide

@@ -7,9 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from gigapath.features.data import Array, Attrs, FeatureFileError
+from gigapath.features.data import STEP_OPTION, Array, Attrs, FeatureFileError
 
-OPTION = "--tile-size-level0"
 SLIDE2VEC_COORDINATES = ".coordinates.npz"
 
 
@@ -33,7 +32,9 @@ def cells_of(coords: Array, step: tuple[float, float], *, who: str) -> Array:
     """
     pitch = np.asarray(step, dtype=np.float64)
     if pitch.shape != (2,) or not (np.isfinite(pitch) & (pitch > 0)).all():
-        raise FeatureFileError(f"{who}: expected a positive step between tiles, got {step!r}. State it with {OPTION}.")
+        raise FeatureFileError(
+            f"{who}: expected a positive step between tiles, got {step!r}. State it with {STEP_OPTION}."
+        )
     places = np.asarray(coords, dtype=np.float64)
     finite = np.isfinite(places).all(axis=1)
     if not finite.all():
@@ -55,7 +56,7 @@ def cells_of(coords: Array, step: tuple[float, float], *, who: str) -> Array:
         hint = f" Its tiles lie {seen:g} apart." if seen else ""
         raise FeatureFileError(
             f"{who}: two tiles fall on one cell at a step of {pitch[0]:g} x {pitch[1]:g} ({first} and {second}).{hint} "
-            f"State the distance between neighbouring tiles with {OPTION}, or tile again without overlap."
+            f"State the distance between neighbouring tiles with {STEP_OPTION}, or tile again without overlap."
         )
     return whole
 

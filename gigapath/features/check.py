@@ -24,10 +24,9 @@ from gigapath.features.cells import (
     tile_mpp,
     tile_pixels,
 )
-from gigapath.features.contents import Contents, read_contents
-from gigapath.features.data import CELL, FRAMES, GRID, Array
+from gigapath.features.data import CELL, FRAMES, GRID, Array, Contents
 from gigapath.features.h5 import DAMAGED, MEND_DAMAGED, is_damaged
-from gigapath.features.reading import SUFFIXES, list_feature_files
+from gigapath.features.reading import SUFFIXES, list_feature_files, read_contents
 from gigapath.features.tables import SAME_THROUGHOUT
 from gigapath.files import PARTIAL_SUFFIX
 from gigapath.findings import NOTE, WRONG, Finding

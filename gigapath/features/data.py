@@ -6,6 +6,7 @@ N tiles of a slide, D width of an embedding, K quality measures. Coordinates are
 
 import dataclasses
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,8 @@ GRID = 1000
 PRESETS = {"trident": "state:11:mean", "published-demo": "last-state:class"}
 POOLINGS = ("mean", "class", "tiles")
 KINDS = ("default", "state", "last-state", "all-states", "tile-mean")
+
+STEP_OPTION = "--tile-size-level0"
 
 Attrs = Mapping[str, Any]
 Array = NDArray[Any]
@@ -250,6 +253,52 @@ class TileEmbeddings:
         if self.cells is None:
             raise ValueError(f"{self.slide_id}: the cells of its tiles are not known; read the file with cells.")
         return self.cells.astype(np.int64) * tile_size
+
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class Contents:
+    """All that a feature file of any tool holds, unjudged: what is wrong with it can be said of it. N tiles, D width.
+
+    Attributes:
+        path: the file.
+        kind: "tile embeddings", "tiles", "tile coordinates", "slide embeddings" or "vectors" (embeddings whose
+            coordinates are not at hand).
+        tool: who wrote it, as `TileEmbeddings.source`.
+        slide_id: as the file says, else its name without suffix.
+        features: (N, D) as stored, or None.
+        coords: (N, 2) as stored, in the unit that `frame` names, or None.
+        cells: (N, 2), section: (N,), qc: (N, K), as stored by us, or None.
+        tissue_fraction: (N,), or None.
+        qc_names: what the columns of `qc` measure.
+        vectors: the vectors of a slide's file by name.
+        frame: a key of FRAMES.
+        step: the distance (x, y) between neighbouring tiles that the file states, or None.
+        missing: what the file lacks (its step, its coordinates) and how to state it.
+        encoder: the tile encoder that the file names, or None.
+        slide_encoder: the slide encoder that a slide's file names, or None.
+        attrs: what the file says of itself, root and datasets together.
+        complete: the mark of our files, None for other tools'.
+    """
+
+    path: Path
+    tool: str
+    slide_id: str
+    kind: str = "tile embeddings"
+    features: Array | None = None
+    coords: Array | None = None
+    cells: Array | None = None
+    tissue_fraction: Array | None = None
+    section: Array | None = None
+    qc: Array | None = None
+    qc_names: tuple[str, ...] = ()
+    vectors: Mapping[str, Array] = dataclasses.field(default_factory=dict)
+    frame: str = "level0"
+    step: tuple[float, float] | None = None
+    missing: str = f"it does not say how far apart its tiles lie. State it with {STEP_OPTION}"
+    encoder: str | None = None
+    slide_encoder: str | None = None
+    attrs: Attrs = dataclasses.field(default_factory=dict)
+    complete: bool | None = None
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)

@@ -6,11 +6,11 @@ from typing import Any
 
 import numpy as np
 
-from gigapath.features.cells import OPTION, as_number, cells_of, observed_step, row_major, tile_mpp
+from gigapath.features.cells import as_number, cells_of, observed_step, row_major, tile_mpp
 from gigapath.features.check import check_contents
-from gigapath.features.contents import Contents, read_contents
-from gigapath.features.data import FRAMES, FeatureFileError
+from gigapath.features.data import FRAMES, STEP_OPTION, Contents, FeatureFileError
 from gigapath.features.h5 import check_undamaged
+from gigapath.features.reading import read_contents
 
 _TOOLS = {
     "gigapath": "gigapath",
@@ -79,7 +79,7 @@ def describe(path: Path | str, *, tile_size_level0: float | None = None) -> dict
         found |= {name: attrs.get(name) for name in ("weights_sha256", "precision")}
     warnings = [finding.text for finding in findings if finding.name in _WARNINGS]
     if held.tool == "published" and held.step is None:  # whose readers take 256 for granted
-        warnings.append(f"it does not say how far apart its tiles lie. State it with {OPTION}.")
+        warnings.append(f"it does not say how far apart its tiles lie. State it with {STEP_OPTION}.")
     plain = {name: list(value) if isinstance(value, tuple) else value for name, value in sorted(attrs.items())}
     return {**found, "complete": held.complete, "warnings": warnings, "attrs": plain}
 

@@ -1,5 +1,5 @@
-"""The files of other tools, a part of this module for each: how its files are recognised and read into `Held`, what the
-file says and no more, and how they are written.
+"""The files of other tools, a part of this module for each: how its files are recognised and read, what the file
+says and no more, and how they are written.
 
 TRIDENT, CLAM, Mussel, STAMP (h5), slide2vec (npz or pt beside a coordinates npz), and the published fine-tuning files
 (features and float coordinates without attributes). What a tool's file needs and the source does not say (the slide's
@@ -20,7 +20,6 @@ import numpy as np
 import gigapath
 from gigapath.features.arrays import read_npz, read_tensor
 from gigapath.features.cells import (
-    OPTION,
     SLIDE2VEC_COORDINATES,
     all_facts,
     as_number,
@@ -32,7 +31,7 @@ from gigapath.features.cells import (
     tile_pixels,
     two_axes,
 )
-from gigapath.features.data import CELL, Array, Attrs, FeatureFileError, TileEmbeddings
+from gigapath.features.data import CELL, STEP_OPTION, Array, Attrs, Contents, FeatureFileError, TileEmbeddings
 from gigapath.features.gigapath_file import nominal_magnification
 from gigapath.features.h5 import H5Writer, open_h5, read_attrs, read_dataset, write_attrs
 from gigapath.file_names import safe_name
@@ -42,35 +41,6 @@ from gigapath.files import write_bytes_atomic, write_json_atomic
 FOREIGN_NUMERICS = 0
 
 Step = tuple[float, float]
-
-_NO_STEP = f"it does not say how far apart its tiles lie. State it with {OPTION}"
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Held:
-    """What a file of another tool holds.
-
-    Attributes:
-        source: the tool.
-        features: (N, D).
-        coords: (N, 2) (x, y) in the unit that `frame` names.
-        frame: a key of `gigapath.features.data.FRAMES`.
-        step: distance between neighbouring tiles (x, y) in that unit, None where the file does not say.
-        no_step: why `step` is None.
-        encoder: the tile encoder that the file names.
-        tissue_fraction: (N,), or None.
-        attrs: all attributes together.
-    """
-
-    source: str
-    features: Array
-    coords: Array
-    frame: str = "level0"
-    step: Step | None = None
-    no_step: str = _NO_STEP
-    encoder: str | None = None
-    tissue_fraction: Array | None = None
-    attrs: Attrs = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,31 +59,35 @@ class Scale:
 # ---------------------------------------------------------------------------------------------- recognising and reading
 
 
-def read_other_tool(path: Path, *, coordinates: Path | None = None) -> Held:
-    """A file of another tool's tile embeddings.
+def read_h5(path: Path, file: h5py.File, coordinates: Path | None = None) -> Contents:
+    """An open h5 file of another tool.
 
     Args:
-        path: an `.h5`, `.npz` or `.pt` file.
+        path: of the file.
+        file: as `open_h5` gives it.
         coordinates: the file of the same slide's coordinates, or a folder of such files, for tools that keep them
             apart; None to look where the tool puts them.
 
     Raises:
-        FileNotFoundError: no such file.
         FeatureFileError: nothing that is known.
     """
-    if path.suffix in (".npz", ".pt"):
-        if not path.is_file():
-            raise FileNotFoundError(f"{path}: no such file.")
-        return _read_slide2vec(path, coordinates) if _is_slide2vec(path) else _read_clam_tensor(path, coordinates)
-    with open_h5(path) as file:
-        refuse_slide_vector(file)
-        name = "feats" if "feats" in file else "features"
-        if name not in file or "coords" not in file:
-            inside = ", ".join(sorted(file)[:10]) or "nothing"
-            raise FeatureFileError(f"{path.name}: expected datasets 'features' and 'coords', got {inside}.")
-        features, coords = two_axes(read_dataset(file, name)), two_axes(read_dataset(file, "coords"))
-        root, of_features, of_coords = read_attrs(file), read_attrs(file[name]), read_attrs(file["coords"])
-    held: dict[str, Any] = {"features": features, "coords": coords, "attrs": {**root, **of_features, **of_coords}}
+    root = read_attrs(file)
+    name = "feats" if "feats" in file else "features"
+    found = file.get(name)
+    numbers = isinstance(found, h5py.Dataset) and found.dtype.kind in "iuf"
+    if numbers and (found.ndim == 1 or (name == "feats" and root.get("feat_type") not in (None, "tile"))):
+        return _slide_vector(path, root, file, name)
+    held: dict[str, Any] = {"path": path, "slide_id": path.name.removesuffix(path.suffix)}
+    if "coords" not in file or (name not in file and not isinstance(file["coords"], h5py.Dataset)):
+        inside = ", ".join(sorted(file)[:10]) or "nothing"
+        raise FeatureFileError(f"{path.name}: expected datasets 'features' and 'coords', got {inside}.")
+    of_coords = read_attrs(file["coords"])
+    if name not in file:
+        coords = two_axes(read_dataset(file, "coords"))
+        held |= {"kind": "tile coordinates", "coords": coords, "attrs": {**root, **of_coords}}
+        return _of_coordinates(of_coords, held) or Contents(tool="unknown", **held)
+    features, coords = two_axes(read_dataset(file, name)), two_axes(read_dataset(file, "coords"))
+    held |= {"features": features, "coords": coords, "attrs": {**root, **read_attrs(file[name]), **of_coords}}
     if name == "feats":
         return _stamp(held)
     of_coords_file = _of_coordinates(of_coords, held)
@@ -122,46 +96,33 @@ def read_other_tool(path: Path, *, coordinates: Path | None = None) -> Held:
     if coords.dtype.kind == "f":
         # Every tool that writes whole level-0 pixels writes them as integers; the published files are float32, at
         # whichever level the tiles were cut.
-        return Held(source="published", frame="unstated", **held)
-    return _clam(held, path, coordinates)
+        return Contents(tool="published", frame="unstated", **held)
+    return _clam(held, coordinates)
 
 
-def slide_vector(file: h5py.File) -> tuple[str, str, str] | None:
-    """(tool, name of its dataset, what it is in words) of another tool's slide embedding; None for anything else."""
-    for tool, name in (("trident", "features"), ("stamp", "feats")):
-        dataset = file.get(name, getlink=True) and file.get(name)
-        kind = read_attrs(file).get("feat_type") if tool == "stamp" else None
-        if (
-            isinstance(dataset, h5py.Dataset)
-            and dataset.dtype.kind in "iuf"
-            and (dataset.ndim == 1 or kind not in (None, "tile"))
-        ):
-            return tool, name, f"{dataset.shape} of feat_type {kind!r}" if kind else str(dataset.shape)
-    return None
+def read_arrays(path: Path, coordinates: Path | None = None) -> Contents:
+    """An `.npz` or `.pt` file of another tool; arguments and errors as `read_h5`."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file.")
+    return _read_slide2vec(path, coordinates) if _is_slide2vec(path) else _read_clam_tensor(path, coordinates)
 
 
-def refuse_slide_vector(file: h5py.File) -> None:
-    """Raise FeatureFileError where a file is another tool's slide embedding."""
-    slide = slide_vector(file)
-    if slide is not None:
-        tool, _, words = slide
-        raise FeatureFileError(
-            f"{Path(file.filename).name}: expected tile embeddings (N, D), got one slide vector, {words}, as "
-            f"{tool.upper()} writes them. Name the files of its tiles."
-        )
+def _slide_vector(path: Path, root: Attrs, file: h5py.File, name: str) -> Contents:
+    """Another tool's embedding of a slide, (D,) or of a kind that is no tile's."""
+    vector = read_dataset(file, name)
+    attrs = {**root, **read_attrs(file[name])}
+    return Contents(
+        path=path,
+        kind="slide embeddings",
+        tool="stamp" if name == "feats" else "trident",
+        slide_id=path.stem,
+        vectors={name: vector[None] if vector.ndim == 1 else vector},
+        slide_encoder=name_in(attrs, "encoder"),
+        attrs=attrs,
+    )
 
 
-def coordinates_file_step(file: h5py.File) -> tuple[str, Step | None] | None:
-    """The tool and step of a file that holds coordinates alone (TRIDENT's, CLAM's or Mussel's), else None."""
-    if "coords" not in file or "features" in file or "feats" in file:
-        return None
-    attrs = read_attrs(file["coords"])
-    nothing = np.zeros((0, 0), np.float32)
-    held = _of_coordinates(attrs, {"features": nothing, "coords": nothing, "attrs": attrs})
-    return ("unknown", None) if held is None else (held.source, held.step)
-
-
-def _of_coordinates(attrs: Attrs, held: dict[str, Any]) -> Held | None:
+def _of_coordinates(attrs: Attrs, held: dict[str, Any]) -> Contents | None:
     """The tool that the attributes of coordinates tell."""
     if "patch_size_level0" in attrs:
         return _trident(held)
@@ -170,7 +131,7 @@ def _of_coordinates(attrs: Attrs, held: dict[str, Any]) -> Held | None:
     # Mussel writes pixels of level 0 and the mpp; CLAM pixels of `patch_level` and its downsample.
     if "mpp" in held["attrs"] or "native_mpp" in held["attrs"]:
         return _mussel(held)
-    return Held(source="clam", step=clam_step(held["attrs"]), **held)
+    return Contents(tool="clam", step=clam_step(held["attrs"]), **held)
 
 
 def _beside(given: Path | None, usual: list[Path]) -> Path | None:
@@ -234,7 +195,7 @@ def coords_at_level0(found: TileEmbeddings, scale: Scale) -> tuple[Array, Step]:
 def _step(found: TileEmbeddings) -> Step:
     step = as_pair(found.attrs.get("tile_size_level0")) or as_pair(found.tile_size_level0)
     if step is None:
-        raise ValueError(f"{found.slide_id}: expected a known distance between tiles. State it with {OPTION}.")
+        raise ValueError(f"{found.slide_id}: expected a known distance between tiles. State it with {STEP_OPTION}.")
     return step
 
 
@@ -294,12 +255,13 @@ def _write_h5(
 # -------------------------------------------------------------------------------------------------------------- TRIDENT
 
 
-def _trident(held: dict[str, Any]) -> Held:
-    step, why = as_pair(held["attrs"].get("patch_size_level0")), _NO_STEP
-    overlap = as_number(held["attrs"].get("overlap"))
+def _trident(held: dict[str, Any]) -> Contents:
+    found = Contents(tool="trident", encoder=name_in(held["attrs"], "encoder"), **held)
+    overlap = as_number(found.attrs.get("overlap"))
     if overlap:
-        step, why = None, f"its tiles overlap by {overlap:g} pixels. State the distance between them with {OPTION}"
-    return Held(source="trident", step=step, no_step=why, encoder=name_in(held["attrs"], "encoder"), **held)
+        why = f"its tiles overlap by {overlap:g} pixels. State the distance between them with {STEP_OPTION}"
+        return dataclasses.replace(found, missing=why)
+    return dataclasses.replace(found, step=as_pair(found.attrs.get("patch_size_level0")))
 
 
 def _write_trident(found: TileEmbeddings, folder: Path, scale: Scale) -> list[Path]:
@@ -331,56 +293,54 @@ def _trident_attrs(found: TileEmbeddings, step: int) -> dict[str, Any]:
 # --------------------------------------------------------------------------------------------------------------- Mussel
 
 
-def _mussel(held: dict[str, Any]) -> Held:
+def _mussel(held: dict[str, Any]) -> Contents:
     attrs = held["attrs"]
     step = as_pair(attrs.get("step_size")) or as_pair(attrs.get("patch_size"))
-    return Held(source="mussel", step=step, encoder=name_in(attrs, "model_type", "encoder"), **held)
+    held = {**held, "slide_id": held["slide_id"].removesuffix(".patch")}
+    return Contents(tool="mussel", step=step, encoder=name_in(attrs, "model_type", "encoder"), **held)
 
 
 # ----------------------------------------------------------------------------------------------------------------- CLAM
 
 
-def _clam(held: dict[str, Any], path: Path, coordinates: Path | None) -> Held:
+def _clam(held: dict[str, Any], coordinates: Path | None) -> Contents:
     """CLAM's features carry no attributes; its coordinates file of the same slide does."""
-    name = f"{path.stem}.h5"
-    beside = _beside(coordinates, [path.parent.parent / "patches" / name])
+    found = Contents(tool="clam", **held)
+    name = f"{found.path.stem}.h5"
+    beside = _beside(coordinates, [found.path.parent.parent / "patches" / name])
     if beside is None:
-        return Held(source="clam", no_step=f"{_NO_STEP}, or name CLAM's coordinates file (patches/{name})", **held)
-    with open_h5(beside) as file:
-        stored, attrs = two_axes(read_dataset(file, "coords")), read_attrs(file["coords"])
-    if not np.array_equal(stored, held["coords"]):
-        raise FeatureFileError(f"{path.name}: its coordinates differ from those of {beside.name} of CLAM's patches.")
-    return Held(source="clam", step=clam_step(attrs), **{**held, "attrs": {**held["attrs"], **attrs}})
+        why = f"{found.missing}, or name CLAM's coordinates file (patches/{name})"
+        return dataclasses.replace(found, missing=why)
+    coords, attrs, _ = _clam_coordinates(beside)
+    if not np.array_equal(coords, held["coords"]):
+        raise FeatureFileError(
+            f"{found.path.name}: its coordinates differ from those of {beside.name} of CLAM's patches."
+        )
+    return dataclasses.replace(found, step=clam_step(attrs), attrs={**found.attrs, **attrs})
 
 
-def _read_clam_tensor(path: Path, coordinates: Path | None) -> Held:
+def _clam_coordinates(path: Path) -> tuple[Array, dict[str, Any], Array | None]:
+    """The coordinates of one of CLAM's h5 files, their attributes, and the embeddings that it holds, if any."""
+    with open_h5(path) as file:
+        features = two_axes(read_dataset(file, "features")) if "features" in file else None
+        return two_axes(read_dataset(file, "coords")), read_attrs(file["coords"]), features
+
+
+def _read_clam_tensor(path: Path, coordinates: Path | None) -> Contents:
     """CLAM's `pt_files/<slide>.pt`, with the coordinates of `h5_files` or `patches` beside."""
     features, root, name = two_axes(read_tensor(path)), path.parent.parent, f"{path.stem}.h5"
     beside = _beside(coordinates, [root / "h5_files" / name, root / "patches" / name])
     if beside is None:
-        raise NoCoordinatesError(
-            f"{path.name}: a .pt file of CLAM holds no coordinates, and neither h5_files/{name} nor patches/{name} "
-            "lies beside its folder. Name the folder of coordinates with gigapath convert --coordinates DIR.",
-            features,
+        why = (
+            f"a .pt file of CLAM holds no coordinates, and neither h5_files/{name} nor patches/{name} lies beside its "
+            "folder. Name the folder of coordinates with gigapath convert --coordinates DIR"
         )
-    with open_h5(beside) as file:
-        coords, attrs = two_axes(read_dataset(file, "coords")), read_attrs(file["coords"])
-        twin = two_axes(read_dataset(file, "features")) if "features" in file else features
-    if len(coords) != len(features) or not np.array_equal(twin, features, equal_nan=True):
+        return Contents(path=path, kind="vectors", tool="clam", slide_id=path.stem, features=features, missing=why)
+    coords, attrs, twin = _clam_coordinates(beside)
+    if len(coords) != len(features) or not np.array_equal(features if twin is None else twin, features, equal_nan=True):
         raise FeatureFileError(f"{path.name}: {beside.parent.name}/{beside.name} is not of the same tiles.")
-    return _clam({"features": features, "coords": coords, "attrs": attrs}, path, None if attrs == {} else beside)
-
-
-class NoCoordinatesError(FeatureFileError):
-    """A file of embeddings whose coordinates are not at hand.
-
-    Attributes:
-        features: (N, D).
-    """
-
-    def __init__(self, message: str, features: Array) -> None:
-        super().__init__(message)
-        self.features = features
+    held = {"path": path, "slide_id": path.stem, "features": features, "coords": coords, "attrs": attrs}
+    return _clam(held, beside if attrs else None)
 
 
 def clam_step(attrs: Attrs) -> Step | None:
@@ -420,17 +380,16 @@ def _write_clam(found: TileEmbeddings, folder: Path, scale: Scale) -> list[Path]
 # ---------------------------------------------------------------------------------------------------------------- STAMP
 
 
-def _stamp(held: dict[str, Any]) -> Held:
+def _stamp(held: dict[str, Any]) -> Contents:
     """STAMP counts in micrometres; version 2 calls the tile's size `tile_size`, the first versions counted in 224-px
     tiles."""
     attrs = held["attrs"]
-    step, frame, why = as_pair(attrs.get("tile_size_um")), "um", _NO_STEP
-    if step is None and attrs.get("unit") == "um":
-        step = as_pair(attrs.get("tile_size"))
-    elif step is None:
-        step, frame = as_pair(attrs.get("tile_size")), "unstated"
-        why = f"it states no unit (an early STAMP file: 224, if so). State the distance of its tiles with {OPTION}"
-    return Held(source="stamp", frame=frame, step=step, no_step=why, encoder=name_in(attrs, "extractor"), **held)
+    microns, step = as_pair(attrs.get("tile_size_um")), as_pair(attrs.get("tile_size"))
+    encoder = name_in(attrs, "extractor")
+    if microns is not None or attrs.get("unit") == "um":
+        return Contents(tool="stamp", frame="um", step=microns or step, encoder=encoder, **held)
+    why = f"it states no unit (an early STAMP file: 224, if so). State the distance of its tiles with {STEP_OPTION}"
+    return Contents(tool="stamp", frame="unstated", step=step, missing=why, encoder=encoder, **held)
 
 
 def _write_stamp(found: TileEmbeddings, folder: Path, scale: Scale) -> list[Path]:
@@ -474,7 +433,7 @@ def _is_slide2vec(path: Path) -> bool:
     return path.suffix == ".npz" or in_folder or path.with_name(f"{path.stem}.meta.json").is_file()
 
 
-def _read_slide2vec(path: Path, coordinates: Path | None) -> Held:
+def _read_slide2vec(path: Path, coordinates: Path | None) -> Contents:
     """`tile_embeddings/<id>.npz` or `.pt` with `tiles/<id>.coordinates.npz` and the JSON beside them; of a run with
     annotations each in a subfolder of the annotation's name."""
     index = None
@@ -511,8 +470,10 @@ def _read_slide2vec(path: Path, coordinates: Path | None) -> Held:
     step = as_pair(attrs.get("step_px_lv0"))
     if step is None and not as_number(attrs.get("overlap")):
         step = as_pair(attrs.get("tile_size_lv0"))
-    return Held(
-        source="slide2vec",
+    return Contents(
+        path=path,
+        tool="slide2vec",
+        slide_id=path.stem,
         features=features,
         coords=coords,
         step=step,

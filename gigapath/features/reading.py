@@ -7,14 +7,14 @@ import os
 import re
 import zipfile
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import h5py
 import numpy as np
 
 from gigapath.features.cells import (
-    OPTION,
     SLIDE2VEC_COORDINATES,
     all_facts,
     as_pair,
@@ -25,13 +25,10 @@ from gigapath.features.cells import (
     row_major,
     two_axes,
 )
-from gigapath.features.data import Array, Attrs, FeatureFileError, TileEmbeddings
-from gigapath.features.gigapath_file import check_ours, open_ours, stage_of
-from gigapath.features.h5 import check_undamaged, find_dataset, open_h5, read_attrs, read_dataset
+from gigapath.features.data import STEP_OPTION, Array, Attrs, Contents, FeatureFileError, TileEmbeddings
+from gigapath.features.gigapath_file import STATES, check_ours, stage_of
+from gigapath.features.h5 import check_undamaged, find_dataset, is_complete, open_h5, read_attrs, read_dataset
 from gigapath.files import is_hidden, real_path, visible_files
-
-if TYPE_CHECKING:  # loaded when another tool's file comes: runs over our own need none of it
-    from gigapath.features.other_tools import Held
 
 # Looked for in this order: a folder that holds some of the first holds no features under the others.
 SUFFIXES = (".h5", ".npz", ".pt")
@@ -46,6 +43,14 @@ _STEPS = ("tile_size_level0", "patch_size_level0", "patch_size", "step_size", "t
 _ENCODER = re.compile(r"encoder|extractor|model|backbone", re.IGNORECASE)
 _FEW_FILES = 8
 _SIDECAR_BYTES = 1 << 20
+
+# Our stages: what their files hold, the datasets that each has, and all that are read.
+_TILES = ("coords", "cells", "tissue_fraction", "section", "qc")
+_OURS: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
+    "tiles": ("tiles", ("coords", "cells", "tissue_fraction"), _TILES),
+    "features": ("tile embeddings", ("features", "coords", "cells"), ("features", *_TILES)),
+    "slide": ("slide embeddings", (), STATES),
+}
 
 # Rows that are looked at at once, so that a check needs no second copy of a large array.
 _CHECK_ROWS = 4096
@@ -186,14 +191,9 @@ def look_at_features(path: Path) -> FeatureFacts:
     with open_h5(path) as file:
         if stage_of(file) is not None:
             check_ours(file, "features")
-        else:
-            from gigapath.features.other_tools import refuse_slide_vector
-
-            refuse_slide_vector(file)
         name = "feats" if "feats" in file else "features"
-        if name not in file or "coords" not in file:
-            inside = ", ".join(sorted(file)[:10]) or "nothing"
-            raise FeatureFileError(f"{path.name}: expected datasets 'features' and 'coords', got {inside}.")
+        if name not in file or "coords" not in file or file[name].ndim < 2:
+            _check_kind(_read_open(path, file, None, "iuf"))
         features, coords = find_dataset(file, name), find_dataset(file, "coords")
         shape = two_axes(np.broadcast_to(np.float32(0), features.shape)).shape
         if len(shape) != 2 or features.dtype.kind != "f":
@@ -247,21 +247,97 @@ def read_features(
     path = Path(path)
     if order not in ("row-major", "file"):
         raise ValueError(f"read_features: expected order row-major or file, got {order!r}.")
-    second = None if coordinates is None else Path(coordinates)
     if verify:
         check_undamaged(path)
-    if is_ours(path):
-        found = _read_ours(path)
-        _check_values(found.features, embed_dim, path)
-        if tile_size_level0 is not None and found.tile_size_level0 is not None:
-            _check_stated(tile_size_level0, found.tile_size_level0, path)
-        return found
-    from gigapath.features.other_tools import read_other_tool
+    held = _read(path, None if coordinates is None else Path(coordinates))
+    _check_kind(held)
+    _check_shapes(held)
+    _check_values(held, embed_dim)
+    step = held.step
+    if tile_size_level0 is not None:
+        if step is not None:
+            _check_stated(tile_size_level0, float(np.mean(step)), path)
+        elif held.complete is None:
+            step = (tile_size_level0, tile_size_level0)
+    return _embeddings(held, step, cells=cells, sort=order == "row-major")
 
-    held = read_other_tool(path, coordinates=second)
-    _check_shapes(held, path)
-    _check_values(held.features, embed_dim, path)
-    return _embeddings(held, path, stated=tile_size_level0, cells=cells, sort=order == "row-major")
+
+def read_contents(path: Path, *, tile_size_level0: float | None = None, coordinates: Path | None = None) -> Contents:
+    """Read a feature file of any kind and tool to its last byte, without judging it.
+
+    Args:
+        path: an `.h5`, `.npz` or `.pt` file.
+        tile_size_level0: the distance between neighbouring tiles, where the file does not say.
+        coordinates: as for `read_features`.
+
+    Raises:
+        FileNotFoundError: no such file.
+        FeatureFileError: it can't be read, or holds nothing that is known.
+    """
+    held = _read(path, coordinates, kinds="iufSb")  # texts and truth values among them, of ours
+    if held.step is None and tile_size_level0 is not None and held.kind != "slide embeddings":
+        held = replace(held, step=(tile_size_level0, tile_size_level0))
+    return held
+
+
+def _read(path: Path, coordinates: Path | None, *, kinds: str = "iuf") -> Contents:
+    if path.suffix in (".npz", ".pt"):
+        from gigapath.features.other_tools import read_arrays
+
+        return read_arrays(path, coordinates)
+    with open_h5(path) as file:
+        return _read_open(path, file, coordinates, kinds)
+
+
+def _read_open(path: Path, file: h5py.File, coordinates: Path | None, kinds: str) -> Contents:
+    stage = stage_of(file)
+    if stage is None:
+        from gigapath.features.other_tools import read_h5  # runs over our own files need none of it
+
+        return read_h5(path, file, coordinates)
+    if stage not in _OURS:
+        raise FeatureFileError(f"{path.name}: expected a file of our stages {', '.join(_OURS)}, got {stage!r}.")
+    kind, needed, names = _OURS[stage]
+    attrs = read_attrs(file)
+    arrays: dict[str, Any] = {
+        name: read_dataset(file, name, kinds=kinds) for name in names if name in file or name in needed
+    }
+    qc_names = tuple(read_attrs(file["qc"]).get("names") or ()) if "qc" in arrays else ()
+    return Contents(
+        path=path,
+        kind=kind,
+        tool="gigapath",
+        slide_id=str(name_in(attrs, "slide_id")),
+        qc_names=qc_names,
+        frame=str(attrs.get("frame") or "level0"),
+        step=as_pair(attrs.get("tile_size_level0")) if stage != "slide" else None,
+        encoder=name_in(attrs, "encoder"),
+        slide_encoder=name_in(attrs, "slide_encoder") if stage == "slide" else None,
+        attrs=attrs,
+        complete=is_complete(file),
+        **({"vectors": arrays} if stage == "slide" else arrays),
+    )
+
+
+def _check_kind(held: Contents) -> None:
+    """Raise FeatureFileError where a file holds something else than tile embeddings, or was never finished."""
+    name = held.path.name
+    if held.kind == "vectors":
+        raise FeatureFileError(f"{name}: {held.missing}.")
+    if held.vectors and held.complete is None:
+        (vector,) = held.vectors.values()
+        kind = f" of feat_type {held.attrs['feat_type']!r}" if "feat_type" in held.attrs else ""
+        raise FeatureFileError(
+            f"{name}: expected tile embeddings (N, D), got one slide vector, {vector.shape}{kind}, as "
+            f"{held.tool.upper()} writes them. Name the files of its tiles."
+        )
+    if held.kind != "tile embeddings":
+        if held.complete is None:
+            raise FeatureFileError(f"{name}: expected tile embeddings, features and coords, got {held.kind}.")
+        stage = held.attrs["stage"]
+        raise FeatureFileError(f"{name}: expected a file of our stage 'features', got one of stage {stage!r}.")
+    if held.complete is False:
+        raise FeatureFileError(f"{name}: it was never finished. Make it again.")
 
 
 def is_ours(path: Path) -> bool:
@@ -272,59 +348,41 @@ def is_ours(path: Path) -> bool:
         return stage_of(file) is not None
 
 
-def _read_ours(path: Path) -> TileEmbeddings:
-    with open_ours(path, "features") as file:
-        attrs = read_attrs(file)
-        arrays: dict[str, Any] = {
-            name: read_dataset(file, name)
-            for name in ("features", "coords", "cells", "tissue_fraction", "section", "qc")
-            if name in file or name in ("features", "coords", "cells")
-        }
-        qc_names = tuple(read_attrs(file["qc"]).get("names") or ()) if "qc" in file else ()
-        if row_major(arrays["cells"]) is not None:
+def _embeddings(held: Contents, step: tuple[float, float] | None, *, cells: bool, sort: bool) -> TileEmbeddings:
+    """A file's tile embeddings: float32 or float16, with cells (ours as stored, others' derived), in their order."""
+    path, features, coords, order = held.path, held.features, held.coords, None
+    assert features is not None and coords is not None  # `_check_shapes` has seen them
+    fractions, places = held.tissue_fraction, held.cells
+    if held.complete is not None:
+        assert places is not None
+        if row_major(places) is not None:
             raise FeatureFileError(f"{path.name}: its cells are not in row-major order, each once. Make it again.")
-        pitch = as_pair(attrs.get("tile_size_level0"))
-        return TileEmbeddings(
-            slide_id=str(attrs.get("slide_id")),
-            frame=str(attrs.get("frame") or "level0"),
-            tile_size_level0=None if pitch is None else float(np.mean(pitch)),
-            qc_names=qc_names,
-            attrs=attrs,
-            encoder=name_in(attrs, "encoder"),
-            **arrays,
-        )
-
-
-def _embeddings(held: "Held", path: Path, *, stated: float | None, cells: bool, sort: bool) -> TileEmbeddings:
-    """Another tool's file as tile embeddings: float32 or float16, its cells derived and the tiles put in order."""
-    features = held.features if held.features.dtype in (np.float32, np.float16) else held.features.astype(np.float32)
-    coords = held.coords.astype(np.float64 if held.coords.dtype.kind == "f" else np.int64)
-    fractions, step, places, order = held.tissue_fraction, held.step, None, None
-    if stated is not None:
-        if step is not None:
-            _check_stated(stated, float(np.mean(step)), path)
-        else:
-            step = (stated, stated)
-    if cells:
-        if step is None:
-            seen = observed_step(coords)
-            hint = f" (the closest lie {seen:g} apart)" if seen else ""
-            raise FeatureFileError(f"{path.name}: {held.no_step}{hint}.")
-        places = cells_of(coords, step, who=path.name)
-        order = row_major(places) if sort else None
-        if order is not None:
-            features, coords, places = features[order], coords[order], places[order]
-            fractions = None if fractions is None else fractions[order]
+    else:
+        features = features if features.dtype in (np.float32, np.float16) else features.astype(np.float32)
+        coords = coords.astype(np.float64 if coords.dtype.kind == "f" else np.int64)
+        if cells:
+            if step is None:
+                seen = observed_step(coords)
+                hint = f" (the closest lie {seen:g} apart)" if seen else ""
+                raise FeatureFileError(f"{path.name}: {held.missing}{hint}.")
+            places = cells_of(coords, step, who=path.name)
+            order = row_major(places) if sort else None
+            if order is not None:
+                features, coords, places = features[order], coords[order], places[order]
+                fractions = None if fractions is None else fractions[order]
     return TileEmbeddings(
-        slide_id=slide_name(path) if held.source == "mussel" else path.name.removesuffix(path.suffix),
+        slide_id=held.slide_id,
         features=features,
         coords=coords,
         frame=held.frame,
         cells=places,
         tile_size_level0=None if step is None else float(np.mean(step)),
         tissue_fraction=fractions,
+        section=held.section,
+        qc=held.qc,
+        qc_names=held.qc_names,
         attrs=held.attrs,
-        source=held.source,
+        source=held.tool,
         encoder=held.encoder,
         reordered=order is not None,
     )
@@ -333,36 +391,36 @@ def _embeddings(held: "Held", path: Path, *, stated: float | None, cells: bool, 
 def _check_stated(stated: float, found: float, path: Path) -> None:
     if abs(stated - found) > 0.005 * found:
         raise FeatureFileError(
-            f"{path.name}: the file says that its tiles lie {found:g} apart, {OPTION} says {stated:g}. "
+            f"{path.name}: the file says that its tiles lie {found:g} apart, {STEP_OPTION} says {stated:g}. "
             "Leave the option out."
         )
 
 
-def _check_shapes(held: "Held", path: Path) -> None:
-    features, coords, fractions = held.features, held.coords, held.tissue_fraction
+def _check_shapes(held: Contents) -> None:
+    features, coords, fractions, name = held.features, held.coords, held.tissue_fraction, held.path.name
+    assert features is not None and coords is not None
     if features.ndim != 2 or features.dtype.kind != "f":
         raise FeatureFileError(
-            f"{path.name}: expected embeddings (N, D) of floats, got {features.shape} of {features.dtype}."
+            f"{name}: expected embeddings (N, D) of floats, got {features.shape} of {features.dtype}."
         )
     if coords.shape != (len(features), 2) or coords.dtype.kind not in "iuf":
-        raise FeatureFileError(
-            f"{path.name}: expected coords {(len(features), 2)}, got {coords.shape} of {coords.dtype}."
-        )
+        raise FeatureFileError(f"{name}: expected coords {(len(features), 2)}, got {coords.shape} of {coords.dtype}.")
     if coords.dtype.kind == "u" and coords.size and coords.max() > np.iinfo(np.int64).max:
-        raise FeatureFileError(f"{path.name}: its coordinates reach {coords.max()}, which no slide does.")
+        raise FeatureFileError(f"{name}: its coordinates reach {coords.max()}, which no slide does.")
     if fractions is not None and fractions.shape != (len(features),):
-        raise FeatureFileError(f"{path.name}: expected one tissue fraction a tile, got {fractions.shape}.")
+        raise FeatureFileError(f"{name}: expected one tissue fraction a tile, got {fractions.shape}.")
 
 
-def _check_values(features: Array, embed_dim: int | None, path: Path) -> None:
+def _check_values(held: Contents, embed_dim: int | None) -> None:
+    features, name = held.features, held.path.name
+    assert features is not None
     if embed_dim is not None and features.shape[1] != embed_dim:
         raise FeatureFileError(
-            f"{path.name}: expected embeddings of width {embed_dim}, got {features.shape[1]}. "
-            "Features of another encoder?"
+            f"{name}: expected embeddings of width {embed_dim}, got {features.shape[1]}. Features of another encoder?"
         )
     for start in range(0, len(features), _CHECK_ROWS):
         finite = np.isfinite(features[start : start + _CHECK_ROWS]).all(axis=1)
         if not finite.all():
             raise FeatureFileError(
-                f"{path.name}: expected finite embeddings, got NaN or infinity in row {start + int(np.argmin(finite))}."
+                f"{name}: expected finite embeddings, got NaN or infinity in row {start + int(np.argmin(finite))}."
             )
