@@ -10,7 +10,7 @@ from typing import Any
 import h5py
 import numpy as np
 
-from gigapath.features import Tiles
+from gigapath.features import TileEmbeddingsWriter, Tiles
 
 # Columns and rows of the kept tiles: not square, not symmetric, with a gap, in row-major order.
 CELLS = np.array([[3, 1], [4, 1], [7, 1], [3, 2], [4, 2], [5, 2], [6, 2], [5, 4]], dtype=np.int32)
@@ -51,6 +51,15 @@ def make_features(count: int = len(CELLS), width: int = 6, seed: int = 0) -> np.
 def shuffled(count: int) -> np.ndarray:
     """An order that is neither by row nor by column."""
     return np.random.default_rng(5).permutation(count)
+
+
+def write_gigapath(path: Path, features: np.ndarray, tiles: Tiles | None = None, **options: Any) -> Path:
+    """Our own file, written in blocks."""
+    tiles = make_tiles() if tiles is None else tiles
+    with TileEmbeddingsWriter(path, tiles, embed_dim=features.shape[1], **options) as writer:
+        for start in range(0, len(features), 3):
+            writer.write(start, features[start : start + 3])
+    return path
 
 
 def write_h5(path: Path, datasets: dict[str, np.ndarray], attrs: dict[str, dict[str, Any]] | None = None) -> Path:

@@ -16,7 +16,7 @@ from typing import Any
 import h5py
 import numpy as np
 import pytest
-from feature_files import CELLS, make_features, make_tiles
+from feature_files import CELLS, make_features, make_tiles, write_gigapath
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -52,11 +52,7 @@ EMPTY = np.zeros((0, 2), np.int32)
 
 
 def write_ours(path: Path, tiles: Tiles | None = None, features: np.ndarray = FEATURES, **options: Any) -> Path:
-    tiles = make_tiles() if tiles is None else tiles
-    with TileEmbeddingsWriter(path, tiles, embed_dim=features.shape[1], **{"attrs": ATTRS, **options}) as writer:
-        for start in range(0, len(features), 3):
-            writer.write(start, features[start : start + 3])
-    return path
+    return write_gigapath(path, features, tiles, **{"attrs": ATTRS, **options})
 
 
 def names(folder: Path) -> list[str]:

@@ -13,6 +13,7 @@ from feature_files import (
     make_features,
     make_tiles,
     write_clam,
+    write_gigapath,
     write_mussel,
     write_published,
     write_slide2vec,
@@ -42,11 +43,8 @@ ROOT = {"encoder": "gigapath", "mpp_level0": (0.25, 0.25), "precision": "fp32", 
 def write_ours(
     folder: Path, slide_id: str = "slide-1", features: np.ndarray = FEATURES, *, attrs: Any = None, **changes: Any
 ) -> Path:
-    tiles = make_tiles(slide_id, CELLS, **changes)
     path = folder / "features_gigapath" / f"{slide_id}.h5"
-    with TileEmbeddingsWriter(path, tiles, embed_dim=features.shape[1], attrs={**ROOT, **(attrs or {})}) as writer:
-        writer.write(0, features)
-    return path
+    return write_gigapath(path, features, make_tiles(slide_id, CELLS, **changes), attrs={**ROOT, **(attrs or {})})
 
 
 def look(path: Path, **options: Any) -> FileReport:

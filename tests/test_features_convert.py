@@ -16,6 +16,7 @@ from feature_files import (
     make_tiles,
     shuffled,
     write_foreign,
+    write_gigapath,
     write_h5,
     write_mussel,
     write_published,
@@ -35,13 +36,8 @@ OTHERS = [name for name in FORMATS if name != "gigapath"]
 
 
 def write_ours(folder: Path, **changes: Any) -> Path:
-    tiles = make_tiles(**changes)
-    path = folder / "ours" / f"{tiles.slide_id}.h5"
-    with TileEmbeddingsWriter(
-        path, tiles, embed_dim=6, attrs={"encoder": "gigapath", "mpp_level0": (0.25, 0.25)}
-    ) as writer:
-        writer.write(0, FEATURES)
-    return path
+    tiles, attrs = make_tiles(**changes), {"encoder": "gigapath", "mpp_level0": (0.25, 0.25)}
+    return write_gigapath(folder / "ours" / f"{tiles.slide_id}.h5", FEATURES, tiles, attrs=attrs)
 
 
 def read_back(path: Path, tool: str) -> TileEmbeddings:

@@ -13,6 +13,7 @@ from feature_files import (
     make_tiles,
     shuffled,
     write_clam,
+    write_gigapath,
     write_h5,
     write_mussel,
     write_published,
@@ -37,9 +38,7 @@ FEATURES = make_features()
 
 def write_ours(path: Path, **options: Any) -> Path:
     attrs = {"encoder": "standin", "weights_sha256": "ab" * 32, "precision": "fp32"}
-    with TileEmbeddingsWriter(path, make_tiles(), embed_dim=6, attrs=attrs, **options) as writer:
-        writer.write(0, FEATURES)
-    return path
+    return write_gigapath(path, FEATURES, attrs=attrs, **options)
 
 
 def test_describe_says_what_our_file_is(tmp_path: Path) -> None:

@@ -95,22 +95,6 @@ def test_labels_of_kaggle_and_of_the_published_table_read_alike(tmp_path) -> Non
     assert read.sites == ("karolinska", "radboud") and read.digest == published.digest
 
 
-@pytest.mark.parametrize(
-    ("header", "rows", "match"),
-    [
-        (["slide_id", "label"], [["a", 7]], "row 2 has the label '7'.*does not know"),
-        (["slide_id", "label"], [["a", 1], ["a", 2]], "a has two rows"),
-        (["slide_id", "grade"], [["a", 1]], "expected a column label"),
-        (["title", "label"], [["a", 1]], "expected a column slide_id"),
-        (["slide_id", "label"], [], "rows below the header"),
-        (["slide_id", "label", "patient_id"], [["a", 1, ""]], "row 2 has no patient_id"),
-    ],
-)
-def test_labels_that_are_off_are_refused(tmp_path, header, rows, match) -> None:
-    with pytest.raises(ValueError, match=match):
-        read_labels(write_csv(tmp_path / "labels.csv", header, rows), load_task("panda"))
-
-
 def test_tcga_rule_joins_every_row_to_files_named_by_file_name(tmp_path) -> None:
     rows = mutation_rows()
     labels = read_labels(write_csv(tmp_path / "l.csv", MUTATION_HEADER, rows), load_task("mutation_5_gene"))

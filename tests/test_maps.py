@@ -5,14 +5,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from feature_files import make_tiles, write_stamp, write_trident
+from feature_files import make_tiles, write_gigapath, write_stamp, write_trident
 from made_cohort import NARROW, write_slide
 from PIL import Image
 from planted_slide import ID, OFFSET, REGION, SIZE, covered, fit_head, overlap, write_planted_run
 
 from gigapath.cli.main import main
 from gigapath.cohort.status import Status, write_status
-from gigapath.features import TileEmbeddingsWriter, Tiles, read_features
+from gigapath.features import Tiles, read_features
 from gigapath.files import sha256_of
 from gigapath.maps import (
     Colours,
@@ -300,10 +300,8 @@ def test_colours_are_common_to_all_slides_unless_asked_otherwise(tmp_path: Path)
 def write_ours(path: Path, *, count: int | None = None, seed: int = 1, **attrs: object) -> Path:
     """One of our own files of random embeddings; `count` 0 for a slide without tissue."""
     tiles = make_tiles(path.stem) if count is None else make_tiles(path.stem).take(np.arange(count))
-    with TileEmbeddingsWriter(path, tiles, embed_dim=6, attrs={"encoder": "made", **attrs}) as writer:
-        if len(tiles):
-            writer.write(0, np.random.default_rng(seed).standard_normal((len(tiles), 6)).astype(np.float32))
-    return path
+    features = np.random.default_rng(seed).standard_normal((len(tiles), 6)).astype(np.float32)
+    return write_gigapath(path, features, tiles, attrs={"encoder": "made", **attrs})
 
 
 @pytest.mark.usefixtures("no_figures")
