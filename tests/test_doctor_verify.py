@@ -28,13 +28,14 @@ from gigapath.embedding.forward import encode_padded
 from gigapath.files import sha256_of
 from gigapath.findings import SKIPPED, Finding
 from gigapath.preprocessing.slide import open_slide
-from gigapath.preprocessing.tiling import plan_tiles
+from gigapath.preprocessing.tiling import TileOptions, plan_tiles
 from gigapath.releases import RELEASES
 from gigapath.slide_encoder import LongNetViT
 from gigapath.tile_encoder import load_tile_encoder
 from gigapath.tile_transform import TileTransform
 
 ROOT = Path(__file__).parent.parent
+AS_PUBLISHED = TileOptions(tissue="published", mpp_tolerance=0.2)
 
 
 @pytest.fixture
@@ -359,7 +360,7 @@ def official(release: Path) -> Path:
     )
     encoder = load_tile_encoder(str(release / "pytorch_model.bin"))
     with open_slide(path) as slide:
-        plan = plan_tiles(slide, verify_tile_encoder._TILING)
+        plan = plan_tiles(slide, AS_PUBLISHED)
         corners = plan.tiles.coords_level0 + np.array([40, -24])
         size = plan.tiles.read_size
         tiles = [slide.read(*corner, plan.tiles.level, *size) for corner in corners.tolist()]
@@ -393,7 +394,7 @@ def test_verify_panda_finds_tiles_at_their_places(official: Path) -> None:
 
 def test_verify_panda_names_swapped_coordinates(official: Path) -> None:
     with open_slide(official / "slides" / "0123abcd.tif") as slide:
-        box = plan_tiles(slide, verify_tile_encoder._TILING).mask.box_level0
+        box = plan_tiles(slide, AS_PUBLISHED).mask.box_level0
     assert box is not None
 
     def swap(file: h5py.File) -> None:

@@ -150,7 +150,7 @@ def test_partials_of_dead_writers_go_and_those_of_living_ones_stay(tmp_path: Pat
     path = tmp_path / "a.h5"
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
-    here = files._machine()
+    here = files.writer_name().rpartition("-")[0]
     gone = [
         partial_of(path, here, dead.pid),
         partial_of(path, here, os.getpid()),  # of an earlier process with our number
