@@ -17,6 +17,7 @@ first use (a few ms); where none passes, the plain one serves, and one warning s
 """
 
 import contextlib
+import itertools
 import logging
 import math
 import warnings
@@ -27,7 +28,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from gigapath.longnet.kernels import KERNELS, PLAIN, Extra, Kernel, candidates, wide_dtype
+from gigapath.longnet.kernels import KERNELS, PLAIN, CudaVarlenKernel, Extra, Kernel, candidates, wide_dtype
 
 logger = logging.getLogger(__name__)
 
@@ -238,7 +239,30 @@ def find_fault(kernel: Kernel, device: torch.device, dtype: torch.dtype, head_di
             fault = _difference(got, true, float(made.double()[2].abs().max()), dtype)
             if fault is not None:
                 return f"the {case} case gives {fault}"
+        if isinstance(kernel, CudaVarlenKernel):
+            return _packed_fault(kernel, device, dtype, head_dim)
     return None
+
+
+def _packed_fault(kernel: CudaVarlenKernel, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    """`find_fault` for sequences of several lengths side by side, single rows among them."""
+    lengths, heads = (5, 197, 1, 64), 3
+    random = torch.Generator().manual_seed(0)
+    made = torch.randn(4, sum(lengths), heads, head_dim, generator=random, device="cpu").to(dtype)
+    scale = head_dim**-0.5
+    starts = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=device)
+    spans = (starts, starts, max(lengths), max(lengths))
+    q, k, v, grad = made.to(device)
+    try:
+        out, lse, extra = kernel.packed(q, k, v, spans, scale)
+        gradients = kernel.packed_backward(grad, q, k, v, out, lse, extra, spans, scale)
+    except Exception as error:
+        return f"the packed case raised {type(error).__name__}: {str(error)[:200]}"
+    got = dict(zip(("out", "lse", "dq", "dk", "dv"), (out, lse, *gradients), strict=True))
+    single = [_everything(PLAIN, part[:, None], 1, 0) for part in torch.split(made.double(), list(lengths), dim=1)]
+    true = {name: torch.cat([each[name][0].transpose(0, 1) for each in single]) for name in got}
+    fault = _difference(got, true, float(made.double()[2].abs().max()), dtype)
+    return None if fault is None else f"the packed case gives {fault}"
 
 
 def _everything(kernel: Kernel, made: Tensor, stride: int, zero_keys: int) -> dict[str, Tensor]:

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from gigapath.longnet import dilated
 from gigapath.longnet.config import LongNetConfig
 from gigapath.longnet.dilated import dilated_attention
-from gigapath.longnet.linear import Linear, bfloat16_pays
+from gigapath.longnet.linear import Linear, bfloat16_pays, gelu_in_float32
 from gigapath.longnet.steps import next_step
 
 Lengths = tuple[int, ...]
@@ -35,7 +35,7 @@ def drop_path(x: Tensor, rate: float, lengths: Lengths) -> Tensor:
 
 def row_parts(x: Tensor) -> list[Tensor]:
     """Views of a few rows each of x (..., D): few enough on a CPU for the FFN's activations to stay in cache."""
-    rows = 256 if x.device.type == "cpu" else 16384
+    rows = 256 if x.device.type == "cpu" else 65536
     return list(torch.split(x.view(-1, x.shape[-1]), rows))
 
 
@@ -89,7 +89,7 @@ class FeedForward(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) to (..., D)."""
         hidden = self.fc1(x)
-        out: Tensor = self.fc2(self.ffn_layernorm(F.gelu(hidden.float()).type_as(hidden)))
+        out: Tensor = self.fc2(self.ffn_layernorm(gelu_in_float32(hidden)))
         return out
 
     def add_to(self, x: Tensor, norm: nn.Module) -> None:

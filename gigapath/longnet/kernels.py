@@ -17,6 +17,8 @@ from torch import Tensor
 PLAIN_CHUNK_BYTES = 32 << 20
 
 Extra = tuple[Any, ...]
+# Of queries and of keys the rows where sequences begin, and their number ((S + 1,) int32), and rows of the longest.
+Spans = tuple[Tensor, Tensor, int, int]
 
 
 class Kernel(Protocol):
@@ -126,6 +128,58 @@ class CudaFlashKernel:
         return dq, dk, dv
 
 
+class CudaVarlenKernel:
+    """torch's flash attention on CUDA over sequences of different lengths side by side, float16 and bfloat16.
+
+    Packed shapes: R rows of all sequences, h heads.
+    """
+
+    name = "cuda-varlen"
+
+    def packed(self, q: Tensor, k: Tensor, v: Tensor, spans: Spans, scale: float) -> tuple[Tensor, Tensor, Extra]:
+        """(out (R, h, E), lse (R, h), what the backward needs besides) of q, k and v (R, h, E)."""
+        out, lse, *random = aten("_flash_attention_forward")(q, k, v, *spans, 0.0, False, False, scale=scale)
+        if lse.shape != (q.shape[1], q.shape[0]):  # some versions pad each sequence to the longest
+            raise RuntimeError(f"expected a log-sum-exp {(q.shape[1], q.shape[0])}, got {tuple(lse.shape)}")
+        return out, lse.t(), tuple(random[:2])
+
+    def packed_backward(
+        self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, extra: Extra, spans: Spans,
+        scale: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        """Gradients of q, k and v, where the softmax weights are exp(score - lse)."""
+        operation = aten("_flash_attention_backward")
+        dq, dk, dv = operation(grad, q, k, v, out, lse.t().contiguous(), *spans, 0.0, False, *extra, scale=scale)
+        return dq, dk, dv
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor, Extra]:
+        out, lse, extra = self.packed(_rows(q), _rows(k), _rows(v), _spans(q, k), scale)
+        return _unrows(out, q), lse.reshape(len(q), q.shape[2], q.shape[1]).transpose(1, 2), extra
+
+    def backward(
+        self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, extra: Extra, scale: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        rows = (_rows(grad), _rows(q), _rows(k), _rows(v), _rows(out))
+        packed_lse = lse.transpose(1, 2).reshape(-1, q.shape[1])
+        dq, dk, dv = self.packed_backward(*rows, packed_lse, extra, _spans(q, k), scale)
+        return _unrows(dq, q), _unrows(dk, k), _unrows(dv, v)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """(B, H, N, E) as (B * N, H, E)."""
+    return x.transpose(1, 2).reshape(-1, x.shape[1], x.shape[3])
+
+
+def _unrows(rows: Tensor, like: Tensor) -> Tensor:
+    batch, heads, count, width = like.shape
+    return rows.view(batch, count, heads, width).transpose(1, 2)
+
+
+def _spans(q: Tensor, k: Tensor) -> Spans:
+    starts = [torch.arange(len(x) + 1, dtype=torch.int32, device=x.device) * x.shape[2] for x in (q, k)]
+    return starts[0], starts[1], q.shape[2], k.shape[2]
+
+
 class CudaEfficientKernel:
     """torch's memory-efficient attention on CUDA, every dtype up to float32."""
 
@@ -151,7 +205,8 @@ class CudaEfficientKernel:
 
 PLAIN = PlainKernel()
 KERNELS: dict[str, Kernel] = {
-    kernel.name: kernel for kernel in (PLAIN, CpuFlashKernel(), CudaFlashKernel(), CudaEfficientKernel())
+    kernel.name: kernel
+    for kernel in (PLAIN, CpuFlashKernel(), CudaVarlenKernel(), CudaFlashKernel(), CudaEfficientKernel())
 }
 
 
@@ -160,7 +215,7 @@ def candidates(device: torch.device, dtype: torch.dtype) -> list[Kernel]:
     if device.type == "cpu":
         return [KERNELS["cpu-flash"]]
     if device.type == "cuda" and dtype in (torch.float16, torch.bfloat16):
-        return [KERNELS["cuda-flash"], KERNELS["cuda-efficient"]]
+        return [KERNELS["cuda-varlen"], KERNELS["cuda-flash"], KERNELS["cuda-efficient"]]
     if device.type == "cuda" and dtype == torch.float32:
         return [KERNELS["cuda-efficient"]]
     return []

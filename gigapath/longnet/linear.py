@@ -76,8 +76,7 @@ class Linear(nn.Linear):
         return F.linear(x, self.weight, self.bias)
 
     def _default_with_gelu(self, x: Tensor) -> Tensor:
-        hidden = self._default(x)
-        return F.gelu(hidden.float()).type_as(hidden)
+        return gelu_in_float32(self._default(x))
 
     def _is_plain_inference(self, like: Tensor) -> bool:
         return (
@@ -87,6 +86,12 @@ class Linear(nn.Linear):
             and like.numel() > 0
             and not (torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling())
         )
+
+
+def gelu_in_float32(x: Tensor) -> Tensor:
+    """The exact GELU, computed in float32 and rounded to the dtype of x. CUDA's own kernel does so by itself, without
+    writing float32 to memory and back: equal to the bit in bfloat16, within 8e-6 in float16."""
+    return F.gelu(x) if x.device.type == "cuda" else F.gelu(x.float()).type_as(x)
 
 
 # How far a fused product may lie from the true one, relative to 1 + its size: rounding of the type, with room.
