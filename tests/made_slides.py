@@ -75,22 +75,8 @@ def write_pyramid(
         text = "|".join(fields)
     with tifffile.TiffWriter(path) as file:
         for index, step in enumerate(steps):
-            level = image
-            if step > 1:
-                level = cv2.resize(image, (width // step, height // step), interpolation=cv2.INTER_AREA)
-            resolution = (1, 1) if mpp is None else (1e4 / (mpp[0] * step), 1e4 / (mpp[1] * step))
-            file.write(
-                level,
-                photometric="rgb",
-                tile=(tile, tile),
-                compression=compression,
-                resolution=resolution,
-                resolutionunit="NONE" if mpp is None else "CENTIMETER",
-                subfiletype=0 if index == 0 or aperio else 1,
-                description=text or None,
-                metadata=None,
-                software=False,
-            )
+            kind = 0 if index == 0 or aperio else 1
+            _write_level(file, image, step, mpp, text, tile=tile, compression=compression, subfiletype=kind)
         if label is not None:
             text = f"Aperio Image Library v12.0\r\nlabel {label.shape[1]}x{label.shape[0]} {description}"
             file.write(label, photometric="rgb", subfiletype=1, description=text, metadata=None, software=False)
@@ -128,21 +114,28 @@ def write_scn(
     )
     with tifffile.TiffWriter(path, bigtiff=True) as file:
         for index, step in enumerate(steps):
-            level = image
-            if step > 1:
-                level = cv2.resize(image, (width // step, height // step), interpolation=cv2.INTER_AREA)
-            file.write(
-                level,
-                photometric="rgb",
-                tile=(tile, tile),
-                compression="jpeg",
-                resolution=(1e4 / (mpp * step), 1e4 / (mpp * step)),
-                resolutionunit="CENTIMETER",
-                description=text if index == 0 else None,
-                metadata=None,
-                software=False,
-            )
+            _write_level(file, image, step, (mpp, mpp), text if index == 0 else "", tile=tile, compression="jpeg")
     return path
+
+
+def _write_level(
+    file: tifffile.TiffWriter,
+    image: UInt8Array,
+    step: int,
+    mpp: tuple[float, float] | None,
+    text: str,
+    *,
+    tile: int,
+    **how: object,
+) -> None:
+    """Write `image`, made `step` times smaller, as a page of tiles."""
+    if step > 1:
+        height, width = image.shape[:2]
+        image = cv2.resize(image, (width // step, height // step), interpolation=cv2.INTER_AREA)
+    resolution = (1, 1) if mpp is None else (1e4 / (mpp[0] * step), 1e4 / (mpp[1] * step))
+    unit = "NONE" if mpp is None else "CENTIMETER"
+    plain = {"photometric": "rgb", "description": text or None, "metadata": None, "software": False}
+    file.write(image, tile=(tile, tile), resolution=resolution, resolutionunit=unit, **plain, **how)
 
 
 def all_tiles(slide: Slide, *, mpp: float = 0.5, tile_size: int = 64) -> Tiles:
