@@ -41,6 +41,8 @@ _STOPS_RUN = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS})
 
 _PARTIAL = re.compile(r".+\.([0-9a-f]{8})-(\d+)-[0-9a-f]{6}" + re.escape(PARTIAL_SUFFIX), re.DOTALL)
 
+_MOST_JSON_BYTES = 1 << 22
+
 # When each folder may be searched for abandoned files again.
 _NEXT_TIDY: dict[str, float] = {}
 
@@ -196,6 +198,17 @@ def read_json(path: Path, *, keys: Sequence[str], mend: str) -> dict[str, Any]:
     if not isinstance(content, dict) or any(key not in content for key in keys):
         raise ValueError(f"{path}: expected the JSON that gigapath wrote, got a damaged file. {mend}")
     return content
+
+
+def small_json(path: Path) -> Any:
+    """What a small JSON file beside results holds, ours or another tool's; None where there is none that can be read: a
+    pipe, larger than such files are, no JSON."""
+    try:
+        if path.is_file() and path.stat().st_size <= _MOST_JSON_BYTES:
+            return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):  # UnicodeDecodeError is a ValueError
+        pass
+    return None
 
 
 def open_temporary(path: Path, *, mode: int = 0o666) -> tuple[Path, int]:

@@ -836,8 +836,9 @@ def test_slide_embed_writes_the_table_that_export_writes(
     slides: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     embed(slides / "a.tif", tmp_path)
-    table, words = tmp_path / "one.csv", [str(tmp_path), "--slide-encoder", "tinynet", "--device", "cpu"]
+    words = [str(tmp_path), "--slide-encoder", "tinynet", "--device", "cpu"]
     for name in ("default", "state:1:class", "last-state", "all-states", "tile-mean", "published-demo"):
+        table = tmp_path / f"{name.replace(':', '-')}.csv"
         assert main(["slide-embed", *words, "--embedding", name, "--to", str(table)]) == 0
         ids, vectors = read_slides(tmp_path, name)
         row = table.read_text().splitlines()[1].split(",")

@@ -13,7 +13,7 @@ from gigapath.cohort.status import read_statuses
 from gigapath.embedding.options import CheckOptions
 from gigapath.features.check import (
     FileReport,
-    FolderReport,
+    Report,
     as_json,
     check_file,
     check_folder,
@@ -57,7 +57,7 @@ def run(namespace: argparse.Namespace) -> int:
     folders = []
     for folder, inside in by_folder.items():
         unmet = _check_statuses(folder, {report.path.name for report in inside})
-        folders.append(FolderReport(folder, check_folder(folder, inside) + unmet))
+        folders.append(Report(folder, check_folder(folder, inside) + unmet))
     wrong = sum(report.wrong for report in reports), sum(folder.wrong for folder in folders)
     if namespace.json:
         print(as_json(reports, folders))

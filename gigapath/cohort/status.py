@@ -1,14 +1,13 @@
 """The truth of a run: one small status file beside each result; `slides.csv` is derived from them."""
 
 import dataclasses
-import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from gigapath.files import write_json_atomic, write_text_atomic
+from gigapath.files import small_json, write_json_atomic, write_text_atomic
 from gigapath.tables import csv_text
 from gigapath.text import without_name
 
@@ -18,7 +17,6 @@ SLIDES_CSV = "slides.csv"
 _FIRST_COLUMNS = ("slide_id", "status", "tiles", "seconds", "tiles/s", "error")
 _DERIVED_AT_MOST = 3
 _KINDS_SHOWN, _SLIDES_SHOWN = 20, 5
-_MOST_BYTES = 1 << 22
 # Columns of slides.csv that are not the manifest's: of these names, those of the manifest get a prefix.
 _OURS = re.compile(
     r"slide_id|status|tiles|tiles/s|error|warnings|vendor|scanner|width|height|objective_power|mpp|mpp_x|mpp_y|mpp_source"
@@ -88,14 +86,11 @@ def write_status(folder: Path, status: Status) -> None:
 def read_status(folder: Path, slide_id: str) -> Status | None:
     """The status of a slide, or None where there is none that can be read: then the slide is to do."""
     try:
-        path = status_path(folder, slide_id)
-        if not path.is_file() or path.stat().st_size > _MOST_BYTES:  # a pipe, or something of another tool
-            return None
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = small_json(status_path(folder, slide_id))
         known = {name.name for name in dataclasses.fields(Status)}
         status = Status(**{name: value for name, value in values.items() if name in known})
         status = dataclasses.replace(status, warnings=tuple(status.warnings))
-    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
+    except (TypeError, AttributeError):
         return None
     return status if status.slide_id == slide_id and status.status in STATES and _has_form(status) else None
 

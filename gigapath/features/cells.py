@@ -45,7 +45,8 @@ def cells_of(coords: Array, step: tuple[float, float], *, who: str) -> Array:
     origin = places.min(axis=0)
     steps = (places - origin) / pitch
     on_one_grid = bool((np.abs(steps - np.rint(steps)) * pitch <= np.maximum(1.0, 1e-3 * pitch)).all())
-    cells = np.rint(steps) + first_cell(origin, pitch) if on_one_grid else _round(places / pitch)
+    # Off a grid halves go up: numpy's halves-to-even would join neighbours.
+    cells = np.rint(steps) + first_cell(origin, pitch) if on_one_grid else np.floor(places / pitch + 0.5)
     if np.abs(cells).max() >= 2**31:
         raise FeatureFileError(f"{who}: its coordinates are too far out for a step of {pitch.tolist()}.")
     whole = cells.astype(np.int32)
@@ -87,11 +88,6 @@ def row_major(cells: Array) -> Array | None:
     if (np.diff(keys) > 0).all():
         return None
     return np.argsort(keys, kind="stable")
-
-
-def _round(values: Array) -> Array:
-    """To the nearest whole number, halves up: numpy's halves-to-even would join neighbours."""
-    return np.asarray(np.floor(values + 0.5))
 
 
 def _keys(cells: Array) -> Array:

@@ -66,8 +66,21 @@ _OTHER = "A difference that follows site or date looks like a finding. Make them
 
 
 @dataclass
-class FileReport:
-    """What was found about one file, and what its folder is compared by.
+class Report:
+    """What was found about a file, or about the files of a folder together."""
+
+    path: Path
+    findings: list[Finding] = field(default_factory=list)
+
+    @property
+    def wrong(self) -> bool:
+        """Whether something is wrong with it."""
+        return any(finding.wrong for finding in self.findings)
+
+
+@dataclass
+class FileReport(Report):
+    """What was found about one file, with what its folder is compared by.
 
     Attributes:
         path: the file.
@@ -81,32 +94,12 @@ class FileReport:
         findings: in the order of the checks.
     """
 
-    path: Path
     kind: str = ""
     tool: str = ""
     slide_id: str = ""
     tiles: int | None = None
     compared: dict[str, Any] = field(default_factory=dict)
     digest: str = ""
-    findings: list[Finding] = field(default_factory=list)
-
-    @property
-    def wrong(self) -> bool:
-        """Whether something is wrong with it."""
-        return any(finding.wrong for finding in self.findings)
-
-
-@dataclass
-class FolderReport:
-    """What was found about the files of one folder together."""
-
-    path: Path
-    findings: list[Finding] = field(default_factory=list)
-
-    @property
-    def wrong(self) -> bool:
-        """Whether something is wrong with it."""
-        return any(finding.wrong for finding in self.findings)
 
 
 def some(names: list[str], limit: int = 3) -> str:
@@ -158,7 +151,7 @@ def check_file(path: Path, *, tile_size_level0: float | None = None) -> FileRepo
 
 def check_contents(held: Contents) -> FileReport:
     """Check what a file holds."""
-    report = FileReport(held.path, held.kind, held.tool, held.slide_id)
+    report = FileReport(held.path, kind=held.kind, tool=held.tool, slide_id=held.slide_id)
     rows = held.features if held.features is not None else held.coords
     report.tiles = None if rows is None or not rows.shape else len(rows)
     report.compared = compared(held)
@@ -181,7 +174,7 @@ def _check_identity(held: Contents) -> list[Finding]:
     return findings
 
 
-def as_json(reports: Sequence[FileReport], folders: Sequence[FolderReport]) -> str:
+def as_json(reports: Sequence[FileReport], folders: Sequence[Report]) -> str:
     """Everything that was found, as one JSON document; paths are as they were given."""
     document: dict[str, Any] = {
         "files": [
@@ -434,9 +427,12 @@ def check_places(held: Contents) -> list[Finding]:
             f"{int(np.argmin(finite))}."
         )
         return [Finding("coords-not-finite", text, "They have no place: the slide encoder refuses the file.")]
-    findings = _check_type(coords)
     places = coords.astype(np.float64)
-    findings += _check_inside(held, places)
+    findings = _check_inside(held, places)
+    if coords.dtype == np.float16:
+        text = "its coordinates are in half precision, which holds no odd pixel above 2048 and nothing above 65504."
+        effect = "Tiles move by up to 16 pixels, and neighbours fall on one cell."
+        findings.insert(0, Finding("coords-type", text, effect))
     pitch = _pitch(held)
     if pitch is None:
         seen = observed_step(places)
@@ -462,13 +458,6 @@ def _pitch(held: Contents) -> tuple[float, float] | None:
     if held.step is None and held.tool == "published":
         return float(CELL), float(CELL)
     return held.step
-
-
-def _check_type(coords: Array) -> list[Finding]:
-    if coords.dtype != np.float16:
-        return []
-    text = "its coordinates are in half precision, which holds no odd pixel above 2048 and nothing above 65504."
-    return [Finding("coords-type", text, "Tiles move by up to 16 pixels, and neighbours fall on one cell.")]
 
 
 def _check_inside(held: Contents, places: Array) -> list[Finding]:
@@ -500,16 +489,10 @@ def _check_inside(held: Contents, places: Array) -> list[Finding]:
     return [Finding("outside-slide", text, _MOVED)]
 
 
-def _gaps(places: Array, axis: int) -> Array:
-    """The distances between neighbouring columns (axis 0) or rows (1) that hold tiles; rounding is no distance."""
-    gaps = np.diff(np.unique(places[:, axis]))
-    return np.asarray(gaps[gaps > 1])
-
-
 def _check_spacing(held: Contents, places: Array, pitch: tuple[float, float]) -> list[Finding]:
     """Whether the tiles lie as far apart as the file, or the tool that would read it, takes them to lie."""
-    gaps = [_gaps(places, axis) / pitch[axis] for axis in (0, 1)]
-    both = np.concatenate(gaps)
+    gaps = [np.diff(np.unique(places[:, axis])) for axis in (0, 1)]
+    both = np.concatenate([gap[gap > 1] / pitch[axis] for axis, gap in enumerate(gaps)])  # less is rounding
     if len(both) < _FEW_GAPS:
         return []
     cells = np.rint(both)
@@ -528,17 +511,13 @@ def _check_spacing(held: Contents, places: Array, pitch: tuple[float, float]) ->
     stated = held.step is not None
     power = "" if held.frame == "um" else f"level 0 of a {20 * apart:g}x slide used with tile size {pitch[0]:g}"
     looks = f"coordinates look like {power}: " if power and not stated else f"{seen}: "
-    text = f"{looks}neighbours are {_number(apart)} cells apart."
+    number = {2.0: "two", 3.0: "three", 4.0: "four"}.get(apart, f"{apart:.3g}")
+    text = f"{looks}neighbours are {number} cells apart."
     effect = (
         "The slide encoder takes neighbours for strangers: on random weights the cosine with the right embedding was "
         "0.58 at two cells. State the distance with --tile-size-level0, or convert the file."
     )
     return [Finding("neighbours", text, effect)]
-
-
-def _number(value: float) -> str:
-    words = {2.0: "two", 3.0: "three", 4.0: "four"}
-    return words.get(value, f"{value:.3g}")
 
 
 def _off_grid(places: Array, pitch: tuple[float, float]) -> Array:

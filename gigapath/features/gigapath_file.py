@@ -50,7 +50,7 @@ def write_tiles(path: Path | str, tiles: Tiles) -> None:
     """Write the tiling stage's file of one slide, whole or not at all."""
     with H5Writer(path) as writer:
         attrs = {"numerics_version": TILES_NUMERICS_VERSION, **tiles.attrs, **_geometry(tiles)}
-        _write_root(writer.file, "tiles", tiles.slide_id, attrs)
+        write_root(writer.file, "tiles", tiles.slide_id, attrs)
         _write_places(writer.file, tiles)
 
 
@@ -139,7 +139,7 @@ class TileEmbeddingsWriter:
                 "numerics_version": NUMERICS_VERSION,
             }
             attrs = {**tiles.attrs, **versions, **self._attrs, **_geometry(tiles)}
-            _write_root(file, "features", tiles.slide_id, attrs)
+            write_root(file, "features", tiles.slide_id, attrs)
             _write_places(file, tiles)
             self._features = file.create_dataset("features", (len(tiles), self._embed_dim), self._dtype)
             names = {"name": tiles.slide_id, "savetodir": None, "encoder": self._attrs.get("encoder")}
@@ -237,7 +237,7 @@ def write_slide(path: Path | str, embeddings: SlideEmbeddings) -> None:
     """Write the embeddings of one slide, whole or not at all."""
     with H5Writer(path) as writer:
         attrs = {"numerics_version": SLIDE_NUMERICS_VERSION, **embeddings.attrs}
-        _write_root(writer.file, "slide", embeddings.slide_id, attrs)
+        write_root(writer.file, "slide", embeddings.slide_id, attrs)
         for name in STATES:
             value = getattr(embeddings, name)
             if value is not None:
@@ -250,7 +250,7 @@ def write_tile_vectors(path: Path | str, tiles: TileEmbeddings, attrs: Attrs) ->
     step = tiles.tile_size_level0
     with H5Writer(path) as writer:
         own = {"numerics_version": SLIDE_NUMERICS_VERSION, "tile_size_level0": step, "frame": tiles.frame}
-        _write_root(writer.file, "features", tiles.slide_id, {**own, **attrs})
+        write_root(writer.file, "features", tiles.slide_id, {**own, **attrs})
         for name in ("features", "coords", "cells", "tissue_fraction", "section", "qc"):
             value = getattr(tiles, name)
             if value is not None:
@@ -305,7 +305,8 @@ def _geometry(tiles: Tiles) -> dict[str, Any]:
     return {name: getattr(tiles, name) for name in _TILE_FIELDS}
 
 
-def _write_root(file: h5py.File, stage: str, slide_id: str, attrs: Attrs) -> None:
+def write_root(file: h5py.File, stage: str, slide_id: str, attrs: Attrs) -> None:
+    """Write the root attributes of one of our files."""
     own = {
         "slide_id": slide_id,
         "stage": stage,

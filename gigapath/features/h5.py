@@ -27,6 +27,7 @@ from gigapath.files import (
     publish,
     real_path,
     sha256_of,
+    small_json,
     write_json_atomic,
 )
 
@@ -383,7 +384,6 @@ def is_complete(file: h5py.File) -> bool:
 # The run that makes a file records its SHA-256 in the slide's status, `<id>.json` beside it; that of a piece of tissue,
 # `<id>.section-N.h5`, stands in the same.
 _SECTION = re.compile(r"\.section-\d+$")
-_MOST_STATUS_BYTES = 1 << 22
 
 
 def recorded_sha256(path: Path) -> str | None:
@@ -421,13 +421,10 @@ def _record_of(path: Path) -> tuple[Path, dict[str, Any]] | None:
     stem = path.name.removesuffix(path.suffix)
     for slide_id in dict.fromkeys((stem, _SECTION.sub("", stem))):
         record = path.with_name(f"{slide_id}.json")
-        try:
-            if record.is_file() and record.stat().st_size <= _MOST_STATUS_BYTES:
-                held = json.loads(record.read_text(encoding="utf-8"))
-                if isinstance(held["sha256"][path.name], str):
-                    return record, held
-        except (OSError, ValueError, TypeError, LookupError, RecursionError):
-            continue
+        held = small_json(record)
+        with contextlib.suppress(TypeError, LookupError):
+            if isinstance(held["sha256"][path.name], str):
+                return record, held
     return None
 
 

@@ -9,7 +9,6 @@ mpp) is stated, never guessed.
 import contextlib
 import dataclasses
 import io
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path, PureWindowsPath
 from typing import Any
@@ -17,7 +16,6 @@ from typing import Any
 import h5py
 import numpy as np
 
-import gigapath
 from gigapath.features.arrays import read_npz, read_tensor
 from gigapath.features.cells import (
     SLIDE2VEC_COORDINATES,
@@ -32,10 +30,10 @@ from gigapath.features.cells import (
     two_axes,
 )
 from gigapath.features.data import CELL, STEP_OPTION, Array, Attrs, Contents, FeatureFileError, TileEmbeddings
-from gigapath.features.gigapath_file import nominal_magnification
+from gigapath.features.gigapath_file import nominal_magnification, write_root
 from gigapath.features.h5 import H5Writer, open_h5, read_attrs, read_dataset, write_attrs
 from gigapath.file_names import safe_name
-from gigapath.files import write_bytes_atomic, write_json_atomic
+from gigapath.files import small_json, write_bytes_atomic, write_json_atomic
 
 # `numerics_version` of embeddings that another tool computed: never equal to one of ours.
 FOREIGN_NUMERICS = 0
@@ -511,10 +509,10 @@ def _rows_of(wanted: Array, held: Array, path: Path) -> Array:
 def _read_json(path: Path) -> Any:
     if not path.is_file():
         return {}
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise FeatureFileError(f"{path.name}: expected JSON, got something that is not ({error}).") from error
+    found = small_json(path)
+    if found is None:
+        raise FeatureFileError(f"{path.name}: expected a small JSON file, got something that is not. Fetch it anew.")
+    return found
 
 
 def _write_slide2vec(found: TileEmbeddings, folder: Path, scale: Scale) -> list[Path]:
@@ -588,8 +586,6 @@ def _write_ours(found: TileEmbeddings, folder: Path, scale: Scale) -> list[Path]
     fractions = np.full(len(found), np.nan) if found.tissue_fraction is None else found.tissue_fraction
     path = folder / f"features_{_folder_name(found)}" / f"{found.slide_id}.h5"
     root = {
-        "slide_id": found.slide_id,
-        "stage": "features",
         "encoder": found.encoder,
         "tile_size": tile_pixels(found.attrs, found.source),
         "tile_size_level0": step,
@@ -598,12 +594,10 @@ def _write_ours(found: TileEmbeddings, folder: Path, scale: Scale) -> list[Path]
         "converted_from": found.source,
         "converted_attrs": {name: found.attrs[name] for name in sorted(found.attrs)},
         "numerics_version": FOREIGN_NUMERICS,
-        "package_version": gigapath.__version__,
-        "implementation": gigapath.__implementation__,
     }
     with H5Writer(path) as writer:
         file = writer.file
-        write_attrs(file, root)
+        write_root(file, "features", found.slide_id, root)
         places = file.create_dataset("coords", data=coords)
         with contextlib.suppress(ValueError):  # TRIDENT can't read every grid; then the file is ours alone
             write_attrs(places, _trident_attrs(found, _whole_step(found, coords, step, "TRIDENT")))

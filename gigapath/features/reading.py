@@ -1,8 +1,6 @@
 """Which files hold tile embeddings, and the one reader of them: our files and other tools', to the same dataclass."""
 
-import contextlib
 import fnmatch
-import json
 import os
 import re
 import zipfile
@@ -28,7 +26,7 @@ from gigapath.features.cells import (
 from gigapath.features.data import STEP_OPTION, Array, Attrs, Contents, FeatureFileError, TileEmbeddings
 from gigapath.features.gigapath_file import STATES, check_ours, stage_of
 from gigapath.features.h5 import check_undamaged, find_dataset, is_complete, open_h5, read_attrs, read_dataset
-from gigapath.files import is_hidden, real_path, visible_files
+from gigapath.files import is_hidden, real_path, small_json, visible_files
 
 # Looked for in this order: a folder that holds some of the first holds no features under the others.
 SUFFIXES = (".h5", ".npz", ".pt")
@@ -42,7 +40,6 @@ _STEPS = ("tile_size_level0", "patch_size_level0", "patch_size", "step_size", "t
 # Where hints at an encoder are looked for.
 _ENCODER = re.compile(r"encoder|extractor|model|backbone", re.IGNORECASE)
 _FEW_FILES = 8
-_SIDECAR_BYTES = 1 << 20
 
 # Our stages: what their files hold, the datasets that each has, and all that are read.
 _TILES = ("coords", "cells", "tissue_fraction", "section", "qc")
@@ -171,10 +168,8 @@ def encoder_hints(path: Path, attrs: Attrs) -> list[str]:
     folder = path.absolute().parent
     beside = [file for place in (folder, folder.parent) for file in visible_files(place, "*.json")[:_FEW_FILES]]
     for file in beside:
-        if file.is_file() and file.stat().st_size <= _SIDECAR_BYTES:
-            with contextlib.suppress(OSError, ValueError, RecursionError):
-                said = flat_json(json.loads(file.read_text(encoding="utf-8")))
-                found += [f"{name} {said[name]!r}"[:100] for name in said if _ENCODER.search(name)]
+        said = flat_json(small_json(file))
+        found += [f"{name} {said[name]!r}"[:100] for name in said if _ENCODER.search(name)]
     return [*list(dict.fromkeys(found))[:_FEW_FILES], f"folder {folder.parent.name}/{folder.name}"]
 
 
