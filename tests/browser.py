@@ -3,7 +3,6 @@
 import contextlib
 import shutil
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -52,15 +51,3 @@ def wait_for(page: Any, script: str, *, seconds: float = 20) -> Any:
     from selenium.webdriver.support.ui import WebDriverWait
 
     return WebDriverWait(page, seconds, poll_frequency=0.05).until(lambda _: page.execute_script(f"return {script}"))
-
-
-def screenshot(page: Any, path: Path, *, whole: bool = False) -> None:
-    """Write a PNG of what is seen, or of the whole page."""
-    import base64
-
-    given: dict[str, Any] = {"captureBeyondViewport": whole}
-    if whole:
-        box = page.execute_cdp_cmd("Page.getLayoutMetrics", {})["cssContentSize"]
-        given["clip"] = {"x": 0, "y": 0, "width": box["width"], "height": box["height"], "scale": 1}
-    picture = page.execute_cdp_cmd("Page.captureScreenshot", given)["data"]
-    path.write_bytes(base64.b64decode(picture))

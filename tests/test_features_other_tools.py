@@ -164,11 +164,6 @@ def test_stamp_of_earlier_versions(root: dict[str, Any], scale: float, tmp_path:
     assert np.array_equal(read_features(path).cells, CELLS)
 
 
-def test_stamp_slide_features_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(FeatureFileError, match="feat_type 'slide'"):
-        read_features(write_stamp(tmp_path, FEATURES, feat_type="slide"))
-
-
 def test_slide2vec_tensors_are_read(tmp_path: Path) -> None:
     torch = pytest.importorskip("torch")
     path = write_slide2vec(tmp_path, FEATURES).with_suffix(".pt")
