@@ -262,6 +262,21 @@ def test_a_map_says_what_it_was_made_from(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("no_figures")
+def test_maps_of_other_options_are_not_drawn_over_unasked(tmp_path: Path) -> None:
+    write_ours(tmp_path / "f" / "a.h5")
+    out = tmp_path / "out"
+    make_maps([tmp_path / "f"], out, MapOptions(kind=("pca",), device="cpu"))
+    before = (out / "a" / "pca.json").read_bytes()
+    make_maps([tmp_path / "f"], out, MapOptions(kind=("pca",), clusters=3, device="cpu"))  # none of this kind's
+    with pytest.raises(ValueError, match=r"--range all -> slide \(1 maps\).*--overwrite"):
+        make_maps([tmp_path / "f"], out, MapOptions(kind=("pca",), range="slide", device="cpu"))
+    assert (out / "a" / "pca.json").read_bytes() == before
+    make_maps([tmp_path / "f"], out, MapOptions(kind=("pca",), range="slide", overwrite=True, device="cpu"))
+    assert (out / "a" / "pca.json").read_bytes() != before
+    assert sorted(path.name for path in out.iterdir()) == ["a"]
+
+
+@pytest.mark.usefixtures("no_figures")
 def test_a_stopped_run_leaves_the_maps_of_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_ours(tmp_path / "f" / "a.h5")
     options = MapOptions(kind=("pca",), device="cpu")

@@ -66,6 +66,7 @@ class MapOptions:
     )
     device: str = option("auto", "where the encoders run, in float32", metavar="auto|cpu|cuda|mps")
     seed: int = option(0, "of samples, clusters and random orders", at_least=0)
+    overwrite: bool = option(False, "draw again where the folder holds maps of these kinds with other options")
 
     def __post_init__(self) -> None:
         check_options(self)

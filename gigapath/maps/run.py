@@ -17,9 +17,9 @@ where a part has random weights), `layer`, `head`, `query`, `target` (null where
 head's map: what its curve says of it), `made_from` (below), `colour` (`palette`, `label`, `scope`; `low`, `high`,
 `colormap`; or `categories` of `name`, `colour` and `tiles`), `tiles`, `tile` (`pitch_level0`, `pitch_mm`), `slide`
 (`size`, `bounds`, `mpp_level0`, `at_hand`), `overlay` (`level0` [x, y, w, h] absolute, `shape` [rows, columns]),
-`marked_tile` (the row that the map is about, outlined in the figure), `files` (their names by role), `curve` (numbers
-of the curve), `details` (what else the kind states, such as the weight on zero keys), `note`, `version`, `terms`. What
-is not known is null. No paths.
+`marked_tile` (the row that the map is about, outlined in the figure), `options` (those that change numbers or colours,
+but for what is in the name), `files` (their names by role), `curve` (numbers of the curve), `details` (what else the
+kind states, such as the weight on zero keys), `note`, `version`, `terms`. What is not known is null. No paths.
 
 `made_from` tells a map that is out of date: `features_sha256` and `tiles_sha256` of the slide's embeddings and of the
 places of its tiles, `features_folder` and `features_digest` as the run's status file names them (null where there is
@@ -32,8 +32,10 @@ import contextlib
 import dataclasses
 import hashlib
 import io
+import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -45,7 +47,9 @@ from PIL import Image
 
 import gigapath
 from gigapath.cohort.manifest import SlideEntry, find_slides
+from gigapath.cohort.owner import Ownership
 from gigapath.cohort.privacy import recorded_paths, without_paths
+from gigapath.cohort.reuse import differences
 from gigapath.cohort.status import read_status
 from gigapath.devices import resolve_device
 from gigapath.embedding.slide_embedding import entries_of
@@ -90,6 +94,7 @@ TERMS = "For research use only, not for diagnosis."
 STATED = ("model", "trained", "layer", "head", "query", "target", "normalisation", "heuristic", "weight", "check")
 SCOPES = {"all": "range over all slides given", "slide": "range of this slide"}
 _ROWS = 4096  # embeddings that are hashed at once
+_OPTIONS = ("clusters", "range", "opacity", "tile_size_level0", "random_weights", "seed")
 
 
 @dataclass
@@ -125,7 +130,8 @@ def make_maps(
 
     Raises:
         FileNotFoundError: an input, the head or the weights are not there.
-        ValueError: options that fit no slide: a mean in place of a slide encoder, an unknown class, layer or tile.
+        ValueError: options that fit no slide: a mean in place of a slide encoder, an unknown class, layer or tile; maps
+            of other options are there, or another run makes such (FolderTaken).
         OutputError: the output folder can't be written.
         ImportError: matplotlib, or for clusters scikit-learn, is not installed.
     """
@@ -136,12 +142,35 @@ def make_maps(
     check_writable(out)
     result = MapsResult()
     reader = _Reader(entries, options, result, tell)
-    if next(reader.slides(), None) is None:
-        return result
-    shared = _fit_shared(reader, options)
-    with contextlib.ExitStack() as unfinished:
-        _make_maps(reader, shared, entries, out, options, unfinished)
+    given = {kind: numbers_of(options, kind) for kind in options.kind}
+    owned = {out / f".{kind}.runs": numbers for kind, numbers in given.items()}
+    with Ownership(owned), contextlib.ExitStack() as unfinished:
+        if not options.overwrite:
+            _check_same(out, entries, given)
+        if next(reader.slides(), None) is not None:
+            _make_maps(reader, _fit_shared(reader, options), entries, out, options, unfinished)
     return result
+
+
+def numbers_of(options: MapOptions, kind: str) -> dict[str, Any]:
+    """The options that change the numbers or colours of a map without changing its name."""
+    names = [name for name in _OPTIONS if name != "clusters" or kind == "clusters"]
+    return {name: getattr(options, name) for name in names}
+
+
+def _check_same(out: Path, slide_ids: Iterable[str], given: Mapping[str, Mapping[str, Any]]) -> None:
+    """Refuse to draw maps in place of those with other options."""
+    changed: Counter[str] = Counter()
+    for path in (path for slide_id in slide_ids for path in (out / slide_id).glob("*.json")):
+        with contextlib.suppress(OSError, ValueError, TypeError, KeyError, AttributeError):  # no map of ours
+            said = json.loads(path.read_text(encoding="utf-8"))
+            changed.update(differences(said["options"], given[said["kind"]]))
+    if changed:
+        found = "; ".join(f"{what} ({count} maps)" for what, count in changed.most_common(3))
+        raise ValueError(
+            f"{out.name}: expected the options with which its maps were drawn, got others: {found}. Give those of "
+            "before, or use another --out; --overwrite draws them again."
+        )
 
 
 def _make_maps(
@@ -189,7 +218,7 @@ def _make_maps(
                     overview,
                     arrays=arrays[slide_id, tile_map.name],
                     made_from={**sources[slide_id], "cohort_sha256": cohort},
-                    opacity=options.opacity,
+                    options=options,
                     note=note,
                 )
             names = reader.result.written[slide_id] = [tile_map.name for tile_map in maps]
@@ -376,7 +405,7 @@ def write_map(
     *,
     arrays: Path,
     made_from: Mapping[str, Any],
-    opacity: float,
+    options: MapOptions,
     note: str = "",
 ) -> None:
     """Write everything of a map, its JSON last; an earlier map stays until all is drawn.
@@ -388,7 +417,7 @@ def write_map(
         overview: the slide to draw on, or None for the tiles' grid alone.
         arrays: the temporary file of `write_arrays`.
         made_from: digests of what it was made of, for the JSON.
-        opacity: of the map on the slide, 0 to 1.
+        options: opacity, and what the JSON says of options.
         note: what to say beneath the picture, such as why the slide is not shown.
     """
     name = tile_map.name
@@ -396,7 +425,7 @@ def write_map(
     overlay = io.BytesIO()
     Image.fromarray(tile_rgba(tile_map, place)).save(overlay, format="PNG")
     drawn = {
-        "png": png(draw_map(tile_map, place, overview, opacity=opacity, note=note)),
+        "png": png(draw_map(tile_map, place, overview, opacity=options.opacity, note=note)),
         "overlay": overlay.getvalue(),
     }
     if place.coords_level0 is not None and place.pitch_level0 is not None:
@@ -406,6 +435,7 @@ def write_map(
         files["curve"] = f"{name}_curve.png"
         drawn["curve"] = png(draw_curve(tile_map, place))
     facts = describe(tile_map, place, files, made_from=made_from, at_hand=overview is not None, note=note)
+    facts["options"] = numbers_of(options, tile_map.kind)
     (folder / f"{name}.json").unlink(missing_ok=True)
     publish(arrays, folder / files["npz"])
     for role, content in drawn.items():
