@@ -394,6 +394,18 @@ def test_attributes_of_millions_of_numbers_are_left_out(tmp_path: Path, count: i
     assert "big" not in found.attrs and np.array_equal(found.cells, CELLS)
 
 
+@pytest.mark.parametrize("name", ["features", "coords"])
+def test_a_group_under_the_name_of_a_dataset_is_refused(name: str, tmp_path: Path) -> None:
+    path = stepped(tmp_path / "a.h5")
+    with h5py.File(path, "r+") as file:
+        del file[name]
+        file.create_group(name)
+    for read in (read_features, look_at_features):
+        with pytest.raises(FeatureFileError, match="dataset"):
+            read(path)
+    assert [finding.name for finding in check_file(path).findings] == ["unreadable"]
+
+
 @pytest.mark.parametrize("size", [100, 60_000])
 def test_names_are_no_longer_than_names_may_be(size: int, tmp_path: Path) -> None:
     path = stepped(tmp_path / "a.h5")

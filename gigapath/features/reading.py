@@ -187,7 +187,7 @@ def look_at_features(path: Path) -> FeatureFacts:
         if stage_of(file) is not None:
             check_ours(file, "features")
         name = "feats" if "feats" in file else "features"
-        if name not in file or "coords" not in file or file[name].ndim < 2:
+        if name not in file or "coords" not in file or getattr(file[name], "ndim", 0) < 2:  # a group has none
             _check_kind(_read_open(path, file, None, "iuf"))
         features, coords = find_dataset(file, name), find_dataset(file, "coords")
         shape = two_axes(np.broadcast_to(np.float32(0), features.shape)).shape
