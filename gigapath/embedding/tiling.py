@@ -210,11 +210,17 @@ class TileStage(Stage):
         )
 
 
-@dataclasses.dataclass(frozen=True)
+# Slides that are planned, read and encoded at once, and one more.
+_HELD = 4
+
+
+@dataclasses.dataclass
 class GivenTiles:
-    """Tiles of another folder, made by `gigapath tile`."""
+    """Tiles of another folder, made by `gigapath tile`; those of the last slides are held, for their name, to be read
+    and to be written."""
 
     folder: Path
+    _held: dict[str, Tiles] = dataclasses.field(default_factory=dict)
 
     def read(self, entry: SlideEntry) -> Tiles:
         """The slide's tiles, from their file.
@@ -222,6 +228,14 @@ class GivenTiles:
         Raises:
             SlideError: there are none, or its last tiling came to nothing.
         """
+        held = self._held.get(entry.slide_id)
+        if held is None:
+            held = self._held[entry.slide_id] = self._read(entry)
+            for slide_id in list(self._held)[:-_HELD]:
+                self._held.pop(slide_id, None)
+        return held
+
+    def _read(self, entry: SlideEntry) -> Tiles:
         path, status = self.folder / f"{entry.slide_id}.h5", read_status(self.folder, entry.slide_id)
         if not path.is_file():
             if status is not None and status.status == "failed":  # its reason is worth more than that it has no tiles
