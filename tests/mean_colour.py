@@ -26,7 +26,7 @@ from gigapath.embedding.options import RunOptions
 from gigapath.embedding.slides import open_entry
 from gigapath.embedding.tiling import TileStage
 from gigapath.features import SlideEmbeddings, TileEmbeddingsWriter, write_slide
-from gigapath.features.kept_rows import KeptRows
+from gigapath.features.gigapath_file import KeptRows
 from gigapath.files import write_bytes_atomic
 from gigapath.preprocessing.reading import iter_tiles
 from gigapath.preprocessing.tiling import TileOptions

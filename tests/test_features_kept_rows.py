@@ -10,7 +10,7 @@ import pytest
 from feature_files import make_features, make_tiles
 
 from gigapath.features import TileEmbeddingsWriter, gigapath_file
-from gigapath.features.kept_rows import KeptRows
+from gigapath.features.gigapath_file import KeptRows
 from gigapath.files import OutputError, open_own
 
 CELLS = np.stack([np.arange(60) % 9, np.arange(60) // 9], axis=1)
@@ -124,12 +124,10 @@ def test_disk_that_refuses_kept_rows_does_not_end_the_run(tmp_path: Path, monkey
     def refuse(*_: object) -> Any:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    from gigapath.features import kept_rows
-
     for call in ("open_own", "pwrite", "fsync"):
         with monkeypatch.context() as patch:
-            patch.setattr(kept_rows, "open_own", refuse if call == "open_own" else open_own)
-            patch.setattr(kept_rows, "os", type("os", (), {**vars(os), call: refuse, "strerror": os.strerror}))
+            patch.setattr(gigapath_file, "open_own", refuse if call == "open_own" else open_own)
+            patch.setattr(gigapath_file, "os", type("os", (), {**vars(os), call: refuse, "strerror": os.strerror}))
             rows = kept(tmp_path / "b.h5")
             rows.keep(ROWS[:20])
             rows.commit()

@@ -19,7 +19,7 @@ from gigapath.cohort.record import RunRecord
 from gigapath.cohort.reuse import StageOptions, holds
 from gigapath.cohort.stage import Outcome, Stage
 from gigapath.cohort.status import STATES, Status, read_status, slide_row, write_slides_csv, write_status
-from gigapath.features.kept_rows import rows_file
+from gigapath.features.gigapath_file import rows_file
 from gigapath.files import check_writable, sha256_of
 from gigapath.preprocessing.slide import SlideError
 from gigapath.signals import StopFlag, Stopped

@@ -23,7 +23,7 @@ from gigapath.embedding.slides import open_entry
 from gigapath.embedding.stream import SlideVectors, Snapshot, TileStream
 from gigapath.embedding.tiling import GivenTiles, TileStage
 from gigapath.features import NUMERICS_VERSION, TileEmbeddingsWriter, Tiles
-from gigapath.features.kept_rows import KeptRows
+from gigapath.features.gigapath_file import KeptRows
 from gigapath.machine import available_cores
 from gigapath.preprocessing.fast import OPENSLIDE
 from gigapath.preprocessing.reading import Take, filter_name, read_into

@@ -15,8 +15,8 @@ from gigapath.cohort.owner import Ownership
 from gigapath.cohort.reuse import differences, digest
 from gigapath.devices import device_identity
 from gigapath.features import NUMERICS_VERSION, FeatureFileError
+from gigapath.features.gigapath_file import KeptRows
 from gigapath.features.h5 import is_complete, open_h5, read_attrs
-from gigapath.features.kept_rows import KeptRows
 from gigapath.linear_probe.table import EmbeddingTable, worker_count, write_table
 from gigapath.linear_probe.tile_sets import TileSet
 from gigapath.read_ahead import read_ahead
