@@ -1,7 +1,7 @@
 """Options: one frozen dataclass per verb, beside its owner, is the one source of the command line.
 
-A field declared with `option(...)` carries its help text and its bounds; `gigapath.cli.arguments` turns the fields
-into arguments, and `to_dict` is what is written next to the outputs.
+A field declared with `option(...)` carries its help text and its bounds; what several verbs take is declared here.
+`to_dict` is what is written next to the outputs.
 """
 
 import dataclasses
@@ -51,15 +51,18 @@ def option(
     return dataclasses.field(default=default, metadata=metadata)
 
 
-def check_options(options: Any) -> None:
-    """Raise ValueError with the option's name where a value, or one of several, lies outside what its field allows;
-    call it in `__post_init__`."""
-    for field in dataclasses.fields(options):
-        value = getattr(options, field.name)
-        if value is None:
-            continue
-        for item in value if isinstance(value, tuple) else (value,):
-            _check_value("--" + field.name.replace("_", "-"), item, field.metadata)
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What all options are made of: ValueError with an option's name where a value, or one of several, lies outside
+    what its field allows."""
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if value is None:
+                continue
+            for item in value if isinstance(value, tuple) else (value,):
+                _check_value("--" + field.name.replace("_", "-"), item, field.metadata)
 
 
 def _check_value(flag: str, value: Any, metadata: Mapping[str, Any]) -> None:
@@ -72,8 +75,43 @@ def _check_value(flag: str, value: Any, metadata: Mapping[str, Any]) -> None:
             raise ValueError(f"{flag}: expected {words} {limit:g}, got {value!r}.")
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DeviceOptions(Options):
+    """Where models run, in every verb that runs one."""
+
+    device: str = option("auto", "where models run: auto, cpu, cuda, cuda:N or mps", metavar="DEVICE")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EncoderOptions(DeviceOptions):
+    """How an encoder runs, in every verb that embeds."""
+
+    precision: str = option("auto", "auto is fp16 on CUDA, fp32 elsewhere", choices=("auto", "fp32", "fp16", "bf16"))
+    random_weights: bool = option(False, "untrained weights, for trying things; every output says so")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BootstrapOptions(Options):
+    """How intervals are drawn, in every verb that scores."""
+
+    seed: int = option(0, "seed of all that is drawn: weights, order, folds, bootstrap", at_least=0)
+    replicates: int = option(2000, "bootstrap replicates of the 95 % intervals; 0 = none", at_least=0)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PitchOptions(Options):
+    """How far apart the tiles of feature files lie, in every verb that reads them."""
+
+    tile_size_level0: float | None = option(
+        None,
+        "distance between neighbouring tiles, in the unit of the files' coordinates, where a file does not say",
+        metavar="PIXELS",
+        above=0,
+    )
+
+
 @dataclasses.dataclass(frozen=True)
-class IdOptions:
+class IdOptions(Options):
     """How rows of labels meet slides, in every verb that joins the two."""
 
     id_rule: str = option(
@@ -86,7 +124,7 @@ class IdOptions:
     )
 
     def __post_init__(self) -> None:
-        check_options(self)
+        super().__post_init__()
         if self.id_regex is not None:
             try:
                 re.compile(self.id_regex)

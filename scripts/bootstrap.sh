@@ -13,7 +13,7 @@ stop() { # one sentence to the user, and no more
     exit 1
 }
 
-recent_enough() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; }
+recent_enough() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; }
 
 find_environment() { # sets PYTHON; makes .venv where no environment is active
     local candidate prefix=${VIRTUAL_ENV:-}
@@ -21,12 +21,12 @@ find_environment() { # sets PYTHON; makes .venv where no environment is active
     if [ -n "$prefix" ]; then
         PYTHON=$prefix/bin/python
         recent_enough "$PYTHON" ||
-            stop "the active environment $prefix has no Python 3.10 or newer. Deactivate it, or activate a newer one."
+            stop "the active environment $prefix has no Python 3.11 or newer. Deactivate it, or activate a newer one."
         return
     fi
     PYTHON=$CHECKOUT/.venv/bin/python
     if recent_enough "$PYTHON"; then return; fi
-    for candidate in python3 python3.13 python3.12 python3.11 python3.10 python; do
+    for candidate in python3 python3.14 python3.13 python3.12 python3.11 python; do
         if recent_enough "$candidate"; then
             echo "Making an environment in $CHECKOUT/.venv ($("$candidate" --version))"
             # --clear: an environment whose Python has gone, or that was left half made, is made anew
@@ -35,7 +35,7 @@ find_environment() { # sets PYTHON; makes .venv where no environment is active
             return
         fi
     done
-    stop "expected Python 3.10 or newer, found $(python3 --version 2>&1 || true). Install one, or activate a conda environment that has one."
+    stop "expected Python 3.11 or newer, found $(python3 --version 2>&1 || true). Install one, or activate a conda environment that has one."
 }
 
 explain_failure() { # the log's last lines, then one sentence: the known cause, else $1

@@ -1,4 +1,4 @@
-"""Make `reference.npz` for `gigapath verify --reference`, in the environment of the PUBLISHED package.
+"""Make `reference.npz` for `gigapath doctor --verify --reference`, in the environment of the PUBLISHED package.
 
     python make_reference.py hf_hub:prov-gigapath/prov-gigapath --out reference.npz
 

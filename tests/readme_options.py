@@ -3,74 +3,47 @@
 python tests/readme_options.py      rewrites them in README.md; a test holds that they are up to date
 """
 
-import argparse
 import re
 import sys
 from pathlib import Path
+from typing import Any, get_args, get_origin
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 
 
-def parsers() -> dict[str, argparse.ArgumentParser]:
-    """verb -> its parser, in the order of `gigapath --help`."""
-    from gigapath.cli.main import VERBS, build_parser
+def options_of(app: Any, verb: str) -> dict[str, tuple[str, str]]:
+    """option or argument of a verb -> (default, meaning)."""
+    from gigapath.cli.arguments import shown_default
 
     found = {}
-    for verb in VERBS:
-        for action in build_parser(verb)._actions:
-            if isinstance(action, argparse._SubParsersAction):
-                found[verb] = action.choices[verb]
-    return found
-
-
-def options_of(parser: argparse.ArgumentParser) -> dict[str, tuple[str, str]]:
-    """option or argument -> (default, meaning); a verb of verbs is walked through, its words before the option."""
-    found = {}
-    for action in parser._actions:
-        if isinstance(action, argparse._HelpAction):
+    for argument in app[verb].assemble_argument_collection(parse_docstring=True):
+        if argument.children or not argument.parse:
             continue
-        if isinstance(action, argparse._SubParsersAction):
-            for word, inner in action.choices.items():
-                found.update({f"{word} {name}": row for name, row in options_of(inner).items()})
-            continue
-        meaning = (action.help or "").replace("%(default)s", str(action.default)).replace("%%", "%")
-        default = re.search(r" \(default: (.*)\)$", meaning)
-        if default:
-            meaning = meaning[: default.start()]
-        name, *_ = [*action.option_strings, str(action.metavar or action.dest)]
-        if action.option_strings and action.nargs != 0:
-            name += " " + _value(action)
-        elif action.choices:
-            meaning += ": " + ", ".join(map(str, action.choices))
-        cell = {"|": "\\|"}
-        found[name.translate(str.maketrans(cell))] = (
-            default.group(1) if default else "",
-            meaning.translate(str.maketrans(cell)),
-        )
+        meaning = argument.parameter.help.replace(":\n", ": ").replace("\n", "; ")
+        default = None if argument.required else shown_default(argument.field_info.default)
+        stated = re.search(r" \(default: (.*)\)$", meaning)
+        if stated:
+            meaning, default = meaning[: stated.start()], stated[1]
+        kinds = (argument.hint, *get_args(argument.hint))
+        name = argument.name
+        if name.startswith("-") and bool not in kinds:
+            kind = "N" if int in kinds else "X" if float in kinds else "NAME"
+            name += " " + (argument.parameter.metavar or "|".join(argument.get_choices() or ()) or kind)
+            name += " ..." if get_origin(argument.hint) is tuple else ""
+        found[name.replace("|", "\\|")] = default or "", meaning.replace("|", "\\|")
     return found
-
-
-def _value(action: argparse.Action) -> str:
-    """What follows an option: its own placeholder, its words, N for a whole number, X for another one."""
-    if action.metavar:
-        value = str(action.metavar)
-    elif action.choices:
-        value = "|".join(map(str, action.choices))
-    else:
-        value = {int: "N", float: "X"}.get(action.type, "NAME")  # type: ignore[arg-type, call-overload]
-    return f"{value} ..." if action.nargs == "+" else value
 
 
 def tables() -> dict[str, str]:
     """name of a marked place in the README -> what stands there."""
-    from gigapath.cli.main import VERBS
+    from gigapath.cli.main import VERBS, app
 
     commands = ["| command | what it does |", "|---|---|"]
     commands += [f"| `gigapath {verb}` | {line} |" for verb, (_, line) in VERBS.items()]
     rows: dict[tuple[str, str, str], list[str]] = {}
-    for verb, parser in parsers().items():
-        for name, (default, meaning) in options_of(parser).items():
+    for verb in VERBS:
+        for name, (default, meaning) in options_of(app, verb).items():
             rows.setdefault((name, default, meaning), []).append(verb)
     options = ["| option | of | default | meaning |", "|---|---|---|---|"]
     for (name, default, meaning), verbs in rows.items():

@@ -196,7 +196,7 @@ NOTHING_STARTS = {
     "embed {slides} --batch-size 0": "--batch-size",
     "embed": "got none",
     "embed {slides} --tile-encoder standin --tiles {odd}/none": "--tiles",
-    "embed {slides} --tile-encoder gigapath-flash --random-weights --precision fp99": "invalid choice",
+    "embed {slides} --tile-encoder gigapath-flash --random-weights --precision fp99": "--precision",
     "embed {slides} --tile-encoder standin --device cuda": "cuda",
 }
 
@@ -208,13 +208,9 @@ def test_bad_input_gets_one_sentence_and_leaves_nothing(
     if words.endswith("cuda") and torch.cuda.is_available():
         pytest.skip("there is a CUDA device")
     arguments = [*words.format(slides=slides, odd=odd).split(), "--out", str(odd / "out")]
-    if NOTHING_STARTS[words] == "invalid choice":
-        with pytest.raises(SystemExit) as stopped:
-            main(arguments)
-        assert stopped.value.code == 2 and NOTHING_STARTS[words] in capsys.readouterr().err
-    else:
-        assert main(arguments) == 1
-        assert NOTHING_STARTS[words] in one_sentence(capsys, arguments[0])
+    option = NOTHING_STARTS[words]
+    assert main(arguments) == (2 if option in ("--mpp", "--batch-size", "--precision") else 1)
+    assert option in one_sentence(capsys, arguments[0])
     assert not (odd / "out").exists()
 
 
@@ -288,14 +284,13 @@ def test_options_of_ray_without_its_engine_are_refused() -> None:
     [
         (["tiel", "a.svs"], "gigapath: expected a verb, got 'tiel'; did you mean tile?"),
         (["xyzzy", "a.svs"], "gigapath: expected a verb, got 'xyzzy'"),
-        (["inspect"], "gigapath inspect: the following arguments are required: FILE. See gigapath inspect --help."),
-        (["inspect", "a.h5", "--jsn"], "gigapath inspect: unrecognized arguments: --jsn. See gigapath inspect --help."),
+        (["inspect"], "gigapath check: Parameter FEATURES requires an argument. See gigapath check --help."),
+        (["inspect", "a.h5", "--jsn"], "gigapath check: Unknown option: --jsn. Did you mean --json? See"),
     ],
 )
 def test_wrong_words_are_one_line_and_say_where_the_right_ones_are(
     words: list[str], said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(SystemExit) as stopped:
-        main(words)
+    assert main(words) == 2
     err = capsys.readouterr().err
-    assert stopped.value.code == 2 and err.startswith(said) and err.count("\n") == 1
+    assert err.startswith(said) and err.count("\n") == 1

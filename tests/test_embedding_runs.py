@@ -845,7 +845,7 @@ def test_slide_embed_writes_the_table_that_export_writes(
         assert (ids, row[0]) == (["a"], "a")
         np.testing.assert_array_equal(np.float32(row[3:]), vectors[0])
     assert main(["slide-embed", *words, "--embedding", "default:tiles", "--to", str(table)]) == 1
-    assert main(["slide-embed", *words, "--embedding", "class"]) == 1
+    assert main(["slide-embed", *words, "--embedding", "class"]) == 2
     assert "embedding: expected default, state:I" in capsys.readouterr().err
 
 

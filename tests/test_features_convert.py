@@ -149,7 +149,7 @@ def test_a_signal_ends_convert_and_export_in_75_and_leaves_nothing_half_written(
         assert main(words) == 75
     assert not list(out.glob("table*"))
     with monkeypatch.context() as patch:
-        patch.setattr("gigapath.cli.export.add_arguments", lambda _: os.kill(os.getpid(), sent))
+        patch.setattr("cyclopts.App.parse_args", lambda *_, **__: os.kill(os.getpid(), sent))
         assert main(words) == 75, "while the verb is imported"
     assert main(words) == 0
 
@@ -245,5 +245,5 @@ def test_command_converts_folders_and_names_what_failed(tmp_path: Path, capsys: 
     assert "text.h5: expected an HDF5 file" in captured.err and "a second file of slide 'slide-1'" in captured.err
     assert main(["convert", str(tmp_path / "none"), "--to", "clam", "--out", out]) == 1
     assert "expected a file or folder of tile embeddings" in capsys.readouterr().err
-    assert main(["convert", str(folder), "--to", "clam", "--out", out, "--slide-mpp", "0"]) == 1
+    assert main(["convert", str(folder), "--to", "clam", "--out", out, "--slide-mpp", "0"]) == 2
     assert "--slide-mpp: expected a value above 0" in capsys.readouterr().err

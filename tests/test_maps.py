@@ -374,7 +374,7 @@ def test_other_tools_files_are_drawn_and_ones_without_a_step_say_which_option_he
 )
 def test_what_no_slide_could_satisfy_is_one_sentence(tmp_path: Path, capsys, words: list[str], sentence: str) -> None:
     write_ours(tmp_path / "f" / "good.h5")
-    assert main(["map", str(tmp_path / "f"), "--out", str(tmp_path / "out"), "--device", "cpu", *words]) == 1
+    assert main(["map", str(tmp_path / "f"), "--out", str(tmp_path / "out"), "--device", "cpu", *words]) in (1, 2)
     error = capsys.readouterr().err
     assert sentence in error and error.count("\n") == 1
 

@@ -14,10 +14,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from readme_options import README, ROOT, options_of, parsers, with_tables
+from readme_options import README, ROOT, options_of, with_tables
 
 import gigapath
-from scripts.bench.__main__ import build_parser
+from gigapath.cli.main import VERBS, app
+from scripts.bench.__main__ import KINDS
+from scripts.bench.__main__ import app as bench
 
 TEXT = README.read_text()
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.M | re.S)
@@ -49,21 +51,25 @@ def test_links_lead_somewhere() -> None:
 
 
 def test_commands_parse_and_files_exist() -> None:
-    known = parsers()
     for language, block in BLOCKS:
         for command in commands(block) if language == "bash" else ():
             words = shlex.split(command)
             if words[0] == "gigapath":
-                known[words[1]].parse_args(words[2:])
+                app.parse_args(words[1:], print_error=False, exit_on_error=False)
                 continue
             assert command.startswith(OUTSIDE), command
             for word in words:
                 if word.startswith("scripts/") or word.endswith(".yaml"):
                     assert (ROOT / word).is_file(), word
-    known["python -m scripts.bench"] = build_parser()
     # the words in running text too
-    for option in set(re.findall(r"`(?:[^`]* )?(--[a-z][a-z-]+)", TEXT)) - {"--index-url", "--help"}:
-        assert any(option in name for parser in known.values() for name in options_of(parser)), option
+    known = {
+        name.split()[0]
+        for of, verbs in ((app, VERBS), (bench, KINDS))
+        for verb in verbs
+        for name in options_of(of, verb)
+    }
+    for option in set(re.findall(r"`(?:[^`]* )?(--[a-z][a-z0-9-]+)", TEXT)) - {"--index-url", "--help"}:
+        assert option in known, option
 
 
 def spread(word: str) -> list[str]:

@@ -368,7 +368,7 @@ def test_folders_that_are_none_are_told(tmp_path: Path, capsys: pytest.CaptureFi
     assert "no such folder" in capsys.readouterr().err
     assert main(["report", str(tmp_path)]) == 1
     assert "found neither slides nor results" in capsys.readouterr().err
-    assert main(["report", str(tmp_path), "--projection", "umap", "--embedding", "nonsense"]) == 1
+    assert main(["report", str(tmp_path), "--projection", "umap", "--embedding", "nonsense"]) == 2
     assert "expected default, state:I" in capsys.readouterr().err
 
 

@@ -1,74 +1,86 @@
-"""`gigapath finetune`: fine-tune the slide encoder on labelled slides."""
+"""Fitted heads: init-task, finetune, evaluate, predict."""
 
-import argparse
 import contextlib
 import logging
 import sys
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated
 
-from gigapath.cli.arguments import add_options, options_from
-from gigapath.cli.main import EXIT_STOPPED
-from gigapath.signals import StopFlag, Stopped
+from cyclopts import Parameter
 
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of `gigapath finetune`."""
-    from gigapath.finetune.options import JoinOptions, ModelOptions, SplitOptions, TrainingOptions
-
-    parser.add_argument(
-        "--task", required=True, metavar="TASK", help="panda, mutation_5_gene, or a YAML file (gigapath init-task)"
-    )
-    parser.add_argument("--features", required=True, metavar="DIR", help="folder with a feature file a slide")
-    parser.add_argument("--labels", required=True, metavar="CSV", help="a row a slide")
-    parser.add_argument(
-        "--splits",
-        metavar="DIR",
-        help="folder with train_0.csv, val_0.csv, test_0.csv, ... (default: folds drawn here)",
-    )
-    parser.add_argument(
-        "--pretrained",
-        default="hf_hub:prov-gigapath/prov-gigapath",
-        metavar="WEIGHTS",
-        help="slide encoder: hf_hub:REPO, a file, or '' for random weights (default: %(default)s)",
-    )
-    parser.add_argument("--out", required=True, metavar="DIR", help="output folder; a run that it holds goes on")
-    parser.add_argument("--controls", action="store_true", help="train controls too, and put all in one table")
-    for options, title in (
-        (JoinOptions, "labels and features"),
-        (SplitOptions, "splits"),
-        (ModelOptions, "model"),
-        (TrainingOptions, "training"),
-    ):
-        add_options(parser, options, title=title)
+from gigapath.cli.arguments import EXIT_FAILED_SLIDES, EXIT_STOPPED, Checkpoint, Csv, Features, Folder, Name, verb
+from gigapath.finetune.options import JoinOptions, ModelOptions, SplitOptions, TrainingOptions
+from gigapath.options import BootstrapOptions, DeviceOptions
 
 
-def run(namespace: argparse.Namespace) -> int:
-    """Run, telling the plan, each epoch and the table of scores."""
-    from gigapath.finetune import (
-        Inputs,
-        JoinOptions,
-        ModelOptions,
-        Settings,
-        SplitOptions,
-        TrainingOptions,
-        finetune,
-    )
+@verb
+def init_task(
+    labels: str,
+    /,
+    *,
+    label: Annotated[tuple[str, ...], Parameter(metavar="COL")] = (),
+    ordinal: bool = False,
+    name: Name | None = None,
+    to: Annotated[str | None, Parameter(metavar="YAML")] = None,
+) -> int:
+    """Write the file and say what is in it.
 
-    settings = Settings(
-        join=options_from(namespace, JoinOptions),
-        split=options_from(namespace, SplitOptions),
-        model=options_from(namespace, ModelOptions),
-        training=options_from(namespace, TrainingOptions),
-        controls=namespace.controls,
-    )
-    inputs = Inputs(namespace.task, namespace.features, namespace.labels, namespace.splits, namespace.pretrained)
+    Args:
+        labels: a CSV with a row a slide
+        label: column of the label; several = several labels
+        ordinal: the classes are grades: report quadratic-weighted kappa
+        name: of the task (default: that of the CSV)
+        to: where the task goes (default: beside the CSV)
+    """
+    from gigapath.finetune.task_writer import new_task
+
+    path = Path(to or Path(labels).with_suffix(".yaml"))
+    task, counts = new_task(labels, path, columns=label, name=name, ordinal=ordinal)
+    shares = ", ".join(f"{label} {count:,}" for label, count in counts.items())
+    print(f"{path}: task {task.name}, {task.setting}; slides a label: {shares}.")
+    return 0
+
+
+@verb
+def finetune(
+    *,
+    task: Annotated[str, Parameter(metavar="TASK")],
+    features: Folder,
+    labels: Csv,
+    splits: Folder | None = None,
+    pretrained: Annotated[str, Parameter(metavar="WEIGHTS")] = "hf_hub:prov-gigapath/prov-gigapath",
+    out: Folder,
+    controls: bool = False,
+    labels_and_features: JoinOptions,
+    folds: SplitOptions,
+    model: ModelOptions,
+    training: TrainingOptions,
+) -> int:
+    """Run, telling the plan, each epoch and the table of scores.
+
+    Args:
+        task: panda, mutation_5_gene, or a YAML file (gigapath init-task)
+        features: folder with a feature file a slide
+        labels: a row a slide
+        splits: folder with train_0.csv, val_0.csv, test_0.csv, ... (default: folds drawn here)
+        pretrained: slide encoder: hf_hub:REPO, a file, or '' for random weights
+        out: output folder; a run that it holds goes on
+        controls: train controls too, and put all in one table
+    """
+    from gigapath.finetune import Inputs, Settings
+    from gigapath.finetune import finetune as fine_tune
+    from gigapath.signals import StopFlag, Stopped
+
+    settings = Settings(join=labels_and_features, split=folds, model=model, training=training, controls=controls)
+    inputs = Inputs(task, features, labels, splits, pretrained)
     try:
         with StopFlag() as stop, _news_on_stdout():
-            finetune(inputs, namespace.out, settings, say=lambda line: print(line, flush=True), check_stop=stop.check)
+            fine_tune(inputs, out, settings, say=lambda line: print(line, flush=True), check_stop=stop.check)
     except Stopped as stopped:
         print(f"gigapath finetune: stopped by {stopped}; the same command goes on after the last finished epoch.")
         return EXIT_STOPPED
-    print(f"Results: {namespace.out}")
+    print(f"Results: {out}")
     return 0
 
 
@@ -84,3 +96,79 @@ def _news_on_stdout() -> Iterator[None]:
     finally:
         logger.setLevel(before)
         logger.removeHandler(handler)
+
+
+@verb
+def evaluate(
+    checkpoint: Checkpoint,
+    features: str,
+    /,
+    *,
+    labels: Csv,
+    out: Folder,
+    allow_leakage: bool = False,
+    labels_and_features: JoinOptions,
+    model: DeviceOptions,
+    intervals: BootstrapOptions,
+) -> int:
+    """Print the table of scores.
+
+    Args:
+        features: folder with a feature file a slide
+        labels: a row a slide, with the labels of the task
+        out: folder for predictions.csv and results.json
+        allow_leakage: take slides that trained the head, too
+    """
+    from gigapath.finetune import evaluate_head
+    from gigapath.finetune.report import lines
+
+    result = evaluate_head(
+        checkpoint,
+        features,
+        labels,
+        out,
+        join=labels_and_features,
+        device=model.device,
+        replicates=intervals.replicates,
+        seed=intervals.seed,
+        allow_seen=allow_leakage,
+    )
+    for line in lines({"frozen head": [result.headline]}):
+        print(line)
+    for note in result.notes:
+        print(f"note: {note}")
+    print(f"Results: {out}")
+    return 0
+
+
+@verb
+def predict(
+    checkpoint: Checkpoint,
+    features: Features,
+    /,
+    *,
+    out: Csv | None = None,
+    files: JoinOptions,
+    model: DeviceOptions,
+) -> int:
+    """Print a line a slide; a slide that can't be read is named on stderr and the status is 3.
+
+    Args:
+        out: write the predictions to this file
+    """
+    from gigapath.finetune import predict as predict_slides
+
+    found = predict_slides(
+        checkpoint,
+        features,
+        join=files,
+        device=model.device,
+        out=out,
+        on_failed=lambda reason: print(f"gigapath predict: {reason}", file=sys.stderr),
+    )
+    for row in found.rows:
+        shares = ", ".join(f"{name[2:]} {share:.3f}" for name, share in row.items() if name.startswith("p_"))
+        print(f"{row['slide_id']}: {row['predicted'] or 'none'} ({shares})")
+    if out:
+        print(f"written to {out}")
+    return EXIT_FAILED_SLIDES if found.failed else 0

@@ -1,56 +1,56 @@
-"""`gigapath VERB ...`: finds the verb's module and runs it; nothing heavy is imported before that."""
+"""`gigapath VERB ...`: finds the verb's function and runs it; nothing heavy is imported before that."""
 
-import argparse
 import contextlib
 import difflib
-import importlib
 import os
 import signal
 import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn, TextIO
 
-import gigapath
+from cyclopts import App, CycloptsError
+
+from gigapath.cli.arguments import EXIT_STOPPED, make_app
 from gigapath.file_names import for_terminal
 from gigapath.signals import interrupting
 
-# verb -> (module under gigapath.cli, one line of help), in the order of use. A module offers `add_arguments(parser)`
-# and `run(namespace) -> exit status`.
-VERBS: dict[str, tuple[str, str]] = {
-    "download": ("download", "Fetch weights, demo data and the published tables; checked."),
-    "doctor": ("doctor", "Look at this machine and installation: what is wrong, and the mend."),
-    "plan": ("plan", "What a cohort is made of and what it will cost, from the slides' headers; a pilot on a few."),
-    "tile": ("tile", "Find tissue and lay tiles: mask, tiles, previews. Look at them before embedding."),
-    "embed": ("embed", "Slides to tiles, tile embeddings and slide embeddings."),
-    "slide-embed": ("slide_embed", "Tile embeddings, ours or another tool's, to slide embeddings."),
-    "status": ("status", "How far a cohort is: slides by state and stage, rate, time left, failures by kind."),
-    "check": ("check", "Say what is wrong with feature files, ours or another tool's, and what it would do."),
-    "inspect": ("inspect", "Say what a feature file is, ours or another tool's."),
-    "convert": ("convert", "Tile embeddings as another tool's files: TRIDENT, CLAM, STAMP, slide2vec, the published."),
-    "export": ("export", "One table of slide vectors from a run: parquet, CSV or npz."),
-    "map": ("map", "Draw maps on slides: embeddings, attention, what a fitted head looks at; PNG, GeoJSON, arrays."),
-    "report": ("report", "One page on a run or a cohort: what failed, slides with tiles and maps, scores."),
-    "methods": ("methods", "Write the methods paragraph of a paper from the records of a run, with BibTeX."),
-    "remove": ("remove", "Take a slide out of an output folder, every file and mention of it: consent withdrawn."),
-    "embed-tiles": ("embed_tiles", "Tile images through a tile encoder into one file for probes."),
-    "probe": ("probe", "Fit and score a linear layer on frozen tile or slide embeddings."),
-    "init-task": ("init_task", "Write a task file for fine-tuning from a CSV of labels."),
-    "finetune": ("finetune", "Fine-tune the slide encoder on labelled slides: the published PANDA recipe, or yours."),
-    "evaluate": ("evaluate", "Test a fitted head on another cohort; nothing is fitted."),
-    "predict": ("predict", "Apply a fitted head to feature files."),
-    "verify": ("verify", "Check a released pair: files, demo tile, slide encoder, PANDA tiles; a report to paste."),
+# verb -> (its function in a module of gigapath.cli, one line of help), in the order of use
+VERBS = {
+    "download": ("install:download", "Fetch weights, demo data and the published tables; checked."),
+    "doctor": ("install:doctor", "What is wrong with this machine, installation or released weights, and the mend."),
+    "plan": ("plan:plan", "What a cohort is made of and will cost, from the slides' headers; a pilot on a few."),
+    "tile": ("slides:tile", "Find tissue and lay tiles: mask, tiles, previews. Look at them before embedding."),
+    "embed": ("slides:embed", "Slides to tiles, tile embeddings and slide embeddings."),
+    "slide-embed": ("slides:slide_embed", "Tile embeddings, ours or another tool's, to slide embeddings."),
+    "status": ("cohort:status", "How far a cohort is: slides by state and stage, rate, time left, failures by kind."),
+    "check": ("features:check", "Say what feature files are, ours or another tool's, and what is wrong with them."),
+    "convert": ("features:convert", "Tile embeddings as files of TRIDENT, CLAM, STAMP, slide2vec, the published code."),
+    "export": ("features:export", "One table of slide vectors from a run: parquet, CSV or npz."),
+    "map": ("report:draw_maps", "Maps on slides: embeddings, attention, what a head looks at; PNG, GeoJSON, arrays."),
+    "report": ("report:report", "One page on a run or a cohort: slides, maps, scores; or a paper's methods paragraph."),
+    "remove": ("cohort:remove", "Take a slide with every mention of it out of an output folder: consent withdrawn."),
+    "embed-tiles": ("probe:embed_tiles", "Tile images through a tile encoder into one file for probes."),
+    "probe": ("probe:probe", "Fit and score a linear layer on frozen tile or slide embeddings."),
+    "init-task": ("finetune:init_task", "Write a task file for fine-tuning from a CSV of labels."),
+    "finetune": (
+        "finetune:finetune",
+        "Fine-tune the slide encoder on labelled slides: by the published recipe or yours.",
+    ),
+    "evaluate": ("finetune:evaluate", "Test a fitted head on another cohort; nothing is fitted."),
+    "predict": ("finetune:predict", "Apply a fitted head to feature files."),
 }
+# former verbs -> what they are now
+ALIASES = {"inspect": ("check", "--describe"), "methods": ("report", "--methods"), "verify": ("doctor", "--verify")}
 
-EXIT_FAILED_SLIDES = 3
-EXIT_STOPPED = 75
 EXIT_PIPE = 141  # as a shell says it: 128 + SIGPIPE
 
-
-class _Parser(argparse.ArgumentParser):
-    """A parser that says what is off in one line: argparse's usage of forty options would push it off the screen."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message.rstrip('.')}. See {self.prog} --help.\n")
+app = make_app(
+    "gigapath",
+    "Prov-GigaPath: whole-slide images to tiles, tile embeddings and slide embeddings. For research use only.",
+)
+for order, (name, (place, line)) in enumerate(VERBS.items()):
+    app.command(f"gigapath.cli.{place}", name=name, help=line, sort_key=order)
+app.register_install_completion_command()
 
 
 class _Shown:
@@ -66,62 +66,47 @@ class _Shown:
         return getattr(self._stream, name)
 
 
-def build_parser(verb: str | None) -> argparse.ArgumentParser:
-    """The parser of `gigapath`; only the chosen verb's module is imported."""
-    parser = _Parser(
-        prog="gigapath",
-        description="Prov-GigaPath: whole-slide images to tiles, tile embeddings and slide embeddings. "
-        "For research use only.",
-    )
-    parser.add_argument("--version", action="version", version=f"gigapath {gigapath.__version__}")
-    verbs = parser.add_subparsers(dest="verb", metavar="VERB")
-    for name, (module, line) in VERBS.items():
-        sub = verbs.add_parser(name, help=line, description=line, allow_abbrev=False)
-        if name == verb:
-            importlib.import_module(f"gigapath.cli.{module}").add_arguments(sub)
-    return parser
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb. Exit status: 0 done, 3 some slides failed, 75 stopped by a signal, 1 nothing could start,
     2 the arguments are off.
 
     Every error a user can cause ends here as one sentence; set GIGAPATH_DEBUG=1 to see where it came from.
     """
+    words = list(sys.argv[1:] if argv is None else argv)
+    words[:1] = ALIASES.get(words[0], words[:1]) if words else ["--help"]
     shown: Any = _Shown(sys.stdout), _Shown(sys.stderr)
     with interrupting(), contextlib.redirect_stdout(shown[0]), contextlib.redirect_stderr(shown[1]):
         try:
-            return _run_verb(argv)
+            return run_verb(app, words)
         except KeyboardInterrupt:  # also while a verb's modules are imported
             print("gigapath: stopped.", file=sys.stderr)
             return EXIT_STOPPED
 
 
-def _run_verb(argv: Sequence[str] | None) -> int:
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    verb = next((word for word in arguments if not word.startswith("-")), None)
-    parser = build_parser(verb)
-    if verb is not None and verb not in VERBS:
-        near = difflib.get_close_matches(verb, VERBS, n=1)
-        parser.error(f"expected a verb, got {verb!r}" + "".join(f"; did you mean {word}?" for word in near))
-    namespace, unknown = parser.parse_known_args(arguments)
-    if unknown:  # said here, where the verb is known: argparse would say it of `gigapath` as a whole
-        parser.prog = f"{parser.prog} {verb}" if verb else parser.prog
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
-    namespace.words = arguments[1:]  # for the record of a run
-    if namespace.verb is None:
-        parser.print_help()
-        return 0
-    module = importlib.import_module(f"gigapath.cli.{VERBS[namespace.verb][0]}")
+def run_verb(app: App, words: Sequence[str]) -> int:
+    """Run one verb of `app`; the exit status."""
+    program = f"{app.name[0]} {words[0]}"
+    if words[0] not in app:  # cyclopts would import every verb to suggest one
+        near = difflib.get_close_matches(words[0], list(app), n=1)
+        meant = f"; did you mean {near[0]}?" if near else "."
+        print(f"{app.name[0]}: expected a verb, got {words[0]!r}{meant} See {app.name[0]} --help.", file=sys.stderr)
+        return 2
     try:
-        return int(module.run(namespace))
+        function, bound, given = app.parse_args(words, print_error=False, exit_on_error=False)
+    except (CycloptsError, ValueError) as error:  # ValueError: of the options' own checks
+        if isinstance(error, CycloptsError):
+            error.command_chain = None
+        print(f"{program}: {error} See {program} --help.", file=sys.stderr)
+        return 2
+    try:
+        return function(*bound.args, **bound.kwargs, **dict.fromkeys(given, words[1:])) or 0
     except BrokenPipeError:  # whoever read the output, such as `head`, has had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_PIPE
     except (ValueError, OSError, ImportError) as error:
         if os.environ.get("GIGAPATH_DEBUG"):
             raise
-        print(f"gigapath {namespace.verb}: {error}", file=sys.stderr)
+        print(f"{program}: {error}", file=sys.stderr)
         return 1
 
 

@@ -1,13 +1,11 @@
 """`gigapath plan SLIDES`: what a cohort is made of and what it will cost, before anything is tiled."""
 
-import argparse
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from gigapath.cli.arguments import add_json, add_options, options_from
-from gigapath.cli.main import EXIT_FAILED_SLIDES
+from gigapath.cli.arguments import EXIT_FAILED_SLIDES, Folder, Json, Slides, Words, verb
 from gigapath.cli.progress import Terminal
 from gigapath.cohort.status import failure_lines, failures_by_kind
 from gigapath.embedding.preflight import Survey, SurveyOptions, run_pilot, survey
@@ -16,44 +14,46 @@ from gigapath.releases import RELEASES
 from gigapath.text import in_bytes, in_words, rounded, slides_in_words
 
 _SHOWN = 10
-_NAMED = 5
 _BAR = 30
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("slides", nargs="+", metavar="SLIDES", help="slide files, folders of them, manifests (.csv)")
-    parser.add_argument("--out", metavar="DIR", help="the output folder of --pilot")
-    add_json(parser)
-    add_options(parser, SurveyOptions, title="plan")
-    add_options(parser, TileOptions, title="tiles")
+@verb
+def plan(
+    slides: Slides,
+    /,
+    *,
+    out: Folder | None = None,
+    as_json: Json = False,
+    plan: SurveyOptions,
+    tiles: TileOptions,
+    words: Words = (),
+) -> int:
+    """Print what the headers say; the status is 3 where a run would refuse a slide.
 
-
-def run(namespace: argparse.Namespace) -> int:
-    options, tiling = options_from(namespace, SurveyOptions), options_from(namespace, TileOptions)
-    if options.pilot is not None and namespace.out is None:
+    Args:
+        out: the output folder of --pilot
+    """
+    if plan.pilot is not None and out is None:
         raise ValueError("--pilot: expected --out DIR beside it, where tiles and previews go.")
-    out = None if namespace.out is None else Path(namespace.out)
-    found, entries = survey(namespace.slides, tiling, exclude=out)
+    folder = None if out is None else Path(out)
+    found, entries = survey(slides, tiles, exclude=folder)
     failed = False
-    if options.pilot is not None and out is not None:
+    if plan.pilot is not None and folder is not None:
         with Terminal("slide", machine=True, document=False) as watch:
-            found, result = run_pilot(found, entries, out, options.pilot, tiling, watch=watch, command=namespace.words)
+            found, result = run_pilot(found, entries, folder, plan.pilot, tiles, watch=watch, command=words)
         failed = watch.report(result) != 0
-    rate, source = options.tiles_per_second, "stated"
-    if rate is None and options.tile_encoder is not None:
+    rate, source = plan.tiles_per_second, "stated"
+    if rate is None and plan.tile_encoder is not None:
         from gigapath.embedding.run import measure_encoder  # torch takes seconds: the headers are told without it
 
-        rate, source = (
-            measure_encoder(options.tile_encoder, options.device),
-            "one batch measured here",
-        )
-    if namespace.json:
+        rate, source = measure_encoder(plan.tile_encoder, plan.device), "one batch measured here"
+    if as_json:
         print(json.dumps(found.as_dict(rate), indent=2, ensure_ascii=False))
     else:
         for line in lines(found, rate, source):
             print(line)
-        if out is not None and found.piloted:
-            print(f"look at {out / 'contact_sheet.jpg'} before anything is embedded.")
+        if folder is not None and found.piloted:
+            print(f"look at {folder / 'contact_sheet.jpg'} before anything is embedded.")
     return EXIT_FAILED_SLIDES if failed or found.refused or found.id_problems else 0
 
 

@@ -1,54 +1,109 @@
-"""`gigapath probe`: how well a linear layer (or its relatives) tells classes from frozen embeddings."""
+"""Frozen embeddings: embed-tiles, and probe, how well a linear layer (or its relatives) tells classes from them."""
 
-import argparse
 import json
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from gigapath.cli.arguments import add_options, options_from
+from cyclopts import Parameter
+
+from gigapath.cli.arguments import EXIT_STOPPED, Csv, File, Folder, verb
 from gigapath.cohort.owner import Ownership
 from gigapath.cohort.reuse import differences
-from gigapath.linear_probe.options import ProbeOptions, SlideProbeOptions, TileProbeOptions
+from gigapath.linear_probe.options import EmbedTilesOptions, ProbeOptions, SlideProbeOptions, TileProbeOptions
 from gigapath.options import to_dict
 
 # Where the published PCam embeddings and labels lie once downloaded.
 PUBLISHED = "GigaPath_PCam_embeddings.zip"
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the arguments of `gigapath probe`."""
-    parser.add_argument(
-        "embeddings",
-        nargs="?",
-        metavar="EMBEDDINGS",
-        help="tiles: a zip or folder of one .pt per tile, or one .h5, .npz, .safetensors of features and names; "
-        "slides: the output folder of `gigapath embed`",
+@verb
+def embed_tiles(
+    tiles: Annotated[str, Parameter(name="FOLDER_OR_ZIP_OR_H5")],
+    /,
+    *,
+    out: File,
+    overwrite: bool = False,
+    tile_encoder: EmbedTilesOptions,
+) -> int:
+    """Embed all tiles; 75 when a signal came, and the same command goes on from there.
+
+    Args:
+        tiles: folders by split and class; a zip or folder with a CSV (file, label, split); PCam's own HDF5 files
+        out: the embeddings' file, ending in .h5
+        overwrite: embed again where FILE is there, or holds others' embeddings
+    """
+    from gigapath.devices import at_most_threads
+    from gigapath.linear_probe.embedding import embed_tiles
+    from gigapath.linear_probe.tile_sets import open_tile_set
+    from gigapath.machine import available_cores
+    from gigapath.signals import StopFlag, Stopped
+    from gigapath.tile_encoder import load_tile_encoder
+
+    if Path(out).suffix != ".h5":
+        raise ValueError(f"--out: expected a file ending in .h5, got {Path(out).name!r}.")
+    tile_set = open_tile_set(tiles)
+    encoder = load_tile_encoder(
+        tile_encoder.tile_encoder,
+        device=tile_encoder.device,
+        precision=tile_encoder.precision,
+        random_weights=tile_encoder.random_weights,
     )
-    parser.add_argument(
-        "--labels", metavar="CSV", help="columns input (or file), label, split; not needed where EMBEDDINGS carry them"
-    )
-    parser.add_argument("--out", required=True, metavar="DIR", help="folder for results")
-    parser.add_argument("--overwrite", action="store_true", help="probe again where DIR holds results of other options")
-    parser.add_argument("--demo", action="store_true", help="try it on made embeddings (a planted rule), no download")
-    add_options(parser, ProbeOptions)
-    add_options(parser, TileProbeOptions, title="tiles")
-    add_options(parser, SlideProbeOptions, title="slides")
+    print(f"{len(tile_set):,} tiles, {encoder.description}")
+    started = time.perf_counter()
+    with StopFlag() as stop, at_most_threads(available_cores()):
+        try:
+            resumed = embed_tiles(
+                tile_set,
+                encoder,
+                Path(out),
+                batch_size=tile_encoder.batch_size,
+                overwrite=overwrite,
+                report=_count("") if sys.stderr.isatty() else lambda done, total: None,
+                check_stop=stop.check,
+            )
+        except Stopped as stopped:
+            print(f"stopped by {stopped}; the same command goes on from here.", file=sys.stderr)
+            return EXIT_STOPPED
+    seconds = time.perf_counter() - started
+    before = f" ({resumed:,} of them by the run before)" if resumed else ""
+    print(f"{len(tile_set):,} tiles embedded{before} in {seconds:.1f} s, written to {out}")
+    print(f"next: gigapath probe {out} --out DIR" + ("" if tile_set.labels else " --labels CSV"))
+    return 0
 
 
-def run(namespace: argparse.Namespace) -> int:
-    """Probe tiles or slides, write the files, print the summary."""
-    options = options_from(namespace, ProbeOptions)
-    slide_options = options_from(namespace, SlideProbeOptions)
-    out = Path(namespace.out)
-    if namespace.demo == (namespace.embeddings is not None):
+@verb
+def probe(
+    embeddings: str | None = None,
+    /,
+    *,
+    labels: Csv | None = None,
+    out: Folder,
+    overwrite: bool = False,
+    demo: bool = False,
+    options: ProbeOptions,
+    tiles: TileProbeOptions,
+    slides: SlideProbeOptions,
+) -> int:
+    """Probe tiles or slides, write the files, print the summary.
+
+    Args:
+        embeddings: tiles: a zip or folder of one .pt per tile, or one .h5, .npz, .safetensors of features and names;
+            slides: the output folder of gigapath embed
+        labels: columns input (or file), label, split; not needed where EMBEDDINGS carry them
+        out: folder for results
+        overwrite: probe again where DIR holds results of other options
+        demo: try it on made embeddings (a planted rule), no download
+    """
+    if demo == (embeddings is not None):
         raise ValueError("expected either EMBEDDINGS or --demo. Name a zip, folder or file of embeddings.")
-    on_slides = slide_options.embedding is not None
-    given = {**to_dict(options), **to_dict(slide_options if on_slides else options_from(namespace, TileProbeOptions))}
-    with Ownership({out: given}):
-        if not namespace.overwrite:
-            _check_same(out, given)
-        return _probe(namespace, options, slide_options, out)
+    given = {**to_dict(options), **to_dict(tiles if slides.embedding is None else slides)}
+    with Ownership({Path(out): given}):
+        if not overwrite:
+            _check_same(Path(out), given)
+        return _probe(embeddings, labels, Path(out), options, tiles, slides)
 
 
 def _check_same(out: Path, given: dict[str, Any]) -> None:
@@ -65,36 +120,45 @@ def _check_same(out: Path, given: dict[str, Any]) -> None:
         )
 
 
-def _probe(namespace: argparse.Namespace, options: ProbeOptions, slide_options: SlideProbeOptions, out: Path) -> int:
-    if slide_options.embedding is not None:
-        return _slides(namespace, options, slide_options, out)
-    if namespace.embeddings and any(Path(namespace.embeddings).glob("slides_*/*.h5")):
+def _probe(
+    embeddings: str | None,
+    labels: str | None,
+    out: Path,
+    options: ProbeOptions,
+    tiles: TileProbeOptions,
+    slides: SlideProbeOptions,
+) -> int:
+    if slides.embedding is not None:
+        if embeddings is None:
+            raise ValueError("--demo: expected a probe of tiles. Leave out --embedding.")
+        return _probe_slides(embeddings, labels, out, options, slides)
+    if embeddings and any(Path(embeddings).glob("slides_*/*.h5")):
         raise ValueError(
-            f"{namespace.embeddings}: expected embeddings of tiles with a label each, got the output of a run. "
+            f"{embeddings}: expected embeddings of tiles with a label each, got the output of a run. "
             "To probe its slides name their embedding, such as --embedding tile-mean."
         )
-    return _tiles(namespace, options, out)
+    return _probe_tiles(embeddings, labels, out, options, tiles)
 
 
-def _tiles(namespace: argparse.Namespace, options: ProbeOptions, out: Path) -> int:
+def _probe_tiles(
+    embeddings: str | Path | None, labels: str | Path | None, out: Path, options: ProbeOptions, tiles: TileProbeOptions
+) -> int:
     from gigapath.linear_probe.planted import bayes_accuracy, write_planted
     from gigapath.linear_probe.report import summary_lines, write_tile_report
     from gigapath.linear_probe.tiles import probe_tiles
 
-    embeddings, labels = namespace.embeddings, namespace.labels
-    if namespace.demo:
+    demo = embeddings is None
+    if embeddings is None:
         print("DEMO: embeddings made on the spot from a planted rule; the figures say nothing about any encoder.")
         embeddings, labels = write_planted(out / "demo")
     elif Path(embeddings).name == PUBLISHED and not Path(embeddings).exists():
         raise FileNotFoundError(
             f"{embeddings}: no such file. Get it (2 GB) with `gigapath download pcam`, or try without: --demo."
         )
-    probe = probe_tiles(
-        embeddings, labels, options, options_from(namespace, TileProbeOptions), report=_reading if _terminal() else None
-    )
+    probe = probe_tiles(embeddings, labels, options, tiles, report=_count("reading ") if sys.stderr.isatty() else None)
     written = write_tile_report(out, probe)
     print("\n".join(summary_lines(probe)))
-    if namespace.demo:
+    if demo:
         print(f"DEMO: no rule can be more accurate than {bayes_accuracy():.4f} on these data.")
     seconds = probe.seconds
     print(f"read from {probe.data.facts['read_from']} in {seconds['read']:.1f} s, fitted in {seconds['fit']:.1f} s")
@@ -102,23 +166,24 @@ def _tiles(namespace: argparse.Namespace, options: ProbeOptions, out: Path) -> i
     return 0
 
 
-def _slides(namespace: argparse.Namespace, options: ProbeOptions, slide_options: SlideProbeOptions, out: Path) -> int:
+def _probe_slides(
+    embeddings: str, labels: str | None, out: Path, options: ProbeOptions, slides: SlideProbeOptions
+) -> int:
     from gigapath.linear_probe.slide_report import slide_summary_lines, write_slide_report
     from gigapath.linear_probe.slides import probe_slides
 
-    if namespace.demo:
-        raise ValueError("--demo: expected a probe of tiles. Leave out --embedding.")
-    probe = probe_slides(namespace.embeddings, namespace.labels, options, slide_options)
+    probe = probe_slides(embeddings, labels, options, slides)
     written = write_slide_report(out, probe)
     print("\n".join(slide_summary_lines(probe)))
     print(f"written to {out}: {', '.join(written)}")
     return 0
 
 
-def _terminal() -> bool:
-    return sys.stderr.isatty()
+def _count(what: str) -> Callable[[int, int], None]:
+    """A counter of tiles on one line of standard error."""
 
+    def show(done: int, total: int) -> None:
+        end = "\n" if done == total else ""
+        print(f"\r{what}{done:,} of {total:,} tiles", end=end, file=sys.stderr, flush=True)
 
-def _reading(done: int, total: int) -> None:
-    end = "\n" if done == total else ""
-    print(f"\rreading {done:,} of {total:,} tiles", end=end, file=sys.stderr, flush=True)
+    return show

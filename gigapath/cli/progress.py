@@ -8,7 +8,7 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
-from gigapath.cli.main import EXIT_FAILED_SLIDES, EXIT_STOPPED
+from gigapath.cli.arguments import EXIT_FAILED_SLIDES, EXIT_STOPPED
 from gigapath.cohort.run import Plan, Progress, RunResult
 from gigapath.cohort.status import failure_kind, failure_lines, failures_by_kind
 from gigapath.text import in_words, slides_in_words, tiles_in_words

@@ -1,29 +1,61 @@
-"""`gigapath report DIR`: one page on a run or a cohort."""
+"""What is looked at: map, report with the methods paragraph."""
 
-import argparse
+import dataclasses
+import json
 import sys
+import textwrap
+from typing import TYPE_CHECKING, Annotated
 
-from tqdm import tqdm
+from cyclopts import Parameter
 
-from gigapath.cli.arguments import add_options, options_from
+from gigapath.cli.arguments import EXIT_FAILED_SLIDES, Folder, GivenFolder, Json, verb
+from gigapath.maps.options import MapOptions
 from gigapath.report.options import ReportOptions
 
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of `gigapath report`."""
-    parser.add_argument(
-        "folder", metavar="DIR", help="the output folder of tile, embed, slide-embed, finetune, evaluate or probe"
-    )
-    parser.add_argument(
-        "--slides", metavar="DIR", help="of a fine-tuning or probe run: the output folder of embed that has its slides"
-    )
-    parser.add_argument("--maps", metavar="DIR", help="the folder of gigapath map (default: maps beside the slides)")
-    parser.add_argument("--to", metavar="DIR", help="where report.html goes (default: DIR itself)")
-    add_options(parser, ReportOptions, title="report")
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 
-def run(namespace: argparse.Namespace) -> int:
-    """Write the report, telling how far it is."""
+@verb
+def draw_maps(features: tuple[str, ...], /, *, out: Folder, maps: MapOptions) -> int:
+    """Print a line a slide; the status is 3 where a slide failed.
+
+    Args:
+        features: the folder of a run, or files of tile embeddings
+        out: the folder of the maps, one below it a slide
+    """
+    from gigapath.devices import at_most_threads
+    from gigapath.machine import available_cores
+    from gigapath.maps import make_maps
+
+    with at_most_threads(available_cores()):
+        result = make_maps(features, out, maps, tell=print)
+    return EXIT_FAILED_SLIDES if result.failed else 0
+
+
+@verb
+def report(
+    folder: GivenFolder,
+    /,
+    *,
+    slides: Folder | None = None,
+    maps: Folder | None = None,
+    to: Folder | None = None,
+    methods: bool = False,
+    as_json: Annotated[Json, Parameter(help="with --methods: print one JSON document, for machines")] = False,
+    page: ReportOptions,
+) -> int:
+    """Write the report, telling how far it is.
+
+    Args:
+        folder: the output folder of tile, embed, slide-embed, finetune, evaluate or probe
+        slides: of a fine-tuning or probe run: the output folder of embed that has its slides
+        maps: the folder of gigapath map (default: maps beside the slides)
+        to: where report.html goes (default: DIR itself)
+        methods: print the methods paragraph of a paper instead, from the records of tile or embed, with BibTeX
+    """
+    if methods:
+        return _methods(folder, as_json)
     from gigapath.report.write import write_report
 
     bar: tqdm[None] | None = None
@@ -33,25 +65,38 @@ def run(namespace: argparse.Namespace) -> int:
         if not sys.stderr.isatty():
             print(f"{number}/{slides} {slide_id}", flush=True)
             return
+        from tqdm import tqdm
+
         bar = bar or tqdm(total=slides, unit=" slides", file=sys.stderr, dynamic_ncols=True)
         bar.update(1)
 
     try:
-        report = write_report(
-            namespace.folder,
-            slides=namespace.slides,
-            maps=namespace.maps,
-            to=namespace.to,
-            options=options_from(namespace, ReportOptions),
-            on_slide=on_slide,
-        )
+        written = write_report(folder, slides=slides, maps=maps, to=to, options=page, on_slide=on_slide)
     finally:
         if bar is not None:
             bar.close()
-    for note in report.notes:
+    for note in written.notes:
         print(f"note: {note}")
-    if report.without_picture:
-        shown = ", ".join(report.without_picture[:5]) + (" ..." if len(report.without_picture) > 5 else "")
-        print(f"note: {len(report.without_picture):,} slides have no picture: {shown}")
-    print(f"see {report.page}")
+    if written.without_picture:
+        shown = ", ".join(written.without_picture[:5]) + (" ..." if len(written.without_picture) > 5 else "")
+        print(f"note: {len(written.without_picture):,} slides have no picture: {shown}")
+    print(f"see {written.page}")
+    return 0
+
+
+def _methods(folder: str, as_json: bool) -> int:
+    """Print the paragraphs and the BibTeX entries; cautions go to stderr too where stdout is no terminal."""
+    from gigapath.report.methods import methods
+
+    found = methods(folder)
+    if as_json:
+        print(json.dumps(dataclasses.asdict(found), indent=2, ensure_ascii=False))
+        return 0
+    for caution in found.cautions:
+        print(f"CAUTION: {caution}")
+        if not sys.stdout.isatty():
+            print(f"gigapath report: {caution}", file=sys.stderr)
+    print("\n\n".join(textwrap.fill(paragraph, 100) for paragraph in found.paragraphs))
+    print()
+    print("\n\n".join(found.bibtex))
     return 0

@@ -1,1 +1,1 @@
-"""`gigapath doctor` (`diagnose`): this machine and installation. `gigapath verify`: a released pair of encoders."""
+"""`gigapath doctor`: this machine and installation (`diagnose`), or a released pair of encoders (`verify`)."""

@@ -1,13 +1,13 @@
-"""What `gigapath verify` can be told. No torch in here, so that a wrong word is told at once."""
+"""What `gigapath doctor --verify` can be told. No torch in here, so that a wrong word is told at once."""
 
 from dataclasses import dataclass
 
-from gigapath.options import check_options, option
+from gigapath.options import DeviceOptions, option
 from gigapath.releases import RELEASES
 
 
 @dataclass(frozen=True)
-class VerifyOptions:
+class VerifyOptions(DeviceOptions):
     """Which release is verified, against what."""
 
     tile_encoder: str = option("gigapath", "the released pair", choices=tuple(RELEASES))
@@ -23,10 +23,9 @@ class VerifyOptions:
     panda: tuple[str, ...] = option((), "two folders: the official PANDA h5 files, the PANDA slides", metavar="DIR")
     panda_slides: int = option(5, "most slides of PANDA", at_least=1)
     panda_tiles: int = option(16, "tiles of each slide that are embedded again", at_least=1)
-    device: str = option("auto", "where the encoders run", metavar="auto|cpu|cuda|mps")
     out: str = option("verify.json", "where the report goes", metavar="FILE")
 
     def __post_init__(self) -> None:
-        check_options(self)
+        super().__post_init__()
         if len(self.panda) not in (0, 2):
             raise ValueError(f"--panda: expected two folders, H5_DIR and SLIDE_DIR, got {len(self.panda)}.")

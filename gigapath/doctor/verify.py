@@ -6,7 +6,7 @@ made. What fails says what is wrong.
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +55,7 @@ def verify(options: VerifyOptions, *, after_check: Callable[[Finding], None] = l
         after_check(check)
 
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    title = f"gigapath verify {release.name}, {datetime.now(timezone.utc):%Y-%m-%d}, torch {torch.__version__}, {where}"
+    title = f"gigapath verify {release.name}, {datetime.now(UTC):%Y-%m-%d}, torch {torch.__version__}, {where}"
     report = {
         "verdict": verdict(checks),
         "release": release.name,

@@ -6,15 +6,12 @@ from dataclasses import dataclass
 
 from gigapath.features import parse_embedding
 from gigapath.machine import available_cores
-from gigapath.options import check_options, option
+from gigapath.options import DeviceOptions, EncoderOptions, Options, PitchOptions, option
 from gigapath.preprocessing.fast import READERS
-
-_DEVICES = "auto|cpu|cuda|mps"
-_PRECISIONS = ("auto", "fp32", "fp16", "bf16")
 
 
 @dataclass(frozen=True)
-class KeepOptions:
+class KeepOptions(Options):
     """What a run does with the results that it finds."""
 
     overwrite: str | None = option(
@@ -23,9 +20,6 @@ class KeepOptions:
     allow_mixed: bool = option(False, "accept results of other precision, device or weights in the same folder")
     only: str | None = option(None, "failed: leave out slides that did not fail before", choices=("failed",))
     max_failures: int | None = option(None, "end the run once more slides than this failed", metavar="N", at_least=0)
-
-    def __post_init__(self) -> None:
-        check_options(self)
 
     def overwrites(self, stage: str) -> bool:
         """Whether this stage is to be done again."""
@@ -91,7 +85,7 @@ def parse_shard(text: str) -> tuple[int, int]:
 
 
 @dataclass(frozen=True)
-class EmbedOptions:
+class EmbedOptions(EncoderOptions):
     """Which encoders, on what, in which numbers."""
 
     tile_encoder: str = option(
@@ -103,22 +97,18 @@ class EmbedOptions:
         "and timm models, or an untrained one with --random-weights)",
         metavar="NAME",
     )
-    tiles: str | None = option(None, "take the tiles of this folder, made by gigapath tile", metavar="DIR")
-    device: str = option("auto", "where the encoders run", metavar=_DEVICES)
+    tiles: str | None = option(
+        None, "take the tiles of this folder, made by gigapath tile; SLIDES may be left out", metavar="DIR"
+    )
     devices: str | None = option(
         None, "several devices side by side: a list such as cuda:0,cuda:1, or how many", metavar="LIST"
     )
-    precision: str = option("auto", "auto is fp16 on CUDA, fp32 elsewhere", choices=_PRECISIONS)
     batch_size: int | None = option(None, "tiles per batch (default: by encoder and device)", at_least=1)
     store: str = option("float32", "how tile embeddings are stored", choices=("float32", "float16"))
-    random_weights: bool = option(False, "untrained weights, for trying things; every output says so")
-
-    def __post_init__(self) -> None:
-        check_options(self)
 
 
 @dataclass(frozen=True)
-class SlideEmbedOptions:
+class SlideEmbedOptions(EncoderOptions, PitchOptions):
     """Which slide encoder, on what, in which numbers."""
 
     slide_encoder: str | None = option(
@@ -136,18 +126,9 @@ class SlideEmbedOptions:
     per: str = option(
         "slide", "one embedding a slide, or one a connected piece of tissue", choices=("slide", "section")
     )
-    tile_size_level0: float | None = option(
-        None,
-        "distance between neighbouring tiles, in the unit of the files' coordinates, where a file does not say",
-        metavar="PIXELS",
-        above=0,
-    )
-    device: str = option("auto", "where the encoder runs", metavar=_DEVICES)
-    precision: str = option("auto", "auto is fp16 on CUDA, fp32 elsewhere", choices=_PRECISIONS)
-    random_weights: bool = option(False, "untrained weights, for trying things; every output says so")
 
     def __post_init__(self) -> None:
-        check_options(self)
+        super().__post_init__()
         pooling = parse_embedding(self.embedding).pooling
         if self.per == "section" and pooling == "tiles":
             raise ValueError(f"--per section: expected one vector a section, got --embedding {self.embedding}.")
@@ -160,15 +141,9 @@ class SlideEmbedOptions:
 
 
 @dataclass(frozen=True)
-class CheckOptions:
+class CheckOptions(DeviceOptions, PitchOptions):
     """What `gigapath check` takes beside what the files say."""
 
-    tile_size_level0: float | None = option(
-        None,
-        "distance between neighbouring tiles, in the unit of the files' coordinates, where a file does not say",
-        metavar="PIXELS",
-        above=0,
-    )
     slides: str | None = option(
         None, "read tiles of these slides again and compare their embeddings", metavar="DIR|MANIFEST"
     )
@@ -176,7 +151,3 @@ class CheckOptions:
     tile_encoder: str | None = option(
         None, "the encoder to compare with (default: the one that the file names)", metavar="NAME"
     )
-    device: str = option("auto", "where that encoder runs", metavar=_DEVICES)
-
-    def __post_init__(self) -> None:
-        check_options(self)

@@ -24,7 +24,7 @@ from gigapath.embedding.slides import TISSUE_SHARE, open_entry
 from gigapath.embedding.tiling import tile_cohort
 from gigapath.files import sha256_of
 from gigapath.machine import available_cores
-from gigapath.options import check_options, option
+from gigapath.options import DeviceOptions, option
 from gigapath.preprocessing.fast import open_tiff
 from gigapath.preprocessing.grid import plan_grid
 from gigapath.preprocessing.slide import SAME_SCALE, Slide, SlideError
@@ -146,20 +146,16 @@ _THREADS_PER_CORE = 4
 
 
 @dataclass(frozen=True)
-class SurveyOptions:
+class SurveyOptions(DeviceOptions):
     """What is wanted beside the headers."""
 
     tiles_per_second: float | None = option(
         None, "rate of the tile encoder, for hours (default: measured with --tile-encoder)", metavar="X", above=0
     )
     tile_encoder: str | None = option(None, "measure this tile encoder here, by one batch", metavar="NAME")
-    device: str = option("auto", "where it is measured", metavar="auto|cpu|cuda|mps")
     pilot: int | None = option(
         None, "tile N slides of all kinds into --out, previews included, and count by them", metavar="N", at_least=1
     )
-
-    def __post_init__(self) -> None:
-        check_options(self)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What a feature file is, for people and for machines: behind `gigapath inspect`."""
+"""What a feature file is, for people and for machines: behind `gigapath check --describe`."""
 
 import contextlib
 from pathlib import Path

@@ -2,39 +2,30 @@
 
 from dataclasses import dataclass
 
-from gigapath.options import IdOptions, check_options, option
+from gigapath.options import BootstrapOptions, DeviceOptions, IdOptions, Options, PitchOptions, option
 
 HEADS = ("linear", "abmil", "abmil-tiles")
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 
 
 @dataclass(frozen=True)
-class JoinOptions(IdOptions):
+class JoinOptions(IdOptions, PitchOptions):
     """How rows of labels meet feature files, and how these are read."""
 
-    tile_size_level0: float | None = option(
-        None,
-        "distance between neighbouring tiles, in the unit of the files' coordinates, where a file does not say",
-        metavar="PIXELS",
-        above=0,
-    )
     allow_missing: bool = option(False, "go on without the slides that have no features")
     allow_mixed: bool = option(False, "take files of different encoders, mpp or numerics together")
 
 
 @dataclass(frozen=True)
-class SplitOptions:
+class SplitOptions(Options):
     """Who trains and who tests."""
 
     folds: int = option(5, "folds where no split files are given: stratified, grouped by patient", at_least=3)
     allow_leakage: bool = option(False, "go on where a patient or the same slide stands in two sets")
 
-    def __post_init__(self) -> None:
-        check_options(self)
-
 
 @dataclass(frozen=True)
-class ModelOptions:
+class ModelOptions(Options):
     """The slide encoder and what stands on it."""
 
     model_arch: str = option("gigapath_slide_enc12l768d", "architecture of the slide encoder", metavar="NAME")
@@ -52,12 +43,9 @@ class ModelOptions:
     max_wsi_size: int = option(250000, "side of the largest slide in pixels; sets the segments", at_least=2048)
     checkpoint_activations: bool = option(False, "less memory: compute activations again in the backward pass")
 
-    def __post_init__(self) -> None:
-        check_options(self)
-
 
 @dataclass(frozen=True)
-class TrainingOptions:
+class TrainingOptions(DeviceOptions, BootstrapOptions):
     """The recipe."""
 
     epochs: int = option(5, "passes over the training slides", at_least=1)
@@ -78,14 +66,8 @@ class TrainingOptions:
     precision: str = option(
         "auto", "auto = bf16 on CUDA where it exists, else fp16 with scaling; fp32 on a CPU", choices=PRECISIONS
     )
-    device: str = option("auto", "auto, cpu, cuda, cuda:N or mps; under accelerate launch or torchrun its own")
     allow_low_memory: bool = option(False, "go on where the plan says that the largest slide won't fit")
     workers: int = option(2, "threads that read ahead", at_least=1)
-    seed: int = option(0, "seed of weights, splits, order, dropout and bootstrap", at_least=0)
-    replicates: int = option(2000, "bootstrap replicates of the 95 % intervals; 0 = none", at_least=0)
-
-    def __post_init__(self) -> None:
-        check_options(self)
 
     def learning_rate(self, slides: int) -> float:
         """The rate of a step over this many slides."""

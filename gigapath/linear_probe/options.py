@@ -2,13 +2,13 @@
 
 from dataclasses import dataclass
 
-from gigapath.options import IdOptions, check_options, option
+from gigapath.options import BootstrapOptions, DeviceOptions, EncoderOptions, IdOptions, option
 
 SOLVERS = ("sgd", "lbfgs", "knn")
 
 
 @dataclass(frozen=True)
-class ProbeOptions:
+class ProbeOptions(BootstrapOptions):
     """What probes of tiles and of slides share: columns, what to allow, intervals."""
 
     label: str = option("label", "column of the label", metavar="COL")
@@ -28,15 +28,10 @@ class ProbeOptions:
     )
     allow_missing: bool = option(False, "go on where labels lack embeddings or embeddings lack labels")
     allow_leakage: bool = option(False, "go on where a group stands in several splits")
-    seed: int = option(0, "seed of weights, draws, folds and bootstrap", at_least=0)
-    replicates: int = option(2000, "bootstrap replicates for the 95 % intervals; 0 = none", at_least=0)
-
-    def __post_init__(self) -> None:
-        check_options(self)
 
 
 @dataclass(frozen=True)
-class TileProbeOptions:
+class TileProbeOptions(DeviceOptions):
     """A probe of tile embeddings."""
 
     solver: str = option(
@@ -52,10 +47,6 @@ class TileProbeOptions:
         None, "folder of PCam's own meta files: groups tiles by slide where names and labels fit them", metavar="DIR"
     )
     no_cache: bool = option(False, "neither use nor write the cache beside a zip or folder")
-    device: str = option("auto", "auto, cpu, cuda, cuda:N or mps")
-
-    def __post_init__(self) -> None:
-        check_options(self)
 
 
 @dataclass(frozen=True)
@@ -72,16 +63,10 @@ class SlideProbeOptions(IdOptions):
 
 
 @dataclass(frozen=True)
-class EmbedTilesOptions:
+class EmbedTilesOptions(EncoderOptions):
     """Tile images to embeddings."""
 
     tile_encoder: str = option(
         "gigapath", "gigapath, gigapath-flash, standin, timm:NAME, or a checkpoint of a released one", metavar="NAME"
     )
-    device: str = option("auto", "auto, cpu, cuda, cuda:N or mps")
-    precision: str = option("auto", "auto = fp16 on CUDA, fp32 elsewhere", choices=("auto", "fp32", "fp16", "bf16"))
     batch_size: int = option(64, "tiles of a batch; a part of the numerics, so keep it in a comparison", at_least=1)
-    random_weights: bool = option(False, "leave the encoder untrained, to try things or as a control")
-
-    def __post_init__(self) -> None:
-        check_options(self)

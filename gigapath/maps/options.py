@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from gigapath.options import check_options, option
+from gigapath.options import DeviceOptions, PitchOptions, option
 
 HEAD_KINDS = ("head-attention", "gradient", "occlusion")
 KINDS = ("pca", "clusters", "similarity", "attention", "rollout", *HEAD_KINDS)  # made in `kinds`
@@ -10,7 +10,7 @@ MOST_CLUSTERS = 12  # as many colours as stay apart for all readers
 
 
 @dataclass(frozen=True)
-class MapOptions:
+class MapOptions(DeviceOptions, PitchOptions):
     """Which maps, of what, and how they are drawn."""
 
     kind: tuple[str, ...] = option(
@@ -58,18 +58,11 @@ class MapOptions:
         "all", "colours span the values of all slides given, or of each slide by itself", choices=("all", "slide")
     )
     opacity: float = option(0.65, "of the tiles over the slide", above=0, at_most=1)
-    tile_size_level0: float | None = option(
-        None,
-        "distance between neighbouring tiles, in the unit of the files' coordinates, where a file does not say",
-        metavar="PIXELS",
-        above=0,
-    )
-    device: str = option("auto", "where the encoders run, in float32", metavar="auto|cpu|cuda|mps")
     seed: int = option(0, "of samples, clusters and random orders", at_least=0)
     overwrite: bool = option(False, "draw again where the folder holds maps of these kinds with other options")
 
     def __post_init__(self) -> None:
-        check_options(self)
+        super().__post_init__()
         if not self.kind:
             raise ValueError(f"--kind: expected at least one of {', '.join(KINDS)}, got none.")
         if self.tile is None and ("similarity" in self.kind or self.query == "tile"):

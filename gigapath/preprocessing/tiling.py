@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gigapath.features import TILES_NUMERICS_VERSION, Tiles
-from gigapath.options import check_options, option
+from gigapath.options import Options, option
 from gigapath.preprocessing import stain
 from gigapath.preprocessing.grid import Grid, plan_grid
 from gigapath.preprocessing.reading import filter_name
@@ -44,7 +44,7 @@ TEXTURE = 2.0  # mean grey levels per pixel below which there is nothing to judg
 
 
 @dataclass(frozen=True)
-class TileOptions:
+class TileOptions(Options):
     """How a slide is cut into tiles; every field changes the result."""
 
     mpp: float = option(0.5, "microns per pixel of a tile", above=0, at_most=1000)
@@ -64,9 +64,6 @@ class TileOptions:
     seed: int = option(0, "seed of the choice that --max-tiles makes", at_least=0)
     allow_upsampling: bool = option(False, "upsample slides coarser than 1.3 times --mpp")
     allow_dark_background: bool = option(False, "tile slides with a dark background (fluorescence)")
-
-    def __post_init__(self) -> None:
-        check_options(self)
 
 
 @dataclass(frozen=True, eq=False)

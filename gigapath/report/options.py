@@ -3,14 +3,14 @@
 from dataclasses import dataclass
 
 from gigapath.features import parse_embedding
-from gigapath.options import check_options, option
+from gigapath.options import Options, option
 
 MAX_IN_ONE_FILE = 20  # slides
 SIDE, SIDE_IN_ONE_FILE = 4096, 2048
 
 
 @dataclass(frozen=True)
-class ReportOptions:
+class ReportOptions(Options):
     """How the report is made."""
 
     single_file: bool = option(False, f"all pictures inside report.html, for up to {MAX_IN_ONE_FILE} slides")
@@ -35,7 +35,7 @@ class ReportOptions:
     workers: int | None = option(None, "threads that read slides (default: one per core)", at_least=0)
 
     def __post_init__(self) -> None:
-        check_options(self)
+        super().__post_init__()
         if self.embedding is not None and parse_embedding(self.embedding).pooling == "tiles":
             raise ValueError(f"--embedding: expected one vector a slide, got {self.embedding!r}.")
 

@@ -16,7 +16,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -174,7 +174,7 @@ def _about(options: ReportOptions, results: Sequence[Results], runs: Sequence[Ma
     terms = [*TERMS, *(each.terms for each in results if each.terms)]
     return {
         "title": options.title,
-        "made": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        "made": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "version": gigapath.__version__,
         "implementation": gigapath.__implementation__,
         "terms": list(dict.fromkeys(terms)),

@@ -1,12 +1,14 @@
 """`python -m scripts.bench WHAT`: measurements of this machine, as a table or as JSON."""
 
-import argparse
 import importlib
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from types import ModuleType
+from typing import Any
 
-from gigapath.cli.arguments import add_options, options_from
+from gigapath.cli.arguments import Json, make_app, verb
+from gigapath.cli.main import run_verb
 from scripts.bench.protocol import describe_machine
 
 # what -> (module, its options class, one line of help). A module offers that class, `measure(options)` that yields
@@ -21,33 +23,30 @@ KINDS = {
 }
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The parser of all measurements, each with its own options."""
-    parser = argparse.ArgumentParser(prog="python -m scripts.bench", description=__doc__, allow_abbrev=False)
-    kinds = parser.add_subparsers(dest="what", metavar="WHAT", required=True)
-    for name, (module, options_class, line) in KINDS.items():
-        sub = kinds.add_parser(name, help=line, description=line, allow_abbrev=False)
-        sub.add_argument("--json", action="store_true", help="one JSON object a row, for machines")
-        add_options(sub, getattr(importlib.import_module(module), options_class))
-    return parser
+def measurement(module: ModuleType, options_class: type) -> Callable[..., int]:
+    """The verb that prints the rows of one module."""
+
+    def run(*, as_json: Json = False, options: Any) -> int:
+        for number, row in enumerate(module.measure(options)):
+            if not number and not as_json:  # not before: a slide that is missing leaves no table without rows
+                print(describe_machine())
+                print(module.HEADING)
+            print(json.dumps(row) if as_json else module.in_words(row), flush=True)
+        return 0
+
+    run.__annotations__["options"] = options_class
+    return verb(run)
+
+
+app = make_app("python -m scripts.bench", "Measurements of this machine, as a table or as JSON.")
+for name, (module, options_class, line) in KINDS.items():
+    home = importlib.import_module(module)
+    app.command(measurement(home, getattr(home, options_class)), name=name, help=line)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one measurement. Exit status: 0 done, 1 it could not start, 2 the arguments are off."""
-    namespace = build_parser().parse_args(argv)
-    name, options_class, _ = KINDS[namespace.what]
-    module = importlib.import_module(name)
-    try:
-        options = options_from(namespace, getattr(module, options_class))
-        for number, row in enumerate(module.measure(options)):
-            if not number and not namespace.json:  # not before: a slide that is missing leaves no table without rows
-                print(describe_machine())
-                print(module.HEADING)
-            print(json.dumps(row) if namespace.json else module.in_words(row), flush=True)
-    except (ValueError, OSError, ImportError) as error:
-        print(f"{namespace.what}: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return run_verb(app, list(sys.argv[1:] if argv is None else argv) or ["--help"])
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from gigapath.embedding.slides import open_entry
 from gigapath.embedding.tiling import GivenTiles
 from gigapath.features import Tiles, write_tiles
 from gigapath.hub import download
-from gigapath.options import check_options, option
+from gigapath.options import Options, option
 from gigapath.preprocessing.reading import iter_tiles
 from gigapath.preprocessing.tiling import TileOptions, plan_tiles
 from gigapath.tile_encoder import TileEncoder, load_tile_encoder
@@ -37,7 +37,7 @@ ENCODER_BAR, READER_BAR = 0.93, 0.85
 
 
 @dataclass(frozen=True)
-class EmbedBench:
+class EmbedBench(Options):
     """What `python -m scripts.bench embed` measures."""
 
     slide: str | None = option(None, "a slide (default: the demo slide, fetched where it is missing)", metavar="FILE")
@@ -53,9 +53,6 @@ class EmbedBench:
     precision: str = option("auto", "fp16 on CUDA, fp32 elsewhere", choices=("auto", "fp32", "fp16", "bf16"))
     pairs: int = option(7, "pairs of turns, end to end and the part alone", at_least=1)
     device: str = option("auto", "auto, cpu, cuda or cuda:N", metavar="DEVICE")
-
-    def __post_init__(self) -> None:
-        check_options(self)
 
 
 HEADING = (

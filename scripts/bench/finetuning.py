@@ -22,7 +22,7 @@ from gigapath.finetune.options import JoinOptions, TrainingOptions
 from gigapath.finetune.plan import operations
 from gigapath.finetune.processes import Processes, training_precision
 from gigapath.finetune.training import Trainer
-from gigapath.options import check_options, option
+from gigapath.options import Options, option
 from scripts.bench.protocol import Work, compare, product
 from scripts.bench.slide_encoder import WIDTHS
 
@@ -31,7 +31,7 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
-class FinetuningBench:
+class FinetuningBench(Options):
     """What `python -m scripts.bench finetuning` measures."""
 
     slide_encoder: str = option("gigapath", "the architecture; its weights are random", choices=tuple(WIDTHS))
@@ -45,7 +45,7 @@ class FinetuningBench:
     device: str = option("auto", "auto, cpu, cuda or cuda:N", metavar="DEVICE")
 
     def __post_init__(self) -> None:
-        check_options(self)
+        super().__post_init__()
         if min(self.tiles, default=0) < 1:
             raise ValueError(f"--tiles: expected at least 1, got {self.tiles}.")
 

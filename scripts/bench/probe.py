@@ -24,7 +24,7 @@ from gigapath.linear_probe.archive import CACHE_SUFFIX
 from gigapath.linear_probe.data import load_data
 from gigapath.linear_probe.options import ProbeOptions, TileProbeOptions
 from gigapath.linear_probe.tiles import fit_heads
-from gigapath.options import check_options, option
+from gigapath.options import Options, option
 from scripts.bench.protocol import Work, compare
 
 WIDTH = 1536
@@ -38,16 +38,13 @@ HEADING = "| what | measured | bar |\n|---|---|---|"
 
 
 @dataclass(frozen=True)
-class ProbeBench:
+class ProbeBench(Options):
     """What `python -m scripts.bench probe` measures."""
 
     tiles: int = option(26_000, "embeddings of 1536 in the zip", at_least=100)
     pairs: int = option(7, "pairs of turns, ours and the plain loop; 0 = peak memory only", at_least=0)
     large: bool = option(False, "peak memory of 327,680 tiles too, all of PCam (5 GB of disk)")
     folder: str | None = option(None, "where the made embeddings go (default: a temporary folder)", metavar="DIR")
-
-    def __post_init__(self) -> None:
-        check_options(self)
 
 
 def measure(options: ProbeBench) -> Iterator[dict[str, Any]]:

@@ -15,7 +15,7 @@ import PIL.Image
 import torch
 
 from gigapath.features import Tiles
-from gigapath.options import check_options, option
+from gigapath.options import Options, option
 from gigapath.preprocessing.fast import OPENSLIDE, READERS, TiffLevel, tiff_levels
 from gigapath.preprocessing.reading import iter_tiles
 from gigapath.preprocessing.slide import Slide, open_slide
@@ -33,7 +33,7 @@ _BATCH = 64
 
 
 @dataclass(frozen=True)
-class ReadBench:
+class ReadBench(Options):
     """What `python -m scripts.bench read` measures."""
 
     slide: tuple[str, ...] = option((), "slides to read (default: three made ones)", metavar="FILE")
@@ -45,7 +45,7 @@ class ReadBench:
     reader: str = option("auto", "as for embed", choices=READERS)
 
     def __post_init__(self) -> None:
-        check_options(self)
+        super().__post_init__()
         if len(self.size) != 2 or min(self.size) < 4096:
             raise ValueError(f"--size: expected a width and a height of at least 4096, got {self.size}.")
 

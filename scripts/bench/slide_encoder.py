@@ -11,7 +11,7 @@ import torch
 from gigapath.devices import resolve_device
 from gigapath.longnet.attention import choose_kernel
 from gigapath.longnet.encoder import count_operations
-from gigapath.options import check_options, option
+from gigapath.options import Options, option
 from gigapath.slide_encoder import LongNetViT, create_model
 from scripts.bench.protocol import Work, compare, product
 
@@ -19,7 +19,7 @@ WIDTHS = {"gigapath": ("gigapath_slide_enc12l768d", 1536), "gigapath-flash": ("g
 
 
 @dataclass(frozen=True)
-class SlideEncoderBench:
+class SlideEncoderBench(Options):
     """What `python -m scripts.bench slide-encoder` measures."""
 
     slide_encoder: str = option("gigapath", "the architecture; its weights are random", choices=tuple(WIDTHS))
@@ -29,7 +29,7 @@ class SlideEncoderBench:
     device: str = option("auto", "auto, cpu, cuda or cuda:N", metavar="DEVICE")
 
     def __post_init__(self) -> None:
-        check_options(self)
+        super().__post_init__()
         if min(self.tokens, default=0) < 1:
             raise ValueError(f"--tokens: expected at least 1, got {self.tokens}.")
 

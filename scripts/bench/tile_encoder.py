@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from gigapath.devices import resolve_device, resolve_precision
 from gigapath.embedding.forward import PlainForward, made_batch
-from gigapath.options import check_options, option
+from gigapath.options import Options, option
 from gigapath.tile_encoder import TileEncoder, load_tile_encoder
 from scripts.bench.protocol import Work, compare, product
 
@@ -20,7 +20,7 @@ _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
-class TileEncoderBench:
+class TileEncoderBench(Options):
     """What `python -m scripts.bench tile-encoder` measures."""
 
     tile_encoder: str = option("gigapath-flash", "the architecture; its weights are random", choices=ENCODERS)
@@ -30,7 +30,7 @@ class TileEncoderBench:
     device: str = option("auto", "auto, cpu, cuda or cuda:N", metavar="DEVICE")
 
     def __post_init__(self) -> None:
-        check_options(self)
+        super().__post_init__()
         if min(self.batch_size, default=0) < 1:
             raise ValueError(f"--batch-size: expected at least 1, got {self.batch_size}.")
 

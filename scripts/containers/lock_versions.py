@@ -4,7 +4,7 @@ python scripts/containers/lock_versions.py      rewrites the lock.txt beside it
 """
 
 import re
-import sys
+import tomllib
 from importlib import metadata
 from pathlib import Path
 
@@ -20,10 +20,6 @@ LEFT_TO_TORCH = re.compile(r"nvidia-|cuda-|triton$")
 
 def declared() -> list[Requirement]:
     """What pyproject.toml asks for, the extras of the containers included."""
-    if sys.version_info >= (3, 11):
-        import tomllib
-    else:
-        import tomli as tomllib
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     lines = [*project["dependencies"], *(line for name in EXTRAS for line in project["optional-dependencies"][name])]
     return [Requirement(line) for line in lines]

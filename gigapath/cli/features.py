@@ -1,0 +1,224 @@
+"""Feature files, ours and other tools': check, convert, export."""
+
+import json
+import sys
+from collections import defaultdict
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from gigapath.cli.arguments import EXIT_FAILED_SLIDES, Features, File, Folder, GivenFolder, Json, Name, verb
+from gigapath.cohort.progress import left_out
+from gigapath.cohort.reuse import mixed_options
+from gigapath.cohort.status import read_statuses
+from gigapath.embedding.options import CheckOptions
+from gigapath.features import export_table, read_features
+from gigapath.features.check import (
+    FileReport,
+    Report,
+    check_file,
+    check_folder,
+    files_to_check,
+    some,
+)
+from gigapath.features.check import (
+    as_json as reports_as_json,
+)
+from gigapath.features.other_tools import FORMATS, Scale
+from gigapath.features.other_tools import convert as convert_file
+from gigapath.features.reading import find_feature_files
+from gigapath.features.tables import find_slide_folder
+from gigapath.findings import NOTE, Finding
+from gigapath.options import PitchOptions, option
+from gigapath.text import slides_in_words
+
+
+@verb
+def check(features: Features, /, *, describe: bool = False, as_json: Json = False, files: CheckOptions) -> int:
+    """Print what was found; the status is 3 where something is wrong.
+
+    Args:
+        describe: say what each file is, and look for no faults
+    """
+    if describe:
+        return _describe(features, as_json, files.tile_size_level0)
+    comparison = None
+    if files.slides is not None:
+        if not Path(files.slides).exists():
+            raise FileNotFoundError(f"--slides: expected a folder, a slide or a manifest, got {files.slides!r}.")
+        from gigapath.embedding.check_slides import SlideCheck  # torch, which nothing else of this verb needs
+
+        comparison = SlideCheck(files)
+    by_folder: dict[Path, list[FileReport]] = defaultdict(list)
+    reports = []
+    for path in files_to_check(features):
+        report = check_file(path, tile_size_level0=files.tile_size_level0)
+        report.findings += [] if comparison is None else comparison.check(report)
+        reports.append(report)
+        by_folder[path.parent].append(report)
+        if not as_json:
+            _print_findings(str(path), report.findings)
+    folders = []
+    for folder, inside in by_folder.items():
+        unmet = _check_statuses(folder, {report.path.name for report in inside})
+        folders.append(Report(folder, check_folder(folder, inside) + unmet))
+    wrong = sum(report.wrong for report in reports), sum(folder.wrong for folder in folders)
+    if as_json:
+        print(reports_as_json(reports, folders))
+    else:
+        for together in folders:
+            _print_findings(f"{together.path} (folder)", together.findings)
+        found = [finding for report in reports for finding in report.findings]
+        found += [finding for folder in folders for finding in folder.findings]
+        notes = sum(not finding.wrong for finding in found)
+        said = "1 file" if len(reports) == 1 else f"{len(reports):,} files"
+        told = "nothing wrong" if not any(wrong) else f"{wrong[0]:,} with something wrong"
+        told += f", folders with something wrong: {wrong[1]:,}" if wrong[1] else ""
+        print(f"{said} checked: {told}" + (f"; notes: {notes:,}." if notes else "."))
+    return EXIT_FAILED_SLIDES if any(wrong) else 0
+
+
+def _check_statuses(folder: Path, there: Collection[str]) -> list[Finding]:
+    """What the status files of our runs promise, against the names of the files that are there."""
+    findings = []
+    statuses = read_statuses(folder)
+    lost = [
+        slide_id
+        for slide_id, status in statuses.items()
+        if status.status == "done"
+        and f"{slide_id}.h5" not in there
+        and not any(name.startswith(f"{slide_id}.section-") for name in there)
+    ]
+    if lost:
+        text = f"{len(lost)} slides are done by their status, but their files are missing: {some(lost)}."
+        findings.append(Finding("missing-file", text, "They take no part. Run the same command again."))
+    mixed = mixed_options(statuses.values())
+    if mixed:
+        text = f"its results are of different options: {'; '.join(mixed)}."
+        findings.append(Finding("mixed-options", text, "Make them alike with --overwrite, or keep a folder for each."))
+    unsummed = [name for name, status in statuses.items() if status.finished and not status.sha256]
+    unsummed = [f"{name}.h5" for name in unsummed if f"{name}.h5" in there]
+    if unsummed:
+        text = f"{len(unsummed)} of its files have no checksum: {some(unsummed)}."
+        advice = "Bytes that change in them may not be noticed; what is made from now on has one."
+        findings.append(Finding("no-checksum", text, advice, state=NOTE))
+    open_ones = [f"{slide_id} ({status.status})" for slide_id, status in statuses.items() if not status.finished]
+    if open_ones:
+        text = f"{len(open_ones)} slides are not finished: {some(open_ones)}."
+        findings.append(Finding("unfinished", text, "They take no part, or with an earlier run's numbers."))
+    return findings
+
+
+def _print_findings(name: str, findings: list[Finding]) -> None:
+    if not findings:
+        return
+    print(f"{name}:")
+    for finding in findings:
+        mark = "WRONG" if finding.wrong else "note"
+        print(f"  {mark} {finding.name}: {' '.join([finding.text, finding.advice]).strip()}")
+    sys.stdout.flush()
+
+
+def _describe(names: tuple[str, ...], as_json: bool, tile_size_level0: float | None) -> int:
+    """Print what each file is; a file that can't be read is named on stderr, the others go on, and the status is 1."""
+    from gigapath.features.describe import describe, in_words
+
+    status = 0
+    for name in names:
+        path = Path(name)
+        try:
+            if path.is_dir():
+                raise ValueError(f"{name}: expected a feature file, got a folder. Name its files: {path}/*.h5.")
+            found = describe(path, tile_size_level0=tile_size_level0)
+        except (ValueError, OSError) as error:
+            print(f"gigapath check: {error}", file=sys.stderr)
+            status = 1
+            continue
+        if as_json:
+            print(json.dumps(found, ensure_ascii=False))
+        elif len(names) == 1:
+            print("\n".join(in_words(found)))
+        else:  # by their paths: folders of several tools hold files of one name
+            print("\n".join(in_words({**found, "file": name})) + "\n" * (name != names[-1]))
+    return status
+
+
+@dataclass(frozen=True)
+class ConvertOptions(PitchOptions):
+    """What `gigapath convert` takes beside what the files say."""
+
+    coordinates: str | None = option(
+        None,
+        "the folder of CLAM's or slide2vec's coordinates, where they lie in files of their own elsewhere",
+        metavar="DIR",
+    )
+    slide_mpp: float | None = option(None, "microns per level-0 pixel of the slides", metavar="MPP", above=0)
+    coords_mpp: float | None = option(
+        None,
+        "microns per pixel of the level that the coordinates of published files count in (0.5)",
+        metavar="MPP",
+        above=0,
+    )
+
+
+@verb
+def convert(
+    features: Features,
+    /,
+    *,
+    to: Annotated[str, Parameter(choices=tuple(FORMATS))],
+    out: Folder,
+    files: ConvertOptions,
+) -> int:
+    """Convert each file; one that fails is named on stderr and the others go on.
+
+    Args:
+        to: whose files to write; gigapath is ours
+        out: the folder that takes the tool's own folders
+    """
+    if files.coordinates is not None and not Path(files.coordinates).exists():
+        raise FileNotFoundError(f"--coordinates: expected a folder, got {files.coordinates!r}.")
+    scale = Scale(files.slide_mpp, files.coords_mpp)
+    paths = find_feature_files(features)
+    failed, done = 0, set[str]()
+    for path in paths:
+        try:
+            found = read_features(path, tile_size_level0=files.tile_size_level0, coordinates=files.coordinates)
+            if found.slide_id in done:
+                raise ValueError(f"{path}: a second file of slide {found.slide_id!r}. Convert it into another folder.")
+            written = convert_file(found, to, out, scale=scale)
+        except (ValueError, FileNotFoundError) as error:
+            print(f"gigapath convert: {error}", file=sys.stderr)
+            failed += 1
+            continue
+        done.add(found.slide_id)
+        print(f"{path.name}: {len(found):,} tiles, {found.source} to {to}: {written[0]}")
+    print(f"{len(paths) - failed} of {len(paths)} files converted.")
+    return EXIT_FAILED_SLIDES if failed else 0
+
+
+@verb
+def export(
+    folder: GivenFolder, /, *, embedding: Name = "default", to: File, allow_mixed: bool = False, overwrite: bool = False
+) -> int:
+    """Write the table and say what is in it.
+
+    Args:
+        folder: the output folder of a run, or one of its slides_* folders
+        embedding: default, state:I, last-state or all-states, each with :mean or :class (default :mean); tile-mean;
+            trident; published-demo
+        to: where the table goes: .parquet, .csv or .npz
+        allow_mixed: take slides of different numerics together
+        overwrite: write over a table of another embedding
+    """
+    slides, width = export_table(folder, to, embedding=embedding, allow_mixed=allow_mixed, overwrite=overwrite)
+    print(f"{slides_in_words(slides)}, {width} values each ({embedding}), written to {to}.")
+    if missing := left_out(find_slide_folder(folder).resolve()):
+        are = "has" if missing == 1 else "have"
+        print(
+            f"{slides_in_words(missing)} of the run {are} no whole result and {are} been left out; see gigapath status."
+        )
+    return 0
