@@ -5,6 +5,7 @@ import importlib.util
 import json
 import os
 import signal
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 from made_slides import paint_tissue, write_pyramid
 from tiny_encoders import tiny_tile_encoder
 
-from gigapath.cli.main import main
+from gigapath.cli.main import app, main
 from gigapath.embedding.options import RunOptions
 from gigapath.embedding.tiling import run_tile
 from gigapath.files import OutputError
@@ -277,6 +278,57 @@ def test_a_missing_ray_is_one_sentence(
 def test_options_of_ray_without_its_engine_are_refused() -> None:
     with pytest.raises(ValueError, match="--engine ray"):
         RunOptions(ray_address="auto")
+
+
+@pytest.mark.parametrize("words", [["tiel", "a"], ["--help"], ["--version"]])
+def test_no_verb_is_imported_unless_it_is_named(words: list[str]) -> None:
+    code = (
+        f"import sys\nfrom gigapath.cli.main import main\nstatus = main({words!r})\n"
+        "print(sorted(name for name in sys.modules if name.startswith('gigapath.cli.')), 'torch' in sys.modules)"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert out.splitlines()[-1] == "['gigapath.cli.arguments', 'gigapath.cli.main'] False"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--mpp", "1", "--mpp", "x"],
+        ["--tile-size", "300.5"],
+        ["--seed", "-1"],
+        ["--seed"],
+        ["--include"],
+        ["--reader", "fast"],
+        ["--shard=5/4"],
+        ["--outt=x"],
+    ],
+    ids=" ".join,
+)
+def test_wrong_options_end_with_2_and_are_named(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["tile", "a.svs", "--out", "o", *words]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("gigapath tile: ") and words[0].split("=")[0] in err and err.count("\n") == 1
+
+
+def test_words_reach_the_options_as_they_are_typed() -> None:
+    words = [
+        "a b",
+        "-5",
+        "--out=-x",
+        "--mpp",
+        "1",
+        "--mpp=0.25",
+        "--include",
+        "a",
+        "b c",
+        "--tissue",
+        "",
+        "--hash=full",
+    ]
+    _, bound, _ = app.parse_args(["tile", *words])
+    tiles = bound.kwargs["tiles"]
+    assert bound.args == (("a b", "-5"),) and bound.kwargs["out"] == "-x"
+    assert (tiles.mpp, tiles.include, tiles.tissue, bound.kwargs["run"].hash) == (0.25, ("a", "b c"), "", "full")
 
 
 @pytest.mark.parametrize(
