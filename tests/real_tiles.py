@@ -9,8 +9,7 @@ import torch
 
 from gigapath.features import NUMERICS_VERSION
 from gigapath.files import sha256_of
-from gigapath.linear_probe.embedding import embed_tiles
-from gigapath.linear_probe.tile_sets import open_tile_set
+from gigapath.linear_probe.embed_tiles import embed_tiles, open_tile_set
 from gigapath.tile_encoder import load_tile_encoder
 
 BATCH_SIZE = 32

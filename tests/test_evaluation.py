@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,7 +17,6 @@ from gigapath.evaluation import (
     calibration_slope,
     confusion_matrix,
     evaluate,
-    evaluate_by_site,
     macro_curves,
     paired_difference,
     prior_probabilities,
@@ -24,6 +24,8 @@ from gigapath.evaluation import (
 )
 from gigapath.evaluation import intervals as intervals_module
 from gigapath.evaluation.intervals import bootstrap_weights
+from gigapath.evaluation.report import summary_csv, write_results
+from gigapath.evaluation.results import FOLD, Results, read_results, score
 
 
 def made(rows: int, classes: int, seed: int = 0, *, decimals: int | None = None, signal: float = 1.0) -> Predictions:
@@ -306,8 +308,30 @@ def test_site_alone_scores_what_the_site_knows() -> None:
     assert evaluate(nothing, replicates=0)["auroc"].value == 0.5
     unknown = site_probabilities(truth[:2000], sites[:2000], np.array(["elsewhere"]), 2)
     assert unknown[0].tolist() == pytest.approx(prior_probabilities(truth[:2000], 1, 2)[0].tolist())
-    per_site = evaluate_by_site(by_site, sites[2000:], replicates=0)
+    per_site = score(by_site, sites=sites[2000:], replicates=0, seed=0).by_site
     assert list(per_site) == ["here", "there"] and per_site["here"].rows == int((sites[2000:] == "here").sum())
+
+
+def test_results_are_read_as_they_were_written(tmp_path: Path) -> None:
+    predictions = replace(made(60, 3), groups=np.arange(60) // 2 + 60 * (np.arange(60) % 2), folds=np.arange(60) // 30)
+    other = replace(predictions, probabilities=predictions.probabilities[:, ::-1])
+    sites = np.array(["a", "b"])[np.arange(60) % 2]
+    more = {"replicates": 20, "seed": 0}
+    found = score(predictions, patients=True, sites=sites, against={"other": other}, facts={"width": 3}, **more)
+    assert list(found.by_unit) == ["patients", "slides"] and set(found.by_site) == {"a", "b"}
+    lead = found.leads["other"]["accuracy"]
+    assert lead.value == pytest.approx(found["accuracy"].value - score(other, patients=True, **more)["accuracy"].value)
+    per_fold = [score(predictions.rows(np.asarray(predictions.folds) == fold), **more) for fold in (0, 1)]
+    assert found.by_unit["slides"].by_fold["auroc"] == [each["auroc"].value for each in per_fold]
+    results = Results(FOLD, {"classes": ["a", "b", "c"]}, {"model": found}, details={"seconds": 3}, notes=("one",))
+    written = write_results(tmp_path, results, texts={"summary.csv": summary_csv(results.scores)})
+    assert written == ["summary.csv", "results.json"]
+    again = read_results(tmp_path / "results.json")
+    assert again.to_dict() == results.to_dict() == json.loads((tmp_path / "results.json").read_text())
+    for text in ("[]", "{}", '{"format": 1}', json.dumps({**results.to_dict(), "scores": {"model": {}}})):
+        (tmp_path / "results.json").write_text(text)
+        with pytest.raises(ValueError, match="run the command again"):
+            read_results(tmp_path / "results.json")
 
 
 def test_logits_are_no_probabilities() -> None:

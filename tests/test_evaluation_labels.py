@@ -7,13 +7,20 @@ import numpy as np
 import pytest
 from made_cohort import write_csv
 
-from gigapath.evaluation.labels import alike_classes, class_notes, join_labels, patients_of, read_labels, sorted_classes
+from gigapath.evaluation.labels import (
+    alike_classes,
+    class_notes,
+    join_labels,
+    new_task,
+    patients_of,
+    read_labels,
+    sorted_classes,
+)
 from gigapath.evaluation.task import Task, load_task
-from gigapath.finetune.task_writer import new_task
-from gigapath.linear_probe.labels import LabelRows, class_names, rows_of_table
-from gigapath.linear_probe.labels import join_labels as join_tiles
+from gigapath.linear_probe.data import LabelRows, class_names, rows_of_table
+from gigapath.linear_probe.data import join_labels as join_tiles
 from gigapath.linear_probe.options import ProbeOptions
-from gigapath.linear_probe.slide_data import load_slides
+from gigapath.linear_probe.slides import load_slides
 from gigapath.tables import Table, parse_table
 
 TASK = Task("made", "binary", ("0", "1"))

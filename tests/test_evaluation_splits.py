@@ -9,7 +9,7 @@ from made_cohort import made_bag, write_csv, write_slide
 from gigapath.evaluation.splits import draw_parts
 from gigapath.features import SlideEmbeddings
 from gigapath.features import write_slide as write_slide_embedding
-from gigapath.finetune.inputs import Inputs, Settings, prepare
+from gigapath.finetune.data import Inputs, Settings, prepare
 from gigapath.finetune.options import JoinOptions, SplitOptions, TrainingOptions
 from gigapath.linear_probe.options import ProbeOptions, SlideProbeOptions
 from gigapath.linear_probe.slides import probe_slides

@@ -9,13 +9,12 @@ import pytest
 from feature_files import write_clam, write_published, write_stamp, write_trident
 from made_cohort import made_bag, write_csv, write_slide, write_task
 
-from gigapath.evaluation.labels import join_labels, read_labels
+from gigapath.evaluation.labels import join_labels, new_task, read_labels
 from gigapath.evaluation.splits import audit, check_classes, draw_folds, keep_manifest, read_splits
 from gigapath.evaluation.task import load_task
 from gigapath.features import FeatureFileError
 from gigapath.finetune.data import FileBags, ReadAhead, look_at_all
 from gigapath.finetune.options import JoinOptions
-from gigapath.finetune.task_writer import new_task
 
 MUTATION_HEADER = ["id", "file_name", "slide_id", "case_id", "EGFR", "KRAS", "TP53", "FAT1", "LRP1B", "pat_id"]
 

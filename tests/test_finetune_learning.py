@@ -11,10 +11,10 @@ from made_cohort import NARROW
 from real_tiles import pcam_mini_embeddings
 
 from gigapath.evaluation import Predictions, evaluate
+from gigapath.evaluation.calibration import probabilities
 from gigapath.evaluation.splits import Fold
 from gigapath.finetune import ModelOptions, Task, TrainingOptions, controls
 from gigapath.finetune.data import Bag, MemoryBags
-from gigapath.finetune.evaluation import probabilities
 from gigapath.finetune.heads import build_head
 from gigapath.finetune.processes import Processes
 from gigapath.finetune.training import Trainer

@@ -31,7 +31,7 @@ from gigapath.finetune import (
     load_head,
     predict,
 )
-from gigapath.finetune.inputs import prepare
+from gigapath.finetune.data import prepare
 from gigapath.finetune.plan import few_steps
 from gigapath.finetune.processes import Processes
 from gigapath.slide_encoder import create_model
@@ -70,21 +70,28 @@ def test_run_leaves_what_it_promises(fitted) -> None:
     }  # fmt: skip
     names = {path.name for path in (out / "fold_0").iterdir()}
     wanted = {"head.json", "head.safetensors", "predictions.csv", "results.json", "confusion.png", "curves.png"}
-    assert wanted | {"controls", "controls.json", "checkpoint.json"} <= names
+    assert wanted | {"controls", "checkpoint.json"} <= names
     assert not list(out.rglob("*.partial"))
     results = json.loads((out / "fold_0" / "results.json").read_text())
-    test = results["test"]
-    assert test["unit"] == "patients" and test["by_patient"]["units"] == 3 and test["by_slide"]["rows"] == 6
+    assert list(results["scores"]) == ["from random weights", "tile mean + linear", "ABMIL on tiles", "site alone"]
+    test = results["scores"]["from random weights"]
+    patients, slides = test["by_unit"]["patients"], test["by_unit"]["slides"]
+    assert test["unit"] == "patients" and patients["units"] == 3 and slides["rows"] == 6
+    assert set(test["leads"]) == set(results["scores"]) - {"from random weights"}
     assert {"accuracy", "balanced_accuracy", "auroc", "auprc", "kappa_quadratic", "auroc:0", "auprc:2"} <= set(
-        test["by_slide"]["scores"]
+        slides["scores"]
     )
-    assert set(test["by_site"]) == {"a", "b"} and test["site_alone"]["rows"] == test["by_patient"]["rows"] == 3
-    assert "bootstrap over groups" in test["by_slide"]["intervals"]
+    alone = results["scores"]["site alone"]["by_unit"]["patients"]
+    assert set(test["by_site"]) == {"a", "b"} and alone["rows"] == patients["rows"] == 3
+    assert "bootstrap over groups" in slides["intervals"]
     assert np.sum(test["confusion"]) == 6 and results["chosen"]["calibration"] == "val"
     assert len(results["history"]) == 3 and "research use only" in results["terms"]
     with (out / "summary.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert {row["model"] for row in rows} == {"from random weights", "tile mean + linear", "ABMIL on tiles"}
+    assert {row["model"] for row in rows} == set(results["scores"])
+    whole = json.loads((out / "results.json").read_text())["scores"]["from random weights"]["by_unit"]["patients"]
+    assert len(whole["by_fold"]["auroc"]) == 2 and whole["by_fold"]["auroc"][0] == patients["scores"]["auroc"]["value"]
+    assert whole["scores"]["auroc"]["value"] == pytest.approx(np.mean(whole["by_fold"]["auroc"]))
     kept = json.loads((out / "finetune.json").read_text())
     assert kept["options"]["training"]["epochs"] == 3 and str(fitted) not in (out / "finetune.json").read_text()
     with (out / "fold_0" / "predictions.csv").open() as file:
@@ -164,8 +171,9 @@ def test_evaluate_tests_a_frozen_head_on_another_cohort(fitted, tmp_path, capsys
     words = ["evaluate", str(fitted / "out" / "fold_0"), str(other), "--labels", str(labels), "--device", "cpu"]
     assert main([*words, "--out", str(tmp_path / "out"), "--replicates", "20"]) == 0
     results = json.loads((tmp_path / "out" / "results.json").read_text())
-    assert results["test"]["by_slide"]["rows"] == 12 and "AUROC" in capsys.readouterr().out
-    assert results["test"]["by_slide"]["scores"]["auroc"]["value"] > 0.8
+    slides = results["scores"]["frozen head"]["by_unit"]["slides"]
+    assert slides["rows"] == 12 and "AUROC" in capsys.readouterr().out
+    assert slides["scores"]["auroc"]["value"] > 0.8
     head = load_head(fitted / "out" / "fold_0")
     assert head.calibration.temperature != 1 and head.made["encoder"] == "made"
 
@@ -418,8 +426,8 @@ def test_several_labels_train_and_report_micro_and_macro(tmp_path, capsys) -> No
     assert main([*map(str, words), "--id-rule", "tcga", "--folds", "3", *FAST, *RECIPE, "--epochs", "1"]) == 0
     told = capsys.readouterr().out
     assert "micro AUROC" in told
-    test = json.loads((tmp_path / "o" / "fold_0" / "results.json").read_text())["test"]
-    assert {"auroc", "auroc_micro", "auprc_micro", "auroc:X"} <= set(test["by_slide"]["scores"])
+    (test,) = json.loads((tmp_path / "o" / "fold_0" / "results.json").read_text())["scores"].values()
+    assert {"auroc", "auroc_micro", "auprc_micro", "auroc:X"} <= set(test["by_unit"]["slides"]["scores"])
     assert test["unit"] == "slides" and any("slides of several labels" in note for note in test["notes"])
 
 

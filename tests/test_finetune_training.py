@@ -16,12 +16,12 @@ from made_cohort import NARROW, made_bag
 from weights_recipe import fill
 
 from gigapath.devices import computing
+from gigapath.evaluation.calibration import decisions, fit_calibration, probabilities
 from gigapath.evaluation.splits import Fold
 from gigapath.evaluation.task import Task
 from gigapath.files import OutputError
 from gigapath.finetune import checkpoints, controls
 from gigapath.finetune.data import Bag, MemoryBags
-from gigapath.finetune.evaluation import decisions, fit_calibration, probabilities
 from gigapath.finetune.heads import GatedAttention, VectorHead, build_head, pack
 from gigapath.finetune.options import ModelOptions, TrainingOptions
 from gigapath.finetune.processes import Processes, training_precision

@@ -32,7 +32,7 @@ from gigapath.features.arrays import read_npz
 from gigapath.features.check import check_file
 from gigapath.finetune.data import look_at
 from gigapath.linear_probe.archive import read_embeddings
-from gigapath.linear_probe.labels import rows_of_table
+from gigapath.linear_probe.data import rows_of_table
 from gigapath.preprocessing.masks import read_outlines
 from gigapath.tables import parse_table
 

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,7 +18,6 @@ from made_embeddings import made_vectors, write_csv, write_zip
 from gigapath.cli.main import main
 from gigapath.evaluation import Predictions, evaluate
 from gigapath.linear_probe import EmbeddingTable, ProbeOptions, TileProbeOptions, probe_tiles, write_table
-from gigapath.linear_probe import report as report_module
 from gigapath.linear_probe.planted import bayes_accuracy
 
 REPOSITORY = Path(__file__).parent.parent
@@ -36,6 +36,11 @@ def probe(made: tuple[str, str], out: Path, *more: str) -> int:
     return main(["probe", made[0], "--labels", made[1], "--out", str(out), *QUICK, *more])
 
 
+def tiles_of(results: dict[str, Any], model: str = "probe") -> dict[str, Any]:
+    found: dict[str, Any] = results["scores"][model]["by_unit"]["tiles"]
+    return found
+
+
 def test_probe_writes_the_published_lines_and_the_rest(made: tuple[str, str], tmp_path: Path) -> None:
     assert probe(made, tmp_path / "out") == 0
     out = tmp_path / "out"
@@ -50,12 +55,13 @@ def test_probe_writes_the_published_lines_and_the_rest(made: tuple[str, str], tm
     results = json.loads((out / "results.json").read_text())
     published = results["published_definitions"]["test"]
     assert f"AUROC (logits, macro): {published['auroc_logits_macro']:.4f}" in lines[2]
-    assert published["f1_weighted"] == results["test"]["scores"]["f1_weighted"]["value"]
+    assert published["f1_weighted"] == tiles_of(results)["scores"]["f1_weighted"]["value"]
     for score in ("accuracy", "balanced_accuracy", "f1_weighted", "precision_macro", "recall_macro", "auroc", "auprc"):
-        estimate = results["test"]["scores"][score]
+        estimate = tiles_of(results)["scores"][score]
         assert estimate["low"] <= estimate["value"] <= estimate["high"], score
-    assert results["test"]["units"] == 8 and "over groups" in results["test"]["intervals"]
-    assert results["controls"]["chance"]["test"]["auroc"]["value"] == 0.5
+    test = tiles_of(results)
+    assert test["units"] == 8 and "over groups" in test["intervals"]
+    assert tiles_of(results, "chance")["scores"]["auroc"]["value"] == 0.5
     assert results["chosen"]["on"] == "validation"
     assert results["options"]["lr"] == 0.02 and results["data"]["tiles"] == {"train": 200, "val": 60, "test": 80}
     assert str(tmp_path) not in json.dumps(results)
@@ -71,7 +77,7 @@ def test_predictions_give_back_the_scores(made: tuple[str, str], tmp_path: Path)
     truth = np.array(["ab".index(row["label"]) for row in rows])
     again = evaluate(Predictions(truth, said, ("a", "b")), replicates=0)
     results = json.loads((tmp_path / "results.json").read_text())
-    assert again["auroc"].value == pytest.approx(results["test"]["scores"]["auroc"]["value"], abs=1e-6)
+    assert again["auroc"].value == pytest.approx(tiles_of(results)["scores"]["auroc"]["value"], abs=1e-6)
     assert {row["slide"] for row in rows} == {f"test-{number}" for number in range(8)}
     assert all(row["predicted"] == "ab"[int(float(row["p_b"]) > 0.5)] for row in rows)
 
@@ -83,7 +89,7 @@ def test_same_seed_gives_the_same_files(made: tuple[str, str], tmp_path: Path, s
     for file in ("results.txt", "predictions.csv", "confusion.png", "curve.png"):
         assert (tmp_path / "first" / file).read_bytes() == (tmp_path / "second" / file).read_bytes(), file
     results = json.loads((tmp_path / "first" / "results.json").read_text())
-    assert results["test"]["scores"]["auroc"]["value"] > 0.9
+    assert tiles_of(results)["scores"]["auroc"]["value"] > 0.9
 
 
 def test_seeds_are_repeated_and_their_spread_stands_apart(
@@ -94,10 +100,10 @@ def test_seeds_are_repeated_and_their_spread_stands_apart(
     assert results["seeds"]["seeds"] == [5, 6, 7]
     spread = results["seeds"]["test"]["auroc"]
     assert len(set(spread["values"])) > 1 and spread["sd"] > 0
-    assert results["test"]["scores"]["auroc"]["value"] == spread["values"][0]
+    assert tiles_of(results)["scores"]["auroc"]["value"] == spread["values"][0]
     assert "mean and SD of 3 seeds" in capsys.readouterr().out
     alone = probe_tiles(made[0], made[1], ProbeOptions(seed=6, replicates=0), TileProbeOptions(steps=300))
-    assert alone.evaluations["test"]["auroc"].value == spread["values"][1]
+    assert alone.scores["probe"]["auroc"].value == spread["values"][1]
 
 
 def test_many_classes_are_probed(tmp_path: Path) -> None:
@@ -113,8 +119,8 @@ def test_many_classes_are_probed(tmp_path: Path) -> None:
     assert main(["probe", str(tmp_path / "five.h5"), "--out", str(tmp_path / "out"), *QUICK]) == 0
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert results["task"]["classes"] == ["0", "1", "2", "3", "4"]
-    assert results["test"]["scores"]["auroc"]["value"] > 0.95
-    assert {f"auroc:{name}" for name in "01234"} <= set(results["test"]["scores"])
+    assert tiles_of(results)["scores"]["auroc"]["value"] > 0.95
+    assert {f"auroc:{name}" for name in "01234"} <= set(tiles_of(results)["scores"])
 
 
 def test_colour_control_is_fitted_where_pixels_were_at_hand(tmp_path: Path) -> None:
@@ -133,9 +139,8 @@ def test_colour_control_is_fitted_where_pixels_were_at_hand(tmp_path: Path) -> N
     )
     write_table(tmp_path / "table.h5", table)
     found = probe_tiles(tmp_path / "table.h5", None, ProbeOptions(replicates=200), TileProbeOptions(steps=300))
-    colour = found.controls["colour"]
-    assert 0.75 < colour.evaluation["auroc"].value < 0.95  # Phi(1.5 / sqrt 2) = 0.856
-    assert colour.lead["auroc"].low > 0
+    assert 0.75 < found.scores["colour"]["auroc"].value < 0.95  # Phi(1.5 / sqrt 2) = 0.856
+    assert found.scores["probe"].leads["colour"]["auroc"].low > 0
 
 
 def test_demo_needs_no_file_and_says_what_it_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -143,7 +148,7 @@ def test_demo_needs_no_file_and_says_what_it_is(tmp_path: Path, capsys: pytest.C
     printed = capsys.readouterr().out
     assert printed.startswith("DEMO: embeddings made on the spot") and f"{bayes_accuracy():.4f}" in printed
     results = json.loads((tmp_path / "results.json").read_text())
-    assert results["test"]["scores"]["accuracy"]["value"] == pytest.approx(bayes_accuracy(), abs=0.035)
+    assert tiles_of(results)["scores"]["accuracy"]["value"] == pytest.approx(bayes_accuracy(), abs=0.035)
 
 
 @pytest.mark.parametrize(
@@ -182,15 +187,15 @@ def test_results_of_an_earlier_run_never_stand_beside_new_ones(
 ) -> None:
     probe(made, tmp_path)
 
-    def fail(probe: object) -> str:
+    def fail(*_: object) -> None:
         raise OSError("the disk is gone")
 
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
     with monkeypatch.context() as patch:
-        patch.setattr(report_module, "_predictions_csv", fail)
+        patch.setattr("gigapath.linear_probe.tiles.predictions_csv", fail)
         assert probe(made, tmp_path) == 1
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
-    monkeypatch.setattr(report_module, "write_bytes_atomic", lambda *_: fail(None))
+    monkeypatch.setattr("gigapath.evaluation.report.write_bytes_atomic", fail)
     assert probe(made, tmp_path) == 1
     assert not (tmp_path / "results.json").exists()
 
@@ -207,11 +212,11 @@ def test_pictures_are_left_out_without_matplotlib(
 @pytest.mark.usefixtures("summary_writer")
 def test_tensorboard_gets_the_looks_where_it_is_installed(made: tuple[str, str], tmp_path: Path) -> None:
     probe(made, tmp_path)
-    looks = json.loads((tmp_path / "results.json").read_text())["looks"]
+    (line,) = json.loads((tmp_path / "results.json").read_text())["curves"]["panels"][1]["lines"]
     ((seed, events),) = [(path.parent.name, path) for path in (tmp_path / "tensorboard").glob("*/*")]
     assert (seed, events.name) == ("seed_0", "events.out.tfevents")
     assert [line[1:] for line in json.loads(events.read_text()) if line[0] == "validation/f1_weighted"] == [
-        [look["val_f1"], look["step"]] for look in looks
+        [f1, step] for step, f1 in zip(line["x"], line["y"], strict=True)
     ]
 
 
@@ -253,4 +258,4 @@ def test_cuda_agrees_with_the_cpu(made: tuple[str, str]) -> None:
         probe_tiles(made[0], made[1], ProbeOptions(replicates=0), TileProbeOptions(steps=300, device=device))
         for device in ("cpu", "cuda")
     )
-    assert np.abs(on_cpu.results[0].probabilities["test"] - on_gpu.results[0].probabilities["test"]).max() < 1e-4
+    assert np.abs(on_cpu.heads[0].probabilities["test"] - on_gpu.heads[0].probabilities["test"]).max() < 1e-4

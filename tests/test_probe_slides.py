@@ -15,10 +15,9 @@ from sklearn.metrics import roc_auc_score
 
 from gigapath.cli.main import main
 from gigapath.features import SlideEmbeddings, read_slide, write_slide
+from gigapath.linear_probe.data import rows_of_table
 from gigapath.linear_probe.heads import LogisticRegression
-from gigapath.linear_probe.labels import rows_of_table
 from gigapath.linear_probe.options import ProbeOptions, SlideProbeOptions
-from gigapath.linear_probe.slide_report import to_json
 from gigapath.linear_probe.slides import fit_fold, probe_slides
 from gigapath.tables import parse_table
 
@@ -87,25 +86,26 @@ def copied(made: tuple[Path, Path], tmp_path: Path) -> tuple[Path, Path]:
 
 def test_slide_encoder_is_compared_with_the_mean_of_the_tiles(made: tuple[Path, Path]) -> None:
     found = probe_slides(*made, ProbeOptions(positive="mutant"), QUICK)
-    assert list(found.scores) == ["tile-mean", "default"]
+    assert list(found.scores) == ["tile-mean", "default", "chance", "site alone"]
     default, baseline = found.scores["default"], found.scores["tile-mean"]
-    assert default.main["auroc"].value > 0.85 > baseline.main["auroc"].value
-    assert baseline.lead is None and default.lead is not None
-    lead = default.lead["auroc"]
-    assert lead.value == pytest.approx(default.main["auroc"].value - baseline.main["auroc"].value)
+    assert default["auroc"].value > 0.85 > baseline["auroc"].value
+    assert not baseline.leads
+    lead = default.leads["tile-mean"]["auroc"]
+    assert lead.value == pytest.approx(default["auroc"].value - baseline["auroc"].value)
     assert 0 < lead.low < lead.value < lead.high
-    assert found.controls["chance"].main["auroc"].value == 0.5
-    assert 0.5 < found.controls["site alone"].main["auroc"].value < 0.85
+    assert found.scores["chance"]["auroc"].value == 0.5
+    assert 0.5 < found.scores["site alone"]["auroc"].value < 0.85
     assert found.data.classes == ("wild", "mutant")
 
 
 def test_scores_are_over_patients_with_slides_beside(made: tuple[Path, Path]) -> None:
     score = probe_slides(*made, ProbeOptions(replicates=50), QUICK).scores["default"]
-    assert score.by_patient is not None
+    patients, slides = score.by_unit["patients"], score.by_unit["slides"]
+    assert score.headline is patients
     # 2 repeats of each patient and of each slide; the units that are drawn are patients both times.
-    assert (score.by_patient.rows, score.by_patient.units) == (2 * PATIENTS, PATIENTS)
-    assert (score.by_slide.rows, score.by_slide.units) == (4 * PATIENTS, PATIENTS)
-    assert "within each fold" in score.by_patient.covers
+    assert (patients.rows, patients.units) == (2 * PATIENTS, PATIENTS)
+    assert (slides.rows, slides.units) == (4 * PATIENTS, PATIENTS)
+    assert "within each fold" in patients.covers
 
 
 @pytest.mark.parametrize(("folds", "rough"), [(4, False), (5, True)])
@@ -177,8 +177,8 @@ def test_fewer_slides_than_entries_give_the_fit_in_full_width() -> None:
 def test_given_split_is_used_once(made: tuple[Path, Path]) -> None:
     found = probe_slides(*made, ProbeOptions(split="set", replicates=100), QUICK)
     assert len(found.rows) == 2 * (PATIENTS // 4)
-    assert len(found.scores["default"].penalties) == 1
-    assert found.scores["default"].main["auroc"].value > 0.8
+    assert len(found.scores["default"].facts["penalties"]) == 1
+    assert found.scores["default"]["auroc"].value > 0.8
     assert any("train and val train together" in note for note in found.notes)
 
 
@@ -202,12 +202,13 @@ def test_command_line_prints_one_table_and_writes_it(
         "comparison.png", "predictions.csv", "results.json", "summary.csv",
     }  # fmt: skip
     results = json.loads((tmp_path / "a" / "results.json").read_text())
-    assert list(results["embeddings"]) == ["tile-mean", "default", "state:1:class", "all-states"]
-    assert results["embeddings"]["all-states"]["width"] == 48
-    assert results["embeddings"]["default"]["minus_tile-mean"]["auroc"]["value"] > 0
+    scores = results["scores"]
+    assert list(scores) == ["tile-mean", "default", "state:1:class", "all-states", "chance", "site alone"]
+    assert scores["all-states"]["facts"]["width"] == 48
+    assert scores["default"]["leads"]["tile-mean"]["auroc"]["value"] > 0
     with (tmp_path / "a" / "summary.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert {row["embedding"] for row in rows} == {*results["embeddings"], "chance", "site alone"}
+    assert {row["model"] for row in rows} == set(scores)
     assert main([*arguments, "--out", str(tmp_path / "b")]) == 0
     for name in ("summary.csv", "predictions.csv", "results.json", "comparison.png"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes(), name
@@ -219,9 +220,9 @@ def test_patients_with_slides_of_several_labels_are_scored_by_slide(copied: tupl
     rows[0]["label"] = "mutant"
     write_rows(table, rows)
     found = probe_slides(folder, table, ProbeOptions(replicates=20), QUICK)
-    assert found.scores["default"].by_patient is None
+    assert list(found.scores["default"].by_unit) == ["slides"]
     assert any("slides of several labels" in note for note in found.notes)
-    json.dumps(to_json(found), allow_nan=False)
+    json.dumps(found.results.to_dict(), allow_nan=False)
 
 
 def test_tcga_ids_join_by_rule(copied: tuple[Path, Path]) -> None:

@@ -401,12 +401,12 @@ def test_fine_tuning_is_shown_with_its_slides(run: Path, tmp_path: Path) -> None
     data = page_data(tmp_path / "page" / "report.html")
     (result,) = data["results"]
     assert result["title"] == "Fine-tuning: made"
-    kinds = [block["kind"] for block in result["blocks"]]
-    assert kinds[:4] == ["scores", "group", "group", "group"] and "predictions" in kinds
-    assert result["blocks"][0]["columns"] == ["from random weights"]
-    scores = dict(result["blocks"][0]["rows"])
+    folds = [block for block in result["blocks"] if block["kind"] == "group" and block["title"].startswith("Fold")]
+    assert len(folds) == 3 and "not finished" not in json.dumps(result)
+    assert result["blocks"][0]["columns"] == ["from random weights", "site alone"]
+    scores = {name: cell for name, cell, _ in result["blocks"][0]["rows"]}
     assert 0 <= scores["accuracy"]["value"] <= 1 and scores["AUROC"]["sd"] is not None
-    inner = {block["kind"]: block for block in result["blocks"][1]["blocks"]}
+    inner = {block["kind"]: block for block in reversed(folds[0]["blocks"])}  # the first of each kind
     assert np.sum(inner["confusion"]["counts"]) == 4 and inner["confusion"]["classes"] == ["0", "1"]
     assert len(inner["curves"]["panels"][0]["lines"][0]["y"]) == 2
     assert any(row[1]["low"] is not None for row in inner["scores"]["rows"] if row[1])
@@ -422,7 +422,7 @@ def test_probe_is_shown(tmp_path: Path) -> None:
     data = page_data(tmp_path / "report.html")
     assert data["slides"] is None
     (result,) = data["results"]
-    blocks = {block["kind"]: block for block in result["blocks"]}
-    assert blocks["scores"]["columns"][:2] == ["test", "validation"]
+    blocks = {block["kind"]: block for block in reversed(result["blocks"])}  # the first of each kind
+    assert blocks["scores"]["columns"] == ["probe", "chance", "validation"]
     assert len(blocks["curves"]["panels"]) == 2 and blocks["curves"]["mark"]["words"].startswith("kept: step")
     assert np.sum(blocks["confusion"]["counts"]) == len(blocks["predictions"]["rows"])

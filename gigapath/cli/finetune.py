@@ -33,7 +33,7 @@ def init_task(
         name: of the task (default: that of the CSV)
         to: where the task goes (default: beside the CSV)
     """
-    from gigapath.finetune.task_writer import new_task
+    from gigapath.evaluation.labels import new_task
 
     path = Path(to or Path(labels).with_suffix(".yaml"))
     task, counts = new_task(labels, path, columns=label, name=name, ordinal=ordinal)
@@ -119,8 +119,8 @@ def evaluate(
         out: folder for predictions.csv and results.json
         allow_leakage: take slides that trained the head, too
     """
+    from gigapath.evaluation.report import score_lines
     from gigapath.finetune import evaluate_head
-    from gigapath.finetune.report import lines
 
     result = evaluate_head(
         checkpoint,
@@ -133,7 +133,7 @@ def evaluate(
         seed=intervals.seed,
         allow_seen=allow_leakage,
     )
-    for line in lines({"frozen head": [result.headline]}):
+    for line in score_lines({"frozen head": result}):
         print(line)
     for note in result.notes:
         print(f"note: {note}")

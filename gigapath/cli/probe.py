@@ -36,8 +36,7 @@ def embed_tiles(
         overwrite: embed again where FILE is there, or holds others' embeddings
     """
     from gigapath.devices import at_most_threads
-    from gigapath.linear_probe.embedding import embed_tiles
-    from gigapath.linear_probe.tile_sets import open_tile_set
+    from gigapath.linear_probe.embed_tiles import embed_tiles, open_tile_set
     from gigapath.machine import available_cores
     from gigapath.signals import StopFlag, Stopped
     from gigapath.tile_encoder import load_tile_encoder
@@ -144,8 +143,7 @@ def _probe_tiles(
     embeddings: str | Path | None, labels: str | Path | None, out: Path, options: ProbeOptions, tiles: TileProbeOptions
 ) -> int:
     from gigapath.linear_probe.planted import bayes_accuracy, write_planted
-    from gigapath.linear_probe.report import summary_lines, write_tile_report
-    from gigapath.linear_probe.tiles import probe_tiles
+    from gigapath.linear_probe.tiles import probe_tiles, summary_lines, write_tile_report
 
     demo = embeddings is None
     if embeddings is None:
@@ -169,8 +167,7 @@ def _probe_tiles(
 def _probe_slides(
     embeddings: str, labels: str | None, out: Path, options: ProbeOptions, slides: SlideProbeOptions
 ) -> int:
-    from gigapath.linear_probe.slide_report import slide_summary_lines, write_slide_report
-    from gigapath.linear_probe.slides import probe_slides
+    from gigapath.linear_probe.slides import probe_slides, slide_summary_lines, write_slide_report
 
     probe = probe_slides(embeddings, labels, options, slides)
     written = write_slide_report(out, probe)

@@ -8,7 +8,7 @@ paired_difference(predictions, of_another_model)["auroc"]
 """
 
 from gigapath.evaluation.calibration import calibration_slope
-from gigapath.evaluation.intervals import Estimate, Evaluation, evaluate, evaluate_by_site, paired_difference
+from gigapath.evaluation.intervals import Estimate, Evaluation, evaluate, paired_difference
 from gigapath.evaluation.scores import (
     Predictions,
     Scorer,
@@ -29,7 +29,6 @@ __all__ = [
     "calibration_slope",
     "confusion_matrix",
     "evaluate",
-    "evaluate_by_site",
     "f1_weighted",
     "macro_curves",
     "paired_difference",

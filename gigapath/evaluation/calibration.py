@@ -1,8 +1,15 @@
-"""How far probabilities can be taken at their word; Brier's score and ECE are among the scores, the slope is here."""
+"""From logits to probabilities and decisions, and how far probabilities can be taken at their word: the slope. Brier's
+score and ECE are among the scores."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
-from gigapath.evaluation.scores import FloatArray, Predictions
+from gigapath.evaluation.scores import FloatArray, IntArray, Predictions
+from gigapath.evaluation.task import Task
 
 FLAT = 1e-7  # curvature of the mean log loss below which it falls for ever: the classes are separated
 
@@ -47,3 +54,104 @@ def calibration_slope(predictions: Predictions) -> float:
     start = np.eye(classes)[0]
     best = minimize(loss, start, jac=True, hess=curvature, method="trust-exact", options={"gtol": 1e-9}).x
     return float(best[0]) if np.linalg.eigvalsh(curvature(best))[0] > FLAT else float("nan")
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """How logits become probabilities and decisions.
+
+    Attributes:
+        temperature: logits are divided by it.
+        thresholds: for a binary task one, for several labels one a label: above it the answer is yes. Classes of a
+            multi-class task have none: the most probable one is predicted.
+        fitted_on: the set on which they were fitted, or "nothing" for the defaults.
+    """
+
+    temperature: float = 1.0
+    thresholds: tuple[float, ...] = ()
+    fitted_on: str = "nothing"
+
+
+def probabilities(logits: FloatArray, task: Task, temperature: float = 1.0) -> FloatArray:
+    """Probabilities (S, C) of logits: each label by itself, or classes that sum to 1."""
+    scaled = np.asarray(logits, dtype=np.float64) / temperature
+    if task.multi_label:
+        upper = 1 / (1 + np.exp(-np.abs(scaled)))  # of the magnitude, so that nothing overflows
+        return np.asarray(np.where(scaled >= 0, upper, 1 - upper))
+    exponents = np.exp(scaled - scaled.max(axis=1, keepdims=True))
+    return np.asarray(exponents / exponents.sum(axis=1, keepdims=True))
+
+
+def default_calibration(task: Task) -> Calibration:
+    """Temperature 1 and thresholds of one half."""
+    return Calibration(1.0, (0.5,) * threshold_count(task))
+
+
+def fit_calibration(logits: FloatArray, truth: IntArray, task: Task) -> Calibration:
+    """The temperature of least log loss, then for each label the threshold of greatest sensitivity + specificity.
+
+    Temperature scaling as in Guo et al. 2017, searched over its logarithm by Brent's bounded method.
+    """
+    from scipy.optimize import minimize_scalar
+
+    found = minimize_scalar(
+        lambda logarithm: _log_loss(logits, truth, task, math.exp(logarithm)),
+        bounds=(math.log(0.05), math.log(20.0)),
+        method="bounded",
+        options={"xatol": 1e-9},
+    )
+    temperature = math.exp(found.x)
+    said = probabilities(logits, task, temperature)
+    pairs = []
+    if task.multi_label:
+        pairs = [(truth[:, c] == 1, said[:, c]) for c in range(len(task.classes))]
+    elif task.setting == "binary":
+        pairs = [(truth == 1, said[:, 1])]
+    return Calibration(temperature, tuple(_best_threshold(*pair) for pair in pairs), "val")
+
+
+def _log_loss(logits: FloatArray, truth: IntArray, task: Task, temperature: float) -> float:
+    said = np.clip(probabilities(logits, task, temperature), 1e-12, 1 - 1e-12)
+    if task.multi_label:
+        return float(-(truth * np.log(said) + (1 - truth) * np.log(1 - said)).mean())
+    return float(-np.log(said[np.arange(len(truth)), truth]).mean())
+
+
+def _best_threshold(positive: npt.NDArray[np.bool_], said: FloatArray) -> float:
+    """The middle between the two values around the best cut; one half where a side is missing."""
+    if positive.all() or not positive.any():
+        return 0.5
+    values = np.unique(said)
+    cuts = np.concatenate([[values[0] / 2], (values[1:] + values[:-1]) / 2])
+    gains = [(said[positive] > cut).mean() - (said[~positive] > cut).mean() for cut in cuts]
+    return float(cuts[int(np.argmax(gains))])
+
+
+def threshold_count(task: Task) -> int:
+    """How many thresholds a task has: one a label, one where there are two classes, else none."""
+    return len(task.classes) if task.multi_label else int(task.setting == "binary")
+
+
+def decisions(said: FloatArray, task: Task, calibration: Calibration) -> list[str]:
+    """What is predicted of each slide in words: a class, or the labels that are above their threshold."""
+    if task.multi_label:
+        names = np.array(task.classes)
+        return [";".join(names[row > np.array(calibration.thresholds)]) for row in said]
+    if task.setting == "binary":
+        return [task.classes[int(row[1] > calibration.thresholds[0])] for row in said]
+    return [task.classes[int(index)] for index in said.argmax(axis=1)]
+
+
+def at_thresholds(predictions: Predictions, task: Task, how: Calibration) -> dict[str, Mapping[str, float | None]]:
+    """Label -> its threshold, with the sensitivity and specificity there; empty where there are no thresholds."""
+    truth, said = np.asarray(predictions.truth), predictions.probabilities
+    found: dict[str, Mapping[str, float | None]] = {}
+    for threshold, column in zip(how.thresholds, range(len(task.classes)) if task.multi_label else [1], strict=False):
+        positive = truth[:, column] == 1 if task.multi_label else truth == 1
+        yes = said[:, column] > threshold
+        found[task.classes[column]] = {
+            "threshold": threshold,
+            "sensitivity": float(yes[positive].mean()) if positive.any() else None,
+            "specificity": float((~yes[~positive]).mean()) if not positive.all() else None,
+        }
+    return found

@@ -6,7 +6,7 @@ thing and stands apart.
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -43,6 +43,16 @@ class Estimate:
     def __str__(self) -> str:
         return f"{self:.4f}"
 
+    def to_dict(self) -> dict[str, float | int | None]:
+        """Plain JSON values; NaN becomes None."""
+        return {key: plain(value) if isinstance(value, float) else value for key, value in asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "Estimate":
+        """The inverse of `to_dict`; KeyError or TypeError where it is none."""
+        value, low, high = (_number(values[key]) for key in ("value", "low", "high"))
+        return cls(value, low, high, values["undefined"])
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -55,6 +65,7 @@ class Evaluation:
         prevalence: class name -> share of the rows.
         covers: what the intervals stand for, in words.
         notes: sentences on what was not defined.
+        by_fold: name -> its value in each fold, NaN where it is not defined there; empty without folds.
     """
 
     estimates: dict[str, Estimate]
@@ -63,6 +74,12 @@ class Evaluation:
     prevalence: dict[str, float]
     covers: str
     notes: tuple[str, ...]
+    by_fold: dict[str, list[float]] = field(default_factory=dict)
+
+    def sd_over_folds(self, name: str) -> float:
+        """The standard deviation (of a sample) of a score over the folds in which it is defined; NaN below two."""
+        defined = [value for value in self.by_fold.get(name, ()) if not math.isnan(value)]
+        return float(np.std(defined, ddof=1)) if len(defined) > 1 else math.nan
 
     def __getitem__(self, name: str) -> Estimate:
         return self.estimates[name]
@@ -70,13 +87,31 @@ class Evaluation:
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values; NaN becomes None."""
         return {
-            "scores": {name: _json(estimate) for name, estimate in self.estimates.items()},
+            "scores": {name: estimate.to_dict() for name, estimate in self.estimates.items()},
             "rows": self.rows,
             "units": self.units,
             "prevalence": self.prevalence,
             "intervals": self.covers,
             "notes": list(self.notes),
+            **(
+                {"by_fold": {name: [plain(each) for each in values] for name, values in self.by_fold.items()}}
+                if self.by_fold
+                else {}
+            ),
         }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "Evaluation":
+        """The inverse of `to_dict`; KeyError or TypeError where it is none."""
+        return cls(
+            {name: Estimate.from_dict(each) for name, each in values["scores"].items()},
+            values["rows"],
+            values["units"],
+            dict(values["prevalence"]),
+            values["intervals"],
+            tuple(values["notes"]),
+            {name: [_number(each) for each in found] for name, found in values.get("by_fold", {}).items()},
+        )
 
 
 def evaluate(predictions: Predictions, *, replicates: int = REPLICATES, seed: int = 0) -> Evaluation:
@@ -100,18 +135,8 @@ def evaluate(predictions: Predictions, *, replicates: int = REPLICATES, seed: in
         prevalence=_prevalence(predictions),
         covers=_covers(predictions, replicates, seed),
         notes=_notes(predictions, estimates if replicates else {}),
+        by_fold={} if predictions.folds is None else scorer.by_fold(),
     )
-
-
-def evaluate_by_site(
-    predictions: Predictions, sites: npt.NDArray[np.generic], *, replicates: int = REPLICATES, seed: int = 0
-) -> dict[str, Evaluation]:
-    """The evaluation of each site's rows alone; sites (N,) of any values, in sorted order."""
-    sites = np.asarray(sites)
-    return {
-        str(site): evaluate(predictions.rows(sites == site), replicates=replicates, seed=seed)
-        for site in np.unique(sites)
-    }
 
 
 def paired_difference(
@@ -242,8 +267,10 @@ def _notes(predictions: Predictions, estimates: Mapping[str, Estimate]) -> tuple
     return tuple(notes)
 
 
-def _json(estimate: Estimate) -> dict[str, float | int | None]:
-    return {
-        key: None if isinstance(value, float) and math.isnan(value) else value
-        for key, value in asdict(estimate).items()
-    }
+def plain(value: float) -> float | None:
+    """A number for JSON, which has no NaN."""
+    return None if math.isnan(value) else value
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else float(value)

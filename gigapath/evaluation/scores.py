@@ -132,6 +132,11 @@ class Scorer:
         total = np.where(defined, values, 0.0).sum(axis=0)
         return _divide(total, defined.sum(axis=0))
 
+    def by_fold(self) -> dict[str, list[float]]:
+        """The scores of each fold with all weights 1; NaN where one is not defined."""
+        values = np.stack([part(np.ones((1, len(rows))))[0] for rows, part in self._parts], axis=1)
+        return dict(zip(self.names, values.tolist(), strict=True))
+
     def plain(self) -> dict[str, float]:
         """The scores with all weights 1."""
         rows = sum(len(rows) for rows, _ in self._parts)

@@ -47,6 +47,10 @@ class Task:
         """True where a slide can have several labels."""
         return self.setting == "multi_label"
 
+    def described(self) -> dict[str, Any]:
+        """What results say of the task."""
+        return {"name": self.name, "setting": self.setting, "classes": list(self.classes)}
+
     def to_dict(self) -> dict[str, Any]:
         """The keys of the YAML file."""
         values: dict[str, Any] = {

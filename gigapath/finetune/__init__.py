@@ -11,13 +11,12 @@ from typing import TYPE_CHECKING
 from gigapath.lazy import lazy_names
 
 if TYPE_CHECKING:
+    from gigapath.evaluation.labels import new_task
     from gigapath.evaluation.task import Task, load_task
-    from gigapath.finetune.apply import evaluate_head, predict
-    from gigapath.finetune.fitted import FittedHead, load_head
-    from gigapath.finetune.inputs import Inputs, Settings
+    from gigapath.finetune.data import Inputs, Settings
+    from gigapath.finetune.fitted import FittedHead, evaluate_head, load_head, predict
     from gigapath.finetune.options import JoinOptions, ModelOptions, SplitOptions, TrainingOptions
     from gigapath.finetune.run import RunResult, finetune
-    from gigapath.finetune.task_writer import new_task
 
 __all__ = [
     "FittedHead",
@@ -40,12 +39,11 @@ __all__ = [
 __getattr__, __dir__ = lazy_names(
     __name__,
     {
-        "apply": ("evaluate_head", "predict"),
-        "fitted": ("FittedHead", "load_head"),
-        "inputs": ("Inputs", "Settings"),
-        "task_writer": ("new_task",),
+        "data": ("Inputs", "Settings"),
+        "fitted": ("FittedHead", "evaluate_head", "load_head", "predict"),
         "options": ("JoinOptions", "ModelOptions", "SplitOptions", "TrainingOptions"),
         "run": ("RunResult", "finetune"),
+        "gigapath.evaluation.labels": ("new_task",),
         "gigapath.evaluation.task": ("Task", "load_task"),
     },
 )

@@ -1,5 +1,7 @@
-"""A fitted head as a file: its weights, the label map, what the features were made of, thresholds and temperature."""
+"""A fitted head as a file (its weights, the label map, what the features were made of, thresholds and temperature), and
+on other slides: predictions, and its test on another cohort."""
 
+import csv
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,14 +13,21 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from gigapath.devices import AUTOCAST_TYPES, at_most_threads, computing
+from gigapath.devices import AUTOCAST_TYPES, at_most_threads, computing, resolve_device
+from gigapath.evaluation.calibration import Calibration, decisions, probabilities, threshold_count
+from gigapath.evaluation.labels import Labels, bare_name, join_labels, read_labels, shown
+from gigapath.evaluation.report import confusion_picture, predictions_csv, write_results
+from gigapath.evaluation.results import EVALUATION, TERMS, Results, Scores, score
+from gigapath.evaluation.scores import Predictions
+from gigapath.evaluation.splits import TABLE
 from gigapath.evaluation.task import Task, task_from
-from gigapath.files import sha256_of, write_json_atomic
+from gigapath.features import FeatureFileError
+from gigapath.features.reading import SUFFIXES, find_feature_files
+from gigapath.files import sha256_of, write_json_atomic, write_text_atomic
 from gigapath.finetune import checkpoints
-from gigapath.finetune.data import Bags, ReadAhead, check_made
-from gigapath.finetune.evaluation import Calibration, probabilities, threshold_count
+from gigapath.finetune.data import Bags, FileBags, FileFacts, ReadAhead, check_folder, check_made, look_at_all
 from gigapath.finetune.heads import build_head, pack
-from gigapath.finetune.options import ModelOptions
+from gigapath.finetune.options import JoinOptions, ModelOptions
 from gigapath.machine import available_cores
 from gigapath.options import from_dict, to_dict
 from gigapath.weights import assign_weights
@@ -29,10 +38,6 @@ FORMAT = 1
 _KEYS = (
     "task", "model", "input_dim", "features", "temperature", "thresholds", "fitted_on", "precision", "tensors", "sha256"
 )  # fmt: skip
-TERMS = (
-    "For research use only, not for diagnosis. A slide encoder and embeddings fall under the terms of the weights that "
-    "made them; Prov-GigaPath's are for research."
-)
 
 
 @dataclass(frozen=True)
@@ -157,3 +162,175 @@ def load_head(path: Path | str) -> FittedHead:
         raise ValueError(f"{file}: expected the JSON of a fitted head, got a damaged one. Copy it anew.") from error
     made = held["features"]
     return FittedHead(model, task, options, held["input_dim"], made, calibration, held["precision"], held["sha256"])
+
+
+@dataclass(frozen=True)
+class Predicted:
+    """Predictions for some slides, and the reasons why others have none."""
+
+    rows: list[dict[str, Any]]
+    failed: dict[str, str]
+
+
+def predict(
+    checkpoint: Path | str,
+    features: Sequence[Path | str],
+    *,
+    join: JoinOptions | None = None,
+    device: str = "auto",
+    out: Path | str | None = None,
+    on_failed: Callable[[str], None] = lambda reason: None,
+) -> Predicted:
+    """Apply a fitted head to feature files; a file that can't be read is recorded and the others go on.
+
+    Args:
+        checkpoint: the folder of a fitted head.
+        features: feature files, and folders of them.
+        join: how files are read.
+        device: where it runs.
+        out: a CSV to write, or None.
+        on_failed: told why a file has no prediction.
+    """
+    join, head, place = join or JoinOptions(), load_head(checkpoint), resolve_device(device)
+    files = find_feature_files(features)
+    ids, said = [], []
+    failed: dict[str, str] = {}
+    for path in files:
+        try:
+            facts = _look(head, path, join)
+            said.append(head.predict(FileBags([path], [facts], join.tile_size_level0), [0], place)[0])
+        except (FeatureFileError, FileNotFoundError, PermissionError) as error:
+            failed[path.name] = str(error)
+            on_failed(str(error))
+            continue
+        ids.append(bare_name(path))
+    classes = head.task.classes
+    shares = np.stack(said) if said else np.zeros((0, len(classes)))
+    predicted = decisions(shares, head.task, head.calibration)
+    if out is not None:
+        write_text_atomic(out, predictions_csv({"slide_id": ids, "predicted": predicted}, shares, classes))
+    named = [{f"p_{name}": float(share) for name, share in zip(classes, row, strict=True)} for row in shares]
+    rows = zip(ids, predicted, named, strict=True)
+    return Predicted([{"slide_id": slide_id, "predicted": what, **row} for slide_id, what, row in rows], failed)
+
+
+def _look(head: FittedHead, path: Path, join: JoinOptions) -> FileFacts:
+    if path.suffix not in SUFFIXES:
+        raise FeatureFileError(f"{path.name}: expected a feature file ({', '.join(SUFFIXES)}).")
+    facts = look_at_all([path], join, width=head.input_dim)[0]
+    if not join.allow_mixed:
+        head.check_features(facts.made, path.name)
+    return facts
+
+
+def evaluate_head(
+    checkpoint: Path | str,
+    features: Path | str,
+    labels: Path | str,
+    out: Path | str,
+    *,
+    join: JoinOptions | None = None,
+    device: str = "auto",
+    replicates: int = 2000,
+    seed: int = 0,
+    allow_seen: bool = False,
+) -> Scores:
+    """Test a frozen head (its label map, thresholds and temperature) on another cohort; nothing is fitted.
+
+    Args:
+        checkpoint: the folder of a fitted head.
+        features: the folder of feature files.
+        labels: a CSV with a row a slide.
+        out: the folder that gets `predictions.csv`, `results.json` and `confusion.png`.
+        join: how labels and files are read and joined.
+        device: where the head runs.
+        replicates: of the bootstrap; 0 for scores without intervals.
+        seed: of the bootstrap.
+        allow_seen: take slides that trained the head too.
+
+    Raises:
+        ValueError: features of another width, encoder, mpp or numerics, labels that the head does not know, slides
+            that trained the head.
+    """
+    for name, value in (("--replicates", replicates), ("--seed", seed)):
+        if value < 0:
+            raise ValueError(f"{name}: expected at least 0, got {value}.")
+    check_folder(out)
+    join, head = join or JoinOptions(), load_head(checkpoint)
+    table = read_labels(labels, head.task, id_rule=join.id_rule)
+    files = find_feature_files(features)
+    joined = join_labels(table, files, id_rule=join.id_rule, id_regex=join.id_regex, allow_missing=join.allow_missing)
+    if not allow_seen:
+        _refuse_seen(Path(checkpoint), joined.labels.slide_ids)
+    facts = look_at_all(joined.files, join, width=head.input_dim)
+    if not join.allow_mixed:
+        for path, fact in zip(joined.files, facts, strict=True):
+            head.check_features(fact.made, path.name)
+    bags = FileBags(joined.files, facts, join.tile_size_level0)
+    said = head.predict(bags, range(len(joined.files)), resolve_device(device))
+    labels_of, task = joined.labels, head.task
+    predictions = predictions_of(labels_of, said, task)
+    found = score_slides(labels_of, predictions, task, head.calibration, replicates=replicates, seed=seed)
+    name = Path(checkpoint).name
+    write_results(
+        Path(out),
+        Results(
+            EVALUATION,
+            task.described(),
+            {"frozen head": found},
+            details={"checkpoint": name, "missing": list(joined.missing), "fitted_here": "nothing"},
+            notes=(*labels_of.class_notes(task.classes), *found.notes),
+        ),
+        texts={"predictions.csv": slides_csv(labels_of, said, task, head.calibration)},
+        pictures=confusion_of(found, task, f"{name} tested on {labels_of.source}"),
+    )
+    return found
+
+
+def predictions_of(labels: Labels, said: npt.NDArray[np.float64], task: Task) -> Predictions:
+    """Probabilities (S, C) of labelled slides with their truth and patients."""
+    patients = None if labels.patients is None else np.asarray(labels.patients)
+    return Predictions(labels.truth, said, task.classes, groups=patients, ordinal=task.ordinal)
+
+
+def score_slides(
+    labels: Labels, predictions: Predictions, task: Task, how: Calibration | None, *, sites: bool = True, **more: Any
+) -> Scores:
+    """`score` over patients and sites where the labels know them."""
+    of_sites = np.asarray(labels.sites) if sites and labels.sites is not None else None
+    return score(predictions, patients=labels.patients is not None, sites=of_sites, task=task, how=how, **more)
+
+
+def slides_csv(labels: Labels, said: npt.NDArray[np.float64], task: Task, how: Calibration) -> str:
+    """One row a slide: id, patient and site where known, truth, what is predicted, probabilities."""
+    names = np.asarray(task.classes)
+    truth = [";".join(names[np.flatnonzero(row)]) if task.multi_label else names[row] for row in labels.truth]
+    columns: dict[str, Sequence[str]] = {"slide_id": labels.slide_ids}
+    columns |= {"patient_id": labels.patients} if labels.patients else {}
+    columns |= {"site": labels.sites} if labels.sites else {}
+    columns |= {"label": truth, "predicted": decisions(said, task, how)}
+    return predictions_csv(columns, said, task.classes)
+
+
+def confusion_of(found: Scores, task: Task, what: str) -> dict[str, Callable[[], bytes]]:
+    """The picture of the confusion matrix, none with several labels."""
+    if task.multi_label:
+        return {}
+    return {"confusion.png": lambda: confusion_picture(found, task.classes, f"{task.name}, {what}")}
+
+
+def _refuse_seen(checkpoint: Path, slide_ids: Sequence[str]) -> None:
+    """Refuse slides that trained the head, as far as the split table of its run tells: a fold's folder lies beside it,
+    a control's in one of the fold."""
+    folder = (checkpoint if checkpoint.is_dir() else checkpoint.parent).absolute()
+    fold = next((place for place in (folder, *folder.parents) if (place.parent / TABLE).is_file()), None)
+    if fold is None:
+        return
+    with (fold.parent / TABLE).open(newline="", encoding="utf-8") as file:
+        sets = {row.get("slide_id"): row.get(fold.name, "") for row in csv.DictReader(file)}
+    seen = [slide_id for slide_id in slide_ids if sets.get(slide_id) in ("train", "val")]
+    if seen:
+        raise ValueError(
+            f"{len(seen):,} of the slides trained or chose this head ({shown(seen)}). Test on others, or insist "
+            "with --allow-leakage."
+        )

@@ -5,11 +5,12 @@ import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import nn
 
@@ -17,29 +18,23 @@ from gigapath.cohort.owner import Ownership
 from gigapath.cohort.record import versions
 from gigapath.cohort.reuse import differences
 from gigapath.devices import at_most_threads
-from gigapath.evaluation import Evaluation, paired_difference
+from gigapath.evaluation import Evaluation, site_probabilities
+from gigapath.evaluation.calibration import Calibration, default_calibration, fit_calibration, probabilities
+from gigapath.evaluation.report import curves_picture, score_lines, summary_csv, write_results
+from gigapath.evaluation.results import FINE_TUNING, FOLD, SITE_ALONE, Curves, Results, Scores
+from gigapath.evaluation.scores import FloatArray, Predictions
 from gigapath.evaluation.splits import Fold, keep_manifest
 from gigapath.features import FeatureFileError
-from gigapath.files import read_json, sha256_of, write_json_atomic, write_text_atomic
-from gigapath.finetune import controls, report
+from gigapath.files import read_json, sha256_of, write_json_atomic
+from gigapath.finetune import controls
 from gigapath.finetune.checkpoints import MEND
-from gigapath.finetune.data import FileBags, ReadAhead, vector_bags
-from gigapath.finetune.evaluation import (
-    Calibration,
-    CohortResult,
-    FloatArray,
-    default_calibration,
-    evaluate_cohort,
-    fit_calibration,
-    probabilities,
-)
-from gigapath.finetune.fitted import TERMS, FittedHead, save_head
+from gigapath.finetune.data import Cohort, FileBags, Inputs, ReadAhead, Settings, check_folder, prepare, vector_bags
+from gigapath.finetune.fitted import FittedHead, confusion_of, predictions_of, save_head, score_slides, slides_csv
 from gigapath.finetune.heads import VectorHead, build_head, cache_states
-from gigapath.finetune.inputs import Cohort, Inputs, Settings, check_folder, prepare
 from gigapath.finetune.options import ModelOptions, TrainingOptions
 from gigapath.finetune.plan import Plan, make_plan
 from gigapath.finetune.processes import Processes, join_processes, training_precision
-from gigapath.finetune.training import Trainer
+from gigapath.finetune.training import Epoch, Trainer
 from gigapath.machine import available_cores
 from gigapath.options import to_dict
 from gigapath.releases import HUB_PREFIXES
@@ -143,21 +138,43 @@ class _Run:
             split = keep_manifest(self.out, cohort.folds, cohort.joined.labels, how)
         split = self.processes.gather(split)[0]
         self._record(split)
-        evaluations: dict[str, list[Evaluation]] = {}
+        folds: list[dict[str, Scores]] = []
         for fold in cohort.folds:
-            for name, found in self._fold(fold, split).items():
-                evaluations.setdefault(name, []).append(found)
-        lines = report.lines(evaluations)
+            folds.append(self._fold(fold, split))
+        scores = folds[0] if len(folds) == 1 else self._over_folds(folds)
+        lines = score_lines(scores)
         if self.first:
-            rows = report.summary(evaluations)
-            write_text_atomic(self.out / "summary.csv", report.summary_csv(rows))
-            write_json_atomic(
-                self.out / "results.json",
-                {"task": cohort.task.to_dict(), "summary": rows, "notes": cohort.notes, "terms": TERMS},
-            )
+            # The fold's own results say what a single one reached at thresholds and by site.
+            results = Results(FINE_TUNING, cohort.task.described(), scores, notes=tuple(cohort.notes))
+            write_results(self.out, results, texts={"summary.csv": summary_csv(scores)})
         for line in lines:
             self.say(line)
+        models = [name for name in scores if name != SITE_ALONE]
+        evaluations = {name: [found[name].headline for found in folds] for name in models}
         return RunResult(evaluations, lines, self.out)
+
+    def _over_folds(self, folds: list[dict[str, Scores]]) -> dict[str, Scores]:
+        """The scores of each model over all folds: taken within a fold, and averaged."""
+        labels = self.cohort.joined.labels
+        rows = np.concatenate([fold.test for fold in self.cohort.folds])
+        fold_of_row = np.concatenate([np.full(len(fold.test), fold.number) for fold in self.cohort.folds])
+        said: dict[str, Predictions] = {}
+        for name in folds[0]:
+            parts = [found[name].predictions for found in folds]
+            shares = np.concatenate([part.probabilities for part in parts if part is not None])
+            said[name] = replace(predictions_of(labels.take(rows), shares, self.cohort.task), folds=fold_of_row)
+        return self._scores(rows, said, None)
+
+    def _scores(
+        self, rows: npt.NDArray[np.int64], said: dict[str, Predictions], how: Calibration | None
+    ) -> dict[str, Scores]:
+        """The scores of all models on the same slides; the first, which is decided on by `how`, with its leads."""
+        labels, training, task = self.cohort.joined.labels.take(rows), self.settings.training, self.cohort.task
+        scored = partial(score_slides, labels, task=task, replicates=training.replicates, seed=training.seed)
+        name, main = next(iter(said.items()))
+        others = {each: found for each, found in said.items() if each != name}
+        scores = {name: scored(main, how=how, against=others)}
+        return scores | {each: scored(found, how=None, sites=False) for each, found in others.items()}
 
     def identity(self) -> dict[str, Any]:
         """What must be the same for a run to go on."""
@@ -267,25 +284,76 @@ class _Run:
         model = build_head(options, pretrained=pretrained, input_dim=self.width, n_classes=classes)
         return model.to(self.processes.device)
 
-    def _fold(self, fold: Fold, split: str) -> dict[str, Evaluation]:
+    def _fold(self, fold: Fold, split: str) -> dict[str, Scores]:
         """Train and evaluate everything on a fold; what an earlier run finished is not done again."""
         folder = self.out / f"fold_{fold.number}"
         options, recipe = self.settings.model, self.settings.training
         main = (FROZEN if options.freeze else TUNED) if self._weights else controls.RANDOM
-        results = {main: self._fit(main, options, self.inputs.pretrained, recipe, fold, folder, split)}
+        fitted = {main: self._fit(main, options, self.inputs.pretrained, recipe, fold, folder, split)}
+        alone = self._site_alone(fold)
+        scores = self._write(fold, folder, fitted, alone)
         if self.settings.controls:
-            alone = "" if self._weights else " (the model itself is trained from random weights)"
-            self.say(f"fold {fold.number}: controls{alone}")
+            said = "" if self._weights else " (the model itself is trained from random weights)"
+            self.say(f"fold {fold.number}: controls{said}")
             place = folder / "controls"
-            results[controls.MEAN] = self._means(fold, place / "tile_mean")
+            fitted[controls.MEAN] = self._means(fold)
+            self._write(fold, place / "tile_mean", {controls.MEAN: fitted[controls.MEAN]}, {})
             bare = replace(options, head="abmil-tiles", freeze=False)
-            for_bags, name = controls.abmil_options(recipe, self.processes.world), controls.ATTENTION
-            results[name] = self._fit(name, bare, "", for_bags, fold, place / "abmil_tiles", split)
+            for_bags = controls.abmil_options(recipe, self.processes.world)
+            others = {controls.ATTENTION: (bare, "", for_bags, "abmil_tiles")}
             if self._weights:
-                name = controls.RANDOM
-                results[name] = self._fit(name, options, "", recipe, fold, place / "random_weights", split)
-            self._compare(folder, results, main)
-        return {name: result.headline for name, result in results.items()}
+                others[controls.RANDOM] = (options, "", recipe, "random_weights")
+            for name, (model, weights, how, where) in others.items():
+                fitted[name] = self._fit(name, model, weights, how, fold, place / where, split)
+                self._write(fold, place / where, {name: fitted[name]}, {})
+            scores = self._write(fold, folder, fitted, alone)
+        return scores
+
+    def _site_alone(self, fold: Fold) -> dict[str, Predictions]:
+        """What a predictor says that knows the site of a slide only; none without sites or with several labels."""
+        labels, task = self.cohort.joined.labels, self.cohort.task
+        if labels.sites is None or task.multi_label:
+            return {}
+        sites, train = np.asarray(labels.sites), fold.train
+        known = site_probabilities(labels.truth[train], sites[train], sites[fold.test], len(task.classes))
+        return {SITE_ALONE: predictions_of(labels.take(fold.test), known, task)}
+
+    def _write(
+        self, fold: Fold, folder: Path, fitted: dict[str, "_Fitted"], alone: dict[str, Predictions]
+    ) -> dict[str, Scores]:
+        """Score models on a fold's test slides, and write the first one's files with the scores of all."""
+        task, labels = self.cohort.task, self.cohort.joined.labels.take(fold.test)
+        name, main = next(iter(fitted.items()))
+        said = {each: predictions_of(labels, found.said, task) for each, found in fitted.items()}
+        scores = self._scores(fold.test, said | alone, main.how)
+        if self.first:
+            what = f"fold {fold.number}, {name}"
+            curves = _curves(main.history, f"{task.name}, {what}")
+            pictures = confusion_of(scores[name], task, what)
+            if curves is not None:
+                pictures["curves.png"] = lambda: curves_picture(curves)
+            events: dict[str, list[tuple[int, float]]] = {}
+            for entry in main.history:
+                for key, value in vars(entry).items():
+                    if key != "epoch" and value is not None:
+                        events.setdefault(key, []).append((entry.epoch, value))
+            details = {**main.facts, "history": [vars(entry) for entry in main.history]}
+            write_results(
+                folder,
+                Results(
+                    FOLD,
+                    task.described(),
+                    scores,
+                    curves=None if curves is None else curves.to_dict(),
+                    details=details,
+                    notes=scores[name].notes,
+                ),
+                texts={"predictions.csv": slides_csv(labels, main.said, task, main.how)},
+                pictures=pictures,
+                events={"": events} if events else None,
+            )
+        self.processes.gather(None)
+        return scores
 
     def _fit(
         self,
@@ -296,8 +364,8 @@ class _Run:
         fold: Fold,
         folder: Path,
         split: str,
-    ) -> CohortResult:
-        """Train a model on a fold and evaluate it on the test set, once."""
+    ) -> "_Fitted":
+        """Train a model on a fold, and what it says of the test set."""
         task, labels = self.cohort.task, self.cohort.joined.labels
         model = self._model(options, pretrained, fold=fold.number)
         trainer = Trainer(task, self.bags, labels.truth, recipe, self.precision, self.processes, self.check_stop)
@@ -313,23 +381,17 @@ class _Run:
         if recipe.calibrate:
             how = fit_calibration(trainer.logits(trained, fold.val), labels.truth[fold.val], task)
         said = probabilities(trainer.logits(trained, fold.test), task, how.temperature)
-        result = self._evaluate(fold, said, how)
         if self.first:
             if trained is not whole:
                 whole.classifier.load_state_dict(trained.classifier.state_dict())  # type: ignore[union-attr,operator]
             made = self.cohort.facts[0].made
             save_head(folder, FittedHead(whole, task, options, self.width, made, how, self.precision))
-            report.write_curves(folder, history, f"{task.name}, fold {fold.number}, {name}")
-            chosen = "the last epoch" if recipe.select == "last" else "the epoch of least validation loss"
-            facts = {
-                "chosen": {"what": chosen, "calibration": how.fitted_on},
-                "history": [vars(entry) for entry in history],
-                "weights": self._weights if pretrained else {},
-            }
-            what = f"fold {fold.number}, {name}"
-            report.write_cohort(folder, labels.take(fold.test), said, task, how, result, facts, what=what)
-        self.processes.gather(None)
-        return result
+        chosen = "the last epoch" if recipe.select == "last" else "the epoch of least validation loss"
+        facts = {
+            "chosen": {"what": chosen, "calibration": how.fitted_on},
+            "weights": self._weights if pretrained else {},
+        }
+        return _Fitted(said, how, history, facts)
 
     def _on_states(self, model: nn.Module, trainer: Trainer, fold: Fold, *, cache: bool) -> tuple[nn.Module, Trainer]:
         """The classifier alone, on the frozen encoder's states, which are computed once for all folds."""
@@ -346,19 +408,7 @@ class _Run:
         alone.classifier.load_state_dict(model.classifier.state_dict())  # type: ignore[union-attr,operator]
         return alone, replace(trainer, bags=vector_bags(vectors))
 
-    def _evaluate(self, fold: Fold, said: FloatArray, how: Calibration) -> CohortResult:
-        labels, training = self.cohort.joined.labels, self.settings.training
-        return evaluate_cohort(
-            labels.take(fold.test),
-            said,
-            self.cohort.task,
-            how,
-            training=labels.take(fold.train),
-            replicates=training.replicates,
-            seed=training.seed,
-        )
-
-    def _means(self, fold: Fold, folder: Path) -> CohortResult:
+    def _means(self, fold: Fold) -> "_Fitted":
         """The control of mean tile embeddings; convex, so that it takes seconds and needs no checkpoint."""
         task, labels, workers = self.cohort.task, self.cohort.joined.labels, self.settings.training.workers
         means = {
@@ -368,26 +418,25 @@ class _Run:
         layer = controls.fit_linear(means["train"], labels.truth[fold.train], len(task.classes))
         with torch.no_grad():
             logits = layer(torch.from_numpy(means["test"])).numpy()
-        how = default_calibration(task)
-        said = probabilities(logits, task)
-        result = self._evaluate(fold, said, how)
-        if self.first:
-            what = f"fold {fold.number}, {controls.MEAN}"
-            report.write_cohort(folder, labels.take(fold.test), said, task, how, result, {}, what=what)
-        return result
+        return _Fitted(probabilities(logits, task), default_calibration(task), [], {})
 
-    def _compare(self, folder: Path, results: dict[str, CohortResult], main: str) -> None:
-        """Write what the model itself is ahead of each control by, on the same slides with the same draws."""
-        training = self.settings.training
-        table: dict[str, Any] = {}
-        for name, result in results.items():
-            leads = {}
-            if name != main:
-                found = paired_difference(
-                    results[main].slides, result.slides, replicates=training.replicates, seed=training.seed
-                )
-                leads = {score: str(lead) for score, lead in found.items()}
-            scores = {score: str(value) for score, value in result.headline.estimates.items()}
-            table[name] = {"scores": scores, "lead_of_the_model": leads}
-        if self.first:
-            write_json_atomic(folder / "controls.json", table)
+
+@dataclass(frozen=True)
+class _Fitted:
+    """A model on a fold: what it says of the test slides (S, C), how that is decided on, its training, and facts."""
+
+    said: FloatArray
+    how: Calibration
+    history: list[Epoch]
+    facts: dict[str, Any]
+
+
+def _curves(history: list[Epoch], title: str) -> Curves | None:
+    """The learning curve; None for what was not trained by epochs."""
+    if not history:
+        return None
+    epochs = [entry.epoch for entry in history]
+    losses = {"training, while it goes on": (epochs, [entry.train_loss for entry in history])}
+    if all(entry.val_loss is not None for entry in history):
+        losses["validation, after the epoch"] = (epochs, [float(entry.val_loss or 0) for entry in history])
+    return Curves(f"Learning curve: {title}", "epoch", {"mean loss of a slide (nats)": losses})

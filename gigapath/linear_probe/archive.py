@@ -10,7 +10,6 @@ import struct
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -30,11 +29,11 @@ from gigapath.linear_probe.table import (
     worker_count,
     write_table,
 )
+from gigapath.read_ahead import read_ahead
 
 CACHE_SUFFIX = ".cache.h5"
 CACHE_VERSION = 1  # raised when the cache's content changes for the same zip
 REPORT_EVERY = 1024  # tiles
-READ_AHEAD = 512  # files of a folder
 MOST_BYTES = 1 << 28  # a member larger than this holds neither a vector nor a tile
 _ENTRY_BYTES = 46  # of a member in a zip's table, without its name, extra field and comment
 _END_BYTES = 22  # of a zip's end record, without its comment
@@ -128,11 +127,7 @@ class FolderFiles:
 
     def read_all(self) -> Iterator[tuple[int, bytes]]:
         """(number, bytes) of every file, read by threads: on a network's disk the wait for each adds up."""
-        rows = range(len(self.names))
-        with ThreadPoolExecutor(worker_count()) as pool:
-            for start in rows[::READ_AHEAD]:
-                ahead = rows[start : start + READ_AHEAD]
-                yield from zip(ahead, pool.map(self.read, ahead), strict=True)
+        return read_ahead(lambda index: (index, self.read(index)), range(len(self.names)), threads=worker_count())
 
 
 Files = ZipFiles | FolderFiles

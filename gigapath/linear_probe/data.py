@@ -1,5 +1,9 @@
-"""Embeddings with their labels, ready to be fitted: one matrix, and the rows of each split."""
+"""Embeddings of tiles with their labels, joined by name and ready to be fitted: one matrix, the rows of each split."""
 
+import csv
+import re
+import unicodedata
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -7,15 +11,293 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from gigapath.evaluation.labels import class_notes
+from gigapath.evaluation.labels import canonical_label, class_notes, first_column, shown, sorted_classes
 from gigapath.evaluation.splits import Fold, audit
 from gigapath.linear_probe.archive import Report, read_embeddings
-from gigapath.linear_probe.labels import Joined, LabelRows, class_names, in_words, join_labels, own_labels, read_labels
 from gigapath.linear_probe.options import ProbeOptions
-from gigapath.linear_probe.pcam import slides_of_tiles
-from gigapath.linear_probe.table import SPLITS, TEST, TRAIN, VALIDATION, EmbeddingTable, Float32Array
+from gigapath.linear_probe.table import (
+    SPLIT_WORDS,
+    SPLITS,
+    TEST,
+    TRAIN,
+    VALIDATION,
+    EmbeddingTable,
+    Float32Array,
+    bare_name,
+    split_of_word,
+)
+from gigapath.tables import Table, read_table, separator_hint
+
+NAME_COLUMNS = ("input", "file", "name")
+GROUP_COLUMNS = ("group", "patient_id", "patient", "slide_id", "slide", "wsi")
+# PCam's own tables of the slide that each tile was cut from.
+META = "camelyonpatch_level_2_split_{}_meta.csv"
+# Columns that hold the label: tumour in the centre of the tile is what PCam's `y` says, tumour anywhere is the other.
+_META_LABELS = ("center_tumor_patch", "tumor_patch")
+_NUMBER = re.compile(r"(\d+)$")
 
 IntArray = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class LabelRows:
+    """M labelled tiles: names as written, labels as text, splits ("" = not said), groups or None, the source's name
+    for messages, and what the groups are called."""
+
+    names: list[str]
+    labels: list[str]
+    splits: list[str]
+    groups: list[str] | None
+    source: str
+    group_column: str | None = None
+
+
+def rows_of_table(table: Table, *, label: str, split: str | None, group: str | None) -> LabelRows:
+    """The labels in a table with a column `input`, `file` or `name`, and the columns of label, split and group.
+
+    Args:
+        table: as it was read.
+        label: column of the label.
+        split: column of the split; None takes `split` if it is there, else the split is the embeddings' own.
+        group: column of the group; None takes the first of `GROUP_COLUMNS` that is there.
+
+    Raises:
+        ValueError: a column is missing, a label is missing, a split is none.
+    """
+    name_column = named_column(table, None, NAME_COLUMNS, "--labels")
+    named_column(table, label, (), "--label")
+    if group is not None:
+        named_column(table, group, (), "--group")
+    if split is not None:
+        named_column(table, split, (), "--split")
+    group = group or first_column(table, GROUP_COLUMNS)
+    split = split or first_column(table, ("split",))
+    return LabelRows(
+        names=table.columns[name_column],
+        labels=table.filled(label),
+        splits=[""] * len(table) if split is None else splits_of_column(table, split),
+        groups=table.filled(group) if group else None,
+        source=table.source,
+        group_column=group,
+    )
+
+
+def named_column(table: Table, stated: str | None, usual: Sequence[str], option: str) -> str:
+    """The stated column, or the first usual one; ValueError names the option by which it is named."""
+    column = first_column(table, usual if stated is None else (stated,))
+    if column is None:
+        raise ValueError(
+            f"{table.source}: expected a column {stated or ' or '.join(usual)}, got {', '.join(table.header[:12])}. "
+            f"See {option}." + separator_hint(table.header)
+        )
+    return column
+
+
+def splits_of_column(table: Table, column: str) -> list[str]:
+    """The split of each row; ValueError names the row whose word is none."""
+    known: dict[str, str] = {}
+    for number, word in enumerate(table.columns[column], start=2):
+        if word not in known:
+            known[word] = split_of_word(word, f"{table.source}, row {number}")
+    return [known[word] for word in table.columns[column]]
+
+
+def own_labels(table: EmbeddingTable, source: str) -> LabelRows:
+    """The labels that a table carries itself, as `embed-tiles` writes them where folders or a CSV say them.
+
+    Raises:
+        ValueError: it carries none.
+    """
+    if table.labels is None:
+        raise ValueError(f"{source}: carries no labels. Give them with --labels CSV (columns input, label, split).")
+    labelled = [row for row, label in enumerate(table.labels) if label]
+    groups = table.groups
+    return LabelRows(
+        names=[table.names[row] for row in labelled],
+        labels=[table.labels[row] for row in labelled],
+        splits=[table.splits[row] for row in labelled],
+        groups=None if groups is None else [groups[row] for row in labelled],
+        source=source,
+        group_column=None if groups is None else str(table.attrs.get("group_column", "groups")),
+    )
+
+
+@dataclass(frozen=True)
+class Joined:
+    """Which embedding each label belongs to.
+
+    Args:
+        rows: for each used label its row in the table.
+        used: for each used label its row among the labels.
+        splits: for each used label its split.
+        unlabelled: names of embeddings that no label speaks of.
+        unembedded: names in the labels that have no embedding.
+    """
+
+    rows: list[int]
+    used: list[int]
+    splits: list[str]
+    unlabelled: list[str]
+    unembedded: list[str]
+
+
+def join_labels(
+    tiles: Sequence[str], tile_splits: Sequence[str], labels: LabelRows, *, allow_missing: bool, noun: str = "embedding"
+) -> Joined:
+    """Find the tile of each label by its path, else by the last part of its path, within its split where both say one.
+
+    Args:
+        tiles: names of the embeddings, without suffix.
+        tile_splits: their splits as far as their own paths say them, "" elsewhere.
+        labels: what was read of labels.
+        allow_missing: go on where labels or tiles are left over.
+        noun: what a tile is called in messages.
+
+    Raises:
+        ValueError: labels or tiles are left over, a name fits several tiles, a tile has two labels or stands in two
+            splits, the labels contradict the split in the tiles' path.
+    """
+    composed = [unicodedata.normalize("NFC", name) for name in tiles]
+    by_path = {name: row for row, name in enumerate(composed)}
+    by_stem: dict[str, list[int]] = {}
+    for row, name in enumerate(composed):
+        by_stem.setdefault(name.rpartition("/")[2], []).append(row)
+
+    rows: list[int] = []
+    used: list[int] = []
+    splits: list[str] = []
+    unembedded: list[str] = []
+    contradicting: list[str] = []
+    for index, written in enumerate(labels.names):
+        name, split = unicodedata.normalize("NFC", bare_name(written)), labels.splits[index]
+        row = by_path.get(name, -1)
+        if row < 0:
+            candidates = by_stem.get(name.rpartition("/")[2], [])
+            fitting = [each for each in candidates if not split or tile_splits[each] in ("", split)]
+            if len(fitting) > 1:
+                raise ValueError(
+                    f"{labels.source}: {written} fits several {noun}s "
+                    f"({shown([tiles[candidate] for candidate in fitting])}). "
+                    "Write its whole path."
+                )
+            if not candidates:
+                unembedded.append(written)
+                continue
+            if not fitting:
+                contradicting.append(f"{written} ({split} against {tile_splits[candidates[0]]})")
+                continue
+            row = fitting[0]
+        elif split and tile_splits[row] not in ("", split):
+            contradicting.append(f"{written} ({split} against {tile_splits[row]})")
+            continue
+        rows.append(row)
+        used.append(index)
+        splits.append(split or tile_splits[row])
+
+    _refuse_double_rows(rows, used, splits, labels)
+    if contradicting:
+        raise ValueError(
+            f"{labels.source}: {len(contradicting):,} splits contradict the paths of the {noun}s: "
+            f"{shown(contradicting)}. Correct the CSV, or take the right {noun}s."
+        )
+    taken = set(rows)
+    unlabelled = [name for row, name in enumerate(tiles) if row not in taken]
+    if (unembedded or unlabelled) and not allow_missing:
+        lacking = in_words({f"rows without {noun}": unembedded, f"{noun}s without a row": unlabelled})
+        raise ValueError(
+            f"{labels.source}: {lacking}, of {len(labels.names):,} rows and {len(tiles):,} {noun}s. Complete them, or "
+            "go on without them: --allow-missing."
+        )
+    return Joined(rows, used, splits, unlabelled, unembedded)
+
+
+def class_names(labels: Sequence[str], positive: str | None) -> tuple[dict[str, int], tuple[str, ...]]:
+    """One map from label to class for all splits: numbers in their order, then text in its order.
+
+    Args:
+        labels: all labels in use, as text; "1" and "1.0" are the same.
+        positive: of two classes the one to put second, or None.
+
+    Returns:
+        label as written -> class index, and the names of the classes.
+    """
+    names = sorted_classes(labels)
+    if positive is not None:
+        wanted = canonical_label(positive)
+        if len(names) != 2 or wanted not in names:
+            raise ValueError(f"--positive: expected one of two classes, got {positive!r} of {', '.join(names)}.")
+        names = [name for name in names if name != wanted] + [wanted]
+    index = {name: number for number, name in enumerate(names)}
+    return {label: index[canonical_label(label)] for label in set(labels)}, tuple(names)
+
+
+def _refuse_double_rows(rows: list[int], used: list[int], splits: list[str], labels: LabelRows) -> None:
+    if len(set(rows)) == len(rows):
+        return
+    first: dict[int, int] = {}
+    for position, row in enumerate(rows):
+        before = first.setdefault(row, position)
+        if before != position:
+            name = labels.names[used[position]]
+            if splits[before] != splits[position]:
+                raise ValueError(
+                    f"{labels.source}: {name} stands in two splits ({splits[before]} and {splits[position]}). Keep one."
+                )
+            raise ValueError(
+                f"{labels.source}: {name} has two rows ({used[before] + 2} and {used[position] + 2}). Keep one."
+            )
+
+
+def in_words(lacking: Mapping[str, list[str]]) -> str:
+    """How many names there are of each kind, and the first of them; of kinds without any, nothing."""
+    return ", ".join(f"{kind}: {len(names):,} ({shown(names)})" for kind, names in lacking.items() if names)
+
+
+def read_meta(path: Path) -> tuple[list[str], list[list[str]]]:
+    """(slide of each row, the label columns of each row as "0" and "1") of one of PCam's meta files."""
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        rows = list(csv.DictReader(file))
+    slides = [row.get("wsi") or "" for row in rows]
+    if not rows or "" in slides:
+        raise ValueError(f"{path.name}: expected PCam's columns, wsi among them. Fetch it anew.")
+    truth = {"true": "1", "false": "0"}
+    labels = [[truth.get((row.get(name) or "").lower(), row.get(name) or "") for name in _META_LABELS] for row in rows]
+    return slides, labels
+
+
+def slides_of_tiles(
+    folder: Path, names: Sequence[str], splits: Sequence[str], classes: Sequence[int]
+) -> list[str] | None:
+    """The slide of each tile, where the tiles' numbers are PCam's own; None where that can't be told for sure.
+
+    The number at the end of a name must count the rows of its split's meta file from 0, each once, and the labels of
+    all tiles must be those of the rows: thousands of agreements don't happen by chance.
+
+    Args:
+        folder: with PCam's three meta files.
+        names: the tiles, without suffix.
+        splits: their splits.
+        classes: their classes, 1 = tumour.
+    """
+    found = [""] * len(names)
+    for word in ("train", "valid", "test"):
+        path = folder / META.format(word)
+        members = [row for row, split in enumerate(splits) if split == SPLIT_WORDS[word]]
+        if not path.is_file():
+            return None
+        slides, labels = read_meta(path)
+        numbers = [int(match[1]) if (match := _NUMBER.search(names[row])) else -1 for row in members]
+        if sorted(numbers) != list(range(len(slides))):
+            return None
+        truth = [labels[number] for number in numbers]
+        if not any(
+            all(row[column] == str(classes[member]) for row, member in zip(truth, members, strict=True))
+            for column in range(len(_META_LABELS))
+        ):
+            return None
+        for member, number in zip(members, numbers, strict=True):
+            found[member] = slides[number]
+    return found
 
 
 @dataclass(frozen=True)
@@ -79,9 +361,9 @@ def load_data(
         ValueError: one sentence on what is wrong.
     """
     # The CSV first: what is wrong with it should not wait for gigabytes to be read.
-    listed = (
-        None if labels is None else read_labels(labels, label=options.label, split=options.split, group=options.group)
-    )
+    listed = None
+    if labels is not None:
+        listed = rows_of_table(read_table(labels), label=options.label, split=options.split, group=options.group)
     table, how = read_embeddings(embeddings, cache=cache, report=report)
     listed = listed or own_labels(table, Path(embeddings).name)
     joined = join_labels(table.names, table.splits, listed, allow_missing=options.allow_missing)

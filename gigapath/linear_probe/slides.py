@@ -6,77 +6,226 @@ inside the training folds, so that no test slide has a say in anything.
 Legend: S slides, D width, C classes, K folds, R repeats.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
-from gigapath.evaluation import (
-    Estimate,
-    Evaluation,
-    Predictions,
-    average_by_group,
-    evaluate,
-    paired_difference,
-    prior_probabilities,
-    site_probabilities,
+import gigapath
+from gigapath.evaluation import Predictions, prior_probabilities, site_probabilities
+from gigapath.evaluation.labels import (
+    ID_COLUMNS,
+    SITE_COLUMNS,
+    alike_classes,
+    class_notes,
+    first_column,
+    id_maker,
+    patients_of,
 )
-from gigapath.evaluation.labels import alike_classes
+from gigapath.evaluation.plots import draw_intervals
+from gigapath.evaluation.report import predictions_csv, summary_csv, table_lines, write_results
+from gigapath.evaluation.results import SITE_ALONE, SLIDE_PROBE, Results, Scores, score
+from gigapath.evaluation.scores import SCORE_WORDS
 from gigapath.evaluation.splits import Fold, audit, draw_parts
+from gigapath.features import read_slides
+from gigapath.linear_probe.data import class_names, in_words, named_column, splits_of_column
 from gigapath.linear_probe.heads import PATIENCE, PENALTIES, LogisticRegression, cross_entropy, one_thread
 from gigapath.linear_probe.options import ProbeOptions, SlideProbeOptions
-from gigapath.linear_probe.slide_data import FloatArray, IntArray, SlideData, TextArray, load_slides
-from gigapath.options import to_dict
+from gigapath.linear_probe.table import TEST
+from gigapath.options import IdOptions, to_dict
+from gigapath.tables import read_table
 
 BASELINE = "tile-mean"
 INNER_FOLDS = 3
 # With fewer patients of a class in a test fold, a replicate of the bootstrap often draws none of them.
 FEW_IN_FOLD = 5
+SHOWN = ("auroc", "balanced_accuracy", "auprc", "f1_weighted")
+
+FloatArray = npt.NDArray[np.float64]
+IntArray = npt.NDArray[np.int64]
+TextArray = npt.NDArray[np.str_]
 
 
 @dataclass(frozen=True)
-class EmbeddingScore:
-    """What a probe of one embedding reached.
+class SlideData:
+    """S labelled slides.
 
     Args:
-        predictions: of all test slides of all folds and repeats, rows ordered alike for every embedding.
-        by_patient: the evaluation over patients, probabilities of a patient's slides averaged; None where a patient
-            has slides of several labels, or nothing says who the patients are.
-        by_slide: the same over slides, drawn patient by patient.
-        lead: over tile-mean, on the same patients (or slides) and draws; None for tile-mean itself.
-        by_site: site -> its evaluation alone, over patients where they are known; empty where no column names sites.
-        width: D, None for controls.
-        penalties: the penalty chosen in each fit.
+        ids: S slide ids, sorted.
+        vectors: name of the embedding -> (S, D).
+        labels: (S,) class index.
+        classes: names of the classes.
+        groups: (S,) patients; slides themselves where no column says them.
+        group_column: what the groups are called, or None where slides stand for themselves.
+        sites: (S,) or None.
+        test: (S,) bool, the slides of the given test split; None for folds.
+        facts: counts for the report.
+        warnings: sentences for the user.
     """
 
-    predictions: Predictions
-    by_patient: Evaluation | None
-    by_slide: Evaluation
-    lead: dict[str, Estimate] | None
-    by_site: dict[str, Evaluation]
-    width: int | None = None
-    penalties: tuple[float, ...] = ()
+    ids: tuple[str, ...]
+    vectors: dict[str, FloatArray]
+    labels: IntArray
+    classes: tuple[str, ...]
+    groups: TextArray
+    group_column: str | None
+    sites: TextArray | None
+    test: npt.NDArray[np.bool_] | None
+    facts: dict[str, Any] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
 
-    @property
-    def main(self) -> Evaluation:
-        """Over patients where they are known, else over slides."""
-        return self.by_patient or self.by_slide
+
+def load_slides(
+    folder: Path | str,
+    labels: Path,
+    names: list[str],
+    options: ProbeOptions,
+    ids_meet: IdOptions = IdOptions(),  # noqa: B008 - frozen
+) -> SlideData:
+    """Read slide embeddings and the CSV, join them by slide id, and check that a probe of them means something.
+
+    Args:
+        folder: the output folder of `gigapath embed`, or one of its `slides_*` folders.
+        labels: CSV with `slide_id` (or `input`, `file`, `name`), the label's column, and the patient's.
+        names: names of embeddings, see `gigapath.features.data`.
+        options: columns, what to allow.
+        ids_meet: how slides meet rows.
+
+    Raises:
+        FileNotFoundError, ValueError: one sentence on what is wrong.
+    """
+    listed = read_table(labels)
+    written_ids = listed.filled(named_column(listed, None, ID_COLUMNS, "--labels"))
+    all_labels = listed.filled(named_column(listed, options.label, (), "--label"))
+    for column, option in ((options.group, "--group"), (options.split, "--split")):
+        if column is not None:
+            named_column(listed, column, (), option)
+    group_column, patients = patients_of(listed, options.group, written_ids, ids_meet.id_rule)
+    key_of = id_maker(ids_meet.id_rule, ids_meet.id_regex)
+    row_of_key = _rows_by_key([key_of(written) for written in written_ids], listed.source)
+    ids, vectors, notes = _read_vectors(folder, names)
+    keys = [key_of(slide) for slide in ids]
+    unlabelled = [slide for slide, key in zip(ids, keys, strict=True) if key not in row_of_key]
+    unembedded = sorted(set(row_of_key) - set(keys))
+    if (unlabelled or unembedded) and not options.allow_missing:
+        both = in_words({"slides without an embedding": unembedded, "embeddings without a row": unlabelled})
+        raise ValueError(
+            f"{listed.source}: {both}. Complete them (see --id-rule), or go on without them: --allow-missing."
+        )
+    if unlabelled or unembedded:
+        lacking = {"labels without an embedding": unembedded, "embeddings without a label": unlabelled}
+        notes.append(f"left out: {in_words(lacking)}")
+    kept = [index for index, key in enumerate(keys) if key in row_of_key]
+    rows = [row_of_key[keys[index]] for index in kept]
+    slide_ids = tuple(ids[index] for index in kept)
+    written_labels = [all_labels[row] for row in rows]
+    index_of_label, classes = class_names(written_labels, options.positive)
+    if len(classes) < 2:
+        raise ValueError(f"{listed.source}: expected slides of two classes, got {', '.join(classes) or 'no slides'}.")
+    # Without patients the names as the CSV writes them, as in fine-tuning: their order has a say in the draw of folds.
+    groups = np.array([(patients or written_ids)[row] for row in rows])
+    if patients is None:
+        notes.append("no column names the patients, so each slide counts as one; --group COL names it")
+    test = None
+    if options.split is not None:
+        splits = splits_of_column(listed, options.split)
+        test = np.array([splits[row] == TEST for row in rows])
+        if test.all() or not test.any():
+            raise ValueError(f"{listed.source}: the column {options.split} leaves no slide to {_lacking(test)}.")
+        notes.append("slides of train and val train together: the penalty is chosen by folds inside them")
+    site_column = first_column(listed, SITE_COLUMNS)
+    labels_of_slides = np.array([index_of_label[label] for label in written_labels], dtype=np.int64)
+    notes += class_notes(classes, labels_of_slides, groups.tolist(), "slide" if patients is None else "patient")
+    return SlideData(
+        ids=slide_ids,
+        vectors={name: found[kept] for name, found in vectors.items()},
+        labels=labels_of_slides,
+        classes=classes,
+        groups=groups,
+        group_column=group_column,
+        sites=None if site_column is None else np.array([listed.columns[site_column][row] for row in rows]),
+        test=test,
+        facts={
+            "slides": len(slide_ids),
+            "groups": len(set(groups.tolist())),
+            "group_column": group_column,
+            "site_column": site_column,
+            "slides_of_class": dict(zip(classes, np.bincount(labels_of_slides).tolist(), strict=True)),
+            "labels": labels.name,
+            "labels_without_embedding": len(unembedded),
+            "embeddings_without_label": len(unlabelled),
+        },
+        warnings=tuple(notes),
+    )
+
+
+def _rows_by_key(keys: Sequence[str], source: str) -> dict[str, int]:
+    """What a slide is compared by -> its row of the CSV; ValueError where two rows are of one slide."""
+    row_of_key: dict[str, int] = {}
+    for row, key in enumerate(keys):
+        if row_of_key.setdefault(key, row) != row:
+            raise ValueError(f"{source}: {key} has two rows ({row_of_key[key] + 2} and {row + 2}). Keep one.")
+    return row_of_key
+
+
+def _read_vectors(folder: Path | str, names: list[str]) -> tuple[list[str], dict[str, FloatArray], list[str]]:
+    """(slide ids, name -> vectors (S, D), what the reader warned of)."""
+    vectors: dict[str, FloatArray] = {}
+    ids: list[str] = []
+    notes: list[str] = []
+    for name in names:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            ids, found = read_slides(folder, name)
+        notes += [text for text in map(str, (warning.message for warning in caught)) if text not in notes]
+        vectors[name] = found.astype(np.float64)
+        if not np.isfinite(vectors[name]).all():
+            slide = ids[int(np.flatnonzero(~np.isfinite(vectors[name]).all(axis=1))[0])]
+            raise ValueError(f"{slide}: its embedding {name} holds NaN or infinity. Embed the slide again.")
+    return ids, vectors, notes
+
+
+def _lacking(test: npt.NDArray[np.bool_]) -> str:
+    return "train on" if test.all() else "test on"
 
 
 @dataclass(frozen=True)
 class SlideProbe:
-    """The table: embeddings in the order asked for, `tile-mean` first, and controls; `rows` says which slide, fold
-    and repeat each row of the predictions is."""
+    """What was found: `scores` of the embeddings, `tile-mean` first, then of controls; `rows` says which slide each row
+    of their predictions is."""
 
     data: SlideData
-    scores: dict[str, EmbeddingScore]
-    controls: dict[str, EmbeddingScore]
+    scores: dict[str, Scores]
     rows: IntArray
     options: dict[str, Any]
     notes: tuple[str, ...]
+
+    @property
+    def results(self) -> Results:
+        """What `results.json` holds."""
+        classes = self.data.classes
+        return Results(
+            SLIDE_PROBE,
+            {
+                "classes": list(classes),
+                **({"positive_class": classes[1]} if len(classes) == 2 else {}),
+                "auprc_baseline": "the prevalence",
+            },
+            self.scores,
+            details={
+                "chosen": {"what": "penalty", "on": "folds inside the training slides of each fit, by cross-entropy"},
+                "differences": f"each embedding minus {BASELINE}, on the same patients, folds and bootstrap draws",
+                "data": self.data.facts,
+                "options": self.options,
+                "versions": {"implementation": gigapath.__implementation__, "package_version": gigapath.__version__},
+            },
+            notes=self.notes,
+        )
 
 
 def probe_slides(
@@ -114,56 +263,44 @@ def probe_slides(
     rows = np.concatenate([test for _, test in folds])
     fold_of_row = np.repeat(np.arange(len(folds)), [len(test) for _, test in folds])
 
-    said: dict[str, FloatArray] = {}
-    penalties: dict[str, tuple[float, ...]] = {}
+    patients = data.group_column is not None
+    sites = None if data.sites is None else data.sites[rows]
+
+    def predictions(parts: Sequence[FloatArray]) -> Predictions:
+        groups = data.groups[rows]
+        return Predictions(data.labels[rows], np.concatenate(parts), data.classes, groups=groups, folds=fold_of_row)
+
+    said: dict[str, Predictions] = {}
+    facts: dict[str, dict[str, Any]] = {}
     with one_thread(torch.device("cpu")):
         for name, vectors in data.vectors.items():
             fits = [
                 fit_fold(vectors, data.labels, data.groups, train, test, options.seed, names=data.classes)
                 for train, test in folds
             ]
-            said[name] = np.concatenate([probabilities for probabilities, _ in fits])
-            penalties[name] = tuple(penalty for _, penalty in fits)
+            said[name] = predictions([probabilities for probabilities, _ in fits])
+            facts[name] = {"width": vectors.shape[1], "penalties": [penalty for _, penalty in fits]}
     classes = len(data.classes)
-    controls = {
-        "chance": [prior_probabilities(data.labels[train], len(test), classes) for train, test in folds],
-    }
+    said["chance"] = predictions([prior_probabilities(data.labels[train], len(test), classes) for train, test in folds])
     if data.sites is not None:
         places = data.sites
-        controls["site alone"] = [
-            site_probabilities(data.labels[train], places[train], places[test], classes) for train, test in folds
-        ]
-
-    def predictions(probabilities: FloatArray) -> Predictions:
-        return Predictions(data.labels[rows], probabilities, data.classes, groups=data.groups[rows], folds=fold_of_row)
-
-    patients = data.group_column is not None and data.one_label_per_group
-    if data.group_column is not None and not patients:
-        notes.append(
-            f"a {data.group_column} has slides of several labels, so scores are over slides, not over patients"
+        said[SITE_ALONE] = predictions(
+            [site_probabilities(data.labels[train], places[train], places[test], classes) for train, test in folds]
         )
-    sites = None if data.sites is None else data.sites[rows]
-
-    def score(probabilities: FloatArray, against: FloatArray | None) -> EmbeddingScore:
-        baseline = None if against is None else predictions(against)
-        return _score(predictions(probabilities), baseline, sites, patients, options)
-
     scores = {
-        name: replace(
-            score(probabilities, None if name == BASELINE else said[BASELINE]),
-            width=data.vectors[name].shape[1],
-            penalties=penalties[name],
+        name: score(
+            found,
+            patients=patients,
+            sites=sites,
+            against={BASELINE: said[BASELINE]} if name in facts and name != BASELINE else None,
+            facts=facts.get(name),
+            replicates=options.replicates,
+            seed=options.seed,
         )
-        for name, probabilities in said.items()
+        for name, found in said.items()
     }
-    return SlideProbe(
-        data=data,
-        scores=scores,
-        controls={name: score(np.concatenate(parts), None) for name, parts in controls.items()},
-        rows=rows,
-        options={**to_dict(options), **to_dict(slide_options)},
-        notes=tuple(notes),
-    )
+    notes += scores[BASELINE].notes
+    return SlideProbe(data, scores, rows, {**to_dict(options), **to_dict(slide_options)}, tuple(notes))
 
 
 def _folds(data: SlideData, options: ProbeOptions, slide_options: SlideProbeOptions) -> list[Fold]:
@@ -210,36 +347,6 @@ def _few_in_fold(data: SlideData, tests: Sequence[IntArray]) -> list[str]:
         "often draws none of them and leaves the fold out, which moves intervals of AUPRC and balanced accuracy up, at "
         "times past the score itself. Take fewer --folds, or more slides"
     ]
-
-
-def _score(
-    predictions: Predictions,
-    baseline: Predictions | None,
-    sites: TextArray | None,
-    patients: bool,
-    options: ProbeOptions,
-) -> EmbeddingScore:
-    """All evaluations of one embedding's (or control's) predictions; `sites` names the site of each of their rows."""
-
-    def units(some: Predictions) -> Predictions:
-        return average_by_group(some) if patients else some
-
-    def over(some: Predictions) -> Evaluation:
-        return evaluate(some, replicates=options.replicates, seed=options.seed)
-
-    lead = None
-    if baseline is not None:
-        draws = {"replicates": options.replicates, "seed": options.seed}
-        lead = paired_difference(units(predictions), units(baseline), **draws)
-    return EmbeddingScore(
-        predictions=predictions,
-        by_patient=over(units(predictions)) if patients else None,
-        by_slide=over(predictions),
-        lead=lead,
-        by_site={str(site): over(units(predictions.rows(sites == site))) for site in np.unique(sites)}
-        if sites is not None
-        else {},
-    )
 
 
 def fit_fold(
@@ -310,3 +417,55 @@ class _Fit:
     def probabilities(self, penalty: float, rows: IntArray) -> FloatArray:
         """Probabilities of some slides for a penalty."""
         return self._regression.fit(penalty).probabilities(self._standardised, torch.from_numpy(rows))
+
+
+def write_slide_report(out: Path, probe: SlideProbe) -> list[str]:
+    """Write all files of a probe of slides into a folder; returns their names."""
+    return write_results(
+        out,
+        probe.results,
+        texts={"summary.csv": summary_csv(probe.scores), "predictions.csv": _predictions(probe)},
+        pictures={"comparison.png": lambda: _comparison(probe)},
+    )
+
+
+def slide_summary_lines(probe: SlideProbe) -> Iterator[str]:
+    """The table for a person, line by line."""
+    data = probe.data
+    groups = f" of {data.facts['groups']:,} groups ({data.group_column})" if data.group_column else ""
+    counts = ", ".join(f"{count:,} {name}" for name, count in data.facts["slides_of_class"].items())
+    positive = f" (positive: {data.classes[1]})" if len(data.classes) == 2 else ""
+    yield f"{data.facts['slides']:,} slides{groups}: {counts}{positive}"
+    rows = [["embedding", "width", *(SCORE_WORDS[name] for name in SHOWN), f"AUROC against {BASELINE}"]]
+    for name, found in probe.scores.items():
+        lead = f"{found.leads[BASELINE]['auroc']:+.4f}" if found.leads else ""
+        rows.append([name, str(found.facts.get("width", "")), *(str(found[each]) for each in SHOWN), lead])
+    yield from table_lines(rows)
+    yield f"intervals: {probe.scores[BASELINE].headline.covers}"
+    yield from (f"note: {note}" for note in probe.notes)
+
+
+def _predictions(probe: SlideProbe) -> str:
+    """One row per slide, fit and embedding; `fold` counts the fits through, over folds and repeats."""
+    data, rows = probe.data, probe.rows
+    said = {name: found.predictions for name, found in probe.scores.items() if "width" in found.facts}
+    probabilities = np.concatenate([each.probabilities for each in said.values() if each is not None])
+    many = len(said)
+    columns = {
+        "slide_id": [data.ids[row] for row in rows] * many,
+        **({data.group_column: data.groups[rows].tolist() * many} if data.group_column else {}),
+        "embedding": [name for name in said for _ in rows],
+        "fold": [fold for each in said.values() if each is not None for fold in np.asarray(each.folds).tolist()],
+        "label": [data.classes[label] for label in data.labels[rows]] * many,
+        "predicted": [data.classes[index] for index in probabilities.argmax(axis=1)],
+    }
+    return predictions_csv(columns, probabilities, data.classes)
+
+
+def _comparison(probe: SlideProbe) -> bytes:
+    auroc = {name: found["auroc"] for name, found in probe.scores.items()}
+    return draw_intervals(
+        {name: (each.value, each.low, each.high) for name, each in auroc.items()},
+        x_label=f"AUROC, mean over folds, with 95 % interval over {probe.scores[BASELINE].unit}",
+        title="Slide embeddings compared by linear probes",
+    )

@@ -1,10 +1,10 @@
 """A probe of tile embeddings from files to figures."""
 
-import logging
 import platform
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +14,10 @@ import torch
 
 import gigapath
 from gigapath.devices import at_most_threads, resolve_device
-from gigapath.evaluation import (
-    Estimate,
-    Evaluation,
-    Predictions,
-    calibration_slope,
-    evaluate,
-    macro_curves,
-    paired_difference,
-    prior_probabilities,
-)
+from gigapath.evaluation import Predictions, evaluate, macro_curves, prior_probabilities
+from gigapath.evaluation.intervals import plain
+from gigapath.evaluation.report import confusion_picture, curves_picture, predictions_csv, score_lines, write_results
+from gigapath.evaluation.results import TILE_PROBE, Curves, Results, Scores, score
 from gigapath.linear_probe.archive import Report
 from gigapath.linear_probe.data import ProbeData, load_data
 from gigapath.linear_probe.heads import Choice, LinearHead, Look, Recipe, choose_neighbours, choose_penalty, train
@@ -34,7 +28,12 @@ from gigapath.options import to_dict
 
 FloatArray = npt.NDArray[np.float64]
 
-log = logging.getLogger(__name__)
+PROBE = "probe"
+# What the heads that try several numbers vary, and by what they choose, on validation.
+_TRIED = {
+    "penalty": ("penalty (mean loss per squared weight)", "cross-entropy, validation (nats)"),
+    "neighbours": ("neighbours k", "weighted F1, validation"),
+}
 
 
 @dataclass(frozen=True)
@@ -51,44 +50,95 @@ class SeedResult:
 
 
 @dataclass(frozen=True)
-class Control:
-    """A predictor that knows less than the embeddings, on the test set, and by how much the probe beats it."""
-
-    evaluation: Evaluation
-    lead: dict[str, Estimate]
-
-
-@dataclass(frozen=True)
 class TileProbe:
-    """Everything that a probe of tiles found; `evaluations` are those of the first seed."""
+    """Everything that a probe of tiles found; `scores` are those of the first seed on the test set, those of controls
+    beside, `seed_scores` those of each seed."""
 
     data: ProbeData
     options: dict[str, Any]
-    results: tuple[SeedResult, ...]
-    evaluations: dict[str, Evaluation]
-    slopes: dict[str, float]
-    controls: dict[str, Control]
+    heads: tuple[SeedResult, ...]
+    scores: dict[str, Scores]
+    validation: Scores
     seed_scores: dict[str, list[float]]
     choice: Choice | None
     device: str
     seconds: dict[str, float]
     notes: tuple[str, ...] = ()
-    facts: dict[str, Any] = field(default_factory=dict)
 
     def published_scores(self, split: str) -> dict[str, float]:
         """The first seed's scores by the published code's definitions; none without logits (neighbours)."""
-        if split not in self.results[0].logits:
+        if split not in self.heads[0].logits:
             return {}
-        auroc, auprc = macro_curves(self.data.truth(split), self.results[0].logits[split])
-        return {
-            "f1_weighted": self.evaluations[split]["f1_weighted"].value,
-            "auroc_logits_macro": auroc,
-            "auprc_logits_macro": auprc,
-        }
+        auroc, auprc = macro_curves(self.data.truth(split), self.heads[0].logits[split])
+        ours = self.validation if split == VALIDATION else self.scores[PROBE]
+        return {"f1_weighted": ours["f1_weighted"].value, "auroc_logits_macro": auroc, "auprc_logits_macro": auprc}
 
-    def predictions(self, split: str) -> Predictions:
-        """Truth and the first seed's probabilities of a split."""
-        return predictions_of(self.data, split, self.results[0].probabilities[split])
+    @property
+    def curves(self) -> Curves:
+        """Loss and validation score over the steps; for the heads without steps the score over what was tried."""
+        if self.choice is not None:
+            x, y = _TRIED[self.choice.name]
+            values = sorted(self.choice.tried)
+            lines = {"tried": (values, [self.choice.tried[value] for value in values])}
+            mark = (self.choice.value, f"kept: {self.choice.value:g}")
+            return Curves(f"Choice of the {self.choice.name}", x, {y: lines}, mark, log=True)
+        loss, f1 = {}, {}
+        for head in self.heads[:7]:
+            steps = [look.step for look in head.looks]
+            loss[f"seed {head.seed}"] = (steps, [look.train_loss for look in head.looks])
+            f1[f"seed {head.seed}"] = (steps, [look.val_f1 for look in head.looks])
+        panels = {"training cross-entropy (nats)": loss, "weighted F1, validation": f1}
+        step = self.heads[0].step or 0
+        mark = (step, f"kept: step {step} (seed {self.heads[0].seed})")
+        axis = f"step (of {self.options['batch_size']} tiles)"
+        return Curves("Learning curve: linear probe, SGD", axis, panels, mark)
+
+    @property
+    def results(self) -> Results:
+        """What `results.json` holds."""
+        first, classes = self.heads[0], self.data.classes
+        chosen: dict[str, Any] = {"what": first.chosen, "on": "validation", "step": first.step}
+        if self.choice:
+            chosen["tried"] = {f"{value:g}": found for value, found in self.choice.tried.items()}
+            chosen["criterion"] = self.choice.criterion
+        published = {"validation": self.published_scores(VALIDATION), "test": self.published_scores(TEST)}
+        return Results(
+            TILE_PROBE,
+            {
+                "classes": list(classes),
+                **({"positive_class": classes[1]} if len(classes) == 2 else {}),
+                "auprc_baseline": "the prevalence",
+            },
+            self.scores,
+            self.validation,
+            self.curves.to_dict(),
+            {
+                "published_definitions": {
+                    "what": "raw logits against one-hot truth, macro over all classes",
+                    **{
+                        split: {name: plain(each) for name, each in found.items()} for split, found in published.items()
+                    },
+                },
+                "chosen": chosen,
+                "seeds": {
+                    "seeds": [head.seed for head in self.heads],
+                    "test": {name: _spread(values) for name, values in self.seed_scores.items()},
+                },
+                "data": self.data.facts,
+                "options": self.options,
+                "device": self.device,
+                "seconds": {name: round(seconds, 3) for name, seconds in self.seconds.items()},
+                "versions": {
+                    "implementation": gigapath.__implementation__,
+                    "package_version": gigapath.__version__,
+                    "torch": torch.__version__,
+                    "numpy": np.__version__,
+                    "python": platform.python_version(),
+                    "threads": torch.get_num_threads(),
+                },
+            },
+            self.notes,
+        )
 
 
 def probe_tiles(
@@ -125,30 +175,30 @@ def probe_tiles(
     )
     read = time.perf_counter()
     with at_most_threads(available_cores()):
-        results, choice = fit_heads(data, options, tile_options, device, on_look)
+        heads, choice = fit_heads(data, options, tile_options, device, on_look)
     fitted = time.perf_counter()
     notes = list(data.warnings)
     if tile_options.seeds > 1 and tile_options.solver != "sgd":
         notes.append(f"--seeds has no effect: {tile_options.solver} draws nothing")
 
-    evaluations, slopes = {}, {}
-    for split in (VALIDATION, TEST):
-        predictions = predictions_of(data, split, results[0].probabilities[split])
-        evaluations[split] = evaluate(predictions, replicates=options.replicates, seed=options.seed)
-        slopes[split] = calibration_slope(predictions)
-        notes += [f"{split}: {note}" for note in evaluations[split].notes]
-    controls = _controls(data, results[0].probabilities[TEST], options)
+    scored = partial(score, unit="tiles", replicates=options.replicates, seed=options.seed)
+    said = {split: predictions_of(data, split, heads[0].probabilities[split]) for split in (VALIDATION, TEST)}
+    controls = _controls(data)
+    scores = {PROBE: scored(said[TEST], against=controls)}
+    scores |= {name: scored(control) for name, control in controls.items()}
+    validation = scored(said[VALIDATION])
+    for split, found in ((VALIDATION, validation), (TEST, scores[PROBE])):
+        notes += [f"{split}: {note}" for note in found.notes]
     per_seed = [
-        evaluate(predictions_of(data, TEST, result.probabilities[TEST]), replicates=0).estimates for result in results
+        evaluate(predictions_of(data, TEST, head.probabilities[TEST]), replicates=0).estimates for head in heads
     ]
     return TileProbe(
         data=data,
         options={**to_dict(options), **to_dict(tile_options)},
-        results=results,
-        evaluations=evaluations,
-        slopes=slopes,
-        controls=controls,
-        seed_scores={name: [scores[name].value for scores in per_seed] for name in per_seed[0]},
+        heads=heads,
+        scores=scores,
+        validation=validation,
+        seed_scores={name: [found[name].value for found in per_seed] for name in per_seed[0]},
         choice=choice,
         device=str(device),
         seconds={
@@ -157,14 +207,6 @@ def probe_tiles(
             "evaluate": time.perf_counter() - fitted,
         },
         notes=tuple(notes),
-        facts={
-            "implementation": gigapath.__implementation__,
-            "package_version": gigapath.__version__,
-            "torch": torch.__version__,
-            "numpy": np.__version__,
-            "python": platform.python_version(),
-            "threads": torch.get_num_threads(),
-        },
     )
 
 
@@ -259,10 +301,10 @@ def _device(tile_options: TileProbeOptions) -> torch.device:
     return device
 
 
-def _controls(data: ProbeData, probabilities: FloatArray, options: ProbeOptions) -> dict[str, Control]:
-    """What chance reaches, and what raw colour statistics reach where pixels were at hand, on the test set."""
-    ours = predictions_of(data, TEST, probabilities)
-    said = {"chance": prior_probabilities(data.truth(TRAIN), len(ours.truth), len(data.classes))}
+def _controls(data: ProbeData) -> dict[str, Predictions]:
+    """What chance says of the test set, and what raw colour statistics say where pixels were at hand."""
+    truth = data.truth(TEST)
+    said = {"chance": prior_probabilities(data.truth(TRAIN), len(truth), len(data.classes))}
     if data.colours is not None:
         colours = torch.from_numpy(data.colours.astype(np.float64))
         rows = {split: torch.from_numpy(found) for split, found in data.rows.items()}
@@ -270,11 +312,87 @@ def _controls(data: ProbeData, probabilities: FloatArray, options: ProbeOptions)
             colours, torch.from_numpy(data.labels), rows[TRAIN], rows[VALIDATION], len(data.classes)
         )
         said["colour"] = head.probabilities(colours, rows[TEST])
-    controls = {}
-    for name, control in said.items():
-        theirs = replace(ours, probabilities=control)
-        controls[name] = Control(
-            evaluate(theirs, replicates=options.replicates, seed=options.seed),
-            paired_difference(ours, theirs, replicates=options.replicates, seed=options.seed),
+    return {name: predictions_of(data, TEST, probabilities) for name, probabilities in said.items()}
+
+
+def write_tile_report(out: Path, probe: TileProbe) -> list[str]:
+    """Write all files of a probe of tiles into a folder; returns their names."""
+    events = {
+        f"seed_{head.seed}": {
+            "train/loss": [(look.step, look.train_loss) for look in head.looks],
+            "validation/f1_weighted": [(look.step, look.val_f1) for look in head.looks],
+        }
+        for head in probe.heads
+        if head.looks
+    }
+    return write_results(
+        out,
+        probe.results,
+        texts={"results.txt": published_lines(probe), "predictions.csv": _predictions(probe)},
+        pictures={
+            "confusion.png": lambda: confusion_picture(probe.scores[PROBE], probe.data.classes, "test set"),
+            "curve.png": lambda: curves_picture(probe.curves),
+        },
+        events=events,
+    )
+
+
+def published_lines(probe: TileProbe) -> str:
+    """The two lines of the published `results.txt`, of the first seed, by our definitions; then the areas by the
+    published ones."""
+    val, test = probe.validation, probe.scores[PROBE]
+    lines = (
+        f"Val f1: {val['f1_weighted'].value:.4f}\n"
+        f"Test f1: {test['f1_weighted'].value:.4f} Test AUROC: {test['auroc'].value:.4f} "
+        f"Test AUPRC: {test['auprc'].value:.4f}\n"
+    )
+    if published := probe.published_scores(TEST):
+        lines += (
+            f"Test AUROC (logits, macro): {published['auroc_logits_macro']:.4f} "
+            f"Test AUPRC (logits, macro): {published['auprc_logits_macro']:.4f}\n"
         )
-    return controls
+    return lines
+
+
+def _predictions(probe: TileProbe) -> str:
+    data = probe.data
+    rows = np.concatenate([data.rows[split] for split in (VALIDATION, TEST)])
+    said = np.concatenate([probe.heads[0].probabilities[split] for split in (VALIDATION, TEST)])
+    columns = {
+        "name": [data.names[row] for row in rows],
+        "split": [split for split in (VALIDATION, TEST) for _ in data.rows[split]],
+        **({} if data.groups is None else {data.group_column or "group": data.groups[rows].tolist()}),
+        "label": [data.classes[label] for label in data.labels[rows]],
+        "predicted": [data.classes[index] for index in said.argmax(axis=1)],
+    }
+    return predictions_csv(columns, said, data.classes)
+
+
+def summary_lines(probe: TileProbe) -> Iterator[str]:
+    """What a person wants to read, line by line."""
+    data = probe.data
+    tiles = ", ".join(f"{len(rows):,} {split}" for split, rows in data.rows.items())
+    width = data.features.shape[1]
+    yield f"{tiles} tiles of {len(data.classes)} classes ({', '.join(data.classes)}), embeddings of width {width}"
+    yield f"kept: {probe.heads[0].chosen}" + (f" (step {probe.heads[0].step})" if probe.heads[0].step else "")
+    more = {}
+    if len(probe.heads) > 1:
+        cells = {name: f"{np.mean(all):.4f} +- {np.std(all, ddof=1):.4f}" for name, all in probe.seed_scores.items()}
+        more = {f"mean and SD of {len(probe.heads)} seeds": cells}
+    yield from score_lines(probe.scores, more)
+    if len(data.classes) == 2:
+        prevalence = probe.scores[PROBE].headline.prevalence[data.classes[1]]
+        yield f"positive class: {data.classes[1]} ({prevalence:.1%} of the test tiles)"
+    yield from (f"note: {note}" for note in probe.notes)
+
+
+def _spread(values: Sequence[float]) -> dict[str, Any]:
+    """Mean, standard deviation (of a sample), least and greatest over seeds."""
+    numbers = np.array(values)
+    return {
+        "mean": plain(float(numbers.mean())),
+        "sd": plain(float(numbers.std(ddof=1))) if len(numbers) > 1 else 0.0,
+        "min": plain(float(numbers.min())),
+        "max": plain(float(numbers.max())),
+        "values": [plain(value) for value in values],
+    }
