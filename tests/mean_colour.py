@@ -74,7 +74,7 @@ def run_mean_colours(slides: Path, out: Path, options: RunOptions, watch: Progre
         return Plan((), len(entries), len(entries) - len(todo))
 
     if options.engine == "ray":
-        from gigapath.cohort.ray import RayWorkers
+        from gigapath.cohort.ray_workers import RayWorkers
 
         with RayWorkers(run, address=options.ray_address, cores=options.worker_cores, device="none") as workers:
             workers.start(worker_job)

@@ -23,7 +23,7 @@ from made_slides import make_slides, paint_tissue, write_pyramid
 from mean_colour import run_mean_colours
 
 from gigapath.cohort.manifest import SlideEntry
-from gigapath.cohort.ray import RayWorkers
+from gigapath.cohort.ray_workers import RayWorkers
 from gigapath.cohort.run import CohortRun, Plan, Progress, RunResult
 from gigapath.cohort.stage import Outcome
 from gigapath.cohort.status import Status

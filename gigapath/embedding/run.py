@@ -112,7 +112,7 @@ def _prepare(
 
 def _over_ray(run: CohortRun, tiling: TileOptions, embedding: EmbedOptions, options: RunOptions) -> RunResult:
     """The run by Ray's workers, each with encoders of its own; the first one says what is to do, since it has them."""
-    from gigapath.cohort.ray import RayWorkers  # where it is asked for
+    from gigapath.cohort.ray_workers import RayWorkers  # where it is asked for
     from gigapath.cohort.shards import largest_first
 
     if embedding.devices is not None or embedding.device not in ("auto", "cpu", "cuda"):

@@ -108,7 +108,7 @@ def tile_cohort(
             return _plan(entries, todo, cohort, out, tiling, options)
 
         if options.engine == "ray":
-            from gigapath.cohort.ray import RayWorkers  # where it is asked for
+            from gigapath.cohort.ray_workers import RayWorkers  # where it is asked for
             from gigapath.cohort.shards import largest_first
 
             with RayWorkers(run, address=options.ray_address, cores=options.worker_cores, device="none") as workers:

@@ -22,16 +22,14 @@ import openslide
 from gigapath.preprocessing.fast import READERS, FastReader, tiff_facts
 from gigapath.preprocessing.header import (
     SCANNERS,
-    Mpp,
     SlideError,
     allowed,
-    check_scale,
     leading_levels,
     number,
     open_handle,
     scanned_area,
-    stated_mpp,
 )
+from gigapath.preprocessing.mpp import Mpp, check_scale, stated_mpp
 
 __all__ = ["SLIDE_SUFFIXES", "Mpp", "Overview", "Slide", "SlideError", "open_slide", "slide_id_of"]
 from gigapath.tables import composed
