@@ -3,11 +3,11 @@ outputs and gradients as block by block, few launches, and no trust in an operat
 
 from collections import Counter
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 import torch
-from test_gpu_waits import PANDA, Waits, named_tensors_work, on_cuda
+from named_tensors import PANDA, Operations, named_tensors_work, on_cuda
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -172,39 +172,17 @@ def test_a_faulty_operation_is_refused(operation, faulty) -> None:
     assert find_fault(VARLEN, CPU, torch.bfloat16, 48) is not None
 
 
-class Operations(Waits):
-    """Counts all that is dispatched but views."""
-
-    VIEWS: ClassVar = {
-        "view", "_unsafe_view", "as_strided", "transpose", "t", "permute", "expand", "slice", "select", "unsqueeze",
-        "squeeze", "split", "split_with_sizes", "detach", "alias", "reshape", "unbind", "empty", "empty_like",
-        "_reshape_alias", "empty_strided", "new_empty", "lift_fresh", "device", "size",
-    }  # fmt: skip
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func._schema.name.split("::")[1]
-        if name not in self.VIEWS:
-            self.seen[name] += 1
-        return super().__torch_dispatch__(func, types, args, kwargs)
-
-
 @pytest.mark.skipif(not named_tensors_work(), reason="this torch asks for a driver")
 @pytest.mark.parametrize("lengths", [(10_001,), (4_001,) * 8, tuple(count + 1 for count in PANDA)])
-def test_a_layer_takes_the_same_few_launches_for_one_slide_and_for_thirty(lengths: tuple[int, ...]) -> None:
+def test_a_layer_takes_the_same_few_launches_for_one_slide_and_for_thirty(
+    lengths: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
     varlen.lay_out.cache_clear()
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), use_kernel("cuda-varlen"):
         layer = on_cuda(EncoderLayer(LongNetConfig(depth=1), 0)).eval()
         x = torch.empty(1, sum(lengths), 768, dtype=torch.bfloat16, device="cuda")
-        pinned = torch.Tensor.pin_memory
-        torch.Tensor.pin_memory = lambda self, *_: self  # type: ignore[method-assign,assignment]
-        try:
-            layer(x, lengths)  # lays the sequences out, for all layers
-        finally:
-            torch.Tensor.pin_memory = pinned  # type: ignore[method-assign]
+        monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self, *_: self)  # these can't be
+        layer(x, lengths)  # lays the sequences out, for all layers
         with Operations() as counted:
             layer(x, lengths)
     varlen.lay_out.cache_clear()

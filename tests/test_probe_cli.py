@@ -41,6 +41,23 @@ def tiles_of(results: dict[str, Any], model: str = "probe") -> dict[str, Any]:
     return found
 
 
+def test_a_probe_is_fitted_in_true_float32_whatever_the_process_has_set(made: tuple[str, str]) -> None:
+    seen = []
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        probe_tiles(
+            *made,
+            ProbeOptions(replicates=0),
+            TileProbeOptions(steps=100),
+            on_look=lambda seed, look: seen.append(torch.get_float32_matmul_precision()),
+        )
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert set(seen) == {"highest"}
+
+
 def test_probe_writes_the_published_lines_and_the_rest(made: tuple[str, str], tmp_path: Path) -> None:
     assert probe(made, tmp_path / "out") == 0
     out = tmp_path / "out"

@@ -13,7 +13,7 @@ import numpy.typing as npt
 import torch
 
 import gigapath
-from gigapath.devices import at_most_threads, resolve_device
+from gigapath.devices import at_most_threads, computing, resolve_device
 from gigapath.evaluation import Predictions, evaluate, macro_curves, prior_probabilities
 from gigapath.evaluation.intervals import plain
 from gigapath.evaluation.report import confusion_picture, curves_picture, predictions_csv, score_lines, write_results
@@ -174,7 +174,7 @@ def probe_tiles(
         report=report,
     )
     read = time.perf_counter()
-    with at_most_threads(available_cores()):
+    with at_most_threads(available_cores()), computing("fp32", device):
         heads, choice = fit_heads(data, options, tile_options, device, on_look)
     fitted = time.perf_counter()
     notes = list(data.warnings)

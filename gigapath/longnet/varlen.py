@@ -82,7 +82,7 @@ class Layout:
     zero_keys: Tensor | None
 
 
-@lru_cache(maxsize=2)  # all layers of a pass share them, forwards and backwards
+@lru_cache(maxsize=1)  # all layers of a pass share it; another would hold a device's memory for nothing
 def lay_out(branches: tuple[tuple[Runs, int], ...], heads: int, device: torch.device, wide: torch.dtype) -> Layout:
     """The sequences of all branches, brought to the device in one copy that the host does not wait for.
 
