@@ -107,7 +107,8 @@ def gradients_of_step(model, trainer: Trainer, step: np.ndarray) -> dict[str, to
     """The gradients that the optimizer sees in one step, over all processes."""
     model.zero_grad(set_to_none=True)
     chunks = trainer._chunks(step)[trainer.processes.rank :: trainer.processes.world]
-    trainer.add_gradients(model, [([trainer.bags[int(row)] for row in rows], rows) for rows in chunks], len(step))
+    batches = [([trainer.bags[int(row)] for row in rows], rows) for rows in chunks]
+    trainer.loop.add_gradients(model, batches, trainer.loss_of, len(step))
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
@@ -115,7 +116,7 @@ def gradients(model, trainer: Trainer, chunks: list[list[int]]) -> dict[str, tor
     model.zero_grad(set_to_none=True)
     total = sum(map(len, chunks))
     for rows in chunks:
-        (trainer.loss_of(model, [trainer.bags[row] for row in rows], np.array(rows)) / total).backward()
+        (trainer.loss_of(model, ([trainer.bags[row] for row in rows], np.array(rows))) / total).backward()
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
@@ -153,7 +154,7 @@ def test_checkpointed_activations_train_to_the_same_bits_and_keep_less(tmp_path,
         trainer = trainer_of(bags, truth, **recipe)
         sizes: list[int] = []
         with torch.autograd.graph.saved_tensors_hooks(lambda t, to=sizes: to.append(t.numel()) or t, lambda t: t):
-            trainer.loss_of(model.train(), [bags[row] for row in range(4)], np.arange(4))
+            trainer.loss_of(model.train(), ([bags[row] for row in range(4)], np.arange(4)))
         kept[name] = sum(sizes)
         trainer.train(model, fold_of(8), tmp_path / name, {})
         ends[name] = model.state_dict()

@@ -6,9 +6,9 @@ smaller. A chunk is what one pass sees: batch_size slides, packed without paddin
 
 import logging
 import math
-import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from gigapath.evaluation.task import Task
 from gigapath.finetune import checkpoints
 from gigapath.finetune.data import Bag, Bags, ReadAhead
 from gigapath.finetune.heads import pack
+from gigapath.finetune.loop import Loop, Step, cosine_rate
 from gigapath.finetune.options import TrainingOptions
 from gigapath.finetune.processes import Processes
 
@@ -97,7 +98,7 @@ class Trainer:
             published=options.published_layer_decay,
         )
         optimizer = torch.optim.AdamW(groups)
-        scaler = torch.amp.GradScaler(self.processes.device.type, enabled=self.precision == "fp16")
+        scaler = self.loop.scaler()
         history: list[Epoch] = []
         best: dict[str, Tensor] | None = None
         kept = checkpoints.load_checkpoint(folder)
@@ -136,6 +137,11 @@ class Trainer:
         return history
 
     @property
+    def loop(self) -> Loop:
+        """What takes its steps."""
+        return Loop(self.processes, self.precision, self.options.workers, self.check_stop)
+
+    @property
     def window(self) -> int:
         """Slides of one step."""
         return self.options.batch_size * self.options.gradient_accumulation * self.processes.world
@@ -155,32 +161,26 @@ class Trainer:
         # draws; each process has its own dropout.
         torch.manual_seed(_seed_of(options.seed, fold.number, epoch, processes.rank))
         order = self.order(fold.train, epoch)
-        steps = [order[start : start + self.window] for start in range(0, len(order), self.window)]
-        mine = [self._chunks(step)[processes.rank :: processes.world] for step in steps]
-        positions = [int(row) for chunks in mine for chunk in chunks for row in chunk]
-        ahead = ReadAhead(self.bags.__getitem__, workers=options.workers)
-        bags = ahead(positions)
+        steps = []
+        for start in range(0, len(order), self.window):
+            step = order[start : start + self.window]
+            mine = self._chunks(step)[processes.rank :: processes.world]
+            steps.append(Step(mine, len(step), epoch + start / len(order)))
         model.train()
-        loss_sum, rate, started = 0.0, 0.0, time.perf_counter()
-        for number, (step, chunks) in enumerate(zip(steps, mine, strict=True)):
-            self.check_stop()
-            rate = set_rates(optimizer, options, self.window, epoch + number * self.window / len(order))
-            optimizer.zero_grad(set_to_none=True)
-            passes = (([self._drawn(next(bags), int(row), epoch) for row in chunk], chunk) for chunk in chunks)
-            loss = self.add_gradients(model, passes, len(step), scaler)
-            if not math.isfinite(sum(processes.gather(loss))):
-                raise ValueError(
-                    f"training: the loss of fold {fold.number}, epoch {epoch + 1} is not finite. "
-                    "Lower --base-lr, or take --precision fp32."
-                )
-            loss_sum += loss
-            scaler.step(optimizer)
-            scaler.update()
-        seconds = time.perf_counter() - started
-        mean = sum(processes.gather(loss_sum)) / len(order)
+        taken = self.loop.run(
+            model,
+            optimizer,
+            scaler,
+            steps,
+            what=f"fold {fold.number}, epoch {epoch + 1}",
+            read=lambda chunk: ([self._drawn(self.bags[int(row)], int(row), epoch) for row in chunk], chunk),
+            loss_of=self.loss_of,
+            set_rate=partial(set_rates, optimizer, options, self.window),
+        )
         val = self.mean_loss(model, fold.val) if len(fold.val) else None
-        waiting = ahead.waited / seconds
-        return Epoch(epoch + 1, mean, val, rate, seconds, waiting, len(order) / seconds)
+        seconds, slides = taken.seconds, len(order)
+        waiting = taken.waited / seconds
+        return Epoch(epoch + 1, taken.loss / slides, val, taken.learning_rate, seconds, waiting, slides / seconds)
 
     def _chunks(self, step: IntArray) -> list[IntArray]:
         size = self.options.batch_size
@@ -194,32 +194,9 @@ class Trainer:
         drawn = np.random.default_rng([self.options.seed, 2, epoch, row]).permutation(len(bag))[: self.task.max_tiles]
         return bag.take(drawn if shuffle else np.sort(drawn))
 
-    def add_gradients(
-        self, model: nn.Module, passes: Iterable[tuple[Sequence[Bag], IntArray]], slides: int, scaler: Any = None
-    ) -> float:
-        """Run this process's share of a step, forwards and backwards, and add the gradients up over all processes.
-
-        Args:
-            model: gets the gradients of the mean loss over the step.
-            passes: (bags, their rows) of each pass.
-            slides: of the whole step, over all passes and processes.
-            scaler: of the loss, for fp16.
-
-        Returns:
-            the loss summed over the slides of this process.
-        """
-        total = 0.0
-        for bags, rows in passes:
-            with computing("fp32", self.processes.device):  # the way back too
-                loss = self.loss_of(model, bags, rows)
-                mean = loss / slides
-                (mean if scaler is None else scaler.scale(mean)).backward()
-            total += float(loss.detach())
-        self.processes.sum_gradients(model.parameters())
-        return total
-
-    def loss_of(self, model: nn.Module, bags: Sequence[Bag], rows: IntArray) -> Tensor:
-        """The loss summed over a chunk's slides."""
+    def loss_of(self, model: nn.Module, batch: tuple[Sequence[Bag], IntArray]) -> Tensor:
+        """The loss summed over the slides of a batch: bags, and their rows."""
+        bags, rows = batch
         device = self.processes.device
         with computing(self.precision, device):
             logits = model.forward_packed(*pack(bags, device, self.dtype))  # type: ignore[operator]
@@ -268,12 +245,9 @@ def set_rates(optimizer: torch.optim.Optimizer, options: TrainingOptions, slides
 
     Linear warm-up from 0, then half a cosine to `min_lr`, at the fraction of epochs that is behind us.
     """
-    top, warm = options.learning_rate(slides), options.warmup_epochs
-    if epochs_done < warm:
-        rate = top * epochs_done / warm
-    else:
-        share = (epochs_done - warm) / max(options.epochs - warm, 1e-9)
-        rate = options.min_lr + (top - options.min_lr) * 0.5 * (1 + math.cos(math.pi * min(share, 1.0)))
+    rate = cosine_rate(
+        options.learning_rate(slides), options.min_lr, options.warmup_epochs, options.epochs, epochs_done
+    )
     for group in optimizer.param_groups:
         group["lr"] = rate * group["lr_scale"]
     return rate

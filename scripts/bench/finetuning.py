@@ -82,7 +82,8 @@ def measure(options: FinetuningBench) -> Iterator[dict[str, Any]]:
     def step(size: int) -> None:
         optimizer.zero_grad(set_to_none=True)
         rows = [np.arange(start, min(start + size, slides)) for start in range(0, slides, size)]
-        trainer.add_gradients(model, [([bags[int(row)] for row in chunk], chunk) for chunk in rows], slides)
+        batches = [([bags[int(row)] for row in chunk], chunk) for chunk in rows]
+        trainer.loop.add_gradients(model, batches, trainer.loss_of, slides)
         optimizer.step()
 
     amount = 3 * sum(operations(model, count) for count in options.tiles)
@@ -137,7 +138,7 @@ def _waiting(
     for _ in range(len(paths) // slides):
         optimizer.zero_grad(set_to_none=True)
         chunk = [next(bags) for _ in range(slides)]
-        trainer.add_gradients(model, [(chunk, np.arange(slides))], slides)
+        trainer.loop.add_gradients(model, [(chunk, np.arange(slides))], trainer.loss_of, slides)
         optimizer.step()
     return {
         "waiting": ahead.waited / (time.perf_counter() - started),
