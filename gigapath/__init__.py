@@ -1,43 +1,51 @@
 """Prov-GigaPath in the open: a slide becomes tiles, tile embeddings and a slide embedding.
 
-Four verbs, one direction: **tile** a slide, **embed** its tiles, **embed** the slide, **fit** a head. Importing
-this package imports nothing heavy; the submodules and the readers below are loaded when they are first touched.
+Four verbs, one direction: **tile** a slide, **embed** its tiles, **embed** the slide, **fit** a head:
+
+    result = gigapath.embed("slides", out="out", tile_encoder="gigapath")
+    ids, vectors = gigapath.read_slides("out")
+
+Importing this package imports nothing heavy; functions and submodules are loaded when they are first touched.
 """
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from gigapath.features import read_features as read_features
-    from gigapath.features import read_slides as read_slides
+    from gigapath.api import embed, probe, read_features, slide_embed, tile
+    from gigapath.features import read_slides
 
 __version__ = "0.1.0"
 
 # The published package bears the same name; callers who must know which one they have can ask.
 __implementation__ = "gigapath-open"
 
-_SUBMODULES = frozenset(
-    {
-        "classification_head",
-        "features",
-        "finetune",
-        "linear_probe",
-        "maps",
-        "metrics",
-        "pipeline",
-        "pos_embed",
-        "preprocessing",
-        "slide_encoder",
-        "tile_encoder",
-        "torchscale",
-        "weights",
-    }
-)
-_FUNCTIONS = {"read_features": "gigapath.features", "read_slides": "gigapath.features"}
+__all__ = [
+    "classification_head",
+    "embed",
+    "finetune",
+    "maps",
+    "pipeline",
+    "preprocessing",
+    "probe",
+    "read_features",
+    "read_slides",
+    "slide_embed",
+    "slide_encoder",
+    "tile",
+    "tile_encoder",
+]
+
+_FUNCTIONS = {
+    **dict.fromkeys(("embed", "probe", "read_features", "slide_embed", "tile"), "gigapath.api"),
+    "read_slides": "gigapath.features",
+}
+# Looked up as attributes though no statement imported them: the public ones, and those that callers reach for.
+_SUBMODULES = {*__all__, "api", "features", "linear_probe", "pos_embed", "torchscale", "weights"} - {*_FUNCTIONS}
 
 
 def __getattr__(name: str) -> Any:
-    """Load a submodule or one of the readers at first use (PEP 562)."""
+    """Load a submodule or a function at first use (PEP 562)."""
     if name in _SUBMODULES:
         return importlib.import_module(f"gigapath.{name}")
     if name in _FUNCTIONS:
@@ -46,5 +54,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    own = {name for name in globals() if name.startswith("__") and name.endswith("__")}
-    return sorted({*own, *_SUBMODULES, *_FUNCTIONS})
+    return sorted({*__all__, *(name for name in globals() if name.startswith("__") and name.endswith("__"))})

@@ -7,6 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from gigapath import slide_encoder
+from gigapath.lazy import public_names
+
+__all__ = ["ClassificationHead", "get_model", "reshape_input"]
+__dir__ = public_names(__name__)
 
 
 class ClassificationHead(nn.Module):

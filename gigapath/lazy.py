@@ -1,4 +1,5 @@
-"""Public names of a package that are loaded when they are first used (PEP 562): its options alone need no torch."""
+"""Public names (PEP 562): those of a package are loaded when they are first used, so that its options alone need no
+torch; tab completion shows no others."""
 
 import importlib
 import sys
@@ -23,4 +24,14 @@ def lazy_names(
         home = home_of[name]
         return getattr(importlib.import_module(home if "." in home else f"{package}.{home}"), name)
 
-    return load, lambda: sorted({*vars(sys.modules[package]), *home_of})
+    return load, public_names(package)
+
+
+def public_names(module: str) -> Callable[[], list[str]]:
+    """The `__dir__` of a module: tab completion shows its `__all__`, without what it imports for itself."""
+
+    def shown() -> list[str]:
+        names = vars(sys.modules[module])
+        return sorted({*names["__all__"], *(name for name in names if name.startswith("__") and name.endswith("__"))})
+
+    return shown

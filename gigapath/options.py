@@ -5,7 +5,11 @@ A field declared with `option(...)` carries its help text and its bounds; what s
 """
 
 import dataclasses
+import difflib
+import functools
+import inspect
 import operator
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
@@ -139,6 +143,45 @@ def to_dict(options: Any) -> dict[str, Any]:
     return {
         name: list(value) if isinstance(value, tuple) else value for name, value in dataclasses.asdict(options).items()
     }
+
+
+def as_keywords(**groups: type[Options]) -> Callable[[Callable[..., T]], Callable[..., T]]:
+    """Let a function take the fields of options as keywords, by the names of the command line.
+
+    The function is handed one object a group; its signature and help list every option. An unknown keyword raises
+    TypeError with the nearest one that exists; a path may stand for its text, a list for a tuple.
+    """
+    fields = {field.name: (group, field) for group, cls in groups.items() for field in dataclasses.fields(cls)}
+
+    def take(function: Callable[..., T]) -> Callable[..., T]:
+        own = [each for name, each in inspect.signature(function).parameters.items() if name not in groups]
+        names = [*(each.name for each in own), *fields]
+
+        @functools.wraps(function)
+        def call(*args: Any, **given: Any) -> T:
+            unknown = next((name for name in given if name not in names), None)
+            if unknown is not None:
+                near = difflib.get_close_matches(unknown, names, n=1)
+                hint = f" Did you mean {near[0]}?" if near else f" help(gigapath.{function.__name__}) lists all."
+                raise TypeError(f"gigapath.{function.__name__}: unknown keyword {unknown!r}.{hint}")
+            values: dict[str, dict[str, Any]] = {group: {} for group in groups}
+            for name in [name for name in given if name in fields]:
+                value = given.pop(name)
+                plain = os.fspath(value) if isinstance(value, os.PathLike) else value
+                values[fields[name][0]][name] = tuple(plain) if isinstance(plain, list) else plain
+            return function(*args, **given, **{group: groups[group](**held) for group, held in values.items()})
+
+        keyword = inspect.Parameter.KEYWORD_ONLY
+        options = [
+            inspect.Parameter(name, keyword, default=field.default, annotation=field.type)
+            for name, (_, field) in fields.items()
+        ]
+        lines = [f"        {name}: {field.metadata['help']}" for name, (_, field) in fields.items()]
+        call.__signature__ = inspect.Signature([*own, *options])  # type: ignore[attr-defined]
+        call.__doc__ = "\n".join([inspect.cleandoc(function.__doc__ or ""), "", "Options:", *lines])
+        return call
+
+    return take
 
 
 def from_dict(cls: type[T], values: Mapping[str, Any]) -> T:

@@ -15,6 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gigapath.lazy import public_names
+
+__all__ = ["get_2d_sincos_pos_embed"]
+__dir__ = public_names(__name__)
+
 
 def _frequencies(embed_dim: int) -> "np.ndarray[Any, np.dtype[np.float64]]":
     if embed_dim < 4 or embed_dim % 4:

@@ -17,11 +17,16 @@ import torch
 from timm.models import is_model, register_model
 from torch import Tensor, nn
 
+from gigapath.lazy import public_names
 from gigapath.longnet.config import LongNetConfig, optimal_segment_lengths, parse_lengths
 from gigapath.longnet.encoder import LongNetEncoder
 from gigapath.longnet.linear import Linear
 from gigapath.pos_embed import LazyPosEmbed, cells_of, checked_coords
+from gigapath.releases import RELEASES
 from gigapath.weights import assign_weights, find_weights, load_state_dict
+
+__all__ = ["Embeddings", "LongNetViT", "create_model"]  # timm adds the architectures
+__dir__ = public_names(__name__)
 
 ARCHITECTURES = (
     "gigapath_slide_enc12l768d",
@@ -351,14 +356,19 @@ def layer_id(name: str, depth: int, *, published: bool = False) -> int:
 
 
 def create_model(
-    pretrained: str, model_arch: str, in_chans: int, local_dir: str | None = None, **kwargs: Any
+    pretrained: str,
+    model_arch: str | None = None,
+    in_chans: int | None = None,
+    local_dir: str | None = None,
+    **kwargs: Any,
 ) -> LongNetViT:
     """Build a slide encoder and load its weights.
 
     Args:
-        pretrained: "hf_hub:REPO", the path of a checkpoint, or "" for random weights.
-        model_arch: an architecture of timm's registry, such as "gigapath_slide_enc12l768d".
-        in_chans: width of the tile embeddings.
+        pretrained: the name of a release ("gigapath", "gigapath-flash"), "hf_hub:REPO", the path of a checkpoint, or ""
+            for random weights.
+        model_arch: an architecture of timm's registry, such as "gigapath_slide_enc12l768d"; a release has its own.
+        in_chans: width of the tile embeddings; a release has its own.
         local_dir: where a download goes; the hub's cache by default.
         kwargs: options of `LongNetViT`; what it does not know is ignored with one warning.
 
@@ -370,7 +380,15 @@ def create_model(
         raise ValueError(
             "create_model: expected weights, got None. Give hf_hub:REPO, a file, or '' for random weights."
         )
-    if not is_model(model_arch):
+    release = RELEASES.get(pretrained)
+    if release is not None:
+        model_arch, in_chans = model_arch or release.slide_arch, in_chans or release.tile_dim
+    if in_chans is None:
+        raise ValueError(
+            f"create_model: expected in_chans, the width of the tile embeddings, beside {pretrained!r}. Only "
+            f"{' and '.join(RELEASES)} have their own."
+        )
+    if model_arch is None or not is_model(model_arch):
         raise ValueError(
             f"create_model: expected an architecture such as {', '.join(ARCHITECTURES)}, got {model_arch!r}. "
             "Choose one of these, or register your own with timm."

@@ -9,9 +9,10 @@ import io
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 # How pandas, R, spreadsheets and databases write that a value is not there.
 MISSING_VALUES = frozenset({"", "NA", "N/A", "n/a", "#N/A", "<NA>", "NaN", "nan", "None", "null", "NULL"})
@@ -127,3 +128,18 @@ def _plain(cell: object) -> object:
     if isinstance(cell, str) and _FORMULA.match(cell) and not _NUMBER.fullmatch(cell):
         return "'" + cell
     return cell
+
+
+def data_frame(table: str | Sequence[Mapping[str, Any]]) -> Any:
+    """A `pandas.DataFrame` of a CSV's text, or of rows.
+
+    Raises:
+        ImportError: pandas is not installed.
+    """
+    try:
+        import pandas
+    except ImportError as error:
+        raise ImportError(
+            "to_frame: expected pandas, which is not installed. Install it: pip install 'gigapath[train]'."
+        ) from error
+    return pandas.read_csv(io.StringIO(table)) if isinstance(table, str) else pandas.DataFrame(list(table))

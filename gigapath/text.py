@@ -1,6 +1,7 @@
-"""Counts, sizes and times as people read them, and sentences without the slide that they are about."""
+"""Counts, sizes, times and tables as people read them, and sentences without the slide that they are about."""
 
 import re
+from collections.abc import Sequence
 
 
 def slides_in_words(count: int) -> str:
@@ -47,3 +48,9 @@ def without_name(text: str, name: str, instead: str) -> str:
     """A text with another word in place of a name, where it stands by itself: the slide called "a" or "12" leaves
     other words and numbers as they are."""
     return re.sub(rf"(?<![^\W_]){re.escape(name)}(?![^\W_])", lambda _: instead, text) if name else text
+
+
+def table_lines(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Rows of cells as lines, the columns one below the other."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]

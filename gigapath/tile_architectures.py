@@ -6,7 +6,6 @@ Importing this module registers them. B tiles of a batch, D width.
 import inspect
 import warnings
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -109,35 +108,3 @@ def without_storage(build: Callable[[], Any]) -> Any:
             return build()
     except (NotImplementedError, RuntimeError):
         return build()
-
-
-def create_model(
-    pretrained: str,
-    model_arch: str = "gigapath_tile_enc_dinov2s",
-    local_dir: str | Path | None = None,
-    **kwargs: Any,
-) -> nn.Module:
-    """Create a tile encoder, as the published package's function of this name does.
-
-    Args:
-        pretrained: `hf_hub:REPO`, a file, a folder with `pytorch_model.bin`, or "" for random weights.
-        model_arch: an architecture of this module.
-        local_dir: a folder for the hub's file; None for the hub's cache.
-        **kwargs: arguments of the model; what it does not know is ignored with one warning.
-
-    Returns:
-        The model, which takes float32 (B, 3, 224, 224) and gives (B, D).
-
-    Raises:
-        FileNotFoundError, PermissionError: the weights are not to be had (never random ones in their place).
-        ValueError: weights that are None, an unknown architecture, or a checkpoint of another one.
-    """
-    if pretrained is None:  # a forgotten option must not become random weights
-        raise ValueError(
-            "create_model: expected weights, got None. Give hf_hub:REPO, a file, or '' for random weights."
-        )
-    if model_arch not in SIZES:
-        raise ValueError(f"create_model: expected model_arch {' or '.join(SIZES)}, got {model_arch!r}.")
-    if pretrained == "":
-        return vision_transformer(model_arch, kwargs)
-    return loaded(model_arch, load_state_dict(find_weights(pretrained, TILE_FILE, local_dir)), kwargs)

@@ -1,10 +1,11 @@
 """Tile encoders: the released ones, the stand-in, timm's, and checkpoints on disk; pixels in, one vector a tile out.
 
-`create_model` and the two architectures in timm's registry, from `gigapath.tile_architectures`, serve callers of the
-published package; `load_tile_encoder` is what the command line uses. B tiles of a batch, T pixels of a tile's side, D
-width.
+`create_model` and the two architectures in timm's registry, from `gigapath.tile_architectures`, give bare models, as in
+the published package; `load_tile_encoder` is what the command line uses. B tiles of a batch, T pixels of a tile's side,
+D width.
 """
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,9 +24,10 @@ from gigapath import standin
 from gigapath.devices import computing, resolve_device, resolve_precision
 from gigapath.file_names import plain_name
 from gigapath.files import remembered_sha256
+from gigapath.lazy import public_names
 from gigapath.releases import HUB_PREFIXES, RELEASES, TILE_FILE, Release
 from gigapath.tile_architectures import (
-    create_model,
+    SIZES,
     gigapath_tile_enc_dinov2s,
     gigapath_tile_enc_vitg,
     loaded,
@@ -43,7 +45,7 @@ __all__ = [
     "gigapath_tile_enc_vitg",
     "load_tile_encoder",
 ]
-
+__dir__ = public_names(__name__)
 
 # A seed of its own for random weights, so that two runs agree and the caller's generator is left alone.
 _RANDOM_SEED = 0
@@ -122,6 +124,47 @@ class TileEncoder:
         if not np.isfinite(vectors).all():
             raise ValueError(f"{self.name}: a vector is not finite in {self.precision}. Try --precision fp32.")
         return vectors
+
+
+def create_model(
+    pretrained: str,
+    model_arch: str = "gigapath_tile_enc_dinov2s",
+    local_dir: str | Path | None = None,
+    **kwargs: Any,
+) -> nn.Module:
+    """Create a tile encoder, as the published package's function of this name does.
+
+    Args:
+        pretrained: a name as `--tile-encoder` takes it ("gigapath", "gigapath-flash", "standin", "timm:NAME"), which
+            has its own architecture; `hf_hub:REPO`, a file, a folder with `pytorch_model.bin`; "" for random weights.
+        model_arch: a released architecture: that of a checkpoint.
+        local_dir: a folder for the hub's file; None for the hub's cache.
+        **kwargs: arguments of the model; what it does not know is ignored with one warning.
+
+    Returns:
+        The model, which takes float32 (B, 3, 224, 224) and gives (B, D). `load_tile_encoder` gives it with the
+        transform that belongs to it; the stand-in and timm's have their own, and come in eval mode.
+
+    Raises:
+        FileNotFoundError, PermissionError: the weights are not to be had (never random ones in their place).
+        ValueError: weights that are None, an unknown architecture, or a checkpoint of another one.
+    """
+    if pretrained is None:  # a forgotten option must not become random weights
+        raise ValueError(
+            "create_model: expected weights, got None. Give hf_hub:REPO, a file, or '' for random weights."
+        )
+    if pretrained == "standin" or str(pretrained).startswith("timm:"):
+        if kwargs:
+            warnings.warn(f"create_model: {pretrained} takes no arguments, ignored {', '.join(kwargs)}", stacklevel=2)
+        model: nn.Module = load_tile_encoder(pretrained).model
+        return model.requires_grad_(True)
+    if pretrained in RELEASES:
+        model_arch = RELEASES[pretrained].tile_arch
+    if model_arch not in SIZES:
+        raise ValueError(f"create_model: expected model_arch {' or '.join(SIZES)}, got {model_arch!r}.")
+    if pretrained == "":
+        return vision_transformer(model_arch, kwargs)
+    return loaded(model_arch, load_state_dict(find_weights(pretrained, TILE_FILE, local_dir)), kwargs)
 
 
 def load_tile_encoder(

@@ -57,7 +57,8 @@ def find_weights(
     """Turn what a caller says of weights into a local file.
 
     Args:
-        pretrained: `hf_hub:REPO` (or `hf_hub:REPO@REVISION`), a file, or a folder that holds `filename`.
+        pretrained: the name of a release, `hf_hub:REPO` (or `hf_hub:REPO@REVISION`), a file, or a folder that holds
+            `filename`.
         filename: the file's name in the repository or folder, e.g. "slide_encoder.pth".
         local_dir: for the hub, a folder to put the file in; None for the hub's own cache.
         cache_dir: another folder for the hub's cache.
@@ -69,6 +70,8 @@ def find_weights(
         OSError: the hub does not give it; the message says what to do (see `gigapath.hub`).
         ValueError: the file is not the recorded one, with `strict`.
     """
+    if pretrained in RELEASES:
+        pretrained = f"hf_hub:{RELEASES[str(pretrained)].repo}"
     if str(pretrained).startswith(HUB_PREFIXES):
         from gigapath.hub import hub_file  # where it is on the hub
 

@@ -35,6 +35,7 @@ LAYERS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("what is looked at", ("maps", "report")),
     ("published calls; self-test", ("pipeline", "doctor")),
     ("command line", ("cli",)),
+    ("verbs as functions", ("api",)),
 )
 RANK = {room: rank for rank, (_, rooms) in enumerate(LAYERS) for room in rooms}
 

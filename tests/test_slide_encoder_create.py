@@ -10,6 +10,7 @@ import huggingface_hub
 import pytest
 import timm
 import torch
+from fake_weights import slide_checkpoint
 from narrow_longnet import NarrowLongNet
 from torch.utils._python_dispatch import TorchDispatchMode
 from weights_recipe import fill
@@ -48,6 +49,15 @@ def test_create_model_downloads_into_the_cache_or_a_folder(monkeypatch, checkpoi
     assert [call[:2] for call in calls] == [("someone/somewhere", "slide_encoder.pth")] * 2
     assert calls[0][2].get("local_dir") is None and str(calls[1][2]["local_dir"]) == "/to"
     assert not any(options.get("force_download") for _, _, options in calls)
+
+
+def test_create_model_takes_the_name_of_a_release(monkeypatch) -> None:
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *_, **__: str(slide_checkpoint()))
+    with pytest.warns(RuntimeWarning, match="sha256"):
+        model = create_model("gigapath-flash")
+    assert (model.embed_dim, model.in_chans) == (384, 384)
+    with pytest.raises(ValueError, match="in_chans"):
+        create_model("hf_hub:someone/somewhere", FLASH)
 
 
 def test_create_model_raises_where_the_file_is_missing() -> None:

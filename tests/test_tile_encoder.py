@@ -154,6 +154,21 @@ def test_create_model_asks_the_hub_and_warns_of_another_sha256(monkeypatch: pyte
         create_model(FLASH)
 
 
+def test_create_model_takes_the_names_of_the_command_line(
+    monkeypatch: pytest.MonkeyPatch, encoder: tile_encoder.TileEncoder
+) -> None:
+    model = create_model("standin")
+    assert not model.training and all(parameter.requires_grad for parameter in model.parameters())
+    pixels = torch.rand(2, 3, 224, 224)
+    with torch.no_grad():
+        torch.testing.assert_close(model(pixels), encoder.model(pixels))
+    with pytest.warns(UserWarning, match="img_size"):
+        create_model("standin", img_size=224)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *_, **__: str(flash_tile_checkpoint()))
+    with pytest.warns(RuntimeWarning, match="sha256"):
+        assert create_model("gigapath-flash").embed_dim == 384
+
+
 def test_create_model_takes_a_whole_namespace_with_one_warning() -> None:
     with pytest.warns(UserWarning) as caught:
         model = create_model("", drop_path_rate=0.1, device="cuda", batch_size=3, img_size=None, lr=None)

@@ -75,7 +75,7 @@ def finetune(
     settings = Settings(join=labels_and_features, split=folds, model=model, training=training, controls=controls)
     inputs = Inputs(task, features, labels, splits, pretrained)
     try:
-        with StopFlag() as stop, _news_on_stdout():
+        with StopFlag() as stop, news_on_stdout():
             fine_tune(inputs, out, settings, say=lambda line: print(line, flush=True), check_stop=stop.check)
     except Stopped as stopped:
         print(f"gigapath finetune: stopped by {stopped}; the same command goes on after the last finished epoch.")
@@ -85,12 +85,12 @@ def finetune(
 
 
 @contextlib.contextmanager
-def _news_on_stdout() -> Iterator[None]:
-    """Print what fine-tuning tells of itself through `logging`, within this block only."""
+def news_on_stdout(quiet: bool = False) -> Iterator[None]:
+    """Print what fine-tuning tells of itself through `logging`, within this block only; warnings alone if `quiet`."""
     logger, handler = logging.getLogger("gigapath.finetune"), logging.StreamHandler(sys.stdout)
     before = logger.level
     logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
+    logger.setLevel(logging.WARNING if quiet else logging.INFO)
     try:
         yield
     finally:

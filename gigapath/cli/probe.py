@@ -1,22 +1,14 @@
 """Frozen embeddings: embed-tiles, and probe, how well a linear layer (or its relatives) tells classes from them."""
 
-import json
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from cyclopts import Parameter
 
 from gigapath.cli.arguments import EXIT_STOPPED, Csv, File, Folder, verb
-from gigapath.cohort.owner import Ownership
-from gigapath.cohort.reuse import differences
 from gigapath.linear_probe.options import EmbedTilesOptions, ProbeOptions, SlideProbeOptions, TileProbeOptions
-from gigapath.options import to_dict
-
-# Where the published PCam embeddings and labels lie once downloaded.
-PUBLISHED = "GigaPath_PCam_embeddings.zip"
 
 
 @verb
@@ -35,6 +27,7 @@ def embed_tiles(
         out: the embeddings' file, ending in .h5
         overwrite: embed again where FILE is there, or holds others' embeddings
     """
+    from gigapath.cli.progress import counter
     from gigapath.devices import at_most_threads
     from gigapath.linear_probe.embed_tiles import embed_tiles, open_tile_set
     from gigapath.machine import available_cores
@@ -60,7 +53,7 @@ def embed_tiles(
                 Path(out),
                 batch_size=tile_encoder.batch_size,
                 overwrite=overwrite,
-                report=_count("") if sys.stderr.isatty() else lambda done, total: None,
+                report=counter(""),
                 check_stop=stop.check,
             )
         except Stopped as stopped:
@@ -98,89 +91,30 @@ def probe(
     """
     if demo == (embeddings is not None):
         raise ValueError("expected either EMBEDDINGS or --demo. Name a zip, folder or file of embeddings.")
-    given = {**to_dict(options), **to_dict(tiles if slides.embedding is None else slides)}
-    with Ownership({Path(out): given}):
-        if not overwrite:
-            _check_same(Path(out), given)
-        return _probe(embeddings, labels, Path(out), options, tiles, slides)
+    from gigapath.cli.progress import counter
+    from gigapath.linear_probe.run import run_probe
 
-
-def _check_same(out: Path, given: dict[str, Any]) -> None:
-    """Refuse to put results of other options in place of those that are there."""
-    try:
-        before = json.loads((out / "results.json").read_text(encoding="utf-8"))["options"]
-        changed = differences(before, json.loads(json.dumps(given)))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return
-    if changed:
-        raise ValueError(
-            f"{out}: expected the options of the results that it holds, got others: {'; '.join(changed[:5])}. Give "
-            "those of before, or use another --out; --overwrite probes again."
-        )
-
-
-def _probe(
-    embeddings: str | None,
-    labels: str | None,
-    out: Path,
-    options: ProbeOptions,
-    tiles: TileProbeOptions,
-    slides: SlideProbeOptions,
-) -> int:
-    if slides.embedding is not None:
-        if embeddings is None:
-            raise ValueError("--demo: expected a probe of tiles. Leave out --embedding.")
-        return _probe_slides(embeddings, labels, out, options, slides)
-    if embeddings and any(Path(embeddings).glob("slides_*/*.h5")):
-        raise ValueError(
-            f"{embeddings}: expected embeddings of tiles with a label each, got the output of a run. "
-            "To probe its slides name their embedding, such as --embedding tile-mean."
-        )
-    return _probe_tiles(embeddings, labels, out, options, tiles)
-
-
-def _probe_tiles(
-    embeddings: str | Path | None, labels: str | Path | None, out: Path, options: ProbeOptions, tiles: TileProbeOptions
-) -> int:
-    from gigapath.linear_probe.planted import bayes_accuracy, write_planted
-    from gigapath.linear_probe.tiles import probe_tiles, summary_lines, write_tile_report
-
-    demo = embeddings is None
-    if embeddings is None:
-        print("DEMO: embeddings made on the spot from a planted rule; the figures say nothing about any encoder.")
-        embeddings, labels = write_planted(out / "demo")
-    elif Path(embeddings).name == PUBLISHED and not Path(embeddings).exists():
-        raise FileNotFoundError(
-            f"{embeddings}: no such file. Get it (2 GB) with `gigapath download pcam`, or try without: --demo."
-        )
-    probe = probe_tiles(embeddings, labels, options, tiles, report=_count("reading ") if sys.stderr.isatty() else None)
-    written = write_tile_report(out, probe)
-    print("\n".join(summary_lines(probe)))
     if demo:
+        print("DEMO: embeddings made on the spot from a planted rule; the figures say nothing about any encoder.")
+    found, written = run_probe(
+        embeddings,
+        out,
+        labels=labels,
+        overwrite=overwrite,
+        options=options,
+        tiles=tiles,
+        slides=slides,
+        report=counter("reading "),
+    )
+    print(found)
+    if demo:
+        from gigapath.linear_probe.planted import bayes_accuracy
+
         print(f"DEMO: no rule can be more accurate than {bayes_accuracy():.4f} on these data.")
-    seconds = probe.seconds
-    print(f"read from {probe.data.facts['read_from']} in {seconds['read']:.1f} s, fitted in {seconds['fit']:.1f} s")
+    from gigapath.linear_probe.tiles import TileProbe
+
+    if isinstance(found, TileProbe):
+        seconds = found.seconds
+        print(f"read from {found.data.facts['read_from']} in {seconds['read']:.1f} s, fitted in {seconds['fit']:.1f} s")
     print(f"written to {out}: {', '.join(written)}")
     return 0
-
-
-def _probe_slides(
-    embeddings: str, labels: str | None, out: Path, options: ProbeOptions, slides: SlideProbeOptions
-) -> int:
-    from gigapath.linear_probe.slides import probe_slides, slide_summary_lines, write_slide_report
-
-    probe = probe_slides(embeddings, labels, options, slides)
-    written = write_slide_report(out, probe)
-    print("\n".join(slide_summary_lines(probe)))
-    print(f"written to {out}: {', '.join(written)}")
-    return 0
-
-
-def _count(what: str) -> Callable[[int, int], None]:
-    """A counter of tiles on one line of standard error."""
-
-    def show(done: int, total: int) -> None:
-        end = "\n" if done == total else ""
-        print(f"\r{what}{done:,} of {total:,} tiles", end=end, file=sys.stderr, flush=True)
-
-    return show

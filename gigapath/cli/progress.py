@@ -1,9 +1,9 @@
-"""What a run looks like on a terminal, in a log, and to a machine."""
+"""What a run looks like on a terminal, in a notebook, in a log, and to a machine."""
 
 import json
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, TextIO
 
 from tqdm import tqdm
@@ -11,16 +11,18 @@ from tqdm import tqdm
 from gigapath.cli.arguments import EXIT_FAILED_SLIDES, EXIT_STOPPED
 from gigapath.cohort.run import Plan, Progress, RunResult
 from gigapath.cohort.status import failure_kind, failure_lines, failures_by_kind
-from gigapath.text import in_words, slides_in_words, tiles_in_words
+from gigapath.text import slides_in_words, tiles_in_words
 
 EXIT_STATUS = {"done": 0, "some slides failed": EXIT_FAILED_SLIDES, "stopped": EXIT_STOPPED}
 _STAGES = {"plan": "tiling", "read": "reading", "encode": "device", "write": "writing", "slides": "slide encoder"}
 _SHOWN_SHARE = 0.05
+_NOTEBOOK_COLUMNS = 110
 _QUIET_SECONDS = 10.0  # a log without a bar hears of a slide's layers after so long a silence
 
 
 class Terminal(Progress):
-    """Draws a bar where somebody watches; elsewhere writes a line a slide, without carriage returns.
+    """Draws a bar where somebody watches, on a terminal or in a notebook; elsewhere writes a line a slide, without
+    carriage returns.
 
     Use it as a context manager: no bar is left.
 
@@ -54,9 +56,11 @@ class Terminal(Progress):
         for line in plan.lines:
             self._print(line)
         todo = plan.slides - plan.reused
-        if sys.stderr.isatty() and todo:
+        if todo and watched():
             total = plan.tiles if self._unit == "tile" else todo
-            self._bar = tqdm(total=total, unit=f" {self._unit}s", file=sys.stderr, dynamic_ncols=True, smoothing=0.1)
+            # As text in a notebook too: widgets ask for a package, and a saved notebook does not keep them.
+            width: dict[str, Any] = {"dynamic_ncols": True} if sys.stderr.isatty() else {"ncols": _NOTEBOOK_COLUMNS}
+            self._bar = tqdm(total=total, unit=f" {self._unit}s", file=sys.stderr, smoothing=0.1, **width)
 
     def stopping(self, signal: str) -> None:
         more = " Ctrl-C once more ends at once." if signal == "SIGINT" else ""
@@ -147,22 +151,31 @@ class Terminal(Progress):
                 "slides": [dict(row) for row in result.rows],
             }
             print(json.dumps(document, indent=2))
-        tiles = sum(row["tiles"] for row in result.rows if row["status"] == "done")
-        states = {state.replace("_", " "): count for state, count in result.counts.items() if count}
-        counts = [
-            f"{count} {state}" + f" ({tiles_in_words(tiles)})" * (state == "done") for state, count in states.items()
-        ]
-        words = ", ".join(counts) or "no slide to do"
-        print(f"{result.outcome}: {words}; {in_words(result.seconds)}.", file=self._words)
+        print(result.summary, file=self._words)
         if result.outcome == "stopped":
             print("What is done is kept: the same command goes on from here.", file=self._words)
         if result.note:
             print(result.note, file=self._words)
-        failed = {row["slide_id"]: row["error"] for row in result.rows if row["status"] == "failed"}
-        for line in failure_lines(failures_by_kind(failed)):
+        for line in failure_lines(failures_by_kind(result.failed)):
             print(f"  {line}", file=self._words)
         print(f"see {result.out / 'slides.csv'}", file=self._words)
         return status
+
+
+def watched() -> bool:
+    """Whether somebody sees a bar: on a terminal, or below a cell of a notebook."""
+    shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
+    return sys.stderr.isatty() or "IPKernelApp" in getattr(shell, "config", {})
+
+
+def counter(what: str) -> Callable[[int, int], None]:
+    """A counter of tiles on one line of standard error; silent where nobody watches."""
+
+    def show(done: int, total: int) -> None:
+        end = "\n" if done == total else ""
+        print(f"\r{what}{done:,} of {total:,} tiles", end=end, file=sys.stderr, flush=True)
+
+    return show if watched() else lambda done, total: None
 
 
 def busy_in_words(shares: Mapping[str, float]) -> str:

@@ -18,11 +18,13 @@ from gigapath.cohort.privacy import without_paths
 from gigapath.cohort.record import RunRecord
 from gigapath.cohort.reuse import StageOptions, holds
 from gigapath.cohort.stage import Outcome, Stage
-from gigapath.cohort.status import STATES, Status, read_status, slide_row, write_slides_csv, write_status
+from gigapath.cohort.status import SLIDES_CSV, STATES, Status, read_status, slide_row, write_slides_csv, write_status
 from gigapath.features.gigapath_file import rows_file
 from gigapath.files import check_writable, sha256_of
 from gigapath.preprocessing.slide import SlideError
 from gigapath.signals import StopFlag, Stopped
+from gigapath.tables import data_frame
+from gigapath.text import in_words, slides_in_words, table_lines, tiles_in_words
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,9 @@ class Progress:
         """All slides are through; those `slides` that failed by input or output are tried once more."""
 
 
+# What a result shows of its slides.
+_SHOWN_COLUMNS = ("slide_id", "status", "tiles", "seconds", "error")
+_SHOWN_ROWS = 20
 # slides.csv is derived again during a run once this many times its own cost has passed.
 _TABLE_SHARE = 20.0
 
@@ -86,7 +91,7 @@ SlideResults = Generator[tuple[SlideEntry, Sequence[Status]], None, None]
 Process = Callable[[Sequence[SlideEntry]], SlideResults]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class RunResult:
     """How a run ended.
 
@@ -109,6 +114,35 @@ class RunResult:
     seconds: float
     results: Path | None = None
     note: str = ""
+
+    @property
+    def summary(self) -> str:
+        """How the run ended, on one line."""
+        tiles = sum(row["tiles"] for row in self.rows if row["status"] == "done")
+        counts = [
+            f"{count} {state.replace('_', ' ')}" + f" ({tiles_in_words(tiles)})" * (state == "done")
+            for state, count in self.counts.items()
+            if count
+        ]
+        return f"{self.outcome}: {', '.join(counts) or 'no slide to do'}; {in_words(self.seconds)}."
+
+    @property
+    def failed(self) -> dict[str, str]:
+        """Slide -> why it failed."""
+        return {row["slide_id"]: row["error"] for row in self.rows if row["status"] == "failed"}
+
+    def __repr__(self) -> str:
+        """The summary and a table of the slides, those that failed first; slides.csv has all of it."""
+        rows = sorted(self.rows, key=lambda row: row["status"] != "failed")
+        shown = [[str(row[name]) for name in _SHOWN_COLUMNS] for row in rows[:_SHOWN_ROWS]]
+        more = len(rows) - len(shown)
+        last = f"... and {slides_in_words(more)} more, see {SLIDES_CSV}; " if more else ""
+        lines = [self.summary, *table_lines([list(_SHOWN_COLUMNS), *shown]), self.note, f"{last}written to {self.out}"]
+        return "\n".join(line for line in lines if line)
+
+    def to_frame(self) -> Any:
+        """A `pandas.DataFrame` with a row a slide and the columns of slides.csv."""
+        return data_frame(self.rows)
 
 
 @dataclass

@@ -13,6 +13,7 @@ from gigapath.evaluation.results import RESULTS, Curves, Results, Scores
 from gigapath.evaluation.scores import SCORE_WORDS, FloatArray
 from gigapath.files import write_bytes_atomic, write_json_atomic
 from gigapath.tables import csv_text
+from gigapath.text import table_lines
 
 log = logging.getLogger(__name__)
 
@@ -108,12 +109,6 @@ def curves_picture(curves: Curves) -> bytes:
     return draw_curves(
         panels, x_label=f"log10 of the {curves.x}" if curves.log else curves.x, title=curves.title, mark=mark
     )
-
-
-def table_lines(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Rows of cells as lines, the columns one below the other."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
 def score_lines(scores: Mapping[str, Scores], more: Mapping[str, Mapping[str, str]] | None = None) -> list[str]:

@@ -3,11 +3,15 @@
 result = finetune(Inputs("panda", "h5_files", "PANDA.csv", "splits"), "outputs/panda")
 predict("outputs/panda/fold_0", ["slide.h5"])
 
-Names are looked up when they are used: the options alone need no torch.
+`gigapath.finetune(features, task=..., labels=..., out=..., epochs=5)` takes the options as keywords. Names are looked
+up when they are used: the options alone need no torch.
 """
 
-from typing import TYPE_CHECKING
+import sys
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
+import gigapath
 from gigapath.lazy import lazy_names
 
 if TYPE_CHECKING:
@@ -47,3 +51,14 @@ __getattr__, __dir__ = lazy_names(
         "gigapath.evaluation.task": ("Task", "load_task"),
     },
 )
+
+
+class _CallableRoom(ModuleType):
+    """This room has the name of a verb, which the front door calls."""
+
+    def __call__(self, *args: Any, **options: Any) -> "RunResult":
+        found: RunResult = gigapath.api.finetune(*args, **options)
+        return found
+
+
+sys.modules[__name__].__class__ = _CallableRoom

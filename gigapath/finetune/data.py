@@ -211,14 +211,14 @@ class Inputs:
 
     Attributes:
         task: name or YAML file.
-        features: folder of feature files.
+        features: feature files or folders of them; one or many.
         labels: CSV.
         splits: folder of split files, or None for folds drawn here.
         pretrained: weights of the slide encoder: "hf_hub:REPO", a file, "" for random ones.
     """
 
     task: str
-    features: str
+    features: str | Sequence[str]
     labels: str
     splits: str | None = None
     pretrained: str = "hf_hub:prov-gigapath/prov-gigapath"

@@ -39,6 +39,7 @@ from gigapath.machine import available_cores
 from gigapath.options import to_dict
 from gigapath.releases import HUB_PREFIXES
 from gigapath.slide_encoder import WEIGHTS_FILE
+from gigapath.tables import data_frame
 from gigapath.weights import find_weights
 
 RUN = "finetune.json"
@@ -58,6 +59,15 @@ class RunResult:
     evaluations: dict[str, list[Evaluation]]
     lines: list[str]
     out: Path
+    scores: dict[str, Scores]
+
+    def __repr__(self) -> str:
+        """The table of scores."""
+        return "\n".join([*self.lines, f"written to {self.out}"])
+
+    def to_frame(self) -> Any:
+        """A `pandas.DataFrame` with a row a model and score, over the folds: value, interval, leads."""
+        return data_frame(summary_csv(self.scores))
 
 
 def finetune(
@@ -151,7 +161,7 @@ class _Run:
             self.say(line)
         models = [name for name in scores if name != SITE_ALONE]
         evaluations = {name: [found[name].headline for found in folds] for name in models}
-        return RunResult(evaluations, lines, self.out)
+        return RunResult(evaluations, lines, self.out, scores)
 
     def _over_folds(self, folds: list[dict[str, Scores]]) -> dict[str, Scores]:
         """The scores of each model over all folds: taken within a fold, and averaged."""

@@ -28,7 +28,7 @@ from gigapath.evaluation.labels import (
     patients_of,
 )
 from gigapath.evaluation.plots import draw_intervals
-from gigapath.evaluation.report import predictions_csv, summary_csv, table_lines, write_results
+from gigapath.evaluation.report import predictions_csv, summary_csv, write_results
 from gigapath.evaluation.results import SITE_ALONE, SLIDE_PROBE, Results, Scores, score
 from gigapath.evaluation.scores import SCORE_WORDS
 from gigapath.evaluation.splits import Fold, audit, draw_parts
@@ -38,7 +38,8 @@ from gigapath.linear_probe.heads import PATIENCE, PENALTIES, LogisticRegression,
 from gigapath.linear_probe.options import ProbeOptions, SlideProbeOptions
 from gigapath.linear_probe.table import TEST
 from gigapath.options import IdOptions, to_dict
-from gigapath.tables import read_table
+from gigapath.tables import data_frame, read_table
+from gigapath.text import table_lines
 
 BASELINE = "tile-mean"
 INNER_FOLDS = 3
@@ -194,7 +195,7 @@ def _lacking(test: npt.NDArray[np.bool_]) -> str:
     return "train on" if test.all() else "test on"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class SlideProbe:
     """What was found: `scores` of the embeddings, `tile-mean` first, then of controls; `rows` says which slide each row
     of their predictions is."""
@@ -204,6 +205,28 @@ class SlideProbe:
     rows: IntArray
     options: dict[str, Any]
     notes: tuple[str, ...]
+
+    def __repr__(self) -> str:
+        """The table of scores, and what is to be noted."""
+        return "\n".join(self._lines())
+
+    def _lines(self) -> Iterator[str]:
+        data = self.data
+        groups = f" of {data.facts['groups']:,} groups ({data.group_column})" if data.group_column else ""
+        counts = ", ".join(f"{count:,} {name}" for name, count in data.facts["slides_of_class"].items())
+        positive = f" (positive: {data.classes[1]})" if len(data.classes) == 2 else ""
+        yield f"{data.facts['slides']:,} slides{groups}: {counts}{positive}"
+        rows = [["embedding", "width", *(SCORE_WORDS[name] for name in SHOWN), f"AUROC against {BASELINE}"]]
+        for name, found in self.scores.items():
+            lead = f"{found.leads[BASELINE]['auroc']:+.4f}" if found.leads else ""
+            rows.append([name, str(found.facts.get("width", "")), *(str(found[each]) for each in SHOWN), lead])
+        yield from table_lines(rows)
+        yield f"intervals: {self.scores[BASELINE].headline.covers}"
+        yield from (f"note: {note}" for note in self.notes)
+
+    def to_frame(self) -> Any:
+        """A `pandas.DataFrame` with a row an embedding and score: value, interval, leads."""
+        return data_frame(summary_csv(self.scores))
 
     @property
     def results(self) -> Results:
@@ -427,22 +450,6 @@ def write_slide_report(out: Path, probe: SlideProbe) -> list[str]:
         texts={"summary.csv": summary_csv(probe.scores), "predictions.csv": _predictions(probe)},
         pictures={"comparison.png": lambda: _comparison(probe)},
     )
-
-
-def slide_summary_lines(probe: SlideProbe) -> Iterator[str]:
-    """The table for a person, line by line."""
-    data = probe.data
-    groups = f" of {data.facts['groups']:,} groups ({data.group_column})" if data.group_column else ""
-    counts = ", ".join(f"{count:,} {name}" for name, count in data.facts["slides_of_class"].items())
-    positive = f" (positive: {data.classes[1]})" if len(data.classes) == 2 else ""
-    yield f"{data.facts['slides']:,} slides{groups}: {counts}{positive}"
-    rows = [["embedding", "width", *(SCORE_WORDS[name] for name in SHOWN), f"AUROC against {BASELINE}"]]
-    for name, found in probe.scores.items():
-        lead = f"{found.leads[BASELINE]['auroc']:+.4f}" if found.leads else ""
-        rows.append([name, str(found.facts.get("width", "")), *(str(found[each]) for each in SHOWN), lead])
-    yield from table_lines(rows)
-    yield f"intervals: {probe.scores[BASELINE].headline.covers}"
-    yield from (f"note: {note}" for note in probe.notes)
 
 
 def _predictions(probe: SlideProbe) -> str:

@@ -16,7 +16,14 @@ import gigapath
 from gigapath.devices import at_most_threads, computing, resolve_device
 from gigapath.evaluation import Predictions, evaluate, macro_curves, prior_probabilities
 from gigapath.evaluation.intervals import plain
-from gigapath.evaluation.report import confusion_picture, curves_picture, predictions_csv, score_lines, write_results
+from gigapath.evaluation.report import (
+    confusion_picture,
+    curves_picture,
+    predictions_csv,
+    score_lines,
+    summary_csv,
+    write_results,
+)
 from gigapath.evaluation.results import TILE_PROBE, Curves, Results, Scores, score
 from gigapath.linear_probe.archive import Report
 from gigapath.linear_probe.data import ProbeData, load_data
@@ -25,6 +32,7 @@ from gigapath.linear_probe.options import ProbeOptions, TileProbeOptions
 from gigapath.linear_probe.table import TEST, TRAIN, VALIDATION
 from gigapath.machine import available_cores
 from gigapath.options import to_dict
+from gigapath.tables import data_frame
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -49,7 +57,7 @@ class SeedResult:
     logits: dict[str, FloatArray]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class TileProbe:
     """Everything that a probe of tiles found; `scores` are those of the first seed on the test set, those of controls
     beside, `seed_scores` those of each seed."""
@@ -64,6 +72,30 @@ class TileProbe:
     device: str
     seconds: dict[str, float]
     notes: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        """The table of scores, and what is to be noted."""
+        return "\n".join(self._lines())
+
+    def _lines(self) -> Iterator[str]:
+        data = self.data
+        tiles = ", ".join(f"{len(rows):,} {split}" for split, rows in data.rows.items())
+        width = data.features.shape[1]
+        yield f"{tiles} tiles of {len(data.classes)} classes ({', '.join(data.classes)}), embeddings of width {width}"
+        yield f"kept: {self.heads[0].chosen}" + (f" (step {self.heads[0].step})" if self.heads[0].step else "")
+        more = {}
+        if len(self.heads) > 1:
+            cells = {name: f"{np.mean(all):.4f} +- {np.std(all, ddof=1):.4f}" for name, all in self.seed_scores.items()}
+            more = {f"mean and SD of {len(self.heads)} seeds": cells}
+        yield from score_lines(self.scores, more)
+        if len(data.classes) == 2:
+            prevalence = self.scores[PROBE].headline.prevalence[data.classes[1]]
+            yield f"positive class: {data.classes[1]} ({prevalence:.1%} of the test tiles)"
+        yield from (f"note: {note}" for note in self.notes)
+
+    def to_frame(self) -> Any:
+        """A `pandas.DataFrame` with a row a model and score, of the first seed: value, interval, leads."""
+        return data_frame(summary_csv(self.scores))
 
     def published_scores(self, split: str) -> dict[str, float]:
         """The first seed's scores by the published code's definitions; none without logits (neighbours)."""
@@ -366,24 +398,6 @@ def _predictions(probe: TileProbe) -> str:
         "predicted": [data.classes[index] for index in said.argmax(axis=1)],
     }
     return predictions_csv(columns, said, data.classes)
-
-
-def summary_lines(probe: TileProbe) -> Iterator[str]:
-    """What a person wants to read, line by line."""
-    data = probe.data
-    tiles = ", ".join(f"{len(rows):,} {split}" for split, rows in data.rows.items())
-    width = data.features.shape[1]
-    yield f"{tiles} tiles of {len(data.classes)} classes ({', '.join(data.classes)}), embeddings of width {width}"
-    yield f"kept: {probe.heads[0].chosen}" + (f" (step {probe.heads[0].step})" if probe.heads[0].step else "")
-    more = {}
-    if len(probe.heads) > 1:
-        cells = {name: f"{np.mean(all):.4f} +- {np.std(all, ddof=1):.4f}" for name, all in probe.seed_scores.items()}
-        more = {f"mean and SD of {len(probe.heads)} seeds": cells}
-    yield from score_lines(probe.scores, more)
-    if len(data.classes) == 2:
-        prevalence = probe.scores[PROBE].headline.prevalence[data.classes[1]]
-        yield f"positive class: {data.classes[1]} ({prevalence:.1%} of the test tiles)"
-    yield from (f"note: {note}" for note in probe.notes)
 
 
 def _spread(values: Sequence[float]) -> dict[str, Any]:

@@ -1,0 +1,293 @@
+"""The verbs as functions: a path or many, and the command line's options as keywords of the same names.
+
+Each calls what its verb calls, shows the same progress (a bar on a terminal and in a notebook, lines in a log), and
+returns a result that prints as a table; `help(gigapath.embed)` lists every option. S slides, N tiles of a slide, D
+width of an embedding.
+"""
+
+import os
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gigapath.cohort.run import Progress, RunResult
+from gigapath.cohort.status import failure_lines, failures_by_kind
+from gigapath.embedding.options import EmbedOptions, KeepOptions, RunOptions, SlideEmbedOptions
+from gigapath.features import TileEmbeddings
+from gigapath.features import read_features as read_file
+from gigapath.features.reading import find_feature_files, slide_name
+from gigapath.finetune.options import JoinOptions, ModelOptions, SplitOptions, TrainingOptions
+from gigapath.lazy import public_names
+from gigapath.linear_probe.options import ProbeOptions, SlideProbeOptions, TileProbeOptions
+from gigapath.options import as_keywords
+from gigapath.preprocessing.slide import SlideError
+from gigapath.preprocessing.tiling import TileOptions
+from gigapath.text import slides_in_words
+
+if TYPE_CHECKING:
+    from gigapath import finetune as finetuning
+    from gigapath.linear_probe.slides import SlideProbe
+    from gigapath.linear_probe.tiles import TileProbe
+
+__all__ = ["FeatureFolder", "embed", "finetune", "probe", "read_features", "slide_embed", "tile"]
+__dir__ = public_names(__name__)
+
+Place = str | os.PathLike[str]
+Places = Place | Iterable[Place]
+
+
+@as_keywords(tiling=TileOptions, run=RunOptions)
+def tile(slides: Places, *, out: Place, quiet: bool = False, tiling: TileOptions, run: RunOptions) -> RunResult:
+    """Find tissue and lay tiles, as `gigapath tile`: look at the previews before embedding.
+
+    Args:
+        slides: slide files, folders of them, manifests (.csv); one or many.
+        out: the output folder; what is done there with the same options is skipped.
+        quiet: show no progress.
+
+    Returns:
+        The result: prints as a table, `to_frame()` has a row a slide.
+
+    Raises:
+        ValueError, FileNotFoundError, OSError: nothing could start; one sentence.
+        SlideError: no slide came through. Where only some fail, a warning names them.
+        KeyboardInterrupt: the run was stopped; the same call goes on from there.
+    """
+    from gigapath.embedding.tiling import run_tile
+
+    return _run(
+        "slide", quiet, lambda watch: run_tile(_paths(slides), Path(out), tiling=tiling, options=run, watch=watch)
+    )
+
+
+@as_keywords(encoders=EmbedOptions, tiling=TileOptions, run=RunOptions)
+def embed(
+    slides: Places = (),
+    *,
+    out: Place,
+    quiet: bool = False,
+    encoders: EmbedOptions,
+    tiling: TileOptions,
+    run: RunOptions,
+) -> RunResult:
+    """Bring slides to tiles, tile embeddings and slide embeddings, as `gigapath embed`.
+
+    Args:
+        slides: as for `tile`; may be left out with `tiles`.
+        out: as for `tile`; gets `features_*/<slide>.h5` (N, D), `slides_*/<slide>.h5` and slides.csv.
+        quiet: show no progress.
+
+    Returns:
+        As `tile`. `gigapath.read_slides(out)` gives the slide vectors, `gigapath.read_features(out)` those of tiles.
+
+    Raises:
+        PermissionError, ConnectionError: the weights are not to be had.
+        ValueError, FileNotFoundError, SlideError, KeyboardInterrupt: as `tile`.
+    """
+    from gigapath.embedding.run import run_embed
+
+    return _run(
+        "tile",
+        quiet,
+        lambda watch: run_embed(_paths(slides), Path(out), tiling=tiling, embedding=encoders, options=run, watch=watch),
+    )
+
+
+@as_keywords(embedding=SlideEmbedOptions, run=KeepOptions)
+def slide_embed(
+    features: Places,
+    *,
+    out: Place | None = None,
+    quiet: bool = False,
+    embedding: SlideEmbedOptions,
+    run: KeepOptions,
+) -> RunResult:
+    """Embed slides from the embeddings of their tiles, ours or another tool's, as `gigapath slide-embed`.
+
+    Args:
+        features: files of tile embeddings or folders of them; one or many.
+        out: the output folder; by default that of the run which made the features.
+        quiet: show no progress.
+
+    Returns:
+        As `tile`.
+
+    Raises:
+        PermissionError, ConnectionError: the weights are not to be had.
+        ValueError, FileNotFoundError, SlideError, KeyboardInterrupt: as `tile`.
+    """
+    from gigapath.embedding.slide_embedding import run_slide_embed
+
+    where = None if out is None else Path(out)
+    return _run(
+        "slide",
+        quiet,
+        lambda watch: run_slide_embed(_paths(features), where, embedding=embedding, options=run, watch=watch),
+    )
+
+
+@as_keywords(options=ProbeOptions, tiles=TileProbeOptions, slides=SlideProbeOptions)
+def probe(
+    embeddings: Place,
+    *,
+    out: Place,
+    labels: Place | None = None,
+    overwrite: bool = False,
+    quiet: bool = False,
+    options: ProbeOptions,
+    tiles: TileProbeOptions,
+    slides: SlideProbeOptions,
+) -> "TileProbe | SlideProbe":
+    """Fit and score a linear layer on frozen embeddings, as `gigapath probe`.
+
+    Args:
+        embeddings: tiles: a zip, folder or file of embeddings; slides: the output folder of `embed`.
+        out: the folder of the results.
+        labels: CSV; not needed where the embeddings of tiles carry their labels.
+        overwrite: probe again where the folder holds results of other options.
+        quiet: show no progress.
+
+    Returns:
+        The scores with their intervals: prints as a table, `to_frame()` has a row a score.
+
+    Raises:
+        ValueError, FileNotFoundError: one sentence; nothing was written.
+    """
+    from gigapath.cli.progress import counter
+    from gigapath.linear_probe.run import run_probe
+
+    found, _ = run_probe(
+        os.fspath(embeddings),
+        os.fspath(out),
+        labels=None if labels is None else os.fspath(labels),
+        overwrite=overwrite,
+        options=options,
+        tiles=tiles,
+        slides=slides,
+        report=None if quiet else counter("reading "),
+    )
+    return found
+
+
+@as_keywords(join=JoinOptions, split=SplitOptions, model=ModelOptions, training=TrainingOptions)
+def finetune(
+    features: Places,
+    *,
+    task: Place,
+    labels: Place,
+    out: Place,
+    splits: Place | None = None,
+    pretrained: Place = "hf_hub:prov-gigapath/prov-gigapath",
+    controls: bool = False,
+    quiet: bool = False,
+    join: JoinOptions,
+    split: SplitOptions,
+    model: ModelOptions,
+    training: TrainingOptions,
+) -> "finetuning.RunResult":
+    """Fine-tune the slide encoder on labelled slides, as `gigapath finetune`.
+
+    Args:
+        features: files of tile embeddings or folders of them; one or many.
+        task: panda, mutation_5_gene, or a YAML file (`gigapath.finetune.new_task` writes one).
+        labels: CSV with a row a slide.
+        out: the output folder; a run that it holds goes on.
+        splits: folder with train_0.csv, val_0.csv, test_0.csv, ...; by default folds are drawn.
+        pretrained: slide encoder: hf_hub:REPO, a release's name, a file, or "" for random weights.
+        controls: train controls too, and put all in one table.
+        quiet: say nothing of the plan and the epochs.
+
+    Returns:
+        The scores over the folds: prints as a table, `to_frame()` has a row a score.
+
+    Raises:
+        ValueError, FileNotFoundError: whatever is wrong with what was given, before anything is trained.
+        KeyboardInterrupt: the run was stopped; the same call goes on after the last finished epoch.
+    """
+    from gigapath import finetune as room
+    from gigapath.cli.finetune import news_on_stdout
+    from gigapath.signals import StopFlag, Stopped
+
+    files = [os.fspath(path) for path in _paths(features)]
+    inputs = room.Inputs(
+        os.fspath(task), files, os.fspath(labels), None if splits is None else os.fspath(splits), os.fspath(pretrained)
+    )
+    settings = room.Settings(join=join, split=split, model=model, training=training, controls=controls)
+    say = (lambda line: None) if quiet else (lambda line: print(line, flush=True))
+    try:
+        with StopFlag() as stop, news_on_stdout(quiet):
+            return room.finetune(inputs, Path(out), settings, say=say, check_stop=stop.check)
+    except Stopped as stopped:
+        raise KeyboardInterrupt(f"stopped by {stopped}; the same call goes on after the last finished epoch") from None
+
+
+class FeatureFolder(Mapping[str, TileEmbeddings]):
+    """The tile embeddings of many slides by slide; each is read when it is asked for, and none is kept.
+
+    `gigapath.read_features(folder)` makes it.
+    """
+
+    def __init__(self, paths: Places, **how: Any) -> None:
+        """Find the files; `how` is what `read_features` takes."""
+        self.files = {slide_name(file): file for file in find_feature_files(_paths(paths))}
+        self._how = how
+
+    def __getitem__(self, slide_id: str) -> TileEmbeddings:
+        return read_file(self.files[slide_id], **self._how)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.files)
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __repr__(self) -> str:
+        """One line, with the first slides."""
+        return f"FeatureFolder({slides_in_words(len(self))}: {', '.join([*self.files][:3])}{', ...' * (len(self) > 3)})"
+
+
+def read_features(path: Places, **how: Any) -> TileEmbeddings | FeatureFolder:
+    """Read tile embeddings, ours or another tool's (TRIDENT, CLAM, Mussel, STAMP, slide2vec, the published code).
+
+    Args:
+        path: a file of one slide; or a folder, such as the output folder of `embed`, or many paths.
+        how: `tile_size_level0`, `embed_dim`, `cells`, `order`, `coordinates`, `verify`; see
+            `gigapath.features.read_features`.
+
+    Returns:
+        Of a file its `TileEmbeddings`: `features` (N, D), `coords` (N, 2) top-left (x, y) in level-0 pixels. Of a
+        folder or many paths a mapping from slide to those, read when asked for.
+
+    Raises:
+        FileNotFoundError: no such file or folder.
+        ValueError: no tile embeddings, those of several encoders, or a damaged file; one sentence that names it.
+    """
+    if isinstance(path, str | os.PathLike) and not Path(path).is_dir():
+        return read_file(path if isinstance(path, str) else Path(path), **how)
+    return FeatureFolder(path, **how)
+
+
+def _paths(paths: Places) -> list[Path]:
+    """One path or many as a list."""
+    return [Path(path) for path in ([paths] if isinstance(paths, str | os.PathLike) else paths)]
+
+
+def _run(unit: str, quiet: bool, work: Callable[[Progress], RunResult]) -> RunResult:
+    """The result of a run, shown while it works; a run that was stopped or came to nothing raises."""
+    from gigapath.cli.progress import Terminal
+
+    if quiet:
+        result = work(Progress())
+    else:
+        with Terminal(unit, machine=False) as watch:
+            result = work(watch)
+    if result.outcome == "stopped":
+        raise KeyboardInterrupt(f"{result.summary} What is done is kept: the same call goes on from there")
+    if result.failed:
+        lines = failure_lines(failures_by_kind(result.failed))
+        text = "\n".join([f"{slides_in_words(len(result.failed))} of {len(result.rows)} failed:", *lines])
+        if len(result.failed) == len(result.rows):
+            raise SlideError(text)
+        warnings.warn(text, stacklevel=4)
+    return result

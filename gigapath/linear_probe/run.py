@@ -1,0 +1,96 @@
+"""A probe as `gigapath probe` and `gigapath.probe` run it: checked against what the folder holds, fitted, written.
+
+What is wrong with names and options is told before torch is imported.
+"""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gigapath.cohort.owner import Ownership
+from gigapath.cohort.reuse import differences
+from gigapath.linear_probe.options import ProbeOptions, SlideProbeOptions, TileProbeOptions
+from gigapath.options import to_dict
+
+if TYPE_CHECKING:
+    from gigapath.linear_probe.archive import Report
+    from gigapath.linear_probe.slides import SlideProbe
+    from gigapath.linear_probe.tiles import TileProbe
+
+# Where the published PCam embeddings and labels lie once downloaded.
+PUBLISHED = "GigaPath_PCam_embeddings.zip"
+
+
+def run_probe(
+    embeddings: str | Path | None,
+    out: str | Path,
+    *,
+    labels: str | Path | None = None,
+    overwrite: bool = False,
+    options: ProbeOptions,
+    tiles: TileProbeOptions,
+    slides: SlideProbeOptions,
+    report: "Report | None" = None,
+) -> "tuple[TileProbe | SlideProbe, list[str]]":
+    """Probe slides where `slides.embedding` names their embedding, else tiles; write the results.
+
+    Args:
+        embeddings: tiles: a zip, folder or file of embeddings; slides: the output folder of a run; None makes some of
+            tiles by a planted rule.
+        out: the folder of the results.
+        labels: CSV; not needed where the embeddings carry their labels.
+        overwrite: probe again where the folder holds results of other options.
+        options: columns, intervals, what to allow.
+        tiles: the recipe of a probe of tiles.
+        slides: embeddings, folds and repeats of a probe of slides.
+        report: progress of the reading.
+
+    Returns:
+        what was found, and the names of the files in the folder.
+
+    Raises:
+        FileNotFoundError, ValueError: one sentence on what is wrong; nothing was written.
+    """
+    out = Path(out)
+    given = {**to_dict(options), **to_dict(tiles if slides.embedding is None else slides)}
+    with Ownership({out: given}):
+        if not overwrite:
+            _check_same(out, given)
+        if slides.embedding is not None:
+            if embeddings is None:
+                raise ValueError("--demo: expected a probe of tiles. Leave out --embedding.")
+            from gigapath.linear_probe.slides import probe_slides, write_slide_report
+
+            of_slides = probe_slides(embeddings, labels, options, slides)
+            return of_slides, write_slide_report(out, of_slides)
+        if embeddings is None:
+            from gigapath.linear_probe.planted import write_planted
+
+            embeddings, labels = write_planted(out / "demo")
+        elif any(Path(embeddings).glob("slides_*/*.h5")):
+            raise ValueError(
+                f"{embeddings}: expected embeddings of tiles with a label each, got the output of a run. "
+                "To probe its slides name their embedding, such as --embedding tile-mean."
+            )
+        elif Path(embeddings).name == PUBLISHED and not Path(embeddings).exists():
+            raise FileNotFoundError(
+                f"{embeddings}: no such file. Get it (2 GB) with `gigapath download pcam`, or try without: --demo."
+            )
+        from gigapath.linear_probe.tiles import probe_tiles, write_tile_report
+
+        of_tiles = probe_tiles(embeddings, labels, options, tiles, report=report)
+        return of_tiles, write_tile_report(out, of_tiles)
+
+
+def _check_same(out: Path, given: dict[str, Any]) -> None:
+    """Refuse to put results of other options in place of those that are there."""
+    try:
+        before = json.loads((out / "results.json").read_text(encoding="utf-8"))["options"]
+        changed = differences(before, json.loads(json.dumps(given)))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return
+    if changed:
+        raise ValueError(
+            f"{out}: expected the options of the results that it holds, got others: {'; '.join(changed[:5])}. Give "
+            "those of before, or use another --out; --overwrite probes again."
+        )
