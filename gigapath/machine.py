@@ -1,8 +1,12 @@
 """What this process may use of the machine."""
 
 import contextlib
+import ctypes
+import importlib.util
 import math
 import os
+import re
+import sys
 from pathlib import Path
 
 _CGROUPS = Path("/sys/fs/cgroup")
@@ -11,6 +15,53 @@ _MEMINFO = Path("/proc/meminfo")
 _MEMORY_FILES = ("memory.limit_in_bytes", "memory.usage_in_bytes")  # of control groups of version 1
 # What SLURM grants to a task, and to a whole job on a node where it doesn't say that.
 _SLURM = ("SLURM_CPUS_PER_TASK", "SLURM_CPUS_ON_NODE")
+
+
+def check_device(name: str, option: str = "--device") -> None:
+    """Refuse a device that certainly is not here, without torch: by its version file and the driver's libraries.
+
+    Raises:
+        ValueError: an unknown name, CUDA without a driver, GPU or CUDA build of torch, MPS elsewhere than on macOS.
+    """
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", name):
+        raise ValueError(f"{option}: expected one of auto, cpu, cuda, mps or cuda:N, got {name!r}.")
+    reason = ""
+    if name == "mps" and sys.platform != "darwin":
+        reason = "which only macOS has"
+    elif name.startswith("cuda"):
+        reason = _cuda_problem(int(name.partition(":")[2] or 0))
+    if reason:
+        raise ValueError(f"{option}: expected a device of this machine, got {name!r}: {reason}. Use --device cpu.")
+
+
+def _cuda_problem(index: int) -> str:
+    """Why there is certainly no such CUDA device, or "" where only torch can tell.
+
+    NVML counts the GPUs: the driver's own library would bind this process to them, and no fork could use them then.
+    """
+    found = importlib.util.find_spec("torch")
+    if found is not None and found.origin is not None:
+        built = Path(found.origin).with_name("version.py").read_text(encoding="utf-8")
+        if re.search(r"^hip\b.*= '", built, re.MULTILINE):  # ROCm calls its devices cuda, and has no such libraries
+            return ""
+        if not re.search(r"^cuda\b.*= '", built, re.MULTILINE):
+            return "the installed torch is built without CUDA"
+    if sys.platform != "linux":
+        return ""
+    if os.environ.get("CUDA_VISIBLE_DEVICES", "0").strip() in ("", "-1"):
+        return "CUDA_VISIBLE_DEVICES hides every GPU"
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return "there is no NVIDIA driver"
+    try:
+        management = ctypes.CDLL("libnvidia-ml.so.1")
+    except OSError:  # small boards have none
+        return ""
+    count = ctypes.c_uint(0)
+    if management.nvmlInit_v2() or management.nvmlDeviceGetCount_v2(ctypes.byref(count)):
+        return ""
+    return f"the NVIDIA driver finds {count.value} GPUs" if index >= count.value else ""
 
 
 def available_cores() -> int:

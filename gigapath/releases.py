@@ -5,6 +5,7 @@ Sizes and digests are recorded facts; where none is known the entry says None an
 
 import re
 from dataclasses import dataclass
+from pathlib import Path
 
 
 @dataclass(frozen=True)
@@ -101,6 +102,21 @@ _RELEASE_BY_WORD = {
 def release_of(tile_encoder: str) -> str:
     """Our name of the released tile encoder that a file names, however its tool writes it; another name stays."""
     return _RELEASE_BY_WORD.get(re.sub(r"[-_ ]", "", tile_encoder.lower()), tile_encoder)
+
+
+def check_encoder(kind: str, name: str) -> None:
+    """Refuse the name of a `kind` ("tile" or "slide") encoder that is neither known nor the path of a checkpoint.
+
+    Raises:
+        ValueError: lists the names.
+    """
+    others = ("standin", "timm:NAME") if kind == "tile" else ("mean", "none")
+    prefixes = HUB_PREFIXES if kind == "slide" else (*HUB_PREFIXES, "timm:")
+    if name not in (*RELEASES, *others) and not name.startswith(prefixes) and not Path(name).expanduser().exists():
+        known = ", ".join([*RELEASES, *others])
+        raise ValueError(
+            f"--{kind}-encoder: expected {known} or the path of a checkpoint, got {name!r}. Check the name or the path."
+        )
 
 
 def _published(path: str, blob: str, size: int | None = None) -> RemoteFile:

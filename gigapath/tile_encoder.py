@@ -25,7 +25,7 @@ from gigapath.devices import computing, resolve_device, resolve_precision
 from gigapath.file_names import plain_name
 from gigapath.files import remembered_sha256
 from gigapath.lazy import public_names
-from gigapath.releases import HUB_PREFIXES, RELEASES, TILE_FILE, Release
+from gigapath.releases import HUB_PREFIXES, RELEASES, TILE_FILE, Release, check_encoder
 from gigapath.tile_architectures import (
     SIZES,
     gigapath_tile_enc_dinov2s,
@@ -243,13 +243,8 @@ def _standin_encoder(random_weights: bool) -> dict[str, Any]:
 def _file_encoder(name: str, random_weights: bool) -> dict[str, Any]:
     if random_weights:
         raise ValueError(f"--random-weights: expected the name of an encoder, got the checkpoint {name!r}. Drop one.")
-    known = ", ".join([*RELEASES, "standin", "timm:NAME"])
-    try:
-        path = find_weights(name, TILE_FILE)
-    except FileNotFoundError as error:
-        raise FileNotFoundError(
-            f"--tile-encoder: expected {known}, or a checkpoint that exists, got {name!r}."
-        ) from error
+    check_encoder("tile", name)
+    path = find_weights(name, TILE_FILE)
     state = load_state_dict(path)
     arch = tell_architecture(state, "tile", path)
     model, sha256 = loaded(arch, state, {}), remembered_sha256(path)

@@ -314,7 +314,11 @@ def broken_features(cohort: tuple[Path, Path, Path], tmp_path_factory: pytest.Te
 
 @pytest.mark.parametrize("name", NAMES)
 def test_broken_feature_files_through_check_and_slide_embed(
-    name: str, broken_features: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    name: str,
+    broken_features: dict[str, Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     folder = broken_features[name]
     status, out, err = run(capsys, "check", folder)
@@ -323,6 +327,8 @@ def test_broken_feature_files_through_check_and_slide_embed(
         assert status == 3 and "slide-003" in out
     for line in out.splitlines():
         check_words(line.strip())
+    monkeypatch.chdir(tmp_path)
+    Path("tinynet").touch()  # a checkpoint by its name
     words = ("--slide-encoder", "tinynet", "--device", "cpu")
     some = [path for path in sorted(folder.glob("slide-00[234].*")) if path.is_file()]
     status, _, err = run(capsys, "slide-embed", *some, "--out", tmp_path / "out", *words)

@@ -324,7 +324,7 @@ def test_verify_refuses_wrong_words_before_it_computes(
 ) -> None:
     monkeypatch.setattr("gigapath.doctor.verify.remembered_sha256", None)
     for words, sentence in (
-        (["--panda", str(tmp_path), str(tmp_path / "none")], "--panda: no such folder"),
+        (["--panda", str(tmp_path), str(tmp_path / "none")], "--panda: expected a folder"),
         (["--panda", str(tmp_path), str(tmp_path)], "found none in common"),
         (["--reference", str(reference), "--tile-encoder", "gigapath-flash"], "one of gigapath_slide_enc12l384d"),
         (["--out", str(tmp_path)], "expected a file, got a folder"),

@@ -833,8 +833,10 @@ def test_another_tools_embeddings_of_a_released_width_ask_for_the_slide_encoder(
 
 
 def test_slide_embed_writes_the_table_that_export_writes(
-    slides: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    slides: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("tinynet").touch()  # a checkpoint by its name
     embed(slides / "a.tif", tmp_path)
     words = [str(tmp_path), "--slide-encoder", "tinynet", "--device", "cpu"]
     for name in ("default", "state:1:class", "last-state", "all-states", "tile-mean", "published-demo"):

@@ -177,7 +177,7 @@ def test_mean_of_rows_sums_in_float64() -> None:
 
 
 def test_load_slide_encoder_names_what_there_is(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="expected gigapath, gigapath-flash, mean, none or a checkpoint"):
+    with pytest.raises(ValueError, match="expected gigapath, gigapath-flash, mean, none or the path"):
         load_slide_encoder("titan", in_chans=8)
     weights = tmp_path / "other.pth"
     torch.save({"head.weight": torch.zeros(2, 2)}, weights)

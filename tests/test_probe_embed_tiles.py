@@ -241,7 +241,7 @@ def test_paths_without_tiles_are_one_sentence(tmp_path: Path, capsys: pytest.Cap
     (tmp_path / "empty").mkdir()
     (tmp_path / "x.tar").write_bytes(b"")
     for path, message in (
-        ("nowhere", "no such file or folder"),
+        ("nowhere", "TILES: expected"),
         ("empty", "expected tile images (png, jpg, tif), got none"),
         ("x.tar", "expected a folder, a .zip or PCam's .h5 files"),
     ):

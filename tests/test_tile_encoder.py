@@ -424,7 +424,7 @@ def test_load_tile_encoder_checks_the_release(monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.parametrize(
     ("name", "error", "words"),
     [
-        ("no-such-encoder", FileNotFoundError, "gigapath, gigapath-flash, standin, timm:NAME"),
+        ("no-such-encoder", ValueError, "gigapath, gigapath-flash, standin, timm:NAME"),
         ("timm:no_such_model", ValueError, "no_such_model"),
         ("timm:vit_base_patch16_plus_240", ValueError, "No pretrained weights exist"),
         ("timm:hf_hub:prov-gigapath/prov-gigapath", ValueError, "Use gigapath"),

@@ -68,15 +68,25 @@ def finetune(
         out: output folder; a run that it holds goes on
         controls: train controls too, and put all in one table
     """
-    from gigapath.finetune import Inputs, Settings
-    from gigapath.finetune import finetune as fine_tune
+    from gigapath.finetune.data import Inputs, Settings, check_folder, prepare
     from gigapath.signals import StopFlag, Stopped
 
     settings = Settings(join=labels_and_features, split=folds, model=model, training=training, controls=controls)
     inputs = Inputs(task, features, labels, splits, pretrained)
+    check_folder(out)
+    cohort = prepare(inputs, settings)
+    from gigapath.finetune import finetune as fine_tune  # torch, once labels and features are read
+
     try:
         with StopFlag() as stop, news_on_stdout():
-            fine_tune(inputs, out, settings, say=lambda line: print(line, flush=True), check_stop=stop.check)
+            fine_tune(
+                inputs,
+                out,
+                settings,
+                cohort=cohort,
+                say=lambda line: print(line, flush=True),
+                check_stop=stop.check,
+            )
     except Stopped as stopped:
         print(f"gigapath finetune: stopped by {stopped}; the same command goes on after the last finished epoch.")
         return EXIT_STOPPED

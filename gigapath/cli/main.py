@@ -11,6 +11,7 @@ from typing import Any, NoReturn, TextIO
 from cyclopts import App, CycloptsError
 
 from gigapath.cli.arguments import EXIT_STOPPED, make_app
+from gigapath.cli.checks import check_inputs
 from gigapath.file_names import for_terminal
 from gigapath.signals import interrupting
 
@@ -99,6 +100,7 @@ def run_verb(app: App, words: Sequence[str]) -> int:
         print(f"{program}: {error} See {program} --help.", file=sys.stderr)
         return 2
     try:
+        check_inputs(bound)
         return function(*bound.args, **bound.kwargs, **dict.fromkeys(given, words[1:])) or 0
     except BrokenPipeError:  # whoever read the output, such as `head`, has had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

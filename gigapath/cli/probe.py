@@ -27,6 +27,8 @@ def embed_tiles(
         out: the embeddings' file, ending in .h5
         overwrite: embed again where FILE is there, or holds others' embeddings
     """
+    if Path(out).suffix != ".h5":
+        raise ValueError(f"--out: expected a file ending in .h5, got {Path(out).name!r}.")
     from gigapath.cli.progress import counter
     from gigapath.devices import at_most_threads
     from gigapath.linear_probe.embed_tiles import embed_tiles, open_tile_set
@@ -34,8 +36,6 @@ def embed_tiles(
     from gigapath.signals import StopFlag, Stopped
     from gigapath.tile_encoder import load_tile_encoder
 
-    if Path(out).suffix != ".h5":
-        raise ValueError(f"--out: expected a file ending in .h5, got {Path(out).name!r}.")
     tile_set = open_tile_set(tiles)
     encoder = load_tile_encoder(
         tile_encoder.tile_encoder,

@@ -43,10 +43,13 @@ def embed(
 ) -> int:
     """Embed slides, which may be left out with --tiles."""
     from gigapath.cli.progress import Terminal
-    from gigapath.embedding.run import run_embed
+    from gigapath.embedding.slides import cohort_to_embed
+
+    cohort = cohort_to_embed(slides, Path(out), encoders.tiles, tiles, run)
+    from gigapath.embedding.run import embed_cohort  # torch, once the slides are found
 
     with Terminal("tile", machine=as_json) as watch:
-        result = run_embed(slides, out, tiling=tiles, embedding=encoders, options=run, watch=watch, command=words)
+        result = embed_cohort(cohort, Path(out), tiles, encoders, run, watch, words)
     return watch.report(result)
 
 

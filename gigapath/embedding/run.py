@@ -6,18 +6,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from gigapath.cohort.manifest import SlideEntry, find_slides
-from gigapath.cohort.privacy import recorded_paths
+from gigapath.cohort.manifest import SlideEntry
 from gigapath.cohort.reuse import StageOptions, differences
 from gigapath.cohort.run import CohortRun, Plan, Progress, RunResult
-from gigapath.cohort.status import read_statuses
 from gigapath.devices import at_most_threads, device_identity, resolve_devices
 from gigapath.embedding.features_stage import EmbedJob, FeatureStage
 from gigapath.embedding.forward import fitting_batch_size, probe_devices
 from gigapath.embedding.options import EmbedOptions, RunOptions
 from gigapath.embedding.slide_encoding import SlideEncoder, load_slide_encoder
 from gigapath.embedding.slide_stage import SlideStage, slides_folder
-from gigapath.embedding.slides import check_names, check_tissue, chosen, estimate_tiles, named, share_in_words
+from gigapath.embedding.slides import chosen, cohort_to_embed, estimate_tiles, share_in_words
 from gigapath.embedding.tiling import GivenTiles, TileStage, write_contact_sheet
 from gigapath.machine import available_cores
 from gigapath.options import to_dict
@@ -70,11 +68,21 @@ def run_embed(
     """
     out, tiling = Path(out), tiling or TileOptions()
     embedding, options, watch = embedding or EmbedOptions(), options or RunOptions(), watch or Progress()
+    cohort = cohort_to_embed(slides, out, embedding.tiles, tiling, options)
+    return embed_cohort(cohort, out, tiling, embedding, options, watch, command)
+
+
+def embed_cohort(
+    cohort: Sequence[SlideEntry],
+    out: Path,
+    tiling: TileOptions,
+    embedding: EmbedOptions,
+    options: RunOptions,
+    watch: Progress,
+    command: Sequence[str] = (),
+) -> RunResult:
+    """`run_embed` for slides that are found already (`cohort_to_embed`)."""
     with StopFlag(watch.stopping) as stop, at_most_threads(available_cores()):
-        cohort = _entries(slides, out, embedding.tiles, tiling, options)
-        check_names(cohort, out)
-        if not embedding.tiles:
-            check_tissue(cohort, tiling)
         resolved = {**to_dict(tiling), **to_dict(embedding), **to_dict(options)}
         run = CohortRun(
             out=out,
@@ -340,25 +348,6 @@ def _plan(job: EmbedJob, todo: Sequence[SlideEntry]) -> Plan:
     else:
         lines.append(f"{work}.")
     return Plan(tuple(lines), len(entries), skipped, total, not unknown, facts)
-
-
-def _entries(
-    slides: Sequence[str | Path], out: Path, tiles: str | None, tiling: TileOptions, options: RunOptions
-) -> list[SlideEntry]:
-    """The slides of a run: those named, else those that a tiling run recorded."""
-    if slides:
-        return named(find_slides(slides, exclude=out), tiling, options)
-    if tiles is None:
-        raise ValueError("expected slides, a folder or a manifest, got none. Name them, or say --tiles DIR.")
-    for folder in (Path(tiles), Path(tiles).parent):
-        entries = recorded_paths(folder)
-        if entries:
-            tiled = read_statuses(folder / "tiles")
-            columns = {slide_id: status.columns for slide_id, status in tiled.items()}
-            return [replace(entry, columns=columns.get(entry.slide_id, {})) for entry in entries]
-    raise FileNotFoundError(
-        f"{tiles}: expected a folder made by gigapath tile, with private/paths.csv. Name the slides."
-    )
 
 
 def _tile_encoders(embedding: EmbedOptions) -> tuple[TileEncoder, ...]:

@@ -7,7 +7,6 @@ import contextlib
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,7 +21,7 @@ from gigapath.file_names import plain_name
 from gigapath.files import remembered_sha256
 from gigapath.longnet.attention import choose_kernel
 from gigapath.longnet.steps import between_steps
-from gigapath.releases import RELEASES, release_of
+from gigapath.releases import RELEASES, check_encoder, release_of
 from gigapath.slide_encoder import WEIGHTS_FILE, LongNetViT, create_model
 from gigapath.weights import find_weights, load_state_dict, tell_architecture
 
@@ -296,7 +295,8 @@ def load_slide_encoder(
     release = RELEASES.get(name)
     sha256 = None
     if release is None:
-        path = find_slide_checkpoint(name)
+        check_encoder("slide", name)
+        path = find_weights(name, WEIGHTS_FILE)
         if random_weights:
             raise ValueError(f"--random-weights: expected the name of a slide encoder, got {name!r}. Drop one.")
         arch, sha256, pretrained = (
@@ -338,12 +338,3 @@ def usual_slide_encoder(tile_encoder: str | None, *, random_weights: bool) -> st
     `random_weights` an untrained one."""
     release = release_of((tile_encoder or "").removesuffix("-random" if random_weights else ""))
     return release if release in RELEASES else "gigapath" if random_weights else "mean"
-
-
-def find_slide_checkpoint(name: str) -> Path:
-    """The checkpoint that a name of the command line means; ValueError lists the known names where it is no file."""
-    if not Path(name).expanduser().exists():
-        raise ValueError(
-            f"--slide-encoder: expected {', '.join(RELEASES)}, mean, none or a checkpoint's file, got {name!r}."
-        )
-    return find_weights(name, WEIGHTS_FILE)

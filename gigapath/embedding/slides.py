@@ -9,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
-from gigapath.cohort.manifest import SlideEntry
+from gigapath.cohort.manifest import SlideEntry, find_slides
 from gigapath.cohort.privacy import KEPT_COLUMNS, pseudonymised, read_key, recorded_paths
-from gigapath.cohort.status import read_status
+from gigapath.cohort.status import read_status, read_statuses
 from gigapath.embedding.options import RunOptions, parse_shard
 from gigapath.preprocessing.grid import plan_grid
 from gigapath.preprocessing.slide import Slide, SlideError, open_slide
@@ -55,6 +55,36 @@ def named(entries: list[SlideEntry], tiling: TileOptions, options: RunOptions) -
     if tiling.tissue not in METHODS and Path(tiling.tissue).is_dir():  # its masks bear the slides' own names
         entries = [_with_mask(entry, Path(tiling.tissue)) for entry in entries]
     return pseudonymised(entries, key)
+
+
+def cohort_to_embed(
+    slides: Sequence[str | Path], out: Path, tiles: str | None, tiling: TileOptions, options: RunOptions
+) -> list[SlideEntry]:
+    """The slides of an embedding run: those named, else those that the tiling run of `tiles` recorded.
+
+    Raises:
+        ValueError: no slides, ids or pseudonyms that collide, classes without a mask.
+        FileNotFoundError: an input, the mask or the record of the tiling run doesn't exist.
+    """
+    entries = named(find_slides(slides, exclude=out), tiling, options) if slides else _recorded(tiles)
+    check_names(entries, out)
+    if tiles is None:
+        check_tissue(entries, tiling)
+    return entries
+
+
+def _recorded(tiles: str | None) -> list[SlideEntry]:
+    if tiles is None:
+        raise ValueError("SLIDES: expected slides, a folder or a manifest, got none. Name them, or give --tiles DIR.")
+    for folder in (Path(tiles), Path(tiles).parent):
+        entries = recorded_paths(folder)
+        if entries:
+            tiled = read_statuses(folder / "tiles")
+            columns = {slide_id: status.columns for slide_id, status in tiled.items()}
+            return [dataclasses.replace(entry, columns=columns.get(entry.slide_id, {})) for entry in entries]
+    raise FileNotFoundError(
+        f"--tiles: expected a folder made by gigapath tile, with private/paths.csv, got {tiles!r}. Name the slides."
+    )
 
 
 def _with_mask(entry: SlideEntry, folder: Path) -> SlideEntry:

@@ -75,6 +75,7 @@ def finetune(
     out: Path | str,
     settings: Settings | None = None,
     *,
+    cohort: Cohort | None = None,
     say: Say = lambda line: None,
     check_stop: Callable[[], None] = lambda: None,
 ) -> RunResult:
@@ -84,6 +85,7 @@ def finetune(
         inputs: task, features, labels, splits, weights.
         out: the output folder.
         settings: how it is done.
+        cohort: what `prepare` makes of both, where that is done.
         say: takes each line for people.
         check_stop: called between steps; raises to end the run, which can go on later from the last epoch.
 
@@ -93,7 +95,7 @@ def finetune(
     settings = settings or Settings()
     out = Path(out)
     check_folder(out)
-    cohort = prepare(inputs, settings)
+    cohort = cohort or prepare(inputs, settings)
     processes = join_processes(settings.training.device)
     precision = training_precision(settings.training.precision, processes.device)
     run = _Run(inputs, settings, cohort, out, processes, precision, say if processes.rank == 0 else _silent, check_stop)
