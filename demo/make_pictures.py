@@ -1,8 +1,8 @@
-"""The pictures of the README and of the preprocessing guide, from runs on the demo slide with the stand-in encoder.
+"""The pictures of the README and the documentation, from runs on the demo slide with the stand-in encoder.
 
     python demo/make_pictures.py [FOLDER]
 
-Runs take place in outputs/pictures; the pictures go to demo/pictures, or to FOLDER. Those of the notebooks are their
+Runs take place in outputs/pictures; the pictures go to docs/pictures, or to FOLDER. Those of the notebooks are their
 committed outputs. The slide is CMU-1-Small-Region (CC0); what is wrong with some of its copies was painted on it here.
 """
 
@@ -193,7 +193,7 @@ def from_notebook(name, words):
 
 def main(folder=None):
     """Make all pictures."""
-    folder = Path(folder or HERE / "pictures")
+    folder = Path(folder or HERE.parent / "docs" / "pictures")
     folder.mkdir(parents=True, exist_ok=True)
     slide_path, mpp = slide_at_hand()
     work = OUTPUTS / "pictures"

@@ -370,7 +370,7 @@ def test_vector_head_classifies_one_vector_a_slide() -> None:
 def test_two_processes_train_as_one(tmp_path) -> None:
     """gloo on the CPU, four slides a process, against eight in one; gradients in float32, the end in float64.
 
-    One pair is started by torchrun, the other by `accelerate launch` as the README has it.
+    One pair is started by torchrun, the other by `accelerate launch` as the guide has it.
     """
     script = Path(__file__).with_name("distributed_step.py")
     torchrun = ["torch.distributed.run", "--master-port=29517", "--nproc-per-node"]

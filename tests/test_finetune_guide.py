@@ -1,4 +1,4 @@
-"""The README's commands of fine-tuning, run on a made cohort as they stand there, with a narrow encoder for speed."""
+"""The commands of the guide to fine-tuning, run on a made cohort as they stand there, with a narrow encoder."""
 
 import os
 import re
@@ -17,14 +17,14 @@ ROOT = Path(__file__).parent.parent
 SMALL = ["--model-arch", NARROW, "--feat-layer", "2", "--pretrained", "", "--epochs", "2", "--replicates", "10"]
 
 
-def readme_commands() -> list[list[str]]:
-    section = (ROOT / "README.md").read_text().split("## PANDA: fine-tuning the slide encoder")[1].split("\n## ")[0]
-    block = re.search(r"^```text\n(.*?)^```$", section, re.M | re.S)
+def commands_of_the_guide() -> list[list[str]]:
+    page = (ROOT / "docs" / "guides" / "finetuning.md").read_text()
+    block = re.search(r"^```text\n(gigapath init-task.*?)^```$", page, re.M | re.S)
     assert block is not None
     return [shlex.split(line) for line in block[1].splitlines()]
 
 
-def test_readme_commands_run_one_after_the_other(tmp_path, monkeypatch) -> None:
+def test_commands_of_the_guide_run_one_after_the_other(tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     cohorts = {"out": ("labels.csv", "slide-"), "new": ("unused.csv", "new-"), "other": ("other.csv", "other-")}
     for seed, (folder, (labels, prefix)) in enumerate(cohorts.items()):
@@ -33,7 +33,7 @@ def test_readme_commands_run_one_after_the_other(tmp_path, monkeypatch) -> None:
             path.rename(path.with_name(path.name.replace("slide-", prefix)))
         features.rename(features.with_name("features_gigapath"))
         Path(labels).write_text(table.read_text().replace("slide-", prefix))
-    commands = readme_commands()
+    commands = commands_of_the_guide()
     assert [words[1] for words in commands] == ["init-task", "finetune", "predict", "evaluate"]
     for words in commands:
         more = {"finetune": [*SMALL, "--folds", "3"], "evaluate": ["--replicates", "10"]}.get(words[1], [])
