@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from gigapath.api import embed, probe, read_features, slide_embed, tile
     from gigapath.features import read_slides
+    from gigapath.features.to_anndata import to_anndata
+    from gigapath.finetune.dataset import BagDataset
 
 __version__ = "0.1.0"
 
@@ -21,6 +23,7 @@ __version__ = "0.1.0"
 __implementation__ = "gigapath-open"
 
 __all__ = [
+    "BagDataset",
     "classification_head",
     "embed",
     "finetune",
@@ -34,11 +37,14 @@ __all__ = [
     "slide_encoder",
     "tile",
     "tile_encoder",
+    "to_anndata",
 ]
 
 _FUNCTIONS = {
     **dict.fromkeys(("embed", "probe", "read_features", "slide_embed", "tile"), "gigapath.api"),
     "read_slides": "gigapath.features",
+    "to_anndata": "gigapath.features.to_anndata",
+    "BagDataset": "gigapath.finetune.dataset",
 }
 # Looked up as attributes though no statement imported them: the public ones, and those that callers reach for.
 _SUBMODULES = {*__all__, "api", "features", "linear_probe", "pos_embed", "torchscale", "weights"} - {*_FUNCTIONS}

@@ -130,8 +130,8 @@ def _plain(cell: object) -> object:
     return cell
 
 
-def data_frame(table: str | Sequence[Mapping[str, Any]]) -> Any:
-    """A `pandas.DataFrame` of a CSV's text, or of rows.
+def data_frame(table: str | Sequence[Mapping[str, Any]] | Mapping[str, Any]) -> Any:
+    """A `pandas.DataFrame` of a CSV's text, of rows, or of columns.
 
     Raises:
         ImportError: pandas is not installed.
@@ -142,4 +142,4 @@ def data_frame(table: str | Sequence[Mapping[str, Any]]) -> Any:
         raise ImportError(
             "to_frame: expected pandas, which is not installed. Install it: pip install 'gigapath[train]'."
         ) from error
-    return pandas.read_csv(io.StringIO(table)) if isinstance(table, str) else pandas.DataFrame(list(table))
+    return pandas.read_csv(io.StringIO(table)) if isinstance(table, str) else pandas.DataFrame(table)

@@ -142,7 +142,7 @@ class RunResult:
 
     def to_frame(self) -> Any:
         """A `pandas.DataFrame` with a row a slide and the columns of slides.csv."""
-        return data_frame(self.rows)
+        return data_frame(list(self.rows))
 
 
 @dataclass

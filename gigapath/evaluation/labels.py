@@ -339,27 +339,10 @@ def new_task(
     Raises:
         ValueError: a column is missing, there is one class only, or so many that the column is hardly a label.
     """
-    source, path = Path(labels).name, Path(to)
+    path = Path(to)
     if path.exists():
         raise ValueError(f"{path}: it is there already. Choose another --to.")
-    table = read_table(labels)
-    id_column = column_of(table, None, ID_COLUMNS, "the slide's name", "id_column")
-    chosen = list(columns) or [column_of(table, None, LABEL_COLUMNS, "the label", "label_column")]
-    absent = [column for column in chosen if column not in table.columns]
-    if absent:
-        raise ValueError(f"{source}: expected columns {', '.join(chosen)}, got {', '.join(table.header[:12])}.")
-    title = name or Path(labels).stem
-    if len(chosen) > 1:
-        task = Task(title, "multi_label", tuple(chosen), id_column=id_column)
-    else:
-        found = sorted_classes(table.filled(chosen[0]))
-        if not 2 <= len(found) <= MOST_CLASSES:
-            raise ValueError(
-                f"{source}: expected 2 to {MOST_CLASSES} classes under {chosen[0]}, got {len(found)}. Name the label's "
-                "column with --label."
-            )
-        setting = "binary" if len(found) == 2 else "multi_class"
-        task = Task(title, setting, tuple(found), ordinal=ordinal, id_column=id_column, label_column=chosen[0])
+    task = task_of_columns(labels, columns, name=name, ordinal=ordinal)
     read = read_labels(labels, task)
     truth = read.truth
     if task.multi_label:
@@ -370,3 +353,26 @@ def new_task(
     for note in read.class_notes(task.classes):
         log.warning("note: %s", note)
     return task, counts
+
+
+def task_of_columns(
+    labels: Path | str, columns: Sequence[str] = (), *, name: str | None = None, ordinal: bool = False
+) -> Task:
+    """The task that columns of a CSV make, as `new_task` writes it; raises as that."""
+    source, table = Path(labels).name, read_table(labels)
+    id_column = column_of(table, None, ID_COLUMNS, "the slide's name", "id_column")
+    chosen = list(columns) or [column_of(table, None, LABEL_COLUMNS, "the label", "label_column")]
+    absent = [column for column in chosen if column not in table.columns]
+    if absent:
+        raise ValueError(f"{source}: expected columns {', '.join(chosen)}, got {', '.join(table.header[:12])}.")
+    title = name or Path(labels).stem
+    if len(chosen) > 1:
+        return Task(title, "multi_label", tuple(chosen), id_column=id_column)
+    found = sorted_classes(table.filled(chosen[0]))
+    if not 2 <= len(found) <= MOST_CLASSES:
+        raise ValueError(
+            f"{source}: expected 2 to {MOST_CLASSES} classes under {chosen[0]}, got {len(found)}. Name the label's "
+            "column with --label."
+        )
+    setting = "binary" if len(found) == 2 else "multi_class"
+    return Task(title, setting, tuple(found), ordinal=ordinal, id_column=id_column, label_column=chosen[0])
