@@ -30,6 +30,7 @@ DOCS = ROOT / "docs"
 PAGES = [README, *sorted(DOCS.rglob("*.md"))]
 BY_NAME = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
 READ_FIRST = [README, DOCS / "guides" / "slides-to-embeddings.md"]  # the others take up what these have made
+RUN_ELSEWHERE = [DOCS / "guides" / "python.md"]  # by tests/test_api.py, on a cohort of its own
 MOST_BYTES = 12_000  # of the README
 
 # Commands that prepare an environment, and scripts: their files are checked here; .ci/run and other tests run them.
@@ -278,8 +279,9 @@ def read_so_far(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 @pytest.mark.slow
 @BY_NAME
 def test_snippets_run(page: Path, read_so_far: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    if page in READ_FIRST or not any(language in ("bash", "python") for language, _ in blocks(page)):
-        pytest.skip("run by the fixture, or nothing to run")
+    here = any(language in ("bash", "python") for language, _ in blocks(page))
+    if not here or page in READ_FIRST + RUN_ELSEWHERE:
+        pytest.skip("run by the fixture or another file, or nothing to run")
     shutil.copytree(read_so_far, tmp_path / "reader")
     monkeypatch.chdir(tmp_path / "reader")
     run_blocks(page)

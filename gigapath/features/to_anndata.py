@@ -19,8 +19,8 @@ def to_anndata(source: Any, *, embedding: str = "default", allow_mixed: bool = F
 
     Tiles: X (N, D) float32; obs has `slide_id`, the top-left `x`, `y`, `array_row`, `array_col` (cells), and what the
     file holds of `tissue_fraction`, `section` and quality; obsm["spatial"] (N, 2) float64 are the tiles' centers (x, y)
-    in level-0 pixels (uns["gigapath"]["unit"] says so, or which other unit the file has); uns["spatial"] gives squidpy
-    the tiles' size. Slides: X (S, D) float32; obs has the columns of slides.csv, the manifest's among them.
+    in level-0 pixels (`uns["gigapath"]["unit"]` says so, or which other unit the file has); `uns["spatial"]` gives
+    squidpy the tiles' size. Slides: X (S, D) float32; obs has the columns of slides.csv, the manifest's among them.
 
     `write_h5ad` and `write_zarr` of the result write it.
 
