@@ -1,8 +1,6 @@
 """What this process may use of the machine."""
 
 import contextlib
-import ctypes
-import importlib.util
 import math
 import os
 import re
@@ -39,6 +37,9 @@ def _cuda_problem(index: int) -> str:
 
     NVML counts the GPUs: the driver's own library would bind this process to them, and no fork could use them then.
     """
+    import ctypes
+    import importlib.util
+
     found = importlib.util.find_spec("torch")
     if found is not None and found.origin is not None:
         built = Path(found.origin).with_name("version.py").read_text(encoding="utf-8")

@@ -1,7 +1,9 @@
 """Mistakes on the command line are told by their option, before torch or timm is imported."""
 
 import contextlib
+import ctypes
 import importlib.machinery
+import importlib.util
 import json
 import os
 import subprocess
@@ -20,6 +22,7 @@ MISTAKES = {
     "download uni": "uni",
     "doctor --verify --weights nowhere": "--weights",
     "plan a.svs --tile-encoder uni": "--tile-encoder",
+    "tile a.svs --out o --config nowhere.yaml": "--config",
     "tile a.svs --out o --tissue otsuu": "--tissue",
     "tile a.svs --out o --tile-size 3": "--tile-size",
     "embed a.svs --out o --tile-encoder uni": "--tile-encoder",
@@ -30,7 +33,7 @@ MISTAKES = {
     "embed empty --out o --tile-encoder standin": "empty",
     "embed --out o --tile-encoder standin": "SLIDES",
     "embed a.svs --out o --tile-encoder standin --tiles nowhere": "--tiles",
-    "embed a.svs --out o --hlp": "--help",
+    "embed a.svs --out o --hlp": "unknown option --hlp; did you mean --help?",
     "slide-embed empty --out o": "empty",
     "slide-embed a.h5 --out o --slide-encoder titan": "--slide-encoder",
     "slide-embed a.h5 --out o --embedding nope": "embedding",
@@ -132,8 +135,8 @@ def test_gpus_are_counted_by_the_driver(
 ) -> None:
     (tmp_path / "version.py").write_text("cuda: Optional[str] = '13.0'\nhip: Optional[str] = None\n")
     spec = importlib.machinery.ModuleSpec("torch", None, origin=str(tmp_path / "__init__.py"))
-    monkeypatch.setattr(machine.importlib.util, "find_spec", lambda name: spec)
-    monkeypatch.setattr(machine.ctypes, "CDLL", lambda name: Library(status))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: spec)
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: Library(status))
     monkeypatch.setattr(machine.sys, "platform", "linux")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     with pytest.raises(ValueError, match="finds 2 GPUs") if refused else contextlib.nullcontext():

@@ -15,6 +15,7 @@ import torch
 from made_slides import paint_tissue, write_pyramid
 from tiny_encoders import tiny_tile_encoder
 
+import gigapath
 from gigapath.cli.main import app, main
 from gigapath.embedding.options import RunOptions
 from gigapath.embedding.tiling import run_tile
@@ -337,7 +338,7 @@ def test_words_reach_the_options_as_they_are_typed() -> None:
         (["tiel", "a.svs"], "gigapath: expected a verb, got 'tiel'; did you mean tile?"),
         (["xyzzy", "a.svs"], "gigapath: expected a verb, got 'xyzzy'"),
         (["inspect"], "gigapath check: Parameter FEATURES requires an argument. See gigapath check --help."),
-        (["inspect", "a.h5", "--jsn"], "gigapath check: Unknown option: --jsn. Did you mean --json? See"),
+        (["inspect", "a.h5", "--jsn"], "gigapath check: unknown option --jsn; did you mean --json? See"),
     ],
 )
 def test_wrong_words_are_one_line_and_say_where_the_right_ones_are(
@@ -346,3 +347,93 @@ def test_wrong_words_are_one_line_and_say_where_the_right_ones_are(
     assert main(words) == 2
     err = capsys.readouterr().err
     assert err.startswith(said) and err.count("\n") == 1
+
+
+# ---------------------------------------------------------------------------------- options of every verb
+
+
+def files_of(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_dry_run_shows_the_plan_and_writes_nothing(
+    slides: Path, tmp_path: Path, tiny: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, dry = tmp_path / "out", ["--dry-run"]
+    assert main(["tile", str(slides), "--out", str(out), *SMALL, *dry, "--shard", "1/2"]) == 0
+    assert embed(slides, out, *dry) == 0
+    assert not out.exists()
+    assert embed(slides, out, "--slide-encoder", "none") == 0
+    before = files_of(out)
+    capsys.readouterr()
+    assert embed(slides, out, *dry, "--json") == 0
+    assert json.loads(capsys.readouterr().out)["outcome"] == "planned"
+    words = ["--slide-encoder", "gigapath-flash", "--random-weights", "--device", "cpu"]
+    assert main(["slide-embed", str(out), *words, *dry]) == 0
+    said = capsys.readouterr().out
+    assert "2 slides: 2 to do" in said and "nothing was written" in said
+    assert embed(slides, out, *dry, "--store", "float16") == 1, "mixed results are refused as in the run itself"
+    assert files_of(out) == before
+
+
+def test_options_of_a_run_are_given_back_by_its_record(
+    slides: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["tile", str(slides), "--mpp", "0.6", "--min-tissue", "0.3", "--allow-upsampling", *SMALL]
+    assert main([*words, "--out", str(tmp_path / "a")]) == 0
+    (record,) = (tmp_path / "a/runs").glob("*.json")
+    _, bound, _ = app.parse_args(["tile", "x.svs", "--out", "o", "--config", str(record), "--mpp", "0.7"])
+    tiles = bound.kwargs["tiles"]
+    assert (tiles.mpp, tiles.min_tissue, tiles.tile_size, tiles.allow_upsampling) == (0.7, 0.3, 64, True)
+    assert bound.kwargs["run"].workers == 0
+    capsys.readouterr()
+    for text, said in (
+        ("mpp: 0.5\nmin_tisue: 0.2\n", "unknown option --min-tisue in run.yaml; did you mean --min-tissue?"),
+        ("mpp: -1\n", "--mpp"),
+        ("a: [", "--config"),
+        ("just text", "--config"),
+    ):
+        (tmp_path / "run.yaml").write_text(text)
+        assert main(["tile", "x.svs", "--out", "o", "--config", str(tmp_path / "run.yaml")]) == 2
+        assert said in one_sentence(capsys, "tile")
+
+
+def test_quiet_verbose_and_the_log_file_choose_what_is_shown(
+    slides: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log = tmp_path / "log.txt"
+    words = ["tile", str(slides), *SMALL]
+    assert main([*words, "--out", str(tmp_path / "a"), "-q"]) == 0
+    said = capsys.readouterr()
+    assert "2 to tile" not in said.out and "1/2 a" not in said.out and "done: 2 done" in said.out and said.err == ""
+    assert main([*words, "--out", str(tmp_path / "b"), "--log-file", str(log)]) == 0
+    shown = capsys.readouterr().out.splitlines()
+    assert [line.partition(" ")[2] for line in log.read_text().splitlines()] == shown
+    assert main(["tile", str(slides), "--out", str(tmp_path / "b"), "--mpp", "9", "-v", "--log-file", str(log)]) == 1
+    assert "Traceback" in capsys.readouterr().err
+    assert log.read_text().startswith("20") and "Traceback" in log.read_text()
+
+
+def test_help_has_two_tiers(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["embed", "--help"]) == 0
+    common = capsys.readouterr().out
+    assert main(["embed", "--help-all"]) == 0
+    everything = capsys.readouterr().out
+    for option in ("--tile-encoder", "--out", "--dry-run", "SLIDES"):
+        assert option in common and option in everything
+    assert "--mpp-tolerance" in everything and "--mpp-tolerance" not in common
+    assert "gigapath embed --help-all" in common and "gigapath embed --help-all" not in everything
+
+
+def test_version_names_the_commit_of_a_checkout(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    said = capsys.readouterr().out
+    root = Path(__file__).parent.parent
+    head = subprocess.run(["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+    assert said.startswith(f"gigapath {gigapath.__version__}")
+    assert not head or head[:12] in said
+
+
+def test_completion_knows_verbs_and_their_options() -> None:
+    script = app.generate_completion(shell="bash")
+    assert "slide-embed" in script and "--tile-encoder" in script

@@ -119,7 +119,7 @@ def known_options() -> set[str]:
         for argument in of[verb].assemble_argument_collection()
     ]
     names = {name for argument in arguments if argument.parse for name in argument.names}
-    return names | {"--index-url", "--help", "--install-completion"}
+    return names | {"--index-url", "--help", "--help-all", "--version", "--install-completion"}
 
 
 @BY_NAME

@@ -52,6 +52,7 @@ def finetune(
     pretrained: Annotated[str, Parameter(metavar="WEIGHTS")] = "hf_hub:prov-gigapath/prov-gigapath",
     out: Folder,
     controls: bool = False,
+    dry_run: bool = False,
     labels_and_features: JoinOptions,
     folds: SplitOptions,
     model: ModelOptions,
@@ -67,6 +68,7 @@ def finetune(
         pretrained: slide encoder: hf_hub:REPO, a file, or '' for random weights
         out: output folder; a run that it holds goes on
         controls: train controls too, and put all in one table
+        dry_run: show the plan and write nothing
     """
     from gigapath.finetune.data import Inputs, Settings, check_folder, prepare
     from gigapath.signals import StopFlag, Stopped
@@ -84,13 +86,14 @@ def finetune(
                 out,
                 settings,
                 cohort=cohort,
+                dry_run=dry_run,
                 say=lambda line: print(line, flush=True),
                 check_stop=stop.check,
             )
     except Stopped as stopped:
         print(f"gigapath finetune: stopped by {stopped}; the same command goes on after the last finished epoch.")
         return EXIT_STOPPED
-    print(f"Results: {out}")
+    print("Dry run: nothing was written." if dry_run else f"Results: {out}")
     return 0
 
 

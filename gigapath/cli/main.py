@@ -2,15 +2,18 @@
 
 import contextlib
 import difflib
+import logging
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from datetime import datetime
+from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
-from cyclopts import App, CycloptsError
+from cyclopts import App, CycloptsError, UnknownOptionError
 
-from gigapath.cli.arguments import EXIT_STOPPED, make_app
+from gigapath.cli.arguments import EXIT_STOPPED, OutputOptions, make_app
 from gigapath.cli.checks import check_inputs
 from gigapath.file_names import for_terminal
 from gigapath.signals import interrupting
@@ -54,14 +57,27 @@ for order, (name, (place, line)) in enumerate(VERBS.items()):
 app.register_install_completion_command()
 
 
+_MOVES = {"\r", "\x1b"}  # by which a terminal's cursor goes back
+
+
 class _Shown:
     """Standard output or error, where whatever comes from files (names, errors, attributes) is escaped."""
+
+    log: TextIO | None = None  # gets whole lines, each with its time
+    line = ""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
 
     def write(self, text: str) -> int:
-        return self._stream.write(for_terminal(text))
+        text = for_terminal(text)
+        if self.log is not None and not _MOVES & {*text}:  # a bar draws over itself
+            self.line += text
+            *whole, self.line = self.line.split("\n")
+            for line in whole:
+                self.log.write(f"{datetime.now().astimezone().isoformat(timespec='seconds')} {line}\n")
+            self.log.flush()
+        return self._stream.write(text)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
@@ -87,6 +103,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run_verb(app: App, words: Sequence[str]) -> int:
     """Run one verb of `app`; the exit status."""
     program = f"{app.name[0]} {words[0]}"
+    help: Any = app.help_formatter
+    help.everything, help.left_out = "--help-all" in words, 0
+    words = ["--help" if word == "--help-all" else word for word in words]
     if words[0] not in app:  # cyclopts would import every verb to suggest one
         near = difflib.get_close_matches(words[0], list(app), n=1)
         meant = f"; did you mean {near[0]}?" if near else "."
@@ -94,22 +113,67 @@ def run_verb(app: App, words: Sequence[str]) -> int:
         return 2
     try:
         function, bound, given = app.parse_args(words, print_error=False, exit_on_error=False)
-    except (CycloptsError, ValueError) as error:  # ValueError: of the options' own checks
-        if isinstance(error, CycloptsError):
-            error.command_chain = None
-        print(f"{program}: {error} See {program} --help.", file=sys.stderr)
-        return 2
-    try:
-        check_inputs(bound)
-        return function(*bound.args, **bound.kwargs, **dict.fromkeys(given, words[1:])) or 0
-    except BrokenPipeError:  # whoever read the output, such as `head`, has had enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return EXIT_PIPE
-    except (ValueError, OSError, ImportError) as error:
-        if os.environ.get("GIGAPATH_DEBUG"):
-            raise
+    except FileNotFoundError as error:
         print(f"{program}: {error}", file=sys.stderr)
         return 1
+    except (CycloptsError, ValueError) as error:  # ValueError: of the options' own checks
+        print(f"{program}: {_in_one_line(error)} See {program} --help.", file=sys.stderr)
+        return 2
+    with contextlib.ExitStack() as shown:
+        try:
+            shown.enter_context(_showing(bound.arguments.pop("output", OutputOptions())))
+            check_inputs(bound)
+            status = function(*bound.args, **bound.kwargs, **dict.fromkeys(given, words[1:])) or 0
+        except BrokenPipeError:  # whoever read the output, such as `head`, has had enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return EXIT_PIPE
+        except (ValueError, OSError, ImportError) as error:
+            if os.environ.get("GIGAPATH_DEBUG"):
+                raise
+            print(f"{program}: {error}", file=sys.stderr)
+            logging.getLogger("gigapath").debug("where it came from:", exc_info=error)
+            return 1
+    if help.left_out:
+        print(f"{help.left_out} more options: {program} --help-all")
+    return status
+
+
+def _in_one_line(error: CycloptsError | ValueError) -> str:
+    """What is wrong with the words; an unknown option with the closest one of the verb, those of help included."""
+    if isinstance(error, CycloptsError):
+        error.command_chain = None
+    if not isinstance(error, UnknownOptionError):
+        return str(error)
+    given = (error.token.keyword or error.token.value).partition("=")[0].strip("[]")
+    known = [name for argument in error.argument_collection for name in argument.names]
+    given = given if given.startswith("-") else "--" + given.replace("_", "-")  # as a file of options has it
+    near = difflib.get_close_matches(given, [*known, "--help", "--help-all"], n=1)
+    where = "" if error.token.source == "cli" else f" in {error.token.source}"
+    return f"unknown option {given}{where}" + (f"; did you mean {near[0]}?" if near else ".")
+
+
+@contextlib.contextmanager
+def _showing(options: OutputOptions) -> Iterator[None]:
+    """Show what the options say, within this block only: log messages with -v, errors alone with -q, all in a file
+    too."""
+    logger = logging.getLogger("gigapath")
+    before = logger.level
+    handler = logging.StreamHandler() if options.verbose else None
+    with contextlib.ExitStack() as undo:
+        undo.callback(logger.setLevel, before)
+        if options.log_file is not None:
+            log = undo.enter_context(Path(options.log_file).open("a", encoding="utf-8"))
+            for stream in (sys.stdout, sys.stderr):
+                if isinstance(stream, _Shown):
+                    stream.log = log
+                    undo.callback(setattr, stream, "log", None)
+        if options.quiet:
+            logger.setLevel(logging.ERROR)
+        if handler is not None:
+            logger.setLevel(logging.DEBUG)
+            logger.addHandler(handler)
+            undo.callback(logger.removeHandler, handler)
+        yield
 
 
 def command() -> NoReturn:

@@ -1,6 +1,7 @@
 """What a run looks like on a terminal, in a notebook, in a log, and to a machine."""
 
 import json
+import logging
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -13,7 +14,7 @@ from gigapath.cohort.run import Plan, Progress, RunResult
 from gigapath.cohort.status import failure_kind, failure_lines, failures_by_kind
 from gigapath.text import slides_in_words, tiles_in_words
 
-EXIT_STATUS = {"done": 0, "some slides failed": EXIT_FAILED_SLIDES, "stopped": EXIT_STOPPED}
+EXIT_STATUS = {"planned": 0, "done": 0, "some slides failed": EXIT_FAILED_SLIDES, "stopped": EXIT_STOPPED}
 _STAGES = {"plan": "tiling", "read": "reading", "encode": "device", "write": "writing", "slides": "slide encoder"}
 _SHOWN_SHARE = 0.05
 _NOTEBOOK_COLUMNS = 110
@@ -125,6 +126,8 @@ class Terminal(Progress):
             self._bar.write(line, file=sys.stderr)
 
     def _print(self, line: str) -> None:
+        if quiet():
+            return
         print(line, file=self._words, flush=True)
         self._printed = time.monotonic()
 
@@ -158,14 +161,21 @@ class Terminal(Progress):
             print(result.note, file=self._words)
         for line in failure_lines(failures_by_kind(result.failed)):
             print(f"  {line}", file=self._words)
-        print(f"see {result.out / 'slides.csv'}", file=self._words)
+        if result.outcome != "planned":
+            print(f"see {result.out / 'slides.csv'}", file=self._words)
         return status
 
 
 def watched() -> bool:
-    """Whether somebody sees a bar: on a terminal, or below a cell of a notebook."""
+    """Whether somebody sees a bar: on a terminal, or below a cell of a notebook; a log file gets lines in its place."""
     shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
-    return sys.stderr.isatty() or "IPKernelApp" in getattr(shell, "config", {})
+    seen = sys.stderr.isatty() or "IPKernelApp" in getattr(shell, "config", {})
+    return seen and not quiet() and getattr(sys.stderr, "log", None) is None
+
+
+def quiet() -> bool:
+    """Whether errors and results alone are to be shown: what -q sets."""
+    return logging.getLogger("gigapath").level >= logging.ERROR
 
 
 def counter(what: str) -> Callable[[int, int], None]:

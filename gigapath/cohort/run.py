@@ -98,7 +98,7 @@ class RunResult:
     Attributes:
         out: the output folder.
         run_id: names the run's record.
-        outcome: "done", "some slides failed" or "stopped".
+        outcome: "done", "some slides failed", "stopped", or "planned" of a dry run.
         note: one sentence on why the run ended before its last slide, where no signal ended it.
         rows: one row per slide of this run, as in slides.csv.
         counts: slides of this run by status.
@@ -118,6 +118,8 @@ class RunResult:
     @property
     def summary(self) -> str:
         """How the run ended, on one line."""
+        if self.outcome == "planned":
+            return "Dry run: nothing was written."
         tiles = sum(row["tiles"] for row in self.rows if row["status"] == "done")
         counts = [
             f"{count} {state.replace('_', ' ')}" + f" ({tiles_in_words(tiles)})" * (state == "done")
@@ -162,6 +164,7 @@ class CohortRun:
         keep_paths: whether `private/paths.csv` learns where the entries lie.
         cohort: ids of all slides that slides.csv lists, where `entries` are a share of them.
         max_failures: the run ends once more slides than this have failed, or None.
+        dry_run: plan, and neither work nor write.
         made_with: what the results of the stages that the run writes are made with.
     """
 
@@ -177,6 +180,7 @@ class CohortRun:
     keep_paths: bool = True
     cohort: Sequence[str] = ()
     max_failures: int | None = None
+    dry_run: bool = False
     made_with: Sequence[StageOptions] = ()
     _note: str = ""
     _failed: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -204,6 +208,12 @@ class CohortRun:
             ValueError: an encoder failed (EncoderError), the folder holds results of other options, or another run
                 makes such there (FolderTaken).
         """
+        if self.dry_run:
+            started = time.monotonic()
+            for stage in self.made_with:
+                stage.check()
+            self.watch.plan(replace(make_plan(), reused=len(self.entries)))  # nothing is going to be done
+            return RunResult(self.out, "", "planned", (), _counts([]), time.monotonic() - started)
         check_writable(self.out)
         with Ownership({stage.folder: stage.owned for stage in self.made_with}) as self._owner:
             for stage in self.made_with:

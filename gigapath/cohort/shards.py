@@ -22,7 +22,7 @@ _COLUMNS = ("slide_id", "shard", "weight")
 
 
 def take_shard(
-    out: Path, verb: str, entries: Sequence[SlideEntry], shard: tuple[int, int], *, tiles: Path
+    out: Path, verb: str, entries: Sequence[SlideEntry], shard: tuple[int, int], *, tiles: Path, keep: bool = True
 ) -> list[SlideEntry]:
     """The slides of one share, in their order.
 
@@ -35,6 +35,7 @@ def take_shard(
         entries: the whole cohort.
         shard: (I, N).
         tiles: folder of the tiles' status files.
+        keep: write the cut where there is none yet.
 
     Raises:
         OutputError: the cut can't be written.
@@ -44,10 +45,14 @@ def take_shard(
     ids = [entry.slide_id for entry in entries]
     key = hashlib.sha256("\n".join(sorted(ids)).encode()).hexdigest()[:8]
     path = out / FOLDER / f"{verb}-{count}-{key}.csv"
-    if not path.exists():
+    if path.exists():
+        cut = _read(path)
+    else:
         weights = weigh(entries, tiles)
-        _write_first(path, cut_by_weight(weights, count), weights)
-    cut = _read(path)
+        cut = cut_by_weight(weights, count)
+        if keep:
+            _write_first(path, cut, weights)
+            cut = _read(path)  # another job may have been quicker
     if not cut.keys() >= set(ids):
         raise ValueError(f"{FOLDER}/{path.name}: expected every slide of the cohort. Remove it while no job runs.")
     return [entry for entry in entries if cut[entry.slide_id] == number]

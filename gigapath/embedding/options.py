@@ -20,6 +20,7 @@ class KeepOptions(Options):
     allow_mixed: bool = option(False, "accept results of other precision, device or weights in the same folder")
     only: str | None = option(None, "failed: leave out slides that did not fail before", choices=("failed",))
     max_failures: int | None = option(None, "end the run once more slides than this failed", metavar="N", at_least=0)
+    dry_run: bool = option(False, "show the plan and write nothing")
 
     def overwrites(self, stage: str) -> bool:
         """Whether this stage is to be done again."""
@@ -63,6 +64,11 @@ class RunOptions(KeepOptions):
     def reading_threads(self, cores: int | None = None) -> int:
         """Threads that read: as asked, else one per core, of which there are `cores` or all that may be used."""
         return self.workers if self.workers is not None else cores or available_cores()
+
+    @property
+    def over_ray(self) -> bool:
+        """Whether Ray's workers do the work; a dry run has none for them."""
+        return self.engine == "ray" and not self.dry_run
 
     def __post_init__(self) -> None:
         super().__post_init__()

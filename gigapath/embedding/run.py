@@ -95,15 +95,16 @@ def embed_cohort(
             stop=stop,
             cohort=sorted({entry.slide_id for entry in cohort}),
             max_failures=options.max_failures,
+            dry_run=options.dry_run,
         )
-        if options.engine == "ray":
+        if options.over_ray:
             result = _over_ray(run, tiling, embedding, options)
         else:
             job, todo = _prepare(run, tiling, embedding, options)
             with job:
                 job.announce(todo)
                 result = run.over_slides(todo, run.in_process(job.work), lambda: _plan(job, todo))
-        if not embedding.tiles:
+        if not embedding.tiles and not options.dry_run:
             write_contact_sheet(out)
     return result
 

@@ -75,6 +75,7 @@ def run_slide_embed(
             keep_paths=False,
             cohort=ids,
             max_failures=options.max_failures,
+            dry_run=options.dry_run,
         )
         stage = SlideStage(
             folder=folder,

@@ -122,7 +122,7 @@ def chosen(
     if options.shard is not None:
         from gigapath.cohort.shards import take_shard
 
-        mine = take_shard(out, verb, mine, parse_shard(options.shard), tiles=tiles)
+        mine = take_shard(out, verb, mine, parse_shard(options.shard), tiles=tiles, keep=not options.dry_run)
     return only_failed(mine, stages) if options.only == "failed" else mine
 
 

@@ -101,13 +101,14 @@ def tile_cohort(
             stop=stop,
             cohort=sorted(ids),
             max_failures=options.max_failures,
+            dry_run=options.dry_run,
             made_with=[stage.made_with(entries, ids)],
         )
 
         def plan() -> Plan:
             return _plan(entries, todo, cohort, out, tiling, options)
 
-        if options.engine == "ray":
+        if options.over_ray:
             from gigapath.cohort.ray_workers import RayWorkers  # where it is asked for
             from gigapath.cohort.shards import largest_first
 
@@ -118,7 +119,8 @@ def tile_cohort(
                 result = run.over_slides(todo, workers.process, lambda: workers.with_line(plan()))
         else:
             result = run.over_slides(todo, run.in_process(lambda entry: [run.make(stage, entry)]), plan)
-        write_contact_sheet(out)
+        if not options.dry_run:
+            write_contact_sheet(out)
     return result
 
 

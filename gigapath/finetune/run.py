@@ -76,6 +76,7 @@ def finetune(
     settings: Settings | None = None,
     *,
     cohort: Cohort | None = None,
+    dry_run: bool = False,
     say: Say = lambda line: None,
     check_stop: Callable[[], None] = lambda: None,
 ) -> RunResult:
@@ -86,6 +87,7 @@ def finetune(
         out: the output folder.
         settings: how it is done.
         cohort: what `prepare` makes of both, where that is done.
+        dry_run: say the plan, and neither train nor write.
         say: takes each line for people.
         check_stop: called between steps; raises to end the run, which can go on later from the last epoch.
 
@@ -98,8 +100,9 @@ def finetune(
     cohort = cohort or prepare(inputs, settings)
     processes = join_processes(settings.training.device)
     precision = training_precision(settings.training.precision, processes.device)
-    run = _Run(inputs, settings, cohort, out, processes, precision, say if processes.rank == 0 else _silent, check_stop)
-    owned = {out: run.identity()} if processes.rank == 0 else {}
+    say = say if processes.rank == 0 else _silent
+    run = _Run(inputs, settings, cohort, out, processes, precision, say, check_stop, dry_run)
+    owned = {out: run.identity()} if processes.rank == 0 and not dry_run else {}
     with Ownership(owned), at_most_threads(available_cores()):
         return run()
 
@@ -118,6 +121,7 @@ class _Run:
     precision: str
     say: Say
     check_stop: Callable[[], None]
+    dry_run: bool = False
 
     def __post_init__(self) -> None:
         width = self.cohort.facts[0].width
@@ -145,6 +149,8 @@ class _Run:
                 f"the largest slide won't fit: it takes {plan.memory / 1e9:.1f} GB, {plan.available / 1e9:.1f} GB "
                 f"are free. Set {too_large}, or go on with --allow-low-memory."
             )
+        if self.dry_run:
+            return RunResult({}, [], self.out, {})
         self._check_files()
         if self.first:
             split = keep_manifest(self.out, cohort.folds, cohort.joined.labels, how)
