@@ -180,6 +180,7 @@ def finetune(
     splits: Place | None = None,
     pretrained: Place = "hf_hub:prov-gigapath/prov-gigapath",
     controls: bool = False,
+    dry_run: bool = False,
     quiet: bool = False,
     join: JoinOptions,
     split: SplitOptions,
@@ -196,6 +197,7 @@ def finetune(
         splits: folder with train_0.csv, val_0.csv, test_0.csv, ...; by default folds are drawn.
         pretrained: slide encoder: hf_hub:REPO, a release's name, a file, or "" for random weights.
         controls: train controls too, and put all in one table.
+        dry_run: show the plan and write nothing.
         quiet: say nothing of the plan and the epochs.
 
     Returns:
@@ -217,7 +219,7 @@ def finetune(
     say = (lambda line: None) if quiet else (lambda line: print(line, flush=True))
     try:
         with StopFlag() as stop, news_on_stdout(quiet):
-            return room.finetune(inputs, Path(out), settings, say=say, check_stop=stop.check)
+            return room.finetune(inputs, Path(out), settings, dry_run=dry_run, say=say, check_stop=stop.check)
     except Stopped as stopped:
         raise KeyboardInterrupt(f"stopped by {stopped}; the same call goes on after the last finished epoch") from None
 

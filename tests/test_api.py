@@ -1,5 +1,6 @@
 """The Python front door: verbs as functions on made slides, with the stand-in or a tiny encoder."""
 
+import dataclasses
 import importlib.util
 import inspect
 import re
@@ -150,12 +151,14 @@ def test_a_wrong_option_is_refused_by_its_name(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["tile", "embed", "slide_embed", "probe", "finetune"])
 def test_the_keywords_are_the_options_of_the_verb(name: str) -> None:
+    from gigapath.cli.arguments import OutputOptions
     from gigapath.cli.main import app
 
     arguments = app[name.replace("_", "-")].assemble_argument_collection(parse_docstring=True)
     words = {word for argument in arguments for word in argument.names if word.startswith("--")}
     words -= {f"--{sign}-{word[2:]}" for word in words for sign in ("no", "empty")}  # cyclopts' own, which are off
-    not_here = {"--json", "--to", "--demo", "--words"}  # results have to_frame; made data are for trying
+    shared = {f"--{field.name.replace('_', '-')}" for field in dataclasses.fields(OutputOptions)}
+    not_here = {"--json", "--to", "--demo", "--words", *shared}  # results have to_frame; made data are for trying
     function = getattr(gigapath.api, name)
     keywords = set(inspect.signature(function).parameters) - {"quiet"}
     positional = next(iter(inspect.signature(function).parameters))
