@@ -17,20 +17,38 @@ from torch import Tensor
 
 from gigapath.lazy import public_names
 
-__all__ = ["get_2d_sincos_pos_embed"]
+__all__ = ["get_1d_sincos_pos_embed_from_grid", "get_2d_sincos_pos_embed", "get_2d_sincos_pos_embed_from_grid"]
 __dir__ = public_names(__name__)
 
 
-def _frequencies(embed_dim: int) -> "np.ndarray[Any, np.dtype[np.float64]]":
+Floats = np.ndarray[Any, np.dtype[np.float64]]
+
+
+def _frequencies(embed_dim: int) -> Floats:
     if embed_dim < 4 or embed_dim % 4:
         raise ValueError(f"pos_embed: expected a width that 4 divides, got {embed_dim}. Choose a multiple of 4.")
     quarter = embed_dim // 4
     return 10000.0 ** (-np.arange(quarter, dtype=np.float64) / quarter)
 
 
-def get_2d_sincos_pos_embed(
-    embed_dim: int, grid_size: int, cls_token: bool = False
-) -> "np.ndarray[Any, np.dtype[np.float64]]":
+def get_1d_sincos_pos_embed_from_grid(embed_dim: int, pos: Any) -> Floats:
+    """e(p) (M, embed_dim) float64 of numbers of any shape with M entries; 2 must divide the width."""
+    angles = np.outer(np.asarray(pos, dtype=np.float64), _frequencies(2 * embed_dim))
+    return np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
+
+
+def get_2d_sincos_pos_embed_from_grid(embed_dim: int, grid: Any) -> Floats:
+    """Rows (M, embed_dim) float64 for M cells of any grid.
+
+    Args:
+        embed_dim: width D, a multiple of 4.
+        grid: (2, ...) with M entries each: what the first half of a row tells (gy of ours), then what the second does.
+    """
+    first, second = (get_1d_sincos_pos_embed_from_grid(embed_dim // 2, axis) for axis in grid)
+    return np.concatenate([first, second], axis=1)
+
+
+def get_2d_sincos_pos_embed(embed_dim: int, grid_size: int, cls_token: bool = False) -> Floats:
     """The whole table of a small grid, by the published name.
 
     Args:
@@ -41,8 +59,7 @@ def get_2d_sincos_pos_embed(
     Returns:
         (n * n, D) float64, or (n * n + 1, D) with the class token; row `gx * n + gy` (+ 1).
     """
-    angles = np.outer(np.arange(grid_size, dtype=np.float64), _frequencies(embed_dim))
-    axis = np.concatenate([np.sin(angles), np.cos(angles)], axis=1)  # (n, D / 2)
+    axis = get_1d_sincos_pos_embed_from_grid(embed_dim // 2, np.arange(grid_size))  # (n, D / 2)
     table = np.zeros((grid_size * grid_size + int(cls_token), embed_dim))
     rows = table[int(cls_token) :].reshape(grid_size, grid_size, embed_dim)
     rows[..., : embed_dim // 2] = axis[None, :, :]
@@ -58,6 +75,8 @@ class LazyPosEmbed:
     table is not in the checkpoints; its model sets `device` and `dtype`.
     """
 
+    ndim, requires_grad = 3, False
+
     def __init__(self, embed_dim: int, grid_size: int) -> None:
         self.device, self.dtype = torch.device("cpu"), torch.float32
         self._frequencies = torch.from_numpy(_frequencies(embed_dim))
@@ -67,6 +86,14 @@ class LazyPosEmbed:
     def size(self, dim: int | None = None) -> torch.Size | int:
         """As of a tensor."""
         return self.shape if dim is None else self.shape[dim]
+
+    def dim(self) -> int:
+        """As of a tensor."""
+        return self.ndim
+
+    def numel(self) -> int:
+        """As of a tensor."""
+        return self.shape.numel()
 
     def __getitem__(self, index: Any) -> Tensor:
         batch, rows, columns = (*index, slice(None), slice(None))[:3] if isinstance(index, tuple) else (index, ..., ...)

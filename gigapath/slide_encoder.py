@@ -96,7 +96,8 @@ class LongNetViT(nn.Module):
             global_pool: True for the mean over the tiles, False for the class token.
             dropout: rate after the embedding, the attention and the feed-forward network.
             drop_path_rate: rate of the last layer.
-            kwargs: `mlp_ratio` (4), `checkpoint_activations` (False), `linear_precision` ("fp32", see
+            kwargs: `mlp_ratio` (4, at width 512 with its 8 heads 2; all others have 16 heads),
+                `checkpoint_activations` (False), `linear_precision` ("fp32", see
                 `LongNetEncoder.set_linear_precision`); what is unknown is ignored with one warning.
         """
         super().__init__()
@@ -110,6 +111,7 @@ class LongNetViT(nn.Module):
         self.tile_size: Any = tile_size
         self.global_pool = global_pool
         self.encoder_name = f"LongNet_{depth}_layers_{embed_dim}_dim"
+        heads, ffn_ratio = (8, 2) if embed_dim == 512 else (16, 4)  # as published
         segments = parse_lengths(self.get_optimal_segment_length(max_wsi_size, tile_size))
 
         self.patch_embed = PatchEmbed(in_chans, embed_dim)
@@ -119,7 +121,8 @@ class LongNetViT(nn.Module):
             LongNetConfig(
                 embed_dim=embed_dim,
                 depth=depth,
-                ffn_ratio=int(kwargs.get("mlp_ratio") or 4),
+                num_heads=heads,
+                ffn_ratio=int(kwargs.get("mlp_ratio") or ffn_ratio),
                 segment_lengths=segments,
                 dilations=tuple(2**i for i in range(len(segments))),
                 dropout=dropout,
@@ -143,6 +146,12 @@ class LongNetViT(nn.Module):
     def no_weight_decay(self) -> set[str]:
         """Names of the parameters that weight decay leaves alone: all of one dimension."""
         return {name for name, parameter in self.named_parameters() if parameter.ndim == 1}
+
+    def register_buffer(self, name: str, tensor: Tensor | None, persistent: bool = True) -> None:
+        """Register a buffer; one called `pos_embed` takes the place of the table, as it would of the published one."""
+        if name == "pos_embed":
+            self.__dict__.pop(name, None)
+        super().register_buffer(name, tensor, persistent)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "LongNetViT":
         """Move or convert the model, the table of positions with it, as if that were a buffer."""
@@ -170,7 +179,8 @@ class LongNetViT(nn.Module):
 
         Args:
             x: tile embeddings (B, L, in_chans), or (L, in_chans) for one slide.
-            coords: (B, L, 2) or (L, 2), (x, y) in pixels of which `tile_size` make a cell.
+            coords: (B, L, 2) or (L, 2), (x, y) in pixels of which `tile_size` make a cell; further columns count
+                nothing.
             all_layer_embed: True for the depth + 1 states (without `encoder.layer_norm`), state 0 being the input.
             valid_mask: (B, L) bool, True = real tile; whatever stands elsewhere changes nothing and costs nothing.
 
@@ -181,6 +191,7 @@ class LongNetViT(nn.Module):
         x, coords = x if x.ndim != 2 else x[None], coords if coords.ndim != 2 else coords[None]
         if coords.ndim == 3 and coords.shape[0] == 1 != x.shape[0]:
             coords = coords.expand(x.shape[0], -1, -1)
+        coords = coords[..., :2]
         self._check(x, coords)
         if valid_mask is None:
             return self._embed(x, coords, (x.shape[1] + 1,) * x.shape[0], all_layer_embed)
@@ -214,6 +225,7 @@ class LongNetViT(nn.Module):
                 instead of the model's own pooling.
         """
         _refuse_arrays(x=x, coords=coords)
+        coords = coords[..., :2]
         tiles = tuple(int(length) for length in lengths)
         self._check(x[None], coords[None])
         if min(tiles, default=0) < 1 or sum(tiles) != x.shape[0]:

@@ -36,7 +36,7 @@ def test_a_layer_never_waits(lengths: tuple[int, ...]) -> None:
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), use_kernel("cuda-flash"):
         layer = on_cuda(EncoderLayer(config, 0)).eval()
         x = torch.empty(1, sum(lengths), 768, dtype=torch.bfloat16, device="cuda")
-        assert waits(lambda: layer(x, lengths)) == {}
+        assert waits(lambda: layer(x, lengths=lengths)) == {}
 
 
 def test_drop_path_never_waits() -> None:

@@ -182,9 +182,9 @@ def test_a_layer_takes_the_same_few_launches_for_one_slide_and_for_thirty(
         layer = on_cuda(EncoderLayer(LongNetConfig(depth=1), 0)).eval()
         x = torch.empty(1, sum(lengths), 768, dtype=torch.bfloat16, device="cuda")
         monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self, *_: self)  # these can't be
-        layer(x, lengths)  # lays the sequences out, for all layers
+        layer(x, lengths=lengths)  # lays the sequences out, for all layers
         with Operations() as counted:
-            layer(x, lengths)
+            layer(x, lengths=lengths)
     varlen.lay_out.cache_clear()
     assert counted.seen["_flash_attention_forward"] == len(RELEASED)
     assert counted.found == {}, "nothing waits"

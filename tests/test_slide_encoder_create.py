@@ -121,7 +121,7 @@ def test_architectures_are_in_timms_registry_and_functions(arch, depth, width) -
     assert (model.encoder.num_layers, model.cls_token.shape[-1], model.slide_ngrids) == (depth, width, 500)
     assert model.encoder.config.segment_lengths == (1024, 4870, 23170, 110217, 524288)
     assert model.norm.eps == 1e-6 and model.encoder.layer_norm.eps == 1e-5
-    assert model.encoder.layers[depth - 1].drop_path_rate == 0.2 and model.encoder.layers[0].drop_path_rate == 0
+    assert [model.encoder.layers[i].drop_path.drop_prob for i in (0, depth - 1)] == [0, 0.2]
 
 
 def test_timms_registry_gives_no_random_weights_for_pretrained_ones() -> None:

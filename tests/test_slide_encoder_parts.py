@@ -40,14 +40,14 @@ def test_hooks_on_any_part_see_whole_tensors_that_stay_as_they_were(part) -> Non
     x, coords = made_tiles(1, 300)
     kept = []
 
-    def keep(module, args, out):
-        out = out[0] if isinstance(out, tuple) else out
-        kept.append((args[0], args[0].clone(), out, out.clone()))
+    def keep(module, args, given, out):
+        out, x = out[0] if isinstance(out, tuple) else out, given.get("query", *args)
+        kept.append((x, x.clone(), out, out.clone()))
 
     with torch.inference_mode():
         expected = model(x, coords)[0]
         for layer in model.encoder.layers:
-            layer.get_submodule(part).register_forward_hook(keep)
+            layer.get_submodule(part).register_forward_hook(keep, with_kwargs=True)
         assert (model(x, coords)[0] - expected).abs().max() <= 1e-6
     assert len(kept) == 2 and all(before.shape[:2] == (1, 301) for before, *_ in kept)
     assert all(torch.equal(a, b) and torch.equal(c, d) for a, b, c, d in kept)
@@ -93,7 +93,7 @@ def test_encoder_answers_with_a_dict_and_layers_with_a_pair() -> None:
     assert torch.equal(tokens, given)
     assert model.encoder.num_layers == len(model.encoder.layers) == 2
     with pytest.raises(ValueError, match="encoder_padding_mask"):
-        model.encoder(token_embeddings=tokens, encoder_padding_mask=torch.zeros(2, 30))
+        model.encoder(token_embeddings=tokens, encoder_padding_mask=torch.ones(2, 30))
 
 
 @pytest.mark.parametrize("autocast", [False, True])

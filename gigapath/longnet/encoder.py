@@ -6,13 +6,17 @@ says which tokens belong together, and without it each row of the batch is a sli
 
     x = x + drop_path(dropout(out_proj(inner_attn_ln(dilated_attention(q, k, v of self_attn_layer_norm(x))))))
     x = x + drop_path(dropout(fc2(ffn_layernorm(gelu(fc1(final_layer_norm(x)))))))
+
+Parts are called, and answer, as those of the published encoder, so that hooks, subclasses and replaced parts written
+for it run; without autograd and with nobody watching a layer runs in place, see `EncoderLayer._infer`.
 """
 
+import inspect
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -39,6 +43,20 @@ def row_parts(x: Tensor) -> list[Tensor]:
     return list(torch.split(x.view(-1, x.shape[-1]), rows))
 
 
+class DropPath(nn.Module):
+    """`drop_path` in training, nothing else."""
+
+    def __init__(self, drop_prob: float) -> None:
+        super().__init__()
+        self.drop_prob = drop_prob
+
+    def forward(self, x: Tensor, lengths: Lengths | None = None) -> Tensor:
+        """(B, N, D), or (1, T, D) packed, to the same shape."""
+        if not self.training or self.drop_prob == 0:
+            return x
+        return drop_path(x, self.drop_prob, _lengths_of(x, lengths))
+
+
 class SelfAttention(nn.Module):
     """Projections around the dilated attention; called with normalised activations."""
 
@@ -47,6 +65,7 @@ class SelfAttention(nn.Module):
         self.embed_dim = config.embed_dim
         self.num_heads = config.num_heads
         self.head_dim = config.head_dim
+        self.scaling = config.head_dim**-0.5
         self.branches = config.branches
         self.k_proj = Linear(config.embed_dim, config.embed_dim)
         self.v_proj = Linear(config.embed_dim, config.embed_dim)
@@ -54,14 +73,55 @@ class SelfAttention(nn.Module):
         self.out_proj = Linear(config.embed_dim, config.embed_dim)
         self.inner_attn_ln = nn.LayerNorm(config.embed_dim, eps=config.layer_norm_eps)
 
-    def forward(self, x: Tensor, lengths: Lengths) -> Tensor:
-        """Attend within each slide: (B, N, D) to (B, N, D)."""
-        return self.attend(self.project(x), lengths, x.shape)
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor | None = None,
+        value: Tensor | None = None,
+        incremental_state: None = None,
+        key_padding_mask: Tensor | None = None,
+        attn_mask: None = None,
+        rel_pos: None = None,
+        is_first_step: bool = False,
+        is_causal: bool = False,
+        *,
+        lengths: Lengths | None = None,
+    ) -> tuple[Tensor, None]:
+        """Attend within each slide.
 
-    def project(self, x: Tensor) -> list[Tensor]:
+        Args:
+            query: (B, N, D), or (1, T, D) packed.
+            key: of the same shape, `query` by default.
+            value: of the same shape, `query` by default.
+            incremental_state: must be None, as all further arguments of the published form.
+            key_padding_mask: None, or False everywhere.
+            attn_mask: None.
+            rel_pos: None.
+            is_first_step: False.
+            is_causal: False.
+            lengths: tokens of each slide; by default each row of the batch is a slide.
+
+        Returns:
+            the answer, of the shape of `query`, and None where the published form has weights.
+        """
+        _refuse(
+            incremental_state=incremental_state,
+            key_padding_mask=key_padding_mask,
+            attn_mask=attn_mask,
+            rel_pos=rel_pos,
+            is_first_step=is_first_step,
+            is_causal=is_causal,
+        )
+        return self.attend(self.project(query, key, value), _lengths_of(query, lengths), query.shape), None
+
+    def project(self, query: Tensor, key: Tensor | None = None, value: Tensor | None = None) -> list[Tensor]:
         """[q, k, v], each (T, H, E)."""
-        projections = (self.q_proj, self.k_proj, self.v_proj)
-        return [projection(x).reshape(-1, self.num_heads, self.head_dim) for projection in projections]
+        given = (
+            (self.q_proj, query),
+            (self.k_proj, query if key is None else key),
+            (self.v_proj, query if value is None else value),
+        )
+        return [projection(x).reshape(-1, self.num_heads, self.head_dim) for projection, x in given]
 
     def attend(self, qkv: list[Tensor], lengths: Lengths, shape: torch.Size) -> Tensor:
         """From [q, k, v], which the list loses, to the answer of this shape (B, N, D)."""
@@ -104,30 +164,79 @@ class FeedForward(nn.Module):
 class EncoderLayer(nn.Module):
     """One pre-norm layer; leaves its input as it was."""
 
-    def __init__(self, config: LongNetConfig, index: int) -> None:
+    normalize_before = True
+    is_moe_layer = False
+    alpha = 1.0  # of the residual, as the published layer has it without DeepNorm
+
+    def __init__(
+        self, config: LongNetConfig, depth: int, is_moe_layer: bool = False, is_encoder_decoder: bool = False
+    ) -> None:
         super().__init__()
-        self.dropout = config.dropout
-        self.drop_path_rate = config.drop_path(index)
-        self.self_attn = SelfAttention(config)
+        if is_moe_layer or is_encoder_decoder:
+            raise ValueError(
+                "EncoderLayer: expected neither experts nor a decoder beside it. Leave out is_moe_layer and "
+                "is_encoder_decoder."
+            )
+        self.args = config
+        self.embed_dim, self.ffn_dim = config.embed_dim, config.ffn_ratio * config.embed_dim
+        self.dropout_module = nn.Dropout(config.dropout)
+        self.drop_path = DropPath(config.drop_path(depth)) if config.drop_path_rate > 0 else None
+        self.self_attn = self.build_self_attention(config.embed_dim, config)
         self.self_attn_layer_norm = nn.LayerNorm(config.embed_dim, eps=config.layer_norm_eps)
-        self.ffn = FeedForward(config)
+        self.ffn = self.build_ffn(config.embed_dim, config)
         self.final_layer_norm = nn.LayerNorm(config.embed_dim, eps=config.layer_norm_eps)
 
-    def forward(self, x: Tensor, lengths: Lengths | None = None, **published: Any) -> tuple[Tensor, None]:
+    def build_self_attention(self, embed_dim: int, args: LongNetConfig) -> Any:
+        """What subclasses replace to have their own attention."""
+        return SelfAttention(args)
+
+    def build_ffn(self, embed_dim: int, args: LongNetConfig) -> Any:
+        """What subclasses replace to have their own feed-forward network."""
+        return FeedForward(args)
+
+    def residual_connection(self, x: Tensor, residual: Tensor) -> Tensor:
+        """The sum of a part's answer and its input."""
+        return residual + x
+
+    def forward(
+        self,
+        x: Tensor,
+        encoder_padding_mask: Tensor | None = None,
+        attn_mask: None = None,
+        rel_pos: None = None,
+        multiway_split_position: None = None,
+        incremental_state: None = None,
+        *,
+        lengths: Lengths | None = None,
+    ) -> tuple[Tensor, None]:
         """Run the layer; the published form of the answer has a second entry that is None here.
 
         Args:
             x: (B, N, D), or (1, T, D) packed.
+            encoder_padding_mask: None, or False everywhere.
+            attn_mask: must be None, as all further arguments of the published form.
+            rel_pos: None.
+            multiway_split_position: None.
+            incremental_state: None.
             lengths: tokens of each slide; by default each row of the batch is a slide.
-            published: arguments of the published layer (`encoder_padding_mask`, ...); they must be None.
         """
-        _refuse(published)
-        lengths = _lengths_of(x, lengths)
+        _refuse(
+            encoder_padding_mask=encoder_padding_mask,
+            attn_mask=attn_mask,
+            rel_pos=rel_pos,
+            multiway_split_position=multiway_split_position,
+            incremental_state=incremental_state,
+        )
+        each = _lengths_of(x, lengths)
         if not (torch.is_grad_enabled() or self.training or self._is_watched()):
-            return self._infer(x, lengths), None
-        x = x + self._drop(self.self_attn(self.self_attn_layer_norm(x), lengths), lengths)
-        x = x + self._drop(self.ffn(self.final_layer_norm(x)), lengths)
-        return x, None
+            return self._infer(x, each), None
+        attended = _for_slides(self.self_attn, self._attend, self.self_attn_layer_norm(x), each)
+        x = self.residual_connection(self._drop(attended, each), x)
+        return self.residual_connection(self._drop(self.ffn(self.final_layer_norm(x)), each), x), None
+
+    def _attend(self, x: Tensor, **packed: Lengths) -> Any:
+        nothing = dict.fromkeys(("key_padding_mask", "attn_mask", "rel_pos", "incremental_state"))
+        return self.self_attn(query=x, key=x, value=x, **nothing, **packed)
 
     def _infer(self, x: Tensor, lengths: Lengths) -> Tensor:
         """The layer without autograd: nothing lives longer than it must, residuals are added in place, and the
@@ -143,17 +252,20 @@ class EncoderLayer(nn.Module):
     def _is_watched(self) -> bool:
         """Whether somebody looks into, or has replaced, a part whose tensors `_infer` changes or never makes."""
         attention, ffn = self.self_attn, self.ffn
+        if (type(self), type(attention), type(ffn)) != (EncoderLayer, SelfAttention, FeedForward):
+            return True
         unchanged = {id(part) for part in (self, attention.q_proj, attention.k_proj, attention.v_proj)}
-        ours = (type(attention), type(ffn), type(ffn.fc1), type(ffn.fc2))
-        return ours != (SelfAttention, FeedForward, Linear, Linear) or any(
-            part._forward_hooks or part._forward_pre_hooks for part in self.modules() if id(part) not in unchanged
+        return not type(ffn.fc1) is type(ffn.fc2) is Linear or any(
+            part._forward_hooks or part._forward_pre_hooks or "forward" in part.__dict__
+            for part in self.modules()
+            if id(part) not in unchanged
         )
 
     def _drop(self, x: Tensor, lengths: Lengths) -> Tensor:
-        if not self.training:
-            return x
-        x = F.dropout(x, self.dropout)
-        return drop_path(x, self.drop_path_rate, lengths) if self.drop_path_rate > 0 else x
+        out: Tensor = self.dropout_module(x)
+        if self.drop_path is not None:
+            out = self.drop_path(out, lengths)
+        return out
 
 
 class LongNetEncoder(nn.Module):
@@ -166,8 +278,14 @@ class LongNetEncoder(nn.Module):
         self.num_layers = config.depth
         self.checkpoint_activations = False
         self.dropout_module = nn.Dropout(config.dropout)
-        self.layers = nn.ModuleList(EncoderLayer(config, index) for index in range(config.depth))
+        self.layers = nn.ModuleList(self.build_encoder_layer(config, depth=index) for index in range(config.depth))
         self.layer_norm = nn.LayerNorm(config.embed_dim, eps=config.layer_norm_eps)
+
+    def build_encoder_layer(
+        self, args: LongNetConfig, depth: int, is_moe_layer: bool = False, is_encoder_decoder: bool = False
+    ) -> nn.Module:
+        """What subclasses replace to have their own layers; `depth` counts from 0."""
+        return EncoderLayer(args, depth, is_moe_layer, is_encoder_decoder)
 
     def set_linear_precision(self, precision: str) -> None:
         """Choose the inputs of the linear layers' products in inference on a CPU in float32.
@@ -186,41 +304,87 @@ class LongNetEncoder(nn.Module):
     def forward(
         self,
         src_tokens: None = None,
-        token_embeddings: Tensor | None = None,
+        encoder_padding_mask: Tensor | None = None,
+        attn_mask: None = None,
         return_all_hiddens: bool = False,
+        token_embeddings: Tensor | None = None,
+        multiway_split_position: None = None,
+        features_only: bool = False,
+        incremental_state: None = None,
+        positions: None = None,
         *,
         lengths: Lengths | None = None,
         summarise: Callable[[Tensor], Tensor] | None = None,
-        **published: Any,
+        **published: None,
     ) -> dict[str, Any]:
         """Encode tokens.
 
         Args:
             src_tokens: must be None; it is there for the published form of the call.
-            token_embeddings: (B, N, D), or (1, T, D) packed.
+            encoder_padding_mask: None, or False everywhere.
+            attn_mask: None.
             return_all_hiddens: whether to keep the depth + 1 states, state 0 being the embedding after dropout.
+            token_embeddings: (B, N, D), or (1, T, D) packed.
+            multiway_split_position: None.
+            features_only: without a meaning here, where nothing follows `layer_norm`.
+            incremental_state: None.
+            positions: None.
             lengths: tokens of each slide; by default each row of the batch is a slide.
             summarise: applied to each kept state, so that memory does not grow with the depth.
-            published: further arguments of the published encoder (`encoder_padding_mask`, ...); they must be None.
+            published: further arguments of the published encoder; they must be None.
 
         Returns:
             `encoder_out`, the last state after `layer_norm`, and `encoder_states`, the states before it (empty
-            without `return_all_hiddens`).
+            without `return_all_hiddens`). For who reads the published form, `encoder_embedding`, the tokens as they
+            were given, `encoder_padding_mask` (B, N), False everywhere, and `l_aux`, None for each layer.
         """
-        _refuse({"src_tokens": src_tokens, **published})
+        _refuse(
+            src_tokens=src_tokens,
+            encoder_padding_mask=encoder_padding_mask,
+            attn_mask=attn_mask,
+            multiway_split_position=multiway_split_position,
+            incremental_state=incremental_state,
+            positions=positions,
+            **published,
+        )
         if token_embeddings is None:
             raise ValueError("LongNetEncoder: expected token_embeddings (B, N, D), got None. Pass the embeddings.")
         x: Tensor = self.dropout_module(token_embeddings)
         lengths = _lengths_of(x, lengths)
-        states = []
-        for layer in (None, *self.layers):
-            if layer is not None and self.checkpoint_activations and self.training and torch.is_grad_enabled():
-                x = checkpoint(layer, x, lengths, use_reentrant=False)[0]
-            elif layer is not None:
-                x = layer(x, lengths)[0]
+        states = [summarise(x) if summarise else x] if return_all_hiddens else []
+        for layer in self.layers:
+            call = partial(
+                layer,
+                encoder_padding_mask=None,
+                attn_mask=None,
+                rel_pos=None,
+                multiway_split_position=None,
+                incremental_state=None,
+            )
+            if self.checkpoint_activations and self.training and torch.is_grad_enabled():
+                call = partial(checkpoint, call, use_reentrant=False)
+            x = _for_slides(layer, call, x, lengths)
             if return_all_hiddens:
                 states.append(summarise(x) if summarise else x)
-        return {"encoder_out": self.layer_norm(x), "encoder_states": states}
+        return {
+            "encoder_out": self.layer_norm(x),
+            "encoder_states": states,
+            "encoder_embedding": token_embeddings,
+            "encoder_padding_mask": torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device),
+            "l_aux": [None] * len(self.layers),
+        }
+
+
+def _for_slides(part: nn.Module, call: Callable[..., Any], x: Tensor, lengths: Lengths) -> Tensor:
+    """The first entry of what `call` of a part answers for x (B, N, D), or (1, T, D) packed. A part that others have
+    put in place, in the published form, does not know of packed slides: it gets them one by one."""
+    if lengths == (x.shape[1],) * x.shape[0]:
+        out: Tensor = call(x)[0]
+    elif "lengths" in inspect.signature(part.forward).parameters:
+        out = call(x, lengths=lengths)[0]
+    else:
+        out = torch.cat([call(slide)[0] for slide in torch.split(x, list(lengths), dim=1)], dim=1)
+    return out
 
 
 def count_operations(config: LongNetConfig, lengths: Lengths) -> dict[str, int]:
@@ -242,8 +406,13 @@ def _lengths_of(x: Tensor, lengths: Lengths | None) -> Lengths:
     return (x.shape[1],) * x.shape[0] if lengths is None else lengths
 
 
-def _refuse(published: dict[str, Any]) -> None:
-    given = sorted(name for name, value in published.items() if value is not None and value is not False)
+def _refuse(**published: Any) -> None:
+    """Raise ValueError where an argument of the published forms asks for what is not there."""
+    given = sorted(
+        name
+        for name, value in published.items()
+        if value is not None and value is not False and not (name.endswith("padding_mask") and not value.any())
+    )
     if given:
         raise ValueError(
             f"LongNetEncoder: expected None for {', '.join(given)}, got values. Give slides of several lengths to "
