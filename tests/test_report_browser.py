@@ -176,6 +176,74 @@ def test_layers_follow_their_sliders_and_unusual_tiles_lie_on_the_planted_region
     assert complaints(page) == []
 
 
+# In CSS pixels of the viewer: rectangles [left, top, right, bottom] of what is drawn at all, of the drawn green of the
+# planted region, of the frames of unusual tiles; and of the slide as the viewport has it.
+SEEN = f"""(() => {{
+    const canvas = {VIEWER}.drawer.canvas, [w, h] = [canvas.width, canvas.height];
+    const copy = new OffscreenCanvas(w, h).getContext('2d', {{willReadFrequently: true}});
+    copy.drawImage(canvas, 0, 0);
+    const all = copy.getImageData(0, 0, w, h).data;
+    const around = (holds) => {{
+        const box = [w, h, 0, 0];
+        for (let at = 0; at < w * h; at++) if (holds(all[4 * at], all[4 * at + 1], all[4 * at + 2], all[4 * at + 3])) {{
+            const x = at % w, y = (at - x) / w;
+            [box[0], box[1], box[2], box[3]] = [
+                Math.min(box[0], x), Math.min(box[1], y), Math.max(box[2], x + 1), Math.max(box[3], y + 1)];
+        }}
+        return box;
+    }};
+    const corner = document.querySelector('.viewer').getBoundingClientRect();
+    const frames = [...document.querySelectorAll('.mark.unusual')].map(mark => mark.getBoundingClientRect());
+    const ends = (how, side) => Math[how](...frames.map(box => box[side]));
+    const slide = {VIEWER}.viewport.viewportToViewerElementRectangle({VIEWER}.world.getItemAt(0).getBounds(true));
+    return {{
+        drawn: around((r, g, b, alpha) => alpha > 0),
+        region: around((r, g, b) => g > r + 20 && g > b + 20),
+        frames: [ends('min', 'left') - corner.left, ends('min', 'top') - corner.top,
+            ends('max', 'right') - corner.left, ends('max', 'bottom') - corner.top],
+        slide: [Math.max(0, slide.x), Math.max(0, slide.y),
+            Math.min(w, slide.x + slide.width), Math.min(h, slide.y + slide.height)],
+    }};
+}})()"""
+SIZES = [(1000, 700), (1000, 1000), (1000, 620), (1500, 620), (600, 900)]
+
+
+def test_what_lies_over_a_slide_stays_on_it_at_every_size_of_the_window(run: Path, page: Any, tmp_path: Path) -> None:
+    # In one file, so that the browser lets its pixels be read.
+    write_report(run, to=tmp_path, options=ReportOptions(single_file=True, side=1200, workers=0))
+
+    def resize(size: tuple[int, int]) -> None:
+        given = {"width": size[0], "height": size[1], "deviceScaleFactor": 1, "mobile": False}
+        page.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", given)
+
+    def settled() -> dict[str, list[float]]:
+        """What is seen once the viewer has drawn for the window as it is."""
+        wait_for(page, f"{VIEWER}.drawer.canvas.clientHeight === document.querySelector('.viewer').clientHeight")
+        page.execute_async_script("requestAnimationFrame(() => requestAnimationFrame(arguments[0]))")
+        return dict(page.execute_script(f"return {SEEN}"))
+
+    def check(seen: dict[str, list[float]]) -> None:
+        assert seen["drawn"] == pytest.approx(seen["slide"], abs=2.5)  # no bars beside the slide
+
+    resize(SIZES[0])
+    page.get(f"{(tmp_path / 'report.html').as_uri()}#slide={PLANTED}")
+    for size in SIZES:  # opened anew at each size
+        resize(size)
+        page.refresh()
+        wait_for(page, DRAWN)
+        check(settled())
+    for size in SIZES:
+        resize(size)
+        check(settled())
+    page.find_element("xpath", "//select[@aria-label='Map']/option[text()='none']").click()
+    for size in SIZES:
+        resize(size)
+        seen = settled()
+        check(seen)
+        assert seen["region"] == pytest.approx(seen["frames"], abs=6)
+    assert complaints(page) == []
+
+
 def test_points_lead_to_slides(run: Path, page: Any) -> None:
     page.get((run / "report.html").as_uri())
     wait_for(page, "document.querySelectorAll('.point').length === 4")

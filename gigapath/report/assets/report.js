@@ -776,6 +776,10 @@
         viewer.addHandler("open-failed", () => missing());
         viewer.addHandler("tile-load-failed", (event) => { if (event.tiledImage === viewer.world.getItemAt(0)) missing(); });
         viewer.addHandler("update-viewport", scale);
+        // Where a window changes in height alone, zoom and centre stay, and OpenSeadragon 5 would draw tiles where they were.
+        viewer.addHandler("after-resize", () => {
+          for (let at = 0; at < viewer.world.getItemCount(); at += 1) viewer.world.getItemAt(at).setClip(null);
+        });
         // Beneath a map the slide is grey and pale: its stain must not mix with the map's colours.
         viewer.addHandler("tiled-image-drawn", ({ tiledImage }) => {
           if (tiledImage !== viewer.world.getItemAt(0) || !shownMap || shownMap.getOpacity() === 0) return;
