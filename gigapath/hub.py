@@ -10,7 +10,7 @@ import logging
 import re
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -153,6 +153,7 @@ def hub_file(
     local_dir: str | Path | None = None,
     cache_dir: str | Path | None = None,
     strict: bool = False,
+    options: Mapping[str, Any] | None = None,
 ) -> Path:
     """Fetch one file of the hub, or find it in the cache, and check it against the recorded sha256.
 
@@ -166,6 +167,7 @@ def hub_file(
         local_dir: a folder to put the file in, or None for the hub's cache.
         cache_dir: another folder for the hub's cache.
         strict: whether a sha256 other than the recorded one is an error; else it is a RuntimeWarning.
+        options: of `hf_hub_download` besides, such as its token.
 
     Returns:
         The local file.
@@ -178,7 +180,7 @@ def hub_file(
     """
     repo, _, named = address[len(HUB_PREFIXES[0]) :].partition("@")
     revision, recorded = (named, None) if named else _pin(repo, filename)
-    arguments: dict[str, Any] = {"local_dir": local_dir}
+    arguments: dict[str, Any] = {"local_dir": local_dir, **(options or {})}
     if repo.startswith("datasets/"):
         repo, arguments["repo_type"] = repo.removeprefix("datasets/"), "dataset"
     if revision:

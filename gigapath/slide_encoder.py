@@ -7,23 +7,29 @@ Importing this module registers the architectures with timm.
 """
 
 import inspect
+import json
+import re
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, cast
+from pathlib import Path
+from typing import Any, Self, cast
 
 import timm
 import torch
+from huggingface_hub import PyTorchModelHubMixin
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from timm.models import is_model, register_model
 from torch import Tensor, nn
 
+from gigapath.files import small_json
 from gigapath.lazy import public_names
 from gigapath.longnet.config import LongNetConfig, optimal_segment_lengths, parse_lengths
 from gigapath.longnet.encoder import LongNetEncoder
 from gigapath.longnet.linear import Linear
 from gigapath.pos_embed import LazyPosEmbed, cells_of, checked_coords
 from gigapath.releases import RELEASES
-from gigapath.weights import assign_weights, find_weights, load_state_dict
+from gigapath.weights import assign_weights, find_weights, load_state_dict, tell_architecture
 
 __all__ = ["Embeddings", "LongNetViT", "create_model"]  # timm adds the architectures
 __dir__ = public_names(__name__)
@@ -35,11 +41,17 @@ ARCHITECTURES = (
     "gigapath_slide_enc12l384d",
 )
 WEIGHTS_FILE = "slide_encoder.pth"
+CONFIG_FILE = "slide_encoder.json"  # config.json beside it is timm's, of the tile encoder
 
 # What timm hands to every model of its registry, and what means nothing here.
 _FROM_TIMM = {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir", "pretrained_model_args"}
 # Options besides the published ones.
 _OURS = {"mlp_ratio", "checkpoint_activations", "linear_precision"}
+_HUB_OPTIONS = ("token", "force_download", "local_files_only")
+_CONFIG = {
+    *("in_chans", "embed_dim", "depth", "slide_ngrids", "global_pool", "tile_size", "norm_eps", "mlp_ratio", "dropout"),
+    *("drop_path_rate", "segment_lengths", "segments_of"),
+}
 _AUTOCAST_TAKES = (torch.float32, torch.float16, torch.bfloat16)
 
 Pool = Callable[..., Tensor]  # (tokens, lengths) -> embeddings
@@ -66,8 +78,12 @@ class PatchEmbed(nn.Module):
         return out
 
 
-class LongNetViT(nn.Module):
-    """LongNet over the tiles of a slide, with fixed 2-D positions and a class token."""
+class LongNetViT(nn.Module, PyTorchModelHubMixin, library_name="gigapath"):
+    """LongNet over the tiles of a slide, with fixed 2-D positions and a class token.
+
+    `save_pretrained` and `push_to_hub` write `slide_encoder.pth`, which `create_model` and other tools read, and
+    `slide_encoder.json`, from which `from_pretrained` builds the model; it also reads the released repositories.
+    """
 
     def __init__(
         self,
@@ -101,6 +117,7 @@ class LongNetViT(nn.Module):
                 `LongNetEncoder.set_linear_precision`); what is unknown is ignored with one warning.
         """
         super().__init__()
+        self._hub_mixin_config = None  # what the mixin gathers of the arguments; `config` says it
         unknown = sorted(set(kwargs) - _OURS - _FROM_TIMM)
         if unknown:
             _warn_ignored(unknown)
@@ -109,6 +126,7 @@ class LongNetViT(nn.Module):
         self.depth = depth
         self.slide_ngrids = slide_ngrids
         self.tile_size: Any = tile_size
+        self._segments_of = {"max_wsi_size": int(max_wsi_size), "tile_size": int(tile_size)}
         self.global_pool = global_pool
         self.encoder_name = f"LongNet_{depth}_layers_{embed_dim}_dim"
         heads, ffn_ratio = (8, 2) if embed_dim == 512 else (16, 4)  # as published
@@ -133,6 +151,117 @@ class LongNetViT(nn.Module):
         self.encoder.set_linear_precision(kwargs.get("linear_precision") or "fp32")
         self.norm = norm_layer(embed_dim)
         nn.init.normal_(self.cls_token, std=0.02)
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """What the model is built from, as `slide_encoder.json` holds it; ValueError for a norm of another kind."""
+        if type(self.norm) is not nn.LayerNorm:
+            raise ValueError(
+                f"LongNetViT: expected nn.LayerNorm as the last norm, got {type(self.norm).__name__}, which "
+                f"{CONFIG_FILE} can't say. Save the state dict instead."
+            )
+        encoder = self.encoder.config
+        return {
+            **{name: getattr(self, name) for name in ("in_chans", "embed_dim", "depth", "slide_ngrids", "global_pool")},
+            "tile_size": float(self.tile_size),
+            "norm_eps": self.norm.eps,
+            "mlp_ratio": encoder.ffn_ratio,
+            "dropout": encoder.dropout,
+            "drop_path_rate": encoder.drop_path_rate,
+            "segment_lengths": list(encoder.segment_lengths),
+            "segments_of": self._segments_of,
+        }
+
+    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> str | None:
+        """Write the weights, what the model is built from, and a model card into a folder.
+
+        Args:
+            save_directory: a folder, made where it is not there.
+            kwargs: `push_to_hub=True` with `repo_id`, and what the mixin of huggingface_hub takes besides.
+
+        Raises:
+            ValueError: the folder holds a config.json, such as a tile encoder's: the mixin would remove it.
+        """
+        if (Path(save_directory) / "config.json").exists():
+            raise ValueError(
+                f"save_pretrained: expected a folder without config.json, got {str(save_directory)!r}, which holds "
+                "another model. Choose a folder of its own."
+            )
+        return super().save_pretrained(save_directory, **kwargs)
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        (save_directory / CONFIG_FILE).write_text(json.dumps(self.config, indent=2) + "\n", encoding="utf-8")
+        torch.save(
+            {"model": {name: tensor.cpu() for name, tensor in self.state_dict().items()}}, save_directory / WEIGHTS_FILE
+        )
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        *,
+        revision: str | None = None,
+        cache_dir: str | Path | None = None,
+        token: str | bool | None = None,
+        force_download: bool = False,
+        local_files_only: bool = False,
+        **model_kwargs: Any,
+    ) -> Self:
+        """Load a model that `save_pretrained` or `push_to_hub` wrote, or a released one, in eval mode.
+
+        Args:
+            pretrained_model_name_or_path: a repository of the hub, the name of a release, or a folder.
+            revision: branch, tag or commit; of the released repositories by default the pinned one.
+            cache_dir: another folder for the hub's cache.
+            token: of the hub, where HF_TOKEN is not the one.
+            force_download: fetch again what the cache has.
+            local_files_only: take what the cache has.
+            model_kwargs: options of the constructor over the stored ones, such as `global_pool=True`.
+
+        Raises:
+            FileNotFoundError, PermissionError, ConnectionError: the weights are not to be had (never random ones).
+            ValueError: weights that lack entries, or have others or other shapes than the model; a checkpoint
+                without `slide_encoder.json` of no released architecture.
+        """
+        # Not the mixin's: it takes config.json, here that of timm's tile encoder, for arguments of this model.
+        return cls._from_pretrained(
+            model_id=str(pretrained_model_name_or_path),
+            revision=revision,
+            cache_dir=cache_dir,
+            force_download=force_download,
+            local_files_only=local_files_only,
+            token=token,
+            **model_kwargs,
+        )
+
+    @classmethod
+    def _from_pretrained(
+        cls, *, model_id: str, revision: str | None, cache_dir: str | Path | None, **kwargs: Any
+    ) -> Self:
+        hub = {name: value for name in _HUB_OPTIONS if (value := kwargs.pop(name, None))}
+        path, stored = _pretrained_files(model_id, revision, cache_dir, hub)
+        state = load_state_dict(path)
+        config = _released_config(state, path) if stored is None else _read_config(stored)
+        lengths, segments_of = config.pop("segment_lengths", None), config.pop("segments_of", {})
+        tile_size = config.pop("tile_size", 256)
+        norm_layer = partial(nn.LayerNorm, eps=config.pop("norm_eps", 1e-6))
+        with torch.device("meta"):  # nothing is initialised that the checkpoint replaces
+            model = cls(**{"norm_layer": norm_layer, **config, **segments_of, **kwargs})
+        made = list(model.encoder.config.segment_lengths)
+        if lengths not in (None, made) and not {"max_wsi_size", "tile_size"} & kwargs.keys():
+            raise ValueError(
+                f"{model_id}: expected the segments {lengths}, got {made}. It was saved from a model whose "
+                "get_optimal_segment_length is another: replace it here in the same way."
+            )
+        model.tile_size = kwargs.get("tile_size", tile_size)
+        unexpected = sorted(set(state) - set(model.state_dict()))
+        if unexpected:
+            raise ValueError(
+                f"{model_id}: expected the entries of this model alone, got {len(unexpected)} more, such as "
+                f"{unexpected[0]}. The weights belong to another model."
+            )
+        assign_weights(model_id, model, state)
+        return model.eval()
 
     def get_optimal_segment_length(self, max_wsi_size: int = 262144, tile_size: int = 256) -> str:
         """The segment lengths as text, such as "[1024, 5792, 32768, 185363, 1048576]"; callers may replace it."""
@@ -349,6 +478,49 @@ def gigapath_slide_enc12l1536d(**kwargs: Any) -> LongNetViT:
 def gigapath_slide_enc12l384d(**kwargs: Any) -> LongNetViT:
     """GigaPath-Flash: 12 layers, width 384, tile embeddings of 384 (say so with `in_chans`)."""
     return _build(384, 12, kwargs)
+
+
+def _pretrained_files(
+    model_id: str, revision: str | None, cache_dir: str | Path | None, options: Mapping[str, Any]
+) -> tuple[Path, Path | None]:
+    """The weights of a folder or a repository, and what its model is built from where that is stored."""
+    if Path(model_id).is_dir():
+        stored = Path(model_id) / CONFIG_FILE
+        return find_weights(model_id, WEIGHTS_FILE), stored if stored.exists() else None
+    repo = RELEASES[model_id].repo if model_id in RELEASES else model_id
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo) or Path(model_id).exists():
+        raise FileNotFoundError(
+            f"from_pretrained: expected a folder, OWNER/NAME on the hub or {' or '.join(RELEASES)}, got {model_id!r}. "
+            "create_model reads a file of weights."
+        )
+    from gigapath.hub import hub_file  # where it is on the hub
+
+    fetch = partial(hub_file, f"hf_hub:{repo}" + f"@{revision}" * bool(revision), cache_dir=cache_dir, options=options)
+    if any(repo == release.repo for release in RELEASES.values()):
+        return fetch(WEIGHTS_FILE), None
+    try:
+        stored = fetch(CONFIG_FILE)
+    except FileNotFoundError as error:
+        cause: Any = error.__cause__
+        if not isinstance(cause, EntryNotFoundError) or isinstance(cause, LocalEntryNotFoundError):
+            raise
+        return fetch(WEIGHTS_FILE), None  # the published layout
+    return fetch(WEIGHTS_FILE), stored
+
+
+def _released_config(state: Mapping[str, Tensor], path: Path) -> dict[str, Any]:
+    """The sizes of a released model, which has no file for them; ValueError where the weights are no such model's."""
+    tell_architecture(state, "slide", path)
+    projection = state["patch_embed.proj.weight"]
+    return {"in_chans": projection.shape[1], "embed_dim": projection.shape[0]}
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    """What `slide_encoder.json` holds; ValueError where it is no such file."""
+    found = small_json(path)
+    if not isinstance(found, dict) or set(found) != _CONFIG:
+        raise ValueError(f"{path.name}: expected the keys {', '.join(sorted(_CONFIG))} alone. Save the model anew.")
+    return found
 
 
 def layer_id(name: str, depth: int, *, published: bool = False) -> int:
