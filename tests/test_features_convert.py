@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +131,67 @@ def test_stamp_counts_micrometres(tmp_path: Path) -> None:
         convert(big, "stamp", tmp_path / "out", scale=SCALE)
 
 
+# What hs2p 4 and 6 ask of the JSON beside the coordinates: these groups with these keys, neither fewer nor more.
+HS2P_KEYS = {
+    "provenance": "sample_id image_path mask_path backend requested_backend spacing_at_level_0 mask_backend "
+    "requested_mask_backend",
+    "slide": "dimensions base_spacing_um level_downsamples",
+    "tiling": "requested_tile_size_px requested_spacing_um read_level read_tile_size_px read_spacing_um tile_size_lv0 "
+    "tolerance step_px_lv0 overlap min_tissue_fraction is_within_tolerance n_tiles",
+    "segmentation": "tissue_method requested_seg_downsample seg_downsample seg_level seg_spacing_um sthresh sthresh_up "
+    "mthresh close sam2_checkpoint_path sam2_config_path mask_path ref_tile_size_px tissue_mask_tissue_value "
+    "mask_level mask_spacing_um",
+    "filtering": "a_t a_h filter_white filter_black white_threshold black_threshold fraction_threshold "
+    "filter_grayspace grayspace_saturation_threshold grayspace_fraction_threshold filter_blur blur_threshold "
+    "qc_spacing_um",
+    "artifact": "coordinate_space tile_order annotation selection_strategy output_mode",
+}
+
+
+def test_slide2vec_gets_the_tiling_that_hs2p_asks_for(tmp_path: Path) -> None:
+    embeddings, places = convert(read_features(write_ours(tmp_path)), "slide2vec", tmp_path / "out")
+    meta = json.loads(places.with_name("slide-1.coordinates.meta.json").read_text())
+    assert {group: set(values) for group, values in meta.items()} == {
+        group: set(keys.split()) for group, keys in HS2P_KEYS.items()
+    }
+    whole = ("requested_tile_size_px", "read_level", "read_tile_size_px", "tile_size_lv0", "step_px_lv0", "n_tiles")
+    assert [meta["tiling"][name] for name in whole] == [256, 0, 512, 512, 512, 8]
+    assert (meta["tiling"]["requested_spacing_um"], meta["slide"]["base_spacing_um"]) == (0.5, 0.25)
+    assert meta["slide"]["dimensions"] == [6000, 4000] and isinstance(meta["provenance"]["image_path"], str)
+    assert meta["artifact"]["coordinate_space"] == "level0_px" and meta["artifact"]["tile_order"] == "x_then_y"
+    with np.load(places) as arrays, np.load(embeddings) as vectors:
+        assert np.array_equal(arrays["tile_index"], np.arange(8)) and arrays["tissue_fractions"].dtype == np.float32
+        order = np.lexsort((arrays["y"], arrays["x"]))
+        assert np.array_equal(order, np.arange(8)) and np.array_equal(vectors["tile_index"], arrays["tile_index"])
+        places_of = {tuple(cell): row for row, cell in enumerate((CELLS * 512).tolist())}
+        rows = [places_of[place] for place in zip(arrays["x"].tolist(), arrays["y"].tolist(), strict=True)]
+        assert np.array_equal(vectors["features"], FEATURES[rows])
+    with pytest.raises(ValueError, match="--slide-mpp"):
+        convert(read_features(write_trident(tmp_path, FEATURES)), "slide2vec", tmp_path / "out")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("HS2P_PYTHON" not in os.environ, reason="HS2P_PYTHON names no Python with hs2p")
+@pytest.mark.parametrize("count", [8, 0])
+def test_hs2p_loads_what_we_write(count: int, tmp_path: Path) -> None:
+    """hs2p brings an OpenCV and wandb of its own: it stands in its own environment, whose Python HS2P_PYTHON names."""
+    tiles = make_tiles(cells=CELLS[:count])
+    path = write_gigapath(tmp_path / "slide-1.h5", FEATURES[:count], tiles, attrs={"mpp_level0": (0.25, 0.25)})
+    _, places = convert(read_features(path), "slide2vec", tmp_path / "out")
+    code = """
+import sys
+from hs2p import load_tiling_result
+found = load_tiling_result(sys.argv[1], sys.argv[2])
+print(found.x.tolist(), found.y.tolist(), found.tile_size_lv0, found.requested_spacing_um, found.sample_id)
+"""
+    run = subprocess.run(
+        [os.environ["HS2P_PYTHON"], "-c", code, places, places.with_name("slide-1.coordinates.meta.json")],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    x, y = (CELLS[:count][np.lexsort((CELLS[:count, 1], CELLS[:count, 0]))] * 512).T.tolist()
+    assert run.stdout.splitlines()[-1] == f"{x} {y} 512 0.5 slide-1"
+
+
 @pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_ends_convert_and_export_in_75_and_leaves_nothing_half_written(
     sent: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -205,7 +267,8 @@ def test_a_step_that_division_by_whole_pixels_would_misplace_is_refused(tmp_path
         with pytest.raises(ValueError, match="some would change their cell"):
             convert(found, tool, tmp_path / "out")
     for tool in ("slide2vec", "published", "gigapath"):
-        assert np.array_equal(read_back(convert(found, tool, tmp_path / "out")[0], tool).cells, cells)
+        written = convert(found, tool, tmp_path / "out", scale=Scale(slide_mpp=0.2431))
+        assert np.array_equal(read_back(written[0], tool).cells, cells)
 
 
 @pytest.mark.parametrize("tool", FORMATS)

@@ -516,31 +516,30 @@ def _read_json(path: Path) -> Any:
 
 
 def _write_slide2vec(found: TileEmbeddings, folder: Path, scale: Scale) -> list[Path]:
+    """Embeddings and the tiling of hs2p, which orders tiles by x, then y."""
     coords, step = coords_at_level0(found, scale)
     if step[0] != step[1]:
         raise ValueError(
             f"{found.slide_id}: slide2vec's tiles are square in pixels, these are {step[0]:g} x {step[1]:g}. "
             "Convert to published."
         )
-    index = np.arange(len(found), dtype=np.int32)
-    fractions = np.full(len(found), np.nan) if found.tissue_fraction is None else found.tissue_fraction
-    size: dict[str, Any] = {"tile_size_lv0": _whole(step[0]), "step_px_lv0": _whole(step[0]), "overlap": 0.0}
-    mpp, pixels = tile_mpp(found.attrs), tile_pixels(found.attrs, found.source)
-    size |= {} if pixels is None else {"requested_tile_size_px": pixels}
-    size |= {} if mpp is None else {"requested_spacing_um": mpp}
-    embeddings = folder / "tile_embeddings" / f"{found.slide_id}.npz"
+    order = np.lexsort((coords[:, 1], coords[:, 0]))
+    coords, index = coords[order], np.arange(len(found), dtype=np.int32)
+    fractions = np.full(len(found), np.nan) if found.tissue_fraction is None else found.tissue_fraction[order]
+    tiling = _hs2p_tiling(found, step[0], float(np.mean(_slide_mpp(found, scale))))
+    embeddings = folder / _EMBEDDINGS / f"{found.slide_id}.npz"
     places = folder / "tiles" / f"{found.slide_id}.coordinates.npz"
     meta = {
         "sample_id": found.slide_id,
-        "artifact_type": "tile_embeddings",
+        "artifact_type": _EMBEDDINGS,
         "format": "npz",
         "feature_dim": found.embed_dim,
         "num_tiles": len(found),
-        "tile_order": "y_then_x",
+        **tiling["artifact"],
         **({} if found.encoder is None else {"encoder_name": found.encoder}),
-        **size,
+        **{name: tiling["tiling"][name] for name in ("tile_size_lv0", "step_px_lv0", "overlap")},
+        **{name: tiling["tiling"][name] for name in ("requested_tile_size_px", "requested_spacing_um")},
     }
-    tiling = {"sample_id": found.slide_id, "n_tiles": len(found), "tile_order": "y_then_x", **size}
     _write_npz(
         places,
         tile_index=index,
@@ -550,12 +549,54 @@ def _write_slide2vec(found: TileEmbeddings, folder: Path, scale: Scale) -> list[
     )
     write_json_atomic(places.with_name(f"{found.slide_id}.coordinates.meta.json"), tiling)
     write_json_atomic(embeddings.with_name(f"{found.slide_id}.meta.json"), meta)
-    _write_npz(embeddings, features=found.features, tile_index=index)
+    _write_npz(embeddings, features=found.features[order], tile_index=index)
     return [embeddings, places]
 
 
-def _whole(value: float) -> int | float:
-    return int(value) if float(value).is_integer() else float(value)
+# The keys of hs2p's groups that say how it found tissue and filtered tiles: all must be there, none is known here.
+_HS2P_UNKNOWN = {
+    "provenance": "mask_path backend requested_backend spacing_at_level_0 mask_backend requested_mask_backend",
+    "segmentation": "requested_seg_downsample seg_downsample seg_level seg_spacing_um sthresh sthresh_up mthresh close "
+    "sam2_checkpoint_path sam2_config_path mask_path ref_tile_size_px tissue_mask_tissue_value mask_level "
+    "mask_spacing_um",
+    "filtering": "a_t a_h filter_white filter_black white_threshold black_threshold fraction_threshold "
+    "filter_grayspace grayspace_saturation_threshold grayspace_fraction_threshold filter_blur blur_threshold "
+    "qc_spacing_um",
+    "artifact": "annotation selection_strategy output_mode",
+}
+
+
+def _hs2p_tiling(found: TileEmbeddings, step: float, mpp_level0: float) -> dict[str, dict[str, Any]]:
+    """The six groups that hs2p 4 to 6 ask for, each with all its keys. What reads the tiles at the stated spacing on
+    any slide is level 0, so that is the level to read."""
+    facts, spacing = all_facts(found.attrs), tile_mpp(found.attrs)
+    pixels = tile_pixels(found.attrs, found.source) or (round(step * mpp_level0 / spacing) if spacing else CELL)
+    known: dict[str, dict[str, Any]] = {
+        "provenance": {"sample_id": found.slide_id, "image_path": found.slide_id},
+        "slide": {
+            "dimensions": facts.get("slide_size"),
+            "base_spacing_um": mpp_level0,
+            "level_downsamples": [1.0],
+        },
+        "tiling": {
+            "requested_tile_size_px": pixels,
+            "requested_spacing_um": spacing or step * mpp_level0 / pixels,
+            "read_level": 0,
+            "read_tile_size_px": round(step),
+            "read_spacing_um": mpp_level0,
+            "tile_size_lv0": round(step),
+            "tolerance": None,
+            "step_px_lv0": int(step) if step.is_integer() else step,
+            "overlap": 0.0,
+            "min_tissue_fraction": None,
+            "is_within_tolerance": True,
+            "n_tiles": len(found),
+        },
+        "segmentation": {"tissue_method": facts.get("tissue_method") or "unknown"},
+        "filtering": {},
+        "artifact": {"coordinate_space": "level0_px", "tile_order": "x_then_y"},
+    }
+    return {group: {**dict.fromkeys(_HS2P_UNKNOWN.get(group, "").split()), **known[group]} for group in known}
 
 
 def _write_npz(path: Path, **arrays: Any) -> None:
