@@ -12,7 +12,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from gigapath.api import embed, probe, read_features, slide_embed, tile
+    from gigapath.api import embed, pretrain, probe, read_features, slide_embed, tile
     from gigapath.features import read_slides
     from gigapath.features.to_anndata import to_anndata
     from gigapath.finetune.dataset import BagDataset
@@ -30,6 +30,7 @@ __all__ = [
     "maps",
     "pipeline",
     "preprocessing",
+    "pretrain",
     "probe",
     "read_features",
     "read_slides",
@@ -41,7 +42,7 @@ __all__ = [
 ]
 
 _FUNCTIONS = {
-    **dict.fromkeys(("embed", "probe", "read_features", "slide_embed", "tile"), "gigapath.api"),
+    **dict.fromkeys(("embed", "pretrain", "probe", "read_features", "slide_embed", "tile"), "gigapath.api"),
     "read_slides": "gigapath.features",
     "to_anndata": "gigapath.features.to_anndata",
     "BagDataset": "gigapath.finetune.dataset",

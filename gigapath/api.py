@@ -23,14 +23,16 @@ from gigapath.linear_probe.options import ProbeOptions, SlideProbeOptions, TileP
 from gigapath.options import as_keywords
 from gigapath.preprocessing.slide import SlideError
 from gigapath.preprocessing.tiling import TileOptions
+from gigapath.pretraining.options import CohortOptions, PretrainingOptions, SizeOptions, TaskOptions
 from gigapath.text import slides_in_words
 
 if TYPE_CHECKING:
     from gigapath import finetune as finetuning
     from gigapath.linear_probe.slides import SlideProbe
     from gigapath.linear_probe.tiles import TileProbe
+    from gigapath.pretraining import Pretrained
 
-__all__ = ["FeatureFolder", "embed", "finetune", "probe", "read_features", "slide_embed", "tile"]
+__all__ = ["FeatureFolder", "embed", "finetune", "pretrain", "probe", "read_features", "slide_embed", "tile"]
 __dir__ = public_names(__name__)
 
 Place = str | os.PathLike[str]
@@ -222,6 +224,56 @@ def finetune(
             return room.finetune(inputs, Path(out), settings, dry_run=dry_run, say=say, check_stop=stop.check)
     except Stopped as stopped:
         raise KeyboardInterrupt(f"stopped by {stopped}; the same call goes on after the last finished epoch") from None
+
+
+@as_keywords(cohort=CohortOptions, sizes=SizeOptions, task=TaskOptions, training=PretrainingOptions)
+def pretrain(
+    features: Places,
+    *,
+    out: Place,
+    init: Place = "",
+    quiet: bool = False,
+    cohort: CohortOptions,
+    sizes: SizeOptions,
+    task: TaskOptions,
+    training: PretrainingOptions,
+) -> "Pretrained":
+    """Pretrain the slide encoder on unlabelled slides by predicting hidden tiles, as `gigapath pretrain`.
+
+    Args:
+        features: files of tile embeddings or folders of them; one or many.
+        out: the output folder; a run that it holds goes on.
+        init: weights to go on from: hf_hub:REPO or a file; "" for new ones.
+        quiet: say nothing of the plan and the epochs.
+
+    Returns:
+        `weights` is the file for `slide_encoder.create_model`; `epochs` hold the measures, the start first.
+
+    Raises:
+        ValueError, FileNotFoundError: whatever is wrong with what was given, before anything is trained.
+        KeyboardInterrupt: the run was stopped; the same call goes on after the last checkpoint.
+    """
+    from gigapath import pretraining
+    from gigapath.signals import StopFlag, Stopped
+
+    say = (lambda line: None) if quiet else (lambda line: print(line, flush=True))
+    try:
+        with StopFlag() as stop:
+            found = pretraining.pretrain(
+                _paths(features),
+                Path(out),
+                init=os.fspath(init),
+                cohort=cohort,
+                sizes=sizes,
+                task=task,
+                training=training,
+                say=say,
+                check_stop=stop.check,
+            )
+    except Stopped as stopped:
+        raise KeyboardInterrupt(f"stopped by {stopped}; the same call goes on after the last checkpoint") from None
+    assert found is not None  # only a dry run gives none
+    return found
 
 
 class FeatureFolder(Mapping[str, TileEmbeddings]):

@@ -7,7 +7,7 @@ Importing this module registers the architectures with timm.
 """
 
 import inspect
-import json
+import io
 import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -22,7 +22,7 @@ from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from timm.models import is_model, register_model
 from torch import Tensor, nn
 
-from gigapath.files import small_json
+from gigapath.files import small_json, write_bytes_atomic, write_json_atomic
 from gigapath.lazy import public_names
 from gigapath.longnet.config import LongNetConfig, optimal_segment_lengths, parse_lengths
 from gigapath.longnet.encoder import LongNetEncoder
@@ -41,6 +41,7 @@ ARCHITECTURES = (
     "gigapath_slide_enc12l384d",
 )
 WEIGHTS_FILE = "slide_encoder.pth"
+_SIZES = re.compile(r"gigapath_slide_enc([1-9][0-9]*)l([1-9][0-9]*)d")
 CONFIG_FILE = "slide_encoder.json"  # config.json beside it is timm's, of the tile encoder
 
 # What timm hands to every model of its registry, and what means nothing here.
@@ -190,10 +191,11 @@ class LongNetViT(nn.Module, PyTorchModelHubMixin, library_name="gigapath"):
         return super().save_pretrained(save_directory, **kwargs)
 
     def _save_pretrained(self, save_directory: Path) -> None:
-        (save_directory / CONFIG_FILE).write_text(json.dumps(self.config, indent=2) + "\n", encoding="utf-8")
-        torch.save(
-            {"model": {name: tensor.cpu() for name, tensor in self.state_dict().items()}}, save_directory / WEIGHTS_FILE
-        )
+        state = {name: tensor.cpu() for name, tensor in self.state_dict().items()}
+        buffer = io.BytesIO()
+        torch.save({"model": state}, buffer)
+        write_bytes_atomic(save_directory / WEIGHTS_FILE, buffer.getvalue())
+        write_json_atomic(save_directory / CONFIG_FILE, self.config)
 
     @classmethod
     def from_pretrained(
@@ -510,7 +512,12 @@ def _pretrained_files(
 
 def _released_config(state: Mapping[str, Tensor], path: Path) -> dict[str, Any]:
     """The sizes of a released model, which has no file for them; ValueError where the weights are no such model's."""
-    tell_architecture(state, "slide", path)
+    arch = tell_architecture(state, "slide", path)
+    if all(arch != release.slide_arch for release in RELEASES.values()):
+        raise ValueError(
+            f"{path.name}: expected {CONFIG_FILE} beside it, got none, and {arch} is no released size. Save "
+            "it with save_pretrained, or give its architecture to create_model."
+        )
     projection = state["patch_embed.proj.weight"]
     return {"in_chans": projection.shape[1], "embed_dim": projection.shape[0]}
 
@@ -521,6 +528,20 @@ def _read_config(path: Path) -> dict[str, Any]:
     if not isinstance(found, dict) or set(found) != _CONFIG:
         raise ValueError(f"{path.name}: expected the keys {', '.join(sorted(_CONFIG))} alone. Save the model anew.")
     return found
+
+
+def is_architecture(name: str) -> bool:
+    """Whether timm's registry has this model; `gigapath_slide_enc<depth>l<width>d` is put there for any size."""
+    sizes = _SIZES.fullmatch(name)
+    if sizes and not is_model(name):
+        depth, width = int(sizes[1]), int(sizes[2])
+
+        def entry(**kwargs: Any) -> LongNetViT:
+            return _build(width, depth, kwargs)
+
+        entry.__name__ = name
+        register_model(entry)
+    return is_model(name)
 
 
 def layer_id(name: str, depth: int, *, published: bool = False) -> int:
@@ -572,10 +593,10 @@ def create_model(
             f"create_model: expected in_chans, the width of the tile embeddings, beside {pretrained!r}. Only "
             f"{' and '.join(RELEASES)} have their own."
         )
-    if model_arch is None or not is_model(model_arch):
+    if model_arch is None or not is_architecture(model_arch):
         raise ValueError(
             f"create_model: expected an architecture such as {', '.join(ARCHITECTURES)}, got {model_arch!r}. "
-            "Choose one of these, or register your own with timm."
+            "Choose one of these or other sizes, or register your own with timm."
         )
     known = set(inspect.signature(LongNetViT).parameters) | _OURS | _FROM_TIMM
     unknown = sorted(set(kwargs) - known)

@@ -6,6 +6,7 @@ checkpoint lacks raise; nothing is filled in at random.
 
 import os
 import pickle
+import re
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from gigapath.releases import HUB_PREFIXES, RELEASES
 
+_LAYER = re.compile(r"encoder\.layers\.(\d+)\.ffn\.fc1\.weight")
 # What a checkpoint of each released architecture looks like: shapes of a few entries, and one of the last layer's.
 _MARKS: dict[str, dict[str, dict[str, tuple[int, ...]]]] = {
     "tile": {
@@ -176,7 +178,9 @@ def assign_weights(who: str, model: nn.Module, state: Mapping[str, Tensor]) -> N
 
 
 def tell_architecture(state: Mapping[str, Tensor], kind: str, path: str | Path) -> str:
-    """The released architecture that a checkpoint belongs to, told by names and shapes of its entries.
+    """The architecture that a checkpoint belongs to, told by names and shapes of its entries.
+
+    It is a released one, or a slide encoder of any width and depth.
 
     Args:
         state: the checkpoint's state dict.
@@ -189,6 +193,11 @@ def tell_architecture(state: Mapping[str, Tensor], kind: str, path: str | Path) 
     for name, marks in _MARKS[kind].items():
         if all(key in state and tuple(state[key].shape) == shape for key, shape in marks.items()):
             return name
+    layers = [int(match[1]) for key in state if (match := _LAYER.match(key))]
+    if kind == "slide" and layers and "cls_token" in state and "patch_embed.proj.weight" in state:
+        width, hidden = state["cls_token"].shape[-1], state[f"encoder.layers.{layers[0]}.ffn.fc1.weight"].shape[0]
+        if hidden == 4 * width:  # pretrained by a user, such as `gigapath pretrain` makes
+            return f"gigapath_slide_enc{max(layers) + 1}l{width}d"
     other = "slide" if kind == "tile" else "tile"
     hint = ""
     for name, marks in _MARKS[other].items():

@@ -32,6 +32,7 @@ LAYERS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("many slides; honest scores", ("cohort", "evaluation")),
     ("slide to vectors", ("embedding",)),
     ("what is fitted", ("linear_probe", "finetune")),
+    ("what is fitted without labels", ("pretraining",)),
     ("what is looked at", ("maps", "report")),
     ("published calls; self-test", ("pipeline", "doctor")),
     ("command line", ("cli",)),

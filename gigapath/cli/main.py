@@ -35,6 +35,7 @@ VERBS = {
     "remove": ("runs:remove", "Take a slide with every mention of it out of an output folder: consent withdrawn."),
     "embed-tiles": ("probe:embed_tiles", "Tile images through a tile encoder into one file for probes."),
     "probe": ("probe:probe", "Fit and score a linear layer on frozen tile or slide embeddings."),
+    "pretrain": ("pretrain:pretrain", "Pretrain the slide encoder on unlabelled slides, by predicting hidden tiles."),
     "init-task": ("finetune:init_task", "Write a task file for fine-tuning from a CSV of labels."),
     "finetune": (
         "finetune:finetune",

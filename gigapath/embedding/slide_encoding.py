@@ -277,7 +277,7 @@ def load_slide_encoder(
 
     Args:
         name: "mean", "gigapath", "gigapath-flash", or a checkpoint (or a folder with `slide_encoder.pth`) of one of the
-            two released architectures.
+            two released architectures, or of another size, such as `gigapath pretrain` makes.
         in_chans: width D of the tile embeddings that it is going to get.
         device: "auto", "cpu", "cuda", "cuda:N" or "mps".
         precision: "auto" (fp16 autocast on CUDA, fp32 elsewhere), "fp32", "fp16" or "bf16".
@@ -299,33 +299,30 @@ def load_slide_encoder(
         path = find_weights(name, WEIGHTS_FILE)
         if random_weights:
             raise ValueError(f"--random-weights: expected the name of a slide encoder, got {name!r}. Drop one.")
-        arch, sha256, pretrained = (
-            tell_architecture(load_state_dict(path), "slide", path),
-            remembered_sha256(path),
-            str(path),
-        )
-        known = next(known for known in RELEASES.values() if known.slide_arch == arch)
-        release = known if known.slide_sha256 == sha256 else None
+        state = load_state_dict(path)
+        arch, sha256, pretrained = tell_architecture(state, "slide", path), remembered_sha256(path), str(path)
+        width = int(state["patch_embed.proj.weight"].shape[-1])
+        release = next((known for known in RELEASES.values() if known.slide_sha256 == sha256), None)
         short = release.name if release else f"{plain_name(path.stem)}-{sha256[:8]}"
     else:
-        known, arch, short, pretrained = release, release.slide_arch, release.name, ""
+        arch, short, pretrained, width = release.slide_arch, release.name, "", release.tile_dim
         if not random_weights:
             path = find_weights(f"hf_hub:{release.repo}", WEIGHTS_FILE, strict=True)
             sha256, pretrained = remembered_sha256(path), str(path)
-    if not random_weights and in_chans != known.tile_dim:
+    if not random_weights and in_chans != width:
         raise ValueError(
-            f"--slide-encoder {name}: expected tile embeddings of width {known.tile_dim}, as {known.name}'s tile "
-            f"encoder makes them, got {in_chans}. Take the pair that belongs together, or --slide-encoder mean."
+            f"--slide-encoder {name}: expected tile embeddings of width {width}, as its tile encoder makes them, got "
+            f"{in_chans}. Take the pair that belongs together, or --slide-encoder mean."
         )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(_RANDOM_SEED)  # random weights are the same ones every time
         model = create_model(pretrained, arch, in_chans, global_pool=True).eval().requires_grad_(False)
-    described = f"{known.repo}'s slide encoder ({arch})" if release else f"{arch} from a checkpoint ({sha256})"
+    described = f"{release.repo}'s slide encoder ({arch})" if release else f"{arch} from a checkpoint ({sha256})"
     return SlideEncoder(
         name=f"{short}-random" if random_weights else short,
         trained=not random_weights,
         weights_sha256=sha256,
-        tile_encoder=known.name if release and not random_weights else None,
+        tile_encoder=release.name if release and not random_weights else None,
         description=f"{described}, UNTRAINED: random weights" if random_weights else described,
         device=resolved,
         precision=precision,

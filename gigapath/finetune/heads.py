@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from gigapath.classification_head import ClassificationHead
 from gigapath.finetune.data import Bag
 from gigapath.finetune.options import ModelOptions
-from gigapath.slide_encoder import ARCHITECTURES, WEIGHTS_FILE
+from gigapath.slide_encoder import ARCHITECTURES, WEIGHTS_FILE, is_architecture
 from gigapath.weights import find_weights, load_state_dict
 
 ATTENTION_WIDTH = 256  # of the gate
@@ -173,7 +173,7 @@ def _check_width(pretrained: str, input_dim: int) -> None:
 
 def _width_of(model_arch: str) -> int:
     """The width of a slide encoder of timm's registry, without its memory."""
-    if not timm.is_model(model_arch):
+    if not is_architecture(model_arch):
         raise ValueError(
             f"--model-arch: expected {', '.join(ARCHITECTURES)}, got {model_arch!r}. Choose one of these, or register "
             "your own with timm."

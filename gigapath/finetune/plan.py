@@ -1,8 +1,9 @@
 """What a run will cost, said before it starts: slides, tiles, parameters, memory, time."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -107,7 +108,8 @@ def make_plan(
     """
     counts = np.asarray(tiles)
     capped = np.minimum(counts, max_tiles)
-    kept, passed = _probe(model, input_dim, precision, processes.device)
+    made = partial(_loss_of_made, model, input_dim, precision, processes.device)
+    kept, passed = measure_pass(made, model, processes.device)
     rate = (1 if cached else 3) * operations(model, PROBE_TILES) / passed
     work = {int(count): operations(model, int(count)) for count in np.unique(np.concatenate([counts, capped]))}
     total = 0.0
@@ -159,8 +161,14 @@ def few_steps(folds: Sequence[Fold], options: TrainingOptions, processes: Proces
     ]
 
 
-def _probe(model: nn.Module, input_dim: int, precision: str, device: torch.device) -> tuple[float, float]:
-    """(bytes kept for the backward pass, seconds of both passes) over PROBE_TILES made tiles."""
+def measure_pass(loss_of: Callable[[], torch.Tensor], model: nn.Module, device: torch.device) -> tuple[float, float]:
+    """(bytes kept for the backward pass, seconds of both passes) of one pass in training; no state is changed.
+
+    Args:
+        loss_of: makes the loss, of shape ().
+        model: what it runs through.
+        device: where.
+    """
     kept: dict[int, int] = {}
 
     def count(tensor: torch.Tensor) -> torch.Tensor:
@@ -168,21 +176,27 @@ def _probe(model: nn.Module, input_dim: int, precision: str, device: torch.devic
         return tensor
 
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    side = int(PROBE_TILES**0.5)
-    cells = np.stack(np.meshgrid(np.arange(side), np.arange(side)), axis=-1).reshape(-1, 2) * CELL
-    bag = Bag(np.ones((PROBE_TILES, input_dim), np.float32), cells.astype(np.int64))
     state = torch.get_rng_state()
     model.train()
     started = time.perf_counter()
-    with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor), computing(precision, device):
-        loss = model.forward_packed(*pack([bag], device)).float().sum()  # type: ignore[operator]
-    loss.backward()
+    with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+        loss = loss_of()
+    loss.backward()  # type: ignore[no-untyped-call]
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     seconds = time.perf_counter() - started
     model.zero_grad(set_to_none=True)
     torch.set_rng_state(state)
     return float(sum(size for place, size in kept.items() if place not in weights)), seconds
+
+
+def _loss_of_made(model: nn.Module, input_dim: int, precision: str, device: torch.device) -> torch.Tensor:
+    """The sum of the logits over PROBE_TILES made tiles."""
+    side = int(PROBE_TILES**0.5)
+    cells = np.stack(np.meshgrid(np.arange(side), np.arange(side)), axis=-1).reshape(-1, 2) * CELL
+    bag = Bag(np.ones((PROBE_TILES, input_dim), np.float32), cells.astype(np.int64))
+    with computing(precision, device):
+        return model.forward_packed(*pack([bag], device)).float().sum()  # type: ignore[operator,no-any-return]
 
 
 def free_bytes(device: torch.device) -> int:

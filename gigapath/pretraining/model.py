@@ -1,0 +1,173 @@
+"""The masked autoencoder: the slide encoder sees some tiles of a slide, a decoder predicts the embeddings of the rest.
+
+The principle is that of He et al., "Masked Autoencoders Are Scalable Vision Learners" (2022), with LongNet on both
+sides, as the paper of Prov-GigaPath describes; what it does not say is an option. Legend: T tiles of all slides of a
+batch one after another, V of them visible, M hidden, S slides, W width of a tile embedding, D and E widths of encoder
+and decoder.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gigapath.longnet.encoder import LongNetEncoder
+from gigapath.pos_embed import LazyPosEmbed
+from gigapath.pretraining.options import SizeOptions
+from gigapath.slide_encoder import LongNetViT, create_model
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Slides packed one after another, tensors on the CPU or a device.
+
+    Attributes:
+        visible: (V, W) embeddings of the visible tiles.
+        visible_coords: (V, 2), (x, y) in pixels of the position grid.
+        coords: (T, 2) of all tiles.
+        seen: (V + S,) where the encoder's tokens, class tokens included, stand among the decoder's T + S.
+        hidden: (M,) where the hidden tiles stand among the decoder's tokens.
+        target: (M, W) what is to be predicted of them.
+        lengths: tiles of each slide.
+        hidden_lengths: hidden tiles of each slide.
+    """
+
+    visible: Tensor
+    visible_coords: Tensor
+    coords: Tensor
+    seen: Tensor
+    hidden: Tensor
+    target: Tensor
+    lengths: tuple[int, ...]
+    hidden_lengths: tuple[int, ...]
+
+    def to(self, device: torch.device) -> "Batch":
+        """The batch on a device, copied without waiting where it is pinned."""
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pinned(self) -> "Batch":
+        """The batch in memory that a GPU can copy from by itself."""
+        return self._each(Tensor.pin_memory)
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> "Batch":
+        held: dict[str, Any] = {k: change(v) if isinstance(v, Tensor) else v for k, v in vars(self).items()}
+        return Batch(**held)
+
+
+class MaskedAutoencoder(nn.Module):
+    """A slide encoder, and the decoder that teaches it."""
+
+    def __init__(self, slide_encoder: LongNetViT, sizes: SizeOptions) -> None:
+        """Build the decoder with new weights.
+
+        Args:
+            slide_encoder: with new or loaded weights; its class token is frozen, as in the published pretraining.
+            sizes: of the decoder, and how new weights begin.
+        """
+        super().__init__()
+        config = slide_encoder.encoder.config
+        self.slide_encoder = slide_encoder
+        slide_encoder.cls_token.requires_grad_(False)
+        self.to_decoder = nn.Linear(config.embed_dim, sizes.decoder_dim)
+        self.mask_token = nn.Parameter(torch.empty(sizes.decoder_dim))
+        self.decoder = LongNetEncoder(
+            replace(
+                config,
+                embed_dim=sizes.decoder_dim,
+                depth=sizes.decoder_depth,
+                dropout=sizes.dropout,
+                drop_path_rate=0.0,
+            )
+        )
+        self.positions = LazyPosEmbed(sizes.decoder_dim, slide_encoder.slide_ngrids)
+        self.position_scale = 2.0 if sizes.start == "tied" else 1.0
+        self.predict = nn.Linear(sizes.decoder_dim, slide_encoder.in_chans)
+        self.decoder.checkpoint_activations = sizes.checkpoint_activations != "none"
+        slide_encoder.encoder.checkpoint_activations = sizes.checkpoint_activations == "all"
+        nn.init.normal_(self.mask_token, std=0.02)
+        nn.init.xavier_uniform_(self.to_decoder.weight)
+        nn.init.normal_(self.predict.weight, std=0.02)  # begins near the mean of all tiles
+        for layer in (self.to_decoder, self.predict):
+            nn.init.zeros_(layer.bias)
+        if sizes.start == "tied":
+            tie_keys_to_queries(self.decoder)
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Predictions (M, W) of the hidden tiles."""
+        encoder = self.slide_encoder
+        visible = tuple(n - hidden for n, hidden in zip(batch.lengths, batch.hidden_lengths, strict=True))
+        lengths = tuple(count + 1 for count in visible)
+        tokens = encoder.embed_tokens(batch.visible[None], batch.visible_coords[None], lengths)
+        encoded = encoder.norm(encoder.encoder(token_embeddings=tokens, lengths=lengths)["encoder_out"])
+        latent = self.to_decoder(encoded)[0]
+        whole = self.mask_token.to(latent.dtype).expand(len(batch.coords) + len(batch.lengths), -1)
+        whole = whole.index_copy(0, batch.seen, latent) + self._positions(batch).to(latent.dtype)
+        decoded = self.decoder(token_embeddings=whole[None], lengths=tuple(n + 1 for n in batch.lengths))["encoder_out"]
+        out: Tensor = self.predict(decoded[0].index_select(0, batch.hidden))
+        return out
+
+    def _positions(self, batch: Batch) -> Tensor:
+        """(T + S, E): of each tile, zero of each class token, in the weights' dtype."""
+        rows = self.slide_encoder.coords_to_pos(batch.coords, self.slide_encoder.tile_size)
+        none = torch.zeros_like(rows[:1])
+        rows = torch.cat([piece for part in torch.split(rows, list(batch.lengths)) for piece in (none, part)])
+        return self.positions.rows(rows).to(self.mask_token.dtype) * self.position_scale
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of the parameters that weight decay leaves alone: all of one dimension, and tokens."""
+        return {name for name, parameter in self.named_parameters() if parameter.ndim == 1 or "token" in name}
+
+
+def tie_keys_to_queries(encoder: LongNetEncoder) -> None:
+    """Begin with W_k = W_q, Xavier's with a gain of 2: a token attends to those like it, near ones among them."""
+    for layer in encoder.layers:
+        attention: Any = layer.self_attn
+        nn.init.xavier_uniform_(attention.q_proj.weight, gain=2.0)
+        with torch.no_grad():
+            attention.k_proj.weight.copy_(attention.q_proj.weight)
+
+
+def build_autoencoder(init: str, sizes: SizeOptions, *, in_chans: int) -> MaskedAutoencoder:
+    """The model at its start.
+
+    Args:
+        init: weights of the slide encoder: "hf_hub:REPO", a checkpoint's file, or "" for new ones.
+        sizes: of encoder and decoder.
+        in_chans: W.
+
+    Raises:
+        ValueError, FileNotFoundError: see `gigapath.slide_encoder.create_model`.
+    """
+    dropout, drop_path = sizes.dropout, sizes.drop_path_rate
+    encoder = create_model(init, sizes.model_arch, in_chans, dropout=dropout, drop_path_rate=drop_path)
+    if not init and sizes.start == "tied":
+        tie_keys_to_queries(encoder.encoder)
+    return MaskedAutoencoder(encoder, sizes)
+
+
+def loss_of_slides(predicted: Tensor, batch: Batch, kind: str) -> Tensor:
+    """The loss of each slide (S,): the mean over its hidden tiles, float32 at least.
+
+    Args:
+        predicted: (M, W).
+        batch: with the targets.
+        kind: "mse", the mean squared difference over tiles and dimensions, or "cosine", 1 - cosine.
+    """
+    predicted = predicted if predicted.dtype == torch.float64 else predicted.float()
+    target = batch.target.to(predicted.dtype)
+    if kind == "mse":
+        each = (predicted - target).square().mean(dim=1)
+    else:
+        each = 1 - F.cosine_similarity(predicted, target, dim=1)
+    return torch.stack([part.mean() for part in torch.split(each, list(batch.hidden_lengths))])
+
+
+def slide_vector(encoder: LongNetViT, features: Tensor, coords: Tensor) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """The slide embedding (D,) as the slide stage takes it: the mean over the tiles of `encoder_out`, then the norm."""
+    tokens = encoder.embed_tokens(features[None], coords[None], (len(features) + 1,))
+    encoded = encoder.encoder(token_embeddings=tokens, lengths=(len(features) + 1,))["encoder_out"]
+    return np.asarray(encoder.norm(encoded[0, 1:].mean(0)).double().cpu().numpy())
