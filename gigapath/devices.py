@@ -102,7 +102,7 @@ def computing(precision: str, device: torch.device) -> Iterator[None]:
             _unpin.enter_context(_true_float32())
         _pinned += 1
     try:
-        with torch.autocast(device.type, AUTOCAST_TYPES.get(precision), enabled=precision != "fp32"):
+        with torch.autocast(device.type, AUTOCAST_TYPES.get(precision), enabled=precision in AUTOCAST_TYPES):
             yield
     finally:
         with _pins:

@@ -209,7 +209,7 @@ def export(
     Args:
         folder: the output folder of a run, or one of its slides_* folders
         embedding: default, state:I, last-state or all-states, each with :mean or :class (default :mean); tile-mean;
-            trident; published-demo
+            the name of another tool, such as trident
         to: where the table goes: .parquet, .csv or .npz
         allow_mixed: take slides of different numerics together
         overwrite: write over a table of another embedding

@@ -12,7 +12,7 @@ from typing import Any
 from gigapath.cohort.status import FINISHED, SLIDES_CSV, STATES, failures_by_kind
 
 # Folders of stages, in the order of the work.
-_STAGE_FOLDERS = ("tiles", "features_", "slides_", "contextual_")
+_STAGE_FOLDERS = ("tiles", "features_", "slides_", "as-", "contextual_")
 # The rate is that of the results of so many seconds before the newest one.
 _WINDOW_SECONDS = 3600.0
 _READ_BYTES = 1 << 16

@@ -21,7 +21,7 @@ from gigapath.preprocessing.slide import slide_id_of
 from gigapath.tables import csv_text
 
 REMOVED = "<removed>"
-_FOLDERS = ("tiles", "previews", "features_", "slides_", "contextual_")
+_FOLDERS = ("tiles", "previews", "features_", "slides_", "as-", "contextual_")
 _SUFFIXES = (".h5", ".json", ".jpg")
 # What the files of maps and of the report's pictures end in, in the slide's own folder.
 _PICTURES = (".json", ".png", ".jpg", ".npz", ".geojson", PARTIAL_SUFFIX)

@@ -5,6 +5,7 @@ import re
 from dataclasses import dataclass
 
 from gigapath.features import parse_embedding
+from gigapath.features.recipes import RECIPES
 from gigapath.machine import available_cores
 from gigapath.options import DeviceOptions, EncoderOptions, Options, PitchOptions, option
 from gigapath.preprocessing.fast import READERS
@@ -126,7 +127,7 @@ class SlideEmbedOptions(EncoderOptions, PitchOptions):
     embedding: str = option(
         "default",
         "the name of an embedding, as for export: what --to writes; ending with :tiles one vector a tile, into "
-        "contextual_*/",
+        "contextual_*/; the name of a tool as that tool computes it, into as-TOOL_*/",
         metavar="NAME",
     )
     per: str = option(
@@ -136,12 +137,19 @@ class SlideEmbedOptions(EncoderOptions, PitchOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         pooling = parse_embedding(self.embedding).pooling
-        if self.per == "section" and pooling == "tiles":
+        if self.per == "section" and (pooling == "tiles" or self.embedding in RECIPES):
             raise ValueError(f"--per section: expected one vector a section, got --embedding {self.embedding}.")
+        if self.embedding in RECIPES and not RECIPES[self.embedding].evaluated:
+            raise ValueError(
+                f"--embedding {self.embedding}: expected a tool that gives the same vector twice; this one leaves "
+                "dropout on. Take default:class for the vector that it means."
+            )
 
     @property
     def form(self) -> str:
-        """What a result is: "slide", "section", or the name of the vectors of tiles."""
+        """What a result is: "slide", "section", the name of the vectors of tiles, or that of a tool."""
+        if self.embedding in RECIPES:
+            return self.embedding
         name = parse_embedding(self.embedding)
         return str(name) if name.pooling == "tiles" and self.per == "slide" else self.per
 

@@ -14,6 +14,7 @@ from gigapath.embedding.slide_stage import SlideStage, slides_folder
 from gigapath.embedding.slides import only_failed
 from gigapath.features import FeatureFileError
 from gigapath.features.reading import FeatureFacts, encoder_hints, find_feature_files, look_at_features, slide_name
+from gigapath.features.recipes import RECIPES
 from gigapath.file_names import name_problem, one_line, plain_name, quoted_name
 from gigapath.files import real_path, sha256_of
 from gigapath.machine import available_cores
@@ -33,7 +34,8 @@ def run_slide_embed(
     command: Sequence[str] = (),
 ) -> RunResult:
     """Embed slides from their tile embeddings: `slides_*/<id>.h5`, slides.csv; with `per="section"` one file a piece of
-    tissue in `slides_*__sections`, with an `embedding` that ends with `:tiles` one vector a tile in `contextual_*`.
+    tissue in `slides_*__sections`, with an `embedding` that ends with `:tiles` one vector a tile in `contextual_*`,
+    with another tool's name a slide's embedding as that tool computes it in `as-*`.
 
     Args:
         features: files of tile embeddings, or folders of them: a run's folder, or any of another tool.
@@ -141,8 +143,11 @@ def _slide_encoder(embedding: SlideEmbedOptions, first: Path, facts: FeatureFact
         random_weights=embedding.random_weights and name in RELEASES,
     )
     slide_encoder.check_pair(tile_encoder, width)
-    if slide_encoder.model is None and embedding.form.endswith(":tiles"):
+    recipe = RECIPES.get(embedding.form)
+    if slide_encoder.model is None and (recipe is not None or embedding.form.endswith(":tiles")):
         raise ValueError(f"--embedding {embedding.embedding}: expected a slide encoder with layers, got the mean.")
+    if recipe is not None and embedding.precision == "auto":
+        return slide_encoder.at(recipe.precision[slide_encoder.device.type == "cuda"])
     return slide_encoder
 
 

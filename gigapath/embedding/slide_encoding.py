@@ -4,9 +4,10 @@ B tiles of a batch, N tiles of a slide, D width of a tile embedding, E width of 
 """
 
 import contextlib
+import copy
 import itertools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -44,7 +45,7 @@ class SlideEncoder:
         tile_encoder: the tile encoder that it was trained with, or None where it takes any of the right width.
         description: one line that says plainly what it is.
         device: where it runs.
-        precision: "fp32", or the type of autocast.
+        precision: "fp32", the type of autocast, or "half" for a model that is float16 itself.
         model: the model, in eval mode.
     """
 
@@ -99,10 +100,15 @@ class SlideEncoder:
         """The attention kernel that serves this device and precision, or None without a model."""
         if self.model is None:
             return None
-        dtype = AUTOCAST_TYPES.get(self.precision, torch.float32)
+        dtype = AUTOCAST_TYPES.get(self.precision, self.model.cls_token.dtype)
         attention: Any = self.model.encoder.layers[0].self_attn
         q = torch.empty((1, attention.num_heads, 1, attention.head_dim), device=self.device, dtype=dtype)
         return choose_kernel(q).name
+
+    def at(self, precision: str) -> "SlideEncoder":
+        """The same encoder in another precision, a key of `gigapath.features.recipes.PRECISIONS`."""
+        model = copy.deepcopy(self.model).half() if precision == "half" and self.model is not None else self.model
+        return replace(self, precision=precision, model=model)
 
     def embed(
         self,
@@ -111,7 +117,7 @@ class SlideEncoder:
         check: Callable[[], None] = lambda: None,
         progress: AfterLayer = lambda done, layers: None,
     ) -> dict[str, npt.NDArray[np.float32]]:
-        """The embeddings of a slide by name, from its tile embeddings as stored, N at least 1, in row-major order.
+        """The embeddings of a slide by name, from its tile embeddings as stored, N at least 1, in the order given.
 
         Args:
             tiles: the tile embeddings, with cells.

@@ -25,19 +25,23 @@ from gigapath.features import (
     write_slide,
     write_tile_vectors,
 )
+from gigapath.features.cells import tiles_as
 from gigapath.features.data import Array
 from gigapath.features.gigapath_file import open_ours
 from gigapath.features.h5 import check_undamaged, read_attrs
 from gigapath.features.reading import is_ours
+from gigapath.features.recipes import RECIPES
 
 # What a slide's file repeats of its tile embeddings.
 _CARRIED = ("encoder", "weights_sha256", "transform", "precision", "device", "batch_shape", "store", "mpp", "tile_size")
 
 
 def slides_folder(out: Path, slide_encoder: str, tile_encoder: str, form: str = "slide") -> Path:
-    """Where the embeddings of slides go, of their pieces (`form` "section"), or one vector a tile (a name that ends
-    with `:tiles`)."""
+    """Where the embeddings of slides go, of their pieces (`form` "section"), one vector a tile (a name that ends with
+    `:tiles`), or another tool's embedding (its name)."""
     pair = f"{slide_encoder}__{tile_encoder}"
+    if form in RECIPES:
+        return out / f"as-{form}_{pair}"
     if form in ("slide", "section"):
         return out / (f"slides_{pair}" if form == "slide" else f"slides_{pair}__sections")
     return out / f"contextual_{pair}__{form.removesuffix(':tiles').replace(':', '-')}"
@@ -65,8 +69,8 @@ class SlideStage(Stage):
         run: the run, for its news and its stop.
         tile_size_level0: what the user says of the step between tiles, for files of other tools.
         tile_encoder: the tile encoder that all files must name, or None to ask nothing.
-        form: "slide" for one embedding a slide, "section" for one a connected piece of tissue, or a name that ends
-            with `:tiles` for one vector a tile.
+        form: "slide" for one embedding a slide, "section" for one a connected piece of tissue, a name that ends with
+            `:tiles` for one vector a tile, or of RECIPES for a slide's embedding as that tool computes it.
     """
 
     folder: Path
@@ -112,7 +116,7 @@ class SlideStage(Stage):
 
     def make(self, entry: SlideEntry, identity: Mapping[str, Any]) -> Outcome:
         features, named = self.features.digest(entry), digest(identity)
-        if self.form == "slide":
+        if self.form == "slide" or self.form in RECIPES:
             return self._embed_slide(entry, features, named)
         tiles = self._read(self.features.path(entry))
         if self.form == "section":
@@ -185,6 +189,7 @@ class SlideStage(Stage):
             "trained": self.encoder.trained and described.get("trained") is not False,
             "features": features,
             "identity": named,
+            **({"recipe": self.form} if self.form in RECIPES else {}),
         }
 
     def _facts(self, attrs: Mapping[str, Any]) -> dict[str, Any]:
@@ -216,14 +221,16 @@ class SlideStage(Stage):
 
     def _read(self, path: Path) -> TileEmbeddings:
         """The slide's tile embeddings, of the right encoder."""
+        recipe = RECIPES.get(self.form)
         tiles = read_features(
             path,
             tile_size_level0=self.tile_size_level0,
             cells=self.encoder.model is not None,
+            order="row-major" if recipe is None else "file",
         )
         self._check_encoder(tiles.encoder)
         self.encoder.check_pair(tiles.encoder, tiles.embed_dim)
-        return tiles
+        return tiles if recipe is None or not len(tiles) else tiles_as(tiles, recipe)
 
     def _check_encoder(self, found: str | None) -> None:
         if self.tile_encoder is not None and found != self.tile_encoder and not self.options.allow_mixed:

@@ -1,5 +1,6 @@
 """The geometry of tiles: cells of the slide encoder's grid from coordinates; pixels and scale as files state them."""
 
+import dataclasses
 import json
 import math
 from collections.abc import Mapping
@@ -7,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from gigapath.features.data import STEP_OPTION, Array, Attrs, FeatureFileError
+from gigapath.features.data import CELL, FRAMES, STEP_OPTION, Array, Attrs, FeatureFileError, TileEmbeddings
+from gigapath.features.recipes import Recipe
 
 SLIDE2VEC_COORDINATES = ".coordinates.npz"
 
@@ -88,6 +90,43 @@ def row_major(cells: Array) -> Array | None:
     if (np.diff(keys) > 0).all():
         return None
     return np.argsort(keys, kind="stable")
+
+
+def tiles_as(tiles: TileEmbeddings, recipe: Recipe) -> TileEmbeddings:
+    """The tiles in the order and on the cells that a recipe gives them.
+
+    Args:
+        tiles: in the order of their file, with cells.
+        recipe: of RECIPES, or a changed one.
+
+    Raises:
+        ValueError: coordinates of another unit than the recipe needs, or beyond float16's range.
+    """
+    assert tiles.cells is not None
+    size = as_number(tiles.attrs.get("patch_size_level0")) or as_number(tiles.attrs.get("tile_size_lv0"))
+    size = size or tiles.tile_size_level0 or 0.0  # of a tile: where tiles overlap, the tools divide by it all the same
+    places, unit = np.asarray(tiles.coords, dtype=np.float32), size
+    if recipe.places == "level0":
+        if tiles.frame == "um":
+            raise ValueError(f"{tiles.slide_id}: expected level-0 pixels, got {FRAMES[tiles.frame]}.")
+        unit = float(CELL)
+    elif recipe.places == "unit":
+        places, unit = places / (places.max(axis=0) + np.float32(size)) * np.float32(1000), float(CELL)
+    elif recipe.places != "pitch" and not recipe.half_places:
+        places, unit = np.asarray(tiles.cells, dtype=np.float32), 1.0
+    with np.errstate(over="ignore"):
+        places = places.astype(np.float16 if recipe.half_places else np.float32).astype(np.float64)
+    if not np.isfinite(places).all():
+        raise ValueError(f"{tiles.slide_id}: its coordinates are beyond what float16 holds.")
+    cells = np.floor(places / unit).astype(np.int32)
+    if recipe.places == "swapped":
+        cells = cells[:, ::-1]
+    if recipe.places == "none":
+        cells = np.zeros_like(cells)
+    x, y = tiles.cells.T
+    order = {"row-major": np.lexsort((x, y)), "column-major": np.lexsort((y, x))}.get(recipe.order)
+    found = dataclasses.replace(tiles, cells=np.ascontiguousarray(cells))
+    return found if order is None else found.take(order)
 
 
 def _keys(cells: Array) -> Array:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from gigapath.features.recipes import RECIPES
 from gigapath.file_names import safe_name
 
 # Raised only when the numbers in the files change; reuse compares these, not the package's version. Each stage has one
@@ -26,7 +27,6 @@ CELL = 256
 GRID = 1000
 
 # Names of slide embeddings, see `EmbeddingName`.
-PRESETS = {"trident": "state:11:mean", "published-demo": "last-state:class"}
 POOLINGS = ("mean", "class", "tiles")
 KINDS = ("default", "state", "last-state", "all-states", "tile-mean")
 
@@ -56,8 +56,7 @@ class EmbeddingName:
         last-state[:POOLING]   the output of the last layer, without the encoder's closing norm (so not `default`)
         all-states[:POOLING]   states 0 to depth, concatenated
         tile-mean              the plain mean of the tile embeddings; needs no slide encoder
-        trident                what TRIDENT takes: state:11:mean
-        published-demo         what the published demo calls last_layer_embed: last-state:class
+        a name of RECIPES      what that tool takes, such as state:11:mean for trident
 
     POOLING is `mean` (the default: the class token was not trained in pretraining), `class`, or `tiles` for no pooling:
     one vector a tile, which knows the tiles around it. The mean over a slide's tiles, then the model's `norm`, is the
@@ -81,7 +80,7 @@ class EmbeddingName:
 
 def parse_embedding(name: str) -> EmbeddingName:
     """Read the name of an embedding; an unknown one raises ValueError with the names that exist."""
-    kind, *rest = PRESETS.get(name, name).split(":")
+    kind, *rest = (RECIPES[name].readout if name in RECIPES else name).split(":")
     if kind == "tile-mean" and not rest:
         return EmbeddingName(kind, pooling="")
     if kind in KINDS and kind != "tile-mean":
@@ -92,7 +91,7 @@ def parse_embedding(name: str) -> EmbeddingName:
             return EmbeddingName(kind, pooling, int(state) if state is not None else None)
     raise ValueError(
         f"embedding: expected default, state:I, last-state or all-states (with :mean, :class or :tiles), tile-mean, "
-        f"{' or '.join(PRESETS)}, got {name!r}."
+        f"{', '.join(RECIPES)}, got {name!r}."
     )
 
 
@@ -312,7 +311,8 @@ class SlideEmbeddings:
         states_class: (depth + 1, D) float32, the class token of state i, or None.
         default_mean: (1, D) float32, the encoder's default output with mean pooling, or None.
         default_class: (1, D) float32, with the class token, or None.
-        attrs: what is recorded at the file's root; `trained` is False where weights are random.
+        attrs: what is recorded at the file's root; `trained` is False where weights are random, `recipe` the name of
+            another tool's where the embeddings were computed as that tool does.
     """
 
     slide_id: str
@@ -337,7 +337,13 @@ class SlideEmbeddings:
     def select(self, name: str) -> Array:
         """The embedding of that name (`EmbeddingName`) as (D,) float32; ValueError where this slide has no
         such one."""
-        wanted = parse_embedding(name)
+        wanted, recipe, made = parse_embedding(name), RECIPES.get(name), self.attrs.get("recipe")
+        if made != name and (made is not None or (recipe is not None and not recipe.plain_places)):
+            held = "the usual order and places of tiles" if made is None else f"those of {made}"
+            raise ValueError(
+                f"{self.slide_id}: expected a file made with the order and places of tiles of {name!r}, got one made "
+                f"with {held}. Make it with `gigapath slide-embed --embedding {name}`."
+            )
         if wanted.kind == "tile-mean":
             return np.asarray(self.tile_mean[0])
         if wanted.pooling == "tiles":

@@ -31,7 +31,10 @@ from gigapath.files import is_hidden, real_path, small_json, visible_files
 # Looked for in this order: a folder that holds some of the first holds no features under the others.
 SUFFIXES = (".h5", ".npz", ".pt")
 # Folders of a run, ours or another tool's, that hold something else than tile embeddings.
-_OTHER_FOLDERS = ("tiles", "patches", "slides_*", "slide_features_*", "slide_embeddings", "maps", "private", "runs")
+_OTHER_FOLDERS = (
+    *("tiles", "patches", "slides_*", "as-*", "slide_features_*", "slide_embeddings"),
+    *("maps", "private", "runs"),
+)
 # What `gigapath map` and `gigapath export` write: no tile embeddings, and no fault where they lie in the folder.
 _NO_FEATURES = ({"values.npy", "cells.npy"}, {"slide_ids.npy", "vectors.npy"})
 # Attributes by which files say how far apart their tiles lie (ours, TRIDENT's, CLAM's and Mussel's, STAMP's).

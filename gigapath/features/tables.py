@@ -70,7 +70,7 @@ def read_slides(
         embedding: "default", "state:I" (the output of layer I, 0 the input), "last-state" or "all-states" (0 to the
             last, concatenated), each also with ":mean" (over the tiles, meant where nothing is said) or ":class" (the
             class token); "tile-mean", the plain mean of the tile embeddings, all that runs without a slide encoder
-            have; "trident" for "state:11:mean", "published-demo" for "last-state:class".
+            have; the name of another tool for its state and pooling, such as "trident" for "state:11:mean".
         allow_mixed: take slides of different encoders, precisions or numerics together.
 
     Returns:
