@@ -1,8 +1,8 @@
-"""The notebooks in demo/: run top to bottom, their outputs made small and free of what changes from run to run.
+"""The notebooks in demo/ and docs/tutorials/: run top to bottom, their outputs made small and the same in every run.
 
     python scripts/notebooks.py [NAME ...]    runs them on the demo slide with the stand-in, and writes their outputs
 
-They run in a copy of the checkout's layout (demo/, data/, outputs/), so that nothing of an earlier run helps.
+They run in a copy of the checkout's layout, so that nothing of an earlier run helps.
 """
 
 import base64
@@ -19,6 +19,7 @@ from PIL import Image
 
 ROOT = Path(__file__).parent.parent
 DEMO = ROOT / "demo"
+TUTORIALS = ROOT / "docs" / "tutorials"
 SLIDE = "CMU-1-Small-Region.svs"
 SECONDS = 300  # a cell
 PICTURE_WIDTH = 900
@@ -27,19 +28,19 @@ FEW_COLOURS = 40_000  # bytes: a larger PNG is a photograph
 
 def notebooks() -> list[Path]:
     """Those that are shipped."""
-    return sorted(DEMO.glob("*.ipynb"))
+    return sorted([*DEMO.glob("*.ipynb"), *TUTORIALS.glob("*.ipynb")])
 
 
-def lay_out(folder: Path, slide: Path | None) -> Path:
-    """A checkout for the demos: demo/, the slide in data/, and what makes one where there is none; returns demo/."""
-    demo = folder / "demo"
-    shutil.copytree(DEMO, demo, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints"))
+def lay_out(folder: Path, slide: Path | None) -> None:
+    """A checkout for the notebooks: their folders, the slide in data/, and what makes one where there is none."""
+    for shipped in (DEMO, TUTORIALS):
+        ignored = shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints")
+        shutil.copytree(shipped, folder / shipped.relative_to(ROOT), ignore=ignored)
     (folder / "tests").mkdir()
     shutil.copy(ROOT / "tests" / "made_demo.py", folder / "tests")
     (folder / "data").mkdir()
     if slide is not None:
         shutil.copyfile(slide, folder / "data" / SLIDE)
-    return demo
 
 
 def environment(folder: Path) -> dict[str, str]:
@@ -56,13 +57,13 @@ def environment(folder: Path) -> dict[str, str]:
 
 
 def client_of(notebook: nbformat.NotebookNode, folder: Path) -> NotebookClient:
-    """Runs it with the interpreter that runs this, whatever somebody's Jupyter calls python3."""
+    """Runs it in `folder` with the interpreter that runs this, whatever somebody's Jupyter calls python3."""
     client = NotebookClient(
         notebook,
         timeout=SECONDS,
         kernel_name="python3",
         record_timing=False,
-        resources={"metadata": {"path": str(folder / "demo")}},
+        resources={"metadata": {"path": str(folder)}},
     )
     client.km = client.create_kernel_manager()
     client.km.kernel_spec_manager.kernel_dirs = []  # so that ipykernel's own is left
@@ -70,9 +71,9 @@ def client_of(notebook: nbformat.NotebookNode, folder: Path) -> NotebookClient:
 
 
 def executed(path: Path, folder: Path) -> nbformat.NotebookNode:
-    """The notebook, all cells run in the copy of demo/ that lies in `folder`; a cell that fails raises."""
+    """The notebook, all cells run in the copy of its folder that lies in `folder`; a cell that fails raises."""
     notebook = nbformat.read(path, as_version=4)
-    client_of(notebook, folder).execute(env=environment(folder))
+    client_of(notebook, folder / path.parent.relative_to(ROOT)).execute(env=environment(folder))
     return notebook
 
 

