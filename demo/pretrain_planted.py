@@ -57,7 +57,7 @@ def main(out: Path, *, epochs: int = RECIPE.epochs) -> Pretrained:
     result = pretrain(
         out / "features",
         out / "run",
-        cohort=CohortOptions(val_share=0.15),
+        cohort=CohortOptions(val_share=0.1),
         sizes=SIZES,
         training=replace(RECIPE, epochs=epochs),
         say=print,

@@ -232,18 +232,20 @@ def pretrain(
     *,
     out: Place,
     init: Place = "",
+    dry_run: bool = False,
     quiet: bool = False,
     cohort: CohortOptions,
     sizes: SizeOptions,
     task: TaskOptions,
     training: PretrainingOptions,
-) -> "Pretrained":
+) -> "Pretrained | None":
     """Pretrain the slide encoder on unlabelled slides by predicting hidden tiles, as `gigapath pretrain`.
 
     Args:
         features: files of tile embeddings or folders of them; one or many.
         out: the output folder; a run that it holds goes on.
-        init: weights to go on from: hf_hub:REPO or a file; "" for new ones.
+        init: weights to go on from: hf_hub:REPO, a release's name or a file; "" for new ones.
+        dry_run: say the plan alone; nothing is written, and None is returned.
         quiet: say nothing of the plan and the epochs.
 
     Returns:
@@ -259,7 +261,7 @@ def pretrain(
     say = (lambda line: None) if quiet else (lambda line: print(line, flush=True))
     try:
         with StopFlag() as stop:
-            found = pretraining.pretrain(
+            return pretraining.pretrain(
                 _paths(features),
                 Path(out),
                 init=os.fspath(init),
@@ -267,13 +269,12 @@ def pretrain(
                 sizes=sizes,
                 task=task,
                 training=training,
+                dry_run=dry_run,
                 say=say,
                 check_stop=stop.check,
             )
     except Stopped as stopped:
         raise KeyboardInterrupt(f"stopped by {stopped}; the same call goes on after the last checkpoint") from None
-    assert found is not None  # only a dry run gives none
-    return found
 
 
 class FeatureFolder(Mapping[str, TileEmbeddings]):

@@ -27,7 +27,7 @@ Training._before = dying
 pretrain(
     folder / "features",
     folder / "killed",
-    cohort=CohortOptions(val_share=0.15),
+    cohort=CohortOptions(val_share=0.1),
     sizes=SIZES,
     training=replace(RECIPE, epochs=21, seed=0, save_steps=20),
 )

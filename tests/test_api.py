@@ -149,7 +149,7 @@ def test_a_wrong_option_is_refused_by_its_name(tmp_path: Path) -> None:
         gigapath.tile("slides", out=tmp_path, reader="quick")
 
 
-@pytest.mark.parametrize("name", ["tile", "embed", "slide_embed", "probe", "finetune"])
+@pytest.mark.parametrize("name", ["tile", "embed", "slide_embed", "probe", "finetune", "pretrain"])
 def test_the_keywords_are_the_options_of_the_verb(name: str) -> None:
     from gigapath.cli.arguments import OutputOptions
     from gigapath.cli.main import app

@@ -510,7 +510,7 @@ def test_900_steps_come_near_kriging_also_when_killed(tmp_path: Path, seed: int)
     from demo.pretrain_planted import SIZES as demo_sizes
 
     write_slides(tmp_path / "features", planted_slides(400))
-    given = {"cohort": CohortOptions(val_share=0.15), "sizes": demo_sizes,
+    given = {"cohort": CohortOptions(val_share=0.1), "sizes": demo_sizes,
              "training": replace(demo_recipe, epochs=21, seed=seed, save_steps=20)}  # fmt: skip
     result = pretrain(tmp_path / "features", tmp_path / "whole", **given)
     last, beside = result.epochs[-1], result.without_learning
@@ -521,6 +521,6 @@ def test_900_steps_come_near_kriging_also_when_killed(tmp_path: Path, seed: int)
     if seed == 0:
         words = [sys.executable, str(TESTS / "killed_pretraining.py"), str(tmp_path)]
         for kill in range(5):
-            assert subprocess.run([*words, str(150 * (kill + 1) + 7)]).returncode == -9
+            assert subprocess.run([*words, str(160 * (kill + 1) + 7)]).returncode == -9
         assert subprocess.run([*words, "0"]).returncode == 0
         assert_equal_ends(tmp_path / "whole", tmp_path / "killed")

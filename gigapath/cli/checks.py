@@ -21,6 +21,7 @@ _PATHS = {
     "weights": "a folder with pytorch_model.bin and slide_encoder.pth",
     "reference": "a file made by scripts/make_reference.py",
     "panda": "a folder",
+    "patients": "a CSV of patients",
 }
 
 
@@ -46,13 +47,14 @@ def check_inputs(bound: BoundArguments) -> None:
             f"{flags.get('checkpoint', '--checkpoint')}: expected a fitted head (a folder such as OUT/fold_0), got "
             f"{given['checkpoint']!r}, which holds no head.json. Has its run ended?"
         )
-    weights = given.get("pretrained", "")
-    known = weights in ("", *RELEASES) or weights.startswith(HUB_PREFIXES)
-    if not known and not Path(weights).expanduser().exists():
-        raise FileNotFoundError(
-            f"--pretrained: expected {', '.join(RELEASES)}, hf_hub:REPO, the path of a checkpoint, or '' for random "
-            f"weights, got {weights!r}. Check the name or the path."
-        )
+    for name in ("pretrained", "init"):
+        weights = given.get(name, "")
+        known = weights in ("", *RELEASES) or weights.startswith(HUB_PREFIXES)
+        if not known and not Path(weights).expanduser().exists():
+            raise FileNotFoundError(
+                f"{_flag(name)}: expected {', '.join(RELEASES)}, hf_hub:REPO, the path of a checkpoint, or '' for new "
+                f"weights, got {weights!r}. Check the name or the path."
+            )
     if "features" in given:
         from gigapath.features.reading import find_feature_files  # numpy, h5py
 
