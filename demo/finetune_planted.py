@@ -13,6 +13,7 @@ import h5py
 import numpy as np
 from timm.models import register_model
 
+from gigapath.cli.progress import Terminal
 from gigapath.finetune import Inputs, ModelOptions, Settings, SplitOptions, TrainingOptions, finetune
 from gigapath.slide_encoder import LongNetViT
 
@@ -56,7 +57,7 @@ def main(out: Path) -> None:
             ),
             controls=True,
         ),
-        say=print,
+        watch=Terminal(),
     )
     print(f"Predictions, pictures and the fitted heads are in {out / 'run'}.")
 

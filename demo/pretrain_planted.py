@@ -12,6 +12,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 
+from gigapath.cli.progress import Terminal
 from gigapath.pretraining import CohortOptions, Pretrained, PretrainingOptions, SizeOptions, pretrain
 
 WIDTH, KINDS = 32, 5
@@ -60,7 +61,7 @@ def main(out: Path, *, epochs: int = RECIPE.epochs) -> Pretrained:
         cohort=CohortOptions(val_share=0.1),
         sizes=SIZES,
         training=replace(RECIPE, epochs=epochs),
-        say=print,
+        watch=Terminal(),
     )
     print(f"R2 of hidden tiles {result.epochs[-1].r2:.3f}; see {out / 'run'}.")
     return result

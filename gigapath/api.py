@@ -8,10 +8,11 @@ width of an embedding.
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gigapath.cohort.run import Progress, RunResult
+from gigapath.cohort.run import RunResult
 from gigapath.cohort.status import failure_lines, failures_by_kind
 from gigapath.embedding.options import EmbedOptions, KeepOptions, RunOptions, SlideEmbedOptions
 from gigapath.features import TileEmbeddings
@@ -24,6 +25,7 @@ from gigapath.options import as_keywords
 from gigapath.preprocessing.slide import SlideError
 from gigapath.preprocessing.tiling import TileOptions
 from gigapath.pretraining.options import CohortOptions, PretrainingOptions, SizeOptions, TaskOptions
+from gigapath.progress import Progress
 from gigapath.text import slides_in_words
 
 if TYPE_CHECKING:
@@ -156,19 +158,19 @@ def probe(
     Raises:
         ValueError, FileNotFoundError: one sentence; nothing was written.
     """
-    from gigapath.cli.progress import counter
     from gigapath.linear_probe.run import run_probe
 
-    found, _ = run_probe(
-        os.fspath(embeddings),
-        os.fspath(out),
-        labels=None if labels is None else os.fspath(labels),
-        overwrite=overwrite,
-        options=options,
-        tiles=tiles,
-        slides=slides,
-        report=None if quiet else counter("reading "),
-    )
+    with _watch(quiet) as watch:
+        found, _ = run_probe(
+            os.fspath(embeddings),
+            os.fspath(out),
+            labels=None if labels is None else os.fspath(labels),
+            overwrite=overwrite,
+            options=options,
+            tiles=tiles,
+            slides=slides,
+            watch=watch,
+        )
     return found
 
 
@@ -210,7 +212,6 @@ def finetune(
         KeyboardInterrupt: the run was stopped; the same call goes on after the last finished epoch.
     """
     from gigapath import finetune as room
-    from gigapath.cli.finetune import news_on_stdout
     from gigapath.signals import StopFlag, Stopped
 
     files = [os.fspath(path) for path in _paths(features)]
@@ -218,10 +219,9 @@ def finetune(
         os.fspath(task), files, os.fspath(labels), None if splits is None else os.fspath(splits), os.fspath(pretrained)
     )
     settings = room.Settings(join=join, split=split, model=model, training=training, controls=controls)
-    say = (lambda line: None) if quiet else (lambda line: print(line, flush=True))
     try:
-        with StopFlag() as stop, news_on_stdout(quiet):
-            return room.finetune(inputs, Path(out), settings, dry_run=dry_run, say=say, check_stop=stop.check)
+        with _watch(quiet) as watch, StopFlag(watch.stopping) as stop:
+            return room.finetune(inputs, Path(out), settings, dry_run=dry_run, watch=watch, check_stop=stop.check)
     except Stopped as stopped:
         raise KeyboardInterrupt(f"stopped by {stopped}; the same call goes on after the last finished epoch") from None
 
@@ -258,9 +258,8 @@ def pretrain(
     from gigapath import pretraining
     from gigapath.signals import StopFlag, Stopped
 
-    say = (lambda line: None) if quiet else (lambda line: print(line, flush=True))
     try:
-        with StopFlag() as stop:
+        with _watch(quiet) as watch, StopFlag(watch.stopping) as stop:
             return pretraining.pretrain(
                 _paths(features),
                 Path(out),
@@ -270,7 +269,7 @@ def pretrain(
                 task=task,
                 training=training,
                 dry_run=dry_run,
-                say=say,
+                watch=watch,
                 check_stop=stop.check,
             )
     except Stopped as stopped:
@@ -328,15 +327,17 @@ def _paths(paths: Places) -> list[Path]:
     return [Path(path) for path in ([paths] if isinstance(paths, str | os.PathLike) else paths)]
 
 
-def _run(unit: str, quiet: bool, work: Callable[[Progress], RunResult]) -> RunResult:
-    """The result of a run, shown while it works; a run that was stopped or came to nothing raises."""
+def _watch(quiet: bool, unit: str = "slide") -> AbstractContextManager[Progress]:
+    """What shows the news of long work, or nothing."""
     from gigapath.cli.progress import Terminal
 
-    if quiet:
-        result = work(Progress())
-    else:
-        with Terminal(unit, machine=False) as watch:
-            result = work(watch)
+    return nullcontext(Progress()) if quiet else Terminal(unit)
+
+
+def _run(unit: str, quiet: bool, work: Callable[[Progress], RunResult]) -> RunResult:
+    """The result of a run, shown while it works; a run that was stopped or came to nothing raises."""
+    with _watch(quiet, unit) as watch:
+        result = work(watch)
     if result.outcome == "stopped":
         raise KeyboardInterrupt(f"{result.summary} What is done is kept: the same call goes on from there")
     if result.failed:

@@ -20,7 +20,7 @@ LAYERS: tuple[tuple[str, tuple[str, ...]], ...] = (
         "facts, files, words",
         (
             *("releases", "options", "files", "file_names", "findings", "lazy", "signals", "tables", "text"),
-            *("machine", "devices", "read_ahead"),
+            *("machine", "devices", "progress", "read_ahead"),
         ),
     ),
     ("fetching; the mathematics", ("hub", "longnet", "pos_embed")),

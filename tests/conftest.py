@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from gigapath.progress import Progress
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 REPOSITORY = Path(__file__).parent.parent
@@ -34,6 +36,13 @@ def table(out: Path) -> dict[str, dict[str, str]]:
     """slide id -> its row of a run's slides.csv."""
     with (out / "slides.csv").open(newline="", encoding="utf-8") as file:
         return {row["slide_id"]: row for row in csv.DictReader(file)}
+
+
+@pytest.fixture(autouse=True)
+def no_signs_of_life(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a slow machine no test finds lines on its standard error that say how long it took."""
+    monkeypatch.setattr("gigapath.cli.main.SILENT_SECONDS", 3600.0)
+    monkeypatch.setattr("gigapath.cli.progress.SILENT_SECONDS", 3600.0)
 
 
 @pytest.fixture
@@ -66,3 +75,17 @@ def summary_writer(monkeypatch: pytest.MonkeyPatch) -> None:
     fake = types.ModuleType("torch.utils.tensorboard")
     fake.SummaryWriter = Writer  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", fake)
+
+
+class Lines(Progress):
+    """Keeps the lines and the steps of long work."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+        self.steps: list[tuple[str, int, int]] = []
+
+    def line(self, text: str) -> None:
+        self.lines.append(text)
+
+    def step(self, what: str, done: int, total: int) -> None:
+        self.steps.append((what, done, total))

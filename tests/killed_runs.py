@@ -32,7 +32,7 @@ import gigapath.features.h5
 import gigapath.files
 import gigapath.tile_encoder
 from gigapath.cli.main import main
-from gigapath.cohort.run import Progress
+from gigapath.progress import Progress
 
 TESTS = Path(__file__).parent
 DIED = 99

@@ -18,7 +18,7 @@ import numpy.typing as npt
 import gigapath.embedding.tiling
 from gigapath.cohort.manifest import SlideEntry, find_slides
 from gigapath.cohort.reuse import digest
-from gigapath.cohort.run import CohortRun, Plan, Progress, RunResult
+from gigapath.cohort.run import CohortRun, RunResult
 from gigapath.cohort.shards import largest_first
 from gigapath.cohort.stage import Outcome, Stage
 from gigapath.cohort.status import Status
@@ -30,6 +30,7 @@ from gigapath.features.gigapath_file import KeptRows
 from gigapath.files import write_bytes_atomic
 from gigapath.preprocessing.reading import iter_tiles
 from gigapath.preprocessing.tiling import TileOptions
+from gigapath.progress import Plan, Progress
 
 NAME = "mean-colour"
 WIDTH = 6

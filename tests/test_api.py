@@ -18,9 +18,9 @@ from tiny_encoders import tiny_slide_encoder, tiny_tile_encoder
 
 import gigapath
 from gigapath.cli import progress
-from gigapath.cohort.run import Plan
 from gigapath.embedding.slide_encoding import load_slide_encoder
 from gigapath.preprocessing.slide import SlideError
+from gigapath.progress import Plan
 
 GUIDE = Path(__file__).parent.parent / "docs" / "guides" / "python.md"
 FAST = {"tile_size": 64, "workers": 0}

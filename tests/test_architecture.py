@@ -23,6 +23,7 @@ WITHOUT_TORCH = {
         "tables",
         "text",
         "machine",
+        "progress",
         "read_ahead",
     ),
     *("features", "preprocessing", "cohort", "hub", "report"),

@@ -29,6 +29,7 @@ MISTAKES = {
     "embed a.svs --out o --tile-encoder standin --slide-encoder titan": "--slide-encoder",
     "embed a.svs --out o --tile-encoder standin --device cuda": "--device",
     "embed a.svs --out o --tile-encoder standin --devices cuda:0,cuda:1": "--devices",
+    "embed a.svs.gz --out o --tile-encoder standin": "gunzip",
     "embed nothing --out o --tile-encoder standin": "SLIDES",
     "embed empty --out o --tile-encoder standin": "empty",
     "embed --out o --tile-encoder standin": "SLIDES",

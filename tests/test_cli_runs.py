@@ -7,6 +7,8 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -105,8 +107,8 @@ def test_a_log_hears_of_the_layers_of_a_slide_that_takes_long(
     from gigapath.cli import progress
 
     assert embed(slides, tmp_path, "--slide-encoder", "none") == 0
-    for seconds, news in ((10.0, 0), (0.0, 1)):
-        monkeypatch.setattr(progress, "_QUIET_SECONDS", seconds)
+    for seconds, news in ((3600.0, 0), (0.0, 1)):
+        monkeypatch.setattr(progress, "SILENT_SECONDS", seconds)
         capsys.readouterr()
         words = ["--slide-encoder", "gigapath-flash", "--random-weights", "--device", "cpu", "--overwrite", "slides"]
         assert main(["slide-embed", str(tmp_path), *words]) == 0
@@ -437,3 +439,45 @@ def test_version_names_the_commit_of_a_checkout(capsys: pytest.CaptureFixture[st
 def test_completion_knows_verbs_and_their_options() -> None:
     script = app.generate_completion(shell="bash")
     assert "slide-embed" in script and "--tile-encoder" in script
+
+
+def test_a_log_hears_that_a_verb_is_at_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    heard = threading.Event()
+
+    def read(out: Path) -> Any:
+        for _ in range(1000):
+            if "gigapath status: at work for" in capsys.readouterr().err:
+                heard.set()
+                break
+            time.sleep(0.01)
+        raise ValueError("enough")
+
+    monkeypatch.setattr("gigapath.cli.runs.read_progress", read)
+    monkeypatch.setattr("gigapath.cli.main.SILENT_SECONDS", 0.02)
+    assert main(["status", str(tmp_path)]) == 1
+    assert heard.is_set()
+
+
+def test_steps_are_a_bar_where_somebody_watches_and_else_a_line_after_a_silence(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from gigapath.cli import progress
+
+    def work() -> tuple[str, str]:
+        with progress.Terminal() as watch:
+            for epoch in (1, 2):
+                for done in range(1, 4):
+                    watch.step(f"epoch {epoch}", done, 3)
+                watch.line(f"epoch {epoch} is over")
+        return capsys.readouterr()
+
+    out, err = work()
+    assert out == "epoch 1 is over\nepoch 2 is over\n" and err == ""
+    monkeypatch.setattr(progress, "SILENT_SECONDS", 0.0)
+    out, err = work()
+    assert out.splitlines()[:3] == [f"epoch 1: {done} of 3" for done in (1, 2, 3)]
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    out, err = work()
+    assert "epoch 2 is over" in out and "epoch 1: 100%" in err and "epoch 2: 100%" in err

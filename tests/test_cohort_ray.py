@@ -24,13 +24,14 @@ from mean_colour import run_mean_colours
 
 from gigapath.cohort.manifest import SlideEntry
 from gigapath.cohort.ray_workers import RayWorkers
-from gigapath.cohort.run import CohortRun, Plan, Progress, RunResult
+from gigapath.cohort.run import CohortRun, RunResult
 from gigapath.cohort.stage import Outcome
 from gigapath.cohort.status import Status
 from gigapath.embedding.options import EmbedOptions, RunOptions
 from gigapath.embedding.tiling import run_tile
 from gigapath.files import OutputError
 from gigapath.preprocessing.tiling import TileOptions
+from gigapath.progress import Plan, Progress
 
 pytestmark = [
     pytest.mark.slow,

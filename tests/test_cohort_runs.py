@@ -14,7 +14,7 @@ from made_slides import paint_tissue, write_pyramid
 from gigapath.cli.main import main
 from gigapath.cohort.manifest import SlideEntry
 from gigapath.cohort.privacy import record_run, recorded_paths
-from gigapath.cohort.run import CohortRun, Progress, RunResult
+from gigapath.cohort.run import CohortRun, RunResult
 from gigapath.cohort.shards import cut_by_weight, take_shard, weigh
 from gigapath.cohort.stage import Outcome
 from gigapath.cohort.status import Status, read_status, slide_row, write_slides_csv, write_status
@@ -23,6 +23,7 @@ from gigapath.embedding.options import RunOptions, parse_shard
 from gigapath.embedding.tiling import run_tile
 from gigapath.preprocessing.slide import SlideError
 from gigapath.preprocessing.tiling import TileOptions
+from gigapath.progress import Progress
 
 TILING = TileOptions(tile_size=64)
 

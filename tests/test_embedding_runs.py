@@ -22,7 +22,7 @@ from tiny_encoders import WIDTH, tiny_slide_encoder, tiny_tile_encoder
 import gigapath
 from gigapath.cli.main import main
 from gigapath.cohort.manifest import SlideEntry
-from gigapath.cohort.run import Plan, Progress, RunResult
+from gigapath.cohort.run import RunResult
 from gigapath.cohort.status import Status, write_status
 from gigapath.embedding.forward import EncoderError
 from gigapath.embedding.options import EmbedOptions, RunOptions, SlideEmbedOptions
@@ -35,6 +35,7 @@ from gigapath.features.check import check_file
 from gigapath.features.h5 import recorded_sha256
 from gigapath.preprocessing.reading import TileReader
 from gigapath.preprocessing.tiling import TileOptions
+from gigapath.progress import Plan, Progress
 
 TILE = 64  # small tiles: many of them on small slides
 TILING = TileOptions(tile_size=TILE)

@@ -196,7 +196,7 @@ import gigapath.embedding.features_stage as embed_job
 import gigapath.embedding.run as embedding
 import gigapath.embedding.stream as vectors
 from gigapath.embedding.options import EmbedOptions, RunOptions
-from gigapath.cohort.run import Progress
+from gigapath.progress import Progress
 from gigapath.tile_encoder import TileEncoder
 cv2.setNumThreads(1)
 embedding.available_cores = embed_job.available_cores = lambda: 1  # of those that OpenMP was told of

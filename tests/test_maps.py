@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import Lines
 from feature_files import make_tiles, write_gigapath, write_stamp, write_trident
 from made_cohort import NARROW, write_slide
 from PIL import Image
@@ -428,10 +429,10 @@ def test_another_slide_of_the_same_name_is_not_drawn_under_the_tiles(planted, tm
     folder, _ = planted
     write_pyramid(tmp_path / "slides.tif", paint_tissue(800, 600), mpp=(0.5, 0.5), steps=(1, 2))
     (tmp_path / "slides.tif").rename(tmp_path / f"{ID}.tif")
-    lines: list[str] = []
+    watch = Lines()
     options = MapOptions(kind=("pca",), slides=(str(tmp_path / f"{ID}.tif"),), device="cpu")
-    make_maps([folder / "run"], tmp_path / "out", options, tell=lines.append)
-    assert "the slide has 800 x 600 pixels" in lines[0]
+    make_maps([folder / "run"], tmp_path / "out", options, watch=watch)
+    assert "the slide has 800 x 600 pixels" in watch.lines[0]
     assert json.loads((tmp_path / "out" / ID / "pca.json").read_text())["slide"]["at_hand"] is False
 
 

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import Lines
 from plain_longnet import plain_dilated_attention
 from torch import Tensor
 
@@ -377,8 +378,8 @@ def test_a_run_that_is_broken_off_anywhere_goes_on_to_the_same_end(features: Pat
 
 
 def test_what_a_run_leaves(features: Path, tmp_path: Path) -> None:
-    said: list[str] = []
-    result = pretrain(features, tmp_path / "out", sizes=SIZES, training=RECIPE, say=said.append)
+    watch = Lines()
+    result = pretrain(features, tmp_path / "out", sizes=SIZES, training=RECIPE, watch=watch)
     out = tmp_path / "out"
     assert [epoch.epoch for epoch in result.epochs] == [0, 1, 2] and result.epochs[-1].steps == 14
     names = {path.name for path in out.iterdir()}
@@ -392,7 +393,8 @@ def test_what_a_run_leaves(features: Path, tmp_path: Path) -> None:
     assert torch.equal(model.encoder.layers[1].ffn.fc2.weight, weights_of(out)["encoder.layers.1.ffn.fc2.weight"])
     again = LongNetViT.from_pretrained(out)
     assert torch.equal(again.state_dict()["norm.weight"], model.state_dict()["norm.weight"])
-    assert any("operations" in line for line in said) and any("R2" in line for line in said)
+    assert any("operations" in line for line in watch.lines) and any("R2" in line for line in watch.lines)
+    assert ("epoch 2: steps", 7, 7) in watch.steps
     with pytest.raises(ValueError, match="task"):  # other options would mix two runs
         pretrain(features, out, sizes=SIZES, training=RECIPE, task=TaskOptions(mask_ratio=0.5))
 

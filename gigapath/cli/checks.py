@@ -35,14 +35,17 @@ def check_inputs(bound: BoundArguments) -> None:
     flags = {name: name.upper() for name, value in bound.signature.parameters.items() if _by_place(value)}
     for name in _PATHS.keys() & given.keys():
         for path in (given[name],) if isinstance(given[name], str) else given[name]:
+            flag = flags.get(name, _flag(name))
+            if path.endswith(".gz"):
+                raise ValueError(f"{flag}: expected {_PATHS[name]}, got {path!r}, which is packed. Unpack it: gunzip.")
             if not Path(path).expanduser().exists():
-                flag = flags.get(name, _flag(name))
                 raise FileNotFoundError(f"{flag}: expected {_PATHS[name]}, got {path!r}, which does not exist.")
     for kind in ("tile", "slide"):
         if f"{kind}_encoder" in given:
             check_encoder(kind, given[f"{kind}_encoder"])
     _check_devices(given)
-    if "checkpoint" in given and not (Path(given["checkpoint"]) / "head.json").is_file():
+    head = Path(given.get("checkpoint", "head.json"))
+    if "checkpoint" in given and not (head.is_file() or (head / "head.json").is_file()):
         raise FileNotFoundError(
             f"{flags.get('checkpoint', '--checkpoint')}: expected a fitted head (a folder such as OUT/fold_0), got "
             f"{given['checkpoint']!r}, which holds no head.json. Has its run ended?"

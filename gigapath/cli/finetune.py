@@ -1,9 +1,6 @@
 """Fitted heads: init-task, finetune, evaluate, predict."""
 
-import contextlib
-import logging
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -77,38 +74,17 @@ def finetune(
     inputs = Inputs(task, features, labels, splits, pretrained)
     check_folder(out)
     cohort = prepare(inputs, settings)
+    from gigapath.cli.progress import Terminal
     from gigapath.finetune import finetune as fine_tune  # torch, once labels and features are read
 
     try:
-        with StopFlag() as stop, news_on_stdout():
-            fine_tune(
-                inputs,
-                out,
-                settings,
-                cohort=cohort,
-                dry_run=dry_run,
-                say=lambda line: print(line, flush=True),
-                check_stop=stop.check,
-            )
+        with Terminal() as watch, StopFlag(watch.stopping) as stop:
+            fine_tune(inputs, out, settings, cohort=cohort, dry_run=dry_run, watch=watch, check_stop=stop.check)
     except Stopped as stopped:
         print(f"gigapath finetune: stopped by {stopped}; the same command goes on after the last finished epoch.")
         return EXIT_STOPPED
     print("Dry run: nothing was written." if dry_run else f"Results: {out}")
     return 0
-
-
-@contextlib.contextmanager
-def news_on_stdout(quiet: bool = False) -> Iterator[None]:
-    """Print what fine-tuning tells of itself through `logging`, within this block only; warnings alone if `quiet`."""
-    logger, handler = logging.getLogger("gigapath.finetune"), logging.StreamHandler(sys.stdout)
-    before = logger.level
-    logger.addHandler(handler)
-    logger.setLevel(logging.WARNING if quiet else logging.INFO)
-    try:
-        yield
-    finally:
-        logger.setLevel(before)
-        logger.removeHandler(handler)
 
 
 @verb

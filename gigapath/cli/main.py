@@ -6,6 +6,8 @@ import logging
 import os
 import signal
 import sys
+import threading
+import time
 from collections.abc import Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -16,7 +18,9 @@ from cyclopts import App, CycloptsError, UnknownOptionError
 from gigapath.cli.arguments import EXIT_STOPPED, OutputOptions, make_app
 from gigapath.cli.checks import check_inputs
 from gigapath.file_names import for_terminal
+from gigapath.progress import SILENT_SECONDS
 from gigapath.signals import interrupting
+from gigapath.text import in_words
 
 # verb -> (its function in a module of gigapath.cli, one line of help), in the order of use
 VERBS = {
@@ -69,8 +73,10 @@ class _Shown:
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
+        self.wrote = time.monotonic()
 
     def write(self, text: str) -> int:
+        self.wrote = time.monotonic()
         text = for_terminal(text)
         if self.log is not None and not _MOVES & {*text}:  # a bar draws over itself
             self.line += text
@@ -122,7 +128,7 @@ def run_verb(app: App, words: Sequence[str]) -> int:
         return 2
     with contextlib.ExitStack() as shown:
         try:
-            shown.enter_context(_showing(bound.arguments.pop("output", OutputOptions())))
+            shown.enter_context(_showing(program, bound.arguments.pop("output", OutputOptions())))
             check_inputs(bound)
             status = function(*bound.args, **bound.kwargs, **dict.fromkeys(given, words[1:])) or 0
         except BrokenPipeError:  # whoever read the output, such as `head`, has had enough
@@ -137,6 +143,14 @@ def run_verb(app: App, words: Sequence[str]) -> int:
     if help.left_out:
         print(f"{help.left_out} more options: {program} --help-all")
     return status
+
+
+def _tell_of_life(program: str, ended: threading.Event, out: Any, err: Any) -> None:
+    """Write how long the work has gone on whenever nothing was written for long, until it has ended."""
+    started = time.monotonic()
+    while not ended.wait(max(0.01, max(out.wrote, err.wrote) + SILENT_SECONDS - time.monotonic())):
+        if time.monotonic() - max(out.wrote, err.wrote) >= SILENT_SECONDS:
+            print(f"{program}: at work for {in_words(time.monotonic() - started)}", file=err, flush=True)
 
 
 def _in_one_line(error: CycloptsError | ValueError) -> str:
@@ -154,9 +168,9 @@ def _in_one_line(error: CycloptsError | ValueError) -> str:
 
 
 @contextlib.contextmanager
-def _showing(options: OutputOptions) -> Iterator[None]:
+def _showing(program: str, options: OutputOptions) -> Iterator[None]:
     """Show what the options say, within this block only: log messages with -v, errors alone with -q, all in a file
-    too."""
+    too, and in a log a line after each silence."""
     logger = logging.getLogger("gigapath")
     before = logger.level
     handler = logging.StreamHandler() if options.verbose else None
@@ -170,6 +184,12 @@ def _showing(options: OutputOptions) -> Iterator[None]:
                     undo.callback(setattr, stream, "log", None)
         if options.quiet:
             logger.setLevel(logging.ERROR)
+        elif isinstance(sys.stderr, _Shown) and not sys.stderr.isatty() and os.environ.get("RANK", "0") == "0":
+            ended = threading.Event()
+            thread = threading.Thread(target=_tell_of_life, args=(program, ended, sys.stdout, sys.stderr), daemon=True)
+            thread.start()
+            undo.callback(thread.join)
+            undo.callback(ended.set)
         if handler is not None:
             logger.setLevel(logging.DEBUG)
             logger.addHandler(handler)

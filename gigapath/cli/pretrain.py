@@ -28,11 +28,12 @@ def pretrain(
         init: weights to go on from: hf_hub:REPO or a file (default: new ones)
         dry_run: show the plan and write nothing
     """
+    from gigapath.cli.progress import Terminal
     from gigapath.pretraining import pretrain as run
     from gigapath.signals import StopFlag, Stopped
 
     try:
-        with StopFlag() as stop:
+        with Terminal() as watch, StopFlag(watch.stopping) as stop:
             result = run(
                 features,
                 out,
@@ -42,7 +43,7 @@ def pretrain(
                 task=task,
                 training=training,
                 dry_run=dry_run,
-                say=lambda line: print(line, flush=True),
+                watch=watch,
                 check_stop=stop.check,
             )
     except Stopped as stopped:

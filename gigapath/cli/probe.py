@@ -29,7 +29,7 @@ def embed_tiles(
     """
     if Path(out).suffix != ".h5":
         raise ValueError(f"--out: expected a file ending in .h5, got {Path(out).name!r}.")
-    from gigapath.cli.progress import counter
+    from gigapath.cli.progress import Terminal
     from gigapath.devices import at_most_threads
     from gigapath.linear_probe.embed_tiles import embed_tiles, open_tile_set
     from gigapath.machine import available_cores
@@ -43,9 +43,9 @@ def embed_tiles(
         precision=tile_encoder.precision,
         random_weights=tile_encoder.random_weights,
     )
-    print(f"{len(tile_set):,} tiles, {encoder.description}")
     started = time.perf_counter()
-    with StopFlag() as stop, at_most_threads(available_cores()):
+    with Terminal("tile") as watch, StopFlag(watch.stopping) as stop, at_most_threads(available_cores()):
+        watch.line(f"{len(tile_set):,} tiles, {encoder.description}")
         try:
             resumed = embed_tiles(
                 tile_set,
@@ -53,7 +53,7 @@ def embed_tiles(
                 Path(out),
                 batch_size=tile_encoder.batch_size,
                 overwrite=overwrite,
-                report=counter(""),
+                watch=watch,
                 check_stop=stop.check,
             )
         except Stopped as stopped:
@@ -91,21 +91,22 @@ def probe(
     """
     if demo == (embeddings is not None):
         raise ValueError("expected either EMBEDDINGS or --demo. Name a zip, folder or file of embeddings.")
-    from gigapath.cli.progress import counter
+    from gigapath.cli.progress import Terminal
     from gigapath.linear_probe.run import run_probe
 
     if demo:
         print("DEMO: embeddings made on the spot from a planted rule; the figures say nothing about any encoder.")
-    found, written = run_probe(
-        embeddings,
-        out,
-        labels=labels,
-        overwrite=overwrite,
-        options=options,
-        tiles=tiles,
-        slides=slides,
-        report=counter("reading "),
-    )
+    with Terminal() as watch:
+        found, written = run_probe(
+            embeddings,
+            out,
+            labels=labels,
+            overwrite=overwrite,
+            options=options,
+            tiles=tiles,
+            slides=slides,
+            watch=watch,
+        )
     print(found)
     if demo:
         from gigapath.linear_probe.planted import bayes_accuracy

@@ -4,26 +4,26 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, TextIO
 
 from tqdm import tqdm
 
 from gigapath.cli.arguments import EXIT_FAILED_SLIDES, EXIT_STOPPED
-from gigapath.cohort.run import Plan, Progress, RunResult
+from gigapath.cohort.run import RunResult
 from gigapath.cohort.status import failure_kind, failure_lines, failures_by_kind
+from gigapath.progress import SILENT_SECONDS, Plan, Progress
 from gigapath.text import slides_in_words, tiles_in_words
 
 EXIT_STATUS = {"planned": 0, "done": 0, "some slides failed": EXIT_FAILED_SLIDES, "stopped": EXIT_STOPPED}
 _STAGES = {"plan": "tiling", "read": "reading", "encode": "device", "write": "writing", "slides": "slide encoder"}
 _SHOWN_SHARE = 0.05
 _NOTEBOOK_COLUMNS = 110
-_QUIET_SECONDS = 10.0  # a log without a bar hears of a slide's layers after so long a silence
 
 
 class Terminal(Progress):
-    """Draws a bar where somebody watches, on a terminal or in a notebook; elsewhere writes a line a slide, without
-    carriage returns.
+    """Draws a bar where somebody watches, on a terminal or in a notebook; elsewhere writes a line a slide, and one
+    after each silence of 30 s, without carriage returns.
 
     Use it as a context manager: no bar is left.
 
@@ -33,7 +33,7 @@ class Terminal(Progress):
         document: whether `report` prints that document.
     """
 
-    def __init__(self, unit: str, *, machine: bool, document: bool = True) -> None:
+    def __init__(self, unit: str = "slide", *, machine: bool = False, document: bool = True) -> None:
         self._unit = unit
         self._document = machine and document
         self._words: TextIO = sys.stderr if machine else sys.stdout
@@ -44,7 +44,9 @@ class Terminal(Progress):
         self._at = ""  # the slide that the run is at
         self._busy = ""  # how busy the stages were of late
         self._layer = ""  # how far the slide encoder is with that slide
-        self._printed = 0.0  # when the last line was printed, where there is no bar
+        self._what = ""  # what the bar counts, where it counts steps
+        self._tiles = [0, 0]  # embedded, and expected in all
+        self._printed = time.monotonic()  # when the last line was printed, where there is no bar
 
     def __enter__(self) -> "Terminal":
         return self
@@ -52,29 +54,55 @@ class Terminal(Progress):
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def line(self, text: str) -> None:
+        if self._bar is None:
+            self._print(text)
+        else:
+            self._bar.write(text, file=sys.stderr)
+
+    def step(self, what: str, done: int, total: int) -> None:
+        if not watched():
+            self._tell(f"{what}: {done:,} of {total:,}")
+            return
+        if self._bar is None or self._what != what:
+            self.close()
+            self._draw(total, desc=what)
+            self._what = what
+        assert self._bar is not None
+        self._bar.update(done - self._bar.n)
+        if done == total:
+            self.close()
+
     def plan(self, plan: Plan) -> None:
         self._shown = plan
         for line in plan.lines:
             self._print(line)
         todo = plan.slides - plan.reused
+        self._tiles[1] = plan.tiles
         if todo and watched():
-            total = plan.tiles if self._unit == "tile" else todo
-            # As text in a notebook too: widgets ask for a package, and a saved notebook does not keep them.
-            width: dict[str, Any] = {"dynamic_ncols": True} if sys.stderr.isatty() else {"ncols": _NOTEBOOK_COLUMNS}
-            self._bar = tqdm(total=total, unit=f" {self._unit}s", file=sys.stderr, smoothing=0.1, **width)
+            self._draw(plan.tiles if self._unit == "tile" else todo, unit=f" {self._unit}s")
+
+    def _draw(self, total: int, **given: Any) -> None:
+        # As text in a notebook too: widgets ask for a package, and a saved notebook does not keep them.
+        width: dict[str, Any] = {"dynamic_ncols": True} if sys.stderr.isatty() else {"ncols": _NOTEBOOK_COLUMNS}
+        self._bar = tqdm(total=total, file=sys.stderr, smoothing=0.1, **given, **width)
 
     def stopping(self, signal: str) -> None:
         more = " Ctrl-C once more ends at once." if signal == "SIGINT" else ""
         print(f"\n{signal}: stopping within seconds; what is done is kept.{more}", file=sys.stderr, flush=True)
 
     def expect(self, tiles: int) -> None:
+        self._tiles[1] = tiles
         if self._bar is not None and self._unit == "tile":
             self._bar.total = tiles
             self._bar.refresh()
 
     def tiles(self, count: int) -> None:
+        self._tiles[0] += count
         if self._bar is not None and self._unit == "tile":
             self._bar.update(count)
+        elif self._bar is None:
+            self._tell("{:,} of {:,} tiles embedded".format(*self._tiles))
 
     def busy(self, shares: Mapping[str, float]) -> None:
         if self._bar is not None:
@@ -91,8 +119,8 @@ class Terminal(Progress):
             self._layer = f"layer {done}/{layers}" if done < layers else ""
             self._show()
             self._bar.refresh()
-        elif done < layers and time.monotonic() - self._printed >= _QUIET_SECONDS:
-            self._print(f"{slide_id}: layer {done} of {layers} of the slide encoder")
+        elif done < layers:
+            self._tell(f"{slide_id}: layer {done} of {layers} of the slide encoder")
 
     def slide(self, row: Mapping[str, Any], number: int, slides: int) -> None:
         line = _line(row)
@@ -112,18 +140,14 @@ class Terminal(Progress):
         if row["status"] == "failed":
             self._bar.write(line, file=sys.stderr)
 
-    def missing(self, slides: int) -> None:
-        self._say(f"{slides_in_words(slides)} failed: no such file. They are listed at the end.")
-
     def retrying(self, slides: int) -> None:
         self._again = True
-        self._say(f"{slides_in_words(slides)} failed by input or output: tried once more.")
+        self.line(f"{slides_in_words(slides)} failed by input or output: tried once more.")
 
-    def _say(self, line: str) -> None:
-        if self._bar is None:
+    def _tell(self, line: str) -> None:
+        """Write a line unless one was written of late."""
+        if time.monotonic() - self._printed >= SILENT_SECONDS:
             self._print(line)
-        else:
-            self._bar.write(line, file=sys.stderr)
 
     def _print(self, line: str) -> None:
         if quiet():
@@ -176,16 +200,6 @@ def watched() -> bool:
 def quiet() -> bool:
     """Whether errors and results alone are to be shown: what -q sets."""
     return logging.getLogger("gigapath").level >= logging.ERROR
-
-
-def counter(what: str) -> Callable[[int, int], None]:
-    """A counter of tiles on one line of standard error; silent where nobody watches."""
-
-    def show(done: int, total: int) -> None:
-        end = "\n" if done == total else ""
-        print(f"\r{what}{done:,} of {total:,} tiles", end=end, file=sys.stderr, flush=True)
-
-    return show if watched() else lambda done, total: None
 
 
 def busy_in_words(shares: Mapping[str, float]) -> str:

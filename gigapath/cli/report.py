@@ -4,16 +4,13 @@ import dataclasses
 import json
 import sys
 import textwrap
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 from cyclopts import Parameter
 
 from gigapath.cli.arguments import EXIT_FAILED_SLIDES, Folder, GivenFolder, Json, verb
 from gigapath.maps.options import MapOptions
 from gigapath.report.options import ReportOptions
-
-if TYPE_CHECKING:
-    from tqdm import tqdm
 
 
 @verb
@@ -24,12 +21,13 @@ def draw_maps(features: tuple[str, ...], /, *, out: Folder, maps: MapOptions) ->
         features: the folder of a run, or files of tile embeddings
         out: the folder of the maps, one below it a slide
     """
+    from gigapath.cli.progress import Terminal
     from gigapath.devices import at_most_threads
     from gigapath.machine import available_cores
     from gigapath.maps import make_maps
 
-    with at_most_threads(available_cores()):
-        result = make_maps(features, out, maps, tell=print)
+    with at_most_threads(available_cores()), Terminal() as watch:
+        result = make_maps(features, out, maps, watch=watch)
     return EXIT_FAILED_SLIDES if result.failed else 0
 
 
@@ -56,25 +54,11 @@ def report(
     """
     if methods:
         return _methods(folder, as_json)
+    from gigapath.cli.progress import Terminal
     from gigapath.report.write import write_report
 
-    bar: tqdm[None] | None = None
-
-    def on_slide(slide_id: str, number: int, slides: int) -> None:
-        nonlocal bar
-        if not sys.stderr.isatty():
-            print(f"{number}/{slides} {slide_id}", flush=True)
-            return
-        from tqdm import tqdm
-
-        bar = bar or tqdm(total=slides, unit=" slides", file=sys.stderr, dynamic_ncols=True)
-        bar.update(1)
-
-    try:
-        written = write_report(folder, slides=slides, maps=maps, to=to, options=page, on_slide=on_slide)
-    finally:
-        if bar is not None:
-            bar.close()
+    with Terminal() as watch:
+        written = write_report(folder, slides=slides, maps=maps, to=to, options=page, watch=watch)
     for note in written.notes:
         print(f"note: {note}")
     if written.without_picture:

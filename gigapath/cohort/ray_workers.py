@@ -22,11 +22,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from gigapath.cohort.manifest import SlideEntry
-from gigapath.cohort.run import CohortRun, Plan, Progress, SlideResults
+from gigapath.cohort.run import CohortRun, SlideResults
 from gigapath.cohort.status import Status
 from gigapath.files import check_writable, remove_abandoned, writer_name
 from gigapath.machine import available_cores
 from gigapath.preprocessing.slide import SlideError
+from gigapath.progress import Plan, Progress
 from gigapath.signals import StopFlag, Stopped
 
 # A slide has failed once it has lost so many workers that had no other slide.

@@ -22,62 +22,10 @@ from gigapath.cohort.status import SLIDES_CSV, STATES, Status, read_status, slid
 from gigapath.features.gigapath_file import rows_file
 from gigapath.files import check_writable, sha256_of
 from gigapath.preprocessing.slide import SlideError
+from gigapath.progress import Plan, Progress
 from gigapath.signals import StopFlag, Stopped
 from gigapath.tables import data_frame
 from gigapath.text import in_words, slides_in_words, table_lines, tiles_in_words
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What a run is about to do.
-
-    Attributes:
-        lines: sentences for a person.
-        slides: slides of the cohort.
-        reused: slides of which nothing is left to do.
-        tiles: tiles that are going to be embedded (in a tiling run 0).
-        exact: whether `tiles` is counted; else it is estimated from the slides' sizes.
-        facts: the same as numbers, for machines.
-    """
-
-    lines: tuple[str, ...]
-    slides: int
-    reused: int
-    tiles: int = 0
-    exact: bool = True
-    facts: Mapping[str, Any] = field(default_factory=dict)
-
-
-class Progress:
-    """Receives a run's news; this one keeps quiet. Methods are called from the run's own thread."""
-
-    def plan(self, plan: Plan) -> None:
-        """The work is about to begin."""
-
-    def stopping(self, signal: str) -> None:
-        """A signal came: the run is going to stop. Called from within the signal's handler."""
-
-    def expect(self, tiles: int) -> None:
-        """The number of tiles that the whole run is going to embed is now thought to be `tiles`."""
-
-    def tiles(self, count: int) -> None:
-        """`count` tiles more are embedded."""
-
-    def busy(self, shares: Mapping[str, float]) -> None:
-        """Share of the last second or so that each stage ("plan", "read", "encode", "write", "slides") was busy."""
-
-    def layer(self, slide_id: str, done: int, layers: int) -> None:
-        """The slide encoder is through `done` of its `layers` with a slide: minutes each of a large slide."""
-
-    def slide(self, row: Mapping[str, Any], number: int, slides: int) -> None:
-        """Slide `number` of `slides` is through; `row` is what slides.csv says of the stages that it went through."""
-
-    def missing(self, slides: int) -> None:
-        """The files of so many slides are not there: they fail together, before the others are worked on."""
-
-    def retrying(self, slides: int) -> None:
-        """All slides are through; those `slides` that failed by input or output are tried once more."""
-
 
 # What a result shows of its slides.
 _SHOWN_COLUMNS = ("slide_id", "status", "tiles", "seconds", "error")
@@ -373,7 +321,7 @@ class CohortRun:
     def _loop(self, todo: Sequence[SlideEntry], process: Process) -> str:
         missing = [entry for entry in todo if not entry.problem and not entry.path.exists()]
         if missing:
-            self.watch.missing(len(missing))
+            self.watch.line(f"{slides_in_words(len(missing))} failed: no such file. They are listed at the end.")
         for entry in missing:
             name = entry.path.name
             error = FileNotFoundError(f"slide {entry.slide_id!r}: expected a file, got none named {name!r}.")

@@ -17,7 +17,7 @@ from typing import Any
 
 from gigapath.cohort.manifest import SlideEntry, find_slides, id_problems
 from gigapath.cohort.privacy import without_paths
-from gigapath.cohort.run import Progress, RunResult
+from gigapath.cohort.run import RunResult
 from gigapath.cohort.status import FINISHED
 from gigapath.embedding.options import RunOptions
 from gigapath.embedding.slides import TISSUE_SHARE, open_entry
@@ -29,6 +29,7 @@ from gigapath.preprocessing.fast import open_tiff
 from gigapath.preprocessing.grid import plan_grid
 from gigapath.preprocessing.slide import SAME_SCALE, Slide, SlideError
 from gigapath.preprocessing.tiling import TileOptions
+from gigapath.progress import Progress
 from gigapath.releases import RELEASES
 
 _PIECE_BYTES = 1 << 16

@@ -8,7 +8,7 @@ from typing import Any
 
 from gigapath.cohort.manifest import SlideEntry
 from gigapath.cohort.reuse import StageOptions, differences
-from gigapath.cohort.run import CohortRun, Plan, Progress, RunResult
+from gigapath.cohort.run import CohortRun, RunResult
 from gigapath.devices import at_most_threads, device_identity, resolve_devices
 from gigapath.embedding.features_stage import EmbedJob, FeatureStage
 from gigapath.embedding.forward import fitting_batch_size, probe_devices
@@ -20,6 +20,7 @@ from gigapath.embedding.tiling import GivenTiles, TileStage, write_contact_sheet
 from gigapath.machine import available_cores
 from gigapath.options import to_dict
 from gigapath.preprocessing.tiling import TileOptions
+from gigapath.progress import Plan, Progress
 from gigapath.releases import RELEASES
 from gigapath.signals import StopFlag
 from gigapath.slide_encoder import WEIGHTS_FILE

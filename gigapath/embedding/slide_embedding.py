@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from gigapath.cohort.manifest import SlideEntry
-from gigapath.cohort.run import CohortRun, Plan, Progress, RunResult
+from gigapath.cohort.run import CohortRun, RunResult
 from gigapath.cohort.status import read_status
 from gigapath.devices import at_most_threads
 from gigapath.embedding.options import KeepOptions, SlideEmbedOptions
@@ -19,6 +19,7 @@ from gigapath.file_names import name_problem, one_line, plain_name, quoted_name
 from gigapath.files import real_path, sha256_of
 from gigapath.machine import available_cores
 from gigapath.options import to_dict
+from gigapath.progress import Plan, Progress
 from gigapath.releases import RELEASES
 from gigapath.signals import StopFlag
 from gigapath.text import slides_in_words

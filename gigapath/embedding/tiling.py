@@ -14,7 +14,7 @@ import numpy as np
 
 from gigapath.cohort.manifest import SlideEntry, find_slides
 from gigapath.cohort.reuse import StageOptions, digest
-from gigapath.cohort.run import CohortRun, Plan, Progress, RunResult
+from gigapath.cohort.run import CohortRun, RunResult
 from gigapath.cohort.sheet import draw_contact_sheet
 from gigapath.cohort.stage import Outcome, Stage
 from gigapath.cohort.status import Status, changed, derive, read_status
@@ -37,6 +37,7 @@ from gigapath.preprocessing.preview import preview_picture, write_preview
 from gigapath.preprocessing.slide import SlideError
 from gigapath.preprocessing.tiling import TileOptions, TilePlan, plan_tiles
 from gigapath.preprocessing.tissue import METHODS
+from gigapath.progress import Plan, Progress
 from gigapath.signals import StopFlag
 from gigapath.text import in_words, slides_in_words, tiles_in_words
 

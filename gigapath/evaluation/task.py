@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from gigapath.files import write_text_atomic
 
 SETTINGS = ("multi_class", "binary", "multi_label")
@@ -83,9 +85,8 @@ def load_task(name: str | Path) -> Task:
         )
     if path.stat().st_size > _MOST_BYTES:
         raise ValueError(f"{path.name}: expected a task file of at most {_MOST_BYTES:,} bytes, got a larger one.")
-    yaml = _yaml()
     try:
-        content = _keys_as_written(yaml)(path.read_text(encoding="utf-8")).get_single_data()
+        content = _KeysAsWritten(path.read_text(encoding="utf-8")).get_single_data()
     except (yaml.YAMLError, ValueError, TypeError, OverflowError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         where = "" if mark is None else f" in line {mark.line + 1}"
@@ -156,31 +157,20 @@ def _classes(label_dict: Any, setting: str, who: str) -> tuple[str, ...]:
     return tuple(by_index[index] for index in range(len(by_index)))
 
 
-def _keys_as_written(yaml: Any) -> Any:
+class _KeysAsWritten(yaml.SafeLoader):
     """YAML's safe loader, but keys stay the text that stands there: of the labels no, on, 01 and null it would make
     truth values, numbers and nothing. Merged mappings, by which a small file grows without end, are refused."""
 
-    class Loader(yaml.SafeLoader):  # type: ignore[misc]
-        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
-            for key, _ in node.value:
-                if key.tag == "tag:yaml.org,2002:merge":
-                    raise yaml.constructor.ConstructorError(None, None, "a merged mapping", key.start_mark)
-                if isinstance(key, yaml.ScalarNode):
-                    key.tag = "tag:yaml.org,2002:str"
-            return super().construct_mapping(node, deep)
-
-    return Loader
+    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        for key, _ in node.value:
+            if key.tag == "tag:yaml.org,2002:merge":
+                raise yaml.constructor.ConstructorError(None, None, "a merged mapping", key.start_mark)
+            if isinstance(key, yaml.ScalarNode):
+                key.tag = "tag:yaml.org,2002:str"
+        return super().construct_mapping(node, deep)
 
 
 def write_task(path: Path | str, task: Task) -> None:
     """Write a task's YAML file, whole or not at all."""
-    text: str = _yaml().safe_dump(task.to_dict(), sort_keys=False, allow_unicode=True)
+    text: str = yaml.safe_dump(task.to_dict(), sort_keys=False, allow_unicode=True)
     write_text_atomic(path, text)
-
-
-def _yaml() -> Any:
-    try:
-        import yaml
-    except ImportError as error:
-        raise ImportError("tasks: PyYAML is not installed. Install it: pip install 'gigapath[train]'.") from error
-    return yaml

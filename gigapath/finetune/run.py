@@ -37,6 +37,7 @@ from gigapath.finetune.processes import Processes, join_processes, training_prec
 from gigapath.finetune.training import Epoch, Trainer
 from gigapath.machine import available_cores
 from gigapath.options import to_dict
+from gigapath.progress import Progress
 from gigapath.releases import HUB_PREFIXES
 from gigapath.slide_encoder import WEIGHTS_FILE
 from gigapath.tables import data_frame
@@ -47,8 +48,6 @@ RUN = "finetune.json"
 TUNED, FROZEN = "fine-tuned", "frozen encoder"
 # What may differ between a run and the one that goes on with it: it changes no number that is stored.
 _FREE = ("workers", "device", "replicates", "allow_low_memory")
-
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -77,7 +76,7 @@ def finetune(
     *,
     cohort: Cohort | None = None,
     dry_run: bool = False,
-    say: Say = lambda line: None,
+    watch: Progress | None = None,
     check_stop: Callable[[], None] = lambda: None,
 ) -> RunResult:
     """Fine-tune on every fold, or go on with the run that `out` holds.
@@ -87,8 +86,8 @@ def finetune(
         out: the output folder.
         settings: how it is done.
         cohort: what `prepare` makes of both, where that is done.
-        dry_run: say the plan, and neither train nor write.
-        say: takes each line for people.
+        dry_run: show the plan, and neither train nor write.
+        watch: receives the news.
         check_stop: called between steps; raises to end the run, which can go on later from the last epoch.
 
     Raises:
@@ -100,15 +99,11 @@ def finetune(
     cohort = cohort or prepare(inputs, settings)
     processes = join_processes(settings.training.device)
     precision = training_precision(settings.training.precision, processes.device)
-    say = say if processes.rank == 0 else _silent
-    run = _Run(inputs, settings, cohort, out, processes, precision, say, check_stop, dry_run)
+    watch = watch if watch is not None and processes.rank == 0 else Progress()
+    run = _Run(inputs, settings, cohort, out, processes, precision, watch, check_stop, dry_run)
     owned = {out: run.identity()} if processes.rank == 0 and not dry_run else {}
     with Ownership(owned), at_most_threads(available_cores()):
         return run()
-
-
-def _silent(line: str) -> None:
-    """Where another process speaks."""
 
 
 @dataclass
@@ -119,7 +114,7 @@ class _Run:
     out: Path
     processes: Processes
     precision: str
-    say: Say
+    watch: Progress
     check_stop: Callable[[], None]
     dry_run: bool = False
 
@@ -137,12 +132,12 @@ class _Run:
         if self.first:
             self._check_same_run()
         for note in cohort.notes:
-            self.say(f"note: {note}")
+            self.watch.line(f"note: {note}")
         plan = self._plan()
         for line in plan.lines():
-            self.say(line)
+            self.watch.line(line)
         if settings.controls:
-            self.say("the controls take their own time besides")
+            self.watch.line("the controls take their own time besides")
         too_large = next(filter(None, self.processes.gather(plan.too_large)), "")
         if too_large and not settings.training.allow_low_memory:
             raise ValueError(
@@ -166,7 +161,7 @@ class _Run:
             results = Results(FINE_TUNING, cohort.task.described(), scores, notes=tuple(cohort.notes))
             write_results(self.out, results, texts={"summary.csv": summary_csv(scores)})
         for line in lines:
-            self.say(line)
+            self.watch.line(line)
         models = [name for name in scores if name != SITE_ALONE]
         evaluations = {name: [found[name].headline for found in folds] for name in models}
         return RunResult(evaluations, lines, self.out, scores)
@@ -246,8 +241,10 @@ class _Run:
         started, wrong = time.perf_counter(), ""
         ahead = ReadAhead(self.bags.__getitem__, workers=self.settings.training.workers)
         try:
-            for _ in ahead(range(self.processes.rank, len(self.bags.files), self.processes.world)):
+            mine = range(self.processes.rank, len(self.bags.files), self.processes.world)
+            for number, _ in enumerate(ahead(mine), start=1):
                 self.check_stop()
+                self.watch.step("feature files read", number, len(mine))
         except FeatureFileError as error:
             wrong = str(error)
         found = [said for said in self.processes.gather(wrong) if said]
@@ -255,7 +252,7 @@ class _Run:
             raise FeatureFileError(found[0])
         size = sum(fact.tiles * fact.width for fact in self.cohort.facts) * 4
         seconds = time.perf_counter() - started
-        self.say(f"files: {len(self.bags.files):,} read and checked, {size / 1e9:.2f} GB in {seconds:.1f} s")
+        self.watch.line(f"files: {len(self.bags.files):,} read and checked, {size / 1e9:.2f} GB in {seconds:.1f} s")
 
     def _record(self, split: str) -> None:
         if self.first:
@@ -312,7 +309,7 @@ class _Run:
         scores = self._write(fold, folder, fitted, alone)
         if self.settings.controls:
             said = "" if self._weights else " (the model itself is trained from random weights)"
-            self.say(f"fold {fold.number}: controls{said}")
+            self.watch.line(f"fold {fold.number}: controls{said}")
             place = folder / "controls"
             fitted[controls.MEAN] = self._means(fold)
             self._write(fold, place / "tile_mean", {controls.MEAN: fitted[controls.MEAN]}, {})
@@ -386,7 +383,9 @@ class _Run:
         """Train a model on a fold, and what it says of the test set."""
         task, labels = self.cohort.task, self.cohort.joined.labels
         model = self._model(options, pretrained, fold=fold.number)
-        trainer = Trainer(task, self.bags, labels.truth, recipe, self.precision, self.processes, self.check_stop)
+        trainer = Trainer(
+            task, self.bags, labels.truth, recipe, self.precision, self.processes, self.check_stop, self.watch
+        )
         trained, whole = model, model
         if options.freeze and options.head == "linear":
             trained, trainer = self._on_states(model, trainer, fold, cache=bool(pretrained))

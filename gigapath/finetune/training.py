@@ -4,10 +4,9 @@ A window is what one step sees: batch_size x gradient_accumulation x processes s
 smaller. A chunk is what one pass sees: batch_size slides, packed without padding.
 """
 
-import logging
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,8 +26,7 @@ from gigapath.finetune.heads import pack
 from gigapath.finetune.loop import Loop, Step, cosine_rate
 from gigapath.finetune.options import TrainingOptions
 from gigapath.finetune.processes import Processes
-
-log = logging.getLogger(__name__)
+from gigapath.progress import Progress
 
 IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float64]
@@ -69,6 +67,7 @@ class Trainer:
         precision: "fp32", "bf16" or "fp16".
         processes: this one among those of the run.
         check_stop: called between windows; raises to end the run.
+        watch: receives the news.
         dtype: of the computation where precision is fp32; float64 for tests.
     """
 
@@ -79,6 +78,7 @@ class Trainer:
     precision: str
     processes: Processes
     check_stop: Callable[[], None] = lambda: None
+    watch: Progress = field(default_factory=Progress)
     dtype: torch.dtype = torch.float32
 
     def train(self, model: nn.Module, fold: Fold, folder: Path, tag: dict[str, Any]) -> list[Epoch]:
@@ -114,12 +114,10 @@ class Trainer:
             except (TypeError, AttributeError, KeyError, RuntimeError) as error:
                 raise ValueError(f"{folder}: its checkpoint is damaged. {checkpoints.MEND}") from error
             best = _part(tensors, "best.") or None
-            if self.processes.rank == 0:
-                log.info("fold %d goes on after epoch %d", fold.number, len(history))
+            self.watch.line(f"fold {fold.number} goes on after epoch {len(history)}")
         for epoch in range(len(history), options.epochs):
             history.append(self._epoch(model, optimizer, scaler, fold, epoch))
-            if self.processes.rank == 0:
-                log.info("fold %d, %s", fold.number, describe_epoch(history[-1], options.epochs))
+            self.watch.line(f"fold {fold.number}, {describe_epoch(history[-1], options.epochs)}")
             if options.select == "val" and _is_best(history):
                 best = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
             if self.processes.rank == 0:
@@ -167,15 +165,17 @@ class Trainer:
             mine = self._chunks(step)[processes.rank :: processes.world]
             steps.append(Step(mine, len(step), epoch + start / len(order)))
         model.train()
+        what = f"fold {fold.number}, epoch {epoch + 1} of {options.epochs}"
         taken = self.loop.run(
             model,
             optimizer,
             scaler,
             steps,
-            what=f"fold {fold.number}, epoch {epoch + 1}",
+            what=what,
             read=lambda chunk: ([self._drawn(self.bags[int(row)], int(row), epoch) for row in chunk], chunk),
             loss_of=self.loss_of,
             set_rate=partial(set_rates, optimizer, options, self.window),
+            after=lambda number, _: self.watch.step(f"{what}: steps", number + 1, len(steps)),
         )
         val = self.mean_loss(model, fold.val) if len(fold.val) else None
         seconds, slides = taken.seconds, len(order)

@@ -29,6 +29,7 @@ from gigapath.linear_probe.table import (
     worker_count,
     write_table,
 )
+from gigapath.progress import Progress
 from gigapath.read_ahead import read_ahead
 
 CACHE_SUFFIX = ".cache.h5"
@@ -44,8 +45,6 @@ _ZIP_ERRORS = (
 )
 
 log = logging.getLogger(__name__)
-
-Report = Callable[[int, int], None]  # (tiles read, tiles in all)
 
 
 class ZipFiles:
@@ -139,14 +138,14 @@ def visible(name: str) -> bool:
 
 
 def read_embeddings(
-    path: Path | str, *, cache: bool = True, report: Report | None = None
+    path: Path | str, *, cache: bool = True, watch: Progress | None = None
 ) -> tuple[EmbeddingTable, dict[str, str]]:
     """Read the embeddings of tiles, ordered by split and name whatever they come in.
 
     Args:
         path: a zip or folder of `.pt` vectors, or an `.h5`, `.npz`, `.safetensors` of `features` and `names`.
         cache: for a zip or folder, use and write `<path>.cache.h5` beside it.
-        report: called now and then with the number of tiles read and the number there is.
+        watch: receives the news of the reading.
 
     Returns:
         the table, and how it was read: {"identity": ..., "read_from": "files" | "cache"}.
@@ -174,7 +173,7 @@ def read_embeddings(
         cached = _read_cache(cache_path, identity)
         if cached is not None:
             return cached, {"identity": identity, "read_from": "cache"}
-    table = _read_all(files, path.name, report or (lambda done, total: None))
+    table = _read_all(files, path.name, watch or Progress())
     if cache:
         try:
             write_table(cache_path, replace(table, attrs={"identity": identity, "cache_version": CACHE_VERSION}))
@@ -197,7 +196,7 @@ def _read_cache(path: Path, identity: str) -> EmbeddingTable | None:
     return replace(table, attrs={})
 
 
-def _read_all(files: Files, where: str, report: Report) -> EmbeddingTable:
+def _read_all(files: Files, where: str, watch: Progress) -> EmbeddingTable:
     if not files.names:
         raise ValueError(f"{where}: expected .pt files, got none. Name the zip or folder of tile embeddings.")
     names = [bare_name(name) for name in files.names]
@@ -222,7 +221,7 @@ def _read_all(files: Files, where: str, report: Report) -> EmbeddingTable:
             )
         features[row_of_file[index]] = vector
         if done % REPORT_EVERY == 0 or done == len(names):
-            report(done, len(names))
+            watch.step("tiles read", done, len(names))
     ordered = tuple(names[index] for index in order)
     check_finite(features, ordered, where)
     return EmbeddingTable(ordered, features, tuple(splits[index] for index in order))

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from gigapath.evaluation.labels import canonical_label, class_notes, first_column, shown, sorted_classes
 from gigapath.evaluation.splits import Fold, audit
-from gigapath.linear_probe.archive import Report, read_embeddings
+from gigapath.linear_probe.archive import read_embeddings
 from gigapath.linear_probe.options import ProbeOptions
 from gigapath.linear_probe.table import (
     SPLIT_WORDS,
@@ -26,6 +26,7 @@ from gigapath.linear_probe.table import (
     bare_name,
     split_of_word,
 )
+from gigapath.progress import Progress
 from gigapath.tables import Table, read_table, separator_hint
 
 NAME_COLUMNS = ("input", "file", "name")
@@ -344,7 +345,7 @@ def load_data(
     *,
     pcam_meta: Path | str | None = None,
     cache: bool = True,
-    report: Report | None = None,
+    watch: Progress | None = None,
 ) -> ProbeData:
     """Read embeddings and labels, join them, and check that a probe of them means something.
 
@@ -354,7 +355,7 @@ def load_data(
         options: columns, and what to allow.
         pcam_meta: a folder of PCam's meta files, for groups where the labels name none.
         cache: use and write the cache beside a zip or folder.
-        report: progress of the reading, (done, total) tiles.
+        watch: receives the news of the reading.
 
     Raises:
         FileNotFoundError: a path does not exist.
@@ -364,7 +365,7 @@ def load_data(
     listed = None
     if labels is not None:
         listed = rows_of_table(read_table(labels), label=options.label, split=options.split, group=options.group)
-    table, how = read_embeddings(embeddings, cache=cache, report=report)
+    table, how = read_embeddings(embeddings, cache=cache, watch=watch)
     listed = listed or own_labels(table, Path(embeddings).name)
     joined = join_labels(table.names, table.splits, listed, allow_missing=options.allow_missing)
     without_split = [listed.names[index] for index, split in zip(joined.used, joined.splits, strict=True) if not split]

@@ -35,6 +35,7 @@ from gigapath.linear_probe.table import (
     worker_count,
     write_table,
 )
+from gigapath.progress import Progress
 from gigapath.read_ahead import read_ahead
 from gigapath.tables import parse_table
 from gigapath.tile_encoder import TileEncoder
@@ -240,7 +241,7 @@ def embed_tiles(
     *,
     batch_size: int = 64,
     overwrite: bool = False,
-    report: Callable[[int, int], None] = lambda done, total: None,
+    watch: Progress | None = None,
     check_stop: Callable[[], None] = lambda: None,
 ) -> int:
     """Embed every tile of a set and write one table with names, splits, labels and colour statistics.
@@ -254,7 +255,7 @@ def embed_tiles(
         out: the table's file, ending in `.h5`. Beside it lies `<out>.rows.partial` until the table is whole.
         batch_size: B.
         overwrite: embed again where the table is there already; it stays until the new one is whole.
-        report: called after each batch with the number of tiles done and in all.
+        watch: receives the news.
         check_stop: called before each batch; what it raises ends the run, which can be continued.
 
     Returns:
@@ -280,7 +281,7 @@ def embed_tiles(
     with Ownership({out.with_name(f".{out.name}.runs"): attrs}):
         if not overwrite and made_before(out, attrs):
             return len(tiles)
-        return _embed(tiles, encoder, out, attrs, batch_size, report, check_stop)
+        return _embed(tiles, encoder, out, attrs, batch_size, watch or Progress(), check_stop)
 
 
 def made_before(out: Path, attrs: Mapping[str, Any]) -> bool:
@@ -309,7 +310,7 @@ def _embed(
     out: Path,
     attrs: dict[str, Any],
     batch_size: int,
-    report: Callable[[int, int], None],
+    watch: Progress,
     check_stop: Callable[[], None],
 ) -> int:
     width = encoder.embed_dim
@@ -330,7 +331,7 @@ def _embed(
                 kept.keep(rows)
                 if number % FLUSH_EVERY == 0:
                     kept.commit()
-                report(first + count, len(tiles))
+                watch.step("tiles", first + count, len(tiles))
         finally:
             kept.commit()
             kept.close()

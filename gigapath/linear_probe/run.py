@@ -11,9 +11,9 @@ from gigapath.cohort.owner import Ownership
 from gigapath.cohort.reuse import differences
 from gigapath.linear_probe.options import ProbeOptions, SlideProbeOptions, TileProbeOptions
 from gigapath.options import to_dict
+from gigapath.progress import Progress
 
 if TYPE_CHECKING:
-    from gigapath.linear_probe.archive import Report
     from gigapath.linear_probe.slides import SlideProbe
     from gigapath.linear_probe.tiles import TileProbe
 
@@ -30,7 +30,7 @@ def run_probe(
     options: ProbeOptions,
     tiles: TileProbeOptions,
     slides: SlideProbeOptions,
-    report: "Report | None" = None,
+    watch: Progress | None = None,
 ) -> "tuple[TileProbe | SlideProbe, list[str]]":
     """Probe slides where `slides.embedding` names their embedding, else tiles; write the results.
 
@@ -43,7 +43,7 @@ def run_probe(
         options: columns, intervals, what to allow.
         tiles: the recipe of a probe of tiles.
         slides: embeddings, folds and repeats of a probe of slides.
-        report: progress of the reading.
+        watch: receives the news of the reading.
 
     Returns:
         what was found, and the names of the files in the folder.
@@ -78,7 +78,7 @@ def run_probe(
             )
         from gigapath.linear_probe.tiles import probe_tiles, write_tile_report
 
-        of_tiles = probe_tiles(embeddings, labels, options, tiles, report=report)
+        of_tiles = probe_tiles(embeddings, labels, options, tiles, watch=watch)
         return of_tiles, write_tile_report(out, of_tiles)
 
 

@@ -25,13 +25,13 @@ from gigapath.evaluation.report import (
     write_results,
 )
 from gigapath.evaluation.results import TILE_PROBE, Curves, Results, Scores, score
-from gigapath.linear_probe.archive import Report
 from gigapath.linear_probe.data import ProbeData, load_data
 from gigapath.linear_probe.heads import Choice, LinearHead, Look, Recipe, choose_neighbours, choose_penalty, train
 from gigapath.linear_probe.options import ProbeOptions, TileProbeOptions
 from gigapath.linear_probe.table import TEST, TRAIN, VALIDATION
 from gigapath.machine import available_cores
 from gigapath.options import to_dict
+from gigapath.progress import Progress
 from gigapath.tables import data_frame
 
 FloatArray = npt.NDArray[np.float64]
@@ -179,7 +179,7 @@ def probe_tiles(
     options: ProbeOptions = ProbeOptions(),  # noqa: B008 - frozen
     tile_options: TileProbeOptions = TileProbeOptions(),  # noqa: B008 - frozen
     *,
-    report: Report | None = None,
+    watch: Progress | None = None,
     on_look: Callable[[int, Look], None] = lambda seed, look: None,
 ) -> TileProbe:
     """Read, fit, choose on validation, and score once on test.
@@ -189,7 +189,7 @@ def probe_tiles(
         labels: CSV, or None where the embeddings carry their labels.
         options: columns, intervals, what to allow.
         tile_options: solver and recipe.
-        report: progress of the reading.
+        watch: receives the news of the reading.
         on_look: called with the seed and each look at the validation set.
 
     Raises:
@@ -203,7 +203,7 @@ def probe_tiles(
         options,
         pcam_meta=tile_options.pcam_meta,
         cache=not tile_options.no_cache,
-        report=report,
+        watch=watch,
     )
     read = time.perf_counter()
     with at_most_threads(available_cores()), computing("fp32", device):

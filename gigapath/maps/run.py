@@ -35,7 +35,7 @@ import io
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -87,6 +87,7 @@ from gigapath.maps.kinds import Shared, slide_maps
 from gigapath.maps.options import HEAD_KINDS, MapOptions
 from gigapath.preprocessing.preview import preview_picture
 from gigapath.preprocessing.slide import Overview, SlideError, open_slide
+from gigapath.progress import Progress
 from gigapath.releases import RELEASES
 
 FORMAT = 1
@@ -117,7 +118,7 @@ def make_maps(
     out: str | Path,
     options: MapOptions | None = None,
     *,
-    tell: Callable[[str], None] = lambda line: None,
+    watch: Progress | None = None,
 ) -> MapsResult:
     """Write maps of slides to `OUT/<slide_id>/`, as this module's docstring says; a slide that fails is recorded,
     the others go on.
@@ -126,7 +127,7 @@ def make_maps(
         features: files of tile embeddings, folders of them, or the folder of a run.
         out: the output folder.
         options: which maps.
-        tell: gets a line a slide.
+        watch: receives the news.
 
     Raises:
         FileNotFoundError: an input, the head or the weights are not there.
@@ -141,7 +142,7 @@ def make_maps(
     entries = {entry.slide_id: entry.path for entry in entries_of(features)}
     check_writable(out)
     result = MapsResult()
-    reader = _Reader(entries, options, result, tell)
+    reader = _Reader(entries, options, result, watch or Progress())
     given = {kind: numbers_of(options, kind) for kind in options.kind}
     owned = {out / f".{kind}.runs": numbers for kind, numbers in given.items()}
     with Ownership(owned), contextlib.ExitStack() as unfinished:
@@ -197,6 +198,7 @@ def _make_maps(
                 maps.append(dataclasses.replace(tile_map, arrays={}))
             sources[slide_id] = made_from(entries[slide_id], tiles)
             places[slide_id], drawn[slide_id] = place, maps
+            reader.watch.step("slides computed", len(drawn), len(entries))
     # One digest for the slides that were given, by what each was made from.
     lines = (f"{slide_id} {sources[slide_id]['features_sha256']}\n" for slide_id in sorted(sources))
     cohort = hashlib.sha256("".join(lines).encode()).hexdigest()
@@ -222,16 +224,14 @@ def _make_maps(
                     note=note,
                 )
             names = reader.result.written[slide_id] = [tile_map.name for tile_map in maps]
-            reader.tell(f"{slide_id}: {', '.join(names)}{f' ({note})' if note else ''}")
+            reader.watch.line(f"{slide_id}: {', '.join(names)}{f' ({note})' if note else ''}")
 
 
 class _Reader:
     """Reads the tile embeddings of each slide in turn; what can't be read or has no tiles is recorded once."""
 
-    def __init__(
-        self, entries: dict[str, Path], options: MapOptions, result: MapsResult, tell: Callable[[str], None]
-    ) -> None:
-        self.entries, self.options, self.result, self.tell = entries, options, result, tell
+    def __init__(self, entries: dict[str, Path], options: MapOptions, result: MapsResult, watch: Progress) -> None:
+        self.entries, self.options, self.result, self.watch = entries, options, result, watch
         self.made: tuple[str | None, int] | None = None
 
     def slides(self) -> Iterator[tuple[str, TileEmbeddings]]:
@@ -245,7 +245,7 @@ class _Reader:
                 self._check_alike(slide_id, tiles)
             if tiles is not None and len(tiles) == 0:
                 self.result.empty.append(slide_id)
-                self.tell(f"{slide_id}: no tiles, no map")
+                self.watch.line(f"{slide_id}: no tiles, no map")
             elif tiles is not None:
                 yield slide_id, dataclasses.replace(tiles, slide_id=slide_id)
 
@@ -271,7 +271,7 @@ class _Reader:
             if isinstance(error, OutputError) or getattr(error, "stops_run", False):
                 raise
             self.result.failed[slide_id] = str(error)
-            self.tell(f"{slide_id}: failed: {error}")
+            self.watch.line(f"{slide_id}: failed: {error}")
 
 
 def _fit_shared(reader: _Reader, options: MapOptions) -> Shared:

@@ -32,6 +32,7 @@ from gigapath.pretraining.model import MaskedAutoencoder, build_autoencoder, los
 from gigapath.pretraining.options import CohortOptions, PretrainingOptions, SizeOptions, TaskOptions
 from gigapath.pretraining.outputs import Epoch, draw_reconstructions, model_card, write_curves
 from gigapath.pretraining.training import Training, steps_of
+from gigapath.progress import Progress
 from gigapath.read_ahead import read_ahead
 from gigapath.releases import HUB_PREFIXES
 from gigapath.signals import Stopped
@@ -49,8 +50,6 @@ GAIN = 0.02  # of R2 over the slide mean's; with less nothing of the arrangement
 PLATEAU_STEPS = 300  # that the loss may stay at the slide mean from a new start
 # What may differ between a run and the one that goes on with it: it changes no number that is stored.
 _FREE = ("workers", "device", "allow_low_memory", "save_steps")
-
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -78,7 +77,7 @@ def pretrain(
     task: TaskOptions | None = None,
     training: PretrainingOptions | None = None,
     dry_run: bool = False,
-    say: Say = lambda line: None,
+    watch: Progress | None = None,
     check_stop: Callable[[], None] = lambda: None,
 ) -> Pretrained | None:
     """Pretrain a slide encoder by predicting hidden tiles, or go on with the run that `out` holds.
@@ -93,8 +92,8 @@ def pretrain(
         sizes: of encoder and decoder.
         task: what is hidden and predicted.
         training: the recipe.
-        dry_run: tell the plan alone, and write nothing.
-        say: takes each line for people.
+        dry_run: show the plan alone, and write nothing.
+        watch: receives the news.
         check_stop: called between steps; raises to end the run, which can go on later.
 
     Raises:
@@ -112,10 +111,8 @@ def pretrain(
     processes = join_processes(training.device)
     precision = training_precision(training.precision, processes.device)
     first = processes.rank == 0
-    quiet: Say = lambda line: None  # noqa: E731
-    run = _Run(
-        slides, init, cohort, sizes, task, training, out, processes, precision, say if first else quiet, check_stop
-    )
+    watch = watch if watch is not None and first else Progress()
+    run = _Run(slides, init, cohort, sizes, task, training, out, processes, precision, watch, check_stop)
     with at_most_threads(available_cores()):
         model = run.prepare()
         if dry_run:
@@ -135,7 +132,7 @@ class _Run:
     out: Path
     processes: Processes
     precision: str
-    say: Say
+    watch: Progress
     check_stop: Callable[[], None]
 
     def prepare(self) -> MaskedAutoencoder:
@@ -144,7 +141,7 @@ class _Run:
         if self.first:
             self._check_same_run()
         for note in self.slides.notes:
-            self.say(f"note: {note}")
+            self.watch.line(f"note: {note}")
         torch.manual_seed(self.training.seed)
         model = build_autoencoder(self.init, self.sizes, in_chans=self.slides.facts[0].width)
         model.to(self.processes.device)
@@ -165,13 +162,13 @@ class _Run:
         self.val: list[int] = val[:MEASURED].tolist()
         baselines = self.processes.gather(self._without_learning() if self.first else {})[0]
         for name, value in baselines.items():
-            self.say(f"R2 without learning, {name}: {value:.3f}")
+            self.watch.line(f"R2 without learning, {name}: {value:.3f}")
         if self.first:
             self._record(baselines)
         history = self._train(model)
         warnings = self._warnings(history, baselines)
         for warning in warnings:
-            self.say(f"warning: {warning}")
+            self.watch.line(f"warning: {warning}")
         if self.first:
             card = model_card(read_json(self.out / RUN, keys=(), mend=checkpoints.MEND), history, warnings)
             write_text_atomic(self.out / CARD, card)
@@ -267,9 +264,9 @@ class _Run:
             f"time: about {in_words(hours)} for {training.epochs} epochs at the rate measured now, processes: "
             f"{self.processes.world}",
         ):
-            self.say(line)
+            self.watch.line(line)
         if steps < 2 * PLATEAU_STEPS and not self.init:
-            self.say(
+            self.watch.line(
                 f"note: {steps:,} steps in all; from new weights the loss stays at the slide mean for about "
                 f"{PLATEAU_STEPS}. Set more --epochs or a smaller --batch-size."
             )
@@ -316,12 +313,12 @@ class _Run:
             processes=self.processes,
             folder=self.out,
             tag=tag,
-            say=self.say,
+            watch=self.watch,
             check_stop=self.check_stop,
         )
         history = training.history
         if history:
-            self.say(f"goes on after epoch {len(history) - 1} and {training.done} steps of the next")
+            self.watch.line(f"goes on after epoch {len(history) - 1} and {training.done} steps of the next")
         else:
             history.append(self._measured(model, Epoch(0, 0)))
             self._tell(history[-1])
@@ -409,7 +406,7 @@ class _Run:
     def _tell(self, last: Epoch) -> None:
         r2 = "" if last.r2 is None else f", R2 of hidden validation tiles {last.r2:.3f}, effective rank {last.rank:.1f}"
         if last.epoch == 0:
-            self.say(f"start: nothing trained yet{r2}")
+            self.watch.line(f"start: nothing trained yet{r2}")
         else:
             waiting = f"{last.waiting:.1%} of the time waiting for files"
-            self.say(f"epoch {last.epoch}/{self.training.epochs}: loss {last.train_loss:.4f}{r2}, {waiting}")
+            self.watch.line(f"epoch {last.epoch}/{self.training.epochs}: loss {last.train_loss:.4f}{r2}, {waiting}")

@@ -1,6 +1,5 @@
 """The epochs of a pretraining: which slides each step sees, a checkpoint within and after each epoch."""
 
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -20,10 +19,9 @@ from gigapath.pretraining.data import Slides, Target, Viewer, pack_views
 from gigapath.pretraining.model import Batch, MaskedAutoencoder, loss_of_slides
 from gigapath.pretraining.options import PretrainingOptions
 from gigapath.pretraining.outputs import Epoch
+from gigapath.progress import Progress
 
 IntArray = npt.NDArray[np.int64]
-
-SIGN_OF_LIFE = 30.0  # seconds
 
 
 def steps_of(
@@ -85,7 +83,7 @@ class Training:
         processes: this one among those of the run.
         folder: of the checkpoints.
         tag: what a checkpoint must say of itself to be continued.
-        say: takes a line at least every 30 seconds.
+        watch: receives the news.
         check_stop: called between steps; raises to end the run.
         history: the epochs so far, the start first.
         done: steps of the next epoch that are done.
@@ -103,7 +101,7 @@ class Training:
     processes: Processes
     folder: Path
     tag: str
-    say: Callable[[str], None] = lambda line: None
+    watch: Progress = field(default_factory=Progress)
     check_stop: Callable[[], None] = lambda: None
     history: list[Epoch] = field(default_factory=list)
     done: int = 0
@@ -122,12 +120,12 @@ class Training:
         self.optimizer = torch.optim.AdamW(groups, lr=options.base_lr, betas=(0.9, options.beta2))
         self.loop = Loop(self.processes, self.precision, options.workers, self.check_stop)
         self.scaler = self.loop.scaler()
-        self._told = time.monotonic()
         self._resume()
 
     def epoch(self) -> Epoch:
         """Train for the next epoch, or the rest of it; its measures are still to be taken."""
         steps = steps_of(self.slides, self.options, self.processes, len(self.history) - 1, shard=self.shard)
+        self._steps = len(steps)
         self.model.train()
         taken = self.loop.run(
             self.model,
@@ -212,9 +210,7 @@ class Training:
 
     def _after(self, number: int, loss: float) -> None:
         self.done, self.loss = self.done + 1, self.loss + loss
-        if time.monotonic() - self._told > SIGN_OF_LIFE:
-            self._told = time.monotonic()
-            self.say(f"epoch {len(self.history)}: step {self.done:,}")
+        self.watch.step(f"epoch {len(self.history)}: steps", self.done, self._steps)
         if self.done % self.options.save_steps == 0:
             self.save()
 

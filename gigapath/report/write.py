@@ -13,7 +13,7 @@ import json
 import mimetypes
 import re
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -25,6 +25,7 @@ from gigapath.cohort.privacy import hide_paths
 from gigapath.file_names import folder_name
 from gigapath.files import check_writable, write_text_atomic
 from gigapath.machine import available_cores
+from gigapath.progress import Progress
 from gigapath.report.collecting import Cohort, collect_cohort, fitted_heads, read_runs
 from gigapath.report.maps import Sources, notes_on_maps, write_maps
 from gigapath.report.options import MAX_IN_ONE_FILE, ReportOptions
@@ -69,7 +70,7 @@ def write_report(
     maps: str | Path | None = None,
     to: str | Path | None = None,
     options: ReportOptions | None = None,
-    on_slide: Callable[[str, int, int], None] = lambda slide_id, number, slides: None,
+    watch: Progress | None = None,
 ) -> Report:
     """Write `report.html`, and `report_files/` beside it, of a run or a cohort.
 
@@ -79,7 +80,7 @@ def write_report(
         maps: the folder of maps; `maps` beside the slides where None.
         to: where the report goes; `folder` where None.
         options: how it is made.
-        on_slide: told of each slide whose pictures are there.
+        watch: receives the news.
 
     Raises:
         FileNotFoundError: no such folder.
@@ -115,7 +116,7 @@ def write_report(
         if cohort is not None:
             of_maps = Path(maps) if maps is not None else home / "maps"
             heads = fitted_heads(folder)
-            media = _pictures(cohort, files, of_maps, heads, options, on_slide)
+            media = _pictures(cohort, files, of_maps, heads, options, watch or Progress())
             notes += notes_on_maps([entry["maps"] for entry in media])
             projections, said = _projections(cohort, options)
             notes += said
@@ -140,7 +141,7 @@ def _pictures(
     maps: Path,
     heads: frozenset[str],
     options: ReportOptions,
-    on_slide: Callable[[str, int, int], None],
+    watch: Progress,
 ) -> list[dict[str, Any]]:
     """Pictures and maps of each slide, in the order of the cohort, with the folder of each in `files`."""
     workers = available_cores() if options.workers is None else options.workers
@@ -151,7 +152,7 @@ def _pictures(
         sources = Sources(slide.slide_id, cohort.embedded, heads)
         layers = write_maps(place, maps / slide.slide_id, sources) if "frame" in pictures else []
         media.append({"folder": place.name, **pictures, "maps": layers})
-        on_slide(slide.slide_id, number, len(cohort.slides))
+        watch.step("slides", number, len(cohort.slides))
     return media
 
 
