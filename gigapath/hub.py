@@ -288,7 +288,12 @@ def hub_error(error: Exception, repo: str, filename: str, folder: Path) -> OSErr
     who = f"hf_hub:{repo}/{filename}"
     hub: Any = huggingface_hub.utils  # where old and new versions of the client have the errors
     release = next((release for release in RELEASES.values() if release.repo == repo), None)
-    without = " `gigapath embed --tile-encoder standin` tries things without these weights." if release else ""
+    without = ""
+    if release:
+        instead = "--tile-encoder standin"
+        if filename == SLIDE_FILE:
+            instead = "--random-weights or --slide-encoder mean (finetune: --pretrained '')"
+        without = f" To try things without these weights: {instead}."
     response = _response_of(error)
     status = getattr(response, "status_code", None)
     said = " ".join(str(getattr(response, "headers", {}).get("X-Error-Message", "")).split())

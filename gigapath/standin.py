@@ -13,6 +13,7 @@ from gigapath.weights import load_state_dict
 
 ARCHITECTURE = "tf_efficientnet_lite0"  # its name in timm: TensorFlow's padding, which the weights were trained with
 SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
+TRAINED_ON = "ImageNet, not pathology"
 DESCRIPTION = "a stand-in, EfficientNet-Lite0 with ImageNet weights (1280-d): neither GigaPath nor trained on pathology"
 
 # Blocks of each stage: the file counts them through, timm stage by stage.

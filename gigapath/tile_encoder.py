@@ -65,6 +65,7 @@ class TileEncoder:
         device: where it runs.
         precision: "fp32", or the type of autocast, "fp16" or "bf16".
         model: the model, in eval mode.
+        trained_on: the images of its weights; "" where they are random or a checkpoint does not say.
     """
 
     name: str
@@ -76,6 +77,7 @@ class TileEncoder:
     device: torch.device
     precision: str
     model: nn.Module
+    trained_on: str = ""
 
     @property
     def transform_name(self) -> str:
@@ -237,7 +239,9 @@ def _standin_encoder(random_weights: bool) -> dict[str, Any]:
         path = standin.weights_file()
         model, sha256 = without_storage(build), standin.SHA256
         assign_weights("the stand-in", model, standin.standin_state(path))
-    return _parts("standin", model, sha256, standin.DESCRIPTION) | {"transform": _timm_transform(model)}
+    on = "" if random_weights else standin.TRAINED_ON
+    parts = _parts("standin", model, sha256, standin.DESCRIPTION)
+    return parts | {"transform": _timm_transform(model), "trained_on": on}
 
 
 def _file_encoder(name: str, random_weights: bool) -> dict[str, Any]:

@@ -20,6 +20,11 @@ if [[ $embeddings == *.zip && -d $data/pcam ]]; then set -- --pcam-meta "$data/p
 if [[ $embeddings == *.zip && -f $data/dataset_csv/pcam/pcam.csv ]]; then
     set -- --labels "$data/dataset_csv/pcam/pcam.csv" "$@"
 fi
+if [[ $embeddings == *.zip && -f $embeddings && " $*" != *" --labels"* ]]; then
+    echo "run_pcam.sh: expected labels in $data/dataset_csv/pcam/pcam.csv, found none. Fetch them:" \
+        "gigapath download pcam --to $data; or name yours: --labels CSV" >&2
+    exit 2
+fi
 
 exec gigapath probe "$embeddings" --solver sgd --steps 4000 --batch-size 128 --lr 0.02 --weight-decay 0.01 \
     --eval-every 100 --seed 0 --out outputs/pcam "$@"

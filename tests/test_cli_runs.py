@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import table
 from made_slides import paint_tissue, write_pyramid
 from tiny_encoders import tiny_tile_encoder
 
@@ -481,3 +482,25 @@ def test_steps_are_a_bar_where_somebody_watches_and_else_a_line_after_a_silence(
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     out, err = work()
     assert "epoch 2 is over" in out and "epoch 1: 100%" in err and "epoch 2: 100%" in err
+
+
+def test_plan_tile_and_embed_expect_the_same_tiles(
+    slides: Path, tmp_path: Path, tiny: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cohort = [str(slides), str(tmp_path / "broken.svs")]
+    (tmp_path / "broken.svs").write_text("no slide")
+    out, size = tmp_path / "out", ["--tile-size", "64"]
+
+    def tiles(*words: str) -> int:
+        capsys.readouterr()
+        main([*words, *size, "--json"])
+        found = json.loads(capsys.readouterr().out)
+        plan = found.get("plan", found)
+        return int(plan.get("tiles_about", plan.get("tiles")))
+
+    embedding = ["embed", *cohort, "--out", str(out), "--tile-encoder", "standin", "--device", "cpu", "--dry-run"]
+    before = [tiles("plan", *cohort), tiles("tile", *cohort, "--out", str(out), "--dry-run"), tiles(*embedding)]
+    assert max(before) <= 1.2 * min(before)
+    assert main(["tile", *cohort, "--out", str(out), *size]) == 3
+    counted = sum(int(row["tiles"]) for row in table(out).values())
+    assert tiles(*embedding) == counted, "a slide that failed has none"

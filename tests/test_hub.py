@@ -19,7 +19,7 @@ from gigapath import hub
 from gigapath.cli.main import main
 from gigapath.files import OutputError, digest_of
 from gigapath.hub import download, hub_error, hub_file
-from gigapath.releases import DOWNLOADS, RELEASES, Download, RemoteFile
+from gigapath.releases import DOWNLOADS, RELEASES, SLIDE_FILE, TILE_FILE, Download, RemoteFile
 
 CONTENT = bytes(range(256)) * 5000  # 1.28 MB: several blocks
 DIGEST = "sha256:" + hashlib.sha256(CONTENT).hexdigest()
@@ -324,6 +324,15 @@ def test_what_the_hub_answered_is_told_though_its_client_wraps_it(
     wrapped.__cause__ = cause
     told = hub_error(wrapped, "somebody/model", "weights.bin", Path("cache"))
     assert isinstance(told, error) and words in str(told) and "reached" not in str(told)
+
+
+@pytest.mark.parametrize(
+    ("file", "ways"),
+    [(TILE_FILE, ["--tile-encoder standin"]), (SLIDE_FILE, ["--random-weights", "mean", "finetune: --pretrained ''"])],
+)
+def test_weights_that_are_not_to_be_had_name_what_works_without_them(file: str, ways: list[str]) -> None:
+    told = str(hub_error(ConnectionError("no network"), RELEASES["gigapath"].repo, file, Path("cache")))
+    assert all(way in told for way in ways)
 
 
 def test_a_hub_that_never_answers_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

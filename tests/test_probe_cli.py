@@ -253,6 +253,8 @@ def test_script_runs_the_recipe_from_any_folder(made: tuple[str, str], tmp_path:
     assert "data/GigaPath_PCam_embeddings.zip: no such file" in missing.stderr and "--demo" in missing.stderr
     (tmp_path / "data" / "dataset_csv" / "pcam").mkdir(parents=True)
     shutil.copy(made[0], tmp_path / "data" / "GigaPath_PCam_embeddings.zip")
+    unlabelled = run()
+    assert unlabelled.returncode == 2 and "gigapath download pcam --to data" in unlabelled.stderr
     shutil.copy(made[1], tmp_path / "data" / "dataset_csv" / "pcam" / "pcam.csv")
     done = run("--replicates", "50")
     assert done.returncode == 0, done.stderr

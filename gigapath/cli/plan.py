@@ -42,22 +42,26 @@ def plan(
         with Terminal("slide", machine=True, document=False) as watch:
             found, result = run_pilot(found, entries, folder, plan.pilot, tiles, watch=watch, command=words)
         failed = watch.report(result) != 0
-    rate, source = plan.tiles_per_second, "stated"
+    rate, source, seconds = plan.tiles_per_second, "stated", None
     if rate is None and plan.tile_encoder is not None:
         from gigapath.embedding.run import measure_encoder  # torch takes seconds: the headers are told without it
 
-        rate, source = measure_encoder(plan.tile_encoder, plan.device), "one batch measured here"
+        usable = sum(header.places > 0 for header in found.headers)
+        source = "one batch measured here"
+        rate, seconds = measure_encoder(plan.tile_encoder, plan.device, tiles=found.tiles, slides=usable)
+    if seconds is None and rate is not None:
+        seconds = found.tiles / rate
     if as_json:
-        print(json.dumps(found.as_dict(rate), indent=2, ensure_ascii=False))
+        print(json.dumps(found.as_dict(rate, seconds), indent=2, ensure_ascii=False))
     else:
-        for line in lines(found, rate, source):
+        for line in lines(found, rate, seconds, source):
             print(line)
         if folder is not None and found.piloted:
             print(f"look at {folder / 'contact_sheet.jpg'} before anything is embedded.")
     return EXIT_FAILED_SLIDES if failed or found.refused or found.id_problems else 0
 
 
-def lines(found: Survey, rate: float | None, source: str) -> Iterable[str]:
+def lines(found: Survey, rate: float | None, seconds: float | None, source: str) -> Iterable[str]:
     """The survey for a person."""
     headers = found.headers
     yield f"{slides_in_words(len(headers))}, {in_bytes(sum(header.bytes for header in headers))}"
@@ -79,7 +83,7 @@ def lines(found: Survey, rate: float | None, source: str) -> Iterable[str]:
     yield from _listed("contradictory microns per pixel", clashes)
     yield from _listed("ids that a run refuses", dict.fromkeys(found.id_problems, ""))
     groups = {", ".join(group): "" for group in found.duplicates}
-    yield from _listed("identical files", groups)
+    yield from _listed("groups of identical files", groups)
     yield from _listed("ids that look like names or dates", found.odd_ids)
     yield (
         f"about {rounded(found.tiles):,} tiles: {found.tissue_share:.0%} of the places are taken for tissue, "
@@ -87,10 +91,9 @@ def lines(found: Survey, rate: float | None, source: str) -> Iterable[str]:
     )
     sizes = ", ".join(f"{in_bytes(found.tiles * release.tile_dim * 4)} ({name})" for name, release in RELEASES.items())
     yield f"tile embeddings in float32: {sizes}."
-    if rate is None:
+    if rate is None or seconds is None:
         yield "hours: say --tiles-per-second X, or --tile-encoder NAME to measure one batch here."
     else:
-        seconds = found.tiles / rate
         yield f"{seconds / 3600:,.3g} GPU hours at {rate:,.3g} tiles/s ({source}): {in_words(seconds)} on one."
 
 

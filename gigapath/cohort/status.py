@@ -21,7 +21,7 @@ _KINDS_SHOWN, _SLIDES_SHOWN = 20, 5
 _OURS = re.compile(
     r"slide_id|status|tiles|tiles/s|error|warnings|vendor|scanner|width|height|objective_power|mpp|mpp_x|mpp_y|mpp_source"
     r"|level|read_width|read_height|tile_size|tissue_(method|threshold|area_mm2|pieces)|dropped_.*|file_sha256"
-    r"|seconds(_.*)?|numerics_version.*|tile_encoder|precision|device|trained|reader|filter|slide_encoder"
+    r"|seconds(_.*)?|numerics_version.*|tile_encoder|precision|device|trained|trained_on|reader|filter|slide_encoder"
     r"|sections|section_numbers|manifest_.*"
 )
 _STAGE_TITLES = {"tiles": "tile", "features": "embed", "slides": "slide_embed"}

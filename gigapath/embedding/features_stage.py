@@ -183,6 +183,7 @@ class FeatureStage(Stage):
             "precision": self.encoder.precision,
             "device": device_identity(self.encoder.device),
             "trained": self.encoder.trained,
+            "trained_on": self.encoder.trained_on,
             **slide.reading,
         }
         return Outcome(
@@ -317,11 +318,15 @@ class EmbedJob:
     def known_tiles(self, entry: SlideEntry) -> int | None:
         """How many tiles of a slide are still to be embedded; None where it is still to be tiled."""
         tiles = self.features.tiles
+        status = read_status(tiles.folder, entry.slide_id) if isinstance(tiles, TileStage) else None
+        if isinstance(tiles, TileStage) and status is not None and status.status == "failed" and not status.may_pass:
+            with contextlib.suppress(ValueError, OSError):
+                if digest(status.identity) == digest(tiles.identity(entry)):  # it is going to fail again
+                    return 0
         if isinstance(tiles, TileStage) and tiles.done(entry) is None:
             return None
         if self.features.done(entry) is not None:
             return 0
-        status = read_status(tiles.folder, entry.slide_id) if isinstance(tiles, TileStage) else None
         with contextlib.suppress(ValueError, OSError):  # the stage itself says what is wrong with them
             return len(tiles.read(entry)) if status is None else status.tiles
         return 0

@@ -219,7 +219,7 @@ class Survey:
         """Slides that a run would refuse as they are."""
         return sum(bool(header.error or header.missing_bytes) for header in self.headers)
 
-    def as_dict(self, tiles_per_second: float | None) -> dict[str, Any]:
+    def as_dict(self, tiles_per_second: float | None, seconds: float | None) -> dict[str, Any]:
         """Everything as plain values, for machines."""
         return {
             "slides": len(self.headers),
@@ -239,7 +239,7 @@ class Survey:
             "piloted": self.piloted,
             "tile_embeddings_bytes": {name: self.tiles * release.tile_dim * 4 for name, release in RELEASES.items()},
             "tiles_per_second": tiles_per_second,
-            "hours": self.tiles / tiles_per_second / 3600 if tiles_per_second else None,
+            "hours": None if seconds is None else seconds / 3600,
             "headers": [asdict(header) for header in self.headers],
         }
 

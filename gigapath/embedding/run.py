@@ -11,7 +11,7 @@ from gigapath.cohort.reuse import StageOptions, differences
 from gigapath.cohort.run import CohortRun, RunResult
 from gigapath.devices import at_most_threads, device_identity, resolve_devices
 from gigapath.embedding.features_stage import EmbedJob, FeatureStage
-from gigapath.embedding.forward import fitting_batch_size, probe_devices
+from gigapath.embedding.forward import DeviceProbe, fitting_batch_size, probe_devices
 from gigapath.embedding.options import EmbedOptions, RunOptions
 from gigapath.embedding.slide_encoding import SlideEncoder, load_slide_encoder
 from gigapath.embedding.slide_stage import SlideStage, slides_folder
@@ -297,11 +297,19 @@ def default_batch_size(encoder: TileEncoder) -> int:
     return _BATCH_ON_CPU_LARGE if large else _BATCH_ON_CPU
 
 
-def measure_encoder(name: str, device: str) -> float:
-    """Tiles/s of a tile encoder on this machine, by a batch or two of the size that a run takes."""
+def measure_encoder(name: str, device: str, *, tiles: int, slides: int) -> tuple[float, float]:
+    """Tiles/s of a tile encoder on this machine, by a batch or two of the size that a run takes, and the seconds that a
+    run over so many tiles of so many slides is going to take."""
     encoder = load_tile_encoder(name, device=device, precision="auto")
     size = fitting_batch_size([encoder], default_batch_size(encoder))
-    return probe_devices([encoder], size, several=False).tiles_per_second
+    probe = probe_devices([encoder], size, several=slides > 1)
+    return probe.tiles_per_second, _seconds(probe, tiles, slides, size)
+
+
+def _seconds(probe: DeviceProbe, tiles: int, slides: int, batch_size: int) -> float:
+    """What embedding takes: the last batch, or that of each slide, is padded, half of it on average."""
+    padded = 1 if probe.across else slides
+    return (tiles + padded * (batch_size - 1) / 2) / probe.tiles_per_second
 
 
 def _plan(job: EmbedJob, todo: Sequence[SlideEntry]) -> Plan:
@@ -340,9 +348,7 @@ def _plan(job: EmbedJob, todo: Sequence[SlideEntry]) -> Plan:
     }
     if features.probe is not None:
         rate = features.probe.tiles_per_second
-        # The last batch, or that of each slide, is padded, half of it on average.
-        padded = 1 if features.probe.across else len(todo)
-        seconds = (total + padded * (features.batch_size - 1) / 2) / rate
+        seconds = _seconds(features.probe, total, len(todo), features.batch_size)
         facts |= {"tiles_per_second": rate, "seconds": seconds}
         lines.append(f"{work}; about {in_words(seconds)} at {rate:.3g} tiles/s (one batch, measured here).")
         if seconds > _PATIENCE_SECONDS and encoder.device.type == "cpu":
