@@ -169,6 +169,18 @@ def write_slide2vec(
     return path
 
 
+def write_slideflow(folder: Path, features: np.ndarray, cells: np.ndarray = CELLS) -> Path:
+    """A bag: the tensor, the centers of its tiles in an index beside it, and what made them."""
+    import torch
+
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.save(torch.from_numpy(features), folder / "slide-1.pt")
+    np.savez(folder / "slide-1.index.npz", arr_0=np.asarray(cells, np.int64) * 512 + 256)
+    config = {"extractor": {"class": "gigapath"}, "normalizer": None, "num_features": 6, "tile_px": 256, "tile_um": 128}
+    (folder / "bags_config.json").write_text(json.dumps(config))
+    return folder / "slide-1.pt"
+
+
 def write_foreign(tool: str, folder: Path, features: np.ndarray, order: np.ndarray) -> Path:
     """The file that `tool` would write for the slide of CELLS, its tiles in `order`."""
     if tool == "slide2vec":

@@ -18,6 +18,7 @@ from feature_files import (
     write_h5,
     write_published,
     write_slide2vec,
+    write_slideflow,
     write_stamp,
     write_trident,
 )
@@ -30,6 +31,7 @@ from gigapath.features.arrays import read_npz
 from gigapath.features.cells import cells_of, observed_step, row_major
 from gigapath.features.check import check_file, files_to_check
 from gigapath.features.describe import describe
+from gigapath.features.other_tools import convert
 from gigapath.features.reading import find_feature_files, look_at_features
 
 ORDER = shuffled(len(CELLS))
@@ -79,6 +81,38 @@ def test_read_features_keeps_coordinates_in_their_own_unit(tmp_path: Path) -> No
         _ = stamp.coords_level0
     trident = read_features(write_trident(tmp_path, FEATURES))
     assert np.array_equal(trident.coords_level0, CELLS.astype(np.int64) * 512)
+
+
+def test_slideflows_bags_have_centers_and_need_their_step(tmp_path: Path) -> None:
+    path = write_slideflow(tmp_path / "bags", FEATURES[ORDER], CELLS[ORDER])
+    assert find_feature_files(tmp_path / "bags") == [path]
+    with pytest.raises(FeatureFileError, match=r"slide-1\.pt.*tile_um.*--tile-size-level0"):
+        read_features(path)
+    found = read_features(path, tile_size_level0=512)
+    assert (found.source, found.frame, found.attrs["tile_um"]) == ("slideflow", "centers", 128)
+    assert np.array_equal(found.cells, CELLS) and np.array_equal(found.features, FEATURES)
+    with pytest.raises(ValueError, match="tile centers"):
+        _ = found.coords_level0
+    (ours,) = convert(found, "gigapath", tmp_path / "ours")
+    assert np.array_equal(read_features(ours).coords_level0, CELLS.astype(np.int64) * 512)
+    assert describe(path, tile_size_level0=512)["tool"] == "slideflow"
+    index = path.with_name("slide-1.index.npz").rename(tmp_path / "slide-1.index.npz")
+    assert np.array_equal(read_features(path, tile_size_level0=512, coordinates=index).cells, CELLS)
+    np.savez(index, arr_0=CELLS[1:])
+    with pytest.raises(FeatureFileError, match="expected coords"):
+        read_features(path, tile_size_level0=512, coordinates=index)
+
+
+def test_stores_and_arrays_that_are_not_read_are_refused_by_the_name_of_their_tool(tmp_path: Path) -> None:
+    store, array = tmp_path / "a" / "slide-1.zarr", tmp_path / "b" / "slide-1.svs" / "features.npy"
+    for path in (store / "tables" / "gigapath_tiles" / "zarr.json", array):
+        path.parent.mkdir(parents=True)
+        path.write_text("{}")
+    for folder, tool in ((store, "LazySlide"), (store.parent, "LazySlide"), (tmp_path / "b", "HistoSSLscaling")):
+        with pytest.raises(ValueError, match=tool):
+            find_feature_files(folder)
+    with pytest.raises(FeatureFileError, match=r"features\.npy.*HistoSSLscaling"):
+        read_features(array)
 
 
 @pytest.mark.parametrize("write", [write_published, lambda *a: write_clam(*a, patches=False)])

@@ -12,6 +12,7 @@ from gigapath.features.data import CELL, FRAMES, STEP_OPTION, Array, Attrs, Feat
 from gigapath.features.recipes import Recipe
 
 SLIDE2VEC_COORDINATES = ".coordinates.npz"
+SLIDEFLOW_INDEX = ".index.npz"
 
 
 def cells_of(coords: Array, step: tuple[float, float], *, who: str) -> Array:

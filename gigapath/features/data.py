@@ -39,6 +39,7 @@ Array = NDArray[Any]
 FRAMES = {
     "level0": "level-0 pixels",
     "um": "micrometres",
+    "centers": "level-0 pixels of tile centers",
     "unstated": "pixels of a level that the file does not state",
 }
 
@@ -183,7 +184,7 @@ class TileEmbeddings:
         qc_names: what the columns of `qc` measure.
         attrs: what the file says of itself, root and datasets together.
         source: the tool that wrote the file: "gigapath", "trident", "clam", "stamp", "slide2vec", "mussel",
-            "published" (features and float coordinates without attributes) or "unknown".
+            "slideflow", "published" (features and float coordinates without attributes) or "unknown".
         encoder: the tile encoder that the file names, or None.
         reordered: True where the file had the tiles in another order.
     """

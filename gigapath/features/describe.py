@@ -19,6 +19,7 @@ _TOOLS = {
     "mussel": "Mussel",
     "stamp": "STAMP",
     "slide2vec": "slide2vec",
+    "slideflow": "slideflow",
     "published": "the published fine-tuning code (or another tool that writes no attributes)",
     "unknown": "an unknown tool",
 }

@@ -1,9 +1,9 @@
 """The files of other tools, a part of this module for each: how its files are recognised and read, what the file
 says and no more, and how they are written.
 
-TRIDENT, CLAM, Mussel, STAMP (h5), slide2vec (npz or pt beside a coordinates npz), and the published fine-tuning files
-(features and float coordinates without attributes). What a tool's file needs and the source does not say (the slide's
-mpp) is stated, never guessed.
+TRIDENT, CLAM, Mussel, STAMP (h5), slide2vec (npz or pt beside a coordinates npz), slideflow (pt beside an index npz),
+and the published fine-tuning files (features and float coordinates without attributes). What is refused by name stands
+in REFUSED. What a tool's file needs and the source does not say (the slide's mpp) is stated, never guessed.
 """
 
 import contextlib
@@ -19,6 +19,7 @@ import numpy as np
 from gigapath.features.arrays import read_npz, read_tensor
 from gigapath.features.cells import (
     SLIDE2VEC_COORDINATES,
+    SLIDEFLOW_INDEX,
     all_facts,
     as_number,
     as_pair,
@@ -99,10 +100,25 @@ def read_h5(path: Path, file: h5py.File, coordinates: Path | None = None) -> Con
 
 
 def read_arrays(path: Path, coordinates: Path | None = None) -> Contents:
-    """An `.npz` or `.pt` file of another tool; arguments and errors as `read_h5`."""
+    """An `.npz`, `.pt` or `.npy` file of another tool; arguments and errors as `read_h5`."""
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file.")
-    return _read_slide2vec(path, coordinates) if _is_slide2vec(path) else _read_clam_tensor(path, coordinates)
+    if path.suffix in REFUSED:
+        raise FeatureFileError(f"{path.name}: {REFUSED[path.suffix]}")
+    if _is_slide2vec(path):
+        return _read_slide2vec(path, coordinates)
+    index = _beside(coordinates, [path.with_name(f"{path.stem}{SLIDEFLOW_INDEX}")])
+    if index is not None and index.name.endswith(SLIDEFLOW_INDEX):
+        return _read_slideflow(path, index)
+    return _read_clam_tensor(path, coordinates)
+
+
+def refused_inside(folder: Path) -> str | None:
+    """What a folder is, or holds, of a tool whose files are not read, and what to do; None where nothing is known."""
+    if folder.suffix in REFUSED:
+        return REFUSED[folder.suffix]
+    found = (next(folder.rglob(pattern), None) for pattern in ("*.zarr", "features.npy"))
+    return next((f"{path.relative_to(folder)}, {REFUSED[path.suffix]}" for path in found if path is not None), None)
 
 
 def _slide_vector(path: Path, root: Attrs, file: h5py.File, name: str) -> Contents:
@@ -173,6 +189,8 @@ def coords_at_level0(found: TileEmbeddings, scale: Scale) -> tuple[Array, Step]:
     Micrometres and pixels of another level are scaled; all are rounded to whole pixels.
     """
     step = _step(found)
+    if found.frame == "centers":
+        return np.rint(found.coords - np.asarray(step) / 2).astype(np.int64), step
     if found.frame == "level0":
         return np.rint(found.coords).astype(np.int64), step
     if scale.slide_mpp is None:
@@ -605,6 +623,30 @@ def _write_npz(path: Path, **arrays: Any) -> None:
     write_bytes_atomic(path, buffer.getvalue())
 
 
+# ------------------------------------------------------------------------------------------------------------ slideflow
+
+
+def _read_slideflow(path: Path, index: Path) -> Contents:
+    """`<slide>.pt` with the tiles' centers in `<slide>.index.npz` and what made them in `bags_config.json`."""
+    places = read_npz(index)
+    if "arr_0" not in places:
+        raise FeatureFileError(
+            f"{index.name}: expected an array arr_0, got {', '.join(sorted(places)[:10]) or 'none'}."
+        )
+    config = flat_json(_read_json(path.with_name("bags_config.json")))
+    why = "it does not say how far apart its tiles lie: tile_um of bags_config.json, divided by the slide's mpp"
+    return Contents(
+        path=path,
+        tool="slideflow",
+        slide_id=path.stem,
+        features=two_axes(read_tensor(path)),
+        coords=two_axes(places["arr_0"]),
+        frame="centers",
+        missing=f"{why}. State it with {STEP_OPTION}",
+        attrs=config,
+    )
+
+
 # --------------------------------------------------------------------------------------------------- the published code
 
 
@@ -650,6 +692,13 @@ def _write_ours(found: TileEmbeddings, folder: Path, scale: Scale) -> list[Path]
         writer.check()
     return [path]
 
+
+_REMEDY = "Write its embeddings and coordinates as h5; the guide to other tools' files shows how."
+# What is known and not read, by the ending of the name.
+REFUSED = {
+    ".zarr": f"a store of LazySlide (wsidata), which needs wsidata to be read. {_REMEDY}",
+    ".npy": f"an array of HistoSSLscaling (DeepZoom level, column, row, embedding), or none of tiles. {_REMEDY}",
+}
 
 FORMATS: dict[str, Callable[[TileEmbeddings, Path, Scale], list[Path]]] = {
     "gigapath": _write_ours,

@@ -14,6 +14,7 @@ import numpy as np
 
 from gigapath.features.cells import (
     SLIDE2VEC_COORDINATES,
+    SLIDEFLOW_INDEX,
     all_facts,
     as_pair,
     cells_of,
@@ -59,7 +60,7 @@ _CHECK_ROWS = 4096
 def list_feature_files(folder: Path, *, leave_out: Sequence[str] = ()) -> list[Path]:
     """Every file below a folder that may be a feature file of any kind, sorted.
 
-    Hidden files and folders, temporary files, maps, tables and slide2vec's coordinates are none.
+    Hidden files and folders, temporary files, maps, tables, slide2vec's coordinates and slideflow's are none.
 
     Args:
         folder: the folder.
@@ -78,9 +79,8 @@ def list_feature_files(folder: Path, *, leave_out: Sequence[str] = ()) -> list[P
             continue
         seen.add(real)
         paths = [Path(place, name) for name in names if Path(name).suffix in SUFFIXES and not is_hidden(name)]
-        found += [
-            path for path in paths if not path.name.endswith(SLIDE2VEC_COORDINATES) and not _is_map_or_table(path)
-        ]
+        apart = (SLIDE2VEC_COORDINATES, SLIDEFLOW_INDEX)
+        found += [path for path in paths if not path.name.endswith(apart) and not _is_map_or_table(path)]
     return sorted(found)
 
 
@@ -129,6 +129,11 @@ def _inside(folder: Path) -> list[Path]:
         found = [path for path in files if path.suffix == suffix]
         if found:
             return found
+    from gigapath.features.other_tools import refused_inside
+
+    refused = refused_inside(folder)
+    if refused is not None:
+        raise ValueError(f"{folder}: expected files of tile embeddings ({', '.join(SUFFIXES)}), found {refused}")
     others = [str(path.relative_to(folder)) for path in list_feature_files(folder)[:1]]
     found_there = f"only such as {others[0]}" if others else "none"
     raise ValueError(f"{folder}: expected files of tile embeddings ({', '.join(SUFFIXES)}), found {found_there}.")
@@ -221,8 +226,8 @@ def read_features(
     coordinates: Path | str | None = None,
     verify: bool = True,
 ) -> TileEmbeddings:
-    """Read the tile embeddings of one slide: ours, TRIDENT's, CLAM's, Mussel's, STAMP's, slide2vec's or those of the
-    published fine-tuning code.
+    """Read the tile embeddings of one slide: ours, TRIDENT's, CLAM's, Mussel's, STAMP's, slide2vec's, slideflow's or
+    those of the published fine-tuning code.
 
     Args:
         path: an `.h5`, `.npz` or `.pt` file.
@@ -233,7 +238,8 @@ def read_features(
             whose tiles overlap can still be read, and stays in its own order.
         order: "row-major", as the slide encoder was trained, or "file".
         coordinates: for tools that keep coordinates in a second file and where it is not in its usual place: that file
-            or a folder of such files (CLAM's `patches/<slide>.h5`, slide2vec's `tiles/<id>.coordinates.npz`).
+            or a folder of such files (CLAM's `patches/<slide>.h5`, slide2vec's `tiles/<id>.coordinates.npz`,
+            slideflow's `<slide>.index.npz`).
         verify: compare the file with the SHA-256 that its run recorded; False where that was done already.
 
     Raises:
@@ -279,7 +285,7 @@ def read_contents(path: Path, *, tile_size_level0: float | None = None, coordina
 
 
 def _read(path: Path, coordinates: Path | None, *, kinds: str = "iuf") -> Contents:
-    if path.suffix in (".npz", ".pt"):
+    if path.suffix in (".npz", ".pt", ".npy"):
         from gigapath.features.other_tools import read_arrays
 
         return read_arrays(path, coordinates)
