@@ -6,7 +6,7 @@ visible tiles, the nearest ones and kriging, which learn nothing. Look at OUT/ru
 """
 
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import h5py
@@ -20,14 +20,25 @@ SIZES = SizeOptions(model_arch="gigapath_slide_enc2l64d", decoder_dim=64, decode
 RECIPE = PretrainingOptions(epochs=8, batch_size=8, base_lr=5e-3, device="cpu")
 
 
-def planted_slides(count: int, *, seed: int = 0) -> list[tuple[np.ndarray, np.ndarray]]:
-    """(features (N, 32) float32, cells (N, 2)) of slides of about 120 tiles; kinds look the same in all."""
+@dataclass(frozen=True)
+class PlantedSlide:
+    """A made slide: features (N, 32) float32, cells (N, 2); the share of each kind of tile; whether its stripes lie
+    down, which is to be told from the arrangement alone."""
+
+    features: np.ndarray
+    cells: np.ndarray
+    kinds: np.ndarray
+    turned: bool
+
+
+def planted_slides(count: int, *, seed: int = 0, turned: bool = False) -> list[PlantedSlide]:
+    """Slides of about 120 tiles; kinds look the same in all. With `turned` the stripes of every second one lie down."""
     world = np.random.default_rng(7)
     kinds = world.standard_normal((KINDS, WIDTH))
     gradient, stripes = world.standard_normal((2, WIDTH)), world.standard_normal(WIDTH)
     random = np.random.default_rng([seed, 1])
     slides = []
-    for _ in range(count):
+    for number in range(count):
         side = random.integers(11, 15)
         cells = np.stack(np.meshgrid(np.arange(side), np.arange(side)), axis=-1).reshape(-1, 2)
         middle = (side - 1) / 2
@@ -35,20 +46,22 @@ def planted_slides(count: int, *, seed: int = 0) -> list[tuple[np.ndarray, np.nd
         seeds, kind = random.uniform(0, side, (8, 2)), random.integers(0, KINDS, 8)
         nearest = np.linalg.norm(cells[:, None] - seeds, axis=-1).argmin(axis=1)
         waves = np.sin(cells @ random.uniform(-0.6, 0.6, (2, 2)) + random.uniform(0, 6, 2))
-        striped = np.where((cells[:, 0] + random.integers(0, 2)) % 2, 0.8, -0.8)
+        lies = turned and number % 2 == 1
+        striped = np.where((cells[:, int(lies)] + random.integers(0, 2)) % 2, 0.8, -0.8)
         features = 1.4 * kinds[kind[nearest]] + 1.6 * waves @ gradient + striped[:, None] * stripes
         features += 0.3 * random.standard_normal(WIDTH) + 0.6 * random.standard_normal((len(cells), WIDTH))
-        slides.append((features.astype(np.float32), cells + random.integers(0, 40, 2)))
+        shares = np.bincount(kind[nearest], minlength=KINDS) / len(cells)
+        slides.append(PlantedSlide(features.astype(np.float32), cells + random.integers(0, 40, 2), shares, lies))
     return slides
 
 
-def write_slides(folder: Path, slides: list[tuple[np.ndarray, np.ndarray]]) -> None:
+def write_slides(folder: Path, slides: list[PlantedSlide]) -> None:
     """Write them as feature files, as TRIDENT's are."""
     folder.mkdir(parents=True, exist_ok=True)
-    for number, (features, cells) in enumerate(slides):
+    for number, slide in enumerate(slides):
         with h5py.File(folder / f"slide-{number:03d}.h5", "w") as file:
-            file["features"] = features
-            file["coords"] = cells * 256
+            file["features"] = slide.features
+            file["coords"] = slide.cells * 256
             file["coords"].attrs["patch_size_level0"] = 256
 
 

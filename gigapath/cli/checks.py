@@ -34,8 +34,11 @@ def check_inputs(bound: BoundArguments) -> None:
     given = {name: value for name, value in _values(bound) if value not in (None, "", ())}
     flags = {name: name.upper() for name, value in bound.signature.parameters.items() if _by_place(value)}
     for name in _PATHS.keys() & given.keys():
-        for path in (given[name],) if isinstance(given[name], str) else given[name]:
+        paths = given[name] if isinstance(given[name], tuple) else (given[name],)
+        for path in paths:
             flag = flags.get(name, _flag(name))
+            if not isinstance(path, str):  # a measurement's --tiles is a number
+                continue
             if path.endswith(".gz"):
                 raise ValueError(f"{flag}: expected {_PATHS[name]}, got {path!r}, which is packed. Unpack it: gunzip.")
             if not Path(path).expanduser().exists():

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gigapath.longnet.encoder import LongNetEncoder
+from gigapath.longnet.encoder import LongNetEncoder, count_operations
 from gigapath.pos_embed import LazyPosEmbed
 from gigapath.pretraining.options import SizeOptions
 from gigapath.slide_encoder import LongNetViT, create_model
@@ -116,6 +116,13 @@ class MaskedAutoencoder(nn.Module):
         none = torch.zeros_like(rows[:1])
         rows = torch.cat([piece for part in torch.split(rows, list(batch.lengths)) for piece in (none, part)])
         return self.positions.rows(rows).to(self.mask_token.dtype) * self.position_scale
+
+    def operations(self, tiles: int, mask_ratio: float) -> float:
+        """Multiply-adds times two of a forward pass over one slide, real keys only; backwards it is twice that."""
+        encoder, visible = self.slide_encoder, max(1, round((1 - mask_ratio) * tiles))
+        products = visible * encoder.in_chans * encoder.embed_dim + (tiles - visible) * self.predict.weight.numel()
+        sides = ((encoder.encoder.config, visible), (self.decoder.config, tiles))
+        return float(sum(sum(count_operations(config, (n + 1,)).values()) for config, n in sides) + 2 * products)
 
     def no_weight_decay(self) -> set[str]:
         """Names of the parameters that weight decay leaves alone: all of one dimension, and tokens."""

@@ -23,7 +23,6 @@ from gigapath.finetune import checkpoints
 from gigapath.finetune.data import Bag, check_folder
 from gigapath.finetune.plan import ADAM_BYTES, free_bytes, measure_pass
 from gigapath.finetune.processes import Processes, join_processes, training_precision
-from gigapath.longnet.encoder import count_operations
 from gigapath.machine import available_cores
 from gigapath.options import to_dict
 from gigapath.pretraining.data import Slides, Target, View, Viewer, find_slides, fit_target, open_bags, pack_views
@@ -243,8 +242,8 @@ class _Run:
         train = counts[slides.train]
         seen = np.maximum(2, np.rint(train * self.task.crop**2)).astype(int)
         kept, seconds = measure_pass(partial(self._made_pass, model), model, self.processes.device)
-        rate = 3 * self._operations(model, PROBED_TILES) / seconds
-        epoch = sum(3 * self._operations(model, int(n)) for n in seen)
+        rate = 3 * model.operations(PROBED_TILES, self.task.mask_ratio) / seconds
+        epoch = sum(3 * model.operations(int(n), self.task.mask_ratio) for n in seen)
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         largest = np.sort(train)[::-1][: training.batch_size].sum()
         per_tile = kept / PROBED_TILES
@@ -279,13 +278,6 @@ class _Run:
             f"the largest pass won't fit: it takes {in_bytes(memory)}, {in_bytes(free)} are free. Set "
             f"{', or '.join(ways or ['--device to a larger one'])}"
         )
-
-    def _operations(self, model: MaskedAutoencoder, tiles: int) -> float:
-        """Multiply-adds times two of a forward pass over one slide."""
-        encoder, visible = model.slide_encoder, max(1, round((1 - self.task.mask_ratio) * tiles))
-        products = visible * encoder.in_chans * encoder.embed_dim + (tiles - visible) * model.predict.weight.numel()
-        layers = sum(count_operations(encoder.encoder.config, (visible + 1,)).values())
-        return float(layers + sum(count_operations(model.decoder.config, (tiles + 1,)).values()) + 2 * products)
 
     def _made_pass(self, model: MaskedAutoencoder) -> Tensor:
         """The loss of a made slide of PROBED_TILES tiles."""

@@ -19,6 +19,7 @@ KINDS = {
     "embed": ("scripts.bench.embedding", "EmbedBench", "embed end to end against the encoder and the reader alone"),
     "probe": ("scripts.bench.probe", "ProbeBench", "the linear probe against a plain loop: speed and peak memory"),
     "slide-encoder": ("scripts.bench.slide_encoder", "SlideEncoderBench", "the slide encoder against a plain product"),
+    "pretraining": ("scripts.bench.pretraining", "PretrainingBench", "a step against a plain product; use downstream"),
     "finetuning": ("scripts.bench.finetuning", "FinetuningBench", "a training step against a plain product"),
 }
 
