@@ -1,4 +1,4 @@
-"""The commands of the guide to fine-tuning, run on a made cohort as they stand there, with a narrow encoder."""
+"""The commands of the guides to fine-tuning and probes, run on made cohorts as they stand there, but for sizes."""
 
 import os
 import re
@@ -44,6 +44,31 @@ def test_commands_of_the_guide_run_one_after_the_other(tmp_path, monkeypatch) ->
     assert {Path("predictions.csv"), Path("tested/results.json")} <= set(Path().rglob("*.csv")) | set(
         Path("tested").iterdir()
     )
+
+
+def test_heads_on_a_folder_of_features_and_a_table(tmp_path, monkeypatch) -> None:
+    """What the guides say to those who have no slides and no weights."""
+    monkeypatch.chdir(tmp_path)
+    features, table = write_cohort(
+        tmp_path / "cohort", [n % 2 for n in range(18)], patients=[f"p{n}" for n in range(18)], tiles=6
+    )
+    features.rename("features")
+    table.rename("labels.csv")
+    text = "".join((ROOT / "docs" / "guides" / f"{name}.md").read_text() for name in ("probes", "finetuning"))
+    commands = [
+        *re.findall(r"^gigapath slide-embed features .*", text, re.M),
+        *re.findall(r"^gigapath probe vectors .*", text, re.M),
+        "gigapath init-task labels.csv --to task.yaml",
+        *re.findall(r"^gigapath finetune .* --features features .*", text, re.M),
+    ]
+    assert len(commands) == 4
+    for command in commands:
+        words = shlex.split(command)[1:]
+        more = ["--device", "cpu", "--epochs", "1"] if words[0] == "finetune" else []
+        assert main([*words, *more, *(["--replicates", "10"] if words[0] in ("probe", "finetune") else [])]) == 0, (
+            command
+        )
+    assert Path("probed", RESULTS).is_file() and Path("attention", RESULTS).is_file()
 
 
 @pytest.mark.slow
