@@ -1,5 +1,6 @@
 """The report's page in Chromium, from the disk and without network."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -7,12 +8,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from browser import chromium, complaints, wait_for
 from made_report import MARKUP, PLANTED, REGION, SCRIPT, make_run
 
 from gigapath.cli.main import main
+from gigapath.cohort.status import Status, read_status
 from gigapath.report import ReportOptions, write_report
+from gigapath.report.projection import Projection
 
 pytestmark = pytest.mark.slow
 
@@ -344,23 +348,30 @@ def test_scores_are_shown(page: Any, tmp_path: Path) -> None:
     assert complaints(page) == []
 
 
-def test_two_thousand_slides_are_one_small_page_whose_pictures_wait(
+def test_twenty_thousand_slides_are_one_page_whose_pictures_wait(
     run: Path, page: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    out, count = tmp_path / "out", 2000
+    out, count = tmp_path / "out", 20_000
+    names = [f"slide-{number:05d}" for number in range(count)]
     for stage in ("tiles", "features_tiny", "slides_tinynet__tiny"):
         (out / stage).mkdir(parents=True)
-        status = (run / stage / f"{PLANTED}.json").read_text()
-        for number in range(count):
-            named = status.replace(f'"{PLANTED}"', f'"slide-{number:04d}"')
-            (out / stage / f"slide-{number:04d}.json").write_text(named)
+
+    def statuses(folder: Path) -> dict[str, Status]:
+        one = read_status(run / folder.name, PLANTED)
+        assert one is not None
+        return {name: dataclasses.replace(one, slide_id=name) for name in names}
+
+    points = np.random.default_rng(0).standard_normal((count, 2))
+    projection = Projection("slides_tinynet__tiny", "default", "PCA", ("1", "2"), tuple(names), points, True)
     whole = run / "report_files" / PLANTED
     maps = [path for path in whole.iterdir() if path.name.startswith("map_")]
     record = json.loads((whole / "pictures.json").read_text())["pictures"]
 
     def link(folder: Path, *_: object, **__: object) -> dict[str, Any]:
-        folder.mkdir(parents=True)
-        os.link(whole / "thumbnail.jpg", folder / "thumbnail.jpg")
+        if folder.name in {*names[:300], *names[-300:]}:  # the others are not looked at
+            folder.mkdir(parents=True)
+            for picture in [*whole.glob("*.jpg"), *whole.glob("*.png")]:
+                os.link(picture, folder / picture.name)
         return dict(record)
 
     layers = [{"title": "map", "file": path.name, **dict.fromkeys("xywh", 1), "pixels": [9, 9]} for path in maps]
@@ -370,11 +381,13 @@ def test_two_thousand_slides_are_one_small_page_whose_pictures_wait(
         "legend": {"label": "k-means cluster"},
         "facts": {"model": "tile embeddings of tiny", "trained": True},
     }
+    monkeypatch.setattr("gigapath.report.collecting.read_statuses", statuses)
+    monkeypatch.setattr("gigapath.report.write.project_folder", lambda *_: projection)
     monkeypatch.setattr("gigapath.report.write.write_pictures", link)
     monkeypatch.setattr("gigapath.report.write.write_maps", lambda *_: [{**layer, **facts} for layer in layers])
     report = write_report(out)
     assert report.slides == count
-    assert report.page.stat().st_size < 20e6
+    assert report.page.stat().st_size < 25e6
     page.get(report.page.as_uri())
     assert len(wait_for(page, IDS)) == 200
     assert page.execute_script(f"return {EAGER}") == 0
@@ -383,7 +396,18 @@ def test_two_thousand_slides_are_one_small_page_whose_pictures_wait(
     page.execute_script("document.querySelector('.slides tbody tr:nth-child(100)').scrollIntoView()")
     asked = page.execute_script("return document.querySelectorAll('.slides img[src]').length")
     assert asked <= 40
-    search = page.find_element("css selector", "input[type=search]")
-    search.send_keys("slide-1999")
-    assert page.execute_script(f"return {IDS}") == ["slide-1999"]
+    assert page.execute_script("return document.querySelectorAll('.point').length") == count
+    page.find_element("css selector", ".slides .more").click()
+    assert len(page.execute_script(f"return {IDS}")) == 1200
+    page.execute_script("document.querySelector('.slides th button').focus()")
+    keys(page, "\ue007")  # the other way round
+    assert page.execute_script(f"return {IDS}")[0] == names[-1]
+    page.execute_script("document.querySelector('input[type=search]').focus()")
+    keys(page, names[-1])
+    assert page.execute_script(f"return {IDS}") == [names[-1]]
+    page.execute_script("document.querySelector('.slides tbody .link').focus()")
+    keys(page, "\ue007")
+    wait_for(page, DRAWN)
+    keys(page, "\ue00c")
+    wait_for(page, "!document.getElementById('slide').open")
     assert complaints(page) == []

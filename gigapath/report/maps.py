@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,7 +13,6 @@ from PIL import Image
 
 from gigapath.cohort.privacy import hide_paths
 from gigapath.files import write_bytes_atomic
-from gigapath.report.pictures import Placed, enlarge
 from gigapath.text import slides_in_words
 
 FORMAT = 1
@@ -104,16 +104,18 @@ def _write_map(target: Path, path: Path, sources: Sources) -> dict[str, Any]:
     if said["format"] != FORMAT:
         raise ValueError(f"{path.name}: expected a map of format {FORMAT}, got {said['format']!r}.")
     x, y, width, height = (round(value) for value in said["overlay"]["level0"])
-    name = f"map_{hashlib.sha256(said['name'].encode()).hexdigest()[:10]}.png"
-    with Image.open(path.parent / said["files"]["overlay"]) as cells:
-        placed: Placed = enlarge(cells, (x, y, width, height))
-    write_bytes_atomic(target / name, placed.png)
+    overlay = (path.parent / said["files"]["overlay"]).read_bytes()
+    name = f"map_{hashlib.sha256(said['name'].encode() + overlay).hexdigest()[:10]}.png"
+    with Image.open(io.BytesIO(overlay)) as cells:  # one pixel a cell: the page draws them larger without smoothing
+        size = cells.size
+    if not (target / name).is_file():
+        write_bytes_atomic(target / name, overlay, durable=False)
     title = said["title"] + (" (a heuristic)" if said["heuristic"] and "heuristic" not in said["title"] else "")
     facts = {key: said.get(key) for key in STATED}
     made_from = said.get("made_from") or {}
     return {
         "title": hide_paths(title[:1].upper() + title[1:]),
-        **placed.to_dict(name),
+        **{"file": name, "x": x, "y": y, "w": width, "h": height, "pixels": list(size)},
         "legend": _legend(said["colour"]),
         "facts": {key: _plain(value) for key, value in facts.items() if value not in (None, "")},
         "stale": sources.stale(made_from),

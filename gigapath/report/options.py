@@ -29,7 +29,8 @@ class ReportOptions(Options):
     )
     projection: str = option(
         "auto",
-        "how slides are laid out in two dimensions; auto is UMAP where installed, else t-SNE, and PCA for few slides",
+        "how slides are laid out in two dimensions; auto is UMAP where installed, else t-SNE, and PCA for fewer than "
+        "20 slides or more than 5,000",
         choices=("auto", "umap", "tsne", "pca"),
     )
     workers: int | None = option(None, "threads that read slides (default: one per core)", at_least=0)

@@ -17,6 +17,7 @@ from gigapath.report.collecting import is_trained
 
 SEED = 0
 FEW = 20  # neighbours say little among fewer slides: PCA
+MANY = 5000  # t-SNE and UMAP of more slides take minutes: PCA too
 LEAST = 3  # slides; fewer are no picture
 COMPONENTS = 50  # what t-SNE starts from, as its authors advise
 
@@ -73,7 +74,7 @@ def project(vectors: FloatArray, method: str) -> tuple[FloatArray, str, tuple[st
     """(points (S, 2), the method in words, the two axes) of vectors (S, D)."""
     if method == "auto":
         method = "pca"
-        if len(vectors) >= FEW:
+        if FEW <= len(vectors) <= MANY:
             method = next((name for name, module in _MODULES.items() if _installed(module)), "pca")
     if method == "umap":
         return _umap(vectors)
