@@ -348,9 +348,7 @@ def _of_status(status: int, who: str, host: str) -> OSError:
     if status in (404, 410):
         return FileNotFoundError(f"{who}: {host} has no such file ({status}). Check the name; it may have moved.")
     if status == 429:
-        return ConnectionError(
-            f"{who}: {host} asks to wait ({status}, too many requests). Run this again in some minutes."
-        )
+        return ConnectionError(f"{who}: {host} limits requests ({status}). Run this again in a few minutes.")
     if status >= 500:
-        return ConnectionError(f"{who}: {host} is out of order ({status}). Run this again later.")
+        return ConnectionError(f"{who}: {host} has a server error ({status}). Run this again later.")
     return ConnectionError(f"{who}: {host} answered {status}. Check the address and the proxy.")

@@ -13,7 +13,7 @@ def tiles_in_words(count: int, *, exact: bool = True) -> str:
     """A number of tiles that says whether it is counted."""
     if exact:
         return "1 tile" if count == 1 else f"{count:,} tiles"
-    return f"about {rounded(count):,} tiles (by the slides' sizes; a third or three times as many are possible)"
+    return f"about {rounded(count):,} tiles (estimated from slide sizes; may be off by a factor of three)"
 
 
 def rounded(count: int) -> int:

@@ -98,7 +98,7 @@ def test_a_signal_ends_in_75(
     assert embed(slides, tmp_path, "--batch-size", "4") == 75
     said = capsys.readouterr().out
     assert "stopped: 1 stopped, 1 todo; " in said  # and no tiles: none is embedded
-    assert "the same command goes on from here." in said
+    assert "the same command again to resume." in said
     monkeypatch.undo()
 
 

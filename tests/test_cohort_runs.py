@@ -327,4 +327,4 @@ def test_mask_of_the_manifest_that_is_not_there_is_said_of_its_slide(slides: Pat
         "todo": 0,
     }
     said = table(tmp_path / "out")["s0"]["error"]
-    assert said == "mask: expected the file that the manifest names, got none. Mend its row in the manifest."
+    assert said == "mask: expected the file that the manifest names, got none. Correct its row in the manifest."

@@ -95,7 +95,7 @@ def test_folder_of_a_run_that_is_gone_is_taken_and_it_notices(
             monkeypatch.setattr(owner, "is_running_here", lambda _: None)
             os.utime(mark, (1, 1))
         with Ownership({tmp_path: {"precision": "fp16"}}) as second:
-            with pytest.raises(FolderTaken, match="begun there"):
+            with pytest.raises(FolderTaken, match="other options"):
                 first.check()
             second.check()
 

@@ -81,7 +81,7 @@ def finetune(
         with Terminal() as watch, StopFlag(watch.stopping) as stop:
             fine_tune(inputs, out, settings, cohort=cohort, dry_run=dry_run, watch=watch, check_stop=stop.check)
     except Stopped as stopped:
-        print(f"gigapath finetune: stopped by {stopped}; the same command goes on after the last finished epoch.")
+        print(f"gigapath finetune: stopped by {stopped}; run it again to resume after the last finished epoch.")
         return EXIT_STOPPED
     print("Dry run: nothing was written." if dry_run else f"Results: {out}")
     return 0

@@ -75,7 +75,7 @@ def doctor(*, offline: bool = False, as_json: Json = False, verify: bool = False
         rows = [{key: getattr(finding, name) for key, name in names.items()} for finding in found]
         print(json.dumps(rows, indent=2, ensure_ascii=False))
     else:
-        print(f"{len(found)} things looked at, {wrong} wrong.")
+        print(f"{len(found)} checks, {wrong} failed.")
     return EXIT_FAILED_SLIDES if wrong else 0
 
 

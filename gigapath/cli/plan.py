@@ -47,7 +47,7 @@ def plan(
         from gigapath.embedding.run import measure_encoder  # torch takes seconds: the headers are told without it
 
         usable = sum(header.places > 0 for header in found.headers)
-        source = "one batch measured here"
+        source = "measured on one batch"
         rate, seconds = measure_encoder(plan.tile_encoder, plan.device, tiles=found.tiles, slides=usable)
     if seconds is None and rate is not None:
         seconds = found.tiles / rate
@@ -81,18 +81,18 @@ def lines(found: Survey, rate: float | None, seconds: float | None, source: str)
     yield from _listed("cut short", lacking)
     clashes = {h.slide_id: h.mpp_problem for h in headers if h.mpp_problem and not h.error}
     yield from _listed("contradictory microns per pixel", clashes)
-    yield from _listed("ids that a run refuses", dict.fromkeys(found.id_problems, ""))
+    yield from _listed("ids that a run rejects", dict.fromkeys(found.id_problems, ""))
     groups = {", ".join(group): "" for group in found.duplicates}
     yield from _listed("groups of identical files", groups)
     yield from _listed("ids that look like names or dates", found.odd_ids)
     yield (
-        f"about {rounded(found.tiles):,} tiles: {found.tissue_share:.0%} of the places are taken for tissue, "
-        + (f"as on {slides_in_words(found.piloted)} of the pilot." if found.piloted else "as is usual.")
+        f"about {rounded(found.tiles):,} tiles: {found.tissue_share:.0%} of the grid is counted as tissue, "
+        + (f"as on the pilot's {slides_in_words(found.piloted)}." if found.piloted else "a typical share.")
     )
     sizes = ", ".join(f"{in_bytes(found.tiles * release.tile_dim * 4)} ({name})" for name, release in RELEASES.items())
     yield f"tile embeddings in float32: {sizes}."
     if rate is None or seconds is None:
-        yield "hours: say --tiles-per-second X, or --tile-encoder NAME to measure one batch here."
+        yield "hours: give --tiles-per-second X, or --tile-encoder NAME to measure one batch here."
     else:
         yield f"{seconds / 3600:,.3g} GPU hours at {rate:,.3g} tiles/s ({source}): {in_words(seconds)} on one."
 

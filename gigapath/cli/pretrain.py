@@ -47,7 +47,9 @@ def pretrain(
                 check_stop=stop.check,
             )
     except Stopped as stopped:
-        print(f"gigapath pretrain: stopped by {stopped}; the same command goes on after the last checkpoint.")
+        print(
+            f"gigapath pretrain: stopped by {stopped}; run the same command again to resume after the last checkpoint."
+        )
         return EXIT_STOPPED
     print("Dry run: nothing was written." if result is None else f"Weights: {result.weights}")
     return 0

@@ -57,7 +57,7 @@ def embed_tiles(
                 check_stop=stop.check,
             )
         except Stopped as stopped:
-            print(f"stopped by {stopped}; the same command goes on from here.", file=sys.stderr)
+            print(f"stopped by {stopped}; run the same command again to resume.", file=sys.stderr)
             return EXIT_STOPPED
     seconds = time.perf_counter() - started
     before = f" ({resumed:,} of them by the run before)" if resumed else ""

@@ -88,8 +88,8 @@ class Terminal(Progress):
         self._bar = tqdm(total=total, file=sys.stderr, smoothing=0.1, **given, **width)
 
     def stopping(self, signal: str) -> None:
-        more = " Ctrl-C once more ends at once." if signal == "SIGINT" else ""
-        print(f"\n{signal}: stopping within seconds; what is done is kept.{more}", file=sys.stderr, flush=True)
+        more = " Press Ctrl-C again to end immediately." if signal == "SIGINT" else ""
+        print(f"\n{signal}: stopping within seconds; finished results are kept.{more}", file=sys.stderr, flush=True)
 
     def expect(self, tiles: int) -> None:
         self._tiles[1] = tiles
@@ -142,7 +142,7 @@ class Terminal(Progress):
 
     def retrying(self, slides: int) -> None:
         self._again = True
-        self.line(f"{slides_in_words(slides)} failed by input or output: tried once more.")
+        self.line(f"{slides_in_words(slides)} failed with an input/output error; retrying once.")
 
     def _tell(self, line: str) -> None:
         """Write a line unless one was written of late."""
@@ -180,7 +180,7 @@ class Terminal(Progress):
             print(json.dumps(document, indent=2))
         print(result.summary, file=self._words)
         if result.outcome == "stopped":
-            print("What is done is kept: the same command goes on from here.", file=self._words)
+            print("Finished results are kept. Run the same command again to resume.", file=self._words)
         if result.note:
             print(result.note, file=self._words)
         for line in failure_lines(failures_by_kind(result.failed)):

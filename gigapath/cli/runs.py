@@ -36,7 +36,7 @@ def status(out: GivenFolder, /, *, as_json: Json = False) -> int:
         for line in failure_lines(stage.failures):
             print(f"{stage.folder}: {line}")
     if any(stage.counts["failed"] for stage in stages):
-        print("What failed is not counted as left: the same command tries it again, --only failed tries it alone.")
+        print("Failed slides are not counted as left. The same command retries them; --only failed retries only them.")
     return 0
 
 
@@ -80,7 +80,9 @@ def remove(slide_id: str, out: GivenFolder, /, *, dry_run: bool = False, as_json
             for name in names:
                 print(f"{title}: {name}")
         if removed:
-            print("Nothing outside was looked at: the slide itself, manifests, exported tables, fitted models.")
+            print(
+                "Nothing outside this folder was searched: the slide itself, manifests, exported tables, fitted models."
+            )
     if not removed:
         raise ValueError(f"{out}: it holds nothing of a slide {slide_id!r}. Give its whole id.")
     return 0

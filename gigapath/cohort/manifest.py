@@ -186,7 +186,7 @@ def _path_problem(name: str, cell: str, folder: Path) -> str:
         got = "one with backslashes, as Windows writes it, that leads to no file here"
     else:
         return ""
-    return f"{name}: expected the path of a file, got {got}. Mend its row in the manifest."
+    return f"{name}: expected the path of a file, got {got}. Correct its row in the manifest."
 
 
 def _scale_of(row: Mapping[str, str], where: str) -> float | None:

@@ -89,7 +89,7 @@ class Ownership:
                 os.utime(mark)
             except FileNotFoundError as error:
                 raise FolderTaken(
-                    f"{folder.name}: a run with other options has begun there while this one stood still. Look at what "
+                    f"{folder.name}: a run with other options started there while this one was suspended. Check what "
                     "is there, then run the same command again."
                 ) from error
             except OSError:  # the next write says so
@@ -114,8 +114,8 @@ class Ownership:
                     path.unlink()
                 elif match[1] != digest(self._folders[folder]):
                     raise FolderTaken(
-                        f"{folder.name}: a run with other options is at work there"
-                        f"{_other(path, self._folders[folder])}. Wait for its end, give the same options, or use "
+                        f"{folder.name}: a run with other options is active there"
+                        f"{_other(path, self._folders[folder])}. Wait until it ends, use the same options, or use "
                         "another --out."
                     )
 

@@ -143,8 +143,8 @@ class StageOptions:
         again = f"--overwrite {stage} makes them again" + f", {strange!r} too where it is named" * bool(strange)
         mixed = names <= set(NUMERICS)
         raise ValueError(
-            f"{self.folder.name}: expected the options with which its slides were done, got others: "
-            f"{'; '.join(found)}. Give those of before, or use another --out; {again}"
+            f"{self.folder.name}: expected the options that its slides were made with, got others: "
+            f"{'; '.join(found)}. Use the earlier options, or another --out; {again}"
             f"{', --allow-mixed takes both together' * mixed}{self.instead}."
         )
 

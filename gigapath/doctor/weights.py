@@ -59,7 +59,7 @@ def check_weights(*, offline: bool) -> list[Finding]:
             continue
         late, folder = isinstance(error, TimeoutError), Path(huggingface_hub.constants.HF_HUB_CACHE)
         why = f"no answer in {_SECONDS:g} s" if late else str(hub_error(error, release.repo, SLIDE_FILE, folder))
-        text = f"{release.name}: not in the cache, and not to be had: {why}".rstrip(".")
+        text = f"{release.name}: not in the cache, and not available: {why}".rstrip(".")
         advice = "look at the network and its proxy (HTTPS_PROXY), or at the access that the page of the model grants."
         found.append(Finding(name, text, advice, NOTE, "no access"))
     return found

@@ -45,7 +45,7 @@ class RunOptions(KeepOptions):
         None, "do share I of N of the slides, cut to about equal numbers of tiles: one job of an array", metavar="I/N"
     )
     pseudonymise: str | None = option(
-        None, "slides and patients get ids made from this key; who is who stands in private/ alone", metavar="KEYFILE"
+        None, "slides and patients get ids made from this key; the mapping is kept in private/ only", metavar="KEYFILE"
     )
     engine: str = option(
         "local", "local: this process; ray: workers on the machines of a Ray cluster", choices=("local", "ray")

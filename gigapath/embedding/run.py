@@ -34,8 +34,8 @@ _BATCH_ON_CPU_LARGE = 2
 _LARGE = 500_000_000  # parameters; the ViT-g has 1.1 billion
 _PATIENCE_SECONDS = 3600.0
 _ALTERNATIVES = (
-    "that is long for a CPU. A GPU is about a hundred times as fast (--device cuda); --tile-encoder gigapath-flash "
-    "takes a fiftieth of gigapath's work; --max-tiles N embeds fewer tiles; --tile-encoder standin is for trying out."
+    "this is long for a CPU. A GPU is about a hundred times faster (--device cuda); --tile-encoder gigapath-flash "
+    "needs a fiftieth of gigapath's work; --max-tiles N embeds fewer tiles; --tile-encoder standin is for testing."
 )
 
 
@@ -325,7 +325,9 @@ def _plan(job: EmbedJob, todo: Sequence[SlideEntry]) -> Plan:
         features.probe = probe_devices(features.encoders, features.batch_size, several=len(todo) > 1)
         job.run.facts["batches"] = ", ".join(features.probe.ways)
     skipped = len(entries) - len(todo)
-    lines = [f"{slides_in_words(len(entries))}: {len(todo)} to do, {skipped} done before with these settings, skipped."]
+    lines = [
+        f"{slides_in_words(len(entries))}: {len(todo)} to do, {skipped} already done with these settings, skipped."
+    ]
     lines[:0] = share_in_words(entries, job.run.cohort, features.options)
     lines.append(
         f"tile encoder: {encoder.description}; {_device_name(features.encoders)}, {encoder.precision}, "
@@ -350,7 +352,7 @@ def _plan(job: EmbedJob, todo: Sequence[SlideEntry]) -> Plan:
         rate = features.probe.tiles_per_second
         seconds = _seconds(features.probe, total, len(todo), features.batch_size)
         facts |= {"tiles_per_second": rate, "seconds": seconds}
-        lines.append(f"{work}; about {in_words(seconds)} at {rate:.3g} tiles/s (one batch, measured here).")
+        lines.append(f"{work}; about {in_words(seconds)} at {rate:.3g} tiles/s (measured on one batch).")
         if seconds > _PATIENCE_SECONDS and encoder.device.type == "cpu":
             lines.append(_ALTERNATIVES)
     else:

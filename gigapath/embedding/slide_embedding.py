@@ -95,7 +95,7 @@ def run_slide_embed(
         run.facts["slide_encoder"] = slide_encoder.facts
         skipped = len(entries) - len(todo)
         lines = (
-            f"{slides_in_words(len(entries))}: {len(todo)} to do, {skipped} done before with these settings, skipped.",
+            f"{slides_in_words(len(entries))}: {len(todo)} to do, {skipped} already done with these settings, skipped.",
             f"slide encoder: {slide_encoder.description}; {slide_encoder.device.type}, {slide_encoder.precision}.",
             f"tile embeddings of {encoder_name or 'an encoder that the files do not name'}, {width}-d; into {folder}.",
         )

@@ -106,7 +106,7 @@ def check_names(entries: Iterable[SlideEntry], out: Path) -> None:
     for entry in entries:
         earlier = before.get(entry.original_id or entry.slide_id, entry)
         if earlier.slide_id != entry.slide_id:
-            had = "pseudonyms of the key of before" if earlier.original_id else "the slides' own names, as before"
+            had = "pseudonyms of the earlier key" if earlier.original_id else "the slides' own names, as before"
             got = "pseudonyms of another key" if earlier.original_id else "pseudonyms"
             raise ValueError(
                 f"--pseudonymise: expected {had}, got {got if entry.original_id else 'their own names'}: the "

@@ -173,7 +173,9 @@ class TileStage(Stage):
 
     def make(self, entry: SlideEntry, identity: Mapping[str, Any]) -> Outcome:
         if entry.mask is not None and not entry.mask.exists():
-            raise SlideError("mask: expected the file that the manifest names, got none. Mend its row in the manifest.")
+            raise SlideError(
+                "mask: expected the file that the manifest names, got none. Correct its row in the manifest."
+            )
         facts = _file_facts(entry, self.options)
         # Where tiles lie never depends on the reader: unless told to leave it to OpenSlide, what equals it may read.
         with open_entry(entry, self.tiling, "openslide" if self.options.reader == "openslide" else "auto") as slide:
@@ -248,7 +250,7 @@ class GivenTiles:
             )
         if status is not None and not status.finished:  # the file is an earlier run's, made with other options
             raise SlideError(
-                f"slide {entry.slide_id!r}: expected its tiles, got those from before its last tiling, which ended as "
+                f"slide {entry.slide_id!r}: expected its tiles, got older ones: its last tiling ended as "
                 f"{status.status!r}. Tile it again in the folder of --tiles."
             )
         return read_tiles(path)
@@ -316,7 +318,7 @@ def _file_facts(entry: SlideEntry, options: RunOptions) -> Mapping[str, Any]:
         if md5 != entry.md5:
             raise SlideError(
                 f"slide {entry.slide_id!r}: expected MD5 {entry.md5} by the manifest, got {md5}. "
-                "Copy the slide again, or mend the manifest."
+                "Copy the slide again, or correct the manifest."
             )
     return {"file_sha256": sha256_of(entry.path)}
 
@@ -332,7 +334,7 @@ def _plan(
     """What a tiling run is going to do."""
     skipped = len(entries) - len(todo)
     lines = [
-        f"{slides_in_words(len(entries))}: {len(todo)} to tile, {skipped} done before with these settings, skipped.",
+        f"{slides_in_words(len(entries))}: {len(todo)} to tile, {skipped} already done with these settings, skipped.",
         f"tiles of {tiling.tile_size} px at {tiling.mpp:g} microns a pixel, tissue by {_rule(tiling)}, "
         f"at least {tiling.min_tissue:g} of a tile.",
     ]
@@ -349,7 +351,7 @@ def _plan(
     }
     if todo:
         facts["seconds"] = estimate_tiling(todo, tiling, options.reading_threads())
-        work += f"; about {in_words(facts['seconds'])} (by a block of some slides, read here)"
+        work += f"; about {in_words(facts['seconds'])} (measured by reading a block of some slides)"
     lines.append(f"{work}.")
     return Plan(tuple(lines), len(entries), skipped, facts=facts)
 

@@ -81,7 +81,7 @@ def read_splits(
             table = read_table(file)
             ids = table.filled(column_of(table, None, ID_COLUMNS, "the slide's name", "id_column"))
             if len(set(ids)) != len(ids):
-                raise ValueError(f"{file.name}: a slide stands in it twice. Keep one.")
+                raise ValueError(f"{file.name}: a slide is listed twice. Keep one row.")
             named |= dict.fromkeys(ids)
             rows[name] = np.array([row_of[slide_id] for slide_id in ids if slide_id in row_of], dtype=np.int64)
             if len(rows[name]) == 0 and name != "val":

@@ -21,7 +21,7 @@ class SplitOptions(Options):
     """Who trains and who tests."""
 
     folds: int = option(5, "folds where no split files are given: stratified, grouped by patient", at_least=3)
-    allow_leakage: bool = option(False, "go on where a patient or the same slide stands in two sets")
+    allow_leakage: bool = option(False, "continue where a patient or the same slide is in two sets")
 
 
 @dataclass(frozen=True)

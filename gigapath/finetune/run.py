@@ -137,7 +137,7 @@ class _Run:
         for line in plan.lines():
             self.watch.line(line)
         if settings.controls:
-            self.watch.line("the controls take their own time besides")
+            self.watch.line("the controls take additional time")
         too_large = next(filter(None, self.processes.gather(plan.too_large)), "")
         if too_large and not settings.training.allow_low_memory:
             raise ValueError(

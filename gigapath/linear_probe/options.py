@@ -27,7 +27,7 @@ class ProbeOptions(BootstrapOptions):
         None, "of two classes the positive one (default: the later in order)", metavar="LABEL"
     )
     allow_missing: bool = option(False, "go on where labels lack embeddings or embeddings lack labels")
-    allow_leakage: bool = option(False, "go on where a group stands in several splits")
+    allow_leakage: bool = option(False, "continue where a group is in several splits")
 
 
 @dataclass(frozen=True)
