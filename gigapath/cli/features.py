@@ -37,12 +37,20 @@ from gigapath.text import slides_in_words
 
 
 @verb
-def check(features: Features, /, *, describe: bool = False, as_json: Json = False, files: CheckOptions) -> int:
+def check(features: Features = (), /, *, describe: bool = False, as_json: Json = False, files: CheckOptions) -> int:
     """Print what was found; the status is 3 where something is wrong.
 
     Args:
         describe: say what each file is, and look for no faults
     """
+    if files.slide_embeddings:
+        from gigapath.embedding.referee import compare_files, in_words  # torch
+
+        verdicts = compare_files(files)
+        print(json.dumps(verdicts) if as_json else "\n".join(in_words(verdicts)))
+        return EXIT_FAILED_SLIDES if any(tool["none_of_these"] for tool in verdicts["tools"]) else 0
+    if not features:
+        raise ValueError("expected FEATURES, files or folders of tile embeddings, or --slide-embeddings, got neither.")
     if describe:
         return _describe(features, as_json, files.tile_size_level0)
     comparison = None

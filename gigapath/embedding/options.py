@@ -165,3 +165,13 @@ class CheckOptions(DeviceOptions, PitchOptions):
     tile_encoder: str | None = option(
         None, "the encoder to compare with (default: the one that the file names)", metavar="NAME"
     )
+    slide_embeddings: tuple[str, ...] = option(
+        (), "say how the vectors of these files (one a tool) were computed, beside --features", metavar="FILE"
+    )
+    features: str | None = option(
+        None, "the tile embeddings of the same slides, files or folders, for --slide-embeddings", metavar="FILE"
+    )
+    slide_encoder: str | None = option(
+        None, "the slide encoder of --slide-embeddings (default: the pair of the tile encoder)", metavar="NAME"
+    )
+    random_weights: bool = option(False, "the untrained slide encoder, for trying --slide-embeddings")

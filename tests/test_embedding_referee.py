@@ -1,0 +1,226 @@
+"""The referee: it names the way that vectors of slides were computed, or the change that explains them, or neither."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from feature_files import write_h5
+from tiny_encoders import WIDTH, tiny_slide_encoder
+
+from gigapath.cli.main import main
+from gigapath.embedding import referee as module
+from gigapath.embedding.referee import NAMED, Referee, apart
+from gigapath.embedding.slide_encoding import SlideEncoder
+from gigapath.features import SlideEmbeddings, TileEmbeddings
+from gigapath.features.cells import tiles_as
+from gigapath.features.recipes import DEFAULT, RECIPES, Recipe
+from gigapath.features.slide_vectors import read_slide_vectors
+from gigapath.slide_encoder import LongNetViT
+
+SLIDES, PITCH = 20, 509  # level-0 pixels of a tile, so that float16 moves some into the next cell
+
+
+def made_slide(number: int) -> TileEmbeddings:
+    """Twenty tiles, column by column, of tissue that differs from slide to slide."""
+    random = np.random.default_rng(number)
+    at = np.sort(random.choice(60 * 60, 20, replace=False))
+    cells = np.stack([at // 60, at % 60], axis=1).astype(np.int32)
+    features = random.normal(size=(1, WIDTH)) + random.normal(size=(20, WIDTH))
+    return TileEmbeddings(
+        slide_id=f"s{number:02}",
+        features=features.astype(np.float32),
+        coords=cells.astype(np.int64) * PITCH,
+        cells=cells,
+        tile_size_level0=float(PITCH),
+    )
+
+
+TILES = {f"s{number:02}": made_slide(number) for number in range(SLIDES)}
+
+
+@pytest.fixture(scope="module")
+def encoder() -> SlideEncoder:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(2)
+        model = LongNetViT(in_chans=WIDTH, embed_dim=32, depth=12)
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter, std=0.2)
+    return replace(tiny_slide_encoder(), model=model.eval().requires_grad_(False))
+
+
+@pytest.fixture(scope="module")
+def referee(encoder: SlideEncoder) -> Referee:
+    return Referee(TILES, encoder)
+
+
+def vectors_of(encoder: SlideEncoder, recipe: Recipe) -> dict[str, np.ndarray[Any, Any]]:
+    found = {}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(5)
+        encoder.model.train(not recipe.evaluated)
+        for slide_id, tiles in TILES.items():
+            arrays = encoder.at(recipe.precision[0]).embed(tiles_as(tiles, recipe))
+            found[slide_id] = SlideEmbeddings(slide_id=slide_id, **arrays).select(recipe.readout)
+        encoder.model.eval()
+    return found
+
+
+@pytest.mark.parametrize("name", [name for name, recipe in NAMED.items() if recipe.evaluated])
+def test_every_tools_vectors_get_its_name(referee: Referee, encoder: SlideEncoder, name: str) -> None:
+    verdict = referee.judge(vectors_of(encoder, NAMED[name]))
+    assert [str(way) for way in verdict.fits] == [name]
+    assert verdict.fits[0].cosine > 0.999999 and verdict.slides == SLIDES
+
+
+PLANTED: list[tuple[dict[str, Any], set[str]]] = [
+    ({"readout": "default:class"}, {"pooling class"}),
+    ({"readout": "last-state:mean"}, {"state 12"}),
+    ({"readout": "state:5:mean"}, {"state 5"}),
+    ({"order": "column-major"}, {"order file", "order column-major"}),  # of these files the same
+    ({"places": "level0"}, {"places level0"}),
+    ({"places": "swapped"}, {"places swapped"}),
+    ({"places": "none"}, {"places none"}),
+    ({"half_places": True}, {"coordinates in float16 yes"}),
+    ({"precision": ("bf16", "bf16")}, {"precision bf16"}),
+    ({"precision": ("half", "half")}, {"precision half"}),
+]
+
+
+@pytest.mark.parametrize(("changes", "expected"), PLANTED, ids=lambda value: str(value))
+def test_a_planted_change_is_named(
+    referee: Referee, encoder: SlideEncoder, changes: dict[str, Any], expected: set[str]
+) -> None:
+    verdict = referee.judge(vectors_of(encoder, replace(DEFAULT, **changes)))
+    assert {str(way) for way in verdict.fits} == {f"default with {text}" for text in expected}
+
+
+def test_dropout_left_on_is_said(referee: Referee, encoder: SlideEncoder) -> None:
+    for recipe, name in (
+        (replace(DEFAULT, evaluated=False), "default with eval left out"),
+        (RECIPES["slide2vec-5"], "slide2vec-5"),
+    ):
+        verdict = referee.judge(vectors_of(encoder, recipe))
+        assert not verdict.fits and name in [str(way) for way in verdict.dropout]
+
+
+def test_noise_is_none_of_these(referee: Referee) -> None:
+    random = np.random.default_rng(1)
+    verdict = referee.judge({name: random.normal(size=32) for name in TILES})
+    assert not verdict.fits and not verdict.dropout and verdict.named[0].cosine < 0.5
+
+
+def test_another_slides_vectors_are_none_of_these(referee: Referee, encoder: SlideEncoder) -> None:
+    vectors = vectors_of(encoder, DEFAULT)
+    assert not referee.judge(dict(zip(vectors, [*list(vectors.values())[1:], vectors["s00"]], strict=True))).fits
+
+
+def test_equal_recipes_are_named_together(encoder: SlideEncoder) -> None:
+    """At 256 level-0 pixels a tile, three tools differ in nothing but precision."""
+    tiles = {
+        name: replace(held, coords=held.cells.astype(np.int64) * 256, tile_size_level0=256.0)
+        for name, held in TILES.items()
+    }
+    tiles = {name: tiles[name] for name in ("s00", "s01")}
+    vectors = {}
+    for name, held in tiles.items():
+        arrays = encoder.embed(tiles_as(held, RECIPES["slide2vec"]))
+        vectors[name] = arrays["default_class"][0] * (
+            1 + 1e-3 * np.sin(np.arange(32))
+        )  # another device's half precision
+    verdict = Referee(tiles, encoder).judge(vectors)
+    assert [str(way) for way in verdict.fits] == ["slide2vec", "mussel", "lazyslide"]
+
+
+def test_the_mean_of_tiles_needs_no_encoder(referee: Referee) -> None:
+    verdict = referee.judge({name: held.features.mean(axis=0) for name, held in TILES.items()})
+    assert [str(way) for way in verdict.fits] == ["tile-mean"]
+
+
+def test_what_cannot_be_compared_is_refused(referee: Referee) -> None:
+    with pytest.raises(ValueError, match="wide"):
+        referee.judge({"s00": np.ones(7)})
+    with pytest.raises(ValueError, match="same slides"):
+        referee.judge({"other": np.ones(32)})
+    with pytest.raises(ValueError, match="same slides"):
+        apart({"a": np.ones(3)}, {"b": np.ones(3)})
+
+
+# ------------------------------------------------------------------------------------------ from the command line
+
+
+@pytest.fixture
+def files(tmp_path: Path, encoder: SlideEncoder, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Tile embeddings as TRIDENT writes them, TRIDENT's and STAMP's slide vectors, of three slides."""
+    monkeypatch.setattr(module, "load_slide_encoder", lambda *args, **kwargs: encoder)
+    trident, stamp = vectors_of(encoder, RECIPES["trident"]), vectors_of(encoder, RECIPES["stamp"])
+    attrs = {"coords": {"patch_size": 256, "patch_size_level0": PITCH}, "features": {"encoder": "gigapath"}}
+    for name in ("s00", "s01", "s02"):
+        held = TILES[name]
+        write_h5(
+            tmp_path / "features_gigapath" / f"{name}.h5", {"features": held.features, "coords": held.coords}, attrs
+        )
+        path = tmp_path / "slide_features_gigapath" / f"{name}.h5"
+        write_h5(path, {"features": trident[name], "coords": held.coords}, {"features": {"encoder": "gigapath"}})
+    chosen = {name: stamp[name].astype(np.float16) for name in ("s00", "s01", "s02")}
+    write_h5(
+        tmp_path / "gigapath-slide.h5",
+        chosen,
+        {"": {"version": "2.4.0", "encoder": "gigapath", "precision": "torch.float16"}},
+    )
+    yield tmp_path
+
+
+def test_check_names_the_tools_and_how_they_differ(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["check", "--slide-embeddings", str(files / "slide_features_gigapath"), str(files / "gigapath-slide.h5")]
+    words += ["--features", str(files / "features_gigapath"), "--slide-encoder", "gigapath"]
+    assert main([*words, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [tool["fits"][0]["way"] for tool in found["tools"]] == ["trident", "stamp"]
+    (pair,) = found["pairs"]
+    assert pair["slides"] == 3 and pair["cosine"] < 0.99 and {"readout", "places"} <= set(pair["differ_in"])
+    assert main(words) == 0
+    said = capsys.readouterr().out
+    assert "This is trident" in said and "This is stamp" in said and "differ in" in said
+
+
+def test_check_says_none_of_these_with_its_status(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    noise = {name: np.random.default_rng(0).normal(size=32).astype(np.float32) for name in ("s00", "s01")}
+    np.savez(files / "noise.npz", **noise)
+    words = ["check", "--slide-embeddings", str(files / "noise.npz"), "--slide-encoder", "gigapath"]
+    assert main([*words, "--features", str(files / "features_gigapath")]) == 3
+    assert "none of these" in capsys.readouterr().out
+
+
+def test_check_without_weights_says_what_the_file_says(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", "--slide-embeddings", str(files / "gigapath-slide.h5")]) == 0
+    said = capsys.readouterr().out
+    assert "torch.float16" in said and "2.4.0" in said and "Not compared" in said
+    assert main(["check"]) != 0
+
+
+def test_vectors_are_read_from_every_tools_files(files: Path, tmp_path: Path) -> None:
+    folder = read_slide_vectors(files / "slide_features_gigapath")
+    assert sorted(folder.vectors) == ["s00", "s01", "s02"] and folder.said["tool"] == "trident"
+    assert read_slide_vectors(files / "gigapath-slide.h5").said["precision"] == "torch.float16"
+    np.savez(tmp_path / "one.npz", features=np.ones(5, np.float32))
+    (tmp_path / "one.meta.json").write_text(json.dumps({"encoder_name": "gigapath-slide", "feature_dim": 5}))
+    assert read_slide_vectors(tmp_path / "one.npz").said == {"tool": "slide2vec", "encoder_name": "gigapath-slide"}
+    np.save(tmp_path / "two.npy", np.ones((1, 5)))
+    torch.save(torch.ones(5), tmp_path / "three.pt")
+    for name in ("two.npy", "three.pt"):
+        assert read_slide_vectors(tmp_path / name).width == 5
+    (tmp_path / "t.csv").write_text(
+        "slide_id,embedding,trained,e0,e1\na,default:mean,True,1,2\nb,default:mean,True,3,4\n"
+    )
+    table = read_slide_vectors(tmp_path / "t.csv")
+    assert table.vectors["b"].tolist() == [3, 4] and table.said["embedding"] == "default:mean"
+    np.save(tmp_path / "tiles.npy", np.ones((3, 5)))
+    np.save(tmp_path / "nan.npy", np.full(5, np.nan))
+    for name in ("tiles.npy", "nan.npy", "absent.npy"):
+        with pytest.raises((ValueError, FileNotFoundError), match=name):
+            read_slide_vectors(tmp_path / name)
