@@ -337,6 +337,29 @@ def test_what_status_files_promise_and_is_not_there_is_found(
     assert found == {"missing-file": True, "unfinished": True, "left-over": False}
 
 
+def test_slides_that_were_refused_on_purpose_are_not_called_wrong(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tissue = paint_tissue(900, 700)
+    grey = np.repeat(tissue.mean(axis=2, keepdims=True).astype(np.uint8), 3, axis=2)
+    (tmp_path / "slides").mkdir()
+    for name, image in (("good", tissue), ("dark", 255 - tissue), ("grey", grey)):
+        write_pyramid(tmp_path / "slides" / f"{name}.tif", image, mpp=(0.5, 0.5))
+    out = tmp_path / "out"
+    assert main(["tile", str(tmp_path / "slides"), "--out", str(out), "--workers", "0"]) == 3
+    (out / "features_made").mkdir()
+    write_ours(out / "features_made", "good")
+    capsys.readouterr()
+    assert main(["check", "--json", str(out)]) == 0
+    folders = json.loads(capsys.readouterr().out)["folders"]
+    (found,) = [finding for folder in folders for finding in folder["findings"]]
+    assert found["name"] == "refused" and not found["wrong"]
+    assert "dark" in found["text"] and "grey" in found["text"] and "good" not in found["text"]
+    assert main(["report", "--methods", str(out)]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "they were not brightfield (dark background) (1)" in text and "they held no color (1)" in text
+
+
 def test_command_says_what_is_wrong_and_exits_with_3(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_ours(tmp_path, "good", make_features(30, 1536, seed=2))
     assert main(["check", str(tmp_path)]) == 0

@@ -63,6 +63,8 @@ def test_everything_that_a_paper_needs_is_said(tmp_path: Path) -> None:
         RELEASES["gigapath"].tile_sha256[:16], "OpenSlide [goode2013openslide] 4.0.1", "PyTorch 2.14.1",
     ):  # fmt: skip
         assert part in text, part
+    assert "no resolution was stated (2)" in text and "no tissue was found (1)" in text
+    assert "--slide-mpp" not in text and "expected" not in text  # clauses, not messages
     assert found.cautions == []
     assert [entry.split("{")[1].split(",")[0] for entry in found.bibtex] == [
         "xu2024gigapath",

@@ -113,7 +113,15 @@ def _check_statuses(folder: Path, there: Collection[str]) -> list[Finding]:
         text = f"{len(unsummed)} of its files have no checksum: {some(unsummed)}."
         advice = "Bytes that change in them may not be noticed; what is made from now on has one."
         findings.append(Finding("no-checksum", text, advice, state=NOTE))
-    open_ones = [f"{slide_id} ({status.status})" for slide_id, status in statuses.items() if not status.finished]
+    refused = [slide_id for slide_id, status in statuses.items() if status.refused]
+    if refused:
+        text = f"{len(refused)} slides were refused, as no stained brightfield slides: {some(refused)}."
+        findings.append(Finding("refused", text, "They take no part.", state=NOTE))
+    open_ones = [
+        f"{slide_id} ({status.status})"
+        for slide_id, status in statuses.items()
+        if not (status.finished or status.refused)
+    ]
     if open_ones:
         text = f"{len(open_ones)} slides are not finished: {some(open_ones)}."
         findings.append(Finding("unfinished", text, "They take no part, or with an earlier run's numbers."))

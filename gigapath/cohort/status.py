@@ -25,6 +25,8 @@ _OURS = re.compile(
     r"|sections|section_numbers|manifest_.*"
 )
 _STAGE_TITLES = {"tiles": "tile", "features": "embed", "slides": "slide_embed"}
+# What the errors of `preprocessing.tiling` say of slides that are no stained brightfield slides.
+_REFUSED = ("got a dark background", "got grey pixels")
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,11 @@ class Status:
     def finished(self) -> bool:
         """Whether nothing is left to do for this slide in this stage."""
         return self.status in FINISHED
+
+    @property
+    def refused(self) -> bool:
+        """Whether the slide was left out on purpose: the encoders know none of its kind, and no further run helps."""
+        return self.status == "failed" and any(words in self.error for words in _REFUSED)
 
 
 def status_path(folder: Path, slide_id: str) -> Path:

@@ -5,7 +5,6 @@ number of its slides.
 """
 
 import json
-import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from gigapath.features.h5 import open_h5, read_attrs
 from gigapath.preprocessing.reading import filter_name
 from gigapath.releases import RELEASES
 from gigapath.report.write import read_asset
-from gigapath.text import slides_in_words, without_name
+from gigapath.text import slides_in_words
 
 _TISSUE_RULES = {
     "otsu": "by Otsu's threshold [otsu1979threshold] on the stain of an overview at about 8 microns per pixel, from "
@@ -38,6 +37,23 @@ _SOFTWARE = {
     "opencv-python-headless": "OpenCV",
     "python": "Python",
 }
+
+# What a recorded error says -> the clause of it, the first that fits. A paper has no use for messages and remedies.
+_REASONS = (
+    ("dark background", "they were not brightfield (dark background)"),
+    ("got grey pixels", "they held no color"),
+    ("expected about", "their stated resolution contradicted their objective"),
+    ("microns per pixel in the file, got none", "no resolution was stated"),
+    ("microns per pixel for tiles", "they were scanned too coarsely"),
+    ("microns per pixel", "their resolution did not fit"),
+    ("mask", "their mask could not be used"),
+    ("MD5", "their file had changed"),
+    ("as when it was tiled", "their file had changed"),
+    ("its tiles", "they had not been tiled"),
+    ("of the name", "their file was missing"),
+    ("decode", "their pixels could not be read"),
+    ("expected", "their file could not be opened"),
+)
 
 Rows = Sequence[Mapping[str, Any]]
 
@@ -173,11 +189,8 @@ def _cohort(stages: Sequence[Mapping[str, Status]], facts: Mapping[str, Mapping[
 
 
 def _reason(status: Status) -> str:
-    """Why a slide failed, without its id, so that equal reasons count together."""
-    text = status.error.removeprefix(f"slide {status.slide_id!r}: ")
-    text = without_name(text, status.slide_id, "the slide")
-    text = re.sub(r"tile \d+ of \d+ \([^)]*\)", "a tile", text)
-    return text.split(". ")[0].rstrip(".") or "no reason was recorded"
+    """A clause on why a slide failed; the message itself is in slides.csv."""
+    return next((clause for part, clause in _REASONS if part in status.error), "they could not be processed")
 
 
 def _tiling(rows: Rows, cautions: list[str]) -> str:
