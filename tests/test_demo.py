@@ -165,9 +165,10 @@ def test_the_same_cells_run_a_released_pair(
 ) -> None:
     """With made-up weights in place of the released ones, on a made slide of few tiles."""
     import matplotlib
-    from made_demo import made_slide
     from PIL import Image
     from test_readme import FakeHub
+
+    from gigapath.preprocessing.made_slide import made_slide
 
     FakeHub(tmp_path / "hub", monkeypatch)
     Image.fromarray(made_slide(900, 800)).save(tmp_path / "data" / "made-slide.png")

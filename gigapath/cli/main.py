@@ -24,6 +24,7 @@ from gigapath.text import in_words
 
 # verb -> (its function in a module of gigapath.cli, one line of help), in the order of use
 VERBS = {
+    "demo": ("slides:demo", "Embed a small public slide, or yours, and say where everything is."),
     "download": ("install:download", "Fetch weights, demo data and the published tables; checked."),
     "doctor": (
         "install:doctor",

@@ -1,5 +1,7 @@
-"""Slides to tiles and embeddings: tile, embed, slide-embed."""
+"""Slides to tiles and embeddings: tile, embed, slide-embed; and demo, embed on a slide that anybody has."""
 
+import dataclasses
+import sys
 from pathlib import Path
 
 from gigapath.cli.arguments import Features, File, Folder, Json, RunFolder, Slides, Words, verb
@@ -87,3 +89,74 @@ def slide_embed(
         overwrite = run.overwrites("slides")
         export_table(result.results, to, embedding=embedding, allow_mixed=run.allow_mixed, overwrite=overwrite)
     return watch.report(result)
+
+
+@verb
+def demo(slides: Slides = (), /, *, out: Folder = "gigapath-demo", tiles: TileOptions) -> int:
+    """Embed a slide by a released model where HF_TOKEN opens one, else by the stand-in, and say where everything is.
+
+    Args:
+        slides: yours (default: a small public one, CMU-1-Small-Region, H&E, CC0; without network one made on the spot)
+        out: folder of the results
+    """
+    from gigapath.features import read_slides
+    from gigapath.hub import DEFAULT_FOLDER, download
+
+    if not slides:
+        try:
+            slides = (str(download("demo-slide")[0].path),)
+            print("The slide is CMU-1-Small-Region: a real one, H&E, CC0.")
+        except OSError as error:
+            from gigapath.preprocessing.made_slide import write_made_slide
+
+            print(f"{error}\nNo public slide could be fetched. The slide is one made on the spot: texture, not tissue.")
+            slides, tiles = (
+                (str(write_made_slide(DEFAULT_FOLDER / "made-slide.png")),),
+                dataclasses.replace(tiles, slide_mpp=0.5),
+            )
+    encoder = _released_at_hand()
+    if encoder is None:
+        print(
+            "The encoder is the stand-in: EfficientNet-Lite0 with ImageNet weights. It shows how things work; it is "
+            "not GigaPath. For the released model ask for access on its page, set HF_TOKEN and run this again."
+        )
+    else:
+        print(f"The encoder is the released one, {encoder}.")
+    name, embedding = (encoder, "default") if encoder else ("standin", "tile-mean")
+    folder = Path(out) / name
+    status = embed(slides, out=str(folder), encoders=EmbedOptions(tile_encoder=name), tiles=tiles, run=RunOptions())
+    if status == 0:
+        ids, vectors = read_slides(folder, embedding)
+        print(
+            f"\nThe picture of what was kept:   {folder}/previews\n"
+            f"The table of slides:            {folder}/slides.csv\n"
+            f"The embeddings of the tiles:    {folder}/features_{name}\n"
+            "The embedding of the slide, read by three lines of Python, and what they print:\n\n"
+            f"import gigapath\nids, vectors = gigapath.read_slides({str(folder)!r}, {embedding!r})\n"
+            f"print(ids, vectors.shape)\n{ids} {vectors.shape}"
+        )
+    return status
+
+
+def _released_at_hand() -> str | None:
+    """The released pair that the hub's token opens, the small one first where there is no GPU; None without one."""
+    import huggingface_hub
+
+    from gigapath.hub import download
+    from gigapath.machine import check_device
+
+    if huggingface_hub.get_token() is None:
+        return None
+    names = ["gigapath", "gigapath-flash"]
+    try:
+        check_device("cuda")
+    except ValueError:
+        names.reverse()
+    for name in names:
+        try:
+            download(name)
+        except OSError as error:
+            print(error, file=sys.stderr)
+        else:
+            return name
+    return None

@@ -1,13 +1,14 @@
-"""Make a slide on the spot: H&E-like texture without a source, for `scripts/quickstart.sh` where no real slide is to
-be had. A plain PNG states no mpp, so it is read with `--slide-mpp 0.5`.
+"""A slide made on the spot: H&E-like texture without a source, for `gigapath demo` where no real slide is to be had.
 
-    python tests/made_demo.py made-slide.png
+python -m gigapath.preprocessing.made_slide made-slide.png
 """
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from PIL import Image
 
 WHITE = (243, 241, 244)
@@ -15,13 +16,13 @@ EOSIN = (226, 158, 190)
 HAEMATOXYLIN = (92, 60, 134)
 
 
-def _waves(rng: np.random.Generator, height: int, width: int, period: float) -> np.ndarray:
+def _waves(rng: np.random.Generator, height: int, width: int, period: float) -> npt.NDArray[Any]:
     """Smooth noise of unit size: coarse normal values stretched to (height, width), features about `period` pixels."""
     coarse = rng.standard_normal((int(height / period) + 4, int(width / period) + 4)).astype(np.float32)
     return np.asarray(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC))
 
 
-def made_slide(width: int = 1800, height: int = 1400, seed: int = 0) -> np.ndarray:
+def made_slide(width: int = 1800, height: int = 1400, seed: int = 0) -> npt.NDArray[np.uint8]:
     """One piece of tissue right of and below the middle, on glass: pixels (height, width, 3) uint8.
 
     Stroma waves in eosin, nuclei of about 8 um (16 px at 0.5 mpp) in haematoxylin, denser in one half than in the
@@ -49,7 +50,12 @@ def made_slide(width: int = 1800, height: int = 1400, seed: int = 0) -> np.ndarr
     return np.clip(image, 0, 255).astype(np.uint8)
 
 
+def write_made_slide(path: Path) -> Path:
+    """Write it as a PNG, which states no mpp: it is read with `--slide-mpp 0.5`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(made_slide()).save(path)
+    return path
+
+
 if __name__ == "__main__":
-    target = Path(sys.argv[1])
-    target.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(made_slide()).save(target)
+    write_made_slide(Path(sys.argv[1]))
