@@ -565,6 +565,15 @@ def test_torch_computes_with_the_cores_that_were_granted(fitted, tmp_path, monke
         torch.set_num_threads(before)
 
 
+def test_a_dry_run_shows_the_plan_and_writes_nothing(tmp_path, capsys) -> None:
+    features, labels = write_cohort(tmp_path, [0, 1, 2] * 4)
+    words = ["finetune", "--task", write_task(tmp_path / "t.yaml"), "--features", features, "--labels", labels]
+    words += ["--out", tmp_path / "out", "--folds", "3", *FAST, *RECIPE, "--dry-run"]
+    assert main([*map(str, words)]) == 0
+    said = capsys.readouterr().out
+    assert "slides: 12" in said and "nothing was written" in said and not (tmp_path / "out").exists()
+
+
 def test_logging_of_runs_does_not_pile_up(fitted) -> None:
     words = ["finetune", "--task", "panda", "--features", "f", "--labels", "l.csv", "--out", "o", "--epochs", "0"]
     assert main(words) == 2  # refused before anything begins
