@@ -459,6 +459,8 @@ def test_components_colour_what_differs_and_clusters_come_by_size() -> None:
     labels = fit_clusters(sample, 3).labels(tiles)
     assert np.bincount(labels).tolist() == [70, 40, 20]
     assert np.array_equal(labels, fit_clusters(sample, 3).labels(tiles))  # seeded
+    few = [len(fit_clusters(tiles[:count]).centres) for count in (15, 50, 130)]
+    assert few == [1, 2, 6]  # where no number is given, as many as suit the tiles
     assert cosine_similarity(tiles, tiles[0])[:20] == pytest.approx(1, abs=0.01)
     assert fit_components(tiles[:, :2]).colours(tiles[:, :2]).shape == (130, 3)
 

@@ -23,8 +23,9 @@ from gigapath.preprocessing.slide import Overview
 FloatArray = npt.NDArray[np.floating[Any]]
 IntArray = npt.NDArray[np.integer[Any]]
 
-# Clusters in up to eight colours of Okabe and Ito, in up to twelve of Tol's discrete rainbow: told apart by all.
-FEW = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7", "#000000")
+# Clusters in up to eight colours of Okabe and Ito, in up to twelve of Tol's discrete rainbow: told apart by all. The
+# first few lie farthest apart half transparent over a slide, with red-green blindness too; black hides what is beneath.
+FEW = ("#0072B2", "#F0E442", "#009E73", "#D55E00", "#56B4E9", "#E69F00", "#CC79A7", "#000000")
 MANY = (
     *("#D1BBD7", "#AE76A3", "#882E72", "#1965B0", "#5289C7", "#7BAFDE"),
     *("#4EB265", "#CAE0AB", "#F7F056", "#F4A736", "#E8601C", "#DC050C"),

@@ -15,6 +15,7 @@ Float32 = npt.NDArray[np.float32]
 SAMPLE = 20_000  # tiles of all slides together that components and clusters are fitted on
 COLOUR_PERCENTILES = (1.0, 99.0)
 RESTARTS = 4  # of k-means
+CLUSTERS, TILES_A_CLUSTER = 8, 20  # where no number is given: at most so many, each of so many different tiles
 _ROWS = 8192  # tiles that are compared at once
 
 
@@ -104,8 +105,13 @@ class Clusters:
         return found
 
 
-def fit_clusters(sample: Float32, clusters: int, *, seed: int = 0) -> Clusters:
+def fit_clusters(sample: Float32, clusters: int | None = None, *, seed: int = 0) -> Clusters:
     """K-means (Euclidean, the best of RESTARTS starts of k-means++) on tiles (S, D).
+
+    Args:
+        sample: the tiles.
+        clusters: how many; None for as many as suit the number of different tiles, at most CLUSTERS.
+        seed: of the starts.
 
     Raises:
         ValueError: fewer different tiles than clusters.
@@ -115,7 +121,9 @@ def fit_clusters(sample: Float32, clusters: int, *, seed: int = 0) -> Clusters:
         from sklearn.cluster import KMeans
     except ImportError as error:
         raise ImportError("scikit-learn: not installed. Clusters need it: pip install 'gigapath[train]'.") from error
-    if len(sample) < clusters or len(np.unique(sample, axis=0)) < clusters:
+    different = len(np.unique(sample, axis=0))
+    clusters = clusters or max(1, min(CLUSTERS, different // TILES_A_CLUSTER))
+    if different < clusters:
         raise ValueError(
             f"--clusters: expected at most as many as there are different tiles, got {clusters} for {len(sample)} "
             "tiles. Ask for fewer."

@@ -20,7 +20,12 @@ class MapOptions(DeviceOptions, PitchOptions):
         "gradient (times input) and occlusion",
         choices=KINDS,
     )
-    clusters: int = option(8, "clusters of the tile embeddings", at_least=2, at_most=MOST_CLUSTERS)
+    clusters: int | None = option(
+        None,
+        "clusters of the tile embeddings (default: 8, with fewer than 160 tiles one for every 20)",
+        at_least=2,
+        at_most=MOST_CLUSTERS,
+    )
     tile: int | None = option(
         None, "the chosen tile, by its row in the feature file in row-major order, from 0", at_least=0
     )
