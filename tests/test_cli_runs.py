@@ -340,7 +340,7 @@ def test_words_reach_the_options_as_they_are_typed() -> None:
     [
         (["tiel", "a.svs"], "gigapath: expected a verb, got 'tiel'; did you mean tile?"),
         (["xyzzy", "a.svs"], "gigapath: expected a verb, got 'xyzzy'"),
-        (["inspect"], "gigapath check: Parameter FEATURES requires an argument. See gigapath check --help."),
+        (["methods"], "gigapath report: Parameter DIR requires an argument. See gigapath report --help."),
         (["inspect", "a.h5", "--jsn"], "gigapath check: unknown option --jsn; did you mean --json? See"),
     ],
 )
