@@ -40,6 +40,7 @@ def made_slide(number: int) -> TileEmbeddings:
     )
 
 
+EMBEDDED: dict[Any, SlideEmbeddings] = {}
 TILES = {f"s{number:02}": made_slide(number) for number in range(SLIDES)}
 
 
@@ -64,8 +65,12 @@ def vectors_of(encoder: SlideEncoder, recipe: Recipe) -> dict[str, np.ndarray[An
         torch.manual_seed(5)
         encoder.model.train(not recipe.evaluated)
         for slide_id, tiles in TILES.items():
-            arrays = encoder.at(recipe.precision[0]).embed(tiles_as(tiles, recipe))
-            found[slide_id] = SlideEmbeddings(slide_id=slide_id, **arrays).select(recipe.readout)
+            placed = tiles_as(tiles, recipe)
+            key = slide_id, recipe.precision[0], recipe.evaluated, placed.cells.tobytes(), placed.coords.tobytes()
+            if key not in EMBEDDED:
+                arrays = encoder.at(recipe.precision[0]).embed(placed)
+                EMBEDDED[key] = SlideEmbeddings(slide_id=slide_id, **arrays)
+            found[slide_id] = EMBEDDED[key].select(recipe.readout)
         encoder.model.eval()
     return found
 
