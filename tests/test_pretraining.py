@@ -30,6 +30,7 @@ from gigapath.pretraining.measures import fit_covariance, kriging, spread_and_ra
 from gigapath.pretraining.model import Batch, MaskedAutoencoder, build_autoencoder, loss_of_slides
 from gigapath.pretraining.run import _Run
 from gigapath.pretraining.training import steps_of
+from gigapath.report.results import collect_results
 from gigapath.slide_encoder import LongNetViT, create_model
 
 TESTS = Path(__file__).parent
@@ -395,6 +396,8 @@ def test_what_a_run_leaves(features: Path, tmp_path: Path) -> None:
     assert torch.equal(again.state_dict()["norm.weight"], model.state_dict()["norm.weight"])
     assert any("operations" in line for line in watch.lines) and any("R2" in line for line in watch.lines)
     assert ("epoch 2: steps", 7, 7) in watch.steps
+    (shown,) = collect_results(out)
+    assert {"curves", "scores", "picture", "notes"} == {block["kind"] for block in shown.blocks}
     with pytest.raises(ValueError, match="task"):  # other options would mix two runs
         pretrain(features, out, sizes=SIZES, training=RECIPE, task=TaskOptions(mask_ratio=0.5))
 

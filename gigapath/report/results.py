@@ -5,10 +5,12 @@ A block is a dict of plain JSON values with a `kind`:
     confusion    title, classes, counts (row = true class)
     curves       title, x, panels [{y, lines [{name, x, y}]}], mark {x, words} or None
     predictions  title, columns, rows; the first column is the slide's id
+    picture      title, src
     notes        sentences
     group        title, blocks; folded away until it is opened
 """
 
+import base64
 import contextlib
 import csv
 import json
@@ -20,12 +22,23 @@ from typing import Any
 
 from gigapath.cohort.privacy import hide_paths, redact
 from gigapath.evaluation.intervals import Estimate, Evaluation, plain
-from gigapath.evaluation.results import EVALUATION, FINE_TUNING, FOLD, RESULTS, SLIDE_PROBE, TILE_PROBE, read_results
+from gigapath.evaluation.results import (
+    EVALUATION,
+    FINE_TUNING,
+    FOLD,
+    RESULTS,
+    SLIDE_PROBE,
+    TILE_PROBE,
+    Curves,
+    read_results,
+)
 from gigapath.evaluation.results import Results as Found
 from gigapath.evaluation.scores import SCORE_WORDS
+from gigapath.files import read_json
 
 Block = dict[str, Any]
 
+PRETRAINING = "pretrain.json"  # by its name: the room that writes it needs torch
 MOST_ROWS = 5000  # of predictions; above that the least certain of the truth are shown
 LEFT_ROWS = 1000
 _TITLES = {
@@ -59,14 +72,16 @@ class Results:
 
 def collect_results(folder: Path) -> list[Results]:
     """The results in a folder, or else in the folders right below it; what can't be read is named."""
-    places = [folder] if (folder / RESULTS).is_file() else sorted(path for path in folder.glob("*/"))
+    own = any((folder / file).is_file() for file in (RESULTS, PRETRAINING))
+    places = [folder] if own else sorted(path for path in folder.glob("*/"))
     found = []
     for place in places:
-        if not (place / RESULTS).is_file():
-            continue
         name = "" if place == folder else place.name
         try:
-            found.append(_results(place, name, read_results(place / RESULTS)))
+            if (place / RESULTS).is_file():
+                found.append(_results(place, name, read_results(place / RESULTS)))
+            elif (place / PRETRAINING).is_file():
+                found.append(_pretraining(place, name))
         except (OSError, ValueError, KeyError) as error:
             found.append(Results(name, "Results", (_notes([str(error)]),)))
     return found
@@ -105,6 +120,34 @@ def _results(folder: Path, name: str, found: Found) -> Results:
         redact(options) if options is not None else None,
         None if what == "tiles" else _said_of_slides(of_slides),
     )
+
+
+def _pretraining(folder: Path, name: str) -> Results:
+    """What `gigapath pretrain` left: its curves, R2 beside what needs no learning, and pictures of some slides."""
+    facts = read_json(folder / PRETRAINING, keys=("options", "sets", "r2_without_learning"), mend="Pretrain again.")
+    rows = _read_csv(folder / "curves.csv")
+    points = {
+        key: [(int(row["epoch"]), float(row[key])) for row in rows if row.get(key)]
+        for key in ("val_loss", "r2", "rank")
+    }
+    names = {"r2": "R2 of hidden tiles", "val_loss": "loss", "rank": "effective rank of slide vectors"}
+    panels: Any = {
+        title: {"validation": tuple(zip(*points[key], strict=True))} for key, title in names.items() if points[key]
+    }
+    blocks: list[Block] = []
+    if panels:
+        blocks.append({**Curves("By epoch", "epoch", panels).to_dict(), "kind": "curves"})
+        scores = {f"after epoch {points['r2'][-1][0]}": points["r2"][-1][1], **facts["r2_without_learning"]}
+        cells = [[each, {"value": float(value), "low": None, "high": None}] for each, value in scores.items()]
+        title = "R2 of hidden tiles on validation slides, beside what needs no learning"
+        blocks.append({"kind": "scores", "title": title, "columns": ["R2"], "rows": cells, "intervals": ""})
+    with contextlib.suppress(OSError):
+        drawn = base64.b64encode((folder / "reconstructions.png").read_bytes()).decode()
+        title = "Validation slides: tiles, what was seen, what was predicted, the error (colors: principal components)"
+        blocks.append({"kind": "picture", "title": title, "src": f"data:image/png;base64,{drawn}"})
+    counts = [f"{each}: {part['slides']:,} slides, {part['tiles']:,} tiles" for each, part in facts["sets"].items()]
+    blocks.append(_notes([*counts, *facts.get("notes", ())]))
+    return Results(name, "Pretraining of the slide encoder", tuple(blocks), options=redact(facts["options"]))
 
 
 def _fold(folder: Path, *, alone: bool) -> Iterator[Block]:

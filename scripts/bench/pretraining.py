@@ -140,7 +140,8 @@ def in_words(row: dict[str, Any]) -> str:
     if row["what"] == "step":
         share = f"{row['share']:.2f} ({row['share_least']:.2f} to {row['share_most']:.2f}) of a product's rate"
         return f"| a step of {row['tiles']:,} tiles | {share} | {row['kept'] / 1e6:.3f} MB a tile kept |"
-    return f"| {row['what']} | {row['vectors']} | {row['auroc']:.3f} ({row['low']:.3f} to {row['high']:.3f}) |"
+    reach = f" ({row['low']:.3f} to {row['high']:.3f})" if row["low"] < row["high"] else ""  # none at 1.000
+    return f"| {row['what']} | {row['vectors']} | {row['auroc']:.3f}{reach} |"
 
 
 HEADING = f"{KINDS} kinds of tiles\n\n| what | of | AUROC (95 %) |\n|---|---|---|"

@@ -516,6 +516,7 @@
       predictions(block),
     ],
     group: (block) => el("details", { class: "fold" }, el("summary", {}, block.title), blockGrid(block.blocks)),
+    picture: (block) => el("img", { src: block.src, alt: block.title, style: "max-width: 100%" }),
     notes: (block) => block.sentences.map((sentence) => el("p", { class: "note" }, sentence)),
   };
 
@@ -525,7 +526,7 @@
     const power = 10 ** Math.floor(Math.log10(rough));
     const step = [1, 2, 5, 10].map((digit) => digit * power).find((each) => each >= rough);
     const found = [];
-    for (let value = Math.ceil(low / step - 1e-9) * step; value <= high + step * 1e-6; value += step) found.push(value);
+    for (let value = (Math.ceil(low / step - 1e-9) || 0) * step; /* no -0 */ value <= high + step * 1e-6; value += step) found.push(value);
     return found;
   }
 
