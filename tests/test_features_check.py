@@ -360,6 +360,17 @@ def test_slides_that_were_refused_on_purpose_are_not_called_wrong(
     assert "they were not brightfield (dark background) (1)" in text and "they held no color (1)" in text
 
 
+def test_the_command_takes_a_whole_run_of_several_encoders_or_of_tiles_alone(tmp_path: Path, capsys) -> None:
+    write_tiles(tmp_path / "tiles" / "slide-1.h5", make_tiles("slide-1", CELLS))
+    assert main(["check", str(tmp_path)]) == 0
+    for encoder in ("a", "b"):
+        (tmp_path / f"features_{encoder}").mkdir()
+        write_ours(tmp_path / f"features_{encoder}")
+    capsys.readouterr()
+    assert main(["check", str(tmp_path)]) == 0
+    assert capsys.readouterr().out.startswith("3 files checked")
+
+
 def test_command_says_what_is_wrong_and_exits_with_3(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_ours(tmp_path, "good", make_features(30, 1536, seed=2))
     assert main(["check", str(tmp_path)]) == 0
