@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from test_pretraining import WIDTH, Viewer, bags_of, fit_target, narrow, pack_views
 
-from gigapath.finetune.data import MemoryBags
 from gigapath.finetune.loop import Loop
 from gigapath.finetune.processes import join_processes
 from gigapath.pretraining import TaskOptions
@@ -20,7 +19,7 @@ out, size = Path(sys.argv[1]), int(sys.argv[2])
 processes = join_processes("cpu")
 bags = bags_of(20, 9, 33, 14)
 assert bags[0].features.shape[1] == WIDTH
-target = fit_target("standardised", MemoryBags(bags), np.arange(4), seed=0, workers=1)
+target = fit_target("standardised", bags, np.arange(4), seed=0, workers=1)
 rows = [range(start, start + size) for start in range(0, 4, size)][processes.rank :: processes.world]
 views = [[Viewer(TaskOptions(), 0).view(bags[row], str(row), 0) for row in chunk] for chunk in rows]
 model = narrow()

@@ -16,7 +16,7 @@ from gigapath.cohort.manifest import SlideEntry, find_slides, read_manifest, ser
 from gigapath.cohort.privacy import record_run, recorded_paths, redact, without_paths
 from gigapath.cohort.record import RunRecord
 from gigapath.cohort.reuse import StageOptions, digest, finished
-from gigapath.cohort.status import Status, read_status, status_path, write_slides_csv, write_status
+from gigapath.cohort.status import Status, read_status, read_statuses, status_path, write_slides_csv, write_status
 from gigapath.features import write_tiles
 from gigapath.signals import StopFlag, Stopped
 
@@ -31,10 +31,20 @@ def ids_in(*inputs: Path) -> list[str]:
     return [entry.slide_id for entry in find_slides(list(inputs))]
 
 
-def test_find_slides_searches_folders_in_order_of_paths(tmp_path: Path) -> None:
-    for name in ("b/two.SVS", "a/one.ome.tiff", "three.ndpi", "notes.txt", ".hidden/four.svs", ".five.svs", "p.jpeg"):
+@pytest.mark.parametrize(
+    ("files", "ids"),
+    [
+        (("b/two.SVS", "a/one.ome.tiff", "three.ndpi", "notes.txt", ".hidden/four.svs", ".five.svs", "p.jpeg"),
+         ["one", "two", "p", "three"]),
+        (("case.mrxs", "case/Data0000.tif", "other/b.svs"), ["case", "b"]),
+        (("case.vms", "case-0.jpg"), ["case"]),
+    ],
+    ids=["in order of paths", "data folders of mrxs slides", "JPEGs of a vms slide"],
+)  # fmt: skip
+def test_find_slides_takes_slides_alone(tmp_path: Path, files: tuple[str, ...], ids: list[str]) -> None:
+    for name in files:
         touch(tmp_path / name)
-    assert ids_in(tmp_path) == ["one", "two", "p", "three"]
+    assert ids_in(tmp_path) == ids
 
 
 def test_find_slides_stops_on_two_slides_of_one_id_and_names_both(tmp_path: Path) -> None:
@@ -48,19 +58,6 @@ def test_find_slides_stops_on_two_slides_of_one_id_and_names_both(tmp_path: Path
 def test_find_slides_takes_a_slide_named_twice_once(tmp_path: Path) -> None:
     slide = touch(tmp_path / "a.svs")
     assert ids_in(slide, tmp_path, slide) == ["a"]
-
-
-def test_find_slides_does_not_enter_data_folders_of_mrxs_slides(tmp_path: Path) -> None:
-    touch(tmp_path / "case.mrxs")
-    touch(tmp_path / "case" / "Data0000.tif")
-    touch(tmp_path / "other" / "b.svs")
-    assert ids_in(tmp_path) == ["case", "b"]
-
-
-def test_find_slides_leaves_out_jpegs_that_belong_to_a_vms_slide(tmp_path: Path) -> None:
-    touch(tmp_path / "case.vms")
-    touch(tmp_path / "case-0.jpg")
-    assert ids_in(tmp_path) == ["case"]
 
 
 def test_find_slides_ends_in_a_loop_of_links_and_skips_outputs(tmp_path: Path) -> None:
@@ -221,23 +218,27 @@ def test_find_slides_takes_a_dicom_series_as_one_slide(tmp_path: Path) -> None:
     assert ids_in(tmp_path / "1.dcm", tmp_path / "2.dcm") == ["2"]
 
 
-def test_status_round_trips_and_a_broken_file_counts_as_none(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        *("", "[]", "{}", '{"slide_id": "b", "stage": "tiles", "status": "done"}', '{"slide_id": "a"'),
+        *({"tiles": "many"}, {"warnings": 3}, {"warnings": [3]}, {"facts": []}, {"ended": None}, {"error": {}}),
+    ],
+)
+def test_status_round_trips_and_one_of_another_form_counts_as_none(tmp_path: Path, wrong: str | dict[str, Any]) -> None:
     status = Status("a", "tiles", "done", tiles=3, seconds=0.5, warnings=("look",), identity={"mpp": 0.5})
     write_status(tmp_path, status)
-    assert read_status(tmp_path, "a") == status
-    for broken in ("", "[]", "{}", '{"slide_id": "b", "stage": "tiles", "status": "done"}', '{"slide_id": "a"'):
-        status_path(tmp_path, "a").write_text(broken)
-        assert read_status(tmp_path, "a") is None
+    assert read_status(tmp_path, "a") == status and read_statuses(tmp_path) == {"a": status}
+    path = status_path(tmp_path, "a")
+    path.write_text(wrong if isinstance(wrong, str) else json.dumps({**json.loads(path.read_text()), **wrong}))
+    assert read_status(tmp_path, "a") is None and read_statuses(tmp_path) == {}
 
 
-@pytest.mark.parametrize(
-    "wrong", [{"tiles": "many"}, {"warnings": 3}, {"warnings": [3]}, {"facts": []}, {"ended": None}, {"error": {}}]
-)
-def test_status_of_another_form_counts_as_none(tmp_path: Path, wrong: dict[str, Any]) -> None:
+def test_pipes_and_folders_among_statuses_are_passed_over(tmp_path: Path) -> None:
     write_status(tmp_path, Status("a", "tiles", "done"))
-    path = tmp_path / "a.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **wrong}))
-    assert read_status(tmp_path, "a") is None
+    os.mkfifo(tmp_path / "pipe.json")
+    (tmp_path / "folder.json").mkdir()
+    assert list(read_statuses(tmp_path)) == ["a"] and read_statuses(tmp_path / "nowhere") == {}
 
 
 def test_slides_csv_says_how_each_slide_stands(tmp_path: Path) -> None:
@@ -369,29 +370,21 @@ def test_without_paths_leaves_ids_and_words(tmp_path: Path) -> None:
     )
     cleaned = without_paths(text, entry)
     assert cleaned == ("s1: broken; s1 at 3 tiles/s, s1 and <folder>/x, <path>; see https://example.org/a/b")
+    short = SlideEntry("0f3e", Path("12.svs"), original_id="12")  # a part of other words
+    assert without_paths("12.svs: tile 3 of 512, as of 12_b", short) == "0f3e: tile 3 of 512, as of 0f3e_b"
 
 
-def test_without_paths_leaves_words_that_a_short_name_is_a_part_of() -> None:
-    entry = SlideEntry("0f3e", Path("12.svs"), original_id="12")
-    assert without_paths("12.svs: tile 3 of 512, as of 12_b", entry) == "0f3e: tile 3 of 512, as of 0f3e_b"
-
-
-def test_redact_keeps_addresses_out_of_records() -> None:
-    assert redact(["a", "--ray-address", "host:1", "b"]) == ["a", "--ray-address", "<address>", "b"]
-    assert redact(["--ray-address=host:1"]) == ["--ray-address=<address>"]
-    assert redact({"ray_address": "host:1"}) == {"ray_address": "<address>"}
-    assert redact({"ray_address": None}) == {"ray_address": None}
-
-
-def test_redact_knows_names_of_models_from_paths(tmp_path: Path) -> None:
-    weights = touch(tmp_path / "w.pth")
-    assert redact(["hf_hub:a/b", "timm:resnet18", str(weights), 0.5, {"x": "../up"}]) == [
-        "hf_hub:a/b",
-        "timm:resnet18",
-        "<path>",
-        0.5,
-        {"x": "<path>"},
-    ]
+def test_redact_hides_paths_and_addresses_alone(tmp_path: Path) -> None:
+    weights = str(touch(tmp_path / "w.pth"))
+    for given, shown in (
+        (["a", "--ray-address", "host:1", "b"], ["a", "--ray-address", "<address>", "b"]),
+        (["--ray-address=host:1"], ["--ray-address=<address>"]),
+        ({"ray_address": "host:1", "other": None}, {"ray_address": "<address>", "other": None}),
+        ({"ray_address": None}, {"ray_address": None}),
+        (["hf_hub:a/b", "timm:resnet18", weights, 0.5], ["hf_hub:a/b", "timm:resnet18", "<path>", 0.5]),
+        ({"x": "../up"}, {"x": "<path>"}),
+    ):
+        assert redact(given) == shown
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")

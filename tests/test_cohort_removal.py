@@ -67,7 +67,7 @@ def test_remove_leaves_nothing_of_a_slide_and_everything_of_the_others(
     assert {path for path in before if not path.name.startswith("QXZ7.")} == kept.keys()
     assert all(before[path] == content for path, content in kept.items())
     assert [line.split(",")[0] for line in (out / "slides.csv").read_text().splitlines()] == [
-        *("slide_id", "QXZ7-b", "other"),
+        *("slide_id", "QXZ7-b", "other")
     ]
     assert (out / "private/paths.csv").stat().st_mode & 0o777 == 0o600
     assert {path.stat().st_mode & 0o777 for path in (out / "private").iterdir()} == {0o600}

@@ -252,7 +252,7 @@ def test_paths_of_two_runs_at_once_are_all_there(tmp_path: Path, monkeypatch: py
     record_run(tmp_path, "20260101_a", {}, [SlideEntry("a", Path("/x/a"))])
     assert [entry.slide_id for entry in recorded_paths(tmp_path)] == ["a", "b"]
     assert [line.split(",")[0] for line in (tmp_path / "private/paths.csv").read_text().splitlines()] == [
-        *("slide_id", "a", "b"),
+        *("slide_id", "a", "b")
     ]
 
 

@@ -15,7 +15,7 @@ import torch
 
 from gigapath.cli.main import main
 from gigapath.doctor import diagnose as run
-from gigapath.doctor import installation, selftest, weights
+from gigapath.doctor import installation, selftest
 from gigapath.doctor.diagnose import diagnose
 from gigapath.doctor.selftest import paint, write_slide
 from gigapath.findings import NOTE, OK, WRONG, Finding
@@ -71,13 +71,13 @@ def test_access_is_told_from_no_access_and_no_answer(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *a, **b: None)
     monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", lambda url, **options: object())
-    assert [d.facts for d in weights.check_weights(offline=False)] == ["accessible", "accessible"]
-    monkeypatch.setattr(weights, "_SECONDS", -0.95)
+    assert [d.facts for d in run.check_weights(offline=False)] == ["accessible", "accessible"]
+    monkeypatch.setattr(run, "_SECONDS", -0.95)
     monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", lambda url, **options: time.sleep(2))
-    assert all("no answer in" in d.text for d in weights.check_weights(offline=False))
-    assert [d.facts for d in weights.check_weights(offline=True)] == ["not asked", "not asked"]
+    assert all("no answer in" in d.text for d in run.check_weights(offline=False))
+    assert [d.facts for d in run.check_weights(offline=True)] == ["not asked", "not asked"]
     monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *a, **b: "a file")
-    assert [d.state for d in weights.check_weights(offline=True)] == ["ok", "ok"]
+    assert [d.state for d in run.check_weights(offline=True)] == ["ok", "ok"]
 
 
 @pytest.mark.parametrize("code", [errno.EROFS, errno.EDQUOT, errno.ENOSPC, errno.EACCES])

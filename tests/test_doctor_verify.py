@@ -48,12 +48,7 @@ def release(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def make_reference(
-    folder: Path,
-    *,
-    arch: str = SLIDE_ARCH,
-    width: int = WIDTH,
-    precision: str = "fp32",
-    out: Path | None = None,
+    folder: Path, *, arch: str = SLIDE_ARCH, width: int = WIDTH, precision: str = "fp32", out: Path | None = None
 ) -> Path:
     """`reference.npz` by our own script, in process."""
     script = run_path(str(ROOT / "scripts" / "make_reference.py"))

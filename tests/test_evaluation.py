@@ -10,22 +10,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn import metrics as sk
 
-from gigapath.evaluation import (
+from gigapath.evaluation import intervals as intervals_module
+from gigapath.evaluation.calibration import calibration_slope
+from gigapath.evaluation.intervals import bootstrap_weights, evaluate, paired_difference
+from gigapath.evaluation.results import FOLD, Results, read_results, score, summary_csv, write_results
+from gigapath.evaluation.scores import (
     Predictions,
     Scorer,
     average_by_group,
-    calibration_slope,
     confusion_matrix,
-    evaluate,
     macro_curves,
-    paired_difference,
     prior_probabilities,
     site_probabilities,
 )
-from gigapath.evaluation import intervals as intervals_module
-from gigapath.evaluation.intervals import bootstrap_weights
-from gigapath.evaluation.report import summary_csv, write_results
-from gigapath.evaluation.results import FOLD, Results, read_results, score
 
 
 def made(rows: int, classes: int, seed: int = 0, *, decimals: int | None = None, signal: float = 1.0) -> Predictions:

@@ -13,7 +13,7 @@ from gigapath.evaluation.labels import join_labels, new_task, read_labels
 from gigapath.evaluation.splits import audit, check_classes, draw_folds, keep_manifest, read_splits
 from gigapath.evaluation.task import load_task
 from gigapath.features import FeatureFileError
-from gigapath.finetune.data import FileBags, ReadAhead, look_at_all
+from gigapath.finetune.data import FileBags, look_at_all
 from gigapath.finetune.options import JoinOptions
 
 MUTATION_HEADER = ["id", "file_name", "slide_id", "case_id", "EGFR", "KRAS", "TP53", "FAT1", "LRP1B", "pat_id"]
@@ -57,10 +57,7 @@ def test_packaged_tasks_are_the_published_ones() -> None:
             "expected YAML",
         ),
         ("name: " + "x" * 2_000_000, "at most 2,000,000 bytes"),
-        (
-            "name: [",
-            r"^task.yaml: expected YAML, got something else in line 1\. Correct it, or write",
-        ),
+        ("name: [", r"^task.yaml: expected YAML, got something else in line 1\. Correct it, or write"),
     ],
 )
 def test_task_files_that_are_off_are_refused(tmp_path, text, match) -> None:
@@ -247,7 +244,7 @@ def test_bad_feature_files_are_named_and_never_replaced(tmp_path) -> None:
     nan = write_slide(tmp_path / "nan.h5", features, cells)
     bags = FileBags([good, nan], look_at_all([good, nan], JoinOptions()), None)
     with pytest.raises(FeatureFileError, match=r"nan.h5: .*row 3"):
-        list(ReadAhead(bags.__getitem__, workers=2)([0, 1, 0]))
+        [bags[row] for row in (0, 1, 0)]
     far = write_slide(tmp_path / "far.h5", np.nan_to_num(features), cells + 2000)
     with pytest.raises(FeatureFileError, match=r"far\.h5"):
         FileBags([far], look_at_all([far], JoinOptions()), None)[0]
@@ -265,17 +262,6 @@ def test_features_of_another_make_are_refused(tmp_path) -> None:
     assert len(look_at_all(near[:2], JoinOptions())) == 2
     with pytest.raises(FeatureFileError, match=r"its mpp is 0\.25"):
         look_at_all(near, JoinOptions())
-
-
-def test_reading_ahead_keeps_the_order_and_hides_waiting() -> None:
-    seen = []
-
-    def read(row: int) -> int:
-        seen.append(row)
-        return row * 10
-
-    ahead = ReadAhead(read, workers=2)
-    assert list(ahead([3, 1, 2, 1])) == [30, 10, 20, 10] and sorted(seen) == [1, 1, 2, 3]
 
 
 def test_options_need_no_torch() -> None:

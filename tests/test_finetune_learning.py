@@ -10,15 +10,16 @@ from made_bags import arrangement_bag, tumour_bags
 from made_cohort import NARROW
 from real_tiles import pcam_mini_embeddings
 
-from gigapath.evaluation import Predictions, evaluate
 from gigapath.evaluation.calibration import probabilities
+from gigapath.evaluation.intervals import evaluate
+from gigapath.evaluation.scores import Predictions
 from gigapath.evaluation.splits import Fold
-from gigapath.finetune import ModelOptions, Task, TrainingOptions, controls
-from gigapath.finetune.data import Bag, MemoryBags
+from gigapath.finetune import ModelOptions, Task, TrainingOptions, training
+from gigapath.finetune.data import Bag
 from gigapath.finetune.heads import build_head
 from gigapath.finetune.processes import Processes
 from gigapath.finetune.training import Trainer
-from gigapath.linear_probe import read_table
+from gigapath.linear_probe.table import read_table
 
 TASK = Task("made", "binary", ("no", "yes"))
 CPU = Processes(torch.device("cpu"))
@@ -35,7 +36,7 @@ def learn(
     torch.manual_seed(0)
     head = build_head(model, pretrained="", input_dim=bags[0].features.shape[1], n_classes=2)
     rows = np.arange(len(bags))
-    trainer = Trainer(TASK, MemoryBags(bags), truth, options, "fp32", CPU)
+    trainer = Trainer(TASK, bags, truth, options, "fp32", CPU)
     trainer.train(head, Fold(0, rows[:train], rows[:0], rows[train:]), folder, {})
     return auroc(truth[train:], probabilities(trainer.logits(head, rows[train:]), TASK))
 
@@ -51,7 +52,7 @@ def test_planted_arrangement_is_learned_and_only_from_coordinates(tmp_path) -> N
         bags = [arrangement_bag(int(label), random, permuted=permuted) for label in truth]
         scores[permuted] = learn(tmp_path / str(permuted), bags, truth, 160, options, model)
         means = np.stack([bag.features.mean(axis=0) for bag in bags]).astype(np.float64)
-        layer = controls.fit_linear(means[:160], truth[:160], 2)
+        layer = training.fit_linear(means[:160], truth[:160], 2)
         blind = probabilities(layer(torch.from_numpy(means[160:])).detach().numpy(), TASK)
         assert abs(auroc(truth[160:], blind) - 0.5) < 0.1  # a control that sees no coordinates learns nothing
     assert scores[False] > 0.9 and abs(scores[True] - 0.5) < 0.1, scores
@@ -74,11 +75,11 @@ def test_tumour_in_bags_of_real_tiles_is_found(tmp_path, shared, capsys) -> None
     attention = replace(model, head="abmil-tiles")
     scores = {
         "small LongNet from scratch": learn(tmp_path / "longnet", bags, truth, train, recipe, model),
-        controls.ATTENTION: learn(tmp_path / "abmil", bags, truth, train, controls.abmil_options(recipe), attention),
+        training.ATTENTION: learn(tmp_path / "abmil", bags, truth, train, training.abmil_options(recipe), attention),
     }
-    means = controls.tile_means(MemoryBags(bags), range(len(bags)), workers=1)
-    layer = controls.fit_linear(means[:train], truth[:train], 2)
-    scores[controls.MEAN] = auroc(
+    means = training.tile_means(bags, range(len(bags)), workers=1)
+    layer = training.fit_linear(means[:train], truth[:train], 2)
+    scores[training.MEAN] = auroc(
         truth[train:], probabilities(layer(torch.from_numpy(means[train:])).detach().numpy(), TASK)
     )
     with capsys.disabled():

@@ -26,10 +26,10 @@ from gigapath.finetune import (
     ModelOptions,
     Settings,
     TrainingOptions,
-    controls,
     finetune,
     load_head,
     predict,
+    training,
 )
 from gigapath.finetune.data import prepare
 from gigapath.finetune.plan import few_steps
@@ -278,10 +278,7 @@ def test_head_that_claims_other_sizes_than_its_tensors_is_refused_before_it_is_b
 
 def settings(**training) -> Settings:
     recipe = {"epochs": 2, "gradient_accumulation": 4, "base_lr": 0.05, "replicates": 5, "device": "cpu", **training}
-    return Settings(
-        model=ModelOptions(model_arch=NARROW, feat_layer="2"),
-        training=TrainingOptions(**recipe),
-    )
+    return Settings(model=ModelOptions(model_arch=NARROW, feat_layer="2"), training=TrainingOptions(**recipe))
 
 
 def test_whole_run_killed_and_continued_equals_an_unbroken_one(tmp_path) -> None:
@@ -359,7 +356,7 @@ def test_run_from_weights_has_random_ones_as_a_control_and_names_the_file_alone(
     inputs = replace(nine_slides(tmp_path), pretrained=str(place / "start.pth"))
     still = settings(base_lr=1e-12, min_lr=0.0, epochs=1)
     result = finetune(inputs, tmp_path / "out", replace(still, controls=True))
-    assert set(result.evaluations) == {"fine-tuned", *(controls.MEAN, controls.ATTENTION, controls.RANDOM)}
+    assert set(result.evaluations) == {"fine-tuned", *(training.MEAN, training.ATTENTION, training.RANDOM)}
     folder = tmp_path / "out" / "fold_0"
     ends = [load_head(where).model.state_dict() for where in (folder, folder / "controls" / "random_weights")]
     name = "encoder.layers.1.ffn.fc1.weight"
@@ -379,10 +376,7 @@ def test_run_from_weights_has_random_ones_as_a_control_and_names_the_file_alone(
 def test_frozen_encoder_is_cached_and_its_head_applies_to_tiles(tmp_path) -> None:
     features, labels = write_cohort(tmp_path, [n % 3 for n in range(18)])
     options = settings(epochs=3)
-    frozen = Settings(
-        model=ModelOptions(model_arch=NARROW, feat_layer="1-3", freeze=True),
-        training=options.training,
-    )
+    frozen = Settings(model=ModelOptions(model_arch=NARROW, feat_layer="1-3", freeze=True), training=options.training)
     splits = write_splits(tmp_path / "splits", (range(9), [], range(9, 18)))
     inputs = Inputs(str(write_task(tmp_path / "t.yaml")), str(features), str(labels), str(splits), "")
     finetune(inputs, tmp_path / "out", frozen)

@@ -20,8 +20,8 @@ from gigapath.evaluation.calibration import decisions, fit_calibration, probabil
 from gigapath.evaluation.splits import Fold
 from gigapath.evaluation.task import Task
 from gigapath.files import OutputError
-from gigapath.finetune import checkpoints, controls
-from gigapath.finetune.data import Bag, MemoryBags
+from gigapath.finetune import checkpoints, training
+from gigapath.finetune.data import Bag
 from gigapath.finetune.heads import GatedAttention, VectorHead, build_head, pack
 from gigapath.finetune.options import ModelOptions, TrainingOptions
 from gigapath.finetune.processes import Processes, training_precision
@@ -33,15 +33,15 @@ CPU = Processes(torch.device("cpu"))
 WIDTH = 8
 
 
-def bags_of(count: int, *, seed: int = 0) -> tuple[MemoryBags, np.ndarray]:
+def bags_of(count: int, *, seed: int = 0) -> tuple[list[Bag], np.ndarray]:
     """Slides of several lengths and their labels."""
     random = np.random.default_rng(seed)
     truth = np.arange(count) % 3
     made = [made_bag(int(label), random, tiles=5 + number % 4) for number, label in enumerate(truth)]
-    return MemoryBags([Bag(features, cells * 256) for features, cells in made]), truth
+    return [Bag(features, cells * 256) for features, cells in made], truth
 
 
-def trainer_of(bags: MemoryBags, truth: np.ndarray, *, dtype=torch.float32, processes=CPU, **options) -> Trainer:
+def trainer_of(bags: list[Bag], truth: np.ndarray, *, dtype=torch.float32, processes=CPU, **options) -> Trainer:
     recipe = TrainingOptions(**{"epochs": 2, "gradient_accumulation": 4, "workers": 1, **options})
     return Trainer(TASK, bags, truth, recipe, "fp32", processes, dtype=dtype)
 
@@ -241,10 +241,10 @@ def test_loss_that_is_not_finite_stops_the_run(tmp_path) -> None:
 
 def test_balanced_sampling_evens_out_the_classes() -> None:
     truth = np.array([0] * 300 + [1] * 20 + [2] * 80)
-    plain = trainer_of(MemoryBags([]), truth)
+    plain = trainer_of([], truth)
     assert sorted(plain.order(np.arange(400), 0).tolist()) == list(range(400))
     assert not np.array_equal(plain.order(np.arange(400), 0), plain.order(np.arange(400), 1))
-    even = trainer_of(MemoryBags([]), truth, balanced=True)
+    even = trainer_of([], truth, balanced=True)
     drawn = np.bincount(truth[even.order(np.arange(400), 0)], minlength=3)
     assert drawn.sum() == 400 and (np.abs(drawn - 133) < 40).all()
 
@@ -329,7 +329,7 @@ def test_linear_control_is_logistic_regression() -> None:
     random = np.random.default_rng(0)
     truth = random.integers(0, 3, 60)
     vectors = random.standard_normal((60, 5)) * 3 + 7 + truth[:, None]
-    layer = controls.fit_linear(vectors, truth, 3)
+    layer = training.fit_linear(vectors, truth, 3)
     scaled = (vectors - vectors.mean(0)) / vectors.std(0)
     theirs = LogisticRegression(C=1.0, tol=1e-12, max_iter=5000).fit(scaled, truth).predict_proba(scaled)
     ours = torch.softmax(layer(torch.from_numpy(vectors)), dim=1).detach().numpy()
@@ -338,7 +338,7 @@ def test_linear_control_is_logistic_regression() -> None:
 
 @pytest.mark.parametrize(("processes", "slides"), [(1, 8), (2, 8), (4, 8), (16, 16)])
 def test_control_of_abmil_steps_alike_over_any_number_of_processes(processes, slides) -> None:
-    recipe = controls.abmil_options(TrainingOptions(batch_size=4, select="val"), processes)
+    recipe = training.abmil_options(TrainingOptions(batch_size=4, select="val"), processes)
     window = recipe.batch_size * recipe.gradient_accumulation * processes
     assert window == slides and recipe.learning_rate(window) == pytest.approx(2e-4) and recipe.epochs == 20
 

@@ -188,7 +188,7 @@ def test_the_top_level_shows_public_names_alone() -> None:
     assert all(word in (gigapath.read_slides.__doc__ or "") for word in ("default", "state:I", "tile-mean", "trident"))
 
 
-@pytest.mark.parametrize("name", ["finetune", "linear_probe", "maps"])
+@pytest.mark.parametrize("name", ["finetune", "maps"])
 def test_public_names_that_load_late_are_there_and_shown(name: str) -> None:
     package = importlib.import_module(f"gigapath.{name}")
     assert set(package.__all__) <= set(dir(package))

@@ -21,7 +21,7 @@ from torch import Tensor
 from demo.pretrain_planted import main as demo
 from demo.pretrain_planted import planted_slides, write_slides
 from gigapath.cli.main import main as gigapath
-from gigapath.finetune.data import Bag, MemoryBags
+from gigapath.finetune.data import Bag
 from gigapath.finetune.loop import Loop
 from gigapath.finetune.processes import Processes
 from gigapath.pretraining import CohortOptions, PretrainingOptions, SizeOptions, TaskOptions, pretrain
@@ -67,7 +67,7 @@ def narrow(dtype: torch.dtype = torch.float64, **sizes: Any) -> MaskedAutoencode
 
 
 def batch_of(*bags: Bag, epoch: int | None = 0, task: TaskOptions | None = None) -> Batch:
-    target = fit_target("standardised", MemoryBags(bags), np.arange(len(bags)), seed=0, workers=1)
+    target = fit_target("standardised", bags, np.arange(len(bags)), seed=0, workers=1)
     viewer = Viewer(task or TaskOptions(), 0)
     return pack_views([viewer.view(bag, str(number), epoch) for number, bag in enumerate(bags)], target)
 
@@ -160,7 +160,7 @@ def test_what_is_hidden_changes_no_prediction() -> None:
 
 def test_packed_equals_alone_and_accumulated_equals_one_batch() -> None:
     bags, model = bags_of(20, 9, 33, 2, 14, 27, 5, 40), narrow().eval()
-    target = fit_target("standardised", MemoryBags(bags), np.arange(8), seed=0, workers=1)
+    target = fit_target("standardised", bags, np.arange(8), seed=0, workers=1)
     views = [Viewer(TaskOptions(), 0).view(bag, str(number), 0) for number, bag in enumerate(bags)]
     with torch.no_grad():
         alone = torch.cat([model(pack_views([view], target)) for view in views])
@@ -306,7 +306,7 @@ def test_predictors_without_learning_find_what_is_there_and_nothing_in_noise() -
         noise.append(Bag(random.standard_normal(waves.shape).astype(np.float32), cells * 256))
     found = {}
     for name, bags in (("smooth", smooth), ("noise", noise)):
-        target = fit_target("standardised", MemoryBags(bags), np.arange(12), seed=0, workers=1)
+        target = fit_target("standardised", bags, np.arange(12), seed=0, workers=1)
         views = [Viewer(TaskOptions(), 0).view(bag, str(number), None) for number, bag in enumerate(bags)]
         found[name] = without_learning(views, target, views)
         sill, _, nugget = fit_covariance(views, target)

@@ -16,9 +16,12 @@ import torch
 from made_embeddings import made_vectors, write_csv, write_zip
 
 from gigapath.cli.main import main
-from gigapath.evaluation import Predictions, evaluate
-from gigapath.linear_probe import EmbeddingTable, ProbeOptions, TileProbeOptions, probe_tiles, write_table
-from gigapath.linear_probe.planted import bayes_accuracy
+from gigapath.evaluation.intervals import evaluate
+from gigapath.evaluation.scores import Predictions
+from gigapath.linear_probe.options import ProbeOptions, TileProbeOptions
+from gigapath.linear_probe.run import bayes_accuracy
+from gigapath.linear_probe.table import EmbeddingTable, write_table
+from gigapath.linear_probe.tiles import probe_tiles
 
 REPOSITORY = Path(__file__).parent.parent
 COUNTS = {"train": 200, "valid": 60, "test": 80}
@@ -212,7 +215,7 @@ def test_results_of_an_earlier_run_never_stand_beside_new_ones(
         patch.setattr("gigapath.linear_probe.tiles.predictions_csv", fail)
         assert probe(made, tmp_path) == 1
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
-    monkeypatch.setattr("gigapath.evaluation.report.write_bytes_atomic", fail)
+    monkeypatch.setattr("gigapath.evaluation.results.write_bytes_atomic", fail)
     assert probe(made, tmp_path) == 1
     assert not (tmp_path / "results.json").exists()
 

@@ -23,11 +23,16 @@ from made_embeddings import made_vectors, pt_bytes, write_csv, write_folder, wri
 from gigapath.files import OutputError
 from gigapath.linear_probe import archive
 from gigapath.linear_probe.archive import CACHE_SUFFIX, VectorReader, ZipFiles, read_embeddings
-from gigapath.linear_probe.data import load_data
+from gigapath.linear_probe.data import ProbeData, load_data
 from gigapath.linear_probe.options import ProbeOptions
 from gigapath.linear_probe.table import EmbeddingTable, read_table, split_of_path, write_table
 
 COUNTS = {"train": 40, "valid": 20, "test": 30}
+
+
+def load(folder: Path, vectors: dict[str, np.ndarray], rows: list[dict[str, str]], **options: object) -> ProbeData:
+    zipped, table = write_zip(folder / "made.zip", vectors), write_csv(folder / "labels.csv", rows)
+    return load_data(zipped, table, ProbeOptions(**options))
 
 
 @pytest.fixture
@@ -303,38 +308,25 @@ def test_data_maps_labels_once_and_knows_the_splits(made: tuple[Path, Path]) -> 
 def test_labels_of_any_kind_are_mapped_in_order(tmp_path: Path, written: list[str], classes: tuple[str, str]) -> None:
     vectors, rows = made_vectors(COUNTS)
     rows = [{**row, "label": written["ab".index(row["label"])]} for row in rows]
-    zipped, table = write_zip(tmp_path / "made.zip", vectors), write_csv(tmp_path / "labels.csv", rows)
-    data = load_data(zipped, table, ProbeOptions())
+    data = load(tmp_path, vectors, rows)
     assert data.classes == classes
-    flipped = load_data(zipped, table, ProbeOptions(positive=written[0]))
+    flipped = load(tmp_path, vectors, rows, positive=written[0])
     assert flipped.classes[1] == data.classes[data.classes.index(flipped.classes[1])]
 
 
-def test_split_comes_from_the_csv_where_the_path_says_none(tmp_path: Path) -> None:
+def test_split_comes_from_the_csv_or_from_the_path(tmp_path: Path) -> None:
     vectors, rows = made_vectors(COUNTS)
     flat = {name.rpartition("/")[2]: vector for name, vector in vectors.items()}
-    data = load_data(
-        write_zip(tmp_path / "flat.zip", flat),
-        write_csv(
-            tmp_path / "labels.csv", [{**row, "split": row["split"].replace("valid", "validation")} for row in rows]
-        ),
-        ProbeOptions(),
-    )
-    assert {split: len(found) for split, found in data.rows.items()} == {"train": 40, "val": 20, "test": 30}
-
-
-def test_split_comes_from_the_path_where_the_csv_says_none(tmp_path: Path) -> None:
-    vectors, rows = made_vectors(COUNTS)
-    table = write_csv(tmp_path / "l.csv", [{"file": row["input"], "label": row["label"]} for row in rows])
-    data = load_data(write_zip(tmp_path / "made.zip", vectors), table, ProbeOptions())
-    assert len(data.rows["val"]) == 20
+    said = [{**row, "split": row["split"].replace("valid", "validation")} for row in rows]
+    unsaid = [{"file": row["input"], "label": row["label"]} for row in rows]
+    for data in (load(tmp_path, flat, said), load(tmp_path, vectors, unsaid)):
+        assert {split: len(found) for split, found in data.rows.items()} == {"train": 40, "val": 20, "test": 30}
 
 
 def test_one_name_in_two_splits_is_two_tiles_when_they_differ(tmp_path: Path) -> None:
     vectors, rows = made_vectors(COUNTS)
     renamed = {re.sub(r"(train|valid|test)_", "", name): vector for name, vector in vectors.items()}
-    table = write_csv(tmp_path / "l.csv", [{**row, "input": row["input"].partition("_")[2]} for row in rows])
-    data = load_data(write_zip(tmp_path / "made.zip", renamed), table, ProbeOptions())
+    data = load(tmp_path, renamed, [{**row, "input": row["input"].partition("_")[2]} for row in rows])
     assert sum(map(len, data.rows.values())) == 90
 
 
@@ -362,10 +354,7 @@ Change = Callable[[list[dict[str, str]]], list[dict[str, str]]]
         (lambda rows: [{**row, "split": "train"} for row in rows], r"50 splits contradict the paths of the embeddings"),
         (lambda rows: [*rows, {**rows[0], "split": "test"}], r"splits contradict the paths.*\(test against train\)"),
         (lambda rows: [*rows, rows[0]], r"train_0000\.pt has two rows \(2 and 92\)"),
-        (
-            lambda rows: [row for row in rows if row["split"] != "valid"],
-            r"csv: embeddings without a row: ",
-        ),
+        (lambda rows: [row for row in rows if row["split"] != "valid"], r"csv: embeddings without a row: "),
         (lambda rows: [{**row, "label": "a"} for row in rows], r"all tiles are of one class \(a\)"),
         (
             lambda rows: [
@@ -393,40 +382,26 @@ def test_labels_that_make_no_sense_are_one_sentence(
     assert "\n" not in str(caught.value)
 
 
-def test_tile_in_two_splits_of_the_csv_is_refused(tmp_path: Path) -> None:
+def test_a_tile_in_two_splits_is_refused_and_twins_of_two_splits_are_counted(tmp_path: Path) -> None:
     vectors, rows = made_vectors(COUNTS)
-    flat = write_zip(tmp_path / "flat.zip", {name.rpartition("/")[2]: vector for name, vector in vectors.items()})
-    table = write_csv(tmp_path / "l.csv", [*rows, {**rows[0], "split": "test"}])
+    flat = {name.rpartition("/")[2]: vector for name, vector in vectors.items()}
+    again = [*rows, {**rows[0], "split": "test", "slide": "test-0"}]
     with pytest.raises(ValueError, match=r"train_0000\.pt stands in two splits \(train and test\)"):
-        load_data(flat, table, ProbeOptions())
-
-
-def test_tile_in_two_splits_of_the_zip_is_refused(tmp_path: Path) -> None:
-    vectors, rows = made_vectors(COUNTS)
-    vectors["emb/test/train_0000.pt"] = vectors["emb/train/train_0000.pt"]
-    table = write_csv(tmp_path / "l.csv", [*rows, {**rows[0], "split": "test", "slide": "test-0"}])
+        load(tmp_path, flat, again)
+    twice = vectors | {"emb/test/train_0000.pt": vectors["emb/train/train_0000.pt"]}
     with pytest.raises(ValueError, match=r"are one tile in two splits"):
-        load_data(write_zip(tmp_path / "made.zip", vectors), table, ProbeOptions())
-
-
-def test_identical_embeddings_of_two_splits_are_counted(tmp_path: Path) -> None:
-    vectors, rows = made_vectors(COUNTS)
-    for name in ("emb/train/train_0003.pt", "emb/test/test_0004.pt", "emb/test/test_0005.pt"):
-        vectors[name] = vectors["emb/train/train_0000.pt"]
-    data = load_data(write_zip(tmp_path / "made.zip", vectors), write_csv(tmp_path / "l.csv", rows), ProbeOptions())
+        load(tmp_path, twice, again)
+    twins = ("emb/train/train_0003.pt", "emb/test/test_0004.pt", "emb/test/test_0005.pt")
+    data = load(tmp_path, vectors | dict.fromkeys(twins, vectors["emb/train/train_0000.pt"]), rows)
     assert data.facts["identical_across_splits"] == 4
 
 
-def test_split_without_tiles_is_refused(tmp_path: Path) -> None:
-    vectors, rows = made_vectors({"train": 10, "test": 10})
+def test_split_without_tiles_is_refused_and_leaking_groups_can_be_allowed(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="the split val is empty"):
-        load_data(write_zip(tmp_path / "made.zip", vectors), write_csv(tmp_path / "l.csv", rows), ProbeOptions())
-
-
-def test_leaking_groups_can_be_allowed(made: tuple[Path, Path], tmp_path: Path) -> None:
-    _, rows = made_vectors(COUNTS)
-    table = write_csv(tmp_path / "l.csv", [{**row, "slide": "s1"} for row in rows])
-    assert load_data(made[0], table, ProbeOptions(allow_leakage=True)).groups is not None
+        load(tmp_path, *made_vectors({"train": 10, "test": 10}))
+    vectors, rows = made_vectors(COUNTS)
+    leaking = load(tmp_path, vectors, [{**row, "slide": "s1"} for row in rows], allow_leakage=True)
+    assert leaking.groups is not None
 
 
 def write_meta(folder: Path, counts: dict[str, int], *, flip: int | None = None) -> Path:

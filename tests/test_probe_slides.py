@@ -309,7 +309,9 @@ def test_a_run_without_the_name_of_an_embedding_says_how_to_probe_its_slides(
 ) -> None:
     (tmp_path / "run" / "slides_mean__standin").mkdir(parents=True)
     (tmp_path / "run" / "slides_mean__standin" / "a.h5").touch()
-    assert main(["probe", str(tmp_path / "run"), "--labels", "labels.csv", "--out", str(tmp_path / "out")]) == 1
+    (tmp_path / "labels.csv").touch()
+    words = ["probe", str(tmp_path / "run"), "--labels", str(tmp_path / "labels.csv"), "--out", str(tmp_path / "out")]
+    assert main(words) == 1
     assert "--embedding tile-mean" in capsys.readouterr().err
 
 

@@ -1,6 +1,5 @@
 """The recipe against a plain loop, the solvers against scikit-learn, all of them against a rule that is known."""
 
-import itertools
 import math
 
 import numpy as np
@@ -10,24 +9,24 @@ from sklearn.linear_model import LogisticRegression as SkLogistic
 from sklearn.metrics import f1_score
 from sklearn.neighbors import NearestNeighbors as SkNeighbours
 
-from gigapath.evaluation import f1_weighted
+from gigapath.evaluation.scores import f1_weighted
 from gigapath.linear_probe import heads
 from gigapath.linear_probe.heads import (
     LogisticRegression,
     NearestNeighbours,
-    Recipe,
     blocks,
     choose_neighbours,
     choose_penalty,
     cross_entropy,
     draw_batches,
     first_weights,
-    learning_rate,
     standardisation,
     train,
 )
+from gigapath.linear_probe.options import TileProbeOptions
 
 CPU = torch.device("cpu")
+HUNDRED = torch.arange(60), torch.arange(60, 100)
 
 
 def planted(
@@ -52,7 +51,7 @@ def test_recipe_gives_the_weights_of_a_plain_loop(classes: int) -> None:
     """Tolerance 1e-5: the same float32 arithmetic in another order over 600 steps, on entries up to 1."""
     features, labels = planted(900, 24, classes)
     train_rows, val_rows = torch.arange(600), torch.arange(600, 900)
-    recipe = Recipe(steps=600, batch_size=32, lr=0.02, weight_decay=0.01, eval_every=100)
+    recipe = TileProbeOptions(steps=600, batch_size=32, lr=0.02, weight_decay=0.01, eval_every=100)
     fit = train(features, labels, train_rows, val_rows, classes, recipe, seed=3)
 
     layer = torch.nn.Linear(24, classes)
@@ -88,8 +87,8 @@ def test_recipe_reaches_the_rate_of_the_planted_rule() -> None:
     """Means two standard deviations apart: no rule errs less than 1 - Phi(1) = 0.1587 of the time."""
     features, labels = planted(26_000, 16)
     rows = torch.arange(26_000)
-    fit = train(features, labels, rows[:4000], rows[4000:6000], 2, Recipe(), seed=0)
-    said = fit.head.predicted(features, rows[6000:])
+    fit = train(features, labels, rows[:4000], rows[4000:6000], 2, TileProbeOptions(), seed=0)
+    said = fit.head.logits(features, rows[6000:]).argmax(axis=1)
     bayes = 0.5 * (1 + math.erf(1 / math.sqrt(2)))
     # Three standard errors of 20,000 tiles are 0.008.
     assert float((said == labels[6000:].numpy()).mean()) == pytest.approx(bayes, abs=0.009)
@@ -100,7 +99,7 @@ def test_recipe_reaches_the_rate_of_the_planted_rule() -> None:
 def test_recipe_is_the_same_bit_for_bit_and_another_for_another_seed() -> None:
     features, labels = planted(500, 8)
     rows = torch.arange(500)
-    recipe = Recipe(steps=60, batch_size=16, eval_every=20)
+    recipe = TileProbeOptions(steps=60, batch_size=16, eval_every=20)
     first, again, other = (train(features, labels, rows[:300], rows[300:], 2, recipe, seed=s) for s in (1, 1, 2))
     assert torch.equal(first.head.weight, again.head.weight) and first.looks == again.looks
     assert not torch.equal(first.head.weight, other.head.weight)
@@ -109,7 +108,7 @@ def test_recipe_is_the_same_bit_for_bit_and_another_for_another_seed() -> None:
 def test_recipe_leaves_the_threads_and_the_generator_of_the_caller_alone() -> None:
     features, labels = planted(100, 8)
     before, state = torch.get_num_threads(), torch.get_rng_state()
-    train(features, labels, torch.arange(60), torch.arange(60, 100), 2, Recipe(steps=5, batch_size=4), seed=0)
+    train(features, labels, *HUNDRED, 2, TileProbeOptions(steps=5, batch_size=4), seed=0)
     assert torch.get_num_threads() == before and torch.equal(torch.get_rng_state(), state)
 
 
@@ -121,22 +120,24 @@ def test_draws_are_fresh_at_every_step_and_with_replacement() -> None:
     assert any(len(set(batch.tolist())) < 16 for batch in batches)
 
 
-def test_learning_rate_is_a_cosine_to_zero() -> None:
-    rates = [learning_rate(step, 4000, 0.02) for step in range(4001)]
-    assert rates[0] == 0.02 and rates[2000] == pytest.approx(0.01) and rates[4000] == pytest.approx(0, abs=1e-12)
-    assert all(later < earlier for earlier, later in itertools.pairwise(rates))
-
-
 def test_last_steps_are_looked_at_when_looks_do_not_divide_the_steps() -> None:
     features, labels = planted(100, 8)
-    fit = train(features, labels, torch.arange(60), torch.arange(60, 100), 2, Recipe(steps=25, eval_every=10), seed=0)
+    fit = train(features, labels, *HUNDRED, 2, TileProbeOptions(steps=25, eval_every=10), seed=0)
     assert [look.step for look in fit.looks] == [10, 20, 25]
 
 
 def test_loss_that_is_not_finite_is_an_error() -> None:
     features, labels = planted(100, 8)
     with pytest.raises(ValueError, match="--lr"):
-        train(features * 1e30, labels, torch.arange(60), torch.arange(60, 100), 2, Recipe(steps=50, lr=1e9), seed=0)
+        train(
+            features * 1e30,
+            labels,
+            torch.arange(60),
+            torch.arange(60, 100),
+            2,
+            TileProbeOptions(steps=50, lr=1e9),
+            seed=0,
+        )
 
 
 def test_quick_f1_is_scikit_learns() -> None:
@@ -181,8 +182,8 @@ def test_logistic_regression_is_scikit_learns(classes: int, penalty: float) -> N
 def test_entries_that_never_change_are_left_out() -> None:
     features, labels = planted(200, 6)
     features[:, 3] = 7.0
-    standard = standardisation(features, torch.arange(200))
-    assert standard.scale[3] == 0 and (standard.scale[[0, 1, 2, 4, 5]] > 0).all()
+    _, scale = standardisation(features, torch.arange(200))
+    assert scale[3] == 0 and (scale[[0, 1, 2, 4, 5]] > 0).all()
     head = LogisticRegression(features, labels, torch.arange(200), 2).fit(0.1)
     assert torch.isfinite(head.weight).all() and not head.weight[:, 3].any()
 

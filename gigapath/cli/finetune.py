@@ -108,7 +108,7 @@ def evaluate(
         out: folder for predictions.csv and results.json
         allow_leakage: take slides that trained the head, too
     """
-    from gigapath.evaluation.report import score_lines
+    from gigapath.evaluation.results import score_lines
     from gigapath.finetune import evaluate_head
 
     result = evaluate_head(

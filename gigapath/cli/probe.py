@@ -109,7 +109,7 @@ def probe(
         )
     print(found)
     if demo:
-        from gigapath.linear_probe.planted import bayes_accuracy
+        from gigapath.linear_probe.run import bayes_accuracy
 
         print(f"DEMO: no rule can be more accurate than {bayes_accuracy():.4f} on these data.")
     from gigapath.linear_probe.tiles import TileProbe

@@ -68,7 +68,6 @@ def find_slides(
 
     Args:
         inputs: slide files, folders of them, manifests (.csv or .tsv with a column `path`).
-        exclude: a folder that is not searched: the run's own output.
         check_ids: refuse ids that collide; without, `id_problems` tells all of them.
 
     Raises:

@@ -86,7 +86,10 @@ def record_run(out: Path, run_id: str, owner: Mapping[str, Any], entries: Iterab
     them, for people.
     """
     known = {entry.slide_id: entry for entry in recorded_paths(out)}
-    seen = [_resolved(entry) for entry in entries]
+    seen = [
+        replace(each, path=real_path(each.path), mask=each.mask and real_path(each.mask), md5="", columns={})
+        for each in entries
+    ]
     new = [_row(entry) for entry in seen if known.get(entry.slide_id) != entry]
     write_private(out, f"{run_id}.json", json.dumps({**owner, _SLIDES: new}, indent=2, default=str) + "\n")
     if new or not (out / PRIVATE / _PATHS).exists():
@@ -115,18 +118,6 @@ def recorded_paths(out: Path) -> list[SlideEntry]:
         except (OSError, ValueError, TypeError, AttributeError):  # another user's, or no record of ours
             continue
     return list(rows.values())
-
-
-def _resolved(entry: SlideEntry) -> SlideEntry:
-    mask = None if entry.mask is None else real_path(entry.mask)
-    return SlideEntry(
-        entry.slide_id,
-        real_path(entry.path),
-        entry.mpp,
-        mask,
-        original_id=entry.original_id,
-        problem=entry.problem,
-    )
 
 
 def _row(entry: SlideEntry) -> list[Any]:

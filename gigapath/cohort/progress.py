@@ -1,21 +1,17 @@
 """How far a cohort is, read from the status files alone: no job need run, and nothing heavy is imported."""
 
 import csv
-import json
-import os
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-from gigapath.cohort.status import FINISHED, SLIDES_CSV, STATES, failures_by_kind
+from gigapath.cohort.status import FINISHED, SLIDES_CSV, STATES, Status, failures_by_kind, read_statuses
 
 # Folders of stages, in the order of the work.
 _STAGE_FOLDERS = ("tiles", "features_", "slides_", "as-", "contextual_")
 # The rate is that of the results of so many seconds before the newest one.
 _WINDOW_SECONDS = 3600.0
-_READ_BYTES = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -60,18 +56,13 @@ def read_progress(out: Path) -> tuple[int, list[StageProgress]]:
     folders = sorted(
         (path for path in out.iterdir() if path.name.startswith(_STAGE_FOLDERS) and path.is_dir()), key=_order
     )
-    stages = {folder.name: _read_folder(folder) for folder in folders}
+    stages = {folder.name: read_statuses(folder) for folder in folders}
     ids = {slide_id for found in stages.values() for slide_id in found} | _listed(out / SLIDES_CSV)
     if not ids:
         raise ValueError(
             f"{out}: expected the output folder of a run, got one without slides. Name the folder of --out."
         )
-    counted = {
-        slide_id: status["tiles"]
-        for found in stages.values()
-        for slide_id, status in found.items()
-        if status["status"] in FINISHED
-    }
+    counted = {name: status.tiles for found in stages.values() for name, status in found.items() if status.finished}
     return len(ids), [
         _progress(name, found, ids, counted, _failed_before(name, stages)) for name, found in stages.items()
     ]
@@ -91,88 +82,47 @@ def _order(folder: Path) -> tuple[int, str]:
     return next(i for i, start in enumerate(_STAGE_FOLDERS) if folder.name.startswith(start)), folder.name
 
 
-def _failed_before(name: str, stages: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> set[str]:
+def _failed_before(name: str, stages: Mapping[str, Mapping[str, Status]]) -> set[str]:
     """Slides that failed in a stage before the one of this name: their tiles, or their tile embeddings."""
     encoder = name.split("__")[1] if "__" in name else ""
     before = [folder for folder in ("tiles", f"features_{encoder}") if folder != name and folder in stages]
-    return {slide_id for folder in before for slide_id, row in stages[folder].items() if row["status"] == "failed"}
+    return {slide_id for folder in before for slide_id, row in stages[folder].items() if row.status == "failed"}
 
 
 def _progress(
     folder: str,
-    found: Mapping[str, Mapping[str, Any]],
+    found: Mapping[str, Status],
     ids: Iterable[str],
     counted: Mapping[str, int],
     failed_before: Collection[str],
 ) -> StageProgress:
     states = dict.fromkeys(ids, "todo") | dict.fromkeys(failed_before, "failed")
-    states |= {slide_id: row["status"] for slide_id, row in found.items()}
+    states |= {slide_id: status.status for slide_id, status in found.items()}
     counts = Counter(states.values())
-    done = {slide_id: status for slide_id, status in found.items() if status["status"] in FINISHED}
+    done = [status for status in found.values() if status.finished]
     left = [slide_id for slide_id, state in states.items() if state in ("stopped", "todo")]
     known = [counted[slide_id] for slide_id in left if slide_id in counted]
     mean = sum(counted.values()) / len(counted) if counted else 0.0
     tiles_left = sum(known) + round(mean * (len(left) - len(known)))
-    last = max((status["ended"] for status in done.values()), default=0.0)
-    recent = [status for status in done.values() if status["ended"] > max(0.0, last - _WINDOW_SECONDS)]
-    span = last - min((status["ended"] - status["seconds"] for status in recent), default=last)
-    tiles_rate = sum(status["tiles"] for status in recent) / span if span > 0 else None
+    last = max((status.ended for status in done), default=0.0)
+    recent = [status for status in done if status.ended > max(0.0, last - _WINDOW_SECONDS)]
+    span = last - min((status.ended - status.seconds for status in recent), default=last)
+    tiles_rate = sum(status.tiles for status in recent) / span if span > 0 else None
     slides_rate = len(recent) / span if span > 0 else None
     # Tiling costs by the slide, whatever is found on it.
     rate, todo = (slides_rate, len(left)) if folder == "tiles" else (tiles_rate, tiles_left)
     return StageProgress(
         folder=folder,
         counts={state: counts[state] for state in STATES},
-        tiles=sum(status["tiles"] for status in done.values()),
+        tiles=sum(status.tiles for status in done),
         last=last,
         tiles_per_second=tiles_rate,
         slides_per_second=slides_rate,
         left=len(left),
         tiles_left=tiles_left,
         seconds_left=todo / rate if rate else None,
-        failures=failures_by_kind(
-            {slide_id: status["error"] for slide_id, status in found.items() if status["status"] == "failed"}
-        ),
+        failures=failures_by_kind({name: status.error for name, status in found.items() if status.status == "failed"}),
     )
-
-
-def _read_folder(folder: Path) -> dict[str, dict[str, Any]]:
-    """slide_id -> what its status file says; a file that can't be read counts as none.
-
-    Plain system calls: for thousands of files `Path.read_text` takes longer than everything else together.
-    """
-    found = {}
-    with os.scandir(folder) as entries:
-        names = [entry.name for entry in entries if entry.name.endswith(".json")]
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        for name in names:
-            try:
-                values = json.loads(_content(name, descriptor))
-                row = {key: values.get(key, default) for key, default in _FIELDS.items()}
-                numbers = all(isinstance(row[key], int | float) for key in ("tiles", "seconds", "ended"))
-                if row["status"] in STATES and numbers and isinstance(row["error"], str):
-                    found[name.removesuffix(".json")] = row
-            except (OSError, ValueError, AttributeError):
-                continue
-    finally:
-        os.close(descriptor)
-    return found
-
-
-_FIELDS: dict[str, Any] = {"status": "", "tiles": 0, "seconds": 0.0, "error": "", "ended": 0.0}
-
-
-def _content(name: str, folder: int) -> bytes:
-    descriptor = os.open(name, os.O_RDONLY, dir_fd=folder)
-    try:
-        content = part = os.read(descriptor, _READ_BYTES)
-        while len(part) == _READ_BYTES:
-            part = os.read(descriptor, _READ_BYTES)
-            content += part
-        return content
-    finally:
-        os.close(descriptor)
 
 
 def _listed(path: Path) -> set[str]:

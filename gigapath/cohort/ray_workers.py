@@ -1,8 +1,8 @@
 """`--engine ray`: the slides of a run over the machines of a Ray cluster, by one actor a GPU or one per so many cores.
 
 Ray places the actors and notices when one is lost. Results and statuses go into the shared folder by the code of a run
-in one process: the folder is the truth, and who does which slide is no part of the numbers. Ray is imported in here
-only, and only when it is asked for.
+in one process: the folder is the truth, and who does which slide is no part of the numbers. Actors rather than tasks:
+an encoder stays loaded, and a process that has seen one GPU is never given another. Ray is imported in here only.
 """
 
 import contextlib
@@ -30,23 +30,14 @@ from gigapath.preprocessing.slide import SlideError
 from gigapath.progress import Plan, Progress
 from gigapath.signals import StopFlag, Stopped
 
-# A slide has failed once it has lost so many workers that had no other slide.
-_LOSSES = 2
-# So many workers may be lost one after the other before a slide is through.
-_STARTS = 4
+_LOSSES = 2  # a slide has failed once it has lost so many workers that had no other slide
+_STARTS = 4  # so many workers may be lost one after the other before one has started
 _CONNECT_SECONDS = 5.0
-# How long a run waits where no worker can start: machines that are lent out come back, or are started.
-_PATIENCE_SECONDS = 600.0
-# How often workers are started for machines that came, and in place of those lost.
-_START_SECONDS = 2.0
-# How long workers have for ending what they do, of the 20 seconds that a scheduler gives.
-_STOP_SECONDS = 12.0
+_PATIENCE_SECONDS = 600.0  # without any worker: machines that are lent out come back, or are started
+_START_SECONDS = 2.0  # between looks for machines that came
+_STOP_SECONDS = 12.0  # for workers to end what they do, of the 20 seconds that a scheduler gives
 _POLL_SECONDS = 0.2
 _STORE_BYTES = 80_000_000  # slides and statuses are all that travels
-_LOST = (
-    f"its worker was lost, {_LOSSES} times with no other slide in work: killed, out of memory, or its machine went "
-    "away. Try it by itself with --engine local."
-)
 
 
 class SlideJob(Protocol):
@@ -65,8 +56,7 @@ MakeJob = Callable[[CohortRun, Any], tuple[SlideJob, Any]]
 
 
 class _CountedTiles(Progress):
-    def __init__(self) -> None:
-        self.count = 0
+    count = 0
 
     def tiles(self, count: int) -> None:
         self.count += count
@@ -80,9 +70,7 @@ class SlideWorker:
             os.chdir(cwd)
         self._make_job = make_job
         self._embedded = _CountedTiles()
-        self._stop = StopFlag()
-        self._run = CohortRun(out, verb, [], [], {}, watch=self._embedded, stop=self._stop)
-        self._job: SlideJob | None = None
+        self._run = CohortRun(out, verb, [], [], {}, watch=self._embedded, stop=StopFlag())
         self._announced: Sequence[SlideEntry] = ()
 
     def start(self, found: Any) -> tuple[str, str, Any]:
@@ -97,7 +85,6 @@ class SlideWorker:
 
     def work(self, entries: Sequence[SlideEntry]) -> tuple[Sequence[Status], int]:
         """Do the first slide while the second, which comes next, is read ahead; its statuses, and tiles embedded."""
-        assert self._job is not None
         self._job.announce([entry for entry in entries if entry not in self._announced])
         self._announced = entries[1:]
         before = self._embedded.count
@@ -105,19 +92,13 @@ class SlideWorker:
 
     def stop(self, why: str) -> None:
         """Let what is in work end as stopped."""
-        self._stop.set(why)
+        self._run.stop.set(why)
 
 
 @dataclass(eq=False)
 class _Worker:
-    """An actor as the run sees it.
-
-    Attributes:
-        actor: the handle.
-        call: the call that it is at, or None.
-        machine: number of its machine, from 1 in the order in which machines came; 0 until it has started.
-        entries: the slide in work and the one that is read ahead.
-    """
+    """An actor, the call that it is at, its machine's number (from 1; 0 until it has started), and its slides: the one
+    in work and the one that is read ahead."""
 
     actor: Any
     call: Any
@@ -128,24 +109,19 @@ class _Worker:
 class RayWorkers:
     """The workers of a run; use as a context manager, `start`, then give `process` to `CohortRun.over_slides`.
 
+    Args:
+        run: the run.
+        address: HOST:PORT, "auto" for the cluster that this machine belongs to, "local" for processes of this machine,
+            or None for $RAY_ADDRESS, and where that is not set the same as "local".
+        cores: of each worker, or None for the machines' own measure.
+        device: "auto", "cpu" or "cuda"; "none" where the work needs no encoder. Then the kind of each worker's device.
+
     Attributes:
-        cores: of each worker.
-        device: the kind of each worker's device, "cuda" or "cpu".
         expected: by slide, about how many tiles are to be embedded; corrected as slides come.
     """
 
     def __init__(self, run: CohortRun, *, address: str | None, cores: int | None, device: str) -> None:
-        """Nothing happens yet.
-
-        Args:
-            run: the run.
-            address: HOST:PORT, "auto" for the cluster that this machine belongs to, "local" for processes of this
-                machine, or None for $RAY_ADDRESS, and where that is not set the same as "local".
-            cores: of each worker, or None for the machines' own measure.
-            device: "auto", "cpu" or "cuda"; "none" where the work needs no encoder.
-        """
-        self.cores = cores or 0
-        self.device = device
+        self.cores, self.device = cores or 0, device
         self.expected: dict[str, int] = {}
         self._run = run
         self._address = address or os.environ.get("RAY_ADDRESS") or "local"
@@ -158,13 +134,12 @@ class RayWorkers:
         self._writers: list[str] = []
         self._facts: dict[str, Any] = {}
         self._losses: Counter[str] = Counter()  # slides that lost a worker, and how often with no other slide
-        self._lost_in_a_row = 0
-        self._next_start = 0.0
-        self._none_since: float | None = None
+        self._lost_at_start = 0
+        self._last_there = self._next_start = 0.0
 
     def __enter__(self) -> "RayWorkers":
-        ray = self._ray = _import_ray(self._address)
-        self._owner = not ray.is_initialized()
+        self._ray = _import_ray(self._address)
+        self._owner = not self._ray.is_initialized()
         if self._owner:
             with _signals_kept():
                 self._connect()
@@ -173,7 +148,7 @@ class RayWorkers:
         except BaseException:
             self.__exit__()
             raise
-        self._facts |= {"name": "ray", "version": ray.__version__, "worker_cores": self.cores}
+        self._facts |= {"name": "ray", "version": self._ray.__version__, "worker_cores": self.cores}
         self._facts |= {"worker_gpus": self.device == "cuda", "lost_workers": 0, "machines": []}
         self._run.facts["engine"] = self._facts
         return self
@@ -188,11 +163,11 @@ class RayWorkers:
 
     def with_line(self, plan: Plan) -> Plan:
         """A plan with one line more: how many workers of which kind there is room for."""
-        cores = "1 core" if self.cores == 1 else f"{self.cores} cores"
-        each = f"a GPU and {cores}" if self.device == "cuda" else cores
-        room, nodes = self._room(), len(self._nodes())
-        machines = "1 machine" if nodes == 1 else f"{nodes} machines"
-        line = f"ray: room for {room} worker{'s' * (room != 1)} of {each} on {machines}."
+        room, nodes, gpu = self._room(), len(self._nodes()), "a GPU and " * (self.device == "cuda")
+        line = (
+            f"ray: room for {room} worker{'s' * (room != 1)} of {gpu}{self.cores} core{'s' * (self.cores != 1)} on "
+            f"{nodes} machine{'s' * (nodes != 1)}."
+        )
         return replace(plan, lines=(*plan.lines, line))
 
     def start(self, make_job: MakeJob) -> Any:
@@ -205,14 +180,12 @@ class RayWorkers:
             Exception: what `make_job` raised.
         """
         check_writable(self._run.out)
-        self._make_job = make_job
+        self._make_job, self._last_there = make_job, time.monotonic()
         worker = self._add_worker()
-        until = time.monotonic() + _PATIENCE_SECONDS
         while not self._ray.wait([worker.call], timeout=_POLL_SECONDS)[0]:
             if self._run.stop.is_set:
                 raise KeyboardInterrupt
-            if time.monotonic() > until:
-                raise _none_came()
+            self._check_patience()
         answer, error = self._answer(worker)
         if answer is None:
             raise error or OSError("the first worker was lost as it started. Look at Ray's logs, and at the memory.")
@@ -222,8 +195,8 @@ class RayWorkers:
     def process(self, entries: Sequence[SlideEntry]) -> SlideResults:
         """Bring slides through, in about their order; each with its statuses as it ends.
 
-        A worker has one slide in work and reads one more ahead. What a lost worker had is done elsewhere, each slide
-        by itself from then on, since it may be what ended the worker.
+        What a lost worker had is done elsewhere, each slide by itself from then on, since it may be what ended the
+        worker.
 
         Raises:
             Stopped: a signal came; what was in work is marked as stopped.
@@ -246,21 +219,21 @@ class RayWorkers:
                     continue
                 ended, _ = self._ray.wait(calls, timeout=_POLL_SECONDS)
                 for worker in [worker for worker in self._workers if worker.call in ended]:
-                    yield from self._receive(worker, queue)
+                    answer, error = self._answer(worker)
+                    if answer is None:
+                        yield from self._lose(worker, error, queue)
+                    elif not worker.machine:
+                        self._started(worker, answer)
+                    else:
+                        yield self._receive(worker, queue, *answer)
         except Stopped as stopped:
             why = str(stopped)
             raise
         finally:
             self._stop_workers(why)
 
-    # ------------------------------------------------------------------------------------------------- the cluster
-
     def _connect(self) -> None:
-        """Join the cluster, or start one of this machine's own processes.
-
-        Raises:
-            OSError: there is none at the address.
-        """
+        """Join the cluster, or start one of this machine's own processes; OSError where there is none."""
         quiet: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False}
         if self._address == "local":
             quiet |= {"include_dashboard": False, "object_store_memory": _STORE_BYTES, "num_cpus": available_cores()}
@@ -311,8 +284,6 @@ class RayWorkers:
         gpus = self.device == "cuda"
         return sum(int(min(n.get("CPU", 0) // self.cores, n.get("GPU", 0) if gpus else 1e9)) for n in self._nodes())
 
-    # ------------------------------------------------------------------------------------------------- the workers
-
     def _add_worker(self) -> _Worker:
         actor = self._ray.remote(SlideWorker).options(
             num_cpus=self.cores,
@@ -322,31 +293,34 @@ class RayWorkers:
             scheduling_strategy="SPREAD",
         )
         handle = actor.remote(self._make_job, self._run.verb, Path(self._run.out).absolute(), str(Path.cwd()))
-        worker = _Worker(handle, handle.start.remote(self._found))
-        self._workers.append(worker)
-        return worker
+        self._workers.append(_Worker(handle, handle.start.remote(self._found)))
+        return self._workers[-1]
 
-    def _add_workers(self, waiting: int) -> None:
-        """Start as many workers as there is room for and work left."""
-        now = time.monotonic()
-        if now < self._next_start:
+    def _add_workers(self, left: int) -> None:
+        """Start as many workers as there is room for and slides left; Ray places each once its machine has room."""
+        self._check_patience()
+        if self._lost_at_start >= _STARTS:  # a machine where they can't start: the others go on
+            if not self._workers:
+                raise OSError("workers are lost as they start. Look at Ray's logs, and at the machines' memory.")
             return
-        self._next_start = now + _START_SECONDS
-        started = any(worker.machine for worker in self._workers)
-        if started and self._lost_in_a_row >= _STARTS:  # a machine where they can't start is left alone for a while
-            return
-        wanted = min(self._room(), waiting + sum(bool(worker.entries) for worker in self._workers))
-        for _ in range(wanted - len(self._workers)):
-            self._add_worker()
-        self._none_since = None if started else self._none_since or now
-        if self._none_since is not None and now - self._none_since > _PATIENCE_SECONDS:
-            raise _none_came()
+        if time.monotonic() >= self._next_start:
+            self._next_start = time.monotonic() + _START_SECONDS
+            most = left + sum(bool(worker.entries) for worker in self._workers)
+            for _ in range(min(self._room(), most) - len(self._workers)):
+                self._add_worker()
+
+    def _check_patience(self) -> None:
+        if any(worker.machine for worker in self._workers):
+            self._last_there = time.monotonic()
+        elif time.monotonic() - self._last_there > _PATIENCE_SECONDS:
+            raise OSError(
+                f"expected a worker within {_PATIENCE_SECONDS:.0f} s, got none: the machines are taken, or gone. "
+                "Look at `ray status`, then run the same command again."
+            )
 
     def _work(self, worker: _Worker, queue: deque[SlideEntry]) -> None:
-        """Let a worker do its slide and read the next one ahead.
-
-        Of the last slides none waits behind another: a worker that becomes free takes it.
-        """
+        """Let a worker do its slide and read the next one ahead, but none of the last slides: who becomes free takes
+        it; nor one that has lost a worker."""
         alone = any(entry.slide_id in self._losses for entry in [worker.entries[0], *list(queue)[:1]])
         if len(worker.entries) == 1 and len(queue) >= len(self._workers) and not alone:
             worker.entries.append(queue.popleft())
@@ -362,8 +336,8 @@ class RayWorkers:
             if not getattr(error, "actor_init_failed", False):
                 return None, None
             last = (str(error).strip().splitlines() or [""])[-1].strip().rstrip(".")
-            mend = "Install gigapath[ray], the same version, on every machine."
-            return None, OSError(f"a worker could not start: {last}. {mend}")
+            fix = "Install gigapath[ray], the same version, on every machine."
+            return None, OSError(f"a worker could not start: {last}. {fix}")
         except errors.RayTaskError as error:
             return None, error.cause
 
@@ -373,46 +347,36 @@ class RayWorkers:
         if worker.machine > len(self._facts["machines"]):
             self._facts["machines"].append({"machine": worker.machine, "slides": 0, "tiles": 0})
         self._writers.append(writer)
+        self._lost_at_start = 0
         return found
 
-    def _receive(self, worker: _Worker, queue: deque[SlideEntry]) -> Iterator[tuple[SlideEntry, Sequence[Status]]]:
-        answer, error = self._answer(worker)
-        if answer is None:
-            yield from self._lose(worker, error, queue)
-        elif not worker.machine:
-            self._started(worker, answer)
-        else:
-            statuses, embedded = answer
-            entry = worker.entries.pop(0)
-            self._lost_in_a_row = 0
-            share = self._facts["machines"][worker.machine - 1]
-            share["slides"] += 1
-            share["tiles"] += max((status.tiles for status in statuses), default=0)
-            if worker.entries:
-                self._work(worker, queue)
-            self._run.watch.tiles(embedded)
-            counted = [status.tiles for status in statuses if status.stage != "slides"]
-            if entry.slide_id in self.expected and counted:
-                self.expected[entry.slide_id] = max(counted)
-                self._run.watch.expect(sum(self.expected.values()))
-            yield entry, statuses
+    def _receive(
+        self, worker: _Worker, queue: deque[SlideEntry], statuses: Sequence[Status], embedded: int
+    ) -> tuple[SlideEntry, Sequence[Status]]:
+        entry = worker.entries.pop(0)
+        self._lost_at_start = 0
+        share = self._facts["machines"][worker.machine - 1]
+        share["slides"] += 1
+        share["tiles"] += max((status.tiles for status in statuses), default=0)
+        if worker.entries:
+            self._work(worker, queue)
+        self._run.watch.tiles(embedded)
+        counted = [status.tiles for status in statuses if status.stage != "slides"]
+        if entry.slide_id in self.expected and counted:
+            self.expected[entry.slide_id] = max(counted)
+            self._run.watch.expect(sum(self.expected.values()))
+        return entry, statuses
 
-    def _lose(
-        self, worker: _Worker, error: Exception | None, queue: deque[SlideEntry]
-    ) -> Iterator[tuple[SlideEntry, Sequence[Status]]]:
+    def _lose(self, worker: _Worker, error: Exception | None, queue: deque[SlideEntry]) -> SlideResults:
         """Put what a lost worker had back in front; a slide that lost two workers by itself has failed."""
         if error is not None and getattr(error, "errno", None) is not None:  # the disk is full, for every worker
             raise error
         self._end(worker)
-        self._facts["lost_workers"] += 1
-        self._lost_in_a_row += 1
         self._next_start = 0.0
-        started = any(other.machine for other in self._workers)
-        if not worker.entries and self._lost_in_a_row >= _STARTS and not started:
-            raise error or OSError(
-                f"{self._lost_in_a_row} workers were lost one after the other as they started. Look at Ray's logs, and "
-                "at the memory of the machines."
-            )
+        self._facts["lost_workers"] += 1
+        self._lost_at_start += not worker.machine
+        if error is not None and self._lost_at_start >= _STARTS and not self._workers:
+            raise error
         for entry in reversed(worker.entries):
             self._losses[entry.slide_id] += len(worker.entries) == 1
             if self._losses[entry.slide_id] < _LOSSES:
@@ -420,7 +384,11 @@ class RayWorkers:
             elif error is not None:
                 raise error
             else:
-                yield entry, [self._run.fail(entry, SlideError(_LOST))]
+                lost = (
+                    f"its worker was lost, {_LOSSES} times with no other slide in work: killed, out of memory, or its "
+                    "machine went away. Try it by itself with --engine local."
+                )
+                yield entry, [self._run.fail(entry, SlideError(lost))]
 
     def _end(self, worker: _Worker) -> None:
         self._workers.remove(worker)
@@ -429,13 +397,13 @@ class RayWorkers:
 
     def _stop_workers(self, why: str) -> None:
         """Nothing stays in work; who doesn't end by itself is ended."""
-        busy = [worker for worker in self._workers if worker.entries]
-        for worker in busy:
+        working = [worker for worker in self._workers if worker.entries]
+        for worker in working:
             worker.actor.stop.remote(why)
-        calls = [worker.call for worker in busy if worker.call is not None]
+        calls = [worker.call for worker in working if worker.call is not None]
         if calls:
             self._ray.wait(calls, num_returns=len(calls), timeout=_STOP_SECONDS)
-        for worker in busy:
+        for worker in working:
             self._end(worker)
 
 
@@ -458,11 +426,7 @@ def _import_ray(address: str) -> Any:
 
 @contextlib.contextmanager
 def _signals_kept() -> Iterator[None]:
-    """Ray puts handlers of its own in place of the run's.
-
-    Raises:
-        KeyboardInterrupt: a signal came while they were there.
-    """
+    """Ray puts handlers of its own in place of the run's; a signal that came meanwhile is a KeyboardInterrupt."""
     kept = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield
@@ -472,10 +436,3 @@ def _signals_kept() -> Iterator[None]:
         if threading.current_thread() is threading.main_thread():  # handlers can't be set elsewhere
             for number, handler in kept.items():
                 signal.signal(number, handler)
-
-
-def _none_came() -> OSError:
-    return OSError(
-        f"expected a worker within {_PATIENCE_SECONDS:.0f} s, got none: the machines are taken, or gone. "
-        "Look at `ray status`, then run the same command again."
-    )

@@ -55,10 +55,6 @@ class RunRecord:
     def start(self, entries: Sequence[SlideEntry], *, keep_paths: bool = True) -> None:
         """Write the record of a run that has begun.
 
-        Args:
-            entries: the slides.
-            keep_paths: add their paths to `private/paths.csv`.
-
         Raises:
             OutputError: the folder can't be written; nothing has been done then.
         """
@@ -91,7 +87,6 @@ class RunRecord:
 
         Args:
             outcome: "done", "some slides failed", "stopped" or "error".
-            counts: slides by status.
         """
         self._content.update(
             facts=redact(self.facts),

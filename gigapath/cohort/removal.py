@@ -56,11 +56,6 @@ def remove_slide(out: Path, slide_id: str, *, dry_run: bool = False) -> Removal:
 
     No run may work on the folder meanwhile: it would make the slide's files anew.
 
-    Args:
-        out: the output folder.
-        slide_id: the slide, by its whole id as slides.csv has it.
-        dry_run: change nothing.
-
     Raises:
         FileNotFoundError: there is no such folder.
         ValueError: the file's name instead of the slide's id, or the name from before it took a pseudonym: its

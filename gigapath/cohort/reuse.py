@@ -28,23 +28,11 @@ def digest(identity: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def finished(
-    folder: Path,
-    slide_id: str,
-    identity: Mapping[str, Any],
-    *,
-    allow_mixed: bool = False,
-) -> Status | None:
+def finished(folder: Path, slide_id: str, identity: Mapping[str, Any], *, allow_mixed: bool = False) -> Status | None:
     """The status of a finished result that equals what this run would compute, or None.
 
     The result's own file is opened and asked for its identity: a status beside a file that is missing, cut off or
     made by another run, which was killed before it wrote its status, counts for nothing.
-
-    Args:
-        folder: the stage's folder.
-        slide_id: the slide.
-        identity: what the result would depend on in this run.
-        allow_mixed: take results that differ in `NUMERICS` alone.
     """
     status = read_status(folder, slide_id)
     if status is None or not status.finished:
@@ -73,6 +61,16 @@ def section_name(slide_id: str, section: int) -> str:
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """What differs between two identities, as "--precision fp16 -> fp32"."""
     return [f"{_as_option(name)} {_show(before.get(name))} -> {_show(now.get(name))}" for name in _differ(before, now)]
+
+
+def check_same(who: object, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Raise ValueError where what `who` holds was made with other options."""
+    changed = differences(before, now)
+    if changed:
+        raise ValueError(
+            f"{who}: expected the options with which it was made, got others: {'; '.join(changed[:5])}. Give those of "
+            "before, or use another --out; --overwrite makes it again."
+        )
 
 
 def _differ(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
@@ -114,9 +112,6 @@ class StageOptions:
 
     def check(self, *, overwrite: bool | None = None) -> None:
         """Refuse finished results of other options: none is made anew, and none is joined by others, unasked.
-
-        Args:
-            overwrite: in place of the run's own.
 
         Raises:
             ValueError: names what differs and the ways to go on.

@@ -134,21 +134,13 @@ class CohortRun:
     _failed: dict[str, dict[str, Any]] = field(default_factory=dict)
     _owner: Ownership = field(default_factory=lambda: Ownership({}))
 
-    def over_slides(
-        self,
-        todo: Sequence[SlideEntry],
-        process: Process,
-        make_plan: Callable[[], Plan],
-    ) -> RunResult:
+    def over_slides(self, todo: Sequence[SlideEntry], process: Process, make_plan: Callable[[], Plan]) -> RunResult:
         """Bring slides through their stages; the run's record and slides.csv are left however it ends.
 
         Slides that failed by an error of input or output are tried once more when all others are through: a file server
         that was away for a minute is back then. Whatever else a slide fails by can't change.
 
         Args:
-            todo: the slides of which something is left to do.
-            process: brings slides through their stages, with the status of each that they came to: `in_process`, or
-                `RayWorkers.process`.
             make_plan: says what is going to be done; called once the output folder has proved writable.
 
         Raises:
@@ -231,11 +223,7 @@ class CohortRun:
         """Do one stage of one slide and write its status file; what goes wrong with the slide becomes its status.
 
         Args:
-            folder: of the stage's results.
-            entry: the slide.
             stage: "tiles", "features" or "slides".
-            identity: everything that the result depends on.
-            work: makes the result and writes it.
 
         Raises:
             Stopped: a signal came; the slide is marked as stopped.
@@ -247,7 +235,7 @@ class CohortRun:
         stopped = None
         made: dict[Path, tuple[int, ...]] = {}
         sha256: Mapping[str, str] = {}
-        error, may_pass = "", False
+        error, retryable = "", False
         try:
             if entry.problem:
                 raise SlideError(entry.problem)
@@ -263,7 +251,7 @@ class CohortRun:
             if getattr(problem, "stops_run", False) or os.environ.get("GIGAPATH_DEBUG"):
                 raise
             outcome, error = Outcome("failed"), without_paths(_sentence(problem), entry)
-            may_pass = _may_pass(problem, entry.path)
+            retryable = _is_retryable(problem, entry.path)
         status = Status(
             slide_id=entry.slide_id,
             stage=stage,
@@ -279,7 +267,7 @@ class CohortRun:
             columns=entry.columns,
             ended=round(time.time(), 3),
             sha256=sha256,
-            may_pass=may_pass,
+            retryable=retryable,
         )
         self._owner.check()
         earlier = None if status.finished else read_status(folder, entry.slide_id)
@@ -329,11 +317,11 @@ class CohortRun:
         absent = {entry.slide_id for entry in missing}
         there = [entry for entry in todo if entry.slide_id not in absent]
         try:
-            failed, again = self._pass(there, process, len(missing))
+            failed, again = self._once(there, process, len(missing))
             self._drop_rows(failed)
             if again and not self._note:
                 self.watch.retrying(len(again))
-                lasting, again = self._pass(again, process, len(missing) + len(failed))
+                lasting, again = self._once(again, process, len(missing) + len(failed))
                 self._drop_rows([*lasting, *again])
                 failed += lasting
         except Stopped:
@@ -348,7 +336,7 @@ class CohortRun:
                 with contextlib.suppress(OSError):
                     rows_file(folder / f"{entry.slide_id}.h5").unlink(missing_ok=True)
 
-    def _pass(
+    def _once(
         self, todo: Sequence[SlideEntry], process: Process, before: int
     ) -> tuple[list[SlideEntry], list[SlideEntry]]:
         """Go through slides once; those that failed for good, and those whose failure may pass. More of them, with the
@@ -362,7 +350,7 @@ class CohortRun:
             self._failed.pop(entry.slide_id, None)
             if not all(status.finished for status in statuses):
                 self._failed[entry.slide_id] = row
-                (again if any(status.may_pass for status in statuses) else failed).append(entry)
+                (again if any(status.retryable for status in statuses) else failed).append(entry)
             self.watch.slide(row, number, len(todo))
             self._owner.check()
             so_far = before + len(failed) + len(again)
@@ -403,7 +391,7 @@ def _counts(rows: Sequence[Mapping[str, Any]]) -> dict[str, int]:
     return {state: counted[state] for state in STATES}
 
 
-def _may_pass(error: Exception, path: Path) -> bool:
+def _is_retryable(error: Exception, path: Path) -> bool:
     """Whether a failure is one of input or output, by the error or because the slide's file can't be read now:
     libraries that decode say no more than that they could not."""
     for_good = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)

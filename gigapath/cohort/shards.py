@@ -30,11 +30,8 @@ def take_shard(
     this verb and this N.
 
     Args:
-        out: the output folder.
         verb: the command; `embed` weighs slides by the tiles that `tile` has found meanwhile.
-        entries: the whole cohort.
         shard: (I, N).
-        tiles: folder of the tiles' status files.
         keep: write the cut where there is none yet.
 
     Raises:
@@ -109,19 +106,14 @@ def _write_first(path: Path, cut: Mapping[str, int], weights: Mapping[str, float
             file.write(csv_text([_COLUMNS, *rows]).encode())
             file.flush()
             os.fsync(descriptor)
-        _name_once(temporary, path)
+        try:
+            path.hardlink_to(temporary)
+        except FileExistsError:
+            pass
+        except OSError:  # no hard links here: two jobs that start in the same instant cut equally anyway
+            if not path.exists():
+                temporary.replace(path)
     except OSError as error:
         raise output_error(path, error) from error
     finally:
         discard(temporary)
-
-
-def _name_once(temporary: Path, path: Path) -> None:
-    """Give a file its name where nothing has that name yet."""
-    try:
-        path.hardlink_to(temporary)
-    except FileExistsError:
-        return
-    except OSError:  # no hard links here: two jobs that start in the same instant cut equally anyway
-        if not path.exists():
-            temporary.replace(path)

@@ -1,6 +1,9 @@
 """The truth of a run: one small status file beside each result; `slides.csv` is derived from them."""
 
+import contextlib
 import dataclasses
+import json
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +20,7 @@ SLIDES_CSV = "slides.csv"
 _FIRST_COLUMNS = ("slide_id", "status", "tiles", "seconds", "tiles/s", "error")
 _DERIVED_AT_MOST = 3
 _KINDS_SHOWN, _SLIDES_SHOWN = 20, 5
+_MOST_BYTES = 1 << 24  # of a status
 # Columns of slides.csv that are not the manifest's: of these names, those of the manifest get a prefix.
 _OURS = re.compile(
     r"slide_id|status|tiles|tiles/s|error|warnings|vendor|scanner|width|height|objective_power|mpp|mpp_x|mpp_y|mpp_source"
@@ -48,7 +52,7 @@ class Status:
         columns: the manifest's columns, carried through.
         ended: when the stage ended, in seconds since 1970 (UTC).
         sha256: of the result's files by their names; folders of earlier versions have none.
-        may_pass: whether a failure is one of input or output, which the next attempt may not meet; not kept in files.
+        retryable: whether a failure is one of input or output, which another attempt may not meet; not kept in files.
     """
 
     slide_id: str
@@ -65,7 +69,7 @@ class Status:
     columns: Mapping[str, str] = field(default_factory=dict)
     ended: float = 0.0
     sha256: Mapping[str, str] = field(default_factory=dict)
-    may_pass: bool = False
+    retryable: bool = False
 
     @property
     def finished(self) -> bool:
@@ -78,6 +82,9 @@ class Status:
         return self.status == "failed" and any(words in self.error for words in _REFUSED)
 
 
+_FIELDS = frozenset(name.name for name in dataclasses.fields(Status))
+
+
 def status_path(folder: Path, slide_id: str) -> Path:
     """Where a stage's folder keeps the status of a slide: beside the result."""
     return folder / f"{slide_id}.json"
@@ -86,38 +93,57 @@ def status_path(folder: Path, slide_id: str) -> Path:
 def write_status(folder: Path, status: Status) -> None:
     """Write a slide's status file, whole or not at all; one that a power cut takes makes its slide one to do."""
     values = dataclasses.asdict(status)
-    del values["may_pass"]
+    del values["retryable"]
     write_json_atomic(status_path(folder, status.slide_id), values, durable=False)
 
 
 def read_status(folder: Path, slide_id: str) -> Status | None:
     """The status of a slide, or None where there is none that can be read: then the slide is to do."""
-    try:
-        values = small_json(status_path(folder, slide_id))
-        known = {name.name for name in dataclasses.fields(Status)}
-        status = Status(**{name: value for name, value in values.items() if name in known})
-        status = dataclasses.replace(status, warnings=tuple(status.warnings))
-    except (TypeError, AttributeError):
-        return None
-    return status if status.slide_id == slide_id and status.status in STATES and _has_form(status) else None
-
-
-def _has_form(status: Status) -> bool:
-    """Whether what was read has the types that are written: whoever else writes there must not end a run."""
-    numbers = (status.tiles, status.seconds, status.numerics_version, status.ended)
-    texts = (status.stage, status.error, status.digest, *status.warnings)
-    tables = (status.identity, status.facts, status.columns, status.sha256)
-    return (
-        all(isinstance(value, int | float) for value in numbers)
-        and all(isinstance(value, str) for value in texts)
-        and all(isinstance(value, dict) for value in tables)
-    )
+    return _status_from(small_json(status_path(folder, slide_id)), slide_id)
 
 
 def read_statuses(folder: Path) -> dict[str, Status]:
-    """slide_id -> status of everything in a stage's folder."""
-    names = sorted(path.name.removesuffix(".json") for path in folder.glob("*.json")) if folder.is_dir() else []
-    return {name: status for name in names if (status := read_status(folder, name)) is not None}
+    """slide_id -> status of everything in a stage's folder.
+
+    By system calls: for thousands of small files `Path.read_text` takes longer than everything else together.
+    """
+    try:
+        at = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return {}
+    found = {}
+    try:
+        for name in sorted(name for name in os.listdir(at) if name.endswith(".json")):  # noqa: PTH208
+            slide_id, values = name.removesuffix(".json"), None
+            with contextlib.suppress(OSError, ValueError, RecursionError):
+                descriptor = os.open(name, os.O_RDONLY | os.O_NONBLOCK, dir_fd=at)  # a pipe is not waited for
+                with os.fdopen(descriptor, "rb", buffering=0) as file:
+                    values = json.loads(file.read(_MOST_BYTES))
+            if (status := _status_from(values, slide_id)) is not None:
+                found[slide_id] = status
+    finally:
+        os.close(at)
+    return found
+
+
+def _status_from(values: Any, slide_id: str) -> Status | None:
+    """The status that a file holds, where it has the types that are written: whoever else writes there must not end a
+    run."""
+    try:
+        status = Status(**{name: value for name, value in values.items() if name in _FIELDS})
+        texts = (status.stage, status.error, status.digest, *status.warnings)
+        object.__setattr__(status, "warnings", tuple(status.warnings))
+    except (TypeError, AttributeError):
+        return None
+    good = (
+        status.slide_id == slide_id
+        and status.status in STATES
+        and all(isinstance(value, int | float) for value in (status.tiles, status.seconds, status.ended))
+        and isinstance(status.numerics_version, int | float)
+        and all(isinstance(value, str) for value in texts)
+        and all(isinstance(value, dict) for value in (status.identity, status.facts, status.columns, status.sha256))
+    )
+    return status if good else None
 
 
 def derive(write: Callable[[], object], source: Callable[[], object]) -> None:
@@ -125,10 +151,6 @@ def derive(write: Callable[[], object], source: Callable[[], object]) -> None:
 
     Of two runs at once the slower writer may have read before the other's last result came: it sees that here. Where
     changes go on, the run that makes them writes the derived file when it ends.
-
-    Args:
-        write: reads and writes.
-        source: what the derived file depends on, or a sign of it such as `changed`.
     """
     for _ in range(_DERIVED_AT_MOST):
         before = source()
@@ -139,22 +161,11 @@ def derive(write: Callable[[], object], source: Callable[[], object]) -> None:
 
 def changed(folders: Sequence[Path]) -> list[int]:
     """When a file in each folder last got its name, or lost it; 0 where there is no such folder."""
-    times = []
-    for folder in folders:
-        try:
-            times.append(folder.stat().st_mtime_ns)
-        except OSError:
-            times.append(0)
-    return times
+    return [folder.stat().st_mtime_ns if folder.is_dir() else 0 for folder in folders]
 
 
 def write_slides_csv(out: Path, stages: Sequence[Path], slide_ids: Iterable[str] = ()) -> list[dict[str, Any]]:
     """Derive `slides.csv` from the status files of the stages' folders.
-
-    Args:
-        out: the run's folder.
-        stages: the folders of the stages that a slide goes through, in order.
-        slide_ids: slides that must have a row even if nothing was done for them yet.
 
     Returns:
         the rows, by column.
@@ -217,11 +228,11 @@ def failures_by_kind(errors: Mapping[str, str]) -> dict[str, tuple[str, ...]]:
     kinds: dict[str, list[str]] = {}
     for slide_id in sorted(errors):
         kinds.setdefault(failure_kind(errors[slide_id], slide_id), []).append(slide_id)
-    said = {
+    found = {
         without_name(errors[slides[0]].removeprefix(f"slide {slides[0]!r}: "), slides[0], "..."): tuple(slides)
         for slides in kinds.values()
     }
-    return dict(sorted(said.items(), key=lambda item: (-len(item[1]), item[0])))
+    return dict(sorted(found.items(), key=lambda item: (-len(item[1]), item[0])))
 
 
 def failure_kind(error: str, slide_id: str) -> str:
@@ -231,12 +242,7 @@ def failure_kind(error: str, slide_id: str) -> str:
 
 
 def failure_lines(failures: Mapping[str, Sequence[str]], word: str = "failed") -> Iterator[str]:
-    """A line a kind of failure: how many slides, the sentence in full, and the first of them.
-
-    Args:
-        failures: as `failures_by_kind` gives it.
-        word: how they ended.
-    """
+    """A line a kind of failure: how many slides, the sentence in full, and the first of them."""
     for kind, slides in list(failures.items())[:_KINDS_SHOWN]:
         more = f" and {len(slides) - _SLIDES_SHOWN:,} more" if len(slides) > _SLIDES_SHOWN else ""
         yield f"{len(slides):,} {word}: {kind} ({', '.join(slides[:_SLIDES_SHOWN])}{more})"

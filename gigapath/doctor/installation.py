@@ -47,7 +47,7 @@ def check_versions() -> list[Finding]:
     if len(owners) > 1:
         text = f"several installed distributions bring a module gigapath: {', '.join(owners)}"
         findings.append(Finding("two-packages", text, "pip uninstall all of them, then install this one again."))
-    twins = [name for name in _SAME_MODULE if _is_installed(name)]
+    twins = [name for name in _SAME_MODULE if any(importlib.metadata.distributions(name=name))]
     if len(twins) > 1:
         text = f"{' and '.join(twins)} are installed over each other"
         advice = "pip uninstall both, then install opencv-python-headless."
@@ -57,14 +57,6 @@ def check_versions() -> list[Finding]:
     text = f"extras installed: {', '.join(present) or 'none'}; not installed: {', '.join(missing) or 'none'}"
     advice = f"where you need them: pip install 'gigapath[{','.join(missing)}]'." if missing else ""
     return [*findings, Finding("extras", text, advice, NOTE if missing else OK, present)]
-
-
-def _is_installed(distribution: str) -> bool:
-    try:
-        importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return False
-    return True
 
 
 def check_machine() -> list[Finding]:

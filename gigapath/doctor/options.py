@@ -1,4 +1,4 @@
-"""What `gigapath doctor --verify` can be told. No torch in here, so that a wrong word is told at once."""
+"""Options of `gigapath doctor --verify`; no torch in here, so that a wrong one is refused at once."""
 
 from dataclasses import dataclass
 

@@ -32,10 +32,6 @@ STATUS = {OK: "passed", WRONG: "failed", SKIPPED: "skipped"}
 def verify(options: VerifyOptions, *, after_check: Callable[[Finding], None] = lambda check: None) -> dict[str, Any]:
     """Check a released pair, write the report.
 
-    Args:
-        options: which release, against what.
-        after_check: gets each finding as it is made.
-
     Returns:
         what `verify.json` holds: `verdict`, `checks`, `table`, versions and device.
 
@@ -123,7 +119,7 @@ def _run_checks(
 
 def _find_both(release: Release, folder: str | None) -> list[Path | None]:
     """The release's tile and slide encoder: from the folder, None for one that it lacks, or from the hub's cache;
-    another file than the recorded is taken too, and told by its hash."""
+    another file than the recorded is taken too; its hash shows it."""
     names = (TILE_FILE, SLIDE_FILE)
     if folder is not None:
         held = [path if path.is_file() else None for path in (Path(folder).expanduser() / name for name in names)]

@@ -105,12 +105,7 @@ def by_runs(model: LongNetViT) -> Embed:
 
 
 def check_slide_encoder(model: LongNetViT, reference: Reference) -> Iterator[Finding]:
-    """Compare weights, then the answers of both ways through the encoder at each length.
-
-    Args:
-        model: the slide encoder, in eval mode.
-        reference: from `read_reference`.
-    """
+    """Compare weights, then the answers of both ways through the encoder at each length."""
     weights = check_weights(model, reference)
     yield weights
     ways = {"slide encoder, forward": by_forward(model), "slide encoder, as embed runs it": by_runs(model)}

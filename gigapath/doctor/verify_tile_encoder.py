@@ -92,7 +92,6 @@ def check_demo_tile(release: str, encoder: TileEncoder | None, folder: Path) -> 
     """Checks of the two files, of the transform, and of the vector in each precision.
 
     Args:
-        release: name of the released pair.
         encoder: its tile encoder, in fp32; None where it is not to be had.
         folder: holds `images/prov_normal_000_1.png` and `.pt`, or the two files themselves.
     """
@@ -181,14 +180,7 @@ def _check_vectors(encoder: TileEncoder, tile: Array, released: Array, wrong_tra
 def check_panda(
     pairs: Sequence[tuple[Path, Path]], encoder: TileEncoder, release: str, tiles: int
 ) -> Iterator[Finding]:
-    """One check a slide.
-
-    Args:
-        pairs: official file and slide of each, from `find_pairs`.
-        encoder: the release's tile encoder.
-        release: name of the released pair.
-        tiles: most tiles of a slide that are embedded again.
-    """
+    """One check a slide."""
     for features, slide in pairs:
         try:
             yield _check_slide(features, slide, encoder, release, tiles)

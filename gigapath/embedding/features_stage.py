@@ -319,7 +319,7 @@ class EmbedJob:
         """How many tiles of a slide are still to be embedded; None where it is still to be tiled."""
         tiles = self.features.tiles
         status = read_status(tiles.folder, entry.slide_id) if isinstance(tiles, TileStage) else None
-        if isinstance(tiles, TileStage) and status is not None and status.status == "failed" and not status.may_pass:
+        if isinstance(tiles, TileStage) and status is not None and status.status == "failed" and not status.retryable:
             with contextlib.suppress(ValueError, OSError):
                 if digest(status.identity) == digest(tiles.identity(entry)):  # it is going to fail again
                     return 0

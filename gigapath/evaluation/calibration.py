@@ -43,13 +43,13 @@ def calibration_slope(predictions: Predictions) -> float:
         return np.exp(logits) / total[:, None], np.log(total) - logits[np.arange(rows), truth]
 
     def loss(parameters: FloatArray) -> tuple[float, FloatArray]:
-        said, losses = softmax(parameters)
-        return float(losses.mean()), (np.einsum("nc,ncp->np", said, design) - of_truth).mean(axis=0)
+        shares, losses = softmax(parameters)
+        return float(losses.mean()), (np.einsum("nc,ncp->np", shares, design) - of_truth).mean(axis=0)
 
     def curvature(parameters: FloatArray) -> FloatArray:
-        said, _ = softmax(parameters)
-        spread = design - np.einsum("nc,ncp->np", said, design)[:, None, :]
-        return np.asarray(np.einsum("nc,ncp,ncq->pq", said, spread, spread) / rows)
+        shares, _ = softmax(parameters)
+        spread = design - np.einsum("nc,ncp->np", shares, design)[:, None, :]
+        return np.asarray(np.einsum("nc,ncp,ncq->pq", shares, spread, spread) / rows)
 
     start = np.eye(classes)[0]
     best = minimize(loss, start, jac=True, hess=curvature, method="trust-exact", options={"gtol": 1e-9}).x
@@ -101,29 +101,29 @@ def fit_calibration(logits: FloatArray, truth: IntArray, task: Task) -> Calibrat
         options={"xatol": 1e-9},
     )
     temperature = math.exp(found.x)
-    said = probabilities(logits, task, temperature)
+    shares = probabilities(logits, task, temperature)
     pairs = []
     if task.multi_label:
-        pairs = [(truth[:, c] == 1, said[:, c]) for c in range(len(task.classes))]
+        pairs = [(truth[:, c] == 1, shares[:, c]) for c in range(len(task.classes))]
     elif task.setting == "binary":
-        pairs = [(truth == 1, said[:, 1])]
+        pairs = [(truth == 1, shares[:, 1])]
     return Calibration(temperature, tuple(_best_threshold(*pair) for pair in pairs), "val")
 
 
 def _log_loss(logits: FloatArray, truth: IntArray, task: Task, temperature: float) -> float:
-    said = np.clip(probabilities(logits, task, temperature), 1e-12, 1 - 1e-12)
+    shares = np.clip(probabilities(logits, task, temperature), 1e-12, 1 - 1e-12)
     if task.multi_label:
-        return float(-(truth * np.log(said) + (1 - truth) * np.log(1 - said)).mean())
-    return float(-np.log(said[np.arange(len(truth)), truth]).mean())
+        return float(-(truth * np.log(shares) + (1 - truth) * np.log(1 - shares)).mean())
+    return float(-np.log(shares[np.arange(len(truth)), truth]).mean())
 
 
-def _best_threshold(positive: npt.NDArray[np.bool_], said: FloatArray) -> float:
+def _best_threshold(positive: npt.NDArray[np.bool_], shares: FloatArray) -> float:
     """The middle between the two values around the best cut; one half where a side is missing."""
     if positive.all() or not positive.any():
         return 0.5
-    values = np.unique(said)
+    values = np.unique(shares)
     cuts = np.concatenate([[values[0] / 2], (values[1:] + values[:-1]) / 2])
-    gains = [(said[positive] > cut).mean() - (said[~positive] > cut).mean() for cut in cuts]
+    gains = [(shares[positive] > cut).mean() - (shares[~positive] > cut).mean() for cut in cuts]
     return float(cuts[int(np.argmax(gains))])
 
 
@@ -132,23 +132,23 @@ def threshold_count(task: Task) -> int:
     return len(task.classes) if task.multi_label else int(task.setting == "binary")
 
 
-def decisions(said: FloatArray, task: Task, calibration: Calibration) -> list[str]:
+def decisions(shares: FloatArray, task: Task, calibration: Calibration) -> list[str]:
     """What is predicted of each slide in words: a class, or the labels that are above their threshold."""
     if task.multi_label:
         names = np.array(task.classes)
-        return [";".join(names[row > np.array(calibration.thresholds)]) for row in said]
+        return [";".join(names[row > np.array(calibration.thresholds)]) for row in shares]
     if task.setting == "binary":
-        return [task.classes[int(row[1] > calibration.thresholds[0])] for row in said]
-    return [task.classes[int(index)] for index in said.argmax(axis=1)]
+        return [task.classes[int(row[1] > calibration.thresholds[0])] for row in shares]
+    return [task.classes[int(index)] for index in shares.argmax(axis=1)]
 
 
 def at_thresholds(predictions: Predictions, task: Task, how: Calibration) -> dict[str, Mapping[str, float | None]]:
     """Label -> its threshold, with the sensitivity and specificity there; empty where there are no thresholds."""
-    truth, said = np.asarray(predictions.truth), predictions.probabilities
+    truth, shares = np.asarray(predictions.truth), predictions.probabilities
     found: dict[str, Mapping[str, float | None]] = {}
     for threshold, column in zip(how.thresholds, range(len(task.classes)) if task.multi_label else [1], strict=False):
         positive = truth[:, column] == 1 if task.multi_label else truth == 1
-        yes = said[:, column] > threshold
+        yes = shares[:, column] > threshold
         found[task.classes[column]] = {
             "threshold": threshold,
             "sensitivity": float(yes[positive].mean()) if positive.any() else None,

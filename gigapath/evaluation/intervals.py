@@ -6,7 +6,7 @@ thing and stands apart.
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
 import numpy as np
@@ -43,9 +43,9 @@ class Estimate:
     def __str__(self) -> str:
         return f"{self:.4f}"
 
-    def to_dict(self) -> dict[str, float | int | None]:
+    def to_dict(self) -> Any:
         """Plain JSON values; NaN becomes None."""
-        return {key: plain(value) if isinstance(value, float) else value for key, value in asdict(self).items()}
+        return plain(self)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Estimate":
@@ -60,11 +60,7 @@ class Evaluation:
 
     Args:
         estimates: name -> estimate.
-        rows: number of rows.
-        units: number of units that were drawn: groups, or rows where there are none.
         prevalence: class name -> share of the rows.
-        covers: what the intervals stand for, in words.
-        notes: sentences on what was not defined.
         by_fold: name -> its value in each fold, NaN where it is not defined there; empty without folds.
     """
 
@@ -86,19 +82,9 @@ class Evaluation:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values; NaN becomes None."""
-        return {
-            "scores": {name: estimate.to_dict() for name, estimate in self.estimates.items()},
-            "rows": self.rows,
-            "units": self.units,
-            "prevalence": self.prevalence,
-            "intervals": self.covers,
-            "notes": list(self.notes),
-            **(
-                {"by_fold": {name: [plain(each) for each in values] for name, values in self.by_fold.items()}}
-                if self.by_fold
-                else {}
-            ),
-        }
+        values: dict[str, Any] = plain(self)
+        values |= {"scores": values.pop("estimates"), "intervals": values.pop("covers")}
+        return {name: value for name, value in values.items() if name != "by_fold" or value}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Evaluation":
@@ -118,7 +104,6 @@ def evaluate(predictions: Predictions, *, replicates: int = REPLICATES, seed: in
     """Scores with bootstrap intervals.
 
     Args:
-        predictions: truth and probabilities, with groups where rows belong together.
         replicates: number of bootstrap replicates; 0 gives the scores alone.
         seed: of the draws; the same seed draws the same rows for every model on the same set.
     """
@@ -256,7 +241,7 @@ def _notes(predictions: Predictions, estimates: Mapping[str, Estimate]) -> tuple
     notes = []
     truth = np.asarray(predictions.truth)
     for index, name in enumerate(predictions.class_names):
-        positive = int((truth[:, index] == 1).sum() if predictions.multi_label else (truth == index).sum())
+        positive = int(((truth[:, index] if predictions.multi_label else truth == index) == 1).sum())
         if positive == 0:
             notes.append(f"class {name} has no row: its AUROC and AUPRC are not defined and left out of means")
         elif positive == len(truth):
@@ -267,9 +252,15 @@ def _notes(predictions: Predictions, estimates: Mapping[str, Estimate]) -> tuple
     return tuple(notes)
 
 
-def plain(value: float) -> float | None:
-    """A number for JSON, which has no NaN."""
-    return None if math.isnan(value) else value
+def plain(value: Any) -> Any:
+    """JSON values of numbers, texts, lists, mappings and dataclasses of them; JSON has no NaN, which becomes None."""
+    if is_dataclass(value):
+        return {field.name: plain(getattr(value, field.name)) for field in fields(value)}
+    if isinstance(value, Mapping):
+        return {name: plain(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def _number(value: float | None) -> float:

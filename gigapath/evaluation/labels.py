@@ -5,7 +5,7 @@ import logging
 import re
 import unicodedata
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -66,13 +66,16 @@ class Labels:
     def take(self, rows: Sequence[int] | IntArray) -> "Labels":
         """Some of the slides, in the order given; the digest stays that of the whole CSV."""
         index = [int(row) for row in rows]
-        return Labels(
-            tuple(self.slide_ids[row] for row in index),
-            self.truth[index],
-            None if self.patients is None else tuple(self.patients[row] for row in index),
-            None if self.sites is None else tuple(self.sites[row] for row in index),
-            self.source,
-            self.digest,
+
+        def chosen(column: tuple[str, ...]) -> tuple[str, ...]:
+            return tuple(column[row] for row in index)
+
+        return replace(
+            self,
+            slide_ids=chosen(self.slide_ids),
+            truth=self.truth[index],
+            patients=self.patients and chosen(self.patients),
+            sites=self.sites and chosen(self.sites),
         )
 
 
@@ -106,7 +109,6 @@ def class_notes(classes: Sequence[str], truth: IntArray, units: Sequence[str], u
     """Sentences on classes that look like one, and on classes of a single slide or patient.
 
     Args:
-        classes: their names.
         truth: (N,) class index, or (N, C) of 0 and 1.
         units: (N,) the slide or patient of each row.
         unit: what these are called.
@@ -129,7 +131,6 @@ def read_labels(path: Path | str, task: Task, *, id_rule: str = "exact") -> Labe
     Args:
         path: a CSV with the columns that the task names, or the usual ones: the published PANDA table, Kaggle's
             train.csv (image_id, isup_grade), the published mutation table.
-        task: what the labels mean.
         id_rule: "tcga" takes the patient from the barcode where no column has it.
 
     Raises:
@@ -273,11 +274,8 @@ def join_labels(
     """Find the file of each labelled slide; nothing is ever substituted.
 
     Args:
-        labels: the slides.
-        files: their feature files.
         id_rule: "exact", or "tcga" for what stands before the first dot.
         id_regex: a pattern whose first group (or whole match) is the id; goes before `id_rule`.
-        allow_missing: go on without the slides that have no file.
 
     Raises:
         ValueError: two files or two rows share an id, no file has a row, or slides have no file and
@@ -327,11 +325,8 @@ def new_task(
     """Write the YAML file of a task.
 
     Args:
-        labels: a CSV.
-        to: the YAML file.
         columns: of the label; several make a multi-label task; none takes the usual one.
         name: of the task; by default that of the CSV.
-        ordinal: the classes are grades.
 
     Returns:
         the task, and how many slides each label has.

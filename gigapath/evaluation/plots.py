@@ -5,12 +5,13 @@ Colours are those of Okabe and Ito, told apart by all.
 
 import io
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from gigapath.evaluation.scores import FloatArray, IntArray
+from gigapath.evaluation.scores import IntArray
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 STYLES = ("-", "--", "-.", ":")
@@ -54,21 +55,41 @@ def draw_confusion(counts: IntArray, class_names: Sequence[str], *, title: str) 
     return _png(figure)
 
 
-def draw_curves(
-    panels: Mapping[str, Mapping[str, tuple[Sequence[float] | FloatArray, Sequence[float] | FloatArray]]],
-    *,
-    x_label: str,
-    title: str,
-    mark: tuple[float, str] | None = None,
-) -> bytes:
-    """Curves over one x axis, one panel below the other.
+@dataclass(frozen=True)
+class Curves:
+    """Lines over one axis.
 
-    Args:
-        panels: y label -> {name of the line: (x, y)}.
-        x_label: what x is, with its unit.
-        title: of the whole picture.
-        mark: (x, words) of a vertical line through all panels.
+    Attributes:
+        title: of all panels.
+        x: what the axis is, with its unit.
+        panels: what y is -> {name of the line: (x, y)}.
+        mark: (x, words) of what was kept.
+        log: the axis is logarithmic.
     """
+
+    title: str
+    x: str
+    panels: Mapping[str, Mapping[str, tuple[Sequence[float], Sequence[float]]]]
+    mark: tuple[float, str] | None = None
+    log: bool = False
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        panels = [
+            {"y": y, "lines": [{"name": name, "x": list(xs), "y": list(ys)} for name, (xs, ys) in lines.items()]}
+            for y, lines in self.panels.items()
+        ]
+        mark = None if self.mark is None else {"x": self.mark[0], "words": self.mark[1]}
+        return {"title": self.title, "x": self.x, "panels": panels, "mark": mark, "log": self.log}
+
+
+def draw_curves(curves: Curves) -> bytes:
+    """Curves over one x axis, one panel below the other."""
+    at = np.log10 if curves.log else np.asarray
+    panels = {
+        y: {name: (at(np.asarray(xs, dtype=float)), ys) for name, (xs, ys) in lines.items()}
+        for y, lines in curves.panels.items()
+    }
     figure, axes = _figure(7.0, 1.0 + 2.4 * len(panels), rows=len(panels))
     all_axes = [axes] if len(panels) == 1 else list(axes)
     for ax, (y_label, lines) in zip(all_axes, panels.items(), strict=True):
@@ -82,8 +103,8 @@ def draw_curves(
                 linewidth=1.6,
                 marker="o" if len(x) == 1 else None,
             )
-        if mark is not None:
-            ax.axvline(mark[0], color="0.45", linewidth=1, linestyle=":", label=mark[1])
+        if curves.mark is not None:
+            ax.axvline(float(at(curves.mark[0])), color="0.45", linewidth=1, linestyle=":", label=curves.mark[1])
         ax.set_ylabel(y_label)
         ax.grid(color="0.9")
         ax.set_axisbelow(True)
@@ -94,8 +115,8 @@ def draw_curves(
         all_axes[-1].set_xticks(list(places), [f"{place:g}" for place in places])
     elif all(place.is_integer() for place in places):
         all_axes[-1].xaxis.get_major_locator().set_params(integer=True)  # no epoch 2.5
-    all_axes[-1].set_xlabel(x_label)
-    all_axes[0].set_title(title)
+    all_axes[-1].set_xlabel(f"log10 of the {curves.x}" if curves.log else curves.x)
+    all_axes[0].set_title(curves.title)
     return _png(figure)
 
 
@@ -120,7 +141,6 @@ def write_events(folder: Path, curves: Mapping[str, Sequence[tuple[int, float]]]
     """Write curves as the one file of events in a folder, in place of an earlier run's.
 
     Args:
-        folder: made where it is missing.
         curves: name -> (step, value) in order.
 
     Returns:

@@ -1,9 +1,14 @@
-"""What probe, finetune and evaluate find, in one form: the scores of each model on one test set, and their file."""
+"""What probe, finetune and evaluate find, in one form: the scores of each model on one test set, the files that they
+leave, and the tables that they print.
+
+Files are written once all is known, each whole, `results.json` last: where it stands, the others belong to it.
+"""
 
 import json
+import logging
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +17,14 @@ import numpy.typing as npt
 
 from gigapath.evaluation.calibration import Calibration, at_thresholds, calibration_slope
 from gigapath.evaluation.intervals import Estimate, Evaluation, evaluate, paired_difference, plain
-from gigapath.evaluation.scores import Predictions, average_by_group, confusion_matrix
+from gigapath.evaluation.plots import draw_confusion, plotting_available, write_events
+from gigapath.evaluation.scores import SCORE_WORDS, FloatArray, Predictions, average_by_group, confusion_matrix
 from gigapath.evaluation.task import Task
+from gigapath.files import write_bytes_atomic, write_json_atomic
+from gigapath.tables import csv_text
+from gigapath.text import table_lines
+
+log = logging.getLogger(__name__)
 
 RESULTS = "results.json"
 FORMAT = 2
@@ -68,19 +79,10 @@ class Scores:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
-        return {
-            "unit": self.unit,
-            "by_unit": {unit: found.to_dict() for unit, found in self.by_unit.items()},
-            "by_site": {site: found.to_dict() for site, found in self.by_site.items()},
-            "leads": {
-                other: {name: lead.to_dict() for name, lead in found.items()} for other, found in self.leads.items()
-            },
-            "calibration_slope": plain(self.calibration_slope),
-            "at_threshold": {label: dict(values) for label, values in self.at_threshold.items()},
-            "confusion": self.confusion,
-            "facts": dict(self.facts),
-            "notes": list(self.notes),
-        }
+        values = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "predictions"}
+        for name in ("by_unit", "by_site"):
+            values[name] = {each: found.to_dict() for each, found in values[name].items()}
+        return {"unit": self.unit, **plain(values)}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Scores":
@@ -114,19 +116,11 @@ def score(
     replicates: int,
     seed: int,
 ) -> Scores:
-    """Score what one model said.
+    """Score one model's predictions.
 
     Args:
-        predictions: of all rows.
-        unit: what a row is.
-        patients: the groups are patients, over whom the probabilities of slides are averaged.
         sites: (N,) site of each row, or None.
-        against: other models' predictions of the same rows.
-        task: with `how` what is decided at thresholds is scored too.
-        how: temperature and thresholds.
-        facts: how the model was fitted.
         replicates: of the bootstrap; 0 for scores without intervals.
-        seed: of the bootstrap.
     """
 
     def over(some: Predictions) -> Evaluation:
@@ -173,34 +167,6 @@ def score(
 
 
 @dataclass(frozen=True)
-class Curves:
-    """Lines over one axis.
-
-    Attributes:
-        title: of all panels.
-        x: what the axis is, with its unit.
-        panels: what y is -> {name of the line: (x, y)}.
-        mark: (x, words) of what was kept.
-        log: the axis is logarithmic.
-    """
-
-    title: str
-    x: str
-    panels: Mapping[str, Mapping[str, tuple[Sequence[float], Sequence[float]]]]
-    mark: tuple[float, str] | None = None
-    log: bool = False
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values."""
-        panels = [
-            {"y": y, "lines": [{"name": name, "x": list(xs), "y": list(ys)} for name, (xs, ys) in lines.items()]}
-            for y, lines in self.panels.items()
-        ]
-        mark = None if self.mark is None else {"x": self.mark[0], "words": self.mark[1]}
-        return {"title": self.title, "x": self.x, "panels": panels, "mark": mark, "log": self.log}
-
-
-@dataclass(frozen=True)
 class Results:
     """What a run found, as `results.json` holds it.
 
@@ -210,7 +176,7 @@ class Results:
         scores: model -> its scores on the test set, first the one that the run is about, or what others are compared
             with.
         validation: the first model's scores on the validation set, where they were taken.
-        curves: of training or of what was tried, in the form of `Curves.to_dict`; None without any.
+        curves: of training or of what was tried, in the form of `plots.Curves.to_dict`; None without any.
         details: what this kind of run has besides: options, data, versions, history and the like.
         notes: sentences for people.
         terms: what the results may be used for.
@@ -263,3 +229,97 @@ def read_results(path: Path) -> Results:
         )
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path.name} is not in the form that this version writes: run the command again.") from error
+
+
+def write_results(
+    folder: Path,
+    results: Results,
+    *,
+    texts: Mapping[str, str],
+    pictures: Mapping[str, Callable[[], bytes]] | None = None,
+    events: Mapping[str, Mapping[str, Sequence[tuple[int, float]]]] | None = None,
+) -> list[str]:
+    """Write what a run found into a folder.
+
+    Args:
+        texts: other files -> their content.
+        pictures: files -> what draws them, where matplotlib is installed.
+        events: folders of TensorBoard's curves below `tensorboard` -> curves, where it is installed.
+
+    Returns:
+        the names of what was written.
+    """
+    files = {name: text.encode() for name, text in texts.items()}
+    if pictures and not plotting_available():
+        log.warning("no pictures: matplotlib is not installed (pip install 'gigapath[train]')")
+    elif pictures:
+        files |= {name: draw() for name, draw in pictures.items()}
+    content, names = results.to_dict(), list(files)
+    (folder / RESULTS).unlink(missing_ok=True)  # those of before stay until these are made
+    for name, data in files.items():
+        write_bytes_atomic(folder / name, data)
+    for inner, curves in (events or {}).items():
+        if write_events(folder / "tensorboard" / inner, curves) and "tensorboard" not in names:
+            names.append("tensorboard")
+    write_json_atomic(folder / RESULTS, content)
+    return [*names, RESULTS]
+
+
+def predictions_csv(columns: Mapping[str, Iterable[object]], shares: FloatArray, classes: Sequence[str]) -> str:
+    """Some columns, then the probability of each class.
+
+    Args:
+        columns: name -> N cells.
+        shares: (N, C) probabilities.
+    """
+    rows = zip(*columns.values(), strict=True)
+    numbers = ([f"{share:.6g}" for share in row] for row in shares)
+    header = [*columns, *(f"p_{name}" for name in classes)]
+    return csv_text([header, *([*row, *more] for row, more in zip(rows, numbers, strict=True))])
+
+
+def summary_csv(scores: Mapping[str, Scores]) -> str:
+    """A row a model and score: its value with its interval, its values over folds, and its leads over other models."""
+    others = list(dict.fromkeys(other for found in scores.values() for other in found.leads))
+    header = ["model", "unit", "score", "value", "low", "high", "undefined", "sd_over_folds", "values"]
+    rows = [[*header, *(f"minus_{other}{end}" for other in others for end in ("", "_low", "_high"))]]
+    for model, found in scores.items():
+        for name, estimate in found.headline.estimates.items():
+            held = found.headline.by_fold.get(name, [estimate.value])
+            values = " ".join("" if math.isnan(value) else f"{value:.6g}" for value in held)
+            numbers = [estimate.value, estimate.low, estimate.high]
+            leads = [found.leads[other][name] if other in found.leads else None for other in others]
+            row = [model, found.unit, name, *map(_cell, numbers), str(estimate.undefined)]
+            row += [_cell(found.headline.sd_over_folds(name)), values]
+            for lead in leads:
+                row += ["", "", ""] if lead is None else [_cell(each) for each in (lead.value, lead.low, lead.high)]
+            rows.append(row)
+    return csv_text(rows)
+
+
+def _cell(value: float) -> str:
+    return "" if math.isnan(value) else repr(float(value))
+
+
+def confusion_picture(scores: Scores, classes: Sequence[str], what: str) -> bytes:
+    """The confusion matrix of a model on a test set."""
+    (unit, rows) = list(scores.by_unit.items())[-1]
+    title = f"Confusion matrix: {what}, {rows.rows:,} {unit}\nbalanced accuracy {rows['balanced_accuracy'].value:.3f}"
+    return draw_confusion(np.asarray(scores.confusion), classes, title=title)
+
+
+def score_lines(scores: Mapping[str, Scores], more: Mapping[str, Mapping[str, str]] | None = None) -> list[str]:
+    """A table for people: a line a score, a column a model, then some columns of cells; scores of single classes are in
+    the files."""
+    first = next(iter(scores.values())).headline
+    table = [["", *scores, *(more or {})]]
+    for name in first.estimates:
+        if ":" in name:
+            continue
+        cells = []
+        for found in scores.values():
+            deviation = found.headline.sd_over_folds(name)
+            cells.append(str(found[name]) + ("" if math.isnan(deviation) else f" +- {deviation:.4f}"))
+        table.append([SCORE_WORDS.get(name, name), *cells, *(column[name] for column in (more or {}).values())])
+    folds = ["+-: standard deviation over folds"] if first.by_fold else []
+    return [*table_lines(table), *folds, f"intervals: {first.covers}"]

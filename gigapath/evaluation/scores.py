@@ -35,7 +35,7 @@ SCORE_WORDS = {
 
 @dataclass(frozen=True)
 class Predictions:
-    """What a model said of a set of rows, and what was true.
+    """A model's probabilities for a set of rows, and the truth.
 
     Args:
         truth: (N,) class index 0 .. C-1; for a multi-label task (N, C) of 0 and 1.
@@ -44,7 +44,6 @@ class Predictions:
         groups: (N,) patient or slide of each row, any values; None where every row stands for itself.
         folds: (N,) which fitted model a row was predicted by; scores are taken within a fold and averaged, never
             over rows of different models. None = one model.
-        ordinal: the classes are grades, so quadratic-weighted kappa is among the scores.
     """
 
     truth: npt.NDArray[np.integer]
@@ -294,9 +293,9 @@ def confusion_matrix(predictions: Predictions) -> IntArray:
 
 def f1_weighted(truth: npt.NDArray[np.integer], predicted: npt.NDArray[np.integer], classes: int) -> float:
     """F1 of each class, weighted by how often it is true; for a quick look during training."""
-    true, said = np.bincount(truth, minlength=classes), np.bincount(predicted, minlength=classes)
+    true, guessed = np.bincount(truth, minlength=classes), np.bincount(predicted, minlength=classes)
     hits = np.bincount(truth[truth == predicted], minlength=classes)
-    f1 = _divide(2.0 * hits.astype(np.float64), true + said)
+    f1 = _divide(2.0 * hits.astype(np.float64), true + guessed)
     return float((np.nan_to_num(f1) * true).sum() / len(truth))
 
 
@@ -352,7 +351,7 @@ def site_probabilities(
     sites: npt.NDArray[np.generic],
     classes: int,
 ) -> FloatArray:
-    """What a predictor that sees the site alone says: the class shares of each site's training rows, (N, classes).
+    """The prediction of who sees the site alone: the class shares of each site's training rows, (N, classes).
 
     A site without training rows gets the shares of all of them. Scored like a model, this is what a model reaches
     that has learned nothing but where a slide comes from.
@@ -366,6 +365,6 @@ def site_probabilities(
 
 
 def prior_probabilities(train_truth: npt.NDArray[np.integer], rows: int, classes: int) -> FloatArray:
-    """What a predictor that sees nothing says: the class shares of training for every row, (rows, classes)."""
+    """The prediction of who sees nothing: the class shares of training for every row, (rows, classes)."""
     counts = np.bincount(np.asarray(train_truth), minlength=classes)
     return np.tile(counts / counts.sum(), (rows, 1))

@@ -41,7 +41,7 @@ def read_splits(
     labels: Labels,
     *,
     missing: Collection[str] = (),
-    tell: Callable[[str], None] = lambda note: None,
+    warn: Callable[[str], None] = lambda note: None,
 ) -> list[Fold]:
     """Read `train_K.csv`, `val_K.csv` (optional) and `test_K.csv` for K = 0, 1, ... with a column of slide names.
 
@@ -51,7 +51,7 @@ def read_splits(
         folder: of the split files.
         labels: the slides that have features.
         missing: labelled slides without features, of which the user knows.
-        tell: gets a sentence on other slides that the labels lack, and one on slides that no file names.
+        warn: gets a sentence on other slides that the labels lack, and one on slides that no file names.
 
     Raises:
         FileNotFoundError: no such folder.
@@ -90,10 +90,10 @@ def read_splits(
     known = {*row_of, *missing}
     strange = [slide_id for slide_id in named if slide_id not in known]
     if strange:
-        tell(f"slides of the split files without a row in {labels.source}: {len(strange):,} ({shown(strange)})")
+        warn(f"slides of the split files without a row in {labels.source}: {len(strange):,} ({shown(strange)})")
     unused = [slide_id for slide_id in labels.slide_ids if slide_id not in named]
     if unused:
-        tell(f"labelled slides in no split file, left out: {len(unused):,} ({shown(unused)})")
+        warn(f"labelled slides in no split file, left out: {len(unused):,} ({shown(unused)})")
     return folds
 
 

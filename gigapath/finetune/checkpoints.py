@@ -21,33 +21,33 @@ def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     Raises:
         gigapath.files.OutputError: a full disk and its like, in one sentence.
     """
-    try:
-        from safetensors import SafetensorError
-        from safetensors.torch import save_file
-    except ImportError as error:
-        raise ImportError("safetensors: not installed. Checkpoints need it: pip install 'gigapath[train]'.") from error
+    safetensors = _safetensors()
     whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with atomic_file(path) as temporary:
         try:
-            save_file(whole, temporary)
-        except SafetensorError as error:  # the system's error is in its words only
+            safetensors.torch.save_file(whole, temporary)
+        except safetensors.SafetensorError as error:  # the system's error is in its words only
             code = re.search(r"os error (\d+)", str(error))
             raise output_error(path, OSError(int(code[1]) if code else 0, str(error))) from error
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
     """Read a safetensors file; ValueError where it is damaged."""
-    try:
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-    except ImportError as error:
-        raise ImportError("safetensors: not installed. Checkpoints need it: pip install 'gigapath[train]'.") from error
+    safetensors = _safetensors()
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file.")
     try:
-        return dict(load_file(path))
-    except SafetensorError as error:
+        return dict(safetensors.torch.load_file(path))
+    except safetensors.SafetensorError as error:
         raise ValueError(f"{path.name}: expected a safetensors file, got a damaged one ({error}).") from error
+
+
+def _safetensors() -> Any:
+    try:
+        import safetensors.torch
+    except ImportError as error:
+        raise ImportError("safetensors: not installed. Checkpoints need it: pip install 'gigapath[train]'.") from error
+    return safetensors
 
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

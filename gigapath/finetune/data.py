@@ -1,10 +1,8 @@
 """What a run works on: labels joined to feature files, folds audited, and the bags of tile embeddings, ours or another
 tool's, read ahead by threads."""
 
-import contextlib
 import hashlib
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,7 +18,6 @@ from gigapath.features import FeatureFileError, read_features
 from gigapath.features.data import CELL, GRID
 from gigapath.features.reading import find_feature_files, look_at_features
 from gigapath.finetune.options import JoinOptions, ModelOptions, SplitOptions, TrainingOptions
-from gigapath.read_ahead import read_ahead
 
 MPP_TOLERANCE = 0.02
 KEPT_BYTES = 1 << 30  # bags of a cohort up to this size stay in memory after the first pass
@@ -44,9 +41,9 @@ class Bag:
 
 
 class Bags(Protocol):
-    """The bags of a cohort by the row of the labels."""
+    """The bags of a cohort by the row of the labels: `FileBags`, or a list."""
 
-    def __getitem__(self, row: int) -> Bag: ...
+    def __getitem__(self, row: int, /) -> Bag: ...
 
 
 @dataclass(frozen=True)
@@ -91,10 +88,7 @@ def look_at_all(
     """`look_at` for every file; one width, and one make unless `allow_mixed`.
 
     Args:
-        paths: the files.
-        join: how they are read.
         width: the width that is expected, or None for that of the first.
-        workers: threads.
     """
     with ThreadPoolExecutor(workers) as pool:
         facts = list(pool.map(look_at, paths))
@@ -168,41 +162,10 @@ class FileBags:
         return Bag(np.asarray(held.features, dtype=np.float32), coords)
 
 
-class MemoryBags:
-    """Bags that are at hand: cached states, means, bags of tests."""
-
-    def __init__(self, bags: Sequence[Bag]) -> None:
-        self.bags = list(bags)
-
-    def __getitem__(self, row: int) -> Bag:
-        return self.bags[row]
-
-
-def vector_bags(vectors: Array) -> MemoryBags:
+def vector_bags(vectors: Array) -> list[Bag]:
     """One vector a slide (S, D) as bags of one tile."""
     nowhere = np.zeros((1, 2), np.int64)
-    return MemoryBags([Bag(vector[None], nowhere) for vector in np.asarray(vectors, dtype=np.float32)])
-
-
-class ReadAhead:
-    """Bags in the order asked for, read by threads while the last ones are worked on.
-
-    `waited` adds up the seconds in which a bag that was asked for was not there yet.
-    """
-
-    def __init__(self, read: Callable[[int], Bag], *, workers: int) -> None:
-        self.read = read
-        self.workers = workers
-        self.waited = 0.0
-
-    def __call__(self, rows: Sequence[int]) -> Iterator[Bag]:
-        """The bag of each row; an error of one is raised where its turn comes."""
-        with contextlib.closing(read_ahead(self.read, rows, threads=self.workers)) as bags:
-            for _ in rows:
-                started = time.perf_counter()
-                bag = next(bags)
-                self.waited += time.perf_counter() - started
-                yield bag
+    return [Bag(vector[None], nowhere) for vector in np.asarray(vectors, dtype=np.float32)]
 
 
 @dataclass(frozen=True)
@@ -251,13 +214,8 @@ def prepare(inputs: Inputs, settings: Settings) -> Cohort:
     task = load_task(inputs.task)
     files = find_feature_files(inputs.features)
     labels = read_labels(inputs.labels, task, id_rule=settings.join.id_rule)
-    joined = join_labels(
-        labels,
-        files,
-        id_rule=settings.join.id_rule,
-        id_regex=settings.join.id_regex,
-        allow_missing=settings.join.allow_missing,
-    )
+    join = settings.join
+    joined = join_labels(labels, files, id_rule=join.id_rule, id_regex=join.id_regex, allow_missing=join.allow_missing)
     if settings.training.balanced and task.multi_label:
         raise ValueError(
             "--balanced: expected a task with one class a slide, got one with several labels. Leave it out."
@@ -266,7 +224,7 @@ def prepare(inputs: Inputs, settings: Settings) -> Cohort:
     if inputs.splits is None:
         folds = draw_folds(joined.labels, settings.split.folds, seed=settings.training.seed)
     else:
-        folds = read_splits(inputs.splits, joined.labels, missing=joined.missing, tell=notes.append)
+        folds = read_splits(inputs.splits, joined.labels, missing=joined.missing, warn=notes.append)
     if settings.training.select == "val" or settings.training.calibrate:
         lacking = [fold.number for fold in folds if len(fold.val) == 0]
         if lacking:
@@ -274,14 +232,15 @@ def prepare(inputs: Inputs, settings: Settings) -> Cohort:
     notes += joined.labels.class_notes(task.classes)
     notes += check_classes(folds, joined.labels.truth, task.classes)
     used = sorted({int(row) for fold in folds for rows in fold.sets().values() for row in rows})
-    joined = _keep(joined, used)
-    folds = [_renumber(fold, used) for fold in folds]
+    joined = replace(joined, labels=joined.labels.take(used), files=tuple(joined.files[row] for row in used))
+    folds = [
+        Fold(fold.number, **{name: np.searchsorted(used, rows) for name, rows in fold.sets().items()}) for fold in folds
+    ]
     facts = look_at_all(joined.files, settings.join, workers=settings.training.workers)
-    prints = [fact.fingerprint for fact in facts]
     notes += audit(
         folds,
         joined.labels.slide_ids,
-        fingerprints=prints,
+        fingerprints=[fact.fingerprint for fact in facts],
         patients=joined.labels.patients,
         drawn=inputs.splits is None,
         allow_leakage=settings.split.allow_leakage,
@@ -297,13 +256,3 @@ def check_folder(out: Path | str) -> None:
     """Refuse an output folder that is a file."""
     if Path(out).exists() and not Path(out).is_dir():
         raise ValueError(f"--out: expected a folder, got the file {str(out)!r}.")
-
-
-def _keep(joined: Joined, rows: Sequence[int]) -> Joined:
-    return replace(joined, labels=joined.labels.take(rows), files=tuple(joined.files[row] for row in rows))
-
-
-def _renumber(fold: Fold, used: Sequence[int]) -> Fold:
-    place = {row: number for number, row in enumerate(used)}
-    renamed = {name: np.array([place[int(row)] for row in rows], dtype=np.int64) for name, rows in fold.sets().items()}
-    return Fold(fold.number, **renamed)

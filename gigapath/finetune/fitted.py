@@ -16,8 +16,16 @@ from torch import nn
 from gigapath.devices import AUTOCAST_TYPES, at_most_threads, computing, resolve_device
 from gigapath.evaluation.calibration import Calibration, decisions, probabilities, threshold_count
 from gigapath.evaluation.labels import Labels, bare_name, join_labels, read_labels, shown
-from gigapath.evaluation.report import confusion_picture, predictions_csv, write_results
-from gigapath.evaluation.results import EVALUATION, TERMS, Results, Scores, score
+from gigapath.evaluation.results import (
+    EVALUATION,
+    TERMS,
+    Results,
+    Scores,
+    confusion_picture,
+    predictions_csv,
+    score,
+    write_results,
+)
 from gigapath.evaluation.scores import Predictions
 from gigapath.evaluation.splits import TABLE
 from gigapath.evaluation.task import Task, task_from
@@ -25,11 +33,12 @@ from gigapath.features import FeatureFileError
 from gigapath.features.reading import SUFFIXES, find_feature_files
 from gigapath.files import sha256_of, write_json_atomic, write_text_atomic
 from gigapath.finetune import checkpoints
-from gigapath.finetune.data import Bags, FileBags, FileFacts, ReadAhead, check_folder, check_made, look_at_all
+from gigapath.finetune.data import Bags, FileBags, FileFacts, check_folder, check_made, look_at_all
 from gigapath.finetune.heads import build_head, pack
 from gigapath.finetune.options import JoinOptions, ModelOptions
 from gigapath.machine import available_cores
 from gigapath.options import from_dict, to_dict
+from gigapath.read_ahead import read_ahead
 from gigapath.weights import assign_weights
 
 HEAD = "head.json"
@@ -80,16 +89,13 @@ class FittedHead:
         """Probabilities (len(rows), C), slide by slide, all tiles in the file's order.
 
         Args:
-            bags: the slides' tile embeddings, by row.
-            rows: which of them.
             device: where the head runs; it stays there.
-            workers: threads that read ahead.
             check_stop: called before each slide; raises to end.
         """
         self.model.to(device).eval()
         found = []
         with torch.no_grad(), at_most_threads(available_cores()):
-            for bag in ReadAhead(bags.__getitem__, workers=workers)(rows):
+            for bag in read_ahead(bags.__getitem__, rows, threads=workers):
                 check_stop()
                 with computing(self.precision, device):
                     logits = self.model.forward_packed(*pack([bag], device))  # type: ignore[operator]
@@ -184,28 +190,24 @@ def predict(
     """Apply a fitted head to feature files; a file that can't be read is recorded and the others go on.
 
     Args:
-        checkpoint: the folder of a fitted head.
-        features: feature files, and folders of them.
-        join: how files are read.
-        device: where it runs.
         out: a CSV to write, or None.
-        on_failed: told why a file has no prediction.
     """
     join, head, place = join or JoinOptions(), load_head(checkpoint), resolve_device(device)
-    files = find_feature_files(features)
-    ids, said = [], []
+    ids, shares_of = [], []
     failed: dict[str, str] = {}
-    for path in files:
+    for path in find_feature_files(features):
         try:
-            facts = _look(head, path, join)
-            said.append(head.predict(FileBags([path], [facts], join.tile_size_level0), [0], place)[0])
+            if path.suffix not in SUFFIXES:
+                raise FeatureFileError(f"{path.name}: expected a feature file ({', '.join(SUFFIXES)}).")
+            bags = FileBags([path], _look(head, [path], join), join.tile_size_level0)
+            shares_of.append(head.predict(bags, [0], place)[0])
         except (FeatureFileError, FileNotFoundError, PermissionError) as error:
             failed[path.name] = str(error)
             on_failed(str(error))
             continue
         ids.append(bare_name(path))
     classes = head.task.classes
-    shares = np.stack(said) if said else np.zeros((0, len(classes)))
+    shares = np.stack(shares_of) if shares_of else np.zeros((0, len(classes)))
     predicted = decisions(shares, head.task, head.calibration)
     if out is not None:
         write_text_atomic(out, predictions_csv({"slide_id": ids, "predicted": predicted}, shares, classes))
@@ -214,12 +216,12 @@ def predict(
     return Predicted([{"slide_id": slide_id, "predicted": what, **row} for slide_id, what, row in rows], failed)
 
 
-def _look(head: FittedHead, path: Path, join: JoinOptions) -> FileFacts:
-    if path.suffix not in SUFFIXES:
-        raise FeatureFileError(f"{path.name}: expected a feature file ({', '.join(SUFFIXES)}).")
-    facts = look_at_all([path], join, width=head.input_dim)[0]
-    if not join.allow_mixed:
-        head.check_features(facts.made, path.name)
+def _look(head: FittedHead, paths: Sequence[Path], join: JoinOptions) -> list[FileFacts]:
+    """What is known of files that the head can be applied to; FeatureFileError where it can't."""
+    facts = look_at_all(paths, join, width=head.input_dim)
+    for path, fact in zip(paths, facts, strict=True):
+        if not join.allow_mixed:
+            head.check_features(fact.made, path.name)
     return facts
 
 
@@ -238,15 +240,7 @@ def evaluate_head(
     """Test a frozen head (its label map, thresholds and temperature) on another cohort; nothing is fitted.
 
     Args:
-        checkpoint: the folder of a fitted head.
-        features: the folder of feature files.
-        labels: a CSV with a row a slide.
-        out: the folder that gets `predictions.csv`, `results.json` and `confusion.png`.
-        join: how labels and files are read and joined.
-        device: where the head runs.
         replicates: of the bootstrap; 0 for scores without intervals.
-        seed: of the bootstrap.
-        allow_seen: take slides that trained the head too.
 
     Raises:
         ValueError: features of another width, encoder, mpp or numerics, labels that the head does not know, slides
@@ -262,14 +256,10 @@ def evaluate_head(
     joined = join_labels(table, files, id_rule=join.id_rule, id_regex=join.id_regex, allow_missing=join.allow_missing)
     if not allow_seen:
         _refuse_seen(Path(checkpoint), joined.labels.slide_ids)
-    facts = look_at_all(joined.files, join, width=head.input_dim)
-    if not join.allow_mixed:
-        for path, fact in zip(joined.files, facts, strict=True):
-            head.check_features(fact.made, path.name)
-    bags = FileBags(joined.files, facts, join.tile_size_level0)
-    said = head.predict(bags, range(len(joined.files)), resolve_device(device))
+    bags = FileBags(joined.files, _look(head, joined.files, join), join.tile_size_level0)
+    shares = head.predict(bags, range(len(joined.files)), resolve_device(device))
     labels_of, task = joined.labels, head.task
-    predictions = predictions_of(labels_of, said, task)
+    predictions = predictions_of(labels_of, shares, task)
     found = score_slides(labels_of, predictions, task, head.calibration, replicates=replicates, seed=seed)
     name = Path(checkpoint).name
     write_results(
@@ -281,16 +271,16 @@ def evaluate_head(
             details={"checkpoint": name, "missing": list(joined.missing), "fitted_here": "nothing"},
             notes=(*labels_of.class_notes(task.classes), *found.notes),
         ),
-        texts={"predictions.csv": slides_csv(labels_of, said, task, head.calibration)},
+        texts={"predictions.csv": slides_csv(labels_of, shares, task, head.calibration)},
         pictures=confusion_of(found, task, f"{name} tested on {labels_of.source}"),
     )
     return found
 
 
-def predictions_of(labels: Labels, said: npt.NDArray[np.float64], task: Task) -> Predictions:
+def predictions_of(labels: Labels, shares: npt.NDArray[np.float64], task: Task) -> Predictions:
     """Probabilities (S, C) of labelled slides with their truth and patients."""
     patients = None if labels.patients is None else np.asarray(labels.patients)
-    return Predictions(labels.truth, said, task.classes, groups=patients, ordinal=task.ordinal)
+    return Predictions(labels.truth, shares, task.classes, groups=patients, ordinal=task.ordinal)
 
 
 def score_slides(
@@ -301,15 +291,15 @@ def score_slides(
     return score(predictions, patients=labels.patients is not None, sites=of_sites, task=task, how=how, **more)
 
 
-def slides_csv(labels: Labels, said: npt.NDArray[np.float64], task: Task, how: Calibration) -> str:
+def slides_csv(labels: Labels, shares: npt.NDArray[np.float64], task: Task, how: Calibration) -> str:
     """One row a slide: id, patient and site where known, truth, what is predicted, probabilities."""
     names = np.asarray(task.classes)
     truth = [";".join(names[np.flatnonzero(row)]) if task.multi_label else names[row] for row in labels.truth]
     columns: dict[str, Sequence[str]] = {"slide_id": labels.slide_ids}
     columns |= {"patient_id": labels.patients} if labels.patients else {}
     columns |= {"site": labels.sites} if labels.sites else {}
-    columns |= {"label": truth, "predicted": decisions(said, task, how)}
-    return predictions_csv(columns, said, task.classes)
+    columns |= {"label": truth, "predicted": decisions(shares, task, how)}
+    return predictions_csv(columns, shares, task.classes)
 
 
 def confusion_of(found: Scores, task: Task, what: str) -> dict[str, Callable[[], bytes]]:

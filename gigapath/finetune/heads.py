@@ -4,7 +4,7 @@ Each offers `forward_packed(features (T, D), coords (T, 2), lengths) -> logits (
 `parameter_groups(learning_rate, weight_decay, layer_decay, published=)`.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -49,7 +49,20 @@ class GatedAttention(nn.Module):
         return [torch.softmax(part, dim=0) for part in torch.split(scores, list(lengths))]
 
 
-class TileAttention(nn.Module):
+class _OneRate(nn.Module):
+    def parameter_groups(
+        self, learning_rate: float, weight_decay: float, layer_decay: float, *, published: bool = False
+    ) -> Groups:
+        """Two groups for AdamW of one rate: decayed (two dimensions and more) and not."""
+        groups = []
+        for name, decayed in (("decay", True), ("no_decay", False)):
+            params = [p for p in self.parameters() if p.requires_grad and (p.ndim > 1) == decayed]
+            decay = weight_decay if decayed else 0.0
+            groups.append({"name": name, "params": params, "lr": learning_rate, "lr_scale": 1.0, "weight_decay": decay})
+        return groups
+
+
+class TileAttention(_OneRate):
     """ABMIL on tile embeddings, without a slide encoder."""
 
     def __init__(self, input_dim: int, n_classes: int) -> None:
@@ -62,12 +75,6 @@ class TileAttention(nn.Module):
         """Logits (B, C) of bags (T, D); the coordinates play no part."""
         logits: Tensor = self.classifier(self.attention(self.embedding(images), lengths))
         return logits
-
-    def parameter_groups(
-        self, learning_rate: float, weight_decay: float, layer_decay: float, *, published: bool = False
-    ) -> Groups:
-        """One rate for all; 1-d parameters are not decayed."""
-        return plain_groups(self, learning_rate, weight_decay)
 
 
 class TokenAttention(ClassificationHead):
@@ -102,7 +109,7 @@ def _tokens(tokens: Tensor, lengths: Sequence[int]) -> Tensor:
     return tokens
 
 
-class VectorHead(nn.Module):
+class VectorHead(_OneRate):
     """One linear layer on one vector a slide."""
 
     def __init__(self, width: int, n_classes: int) -> None:
@@ -114,31 +121,12 @@ class VectorHead(nn.Module):
         logits: Tensor = self.classifier(images)
         return logits
 
-    def parameter_groups(
-        self, learning_rate: float, weight_decay: float, layer_decay: float, *, published: bool = False
-    ) -> Groups:
-        """One rate for all; 1-d parameters are not decayed."""
-        return plain_groups(self, learning_rate, weight_decay)
-
-
-def plain_groups(model: nn.Module, learning_rate: float, weight_decay: float) -> Groups:
-    """Two groups for AdamW: decayed (two dimensions and more) and not."""
-    groups = []
-    for name, decayed in (("decay", True), ("no_decay", False)):
-        params = [p for p in model.parameters() if p.requires_grad and (p.ndim > 1) == decayed]
-        decay = weight_decay if decayed else 0.0
-        groups.append({"name": name, "params": params, "lr": learning_rate, "lr_scale": 1.0, "weight_decay": decay})
-    return groups
-
 
 def build_head(options: ModelOptions, *, pretrained: str, input_dim: int, n_classes: int) -> nn.Module:
     """The model that the options describe; its own weights are drawn from torch's generator.
 
     Args:
-        options: the slide encoder and the head.
         pretrained: weights of the slide encoder: "hf_hub:REPO", a file, "" for random ones.
-        input_dim: width of the tile embeddings.
-        n_classes: width of the logits.
     """
     if options.head == "abmil-tiles":
         return TileAttention(input_dim, n_classes)
@@ -184,20 +172,17 @@ def _width_of(model_arch: str) -> int:
 
 
 def cache_states(
-    head: ClassificationHead, read: Callable[[Sequence[int]], Any], rows: Sequence[int], device: torch.device
+    head: ClassificationHead, rows: Sequence[int], bags: Iterable[Bag], device: torch.device
 ) -> dict[int, npt.NDArray[np.float32]]:
     """The chosen states of a frozen slide encoder, in eval mode, side by side: row -> (feat_dim,).
 
     Args:
         head: the model; its encoder is not changed.
-        read: gives the bags of rows one after another.
-        rows: which slides.
-        device: where the model is.
     """
     head.eval()
     cached = {}
     with torch.no_grad():
-        for row, bag in zip(rows, read(rows), strict=True):
+        for row, bag in zip(rows, bags, strict=True):
             features, coords, lengths = pack([bag], device)
             states = head.slide_encoder.forward_packed(features, coords, lengths, all_layer_embed=True)
             chosen = torch.cat([states[i] for i in head.feat_layer], dim=-1)

@@ -1,4 +1,4 @@
-"""What fine-tuning can be told: data, model, training; the defaults are the published recipe."""
+"""Options of fine-tuning: data, model, training; the defaults are the published recipe."""
 
 from dataclasses import dataclass
 

@@ -1,4 +1,4 @@
-"""What a run will cost, said before it starts: slides, tiles, parameters, memory, time."""
+"""What a run will cost, before it starts: slides, tiles, parameters, memory, time."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -96,15 +96,7 @@ def make_plan(
     """Measure one pass over a few made tiles and scale it.
 
     Args:
-        model: what is trained, on the device, its weights unchanged.
-        input_dim: width of the tile embeddings.
-        tiles: of each slide.
         max_tiles: at most this many are taken in training.
-        folds: the splits.
-        options: the recipe.
-        precision: of the passes.
-        processes: this one among those of the run.
-        cached: the slide encoder is frozen and passed once.
     """
     counts = np.asarray(tiles)
     capped = np.minimum(counts, max_tiles)

@@ -18,26 +18,35 @@ from gigapath.cohort.owner import Ownership
 from gigapath.cohort.record import versions
 from gigapath.cohort.reuse import differences
 from gigapath.devices import at_most_threads
-from gigapath.evaluation import Evaluation, site_probabilities
 from gigapath.evaluation.calibration import Calibration, default_calibration, fit_calibration, probabilities
-from gigapath.evaluation.report import curves_picture, score_lines, summary_csv, write_results
-from gigapath.evaluation.results import FINE_TUNING, FOLD, SITE_ALONE, Curves, Results, Scores
-from gigapath.evaluation.scores import FloatArray, Predictions
+from gigapath.evaluation.intervals import Evaluation
+from gigapath.evaluation.plots import Curves, draw_curves
+from gigapath.evaluation.results import (
+    FINE_TUNING,
+    FOLD,
+    SITE_ALONE,
+    Results,
+    Scores,
+    score_lines,
+    summary_csv,
+    write_results,
+)
+from gigapath.evaluation.scores import FloatArray, Predictions, site_probabilities
 from gigapath.evaluation.splits import Fold, keep_manifest
 from gigapath.features import FeatureFileError
 from gigapath.files import read_json, sha256_of, write_json_atomic
-from gigapath.finetune import controls
 from gigapath.finetune.checkpoints import MEND
-from gigapath.finetune.data import Cohort, FileBags, Inputs, ReadAhead, Settings, check_folder, prepare, vector_bags
+from gigapath.finetune.data import Cohort, FileBags, Inputs, Settings, check_folder, prepare, vector_bags
 from gigapath.finetune.fitted import FittedHead, confusion_of, predictions_of, save_head, score_slides, slides_csv
 from gigapath.finetune.heads import VectorHead, build_head, cache_states
 from gigapath.finetune.options import ModelOptions, TrainingOptions
 from gigapath.finetune.plan import Plan, make_plan
 from gigapath.finetune.processes import Processes, join_processes, training_precision
-from gigapath.finetune.training import Epoch, Trainer
+from gigapath.finetune.training import ATTENTION, MEAN, RANDOM, Epoch, Trainer, abmil_options, fit_linear, tile_means
 from gigapath.machine import available_cores
 from gigapath.options import to_dict
 from gigapath.progress import Progress
+from gigapath.read_ahead import read_ahead
 from gigapath.releases import HUB_PREFIXES
 from gigapath.slide_encoder import WEIGHTS_FILE
 from gigapath.tables import data_frame
@@ -82,12 +91,8 @@ def finetune(
     """Fine-tune on every fold, or go on with the run that `out` holds.
 
     Args:
-        inputs: task, features, labels, splits, weights.
-        out: the output folder.
-        settings: how it is done.
         cohort: what `prepare` makes of both, where that is done.
         dry_run: show the plan, and neither train nor write.
-        watch: receives the news.
         check_stop: called between steps; raises to end the run, which can go on later from the last epoch.
 
     Raises:
@@ -171,21 +176,21 @@ class _Run:
         labels = self.cohort.joined.labels
         rows = np.concatenate([fold.test for fold in self.cohort.folds])
         fold_of_row = np.concatenate([np.full(len(fold.test), fold.number) for fold in self.cohort.folds])
-        said: dict[str, Predictions] = {}
+        predicted: dict[str, Predictions] = {}
         for name in folds[0]:
             parts = [found[name].predictions for found in folds]
             shares = np.concatenate([part.probabilities for part in parts if part is not None])
-            said[name] = replace(predictions_of(labels.take(rows), shares, self.cohort.task), folds=fold_of_row)
-        return self._scores(rows, said, None)
+            predicted[name] = replace(predictions_of(labels.take(rows), shares, self.cohort.task), folds=fold_of_row)
+        return self._scores(rows, predicted, None)
 
     def _scores(
-        self, rows: npt.NDArray[np.int64], said: dict[str, Predictions], how: Calibration | None
+        self, rows: npt.NDArray[np.int64], predicted: dict[str, Predictions], how: Calibration | None
     ) -> dict[str, Scores]:
         """The scores of all models on the same slides; the first, which is decided on by `how`, with its leads."""
         labels, training, task = self.cohort.joined.labels.take(rows), self.settings.training, self.cohort.task
         scored = partial(score_slides, labels, task=task, replicates=training.replicates, seed=training.seed)
-        name, main = next(iter(said.items()))
-        others = {each: found for each, found in said.items() if each != name}
+        name, main = next(iter(predicted.items()))
+        others = {each: found for each, found in predicted.items() if each != name}
         scores = {name: scored(main, how=how, against=others)}
         return scores | {each: scored(found, how=None, sites=False) for each, found in others.items()}
 
@@ -224,12 +229,12 @@ class _Run:
         kept = kept if isinstance(kept, dict) else {}
         differing = [key for key in now if kept.get(key) != now[key]]
         if differing:
-            said = []
+            changed = []
             for key in differing:
                 inner = isinstance(kept.get(key), dict) and isinstance(now[key], dict)
-                said.append(f"{key} ({', '.join(differences(kept[key], now[key]))})" if inner else key)
+                changed.append(f"{key} ({', '.join(differences(kept[key], now[key]))})" if inner else key)
             raise ValueError(
-                f"{self.out}: it holds another run, which differs in {', '.join(said)}. Choose another --out, or "
+                f"{self.out}: it holds another run, which differs in {', '.join(changed)}. Choose another --out, or "
                 "give the same options to go on with it."
             )
 
@@ -239,15 +244,16 @@ class _Run:
         if self.processes.gather((self.out / RUN).is_file())[0]:
             return
         started, wrong = time.perf_counter(), ""
-        ahead = ReadAhead(self.bags.__getitem__, workers=self.settings.training.workers)
+        mine = range(self.processes.rank, len(self.bags.files), self.processes.world)
         try:
-            mine = range(self.processes.rank, len(self.bags.files), self.processes.world)
-            for number, _ in enumerate(ahead(mine), start=1):
+            for number, _ in enumerate(
+                read_ahead(self.bags.__getitem__, mine, threads=self.settings.training.workers), start=1
+            ):
                 self.check_stop()
                 self.watch.step("feature files read", number, len(mine))
         except FeatureFileError as error:
             wrong = str(error)
-        found = [said for said in self.processes.gather(wrong) if said]
+        found = [each for each in self.processes.gather(wrong) if each]
         if found:
             raise FeatureFileError(found[0])
         size = sum(fact.tiles * fact.width for fact in self.cohort.facts) * 4
@@ -257,13 +263,8 @@ class _Run:
     def _record(self, split: str) -> None:
         if self.first:
             settings = self.settings
-            groups = {
-                "join": settings.join,
-                "split": settings.split,
-                "model": settings.model,
-                "training": settings.training,
-            }
-            options = {name: to_dict(group) for name, group in groups.items()}
+            groups = ("join", "split", "model", "training")
+            options = {name: to_dict(getattr(settings, name)) for name in groups}
             write_json_atomic(
                 self.out / RUN,
                 {
@@ -303,26 +304,23 @@ class _Run:
         """Train and evaluate everything on a fold; what an earlier run finished is not done again."""
         folder = self.out / f"fold_{fold.number}"
         options, recipe = self.settings.model, self.settings.training
-        main = (FROZEN if options.freeze else TUNED) if self._weights else controls.RANDOM
+        main = (FROZEN if options.freeze else TUNED) if self._weights else RANDOM
         fitted = {main: self._fit(main, options, self.inputs.pretrained, recipe, fold, folder, split)}
-        alone = self._site_alone(fold)
-        scores = self._write(fold, folder, fitted, alone)
         if self.settings.controls:
-            said = "" if self._weights else " (the model itself is trained from random weights)"
-            self.watch.line(f"fold {fold.number}: controls{said}")
+            itself = "" if self._weights else " (the model itself is trained from random weights)"
+            self.watch.line(f"fold {fold.number}: controls{itself}")
             place = folder / "controls"
-            fitted[controls.MEAN] = self._means(fold)
-            self._write(fold, place / "tile_mean", {controls.MEAN: fitted[controls.MEAN]}, {})
+            fitted[MEAN] = self._means(fold)
+            self._write(fold, place / "tile_mean", {MEAN: fitted[MEAN]}, {})
             bare = replace(options, head="abmil-tiles", freeze=False)
-            for_bags = controls.abmil_options(recipe, self.processes.world)
-            others = {controls.ATTENTION: (bare, "", for_bags, "abmil_tiles")}
+            for_bags = abmil_options(recipe, self.processes.world)
+            others = {ATTENTION: (bare, "", for_bags, "abmil_tiles")}
             if self._weights:
-                others[controls.RANDOM] = (options, "", recipe, "random_weights")
+                others[RANDOM] = (options, "", recipe, "random_weights")
             for name, (model, weights, how, where) in others.items():
                 fitted[name] = self._fit(name, model, weights, how, fold, place / where, split)
                 self._write(fold, place / where, {name: fitted[name]}, {})
-            scores = self._write(fold, folder, fitted, alone)
-        return scores
+        return self._write(fold, folder, fitted, self._site_alone(fold))
 
     def _site_alone(self, fold: Fold) -> dict[str, Predictions]:
         """What a predictor says that knows the site of a slide only; none without sites or with several labels."""
@@ -339,14 +337,14 @@ class _Run:
         """Score models on a fold's test slides, and write the first one's files with the scores of all."""
         task, labels = self.cohort.task, self.cohort.joined.labels.take(fold.test)
         name, main = next(iter(fitted.items()))
-        said = {each: predictions_of(labels, found.said, task) for each, found in fitted.items()}
-        scores = self._scores(fold.test, said | alone, main.how)
+        predicted = {each: predictions_of(labels, found.shares, task) for each, found in fitted.items()}
+        scores = self._scores(fold.test, predicted | alone, main.how)
         if self.first:
             what = f"fold {fold.number}, {name}"
             curves = _curves(main.history, f"{task.name}, {what}")
             pictures = confusion_of(scores[name], task, what)
             if curves is not None:
-                pictures["curves.png"] = lambda: curves_picture(curves)
+                pictures["curves.png"] = lambda: draw_curves(curves)
             events: dict[str, list[tuple[int, float]]] = {}
             for entry in main.history:
                 for key, value in vars(entry).items():
@@ -363,7 +361,7 @@ class _Run:
                     details=details,
                     notes=scores[name].notes,
                 ),
-                texts={"predictions.csv": slides_csv(labels, main.said, task, main.how)},
+                texts={"predictions.csv": slides_csv(labels, main.shares, task, main.how)},
                 pictures=pictures,
                 events={"": events} if events else None,
             )
@@ -380,7 +378,7 @@ class _Run:
         folder: Path,
         split: str,
     ) -> "_Fitted":
-        """Train a model on a fold, and what it says of the test set."""
+        """Train a model on a fold, and predict its test set."""
         task, labels = self.cohort.task, self.cohort.joined.labels
         model = self._model(options, pretrained, fold=fold.number)
         trainer = Trainer(
@@ -397,7 +395,7 @@ class _Run:
         how = default_calibration(task)
         if recipe.calibrate:
             how = fit_calibration(trainer.logits(trained, fold.val), labels.truth[fold.val], task)
-        said = probabilities(trainer.logits(trained, fold.test), task, how.temperature)
+        shares = probabilities(trainer.logits(trained, fold.test), task, how.temperature)
         if self.first:
             if trained is not whole:
                 whole.classifier.load_state_dict(trained.classifier.state_dict())  # type: ignore[union-attr,operator]
@@ -408,15 +406,15 @@ class _Run:
             "chosen": {"what": chosen, "calibration": how.fitted_on},
             "weights": self._weights if pretrained else {},
         }
-        return _Fitted(said, how, history, facts)
+        return _Fitted(shares, how, history, facts)
 
     def _on_states(self, model: nn.Module, trainer: Trainer, fold: Fold, *, cache: bool) -> tuple[nn.Module, Trainer]:
         """The classifier alone, on the frozen encoder's states, which are computed once for all folds."""
         held = self.cached if cache else {}
         wanted = [int(row) for rows in fold.sets().values() for row in rows]
         lacking = [row for row in wanted if row not in held]
-        ahead = ReadAhead(self.bags.__getitem__, workers=self.settings.training.workers)
-        held.update(cache_states(model, ahead, lacking, self.processes.device))  # type: ignore[arg-type]
+        bags = read_ahead(self.bags.__getitem__, lacking, threads=self.settings.training.workers)
+        held.update(cache_states(model, lacking, bags, self.processes.device))  # type: ignore[arg-type]
         width = len(next(iter(held.values())))
         vectors = np.zeros((len(self.cohort.joined.labels), width), np.float32)
         for row, vector in held.items():
@@ -429,10 +427,10 @@ class _Run:
         """The control of mean tile embeddings; convex, so that it takes seconds and needs no checkpoint."""
         task, labels, workers = self.cohort.task, self.cohort.joined.labels, self.settings.training.workers
         means = {
-            name: controls.tile_means(self.bags, [int(row) for row in rows], workers=workers)
+            name: tile_means(self.bags, [int(row) for row in rows], workers=workers)
             for name, rows in (("train", fold.train), ("test", fold.test))
         }
-        layer = controls.fit_linear(means["train"], labels.truth[fold.train], len(task.classes))
+        layer = fit_linear(means["train"], labels.truth[fold.train], len(task.classes))
         with torch.no_grad():
             logits = layer(torch.from_numpy(means["test"])).numpy()
         return _Fitted(probabilities(logits, task), default_calibration(task), [], {})
@@ -440,9 +438,9 @@ class _Run:
 
 @dataclass(frozen=True)
 class _Fitted:
-    """A model on a fold: what it says of the test slides (S, C), how that is decided on, its training, and facts."""
+    """A model on a fold: its probabilities for the test slides (S, C), how they are decided on, its training, facts."""
 
-    said: FloatArray
+    shares: FloatArray
     how: Calibration
     history: list[Epoch]
     facts: dict[str, Any]

@@ -2,11 +2,13 @@
 
 A window is what one step sees: batch_size x gradient_accumulation x processes slides, the last of an epoch may be
 smaller. A chunk is what one pass sees: batch_size slides, packed without padding.
+
+Below: what a user compares with: a linear layer on mean tile embeddings, ABMIL on the tiles, random weights.
 """
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,12 +23,15 @@ from gigapath.devices import computing
 from gigapath.evaluation.splits import Fold
 from gigapath.evaluation.task import Task
 from gigapath.finetune import checkpoints
-from gigapath.finetune.data import Bag, Bags, ReadAhead
+from gigapath.finetune.data import Bag, Bags
 from gigapath.finetune.heads import pack
 from gigapath.finetune.loop import Loop, Step, cosine_rate
 from gigapath.finetune.options import TrainingOptions
 from gigapath.finetune.processes import Processes
 from gigapath.progress import Progress
+from gigapath.read_ahead import read_ahead
+
+MEAN, ATTENTION, RANDOM = "tile mean + linear", "ABMIL on tiles", "from random weights"
 
 IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float64]
@@ -82,14 +87,7 @@ class Trainer:
     dtype: torch.dtype = torch.float32
 
     def train(self, model: nn.Module, fold: Fold, folder: Path, tag: dict[str, Any]) -> list[Epoch]:
-        """Train, from the last finished epoch in `folder` if there is one; the model ends with the chosen weights.
-
-        Args:
-            model: a head of `gigapath.finetune.heads`, on the device.
-            fold: the rows of each set.
-            folder: of the checkpoints.
-            tag: what a checkpoint must say of itself to be continued.
-        """
+        """Train, from the last finished epoch in `folder` if there is one; the model ends with the chosen weights."""
         options, window = self.options, self.window
         groups = model.parameter_groups(  # type: ignore[operator]
             options.learning_rate(window),
@@ -115,23 +113,23 @@ class Trainer:
                 raise ValueError(f"{folder}: its checkpoint is damaged. {checkpoints.MEND}") from error
             best = _part(tensors, "best.") or None
             self.watch.line(f"fold {fold.number} goes on after epoch {len(history)}")
+
+        def save(more: dict[str, Tensor]) -> None:
+            if self.processes.rank == 0:
+                tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+                facts = {"tag": tag, "history": [asdict(entry) for entry in history], "scaler": scaler.state_dict()}
+                checkpoints.save_checkpoint(folder, len(history), tensors | more, facts)
+
         for epoch in range(len(history), options.epochs):
             history.append(self._epoch(model, optimizer, scaler, fold, epoch))
             self.watch.line(f"fold {fold.number}, {describe_epoch(history[-1], options.epochs)}")
             if options.select == "val" and _is_best(history):
                 best = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
-            if self.processes.rank == 0:
-                tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
-                tensors |= checkpoints.optimizer_tensors(model, optimizer)
-                tensors |= {f"best.{name}": tensor for name, tensor in (best or {}).items()}
-                facts = {"tag": tag, "history": [asdict(entry) for entry in history], "scaler": scaler.state_dict()}
-                checkpoints.save_checkpoint(folder, epoch + 1, tensors, facts)
+            moments = checkpoints.optimizer_tensors(model, optimizer)
+            save(moments | {f"best.{name}": tensor for name, tensor in (best or {}).items()})
         if best is not None:
             model.load_state_dict(best)
-        if self.processes.rank == 0:  # done: the optimizer's moments, two thirds of the file, are not needed any more
-            tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
-            facts = {"tag": tag, "history": [asdict(entry) for entry in history], "scaler": scaler.state_dict()}
-            checkpoints.save_checkpoint(folder, options.epochs, tensors, facts)
+        save({})  # done: the optimizer's moments, two thirds of the file, are not needed any more
         return history
 
     @property
@@ -157,12 +155,14 @@ class Trainer:
         options, processes = self.options, self.processes
         # Nothing random is carried from one epoch to the next, so that a run that goes on draws what an unbroken one
         # draws; each process has its own dropout.
-        torch.manual_seed(_seed_of(options.seed, fold.number, epoch, processes.rank))
+        seed = np.random.SeedSequence((options.seed, fold.number, epoch, processes.rank))
+        torch.manual_seed(int(seed.generate_state(1, np.uint64)[0]) >> 1)
         order = self.order(fold.train, epoch)
         steps = []
         for start in range(0, len(order), self.window):
             step = order[start : start + self.window]
-            mine = self._chunks(step)[processes.rank :: processes.world]
+            chunks = [step[first : first + options.batch_size] for first in range(0, len(step), options.batch_size)]
+            mine = chunks[processes.rank :: processes.world]
             steps.append(Step(mine, len(step), epoch + start / len(order)))
         model.train()
         what = f"fold {fold.number}, epoch {epoch + 1} of {options.epochs}"
@@ -181,10 +181,6 @@ class Trainer:
         seconds, slides = taken.seconds, len(order)
         waiting = taken.waited / seconds
         return Epoch(epoch + 1, taken.loss / slides, val, taken.learning_rate, seconds, waiting, slides / seconds)
-
-    def _chunks(self, step: IntArray) -> list[IntArray]:
-        size = self.options.batch_size
-        return [step[start : start + size] for start in range(0, len(step), size)]
 
     def _drawn(self, bag: Bag, row: int, epoch: int) -> Bag:
         """The tiles that training sees of a slide: shuffled, and at most `max_tiles` of them, drawn for this epoch."""
@@ -211,10 +207,9 @@ class Trainer:
         model.eval()
         processes = self.processes
         mine = [int(row) for row in rows[processes.rank :: processes.world]]
-        ahead = ReadAhead(self.bags.__getitem__, workers=self.options.workers)
         found = []
         with torch.no_grad():
-            for bag in ahead(mine):
+            for bag in read_ahead(self.bags.__getitem__, mine, threads=self.options.workers):
                 self.check_stop()
                 with computing(self.precision, processes.device):
                     logits = model.forward_packed(*pack([bag], processes.device, self.dtype))  # type: ignore[operator]
@@ -271,5 +266,50 @@ def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
-def _seed_of(*numbers: int) -> int:
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]) >> 1
+def abmil_options(options: TrainingOptions, processes: int = 1) -> TrainingOptions:
+    """The recipe for ABMIL as a control: AdamW at 2e-4 over steps of 8 slides, however many processes share them (of
+    one each where there are more), at least 20 epochs."""
+    accumulation = max(1, 8 // processes)
+    return replace(
+        options,
+        epochs=max(options.epochs, 20),
+        batch_size=1,
+        gradient_accumulation=accumulation,
+        base_lr=2e-4 * 256 / (accumulation * processes),
+        select="last",
+    )
+
+
+def tile_means(bags: Bags, rows: Sequence[int], *, workers: int) -> FloatArray:
+    """The mean embedding (len(rows), D) of each slide."""
+    bags_of_rows = read_ahead(bags.__getitem__, rows, threads=workers)
+    return np.stack([bag.features.mean(axis=0, dtype=np.float64) for bag in bags_of_rows])
+
+
+def fit_linear(vectors: FloatArray, truth: npt.NDArray[np.int64], classes: int) -> nn.Linear:
+    """Logistic regression on standardised vectors, folded into one layer on the vectors as they are.
+
+    The penalty is half the squared weights over the number of slides (C = 1 in scikit-learn's terms); L-BFGS finds the
+    one optimum, so that nothing is drawn.
+    """
+    centre, spread = vectors.mean(axis=0), vectors.std(axis=0)
+    spread = np.where(spread > 0, spread, 1.0)
+    inputs, target = torch.from_numpy((vectors - centre) / spread), torch.as_tensor(truth)
+    layer = nn.Linear(inputs.shape[1], classes, dtype=torch.float64)
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    solver = torch.optim.LBFGS(
+        layer.parameters(), max_iter=500, tolerance_grad=1e-9, history_size=20, line_search_fn="strong_wolfe"
+    )
+
+    def closure() -> torch.Tensor:
+        solver.zero_grad()
+        loss = (summed_loss(layer(inputs), target) + 0.5 * layer.weight.square().sum()) / len(inputs)
+        loss.backward()  # type: ignore[no-untyped-call]
+        return loss
+
+    solver.step(closure)  # type: ignore[no-untyped-call]
+    with torch.no_grad():
+        layer.weight /= torch.from_numpy(spread)
+        layer.bias.sub_(layer.weight @ torch.from_numpy(centre))
+    return layer

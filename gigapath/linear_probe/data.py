@@ -57,8 +57,6 @@ def rows_of_table(table: Table, *, label: str, split: str | None, group: str | N
     """The labels in a table with a column `input`, `file` or `name`, and the columns of label, split and group.
 
     Args:
-        table: as it was read.
-        label: column of the label.
         split: column of the split; None takes `split` if it is there, else the split is the embeddings' own.
         group: column of the group; None takes the first of `GROUP_COLUMNS` that is there.
 
@@ -125,15 +123,7 @@ def own_labels(table: EmbeddingTable, source: str) -> LabelRows:
 
 @dataclass(frozen=True)
 class Joined:
-    """Which embedding each label belongs to.
-
-    Args:
-        rows: for each used label its row in the table.
-        used: for each used label its row among the labels.
-        splits: for each used label its split.
-        unlabelled: names of embeddings that no label speaks of.
-        unembedded: names in the labels that have no embedding.
-    """
+    """Which embedding each label belongs to."""
 
     rows: list[int]
     used: list[int]
@@ -148,10 +138,7 @@ def join_labels(
     """Find the tile of each label by its path, else by the last part of its path, within its split where both say one.
 
     Args:
-        tiles: names of the embeddings, without suffix.
         tile_splits: their splits as far as their own paths say them, "" elsewhere.
-        labels: what was read of labels.
-        allow_missing: go on where labels or tiles are left over.
         noun: what a tile is called in messages.
 
     Raises:
@@ -171,31 +158,33 @@ def join_labels(
     contradicting: list[str] = []
     for index, written in enumerate(labels.names):
         name, split = unicodedata.normalize("NFC", bare_name(written)), labels.splits[index]
-        row = by_path.get(name, -1)
-        if row < 0:
-            candidates = by_stem.get(name.rpartition("/")[2], [])
-            fitting = [each for each in candidates if not split or tile_splits[each] in ("", split)]
-            if len(fitting) > 1:
-                raise ValueError(
-                    f"{labels.source}: {written} fits several {noun}s "
-                    f"({shown([tiles[candidate] for candidate in fitting])}). "
-                    "Write its whole path."
-                )
-            if not candidates:
-                unembedded.append(written)
-                continue
-            if not fitting:
-                contradicting.append(f"{written} ({split} against {tile_splits[candidates[0]]})")
-                continue
-            row = fitting[0]
-        elif split and tile_splits[row] not in ("", split):
-            contradicting.append(f"{written} ({split} against {tile_splits[row]})")
+        exact = by_path.get(name)
+        candidates = by_stem.get(name.rpartition("/")[2], []) if exact is None else [exact]
+        fitting = [each for each in candidates if not split or tile_splits[each] in ("", split)]
+        if len(fitting) > 1:
+            raise ValueError(
+                f"{labels.source}: {written} fits several {noun}s ({shown([tiles[each] for each in fitting])}). Write "
+                "its whole path."
+            )
+        if not candidates:
+            unembedded.append(written)
             continue
-        rows.append(row)
+        if not fitting:
+            contradicting.append(f"{written} ({split} against {tile_splits[candidates[0]]})")
+            continue
+        rows.append(fitting[0])
         used.append(index)
-        splits.append(split or tile_splits[row])
+        splits.append(split or tile_splits[fitting[0]])
 
-    _refuse_double_rows(rows, used, splits, labels)
+    first: dict[int, int] = {}
+    for position, row in enumerate(rows):
+        before, again = first.setdefault(row, position), labels.names[used[position]]
+        if splits[before] != splits[position]:
+            both = f"{splits[before]} and {splits[position]}"
+            raise ValueError(f"{labels.source}: {again} stands in two splits ({both}). Keep one.")
+        if before != position:
+            both = f"{used[before] + 2} and {used[position] + 2}"
+            raise ValueError(f"{labels.source}: {again} has two rows ({both}). Keep one.")
     if contradicting:
         raise ValueError(
             f"{labels.source}: {len(contradicting):,} splits contradict the paths of the {noun}s: "
@@ -204,7 +193,7 @@ def join_labels(
     taken = set(rows)
     unlabelled = [name for row, name in enumerate(tiles) if row not in taken]
     if (unembedded or unlabelled) and not allow_missing:
-        lacking = in_words({f"rows without {noun}": unembedded, f"{noun}s without a row": unlabelled})
+        lacking = left_over({f"rows without {noun}": unembedded, f"{noun}s without a row": unlabelled})
         raise ValueError(
             f"{labels.source}: {lacking}, of {len(labels.names):,} rows and {len(tiles):,} {noun}s. Complete them, or "
             "go on without them: --allow-missing."
@@ -232,24 +221,7 @@ def class_names(labels: Sequence[str], positive: str | None) -> tuple[dict[str, 
     return {label: index[canonical_label(label)] for label in set(labels)}, tuple(names)
 
 
-def _refuse_double_rows(rows: list[int], used: list[int], splits: list[str], labels: LabelRows) -> None:
-    if len(set(rows)) == len(rows):
-        return
-    first: dict[int, int] = {}
-    for position, row in enumerate(rows):
-        before = first.setdefault(row, position)
-        if before != position:
-            name = labels.names[used[position]]
-            if splits[before] != splits[position]:
-                raise ValueError(
-                    f"{labels.source}: {name} stands in two splits ({splits[before]} and {splits[position]}). Keep one."
-                )
-            raise ValueError(
-                f"{labels.source}: {name} has two rows ({used[before] + 2} and {used[position] + 2}). Keep one."
-            )
-
-
-def in_words(lacking: Mapping[str, list[str]]) -> str:
+def left_over(lacking: Mapping[str, list[str]]) -> str:
     """How many names there are of each kind, and the first of them; of kinds without any, nothing."""
     return ", ".join(f"{kind}: {len(names):,} ({shown(names)})" for kind, names in lacking.items() if names)
 
@@ -275,9 +247,6 @@ def slides_of_tiles(
     all tiles must be those of the rows: thousands of agreements don't happen by chance.
 
     Args:
-        folder: with PCam's three meta files.
-        names: the tiles, without suffix.
-        splits: their splits.
         classes: their classes, 1 = tumour.
     """
     found = [""] * len(names)
@@ -307,15 +276,12 @@ class ProbeData:
 
     Args:
         features: (N, D) float32.
-        names: N names.
         rows: split -> its rows of `features`, ascending.
         labels: (N,) class index, -1 where there is none.
         classes: names of the classes; of two the second is the positive one.
         groups: (N,) patient or slide as text, or None.
         group_column: what the groups are called, or None.
         colours: (N, 6) colour statistics of the pixels, or None.
-        facts: counts and identities for the report.
-        warnings: sentences for the user.
     """
 
     features: Float32Array
@@ -350,11 +316,7 @@ def load_data(
     """Read embeddings and labels, join them, and check that a probe of them means something.
 
     Args:
-        embeddings: zip, folder or file of embeddings.
         labels: a CSV, or None where the embeddings carry their labels.
-        options: columns, and what to allow.
-        pcam_meta: a folder of PCam's meta files, for groups where the labels name none.
-        cache: use and write the cache beside a zip or folder.
         watch: receives the news of the reading.
 
     Raises:
@@ -392,7 +354,7 @@ def load_data(
         warnings += audit(
             [Fold(0, rows_of_split[TRAIN], rows_of_split[VALIDATION], rows_of_split[TEST])],
             table.names,
-            fingerprints=None,  # told below: twins of published data sets
+            fingerprints=None,  # reported below: twins of published data sets
             patients=groups.tolist(),
             drawn=False,
             allow_leakage=options.allow_leakage,
@@ -402,7 +364,7 @@ def load_data(
         warnings.append("PCam's meta files don't fit these tiles' names and labels, so intervals are over tiles")
     if joined.unembedded or joined.unlabelled:
         lacking = {"labels without an embedding": joined.unembedded, "embeddings without a label": joined.unlabelled}
-        warnings.append(f"left out: {in_words(lacking)}")
+        warnings.append(f"left out: {left_over(lacking)}")
     twins = identical_across_splits(table, rows_of_split)
     if twins:
         warnings.append(f"{twins:,} embeddings of one split are identical to one of another split")

@@ -18,7 +18,7 @@ import numpy.typing as npt
 from PIL import Image, UnidentifiedImageError
 
 from gigapath.cohort.owner import Ownership
-from gigapath.cohort.reuse import differences, digest
+from gigapath.cohort.reuse import check_same, digest
 from gigapath.devices import device_identity
 from gigapath.features import NUMERICS_VERSION, FeatureFileError
 from gigapath.features.gigapath_file import KeptRows
@@ -60,7 +60,6 @@ class TileSet:
         groups: slides or patients as text, or None.
         group_column: what the groups are called, or None.
         read: positions in `names` -> their pixels, uint8 RGB (T, T, 3) each.
-        identity: changes when the tiles do.
     """
 
     names: tuple[str, ...]
@@ -250,10 +249,7 @@ def embed_tiles(
     gives the bytes of a run in one piece.
 
     Args:
-        tiles: what `open_tile_set` found.
-        encoder: the tile encoder.
         out: the table's file, ending in `.h5`. Beside it lies `<out>.rows.partial` until the table is whole.
-        batch_size: B.
         overwrite: embed again where the table is there already; it stays until the new one is whole.
         watch: receives the news.
         check_stop: called before each batch; what it raises ends the run, which can be continued.
@@ -295,12 +291,8 @@ def made_before(out: Path, attrs: Mapping[str, Any]) -> bool:
             found = read_attrs(file) if is_complete(file) else {}
     except (FeatureFileError, OSError):  # none, or a damaged one
         return False
-    changed = differences({name: found.get(name) for name in attrs}, attrs) if found else []
-    if changed:
-        raise ValueError(
-            f"{out.name}: expected the options with which it was made, got others: {'; '.join(changed)}. Give those of "
-            "before, or use another --out; --overwrite makes it again."
-        )
+    if found:
+        check_same(out.name, {name: found.get(name) for name in attrs}, attrs)
     return bool(found)
 
 

@@ -15,7 +15,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from gigapath.evaluation import f1_weighted
+from gigapath.evaluation.scores import f1_weighted
+from gigapath.linear_probe.options import TileProbeOptions
 
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
@@ -34,38 +35,20 @@ QUERY_ROWS = 2048  # rows whose neighbours are looked for at once
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """The numbers of the published recipe."""
-
-    steps: int = 4000
-    batch_size: int = 128
-    lr: float = 0.02
-    weight_decay: float = 0.01
-    eval_every: int = 100
-
-
-@dataclass(frozen=True)
 class LinearHead:
     """Logits = x @ weight.T + bias; weight (C, D), bias (C,), on the device of the matrix."""
 
     weight: torch.Tensor
     bias: torch.Tensor
 
+    def logits(self, features: torch.Tensor, rows: torch.Tensor) -> FloatArray:
+        """The logits of some rows of a matrix, (rows, C)."""
+        parts = [torch.addmm(self.bias, x, self.weight.t()) for _, x in blocks(features, rows)]
+        return np.asarray(torch.cat(parts).cpu().double().numpy())
+
     def probabilities(self, features: torch.Tensor, rows: torch.Tensor) -> FloatArray:
         """Softmax of the logits of some rows of a matrix, (rows, C)."""
         return np.asarray(torch.from_numpy(self.logits(features, rows)).softmax(dim=1).numpy())
-
-    def logits(self, features: torch.Tensor, rows: torch.Tensor) -> FloatArray:
-        """The logits of some rows of a matrix, (rows, C)."""
-        return np.asarray(torch.cat([part.cpu().double() for part in self._logits(features, rows)]).numpy())
-
-    def predicted(self, features: torch.Tensor, rows: torch.Tensor) -> IntArray:
-        """The most probable class of some rows of a matrix, (rows,)."""
-        return np.asarray(torch.cat([part.argmax(dim=1) for part in self._logits(features, rows)]).cpu().numpy())
-
-    def _logits(self, features: torch.Tensor, rows: torch.Tensor) -> Iterator[torch.Tensor]:
-        for _, x in blocks(features, rows):
-            yield torch.addmm(self.bias, x, self.weight.t())
 
 
 @dataclass(frozen=True)
@@ -103,18 +86,13 @@ def draw_batches(rows: int, steps: int, batch_size: int, seed: int) -> torch.Ten
     return torch.randint(rows, (steps, batch_size), generator=generator)
 
 
-def learning_rate(step: int, steps: int, lr: float) -> float:
-    """The rate of a step counted from 0: half a cosine from `lr` towards 0, which would be reached at step `steps`."""
-    return 0.5 * lr * (1 + math.cos(math.pi * step / steps))
-
-
 def train(
     features: torch.Tensor,
     labels: torch.Tensor,
     train_rows: torch.Tensor,
     val_rows: torch.Tensor,
     classes: int,
-    recipe: Recipe,
+    recipe: TileProbeOptions,
     *,
     seed: int,
     on_look: Callable[[Look], None] = lambda look: None,
@@ -128,10 +106,6 @@ def train(
         features: (N, D) float32 on the device.
         labels: (N,) int64 class index, on the device.
         train_rows: rows of `features` to draw from, int64 on the device.
-        val_rows: rows that choose the best look.
-        classes: C.
-        recipe: the numbers.
-        seed: of the first weights and the draws.
         on_look: called after each look.
 
     Raises:
@@ -153,7 +127,8 @@ def train(
             log_softmax = torch.addmm(bias, x, weight.t()).log_softmax(dim=1)  # (B, C)
             losses[step] = log_softmax.gather(1, targets[step]).mean()
             gradient = log_softmax.exp_().scatter_add_(1, targets[step], minus_one)  # softmax - one-hot
-            lr = learning_rate(step, recipe.steps, recipe.lr)
+            # Half a cosine from the first rate towards 0, which would be reached after the last step.
+            lr = 0.5 * recipe.lr * (1 + math.cos(math.pi * step / recipe.steps))
             keep = 1 - lr * recipe.weight_decay
             weight.mul_(keep).addmm_(gradient.t(), x, alpha=-lr / recipe.batch_size)
             bias.mul_(keep).sub_(gradient.sum(dim=0), alpha=lr / recipe.batch_size)
@@ -163,7 +138,7 @@ def train(
             if not math.isfinite(loss):
                 raise ValueError(f"the loss is not finite at step {step + 1}. Lower --lr, or scale the embeddings.")
             head = LinearHead(weight.clone(), bias.clone())
-            f1 = f1_weighted(val_truth, head.predicted(features, val_rows), classes)
+            f1 = f1_weighted(val_truth, head.logits(features, val_rows).argmax(axis=1), classes)
             looks.append(Look(step + 1, loss, f1))
             on_look(looks[-1])
             last_look = step + 1
@@ -212,16 +187,9 @@ class Choice:
     criterion: str
 
 
-@dataclass(frozen=True)
-class Standardisation:
-    """Mean and inverse standard deviation (D,) of the training rows; 0 for an entry that never changes."""
-
-    mean: torch.Tensor
-    scale: torch.Tensor
-
-
-def standardisation(features: torch.Tensor, rows: torch.Tensor) -> Standardisation:
-    """The training rows' mean and spread, in float64, without copying the matrix."""
+def standardisation(features: torch.Tensor, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and inverse standard deviation (D,) of the training rows in float64, 0 for an entry that never changes;
+    without copying the matrix."""
     width = features.shape[1]
     total = torch.zeros(width, dtype=torch.float64, device=features.device)
     for _, x in blocks(features, rows):
@@ -232,7 +200,7 @@ def standardisation(features: torch.Tensor, rows: torch.Tensor) -> Standardisati
         squares += (x.double() - mean).square().sum(dim=0)
     deviation = (squares / len(rows)).sqrt()
     moves = deviation > 1e-6 * mean.abs().clamp_min(1e-12)
-    return Standardisation(mean, torch.where(moves, 1 / deviation.clamp_min(1e-300), torch.zeros_like(deviation)))
+    return mean, torch.where(moves, 1 / deviation.clamp_min(1e-300), torch.zeros_like(deviation))
 
 
 class LogisticRegression:
@@ -242,9 +210,6 @@ class LogisticRegression:
     Args:
         features: (N, D) float32 or float64 on the device.
         labels: (N,) int64 class index, on the device.
-        rows: training rows.
-        classes: C.
-        standardise: off for embeddings that are standardised already.
     """
 
     def __init__(
@@ -257,11 +222,8 @@ class LogisticRegression:
         standardise: bool = True,
     ) -> None:
         self._features, self._labels, self._rows, self._classes = features, labels, rows, classes
-        if standardise:
-            self._standard = standardisation(features, rows)
-        else:
-            ones = torch.ones(features.shape[1], dtype=torch.float64, device=features.device)
-            self._standard = Standardisation(torch.zeros_like(ones), ones)
+        ones = torch.ones(features.shape[1], dtype=torch.float64, device=features.device)
+        self._mean, self._scale = standardisation(features, rows) if standardise else (torch.zeros_like(ones), ones)
         self._start = np.zeros(classes * (features.shape[1] + 1))
 
     def fit(self, penalty: float) -> LinearHead:
@@ -280,8 +242,8 @@ class LogisticRegression:
     def _unfold(self, flat: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Weight (C, D) and bias (C,) for plain embeddings from those for standardised ones, float64."""
         width = self._features.shape[1]
-        weight = flat[: self._classes * width].view(self._classes, width) * self._standard.scale
-        return weight, flat[self._classes * width :] - weight @ self._standard.mean
+        weight = flat[: self._classes * width].view(self._classes, width) * self._scale
+        return weight, flat[self._classes * width :] - weight @ self._mean
 
     def _objective(self, flat: torch.Tensor, penalty: float) -> tuple[float, torch.Tensor]:
         """Value and gradient at the parameters for standardised embeddings."""
@@ -301,7 +263,7 @@ class LogisticRegression:
             to_bias += slope.sum(dim=0, dtype=torch.float64)
         rows = len(self._rows)
         # Chain rule through the standardisation: z = (x - mean) * scale.
-        to_weight = (to_weight - to_bias[:, None] * self._standard.mean) * self._standard.scale / rows
+        to_weight = (to_weight - to_bias[:, None] * self._mean) * self._scale / rows
         own = flat[: self._classes * width]
         gradient = torch.cat([to_weight.reshape(-1) + penalty * own, to_bias / rows])
         return float(loss / rows + 0.5 * penalty * own.square().sum()), gradient
@@ -323,10 +285,6 @@ def choose_penalty(
     Args:
         features: (N, D) embeddings.
         labels: (N,) class index.
-        train_rows: rows that are fitted.
-        val_rows: rows that choose.
-        classes: C.
-        penalties: to try.
     """
     small = len(train_rows) * features.shape[1] < SMALL_MATRIX
     truth = labels[val_rows].cpu().numpy()
@@ -389,17 +347,13 @@ class NearestNeighbours:
 
 
 def choose_neighbours(
-    features: torch.Tensor,
-    labels: torch.Tensor,
-    train_rows: torch.Tensor,
-    val_rows: torch.Tensor,
-    classes: int,
+    features: torch.Tensor, labels: torch.Tensor, train_rows: torch.Tensor, val_rows: torch.Tensor, classes: int
 ) -> tuple[NearestNeighbours, Choice]:
     """The number of neighbours with the best weighted F1 on the validation rows; the fewest of equals."""
     numbers = [k for k in NEIGHBOURS if k <= len(train_rows)]
     neighbours = NearestNeighbours(features, labels, train_rows, classes)
     truth = labels[val_rows].cpu().numpy()
-    said = neighbours.probabilities(val_rows, numbers)
-    tried = {float(k): f1_weighted(truth, said[k].argmax(axis=1), classes) for k in numbers}
+    shares = neighbours.probabilities(val_rows, numbers)
+    tried = {float(k): f1_weighted(truth, shares[k].argmax(axis=1), classes) for k in numbers}
     value = max(tried, key=lambda k: tried[k])
     return neighbours, Choice("neighbours", value, tried, "weighted F1 on validation, the greatest")

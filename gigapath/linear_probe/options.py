@@ -1,4 +1,4 @@
-"""What a probe can be told; the defaults are the published recipe on PCam."""
+"""Options of probes; the defaults are the published recipe on PCam."""
 
 from dataclasses import dataclass
 

@@ -3,15 +3,21 @@
 What is wrong with names and options is told before torch is imported.
 """
 
+import contextlib
+import io
 import json
+import math
+import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gigapath.cohort.owner import Ownership
-from gigapath.cohort.reuse import differences
+from gigapath.cohort.reuse import check_same
+from gigapath.files import atomic_file, write_text_atomic
 from gigapath.linear_probe.options import ProbeOptions, SlideProbeOptions, TileProbeOptions
 from gigapath.options import to_dict
 from gigapath.progress import Progress
+from gigapath.tables import csv_text
 
 if TYPE_CHECKING:
     from gigapath.linear_probe.slides import SlideProbe
@@ -19,6 +25,11 @@ if TYPE_CHECKING:
 
 # Where the published PCam embeddings and labels lie once downloaded.
 PUBLISHED = "GigaPath_PCam_embeddings.zip"
+# Embeddings made on the spot, for trying the probe without any download: a known linear rule under noise.
+WIDTH = 256
+TILES = {"train": 6000, "val": 1000, "test": 1000}
+SLIDES = {"train": 30, "val": 10, "test": 10}
+SEPARATION = 2.0  # distance of the two classes' means, in standard deviations
 
 
 def run_probe(
@@ -64,8 +75,6 @@ def run_probe(
             of_slides = probe_slides(embeddings, labels, options, slides)
             return of_slides, write_slide_report(out, of_slides)
         if embeddings is None:
-            from gigapath.linear_probe.planted import write_planted
-
             embeddings, labels = write_planted(out / "demo")
         elif any(Path(embeddings).glob("slides_*/*.h5")):
             raise ValueError(
@@ -84,13 +93,43 @@ def run_probe(
 
 def _check_same(out: Path, given: dict[str, Any]) -> None:
     """Refuse to put results of other options in place of those that are there."""
-    try:
+    before = None
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         before = json.loads((out / "results.json").read_text(encoding="utf-8"))["options"]
-        changed = differences(before, json.loads(json.dumps(given)))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return
-    if changed:
-        raise ValueError(
-            f"{out}: expected the options of the results that it holds, got others: {'; '.join(changed[:5])}. Give "
-            "those of before, or use another --out; --overwrite probes again."
-        )
+    if isinstance(before, dict):
+        check_same(out, before, json.loads(json.dumps(given)))
+
+
+def write_planted(folder: Path, *, seed: int = 0) -> tuple[Path, Path]:
+    """Write `embeddings.zip` (one `.pt` per tile, the split in its path) and `labels.csv` into a folder.
+
+    Two classes, normal with unit variance, whose means lie `SEPARATION` apart along a random direction.
+
+    Returns:
+        the zip and the CSV.
+    """
+    import numpy as np
+    import torch
+
+    generator = np.random.default_rng(seed)
+    direction = generator.normal(size=WIDTH)
+    direction *= SEPARATION / np.linalg.norm(direction)
+    rows: list[list[object]] = [["input", "label", "split", "slide"]]
+    archive, labels = folder / "embeddings.zip", folder / "labels.csv"
+    with atomic_file(archive) as temporary, zipfile.ZipFile(temporary, "w") as packed:
+        for split in TILES:
+            for number in range(TILES[split]):
+                label = number % 2
+                name = f"{split}_{number:05d}.pt"
+                content = io.BytesIO()
+                vector = generator.normal(size=WIDTH) + (label - 0.5) * direction
+                torch.save(torch.from_numpy(vector.astype(np.float32)), content)
+                packed.writestr(f"planted/{split}/{name}", content.getvalue())
+                rows.append([name, label, split, f"{split}-slide-{number % SLIDES[split]}"])
+    write_text_atomic(labels, csv_text(rows))
+    return archive, labels
+
+
+def bayes_accuracy() -> float:
+    """The accuracy that no rule can beat on these data."""
+    return 0.5 * (1 + math.erf(SEPARATION / 2 / math.sqrt(2)))

@@ -17,7 +17,6 @@ import numpy.typing as npt
 import torch
 
 import gigapath
-from gigapath.evaluation import Predictions, prior_probabilities, site_probabilities
 from gigapath.evaluation.labels import (
     ID_COLUMNS,
     SITE_COLUMNS,
@@ -28,12 +27,20 @@ from gigapath.evaluation.labels import (
     patients_of,
 )
 from gigapath.evaluation.plots import draw_intervals
-from gigapath.evaluation.report import predictions_csv, summary_csv, write_results
-from gigapath.evaluation.results import SITE_ALONE, SLIDE_PROBE, Results, Scores, score
-from gigapath.evaluation.scores import SCORE_WORDS
+from gigapath.evaluation.results import (
+    SITE_ALONE,
+    SLIDE_PROBE,
+    Results,
+    Scores,
+    predictions_csv,
+    score,
+    summary_csv,
+    write_results,
+)
+from gigapath.evaluation.scores import SCORE_WORDS, Predictions, prior_probabilities, site_probabilities
 from gigapath.evaluation.splits import Fold, audit, draw_parts
 from gigapath.features import read_slides
-from gigapath.linear_probe.data import class_names, in_words, named_column, splits_of_column
+from gigapath.linear_probe.data import class_names, left_over, named_column, splits_of_column
 from gigapath.linear_probe.heads import PATIENCE, PENALTIES, LogisticRegression, cross_entropy, one_thread
 from gigapath.linear_probe.options import ProbeOptions, SlideProbeOptions
 from gigapath.linear_probe.table import TEST
@@ -57,16 +64,12 @@ class SlideData:
     """S labelled slides.
 
     Args:
-        ids: S slide ids, sorted.
         vectors: name of the embedding -> (S, D).
         labels: (S,) class index.
-        classes: names of the classes.
         groups: (S,) patients; slides themselves where no column says them.
         group_column: what the groups are called, or None where slides stand for themselves.
         sites: (S,) or None.
         test: (S,) bool, the slides of the given test split; None for folds.
-        facts: counts for the report.
-        warnings: sentences for the user.
     """
 
     ids: tuple[str, ...]
@@ -91,11 +94,7 @@ def load_slides(
     """Read slide embeddings and the CSV, join them by slide id, and check that a probe of them means something.
 
     Args:
-        folder: the output folder of `gigapath embed`, or one of its `slides_*` folders.
         labels: CSV with `slide_id` (or `input`, `file`, `name`), the label's column, and the patient's.
-        names: names of embeddings, see `gigapath.features.data`.
-        options: columns, what to allow.
-        ids_meet: how slides meet rows.
 
     Raises:
         FileNotFoundError, ValueError: one sentence on what is wrong.
@@ -108,19 +107,23 @@ def load_slides(
             named_column(listed, column, (), option)
     group_column, patients = patients_of(listed, options.group, written_ids, ids_meet.id_rule)
     key_of = id_maker(ids_meet.id_rule, ids_meet.id_regex)
-    row_of_key = _rows_by_key([key_of(written) for written in written_ids], listed.source)
+    row_of_key: dict[str, int] = {}
+    for row, written in enumerate(written_ids):
+        first = row_of_key.setdefault(key_of(written), row)
+        if first != row:
+            raise ValueError(f"{listed.source}: {key_of(written)} has two rows ({first + 2} and {row + 2}). Keep one.")
     ids, vectors, notes = _read_vectors(folder, names)
     keys = [key_of(slide) for slide in ids]
     unlabelled = [slide for slide, key in zip(ids, keys, strict=True) if key not in row_of_key]
     unembedded = sorted(set(row_of_key) - set(keys))
     if (unlabelled or unembedded) and not options.allow_missing:
-        both = in_words({"slides without an embedding": unembedded, "embeddings without a row": unlabelled})
+        both = left_over({"slides without an embedding": unembedded, "embeddings without a row": unlabelled})
         raise ValueError(
             f"{listed.source}: {both}. Complete them (see --id-rule), or go on without them: --allow-missing."
         )
     if unlabelled or unembedded:
         lacking = {"labels without an embedding": unembedded, "embeddings without a label": unlabelled}
-        notes.append(f"left out: {in_words(lacking)}")
+        notes.append(f"left out: {left_over(lacking)}")
     kept = [index for index, key in enumerate(keys) if key in row_of_key]
     rows = [row_of_key[keys[index]] for index in kept]
     slide_ids = tuple(ids[index] for index in kept)
@@ -137,7 +140,8 @@ def load_slides(
         splits = splits_of_column(listed, options.split)
         test = np.array([splits[row] == TEST for row in rows])
         if test.all() or not test.any():
-            raise ValueError(f"{listed.source}: the column {options.split} leaves no slide to {_lacking(test)}.")
+            lacking_set = "train on" if test.all() else "test on"
+            raise ValueError(f"{listed.source}: the column {options.split} leaves no slide to {lacking_set}.")
         notes.append("slides of train and val train together: the penalty is chosen by folds inside them")
     site_column = first_column(listed, SITE_COLUMNS)
     labels_of_slides = np.array([index_of_label[label] for label in written_labels], dtype=np.int64)
@@ -165,15 +169,6 @@ def load_slides(
     )
 
 
-def _rows_by_key(keys: Sequence[str], source: str) -> dict[str, int]:
-    """What a slide is compared by -> its row of the CSV; ValueError where two rows are of one slide."""
-    row_of_key: dict[str, int] = {}
-    for row, key in enumerate(keys):
-        if row_of_key.setdefault(key, row) != row:
-            raise ValueError(f"{source}: {key} has two rows ({row_of_key[key] + 2} and {row + 2}). Keep one.")
-    return row_of_key
-
-
 def _read_vectors(folder: Path | str, names: list[str]) -> tuple[list[str], dict[str, FloatArray], list[str]]:
     """(slide ids, name -> vectors (S, D), what the reader warned of)."""
     vectors: dict[str, FloatArray] = {}
@@ -189,10 +184,6 @@ def _read_vectors(folder: Path | str, names: list[str]) -> tuple[list[str], dict
             slide = ids[int(np.flatnonzero(~np.isfinite(vectors[name]).all(axis=1))[0])]
             raise ValueError(f"{slide}: its embedding {name} holds NaN or infinity. Embed the slide again.")
     return ids, vectors, notes
-
-
-def _lacking(test: npt.NDArray[np.bool_]) -> str:
-    return "train on" if test.all() else "test on"
 
 
 @dataclass(frozen=True, repr=False)
@@ -257,10 +248,8 @@ def probe_slides(
     """Probe slide embeddings by repeated folds, or by a given split.
 
     Args:
-        folder: the output folder of `gigapath embed`, or one of its `slides_*` folders.
         labels: CSV with `slide_id` (or `input`, `file`), the label's column, and the patient's.
         options: columns, intervals, what to allow; `split` switches from folds to that column.
-        slide_options: embeddings, folds and repeats.
 
     Raises:
         FileNotFoundError, ValueError: one sentence on what is wrong.
@@ -293,7 +282,7 @@ def probe_slides(
         groups = data.groups[rows]
         return Predictions(data.labels[rows], np.concatenate(parts), data.classes, groups=groups, folds=fold_of_row)
 
-    said: dict[str, Predictions] = {}
+    found: dict[str, Predictions] = {}
     facts: dict[str, dict[str, Any]] = {}
     with one_thread(torch.device("cpu")):
         for name, vectors in data.vectors.items():
@@ -301,27 +290,20 @@ def probe_slides(
                 fit_fold(vectors, data.labels, data.groups, train, test, options.seed, names=data.classes)
                 for train, test in folds
             ]
-            said[name] = predictions([probabilities for probabilities, _ in fits])
+            found[name] = predictions([probabilities for probabilities, _ in fits])
             facts[name] = {"width": vectors.shape[1], "penalties": [penalty for _, penalty in fits]}
     classes = len(data.classes)
-    said["chance"] = predictions([prior_probabilities(data.labels[train], len(test), classes) for train, test in folds])
+    found["chance"] = predictions(
+        [prior_probabilities(data.labels[train], len(test), classes) for train, test in folds]
+    )
     if data.sites is not None:
         places = data.sites
-        said[SITE_ALONE] = predictions(
+        found[SITE_ALONE] = predictions(
             [site_probabilities(data.labels[train], places[train], places[test], classes) for train, test in folds]
         )
-    scores = {
-        name: score(
-            found,
-            patients=patients,
-            sites=sites,
-            against={BASELINE: said[BASELINE]} if name in facts and name != BASELINE else None,
-            facts=facts.get(name),
-            replicates=options.replicates,
-            seed=options.seed,
-        )
-        for name, found in said.items()
-    }
+    how: dict[str, Any] = {"patients": patients, "sites": sites, "replicates": options.replicates, "seed": options.seed}
+    rivals = {name: {BASELINE: found[BASELINE]} for name in facts if name != BASELINE}
+    scores = {name: score(each, against=rivals.get(name), facts=facts.get(name), **how) for name, each in found.items()}
     notes += scores[BASELINE].notes
     return SlideProbe(data, scores, rows, {**to_dict(options), **to_dict(slide_options)}, tuple(notes))
 
@@ -388,10 +370,6 @@ def fit_fold(
         vectors: (S, D) embeddings.
         labels: (S,) class index.
         groups: (S,) patients; none is on both sides of an inner fold.
-        train: rows of the training slides.
-        test: rows of the test slides.
-        seed: of the inner folds.
-        names: of the classes, for messages.
 
     Returns:
         (len(test), C) probabilities of the test slides, and the penalty.
@@ -411,8 +389,8 @@ def fit_fold(
     tried: list[float] = []
     for penalty in PENALTIES:
         for regression, (_, held) in zip(fits, inner, strict=True):
-            said = regression.probabilities(penalty, train[held])
-            losses[penalty] += cross_entropy(said, labels[train[held]]) * len(held)
+            shares = regression.probabilities(penalty, train[held])
+            losses[penalty] += cross_entropy(shares, labels[train[held]]) * len(held)
         tried.append(penalty)
         if tried.index(min(tried, key=lambda each: losses[each])) + PATIENCE < len(tried):
             break
@@ -455,14 +433,14 @@ def write_slide_report(out: Path, probe: SlideProbe) -> list[str]:
 def _predictions(probe: SlideProbe) -> str:
     """One row per slide, fit and embedding; `fold` counts the fits through, over folds and repeats."""
     data, rows = probe.data, probe.rows
-    said = {name: found.predictions for name, found in probe.scores.items() if "width" in found.facts}
-    probabilities = np.concatenate([each.probabilities for each in said.values() if each is not None])
-    many = len(said)
+    predicted = {name: found.predictions for name, found in probe.scores.items() if "width" in found.facts}
+    probabilities = np.concatenate([each.probabilities for each in predicted.values() if each is not None])
+    many = len(predicted)
     columns = {
         "slide_id": [data.ids[row] for row in rows] * many,
         **({data.group_column: data.groups[rows].tolist() * many} if data.group_column else {}),
-        "embedding": [name for name in said for _ in rows],
-        "fold": [fold for each in said.values() if each is not None for fold in np.asarray(each.folds).tolist()],
+        "embedding": [name for name in predicted for _ in rows],
+        "fold": [fold for each in predicted.values() if each is not None for fold in np.asarray(each.folds).tolist()],
         "label": [data.classes[label] for label in data.labels[rows]] * many,
         "predicted": [data.classes[index] for index in probabilities.argmax(axis=1)],
     }

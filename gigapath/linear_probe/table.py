@@ -51,7 +51,6 @@ class EmbeddingTable:
         labels: N labels as text, or None.
         groups: N patients or slides as text, or None.
         colours: (N, 6) mean and standard deviation of R, G, B in [0, 255] of the tile's pixels, or None.
-        attrs: how the embeddings were made.
     """
 
     names: tuple[str, ...]

@@ -14,19 +14,22 @@ import torch
 
 import gigapath
 from gigapath.devices import at_most_threads, computing, resolve_device
-from gigapath.evaluation import Predictions, evaluate, macro_curves, prior_probabilities
-from gigapath.evaluation.intervals import plain
-from gigapath.evaluation.report import (
+from gigapath.evaluation.intervals import evaluate, plain
+from gigapath.evaluation.plots import Curves, draw_curves
+from gigapath.evaluation.results import (
+    TILE_PROBE,
+    Results,
+    Scores,
     confusion_picture,
-    curves_picture,
     predictions_csv,
+    score,
     score_lines,
     summary_csv,
     write_results,
 )
-from gigapath.evaluation.results import TILE_PROBE, Curves, Results, Scores, score
+from gigapath.evaluation.scores import Predictions, macro_curves, prior_probabilities
 from gigapath.linear_probe.data import ProbeData, load_data
-from gigapath.linear_probe.heads import Choice, LinearHead, Look, Recipe, choose_neighbours, choose_penalty, train
+from gigapath.linear_probe.heads import Choice, Fit, LinearHead, Look, choose_neighbours, choose_penalty, train
 from gigapath.linear_probe.options import ProbeOptions, TileProbeOptions
 from gigapath.linear_probe.table import TEST, TRAIN, VALIDATION
 from gigapath.machine import available_cores
@@ -147,9 +150,7 @@ class TileProbe:
             {
                 "published_definitions": {
                     "what": "raw logits against one-hot truth, macro over all classes",
-                    **{
-                        split: {name: plain(each) for name, each in found.items()} for split, found in published.items()
-                    },
+                    **plain(published),
                 },
                 "chosen": chosen,
                 "seeds": {
@@ -185,10 +186,7 @@ def probe_tiles(
     """Read, fit, choose on validation, and score once on test.
 
     Args:
-        embeddings: zip, folder or file of tile embeddings.
         labels: CSV, or None where the embeddings carry their labels.
-        options: columns, intervals, what to allow.
-        tile_options: solver and recipe.
         watch: receives the news of the reading.
         on_look: called with the seed and each look at the validation set.
 
@@ -197,14 +195,8 @@ def probe_tiles(
     """
     device = _device(tile_options)
     started = time.perf_counter()
-    data = load_data(
-        embeddings,
-        labels,
-        options,
-        pcam_meta=tile_options.pcam_meta,
-        cache=not tile_options.no_cache,
-        watch=watch,
-    )
+    meta, cache = tile_options.pcam_meta, not tile_options.no_cache
+    data = load_data(embeddings, labels, options, pcam_meta=meta, cache=cache, watch=watch)
     read = time.perf_counter()
     with at_most_threads(available_cores()), computing("fp32", device):
         heads, choice = fit_heads(data, options, tile_options, device, on_look)
@@ -214,11 +206,11 @@ def probe_tiles(
         notes.append(f"--seeds has no effect: {tile_options.solver} draws nothing")
 
     scored = partial(score, unit="tiles", replicates=options.replicates, seed=options.seed)
-    said = {split: predictions_of(data, split, heads[0].probabilities[split]) for split in (VALIDATION, TEST)}
+    predicted = {split: predictions_of(data, split, heads[0].probabilities[split]) for split in (VALIDATION, TEST)}
     controls = _controls(data)
-    scores = {PROBE: scored(said[TEST], against=controls)}
+    scores = {PROBE: scored(predicted[TEST], against=controls)}
     scores |= {name: scored(control) for name, control in controls.items()}
-    validation = scored(said[VALIDATION])
+    validation = scored(predicted[VALIDATION])
     for split, found in ((VALIDATION, validation), (TEST, scores[PROBE])):
         notes += [f"{split}: {note}" for note in found.notes]
     per_seed = [
@@ -233,11 +225,7 @@ def probe_tiles(
         seed_scores={name: [found[name].value for found in per_seed] for name in per_seed[0]},
         choice=choice,
         device=str(device),
-        seconds={
-            "read": read - started,
-            "fit": fitted - read,
-            "evaluate": time.perf_counter() - fitted,
-        },
+        seconds={"read": read - started, "fit": fitted - read, "evaluate": time.perf_counter() - fitted},
         notes=tuple(notes),
     )
 
@@ -252,10 +240,6 @@ def fit_heads(
     """Fit the chosen solver, once per seed where it draws; the test rows are only predicted, once per head.
 
     Args:
-        data: embeddings, labels and splits.
-        options: the first seed.
-        tile_options: solver, recipe, number of seeds.
-        device: where it is fitted.
         on_look: called with the seed and each look at the validation set.
 
     Returns:
@@ -264,58 +248,30 @@ def fit_heads(
     features = torch.from_numpy(data.features).to(device)
     labels = torch.from_numpy(data.labels).to(device)
     rows = {split: torch.from_numpy(found).to(device) for split, found in data.rows.items()}
-    classes = len(data.classes)
-    if tile_options.solver == "sgd":
-        recipe = Recipe(
-            steps=tile_options.steps,
-            batch_size=tile_options.batch_size,
-            lr=tile_options.lr,
-            weight_decay=tile_options.weight_decay,
-            eval_every=tile_options.eval_every,
+
+    def fitted(head: LinearHead, seed: int | None, chosen: str, fit: Fit | None = None) -> SeedResult:
+        probabilities, logits = (
+            {split: outputs(features, rows[split]) for split in (VALIDATION, TEST)}
+            for outputs in (head.probabilities, head.logits)
         )
+        return SeedResult(seed, chosen, fit.step if fit else None, fit.looks if fit else (), probabilities, logits)
+
+    training = features, labels, rows[TRAIN], rows[VALIDATION], len(data.classes)
+    if tile_options.solver == "sgd":
         results = []
         for seed in range(options.seed, options.seed + tile_options.seeds):
-            fit = train(
-                features,
-                labels,
-                rows[TRAIN],
-                rows[VALIDATION],
-                classes,
-                recipe,
-                seed=seed,
-                on_look=lambda look, seed=seed: on_look(seed, look),  # type: ignore[misc]
-            )
-            probabilities, logits = _outputs(fit.head, features, rows)
-            results.append(
-                SeedResult(
-                    seed,
-                    "the step with the best weighted F1 on validation",
-                    fit.step,
-                    fit.looks,
-                    probabilities,
-                    logits,
-                )
-            )
+            fit = train(*training, tile_options, seed=seed, on_look=partial(on_look, seed))
+            results.append(fitted(fit.head, seed, "the step with the best weighted F1 on validation", fit))
         return tuple(results), None
     if tile_options.solver == "lbfgs":
-        head, choice = choose_penalty(features, labels, rows[TRAIN], rows[VALIDATION], classes)
-        probabilities, logits = _outputs(head, features, rows)
+        head, choice = choose_penalty(*training)
         chosen = f"the penalty with the least cross-entropy on validation: {choice.value:g}"
-        return (SeedResult(None, chosen, None, (), probabilities, logits),), choice
-    neighbours, choice = choose_neighbours(features, labels, rows[TRAIN], rows[VALIDATION], classes)
+        return (fitted(head, None, chosen),), choice
+    neighbours, choice = choose_neighbours(*training)
     k = int(choice.value)
     probabilities = {split: neighbours.probabilities(rows[split], [k])[k] for split in (VALIDATION, TEST)}
     chosen = f"the number of neighbours with the best weighted F1 on validation: {k}"
     return (SeedResult(None, chosen, None, (), probabilities, {}),), choice
-
-
-def _outputs(
-    head: LinearHead, features: torch.Tensor, rows: dict[str, torch.Tensor]
-) -> tuple[dict[str, FloatArray], dict[str, FloatArray]]:
-    """(probabilities, logits) of a head per split."""
-    splits = (VALIDATION, TEST)
-    probabilities = {split: head.probabilities(features, rows[split]) for split in splits}
-    return probabilities, {split: head.logits(features, rows[split]) for split in splits}
 
 
 def predictions_of(data: ProbeData, split: str, probabilities: FloatArray) -> Predictions:
@@ -334,17 +290,17 @@ def _device(tile_options: TileProbeOptions) -> torch.device:
 
 
 def _controls(data: ProbeData) -> dict[str, Predictions]:
-    """What chance says of the test set, and what raw colour statistics say where pixels were at hand."""
+    """Chance's predictions of the test set, and those of raw colour statistics where pixels were at hand."""
     truth = data.truth(TEST)
-    said = {"chance": prior_probabilities(data.truth(TRAIN), len(truth), len(data.classes))}
+    predicted = {"chance": prior_probabilities(data.truth(TRAIN), len(truth), len(data.classes))}
     if data.colours is not None:
         colours = torch.from_numpy(data.colours.astype(np.float64))
         rows = {split: torch.from_numpy(found) for split, found in data.rows.items()}
         head, _ = choose_penalty(
             colours, torch.from_numpy(data.labels), rows[TRAIN], rows[VALIDATION], len(data.classes)
         )
-        said["colour"] = head.probabilities(colours, rows[TEST])
-    return {name: predictions_of(data, TEST, probabilities) for name, probabilities in said.items()}
+        predicted["colour"] = head.probabilities(colours, rows[TEST])
+    return {name: predictions_of(data, TEST, probabilities) for name, probabilities in predicted.items()}
 
 
 def write_tile_report(out: Path, probe: TileProbe) -> list[str]:
@@ -363,7 +319,7 @@ def write_tile_report(out: Path, probe: TileProbe) -> list[str]:
         texts={"results.txt": published_lines(probe), "predictions.csv": _predictions(probe)},
         pictures={
             "confusion.png": lambda: confusion_picture(probe.scores[PROBE], probe.data.classes, "test set"),
-            "curve.png": lambda: curves_picture(probe.curves),
+            "curve.png": lambda: draw_curves(probe.curves),
         },
         events=events,
     )
@@ -389,24 +345,27 @@ def published_lines(probe: TileProbe) -> str:
 def _predictions(probe: TileProbe) -> str:
     data = probe.data
     rows = np.concatenate([data.rows[split] for split in (VALIDATION, TEST)])
-    said = np.concatenate([probe.heads[0].probabilities[split] for split in (VALIDATION, TEST)])
+    shares = np.concatenate([probe.heads[0].probabilities[split] for split in (VALIDATION, TEST)])
     columns = {
         "name": [data.names[row] for row in rows],
         "split": [split for split in (VALIDATION, TEST) for _ in data.rows[split]],
         **({} if data.groups is None else {data.group_column or "group": data.groups[rows].tolist()}),
         "label": [data.classes[label] for label in data.labels[rows]],
-        "predicted": [data.classes[index] for index in said.argmax(axis=1)],
+        "predicted": [data.classes[index] for index in shares.argmax(axis=1)],
     }
-    return predictions_csv(columns, said, data.classes)
+    return predictions_csv(columns, shares, data.classes)
 
 
 def _spread(values: Sequence[float]) -> dict[str, Any]:
     """Mean, standard deviation (of a sample), least and greatest over seeds."""
     numbers = np.array(values)
-    return {
-        "mean": plain(float(numbers.mean())),
-        "sd": plain(float(numbers.std(ddof=1))) if len(numbers) > 1 else 0.0,
-        "min": plain(float(numbers.min())),
-        "max": plain(float(numbers.max())),
-        "values": [plain(value) for value in values],
-    }
+    found: dict[str, Any] = plain(
+        {
+            "mean": float(numbers.mean()),
+            "sd": float(numbers.std(ddof=1)) if len(numbers) > 1 else 0.0,
+            "min": float(numbers.min()),
+            "max": float(numbers.max()),
+            "values": values,
+        }
+    )
+    return found

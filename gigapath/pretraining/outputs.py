@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from gigapath.evaluation.plots import draw_curves, plotting_available, write_events
+from gigapath.evaluation.plots import Curves, draw_curves, plotting_available, write_events
 from gigapath.files import write_bytes_atomic, write_text_atomic
 from gigapath.pretraining.data import Target, View, pack_views
 from gigapath.pretraining.model import MaskedAutoencoder
@@ -72,7 +72,7 @@ def write_curves(folder: Path, history: Sequence[Epoch]) -> None:
     }
     if plotting_available() and any(panels.values()):
         shown: Any = {title: lines for title, lines in panels.items() if lines}
-        picture = draw_curves(shown, x_label="epoch", title="Pretraining")
+        picture = draw_curves(Curves("Pretraining", "epoch", shown))
         write_bytes_atomic(folder / "curves.png", picture)
 
 

@@ -22,6 +22,7 @@ from typing import Any
 
 from gigapath.cohort.privacy import hide_paths, redact
 from gigapath.evaluation.intervals import Estimate, Evaluation, plain
+from gigapath.evaluation.plots import Curves
 from gigapath.evaluation.results import (
     EVALUATION,
     FINE_TUNING,
@@ -29,7 +30,6 @@ from gigapath.evaluation.results import (
     RESULTS,
     SLIDE_PROBE,
     TILE_PROBE,
-    Curves,
     read_results,
 )
 from gigapath.evaluation.results import Results as Found

@@ -17,12 +17,13 @@ from gigapath.classification_head import ClassificationHead
 from gigapath.devices import resolve_device
 from gigapath.evaluation.task import Task
 from gigapath.features.data import CELL
-from gigapath.finetune.data import Bag, FileBags, MemoryBags, ReadAhead, look_at_all
+from gigapath.finetune.data import Bag, FileBags, look_at_all
 from gigapath.finetune.options import JoinOptions, TrainingOptions
 from gigapath.finetune.plan import operations
 from gigapath.finetune.processes import Processes, training_precision
 from gigapath.finetune.training import Trainer
 from gigapath.options import Options, option
+from gigapath.read_ahead import read_ahead
 from scripts.bench.protocol import Work, compare, product
 from scripts.bench.slide_encoder import WIDTHS
 
@@ -72,7 +73,7 @@ def measure(options: FinetuningBench) -> Iterator[dict[str, Any]]:
     )
     model.to(device).train()
     random = np.random.default_rng(0)
-    bags = MemoryBags([_made_bag(count, in_chans, random) for count in options.tiles])
+    bags = [_made_bag(count, in_chans, random) for count in options.tiles]
     truth = np.arange(len(options.tiles)) % 6
     task = Task("made", "multi_class", tuple("012345"))
     trainer = Trainer(task, bags, truth, TrainingOptions(), precision, Processes(device))
@@ -132,17 +133,18 @@ def _waiting(
 ) -> dict[str, float]:
     """Steps of `slides` slides each over files, read ahead as in training."""
     read = FileBags(paths, look_at_all(paths, JoinOptions()), None)
-    ahead = ReadAhead(read.__getitem__, workers=trainer.options.workers)
-    started = time.perf_counter()
-    bags = ahead(range(len(paths)))
+    waited, started = 0.0, time.perf_counter()
+    bags = read_ahead(read.__getitem__, range(len(paths)), threads=trainer.options.workers)
     for _ in range(len(paths) // slides):
         optimizer.zero_grad(set_to_none=True)
+        asked = time.perf_counter()
         chunk = [next(bags) for _ in range(slides)]
+        waited += time.perf_counter() - asked
         trainer.loop.add_gradients(model, [(chunk, np.arange(slides))], trainer.loss_of, slides)
         optimizer.step()
     return {
-        "waiting": ahead.waited / (time.perf_counter() - started),
-        "waiting_seconds": ahead.waited * slides / len(paths),
+        "waiting": waited / (time.perf_counter() - started),
+        "waiting_seconds": waited * slides / len(paths),
     }
 
 

@@ -15,7 +15,8 @@ from sklearn.preprocessing import StandardScaler
 
 from demo.pretrain_planted import KINDS, RECIPE, SIZES, planted_slides, write_slides
 from gigapath.devices import resolve_device
-from gigapath.evaluation import Predictions, evaluate
+from gigapath.evaluation.intervals import evaluate
+from gigapath.evaluation.scores import Predictions
 from gigapath.features.data import CELL
 from gigapath.finetune.data import Bag
 from gigapath.finetune.loop import Loop

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, RandomSampler, TensorDataset
 
-from gigapath.evaluation import f1_weighted
+from gigapath.evaluation.scores import f1_weighted
 from gigapath.linear_probe.archive import CACHE_SUFFIX
 from gigapath.linear_probe.data import load_data
 from gigapath.linear_probe.options import ProbeOptions, TileProbeOptions
