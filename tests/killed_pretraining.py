@@ -29,5 +29,5 @@ pretrain(
     folder / "killed",
     cohort=CohortOptions(val_share=0.1),
     sizes=SIZES,
-    training=replace(RECIPE, epochs=21, seed=0, save_steps=20),
+    training=replace(RECIPE, epochs=20, seed=0, save_steps=20),
 )

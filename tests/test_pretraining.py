@@ -503,7 +503,7 @@ def test_300_steps_predict_hidden_tiles_of_slides_that_were_never_seen(tmp_path:
     """Not merely a falling loss, which the mean of a slide gives: R2 of at least 0.30, more than the nearest tile's."""
     result = demo(tmp_path, epochs=7)
     last = result.epochs[-1]
-    assert last.steps == 301 and last.r2 is not None
+    assert 300 <= last.steps <= 320 and last.r2 is not None
     assert last.r2 >= 0.30 and last.r2 > result.without_learning["nearest 1"]
 
 
@@ -516,16 +516,16 @@ def test_900_steps_come_near_kriging_also_when_killed(tmp_path: Path, seed: int)
 
     write_slides(tmp_path / "features", planted_slides(400))
     given = {"cohort": CohortOptions(val_share=0.1), "sizes": demo_sizes,
-             "training": replace(demo_recipe, epochs=21, seed=seed, save_steps=20)}  # fmt: skip
+             "training": replace(demo_recipe, epochs=20, seed=seed, save_steps=20)}  # fmt: skip
     result = pretrain(tmp_path / "features", tmp_path / "whole", **given)
     last, beside = result.epochs[-1], result.without_learning
-    assert last.steps >= 900 and last.r2 is not None
+    assert last.steps == 900 and last.r2 is not None
     assert last.r2 >= 0.50 and last.r2 >= beside["slide mean"] + 0.42 and last.r2 >= 0.85 * beside["kriging"]
     assert last.r2 >= beside["nearest 4"] + 0.10
     assert last.rank is not None and last.rank > 1.5
     if seed == 0:
         words = [sys.executable, str(TESTS / "killed_pretraining.py"), str(tmp_path)]
         for kill in range(5):
-            assert subprocess.run([*words, str(160 * (kill + 1) + 7)]).returncode == -9
+            assert subprocess.run([*words, str(150 * (kill + 1) + 7)]).returncode == -9
         assert subprocess.run([*words, "0"]).returncode == 0
         assert_equal_ends(tmp_path / "whole", tmp_path / "killed")
