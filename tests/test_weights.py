@@ -127,14 +127,14 @@ def test_find_weights_of_a_gated_repository_says_where_to_ask(
         find_weights(REPO, "slide_encoder.pth")
     message = str(caught.value)
     assert "https://huggingface.co/prov-gigapath/prov-gigapath" in message
-    assert "HF_TOKEN" in message and "--tile-encoder standin" in message and "\n" not in message
+    assert "HF_TOKEN" in message and "--slide-encoder mean" in message and "\n" not in message
 
 
 def test_find_weights_without_network_says_how_to_fetch_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
     fake_hub(monkeypatch, LocalEntryNotFoundError("offline"))
     with pytest.raises(FileNotFoundError, match="gigapath download gigapath`") as caught:
         find_weights(REPO, "slide_encoder.pth")
-    assert "--tile-encoder standin" in str(caught.value)
+    assert "--slide-encoder mean" in str(caught.value)
 
 
 def test_find_weights_without_network_takes_what_another_tool_cached(
