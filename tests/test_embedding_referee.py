@@ -96,7 +96,9 @@ PLANTED: list[tuple[dict[str, Any], set[str]]] = [
 ]
 
 
-@pytest.mark.parametrize(("changes", "expected"), PLANTED, ids=lambda value: str(value))
+@pytest.mark.parametrize(
+    ("changes", "expected"), PLANTED, ids=lambda value: str(value if isinstance(value, dict) else sorted(value))
+)
 def test_a_planted_change_is_named(
     referee: Referee, encoder: SlideEncoder, changes: dict[str, Any], expected: set[str]
 ) -> None:

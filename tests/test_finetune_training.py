@@ -106,7 +106,8 @@ def test_rates_warm_up_and_fall_along_half_a_cosine() -> None:
 def gradients_of_step(model, trainer: Trainer, step: np.ndarray) -> dict[str, torch.Tensor]:
     """The gradients that the optimizer sees in one step, over all processes."""
     model.zero_grad(set_to_none=True)
-    chunks = trainer._chunks(step)[trainer.processes.rank :: trainer.processes.world]
+    chunks = np.split(step, range(trainer.options.batch_size, len(step), trainer.options.batch_size))
+    chunks = chunks[trainer.processes.rank :: trainer.processes.world]
     batches = [([trainer.bags[int(row)] for row in rows], rows) for rows in chunks]
     trainer.loop.add_gradients(model, batches, trainer.loss_of, len(step))
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
