@@ -31,8 +31,9 @@ class PlantedSlide:
     turned: bool
 
 
-def planted_slides(count: int, *, seed: int = 0, turned: bool = False) -> list[PlantedSlide]:
-    """Slides of about 120 tiles; kinds look the same in all. With `turned` the stripes of every second one lie down."""
+def planted_slides(count: int, *, seed: int = 0, striped: float = 0.2, turned: bool = False) -> list[PlantedSlide]:
+    """Slides of about 120 tiles; kinds look the same in all. Stripes are `striped` strong; with `turned` those of every
+    second slide lie down."""
     world = np.random.default_rng(7)
     kinds = world.standard_normal((KINDS, WIDTH))
     gradient, stripes = world.standard_normal((2, WIDTH)), world.standard_normal(WIDTH)
@@ -43,13 +44,13 @@ def planted_slides(count: int, *, seed: int = 0, turned: bool = False) -> list[P
         cells = np.stack(np.meshgrid(np.arange(side), np.arange(side)), axis=-1).reshape(-1, 2)
         middle = (side - 1) / 2
         cells = cells[np.hypot(*(cells - middle).T) < side * random.uniform(0.5, 0.56)]
-        seeds, kind = random.uniform(0, side, (8, 2)), random.integers(0, KINDS, 8)
+        seeds, kind = random.uniform(0, side, (6, 2)), random.integers(0, KINDS, 6)
         nearest = np.linalg.norm(cells[:, None] - seeds, axis=-1).argmin(axis=1)
         waves = np.sin(cells @ random.uniform(-0.6, 0.6, (2, 2)) + random.uniform(0, 6, 2))
         lies = turned and number % 2 == 1
-        striped = np.where((cells[:, int(lies)] + random.integers(0, 2)) % 2, 0.8, -0.8)
-        features = 1.4 * kinds[kind[nearest]] + 1.6 * waves @ gradient + striped[:, None] * stripes
-        features += 0.3 * random.standard_normal(WIDTH) + 0.6 * random.standard_normal((len(cells), WIDTH))
+        sides = np.where((cells[:, int(lies)] + random.integers(0, 2)) % 2, striped, -striped)
+        features = 2.0 * kinds[kind[nearest]] + waves @ gradient + sides[:, None] * stripes
+        features += 0.3 * random.standard_normal(WIDTH) + 0.8 * random.standard_normal((len(cells), WIDTH))
         shares = np.bincount(kind[nearest], minlength=KINDS) / len(cells)
         slides.append(PlantedSlide(features.astype(np.float32), cells + random.integers(0, 40, 2), shares, lies))
     return slides

@@ -520,8 +520,8 @@ def test_900_steps_come_near_kriging_also_when_killed(tmp_path: Path, seed: int)
     result = pretrain(tmp_path / "features", tmp_path / "whole", **given)
     last, beside = result.epochs[-1], result.without_learning
     assert last.steps == 900 and last.r2 is not None
-    assert last.r2 >= 0.50 and last.r2 >= beside["slide mean"] + 0.42 and last.r2 >= 0.85 * beside["kriging"]
-    assert last.r2 >= beside["nearest 4"] + 0.10
+    assert last.r2 >= 0.50 and last.r2 >= beside["slide mean"] + 0.35
+    assert last.r2 > beside["nearest 4"] and last.r2 >= 0.95 * beside["kriging"]
     assert last.rank is not None and last.rank > 1.5
     if seed == 0:
         words = [sys.executable, str(TESTS / "killed_pretraining.py"), str(tmp_path)]

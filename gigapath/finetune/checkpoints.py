@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
 from torch import Tensor, nn
 
@@ -21,7 +22,6 @@ def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     Raises:
         gigapath.files.OutputError: a full disk and its like, in one sentence.
     """
-    safetensors = _safetensors()
     whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with atomic_file(path) as temporary:
         try:
@@ -33,21 +33,12 @@ def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
     """Read a safetensors file; ValueError where it is damaged."""
-    safetensors = _safetensors()
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file.")
     try:
         return dict(safetensors.torch.load_file(path))
     except safetensors.SafetensorError as error:
         raise ValueError(f"{path.name}: expected a safetensors file, got a damaged one ({error}).") from error
-
-
-def _safetensors() -> Any:
-    try:
-        import safetensors.torch
-    except ImportError as error:
-        raise ImportError("safetensors: not installed. Checkpoints need it: pip install 'gigapath[train]'.") from error
-    return safetensors
 
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

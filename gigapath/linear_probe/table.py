@@ -18,6 +18,7 @@ from typing import Any
 import h5py
 import numpy as np
 import numpy.typing as npt
+from safetensors import safe_open
 
 from gigapath.features.h5 import H5Writer, is_complete, open_h5, read_attrs, write_attrs
 
@@ -249,10 +250,6 @@ def _read_npz(path: Path) -> dict[str, Any]:
 
 
 def _read_safetensors(path: Path) -> dict[str, Any]:
-    try:
-        from safetensors import safe_open
-    except ImportError as error:
-        raise ImportError("safetensors: not installed. Reading it needs: pip install 'gigapath[train]'.") from error
     try:
         with safe_open(path, framework="numpy") as file:
             entries: dict[str, Any] = {

@@ -159,7 +159,7 @@ def open_bags(
             rows = range(len(slides.ids))
             for row, bag in zip(rows, read_ahead(bags._read, rows, threads=workers), strict=True):
                 check()
-                features[ends[row] - len(bag) : ends[row]] = bag.features
+                features[ends[row] - len(bag) : ends[row]] = bag.features.astype(kind)  # HDF5 may round otherwise
                 coords[ends[row] - len(bag) : ends[row]] = bag.coords
             file.attrs["key"] = key
     processes.gather(None)

@@ -92,7 +92,7 @@ def measure(options: PretrainingBench) -> Iterator[dict[str, Any]]:
 
 def _downstream(options: PretrainingBench) -> Iterator[dict[str, Any]]:
     count, half = options.slides, options.slides // 2
-    slides = planted_slides(count, seed=options.seed + 1, turned=True)
+    slides = planted_slides(count, seed=options.seed + 1, striped=0.8, turned=True)
     shares = np.array([slide.kinds[0] for slide in slides])
     labels = {"composition": shares > np.median(shares), "arrangement": np.array([slide.turned for slide in slides])}
     labels[PERMUTED] = np.random.default_rng(options.seed).permutation(labels["arrangement"])
