@@ -19,7 +19,7 @@ out, size = Path(sys.argv[1]), int(sys.argv[2])
 processes = join_processes("cpu")
 bags = bags_of(20, 9, 33, 14)
 assert bags[0].features.shape[1] == WIDTH
-target = fit_target("standardised", bags, np.arange(4), seed=0, workers=1)
+target = fit_target("standardized", bags, np.arange(4), seed=0, workers=1)
 rows = [range(start, start + size) for start in range(0, 4, size)][processes.rank :: processes.world]
 views = [[Viewer(TaskOptions(), 0).view(bags[row], str(row), 0) for row in chunk] for chunk in rows]
 model = narrow()

@@ -67,7 +67,7 @@ def narrow(dtype: torch.dtype = torch.float64, **sizes: Any) -> MaskedAutoencode
 
 
 def batch_of(*bags: Bag, epoch: int | None = 0, task: TaskOptions | None = None) -> Batch:
-    target = fit_target("standardised", bags, np.arange(len(bags)), seed=0, workers=1)
+    target = fit_target("standardized", bags, np.arange(len(bags)), seed=0, workers=1)
     viewer = Viewer(task or TaskOptions(), 0)
     return pack_views([viewer.view(bag, str(number), epoch) for number, bag in enumerate(bags)], target)
 
@@ -160,7 +160,7 @@ def test_what_is_hidden_changes_no_prediction() -> None:
 
 def test_packed_equals_alone_and_accumulated_equals_one_batch() -> None:
     bags, model = bags_of(20, 9, 33, 2, 14, 27, 5, 40), narrow().eval()
-    target = fit_target("standardised", bags, np.arange(8), seed=0, workers=1)
+    target = fit_target("standardized", bags, np.arange(8), seed=0, workers=1)
     views = [Viewer(TaskOptions(), 0).view(bag, str(number), 0) for number, bag in enumerate(bags)]
     with torch.no_grad():
         alone = torch.cat([model(pack_views([view], target)) for view in views])
@@ -306,7 +306,7 @@ def test_predictors_without_learning_find_what_is_there_and_nothing_in_noise() -
         noise.append(Bag(random.standard_normal(waves.shape).astype(np.float32), cells * 256))
     found = {}
     for name, bags in (("smooth", smooth), ("noise", noise)):
-        target = fit_target("standardised", bags, np.arange(12), seed=0, workers=1)
+        target = fit_target("standardized", bags, np.arange(12), seed=0, workers=1)
         views = [Viewer(TaskOptions(), 0).view(bag, str(number), None) for number, bag in enumerate(bags)]
         found[name] = without_learning(views, target, views)
         sill, _, nugget = fit_covariance(views, target)
@@ -393,6 +393,7 @@ def test_what_a_run_leaves(features: Path, tmp_path: Path) -> None:
     model = create_model(str(result.weights), ARCH, 32)
     assert torch.equal(model.encoder.layers[1].ffn.fc2.weight, weights_of(out)["encoder.layers.1.ffn.fc2.weight"])
     again = LongNetViT.from_pretrained(out)
+    assert again.global_pool  # the class token was not trained
     assert torch.equal(again.state_dict()["norm.weight"], model.state_dict()["norm.weight"])
     assert any("operations" in line for line in watch.lines) and any("R2" in line for line in watch.lines)
     assert ("epoch 2: steps", 7, 7) in watch.steps

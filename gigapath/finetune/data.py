@@ -73,7 +73,7 @@ def look_at(path: Path) -> FileFacts:
     """
     found = look_at_features(path)
     if found.tiles == 0:
-        raise FeatureFileError(f"{path.name}: it has no tiles. Leave the slide out of the labels.")
+        raise FeatureFileError(f"{path.name}: it has no tiles. Leave the slide out.")
     made = {
         "encoder": found.encoder,
         **{name: found.attrs.get(name) for name in ("weights_sha256", "mpp", "numerics_version")},
@@ -151,7 +151,7 @@ class FileBags:
         )
         self._verified.add(row)
         if len(held) == 0:
-            raise FeatureFileError(f"{path.name}: it has no tiles. Leave the slide out of the labels.")
+            raise FeatureFileError(f"{path.name}: it has no tiles. Leave the slide out.")
         coords = held.encoder_coords(CELL)
         if coords.min() < 0 or coords.max() >= GRID * CELL:
             worst = int(np.argmax((coords < 0).any(axis=1) | (coords >= GRID * CELL).any(axis=1)))

@@ -108,7 +108,8 @@ def _patients(ids: tuple[str, ...], options: CohortOptions) -> tuple[str, ...]:
     if options.patients is None:
         if options.id_regex is not None:
             return tuple(make(name) for name in ids)
-        return tuple(patients_of_names(ids)) if options.id_rule == "tcga" else ids
+        # Of a TCGA barcode the first three parts are the patient.
+        return tuple("-".join(name.split("-")[:3]) for name in ids) if options.id_rule == "tcga" else ids
     table = read_table(Path(options.patients))
     names = table.filled(column_of(table, None, ID_COLUMNS, "slides", "slide_id"))
     _, found = patients_of(table, None, names, options.id_rule)
@@ -122,11 +123,6 @@ def _patients(ids: tuple[str, ...], options: CohortOptions) -> tuple[str, ...]:
             "See --id-rule and --id-regex."
         )
     return tuple(known[make(name)] for name in ids)
-
-
-def patients_of_names(ids: Sequence[str]) -> list[str]:
-    """The patients in TCGA barcodes: their first three parts; a name without them stays as it is."""
-    return ["-".join(name.split("-")[:3]) for name in ids]
 
 
 class CachedBags:
@@ -207,7 +203,7 @@ def fit_target(kind: str, bags: Bags, rows: IntArray, *, seed: int, workers: int
     deviation = np.sqrt(np.maximum(squares / count - mean**2, LEAST_DEVIATION**2))
     centre = mean.astype(np.float32)
     none, one = np.zeros_like(centre), np.ones_like(centre)
-    if kind == "standardised":
+    if kind == "standardized":
         return Target(centre, deviation.astype(np.float32), none)
     return Target(none, one, centre) if kind == "raw" else Target(None, None, centre)
 

@@ -1,7 +1,7 @@
 """How well hidden tiles are predicted, beside what needs no learning: the slide's mean, neighbors, kriging."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -142,8 +142,3 @@ def spread_and_rank(vectors: FloatArray) -> tuple[float, float]:
         return spread, 1.0
     shares = powers[powers > 0] / powers.sum()
     return spread, float(np.exp(-(shares * np.log(shares)).sum()))
-
-
-def as_rows(scores: Mapping[str, float]) -> list[str]:
-    """Lines for people."""
-    return [f"R2 of {name}: {value:.3f}" for name, value in scores.items()]

@@ -10,7 +10,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -149,8 +148,14 @@ def build_autoencoder(init: str, sizes: SizeOptions, *, in_chans: int) -> Masked
     Raises:
         ValueError, FileNotFoundError: see `gigapath.slide_encoder.create_model`.
     """
-    dropout, drop_path = sizes.dropout, sizes.drop_path_rate
-    encoder = create_model(init, sizes.model_arch, in_chans, dropout=dropout, drop_path_rate=drop_path)
+    encoder = create_model(
+        init,
+        sizes.model_arch,
+        in_chans,
+        dropout=sizes.dropout,
+        drop_path_rate=sizes.drop_path_rate,
+        global_pool=True,  # the class token is not trained
+    )
     if not init and sizes.start == "tied":
         tie_keys_to_queries(encoder.encoder)
     return MaskedAutoencoder(encoder, sizes)
@@ -171,10 +176,3 @@ def loss_of_slides(predicted: Tensor, batch: Batch, kind: str) -> Tensor:
     else:
         each = 1 - F.cosine_similarity(predicted, target, dim=1)
     return torch.stack([part.mean() for part in torch.split(each, list(batch.hidden_lengths))])
-
-
-def slide_vector(encoder: LongNetViT, features: Tensor, coords: Tensor) -> np.ndarray[Any, np.dtype[np.float64]]:
-    """The slide embedding (D,) as the slide stage takes it: the mean over the tiles of `encoder_out`, then the norm."""
-    tokens = encoder.embed_tokens(features[None], coords[None], (len(features) + 1,))
-    encoded = encoder.encoder(token_embeddings=tokens, lengths=(len(features) + 1,))["encoder_out"]
-    return np.asarray(encoder.norm(encoded[0, 1:].mean(0)).double().cpu().numpy())

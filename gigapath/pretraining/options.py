@@ -47,9 +47,9 @@ class TaskOptions(Options):
 
     mask_ratio: float = option(0.75, "share of a slide's tiles that is hidden", above=0, at_most=0.99)
     target: str = option(
-        "standardised",
-        "standardised = by the mean and deviation of each dimension (ours); per-tile = each tile's own; raw",
-        choices=("standardised", "per-tile", "raw"),
+        "standardized",
+        "standardized = by the mean and deviation of each dimension (ours); per-tile = each tile's own; raw",
+        choices=("standardized", "per-tile", "raw"),
     )
     loss: str = option("mse", "of hidden tiles: mse, or cosine = 1 - cosine", choices=("mse", "cosine"))
     crop: float = option(0.875, "side of the window that is seen, as a share of the slide's extent", above=0, at_most=1)

@@ -27,7 +27,7 @@ from gigapath.machine import available_cores
 from gigapath.options import to_dict
 from gigapath.pretraining.data import Slides, Target, View, Viewer, find_slides, fit_target, open_bags, pack_views
 from gigapath.pretraining.measures import MEAN, Explained, spread_and_rank, without_learning
-from gigapath.pretraining.model import MaskedAutoencoder, build_autoencoder, loss_of_slides, slide_vector
+from gigapath.pretraining.model import MaskedAutoencoder, build_autoencoder, loss_of_slides
 from gigapath.pretraining.options import CohortOptions, PretrainingOptions, SizeOptions, TaskOptions
 from gigapath.pretraining.outputs import Epoch, draw_reconstructions, model_card, write_curves
 from gigapath.pretraining.training import Training, steps_of
@@ -353,7 +353,8 @@ class _Run:
                 features = torch.from_numpy(np.ascontiguousarray(view.features)).to(device)
                 with computing(self.precision, device):
                     predicted = model(batch)
-                    vectors.append(slide_vector(model.slide_encoder, features, batch.coords))
+                    vector = model.slide_encoder(features[None], batch.coords[None])[0][0]
+                vectors.append(vector.double().cpu().numpy())
                 losses.append(float(loss_of_slides(predicted, batch, self.task.loss)))
                 said, truth = predicted.double().cpu().numpy(), batch.target.double().cpu().numpy()
                 if self.task.loss == "cosine":  # which leaves their length open: the best one for the slide

@@ -25,7 +25,7 @@ from gigapath.finetune.processes import Processes
 from gigapath.options import Options, option
 from gigapath.pretraining import SizeOptions, TaskOptions, pretrain
 from gigapath.pretraining.data import Target, Viewer, pack_views
-from gigapath.pretraining.model import build_autoencoder, loss_of_slides, slide_vector
+from gigapath.pretraining.model import build_autoencoder, loss_of_slides
 from gigapath.slide_encoder import create_model
 from scripts.bench.protocol import Work, compare, product
 
@@ -93,6 +93,7 @@ def measure(options: PretrainingBench) -> Iterator[dict[str, Any]]:
 def _downstream(options: PretrainingBench) -> Iterator[dict[str, Any]]:
     count, half = options.slides, options.slides // 2
     slides = planted_slides(count, seed=options.seed + 1, striped=0.8, turned=True)
+    width = slides[0].features.shape[1]
     shares = np.array([slide.kinds[0] for slide in slides])
     labels = {"composition": shares > np.median(shares), "arrangement": np.array([slide.turned for slide in slides])}
     labels[PERMUTED] = np.random.default_rng(options.seed).permutation(labels["arrangement"])
@@ -103,16 +104,15 @@ def _downstream(options: PretrainingBench) -> Iterator[dict[str, Any]]:
         result = pretrain(Path(folder) / "features", Path(folder) / "run", sizes=SIZES, training=training)
         assert result is not None
         encoders = {
-            "pretrained": create_model(str(result.weights), SIZES.model_arch, slides[0].features.shape[1]),
-            "random weights": create_model("", SIZES.model_arch, slides[0].features.shape[1]),
+            "pretrained": create_model(str(result.weights), SIZES.model_arch, width, global_pool=True),
+            "random weights": create_model("", SIZES.model_arch, width, global_pool=True),
         }
     vectors = {}
     for name, encoder in encoders.items():
         encoder.eval()
         with torch.no_grad():
-            vectors[name] = np.stack(
-                [slide_vector(encoder, torch.from_numpy(s.features), torch.from_numpy(s.cells * CELL)) for s in slides]
-            )
+            pairs = [(torch.from_numpy(slide.features), torch.from_numpy(slide.cells * CELL)) for slide in slides]
+            vectors[name] = np.stack([encoder(x[None], at[None])[0][0].double().numpy() for x, at in pairs])
     vectors["tile mean"] = np.stack([slide.features.mean(axis=0) for slide in slides])
     vectors["neighbor statistic"] = np.stack([_neighbors(slide.features, slide.cells) for slide in slides])
     for label, truth in labels.items():
