@@ -19,7 +19,6 @@ from gigapath.features import TileEmbeddings
 from gigapath.features import read_features as read_file
 from gigapath.features.reading import find_feature_files, slide_name
 from gigapath.finetune.options import JoinOptions, ModelOptions, SplitOptions, TrainingOptions
-from gigapath.lazy import public_names
 from gigapath.linear_probe.options import ProbeOptions, SlideProbeOptions, TileProbeOptions
 from gigapath.options import as_keywords
 from gigapath.preprocessing.slide import SlideError
@@ -35,7 +34,12 @@ if TYPE_CHECKING:
     from gigapath.pretraining import Pretrained
 
 __all__ = ["FeatureFolder", "embed", "finetune", "pretrain", "probe", "read_features", "slide_embed", "tile"]
-__dir__ = public_names(__name__)
+
+
+def __dir__() -> list[str]:
+    """Tab completion shows the public names alone."""
+    return __all__
+
 
 Place = str | os.PathLike[str]
 Places = Place | Iterable[Place]

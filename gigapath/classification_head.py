@@ -7,10 +7,13 @@ import torch
 from torch import Tensor, nn
 
 from gigapath import slide_encoder
-from gigapath.lazy import public_names
 
 __all__ = ["ClassificationHead", "get_model", "reshape_input"]
-__dir__ = public_names(__name__)
+
+
+def __dir__() -> list[str]:
+    """Tab completion shows the public names alone."""
+    return __all__
 
 
 class ClassificationHead(nn.Module):

@@ -2,7 +2,6 @@
 torch; tab completion shows no others."""
 
 import importlib
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -24,14 +23,4 @@ def lazy_names(
         home = home_of[name]
         return getattr(importlib.import_module(home if "." in home else f"{package}.{home}"), name)
 
-    return load, public_names(package)
-
-
-def public_names(module: str) -> Callable[[], list[str]]:
-    """The `__dir__` of a module: tab completion shows its `__all__`, without what it imports for itself."""
-
-    def shown() -> list[str]:
-        names = vars(sys.modules[module])
-        return sorted({*names["__all__"], *(name for name in names if name.startswith("__") and name.endswith("__"))})
-
-    return shown
+    return load, lambda: sorted(home_of)

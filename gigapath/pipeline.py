@@ -21,7 +21,6 @@ from gigapath.embedding.options import EmbedOptions, RunOptions, SlideEmbedOptio
 from gigapath.embedding.run import run_embed
 from gigapath.embedding.slide_embedding import run_slide_embed
 from gigapath.embedding.tiling import run_tile
-from gigapath.lazy import public_names
 from gigapath.preprocessing.data.create_tiles_dataset import process_slide
 from gigapath.preprocessing.tiling import TileOptions
 from gigapath.releases import RELEASES, TILE_FILE
@@ -44,7 +43,11 @@ __all__ = [
     "tile_one_slide",
 ]
 
-__dir__ = public_names(__name__)
+
+def __dir__() -> list[str]:
+    """Tab completion shows the public names alone."""
+    return __all__
+
 
 # A hyphen that joins the corner to a word is no sign.
 _CORNER = re.compile(r"((?<![0-9A-Za-z])-?\d+|\d+)x_(-?\d+)y\.\w+$")

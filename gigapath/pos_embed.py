@@ -15,10 +15,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gigapath.lazy import public_names
-
 __all__ = ["get_1d_sincos_pos_embed_from_grid", "get_2d_sincos_pos_embed", "get_2d_sincos_pos_embed_from_grid"]
-__dir__ = public_names(__name__)
+
+
+def __dir__() -> list[str]:
+    """Tab completion shows the public names alone."""
+    return __all__
 
 
 Floats = np.ndarray[Any, np.dtype[np.float64]]

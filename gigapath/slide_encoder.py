@@ -22,8 +22,6 @@ from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from timm.models import is_model, register_model
 from torch import Tensor, nn
 
-from gigapath.files import small_json, write_bytes_atomic, write_json_atomic
-from gigapath.lazy import public_names
 from gigapath.longnet.config import LongNetConfig, optimal_segment_lengths, parse_lengths
 from gigapath.longnet.encoder import LongNetEncoder
 from gigapath.longnet.linear import Linear
@@ -32,7 +30,12 @@ from gigapath.releases import RELEASES
 from gigapath.weights import assign_weights, find_weights, load_state_dict, tell_architecture
 
 __all__ = ["Embeddings", "LongNetViT", "create_model"]  # timm adds the architectures
-__dir__ = public_names(__name__)
+
+
+def __dir__() -> list[str]:
+    """Tab completion shows the public names alone."""
+    return __all__
+
 
 ARCHITECTURES = (
     "gigapath_slide_enc12l768d",
@@ -191,6 +194,8 @@ class LongNetViT(nn.Module, PyTorchModelHubMixin, library_name="gigapath"):
         return super().save_pretrained(save_directory, **kwargs)
 
     def _save_pretrained(self, save_directory: Path) -> None:
+        from gigapath.files import write_bytes_atomic, write_json_atomic  # where a model is saved
+
         state = {name: tensor.cpu() for name, tensor in self.state_dict().items()}
         buffer = io.BytesIO()
         torch.save({"model": state}, buffer)
@@ -524,6 +529,8 @@ def _released_config(state: Mapping[str, Tensor], path: Path) -> dict[str, Any]:
 
 def _read_config(path: Path) -> dict[str, Any]:
     """What `slide_encoder.json` holds; ValueError where it is no such file."""
+    from gigapath.files import small_json  # where one was saved
+
     found = small_json(path)
     if not isinstance(found, dict) or set(found) != _CONFIG:
         raise ValueError(f"{path.name}: expected the keys {', '.join(sorted(_CONFIG))} alone. Save the model anew.")

@@ -24,7 +24,6 @@ from gigapath import standin
 from gigapath.devices import computing, resolve_device, resolve_precision
 from gigapath.file_names import plain_name
 from gigapath.files import remembered_sha256
-from gigapath.lazy import public_names
 from gigapath.releases import HUB_PREFIXES, RELEASES, TILE_FILE, Release, check_encoder
 from gigapath.tile_architectures import (
     SIZES,
@@ -45,7 +44,12 @@ __all__ = [
     "gigapath_tile_enc_vitg",
     "load_tile_encoder",
 ]
-__dir__ = public_names(__name__)
+
+
+def __dir__() -> list[str]:
+    """Tab completion shows the public names alone."""
+    return __all__
+
 
 # A seed of its own for random weights, so that two runs agree and the caller's generator is left alone.
 _RANDOM_SEED = 0

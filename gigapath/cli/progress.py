@@ -5,15 +5,17 @@ import logging
 import sys
 import time
 from collections.abc import Mapping
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from tqdm import tqdm
 
 from gigapath.cli.arguments import EXIT_FAILED_SLIDES, EXIT_STOPPED
-from gigapath.cohort.run import RunResult
 from gigapath.cohort.status import failure_kind, failure_lines, failures_by_kind
 from gigapath.progress import SILENT_SECONDS, Plan, Progress
 from gigapath.text import slides_in_words, tiles_in_words
+
+if TYPE_CHECKING:  # a verb that only shows progress needs no run over slides
+    from gigapath.cohort.run import RunResult
 
 EXIT_STATUS = {"planned": 0, "done": 0, "some slides failed": EXIT_FAILED_SLIDES, "stopped": EXIT_STOPPED}
 _STAGES = {"plan": "tiling", "read": "reading", "encode": "device", "write": "writing", "slides": "slide encoder"}
@@ -161,7 +163,7 @@ class Terminal(Progress):
             self._bar.close()
             self._bar = None
 
-    def report(self, result: RunResult) -> int:
+    def report(self, result: "RunResult") -> int:
         """Say how the run ended; the exit status."""
         self.close()
         status = EXIT_STATUS[result.outcome]
