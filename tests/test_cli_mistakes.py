@@ -41,7 +41,7 @@ MISTAKES = {
     "status nowhere": "nowhere",
     "check a.h5 --slides nowhere": "--slides",
     "convert nowhere --to clam --out o": "nowhere",
-    "export nowhere --to t.csv": "nowhere",
+    "convert nowhere --to t.csv": "nowhere",
     "map empty --out o": "empty",
     "map a.h5 --out o --kind gradient --checkpoint nowhere": "--checkpoint",
     "report nowhere": "nowhere",

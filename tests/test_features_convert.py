@@ -193,7 +193,7 @@ print(found.x.tolist(), found.y.tolist(), found.tile_size_lv0, found.requested_s
 
 
 @pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGUSR1])
-def test_a_signal_ends_convert_and_export_in_75_and_leaves_nothing_half_written(
+def test_a_signal_ends_convert_in_75_and_leaves_nothing_half_written(
     sent: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source, out = write_ours(tmp_path), tmp_path / "out"
@@ -205,7 +205,7 @@ def test_a_signal_ends_convert_and_export_in_75_and_leaves_nothing_half_written(
     assert main(words) == 0
     slide = SlideEmbeddings(slide_id="a", tile_mean=np.ones((1, 3), np.float32))
     write_slide(tmp_path / "slides_mean__x" / "a.h5", slide)
-    words = ["export", str(tmp_path), "--embedding", "tile-mean", "--to", str(out / "table.csv")]
+    words = ["convert", str(tmp_path), "--embedding", "tile-mean", "--to", str(out / "table.csv")]
     with monkeypatch.context() as patch:
         patch.setattr("gigapath.files.publish", lambda *_, **__: os.kill(os.getpid(), sent))
         assert main(words) == 75

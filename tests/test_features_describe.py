@@ -1,4 +1,4 @@
-"""`gigapath inspect` and `gigapath export`: what a file is, in words and as JSON."""
+"""`gigapath check --describe` and tables of `gigapath convert`: what a file is, in words and as JSON."""
 
 import json
 from pathlib import Path
@@ -160,16 +160,21 @@ def test_tensors_of_other_kinds_are_refused(tmp_path: Path) -> None:
     assert read_tensor(path).dtype == np.float32
 
 
-def test_export_writes_the_table_that_it_names(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_convert_writes_the_table_that_it_names(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for slide_id in ("a", "b"):
         slide = SlideEmbeddings(slide_id=slide_id, tile_mean=np.ones((1, 4)))
         write_slide(tmp_path / "run" / "slides_mean__standin" / f"{slide_id}.h5", slide)
     to = tmp_path / "table.csv"
-    assert main(["export", str(tmp_path / "run"), "--embedding", "tile-mean", "--to", str(to)]) == 0
+    assert main(["convert", str(tmp_path / "run"), "--embedding", "tile-mean", "--to", str(to)]) == 0
     assert "2 slides, 4 values each (tile-mean)" in capsys.readouterr().out
     assert to.read_text().splitlines()[0] == "slide_id,embedding,trained,e0,e1,e2,e3"
-    assert main(["export", str(tmp_path / "run"), "--to", str(to)]) == 1
+    assert main(["export", str(tmp_path / "run"), "--to", str(to)]) == 1, "its former name"
     assert "tile-mean" in capsys.readouterr().err
+    table, run = to.read_bytes(), str(tmp_path / "run")
+    for more in (["--to", str(to), "--out", str(tmp_path)], ["--to", "clam"], ["--to", "t.xls"], ["--to", "CLAM"]):
+        assert main(["convert", run, "--embedding", "tile-mean", *more]) in (1, 2)
+        assert "--to" in capsys.readouterr().err
+    assert to.read_bytes() == table
 
 
 def test_export_counts_the_slides_that_it_leaves_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

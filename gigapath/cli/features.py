@@ -1,4 +1,4 @@
-"""Feature files, ours and other tools': check, convert, export."""
+"""Feature files, ours and other tools': check, convert."""
 
 import json
 import sys
@@ -10,7 +10,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from gigapath.cli.arguments import EXIT_FAILED_SLIDES, Features, File, Folder, GivenFolder, Json, Name, verb
+from gigapath.cli.arguments import EXIT_FAILED_SLIDES, Features, Folder, Json, verb
 from gigapath.cohort.progress import left_out
 from gigapath.cohort.reuse import mixed_options
 from gigapath.cohort.status import read_statuses
@@ -30,9 +30,9 @@ from gigapath.features.check import (
 from gigapath.features.other_tools import FORMATS, Scale
 from gigapath.features.other_tools import convert as convert_file
 from gigapath.features.reading import find_feature_files
-from gigapath.features.tables import find_slide_folder
+from gigapath.features.tables import TABLE_FORMATS, find_slide_folder
 from gigapath.findings import NOTE, Finding
-from gigapath.options import PitchOptions, option
+from gigapath.options import Options, PitchOptions, option, to_dict
 from gigapath.text import slides_in_words
 
 
@@ -164,7 +164,7 @@ def _describe(names: tuple[str, ...], as_json: bool, tile_size_level0: float | N
 
 @dataclass(frozen=True)
 class ConvertOptions(PitchOptions):
-    """What `gigapath convert` takes beside what the files say."""
+    """What converting to another tool's files takes beside what the files say."""
 
     coordinates: str | None = option(
         None,
@@ -180,25 +180,55 @@ class ConvertOptions(PitchOptions):
     )
 
 
+@dataclass(frozen=True)
+class TableOptions(Options):
+    """What a table of slide vectors holds."""
+
+    embedding: str = option(
+        "default",
+        "default, state:I, last-state or all-states, each with :mean or :class (default :mean); tile-mean; the name of "
+        "another tool, such as trident",
+        metavar="NAME",
+    )
+    allow_mixed: bool = option(False, "take slides of different numerics together")
+    overwrite: bool = option(False, "write over a table of another embedding")
+
+
+def _check_target(_: type, to: str) -> None:
+    if to not in FORMATS and Path(to).suffix not in TABLE_FORMATS:
+        raise ValueError(f"expected one of {', '.join(FORMATS)}, or a file ending in {', '.join(TABLE_FORMATS)}.")
+
+
 @verb
 def convert(
-    features: Features,
+    results: Annotated[
+        tuple[str, ...],
+        Parameter(name="FEATURES", help="files or folders of tile embeddings; for a table, the output folder of a run"),
+    ],
     /,
     *,
-    to: Annotated[str, Parameter(choices=tuple(FORMATS))],
-    out: Folder,
+    to: Annotated[str, Parameter(metavar="TOOL|FILE", validator=_check_target)],
+    out: Folder | None = None,
     files: ConvertOptions,
+    table: TableOptions,
 ) -> int:
-    """Convert each file; one that fails is named on stderr and the others go on.
+    """Convert each file, or write one table; a file that fails is named on stderr and the others go on.
 
     Args:
-        to: whose files to write; gigapath is ours
+        to: whose files to write: gigapath (ours), trident, clam, stamp, slide2vec or published; or the table to write,
+            a file ending in .parquet, .csv or .npz
         out: the folder that takes the tool's own folders
     """
+    if to not in FORMATS:
+        if len(results) > 1 or out or files != ConvertOptions():
+            raise ValueError(f"--to {to}: expected one folder of slide vectors and no options of files, for a table.")
+        return _write_table(results[0], to, table)
+    if out is None or table != TableOptions():
+        raise ValueError(f"--to {to}: expected --out DIR and no options of tables, for files of tile embeddings.")
     if files.coordinates is not None and not Path(files.coordinates).exists():
         raise FileNotFoundError(f"--coordinates: expected a folder, got {files.coordinates!r}.")
     scale = Scale(files.slide_mpp, files.coords_mpp)
-    paths = find_feature_files(features)
+    paths = find_feature_files(results)
     failed, done = 0, set[str]()
     for path in paths:
         try:
@@ -216,22 +246,10 @@ def convert(
     return EXIT_FAILED_SLIDES if failed else 0
 
 
-@verb
-def export(
-    folder: GivenFolder, /, *, embedding: Name = "default", to: File, allow_mixed: bool = False, overwrite: bool = False
-) -> int:
-    """Write the table and say what is in it.
-
-    Args:
-        folder: the output folder of a run, or one of its slides_* folders
-        embedding: default, state:I, last-state or all-states, each with :mean or :class (default :mean); tile-mean;
-            the name of another tool, such as trident
-        to: where the table goes: .parquet, .csv or .npz
-        allow_mixed: take slides of different numerics together
-        overwrite: write over a table of another embedding
-    """
-    slides, width = export_table(folder, to, embedding=embedding, allow_mixed=allow_mixed, overwrite=overwrite)
-    print(f"{slides_in_words(slides)}, {width} values each ({embedding}), written to {to}.")
+def _write_table(folder: str, to: str, table: TableOptions) -> int:
+    """Write the table and say what is in it."""
+    slides, width = export_table(folder, to, **to_dict(table))
+    print(f"{slides_in_words(slides)}, {width} values each ({table.embedding}), written to {to}.")
     if missing := left_out(find_slide_folder(folder).resolve()):
         are = "has" if missing == 1 else "have"
         print(

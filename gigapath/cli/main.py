@@ -41,9 +41,8 @@ VERBS = {
     "check": ("features:check", "Describe feature files, ours or another tool's, and report what is wrong with them."),
     "convert": (
         "features:convert",
-        "Convert tile embeddings to files of TRIDENT, CLAM, STAMP, slide2vec or the published code.",
+        "Convert tile embeddings to files of other tools, or a run's slide vectors to a table (parquet, CSV, npz).",
     ),
-    "export": ("features:export", "Export one table of slide vectors from a run: parquet, CSV or npz."),
     "map": (
         "report:draw_maps",
         "Draw maps on slides: embeddings, attention, what a head looks at; PNG, GeoJSON, arrays.",
@@ -68,7 +67,12 @@ VERBS = {
     "predict": ("finetune:predict", "Apply a fitted head to feature files."),
 }
 # former verbs -> what they are now
-ALIASES = {"inspect": ("check", "--describe"), "methods": ("report", "--methods"), "verify": ("doctor", "--verify")}
+ALIASES = {
+    "inspect": ("check", "--describe"),
+    "export": ("convert",),
+    "methods": ("report", "--methods"),
+    "verify": ("doctor", "--verify"),
+}
 
 EXIT_PIPE = 141  # as a shell says it: 128 + SIGPIPE
 

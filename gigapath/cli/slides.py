@@ -71,7 +71,7 @@ def slide_embed(
 
     Args:
         out: the output folder (default: that of the run which made FEATURES)
-        to: write a table of --embedding too: .parquet, .csv or .npz, as export does
+        to: write a table of --embedding too: .parquet, .csv or .npz, as convert does
     """
     from gigapath.features.tables import TABLE_FORMATS, export_table
 

@@ -126,7 +126,7 @@ class SlideEmbedOptions(EncoderOptions, PitchOptions):
     )
     embedding: str = option(
         "default",
-        "the name of an embedding, as for export: what --to writes; ending with :tiles one vector a tile, into "
+        "the name of an embedding, as for convert: what --to writes; ending with :tiles one vector a tile, into "
         "contextual_*/; the name of a tool as that tool computes it, into as-TOOL_*/",
         metavar="NAME",
     )

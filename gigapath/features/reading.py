@@ -36,7 +36,7 @@ _OTHER_FOLDERS = (
     *("tiles", "patches", "slides_*", "as-*", "slide_features_*", "slide_embeddings"),
     *("maps", "private", "runs"),
 )
-# What `gigapath map` and `gigapath export` write: no tile embeddings, and no fault where they lie in the folder.
+# What `gigapath map` and `gigapath convert` write: no tile embeddings, and no fault where they lie in the folder.
 _NO_FEATURES = ({"values.npy", "cells.npy"}, {"slide_ids.npy", "vectors.npy"})
 # Attributes by which files say how far apart their tiles lie (ours, TRIDENT's, CLAM's and Mussel's, STAMP's).
 _STEPS = ("tile_size_level0", "patch_size_level0", "patch_size", "step_size", "tile_size_um", "tile_size_lv0")

@@ -46,7 +46,7 @@ class SlideVectors:
 
 def read_slide_vectors(path: Path | str) -> SlideVectors:
     """Read a file of slide vectors or a folder of such files: ours (of our own files the default embedding, or that of
-    the tool that they name), tables of `gigapath export`, TRIDENT's, STAMP's (one file for all slides), slide2vec's,
+    the tool that they name), tables of `gigapath convert`, TRIDENT's, STAMP's (one file for all slides), slide2vec's,
     and plain vectors (.npy, .pt, .npz).
 
     Raises:
@@ -83,7 +83,7 @@ def _read(path: Path) -> tuple[dict[str, Array], dict[str, Any]]:
         columns = [name for name in rows[0] if name.removeprefix("e").isdigit()] if rows else []
         if not columns or "slide_id" not in rows[0]:
             raise FeatureFileError(
-                f"{path.name}: expected the columns slide_id, e0, e1, ..., as `gigapath export` has."
+                f"{path.name}: expected the columns slide_id, e0, e1, ..., as a table of `gigapath convert` has."
             )
         table = {row["slide_id"]: np.array([row[name] for name in columns], dtype=np.float32) for row in rows}
         return table, {"tool": "gigapath", **{name: value for name, value in rows[0].items() if name in _SAID}}
