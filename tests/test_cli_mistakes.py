@@ -61,7 +61,7 @@ MISTAKES = {
     "finetune --task nothing --features feats --labels labels.csv --out o": "--task",
     "finetune --task panda --features feats --labels labels.csv --out o --folds 2": "--folds",
     "finetune --task panda --features feats --labels labels.csv --out o --pretrained none.pth": "--pretrained",
-    "evaluate nowhere feats --labels labels.csv --out o": "CHECKPOINT",
+    "predict nowhere feats --labels labels.csv --out o": "CHECKPOINT",
     "predict nowhere feats": "CHECKPOINT",
 }
 
