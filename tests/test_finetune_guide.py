@@ -34,9 +34,9 @@ def test_commands_of_the_guide_run_one_after_the_other(tmp_path, monkeypatch) ->
         features.rename(features.with_name("features_gigapath"))
         Path(labels).write_text(table.read_text().replace("slide-", prefix))
     commands = commands_of_the_guide()
-    assert [words[1] for words in commands] == ["init-task", "finetune", "predict", "evaluate"]
+    assert [words[1] for words in commands] == ["init-task", "finetune", "predict", "predict"]
     for words in commands:
-        more = {"finetune": [*SMALL, "--folds", "3"], "evaluate": ["--replicates", "10"]}.get(words[1], [])
+        more = {"finetune": [*SMALL, "--folds", "3"], "predict": ["--replicates", "10"]}.get(words[1], [])
         if words[1] == "finetune":  # the controls are another test's
             words.remove("--controls")
         device = [] if words[1] == "init-task" else ["--device", "cpu"]

@@ -226,6 +226,7 @@ def test_wrong_arguments_of_predict_and_evaluate_are_one_sentence(fitted, tmp_pa
         ([*evaluate, tmp_path / "e", "--replicates", -5], "--replicates: expected at least 0, got -5"),
         ([*evaluate, tmp_path / "e", "--seed", -1], "--seed: expected at least 0, got -1"),
         ([*evaluate, labels], "--out: expected a folder"),
+        (["predict", head, features, "--labels", labels], "--labels: expected --out DIR"),
     ):
         assert main([str(word) for word in words]) in (1, 2)
         err = capsys.readouterr().err

@@ -1,6 +1,7 @@
-"""Fitted heads: init-task, finetune, evaluate, predict."""
+"""Fitted heads: init-task, finetune, predict."""
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -88,63 +89,28 @@ def finetune(
 
 
 @verb
-def evaluate(
-    checkpoint: Checkpoint,
-    features: str,
-    /,
-    *,
-    labels: Csv,
-    out: Folder,
-    allow_leakage: bool = False,
-    labels_and_features: JoinOptions,
-    model: DeviceOptions,
-    intervals: BootstrapOptions,
-) -> int:
-    """Print the table of scores.
-
-    Args:
-        features: folder with a feature file a slide
-        labels: a row a slide, with the labels of the task
-        out: folder for predictions.csv and results.json
-        allow_leakage: take slides that trained the head, too
-    """
-    from gigapath.evaluation.results import score_lines
-    from gigapath.finetune import evaluate_head
-
-    result = evaluate_head(
-        checkpoint,
-        features,
-        labels,
-        out,
-        join=labels_and_features,
-        device=model.device,
-        replicates=intervals.replicates,
-        seed=intervals.seed,
-        allow_seen=allow_leakage,
-    )
-    for line in score_lines({"frozen head": result}):
-        print(line)
-    for note in result.notes:
-        print(f"note: {note}")
-    print(f"Results: {out}")
-    return 0
-
-
-@verb
 def predict(
     checkpoint: Checkpoint,
     features: Features,
     /,
     *,
-    out: Csv | None = None,
+    labels: Csv | None = None,
+    out: Annotated[str | None, Parameter(metavar="CSV_OR_DIR")] = None,
+    allow_leakage: bool = False,
     files: JoinOptions,
     model: DeviceOptions,
+    intervals: BootstrapOptions,
 ) -> int:
-    """Print a line a slide; a slide that can't be read is named on stderr and the status is 3.
+    """Print a line a slide, or with labels the table of scores; a slide that can't be read is named on stderr and the
+    status is 3.
 
     Args:
-        out: write the predictions to this file
+        labels: test the head on these, a row a slide; nothing is fitted
+        out: write the predictions to this CSV; with --labels a folder for predictions.csv and results.json
+        allow_leakage: with --labels, take slides that trained the head, too
     """
+    if labels is not None:
+        return _score(checkpoint, features, labels, out, allow_leakage, files, model, intervals)
     from gigapath.finetune import predict as predict_slides
 
     found = predict_slides(
@@ -161,3 +127,37 @@ def predict(
     if out:
         print(f"written to {out}")
     return EXIT_FAILED_SLIDES if found.failed else 0
+
+
+def _score(
+    checkpoint: str,
+    features: Sequence[str],
+    labels: str,
+    out: str | None,
+    allow_leakage: bool,
+    files: JoinOptions,
+    model: DeviceOptions,
+    intervals: BootstrapOptions,
+) -> int:
+    if out is None:
+        raise ValueError("--labels: expected --out DIR beside it, a folder for the scores. Name one.")
+    from gigapath.evaluation.results import score_lines
+    from gigapath.finetune import evaluate_head
+
+    result = evaluate_head(
+        checkpoint,
+        features,
+        labels,
+        out,
+        join=files,
+        device=model.device,
+        replicates=intervals.replicates,
+        seed=intervals.seed,
+        allow_seen=allow_leakage,
+    )
+    for line in score_lines({"frozen head": result}):
+        print(line)
+    for note in result.notes:
+        print(f"note: {note}")
+    print(f"Results: {out}")
+    return 0

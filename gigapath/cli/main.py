@@ -63,11 +63,11 @@ VERBS = {
         "finetune:finetune",
         "Fine-tune the slide encoder on labelled slides: by the published recipe or yours.",
     ),
-    "evaluate": ("finetune:evaluate", "Test a fitted head on another cohort; nothing is fitted."),
-    "predict": ("finetune:predict", "Apply a fitted head to feature files."),
+    "predict": ("finetune:predict", "Apply a fitted head to feature files; with --labels, test it on another cohort."),
 }
 # former verbs -> what they are now
 ALIASES = {
+    "evaluate": ("predict",),
     "inspect": ("check", "--describe"),
     "export": ("convert",),
     "methods": ("report", "--methods"),

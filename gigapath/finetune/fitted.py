@@ -227,7 +227,7 @@ def _look(head: FittedHead, paths: Sequence[Path], join: JoinOptions) -> list[Fi
 
 def evaluate_head(
     checkpoint: Path | str,
-    features: Path | str,
+    features: Path | str | Sequence[Path | str],
     labels: Path | str,
     out: Path | str,
     *,
