@@ -16,6 +16,8 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 
+LEAVE_SITE_OUT = "leave-site-out"  # in place of a number of folds: one a site
+
 _BOUNDS: dict[str, tuple[Callable[[Any, Any], bool], str]] = {
     "above": (operator.gt, "a value above"),
     "at_least": (operator.ge, "at least"),
@@ -38,7 +40,7 @@ def option(
     Args:
         default: the value when the option is not given; for a flag, False.
         help: one line for `--help`, with the unit.
-        choices: the allowed words, or None.
+        choices: the allowed words, or None; beside bounds the words that may stand for a number.
         metavar: the placeholder in `--help`.
         above: the value must be greater than this.
         at_least: the value must not be smaller than this.
@@ -71,7 +73,10 @@ class Options:
 
 def _check_value(flag: str, value: Any, metadata: Mapping[str, Any]) -> None:
     choices = metadata.get("choices")
-    if choices and value not in choices:
+    bounded = any(metadata.get(bound) is not None for bound in _BOUNDS)
+    if choices and value in choices:
+        return
+    if choices and (isinstance(value, str) or not bounded):
         raise ValueError(f"{flag}: expected one of {', '.join(choices)}, got {value!r}.")
     for bound, (holds, words) in _BOUNDS.items():
         limit = metadata.get(bound)

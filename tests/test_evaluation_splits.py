@@ -6,13 +6,15 @@ import numpy as np
 import pytest
 from made_cohort import made_bag, write_csv, write_slide
 
-from gigapath.evaluation.splits import draw_parts
+from gigapath.evaluation.labels import Labels
+from gigapath.evaluation.splits import check_classes, draw_folds, draw_parts
 from gigapath.features import SlideEmbeddings
 from gigapath.features import write_slide as write_slide_embedding
 from gigapath.finetune.data import Inputs, Settings, prepare
 from gigapath.finetune.options import JoinOptions, SplitOptions, TrainingOptions
 from gigapath.linear_probe.options import ProbeOptions, SlideProbeOptions
 from gigapath.linear_probe.slides import probe_slides
+from gigapath.options import LEAVE_SITE_OUT
 
 TASK = "name: made\nsetting: binary\nlabel_dict: {wild: 0, mutant: 1}\n"
 
@@ -93,3 +95,58 @@ def test_probe_and_finetune_hold_out_the_same_slides(tmp_path: Path, seed: int, 
         patient_of = {row[0].removesuffix(".svs"): row[2] for row in rows}
         held = [{patient_of[slide_id] for slide_id in slides} for slides in probed]
         assert not any(held[one] & held[other] for one in range(4) for other in range(one))
+
+
+def of_sites(sites: list[str] | None, truth: list[int], patients: list[str]) -> Labels:
+    names = tuple(f"S{number}" for number in range(len(truth)))
+    return Labels(names, np.array(truth), tuple(patients), sites and tuple(sites), "labels.csv", "digest")
+
+
+def test_leaving_a_site_out_tests_it_whole_and_validates_on_patients_of_the_others() -> None:
+    sites = [place for place in "bca" for _ in range(20)]
+    patients = [f"P{number // 2}" for number in range(60)]
+    labels = of_sites(sites, [number // 2 % 2 for number in range(60)], patients)
+    folds = draw_folds(labels, LEAVE_SITE_OUT, seed=3)
+    assert [fold.site for fold in folds] == ["a", "b", "c"]
+    for fold in folds:
+        assert {sites[row] for row in fold.test} == {fold.site} and len(fold.test) == 20
+        assert fold.site not in {sites[row] for row in (*fold.train, *fold.val)}
+        assert sorted([*fold.train, *fold.val, *fold.test]) == list(range(60))
+        assert len(fold.val) == 8  # a fifth of the others
+        assert not {patients[row] for row in fold.train} & {patients[row] for row in fold.val}
+    again, other = (draw_folds(labels, LEAVE_SITE_OUT, seed=seed) for seed in (3, 4))
+    assert all(np.array_equal(one.val, two.val) for one, two in zip(folds, again, strict=True))
+    assert not all(np.array_equal(one.val, two.val) for one, two in zip(folds, other, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("sites", "truth", "said"),
+    [
+        (None, [0, 1, 0, 1], "column of the site"),
+        (["a", "a", "b", ""], [0, 1, 0, 1], "1 slides have no site"),
+        (["a"] * 4, [0, 1, 0, 1], "two sites"),
+        (["a", "b", "b", "b"], [0, 1, 0, 1], r"patients.*\(P0\)"),
+    ],
+)
+def test_sites_that_cannot_be_left_out_are_refused(sites: list[str] | None, truth: list[int], said: str) -> None:
+    labels = of_sites(sites, truth, ["P0", "P0", "P1", "P1"])
+    with pytest.raises(ValueError, match=said):
+        draw_folds(labels, LEAVE_SITE_OUT, seed=0)
+
+
+@pytest.mark.parametrize("classes", [2, 3])
+def test_a_site_that_lacks_a_class_is_named(classes: int) -> None:
+    """A note where others are left to tell apart, an error where none is."""
+    truth = [number % classes for number in range(36)] + [number % (classes - 1) for number in range(12)]
+    labels = of_sites([place for place in "abcd" for _ in range(12)], truth, [f"P{number}" for number in range(48)])
+    folds, names = draw_folds(labels, LEAVE_SITE_OUT, seed=0), ("x", "y", "z")[:classes]
+    if classes == 2:
+        with pytest.raises(ValueError, match=r"site d.*one class only"):
+            check_classes(folds, labels.truth, names)
+    else:
+        assert check_classes(folds, labels.truth, names) == ["fold 3 (site d): no test slide of z"]
+
+
+def test_a_word_that_is_no_way_of_drawing_folds_is_refused() -> None:
+    with pytest.raises(ValueError, match="--folds"):
+        SplitOptions(folds="leave-sites-out")

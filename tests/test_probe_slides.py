@@ -123,6 +123,23 @@ def test_sites_are_scored_one_by_one(made: tuple[Path, Path]) -> None:
     assert all(evaluation["auroc"].value > 0.7 for evaluation in score.by_site.values())
 
 
+def test_each_site_is_left_out_once(copied: tuple[Path, Path], tmp_path: Path) -> None:
+    folder, table = copied
+    with table.open() as file:
+        rows = [{**row, "site": "ABC"[int(row["patient_id"][1:]) // 14]} for row in csv.DictReader(file)]
+    write_rows(table, rows)
+    words = ["--labels", str(table), "--embedding", "default", "--folds", "leave-site-out", "--replicates", "50"]
+    assert main(["probe", str(folder), *words, "--out", str(tmp_path / "out")]) == 0
+    scores = json.loads((tmp_path / "out" / "results.json").read_text())["scores"]
+    assert len(scores["default"]["facts"]["penalties"]) == 3  # as many fits as sites, whatever --repeats says
+    assert list(scores["default"]["by_site"]) == ["A", "B", "C"]
+    assert scores["site alone"]["by_unit"]["patients"]["scores"]["auroc"]["value"] == 0.5  # a new site tells nothing
+    site_of = {row["slide_id"]: row["site"] for row in rows}
+    with (tmp_path / "out" / "predictions.csv").open() as file:
+        tested = {(row["fold"], site_of[row["slide_id"]]) for row in csv.DictReader(file)}
+    assert tested == {("0", "A"), ("1", "B"), ("2", "C")}
+
+
 def test_every_slide_is_tested_once_a_repeat_and_patients_stay_together(made: tuple[Path, Path]) -> None:
     found = probe_slides(*made, ProbeOptions(replicates=0), QUICK)
     folds = np.asarray(found.scores["default"].predictions.folds)

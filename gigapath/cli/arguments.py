@@ -89,7 +89,8 @@ def verb(function: Callable[..., int]) -> Callable[..., int]:
                     types[field.name],
                     Parameter(
                         metavar=field.metadata.get("metavar"),
-                        choices=field.metadata.get("choices"),
+                        # of a number that may be a word the type names the word
+                        choices=None if int in get_args(types[field.name]) else field.metadata.get("choices"),
                         alias=_SHORT.get(field.name),
                     ),
                 ]
@@ -193,6 +194,8 @@ def _refuse_fractions(app: App, verbs: tuple[str, ...], arguments: ArgumentColle
     for argument in arguments:
         if int in (argument.hint, *get_args(argument.hint)):
             for token in argument.tokens:
+                if any(token.value in get_args(hint) for hint in get_args(argument.hint)):  # a word for a number
+                    continue
                 try:
                     int(token.value)
                 except ValueError:

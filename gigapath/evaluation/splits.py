@@ -11,25 +11,31 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from gigapath.evaluation.labels import ID_COLUMNS, Labels, column_of, shown
+from gigapath.evaluation.labels import ID_COLUMNS, SITE_COLUMNS, Labels, column_of, shown
 from gigapath.files import read_json, write_json_atomic, write_text_atomic
+from gigapath.options import LEAVE_SITE_OUT
 from gigapath.tables import csv_text, read_table
 
 SETS = ("train", "val", "test")
 MANIFEST = "splits.json"
 TABLE = "splits.csv"
+VALIDATION_PARTS = 5  # of the slides of the other sites one part in so many validates
 
 IntArray = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
 class Fold:
-    """Rows of the labels in each set; `val` may be empty."""
+    """Rows of the labels in each set; `val` may be empty; `site` is the one that tests, where folds are sites."""
 
     number: int
     train: IntArray
     val: IntArray
     test: IntArray
+    site: str = ""
+
+    def __str__(self) -> str:
+        return f"fold {self.number}" + (f" (site {self.site})" if self.site else "")
 
     def sets(self) -> dict[str, IntArray]:
         """The rows by the set's name."""
@@ -129,12 +135,52 @@ def draw_parts(truth: IntArray, groups: Sequence[Hashable], parts: int, *, seed:
     return part_of_group[group_of_row]
 
 
-def draw_folds(labels: Labels, folds: int, *, seed: int) -> list[Fold]:
+def site_parts(groups: Sequence[Hashable], sites: Sequence[str] | None) -> tuple[IntArray, list[str]]:
+    """The part (N,) of each row where each site is a part, and the sites in that order.
+
+    Args:
+        groups: (N,) patients.
+        sites: (N,) or None where they are not known.
+
+    Raises:
+        ValueError: a site is not known, there is one only, or a group is at two.
+    """
+    who = f"--folds {LEAVE_SITE_OUT}"
+    if sites is None:
+        raise ValueError(f"{who}: expected a column of the site ({', '.join(SITE_COLUMNS)}) in the labels, got none.")
+    unknown = sum(not site for site in sites)
+    if unknown:
+        raise ValueError(f"{who}: {unknown:,} slides have no site. Name it in the labels, or leave them out.")
+    names, part = np.unique(np.asarray(sites), return_inverse=True)
+    if len(names) < 2:
+        raise ValueError(f"{who}: expected slides of two sites, all are of {names[0]}. Give a number of folds instead.")
+    sites_of_group: defaultdict[Hashable, set[str]] = defaultdict(set)
+    for group, site in zip(groups, sites, strict=True):
+        sites_of_group[group].add(site)
+    travelling = sorted(str(group) for group, places in sites_of_group.items() if len(places) > 1)
+    if travelling:
+        raise ValueError(
+            f"{who}: {len(travelling):,} patients have slides of two sites ({shown(travelling)}). Keep the slides of "
+            "one site each, or give them one site."
+        )
+    return part.astype(np.int64), names.tolist()
+
+
+def draw_folds(labels: Labels, folds: int | str, *, seed: int) -> list[Fold]:
     """Folds with even shares of every class; a patient's slides stay together where patients are known.
 
-    Fold K tests on part K of `draw_parts` and validates on the part after it.
+    Fold K tests on part K of `draw_parts` and validates on the part after it. With `LEAVE_SITE_OUT` it tests on site K
+    and validates on a part of the others' slides.
     """
     groups = labels.slide_ids if labels.patients is None else labels.patients
+    if isinstance(folds, str):
+        part, sites = site_parts(groups, labels.sites)
+        left_out = []
+        for number, site in enumerate(sites):
+            rows = np.flatnonzero(part != number)
+            held = draw_parts(labels.truth[rows], [groups[row] for row in rows], VALIDATION_PARTS, seed=seed) == 0
+            left_out.append(Fold(number, rows[~held], rows[held], np.flatnonzero(part == number), site))
+        return left_out
     count = len(set(groups))
     if count < folds:
         unit = "slides" if labels.patients is None else "patients"
@@ -191,7 +237,7 @@ def audit(
                 if both:
                     twins = [ids[row] for row, key in enumerate(keys) if key in both]
                     names = twins if keys is fingerprints else sorted(map(str, both))
-                    found.append(f"fold {fold.number}: {len(both):,} {what}, {first} and {second} ({shown(names)})")
+                    found.append(f"{fold}: {len(both):,} {what}, {first} and {second} ({shown(names)})")
                     break
     if found and not allow_leakage:
         raise ValueError(
@@ -217,23 +263,24 @@ def check_classes(folds: Sequence[Fold], truth_of_row: IntArray, classes: Sequen
             if len(rows) == 0 and name == "val":
                 continue
             if len(rows) == 0:
-                raise ValueError(f"fold {fold.number}: its {name} set is empty. Add slides, or take fewer folds.")
+                raise ValueError(f"{fold}: its {name} set is empty. Add slides, or take fewer folds.")
             counts = truth.sum(axis=0) if multi_label else np.bincount(truth, minlength=len(classes))
             lacking = [classes[i] for i in np.flatnonzero(counts == 0).tolist()]
             if multi_label and name == "train":
                 lacking += [classes[i] for i in np.flatnonzero(counts == len(rows)).tolist()]
             if name == "train" and lacking:
                 raise ValueError(
-                    f"fold {fold.number}: no training slide teaches {', '.join(lacking)}. Add slides of it, take fewer "
-                    "folds, or leave it out of the task."
+                    f"{fold}: no training slide teaches {', '.join(lacking)}. Add slides of it, take "
+                    f"{'other' if fold.site else 'fewer'} folds, or leave it out of the task."
                 )
             if name == "test" and not multi_label and len(classes) - len(lacking) < 2:
                 raise ValueError(
-                    f"fold {fold.number}: its test set holds one class only ({classes[int(truth[0])]}), so "
-                    "nothing can be told apart in it. Add slides, or take fewer folds."
+                    f"{fold}: its test set holds one class only ({classes[int(truth[0])]}), so "
+                    "nothing can be told apart in it. Add slides, or "
+                    + ("leave the site out of the labels." if fold.site else "take fewer folds.")
                 )
             if name == "test" and lacking:
-                notes.append(f"fold {fold.number}: no test slide of {', '.join(lacking)}")
+                notes.append(f"{fold}: no test slide of {', '.join(lacking)}")
     return notes
 
 

@@ -234,7 +234,8 @@ def prepare(inputs: Inputs, settings: Settings) -> Cohort:
     used = sorted({int(row) for fold in folds for rows in fold.sets().values() for row in rows})
     joined = replace(joined, labels=joined.labels.take(used), files=tuple(joined.files[row] for row in used))
     folds = [
-        Fold(fold.number, **{name: np.searchsorted(used, rows) for name, rows in fold.sets().items()}) for fold in folds
+        replace(fold, **{name: np.searchsorted(used, rows) for name, rows in fold.sets().items()})  # type: ignore[arg-type]
+        for fold in folds
     ]
     facts = look_at_all(joined.files, settings.join, workers=settings.training.workers)
     notes += audit(

@@ -87,7 +87,7 @@ class BagDataset(Dataset[tuple[Tensor, Tensor, Tensor]]):
         """One line."""
         return f"BagDataset({len(self):,} slides, width {self.embed_dim}, classes {', '.join(self.classes)})"
 
-    def folds(self, folds: int = 5, *, seed: int = 0) -> list[Fold]:
+    def folds(self, folds: int | str = 5, *, seed: int = 0) -> list[Fold]:
         """Folds with `train`, `val` and `test`, arrays of indices: those that `finetune` draws with the same seed; even
-        shares of the classes, a patient's slides together."""
+        shares of the classes, a patient's slides together; "leave-site-out" makes one a site."""
         return draw_folds(self._labels, folds, seed=seed)

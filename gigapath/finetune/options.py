@@ -1,8 +1,17 @@
 """Options of fine-tuning: data, model, training; the defaults are the published recipe."""
 
 from dataclasses import dataclass
+from typing import Literal
 
-from gigapath.options import BootstrapOptions, DeviceOptions, IdOptions, Options, PitchOptions, option
+from gigapath.options import (
+    LEAVE_SITE_OUT,
+    BootstrapOptions,
+    DeviceOptions,
+    IdOptions,
+    Options,
+    PitchOptions,
+    option,
+)
 
 HEADS = ("linear", "abmil", "abmil-tiles")
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
@@ -20,7 +29,13 @@ class JoinOptions(IdOptions, PitchOptions):
 class SplitOptions(Options):
     """Who trains and who tests."""
 
-    folds: int = option(5, "folds where no split files are given: stratified, grouped by patient", at_least=3)
+    folds: int | Literal["leave-site-out"] = option(
+        5,
+        "folds where no split files are given: stratified, grouped by patient; or leave-site-out = one a site",
+        choices=(LEAVE_SITE_OUT,),
+        metavar="N",
+        at_least=3,
+    )
     allow_leakage: bool = option(False, "continue where a patient or the same slide is in two sets")
 
 

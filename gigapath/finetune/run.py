@@ -133,7 +133,9 @@ class _Run:
     def __call__(self) -> RunResult:
         cohort, settings = self.cohort, self.settings
         split = ""
-        how = {"splits": "files" if self.inputs.splits else "drawn", "seed": settings.training.seed}
+        how: dict[str, Any] = {"splits": "files" if self.inputs.splits else "drawn", "seed": settings.training.seed}
+        if sites := {f"fold_{fold.number}": fold.site for fold in cohort.folds if fold.site}:
+            how["site_of_fold"] = sites
         if self.first:
             self._check_same_run()
         for note in cohort.notes:

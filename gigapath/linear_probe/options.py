@@ -1,8 +1,16 @@
 """Options of probes; the defaults are the published recipe on PCam."""
 
 from dataclasses import dataclass
+from typing import Literal
 
-from gigapath.options import BootstrapOptions, DeviceOptions, EncoderOptions, IdOptions, option
+from gigapath.options import (
+    LEAVE_SITE_OUT,
+    BootstrapOptions,
+    DeviceOptions,
+    EncoderOptions,
+    IdOptions,
+    option,
+)
 
 SOLVERS = ("sgd", "lbfgs", "knn")
 
@@ -58,7 +66,13 @@ class SlideProbeOptions(IdOptions):
         "probe slides instead of tiles: names of slide embeddings, with commas; tile-mean comes beside",
         metavar="NAMES",
     )
-    folds: int = option(5, "folds, stratified by label and grouped by --group", at_least=2)
+    folds: int | Literal["leave-site-out"] = option(
+        5,
+        "folds, stratified by label and grouped by --group; or leave-site-out = one a site, drawn once",
+        choices=(LEAVE_SITE_OUT,),
+        metavar="N",
+        at_least=2,
+    )
     repeats: int = option(5, "how often the folds are drawn anew", at_least=1)
 
 

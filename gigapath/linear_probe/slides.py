@@ -38,7 +38,7 @@ from gigapath.evaluation.results import (
     write_results,
 )
 from gigapath.evaluation.scores import SCORE_WORDS, Predictions, prior_probabilities, site_probabilities
-from gigapath.evaluation.splits import Fold, audit, draw_parts
+from gigapath.evaluation.splits import Fold, audit, check_classes, draw_parts, site_parts
 from gigapath.features import read_slides
 from gigapath.linear_probe.data import class_names, left_over, named_column, splits_of_column
 from gigapath.linear_probe.heads import PATIENCE, PENALTIES, LogisticRegression, cross_entropy, one_thread
@@ -269,6 +269,7 @@ def probe_slides(
         drawn=data.test is None,
         allow_leakage=options.allow_leakage,
     )
+    notes += check_classes([fold for fold in drawn if fold.site], data.labels, data.classes)
     folds = [(fold.train, fold.test) for fold in drawn]
     if data.test is None and options.replicates > 0:
         notes += _few_in_fold(data, [test for _, test in folds])
@@ -315,6 +316,13 @@ def _folds(data: SlideData, options: ProbeOptions, slide_options: SlideProbeOpti
     if data.test is not None:
         return [Fold(0, np.flatnonzero(~data.test), nobody, np.flatnonzero(data.test))]
     parts = slide_options.folds
+    if isinstance(parts, str):
+        sites = None if data.sites is None else data.sites.tolist()
+        part, names = site_parts(data.groups.tolist(), sites)
+        return [
+            Fold(number, np.flatnonzero(part != number), nobody, np.flatnonzero(part == number), site)
+            for number, site in enumerate(names)
+        ]
     _refuse_rare_classes(data.labels, data.groups, parts, data.classes, f"fewer than {parts} folds. Take fewer folds")
     found: list[Fold] = []
     for repeat in range(slide_options.repeats):
