@@ -166,6 +166,15 @@ def test_members_are_what_zipfile_wrote(members: dict[str, bytes], comment: byte
         assert files.identity().endswith(digest)  # as caches of earlier versions have it
 
 
+def test_a_zip_without_its_beginning_is_no_whole_zip(tmp_path: Path) -> None:
+    path = write_zip(tmp_path / "made.zip", made_vectors({"train": 3, "test": 3})[0])
+    content = path.read_bytes()
+    for missing in (1, 100, len(content) // 2):
+        path.write_bytes(content[missing:])
+        with pytest.raises(ValueError, match=r"made\.zip"):
+            read_embeddings(path, cache=False)
+
+
 def test_mac_shadows_and_hidden_files_are_no_embeddings(tmp_path: Path) -> None:
     vectors, _ = made_vectors({"train": 2, "test": 2})
     path = write_zip(tmp_path / "made.zip", vectors)

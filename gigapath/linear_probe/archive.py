@@ -68,6 +68,9 @@ class ZipFiles:
                 file.seek(-_END_BYTES - len(self._zip.comment), os.SEEK_END)
                 if file.read(4) != b"PK\x05\x06":
                     raise ValueError("it is cut short")
+            # A table whose places are off by what is missing ahead of it: zipfile takes them as they are.
+            if min((member.header_offset for member in self._zip.infolist()), default=self._zip.start_dir) < 0:
+                raise ValueError("its table points ahead of its start")
         except _ZIP_ERRORS as error:
             raise ValueError(f"{path.name}: {_reason(error)}, so it is no whole zip. Fetch it anew.") from None
         self._members = [member for member in self._zip.infolist() if accept(member.filename)]
