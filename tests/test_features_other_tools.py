@@ -414,6 +414,16 @@ def test_chunks_and_ratios_beyond_what_the_shape_needs_are_refused_before_memory
             read_features(tmp_path / f"{name}.h5")
 
 
+def test_text_that_is_no_utf8_becomes_text_that_can_be_written(tmp_path: Path) -> None:
+    path = write_trident(tmp_path, make_features(len(CELLS)))
+    with h5py.File(path, "a") as file:
+        file.attrs["scanner"] = b"\xff\xfename"
+        file.attrs.create(b"\xfd", 3)
+        file.attrs["names"] = np.array([b"\xff", b"b"])
+    for key, value in read_features(path).attrs.items():
+        assert isinstance(key, str) and f"{key} {value}".encode()
+
+
 @pytest.mark.parametrize("count", [2_000_000, 5_000_000])
 def test_attributes_of_millions_of_numbers_are_left_out(tmp_path: Path, count: int) -> None:
     with h5py.File(stepped(tmp_path / "a.h5"), "r+") as file:

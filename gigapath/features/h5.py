@@ -191,7 +191,7 @@ def read_attrs(item: Any) -> dict[str, Any]:
         raise FeatureFileError(f"{Path(item.file.filename).name}: it has {len(attrs):,} attributes. Make it again.")
     large = h5py.h5o.get_info(item.id).meta_size.attr.heap_size > _MOST_LISTED_BYTES
     names = [name for name in _NAMED if name in attrs] if large else list(attrs)
-    return {name: plain_value(attrs[name]) for name in names if _is_readable(attrs, name)}
+    return {_text(name): plain_value(attrs[name]) for name in names if _is_readable(attrs, name)}
 
 
 def read_attr(item: Any, name: str) -> Any:
@@ -211,13 +211,19 @@ def plain_value(value: Any) -> Any:
     """A value read from an h5 attribute as plain Python."""
     if isinstance(value, h5py.Empty):
         return None
-    if isinstance(value, bytes):
-        value = value.decode("utf-8", "replace")
+    if isinstance(value, str | bytes):
+        value = _text(value)
     if isinstance(value, np.ndarray):
         return tuple(plain_value(item) for item in value.tolist())
     if isinstance(value, np.generic):
         return value.item()
     return None if value == "None" else value
+
+
+def _text(value: str | bytes) -> str:
+    """Text without lone surrogates, by which h5py keeps bytes that are no UTF-8: nothing can write or draw them."""
+    content = value.encode("utf-8", "surrogateescape") if isinstance(value, str) else value
+    return content.decode("utf-8", "replace")
 
 
 def write_attrs(item: Any, attrs: Mapping[str, Any]) -> None:
