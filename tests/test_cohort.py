@@ -116,6 +116,18 @@ def test_read_manifest_carries_columns_and_resolves_paths_beside_it(tmp_path: Pa
     assert (second.slide_id, second.path, second.mpp, second.mask) == ("gone", tmp_path / "gone.svs", None, None)
 
 
+def test_dicom_files_without_a_suffix_are_found_by_what_they_hold(tmp_path: Path) -> None:
+    touch(tmp_path / "1.2.840.7", dicom("1.2.3"))
+    touch(tmp_path / "1.2.840.8", dicom("1.2.3", extra=100))
+    touch(tmp_path / "IM0001", dicom("4.5.6"))
+    touch(tmp_path / "README", b"words")
+    touch(tmp_path / "data.17", bytes(200))
+    touch(tmp_path / "notes.txt", dicom("7.8.9"))
+    touch(tmp_path / ".hidden", dicom("7.8.9"))
+    os.mkfifo(tmp_path / "pipe")
+    assert ids_in(tmp_path) == ["1.2.840.8", "IM0001"]
+
+
 def test_read_manifest_takes_a_folder_that_holds_one_slide(tmp_path: Path) -> None:
     touch(tmp_path / "series" / "1.dcm", dicom("1.2.3"))
     touch(tmp_path / "series" / "2.dcm", dicom("1.2.3", extra=100))

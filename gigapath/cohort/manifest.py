@@ -63,7 +63,8 @@ def find_slides(
     """The slides that `inputs` name, in that order; within a folder by path.
 
     A folder is searched with its subfolders; data folders of .mrxs slides, hidden folders and folders that this
-    package wrote are not entered. The files of one DICOM series are one slide. A slide that two inputs name is taken
+    package wrote are not entered. The files of one DICOM series are one slide; archives name them by number alone, so
+    files without a suffix are looked into. A slide that two inputs name is taken
     once. One whose id can't be a file name is found with that `problem`, for the run to record.
 
     Args:
@@ -240,7 +241,8 @@ def _slides_in(folder: Path, exclude: Path | None) -> tuple[list[Path], int]:
         for name in files:
             part = keeps_jpegs and name.lower().endswith(_JPEG_SUFFIXES)
             pictures += name.lower().endswith(".png") and not name.startswith(".")
-            if name.lower().endswith(_FOUND_SUFFIXES) and not part and not name.startswith("."):
+            known = name.lower().endswith(_FOUND_SUFFIXES) or _is_dicom(Path(top, name))
+            if known and not part and not name.startswith("."):
                 found.append(Path(top, name))
     return sorted(_one_of_each_series(found)), pictures
 
@@ -254,13 +256,24 @@ def _one_of_each_series(paths: Iterable[Path]) -> Iterator[Path]:
     """DICOM files of one series become its largest file, which is the full resolution and never a label."""
     series: dict[tuple[Path, str], list[Path]] = {}
     for path in paths:
-        uid = series_uid(path) if path.suffix.lower() == ".dcm" else None
+        uid = series_uid(path) if path.suffix.lower() == ".dcm" or _is_dicom(path) else None
         if uid is None:
             yield path
         else:
             series.setdefault((path.parent, uid), []).append(path)
     for files in series.values():
         yield min(files, key=lambda file: (-file.stat().st_size, file.name))
+
+
+def _is_dicom(path: Path) -> bool:
+    """Whether a file whose name has no suffix, or ends as a UID does, begins as DICOM's files do."""
+    if (path.suffix and not path.suffix[1:].isdigit()) or not path.is_file():  # opening a pipe would wait
+        return False
+    try:
+        with path.open("rb") as file:
+            return file.read(132)[128:] == b"DICM"
+    except OSError:
+        return False
 
 
 def series_uid(path: Path) -> str | None:
