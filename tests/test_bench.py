@@ -36,6 +36,7 @@ def test_compare_gives_the_median_of_the_ratios_of_neighbours(monkeypatch: pytes
         (["embed", "--slide", "SLIDE", "--slides", "2", "--tiles", "3", "--workers", "0"], 2),
         (["read", "--slide", "SLIDE", "--tiles", "4"], 1),
         (["probe", "--tiles", "200"], 3),
+        (["finetuning", "--slide-encoder", "gigapath-flash", "--tiles", "9", "7", "--depth", "1", "--files", "2"], 1),
         (["pretraining", "--tiles", "64", "--depth", "1", "--slides", "30", "--epochs", "1"], 13),
     ],
     ids=lambda words: words[0] if isinstance(words, list) else "",
@@ -43,10 +44,8 @@ def test_compare_gives_the_median_of_the_ratios_of_neighbours(monkeypatch: pytes
 def test_each_measurement_prints_its_rows(
     words: list[str], rows: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    product = protocol.product
     monkeypatch.setattr(protocol, "SECONDS", 0.001)
-    for module in ("slide_encoder", "tile_encoder", "pretraining"):
-        monkeypatch.setattr(f"scripts.bench.{module}.product", lambda device, dtype: product(device, dtype, 64, 64))
+    monkeypatch.setitem(protocol.SIZES, "cpu", (64, 64))
     monkeypatch.setattr("scripts.bench.embedding.load_tile_encoder", lambda *_, **__: tiny_tile_encoder())
     monkeypatch.setattr(probe, "STEPS", 200)
     monkeypatch.setattr(probe, "WIDTH", 64)

@@ -172,7 +172,7 @@ class Trainer:
             scaler,
             steps,
             what=what,
-            read=lambda chunk: ([self._drawn(self.bags[int(row)], int(row), epoch) for row in chunk], chunk),
+            read=partial(self.read, epoch=epoch),
             loss_of=self.loss_of,
             set_rate=partial(set_rates, optimizer, options, self.window),
             after=lambda number, _: self.watch.step(f"{what}: steps", number + 1, len(steps)),
@@ -181,6 +181,10 @@ class Trainer:
         seconds, slides = taken.seconds, len(order)
         waiting = taken.waited / seconds
         return Epoch(epoch + 1, taken.loss / slides, val, taken.learning_rate, seconds, waiting, slides / seconds)
+
+    def read(self, rows: IntArray, epoch: int) -> tuple[list[Bag], IntArray]:
+        """The batch of a chunk's rows; called by threads, ahead of time."""
+        return [self._drawn(self.bags[int(row)], int(row), epoch) for row in rows], rows
 
     def _drawn(self, bag: Bag, row: int, epoch: int) -> Bag:
         """The tiles that training sees of a slide: shuffled, and at most `max_tiles` of them, drawn for this epoch."""

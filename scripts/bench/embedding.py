@@ -20,7 +20,7 @@ from gigapath.cohort.manifest import SlideEntry
 from gigapath.cohort.run import CohortRun
 from gigapath.devices import resolve_device, resolve_precision
 from gigapath.embedding.features_stage import EmbedJob, FeatureStage
-from gigapath.embedding.forward import DeviceProbe, choose_forward, encode_padded
+from gigapath.embedding.forward import DeviceProbe, Forward, choose_forward
 from gigapath.embedding.options import RunOptions
 from gigapath.embedding.run import default_batch_size
 from gigapath.embedding.slides import open_entry
@@ -32,6 +32,7 @@ from gigapath.preprocessing.reading import iter_tiles
 from gigapath.preprocessing.tiling import TileOptions, plan_tiles
 from gigapath.tile_encoder import TileEncoder, load_tile_encoder
 from scripts.bench.protocol import Work, compare
+from scripts.bench.tile_encoder import Sender
 
 ENCODER_BAR, READER_BAR = 0.93, 0.85
 
@@ -94,13 +95,15 @@ def measure(options: EmbedBench) -> Iterator[dict[str, Any]]:
             raise ValueError(f"--slide: expected a slide with tissue, got none in {path.name}. Name another.")
         some = found.take(np.arange(min(len(found), options.tiles)))
         pixels = next(pixels for _, pixels in iter_tiles(slide, some, batch_size=len(some), workers=workers))
-        in_memory = np.concatenate([pixels] * len(entries))
         batch_size = options.batch_size or default_batch_size(encoder)
         made = _Turn(Path(folder) / "encoder", entries, some, encoder, batch_size, workers)
+        batches = _batches(np.concatenate([pixels] * len(entries)), batch_size, made.forward)
 
         def encode() -> None:
-            for first in range(0, len(in_memory), batch_size):
-                encode_padded(in_memory[first : first + batch_size], encoder, batch_size)
+            sender = Sender(made.forward)
+            for batch in batches:
+                sender.send(batch)
+            sender.wait()
 
         yield _row("encoder", ENCODER_BAR, made, encode, options.pairs, device)
 
@@ -114,6 +117,17 @@ def measure(options: EmbedBench) -> Iterator[dict[str, Any]]:
                         pass
 
         yield _row("reader", READER_BAR, made, read, options.pairs, device)
+
+
+def _batches(pixels: np.ndarray, batch_size: int, forward: Forward) -> list[Tensor]:
+    """The tiles in batches of one shape, where they would lie in a run."""
+    found = []
+    for first in range(0, len(pixels), batch_size):
+        some = pixels[first : first + batch_size]
+        batch = torch.zeros((batch_size, *[forward.encoder.transform.resize] * 2, 3), dtype=torch.uint8)
+        forward.encoder.transform.fit(some, batch.numpy()[: len(some)])
+        found.append(batch.pin_memory() if forward.pinned else batch)
+    return found
 
 
 class _Turn:
@@ -134,8 +148,8 @@ class _Turn:
         self.stages: dict[str, Any] = {}
         self._folder, self._entries, self._encoder = folder, entries, encoder
         self._batch_size, self._workers = batch_size, workers
-        way, words = choose_forward(encoder, batch_size)
-        self._probe = DeviceProbe((way,), len(entries) > 1, 0.0, (words,))
+        self.forward, words = choose_forward(encoder, batch_size)
+        self._probe = DeviceProbe((self.forward,), len(entries) > 1, 0.0, (words,))
 
     def __call__(self) -> None:
         run = CohortRun(self._folder, "embed", self._entries, [], {})

@@ -3,9 +3,9 @@ share of the time that waits for files."""
 
 import os
 import tempfile
-import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +18,18 @@ from gigapath.devices import resolve_device
 from gigapath.evaluation.task import Task
 from gigapath.features.data import CELL
 from gigapath.finetune.data import Bag, FileBags, look_at_all
+from gigapath.finetune.loop import Step, StepsTaken
 from gigapath.finetune.options import JoinOptions, TrainingOptions
 from gigapath.finetune.plan import operations
 from gigapath.finetune.processes import Processes, training_precision
 from gigapath.finetune.training import Trainer
 from gigapath.options import Options, option
-from gigapath.read_ahead import read_ahead
 from scripts.bench.protocol import Work, compare, product
+from scripts.bench.roofline import limits
 from scripts.bench.slide_encoder import WIDTHS
 
 LATENT = {"gigapath_slide_enc12l768d": 768, "gigapath_slide_enc12l384d": 384}
+STEPS = {"cuda": 8}  # that a turn takes at least, so that reading ahead is a part of it; 1 elsewhere
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -41,7 +43,7 @@ class FinetuningBench(Options):
     precision: str = option("auto", "of the step", choices=("auto", "fp32", "bf16", "fp16"))
     pairs: int = option(7, "pairs of turns", at_least=1)
     files: int = option(
-        8, "steps whose slides are read from files: the share of time spent waiting for them", at_least=0
+        8, "passes whose slides are read from files: the share of time spent waiting for them", at_least=0
     )
     device: str = option("auto", "auto, cpu, cuda or cuda:N", metavar="DEVICE")
 
@@ -52,43 +54,24 @@ class FinetuningBench(Options):
 
 
 def measure(options: FinetuningBench) -> Iterator[dict[str, Any]]:
-    """Measure a training step (forward, backward, AdamW, dropout 0.1) over the slides packed.
+    """Measure training steps (read ahead, forward, backward, AdamW, dropout 0.1) over the slides packed.
 
     Yields:
         One row: `slides`, `tiles`, `precision`, `slides_per_second`, `operations` (multiply-adds x 2, real keys only,
         backward = 2 x forward), `share` of the product's rate in the same precision with `share_least` and
         `share_most`, `product_per_second`; with several slides also `packed`, the slides per second packed over those
-        one by one, with `packed_least` and `packed_most`; with `files` also `waiting`, the share of the seconds of that
-        many steps in which a slide that was asked for had not been read yet, and `waiting_seconds` of each step. The
-        files are new ones, out of the system's memory where it lets go of them, so that each is read from the disk.
+        one by one, with `packed_least` and `packed_most`; what `roofline.limits` says; with `files` also `waiting`, the
+        share of the seconds of that many passes in which a slide that was asked for had not been read yet, and
+        `waiting_seconds` of each. The files are new ones, out of the system's memory where it lets go of them, so that
+        each is read from the disk.
     """
     device = resolve_device(options.device)
-    precision = training_precision(options.precision, device)
-    arch, in_chans = WIDTHS[options.slide_encoder]
-    latent_dim = LATENT[arch]
-    torch.manual_seed(0)
-    # The last state, so that every layer that is passed has a backward pass, as the count of operations has it.
-    model = ClassificationHead(
-        in_chans, latent_dim, str(options.depth), 6, arch, "", depth=options.depth, dropout=0.1, max_wsi_size=250000
-    )
-    model.to(device).train()
-    random = np.random.default_rng(0)
-    bags = [_made_bag(count, in_chans, random) for count in options.tiles]
-    truth = np.arange(len(options.tiles)) % 6
-    task = Task("made", "multi_class", tuple("012345"))
-    trainer = Trainer(task, bags, truth, TrainingOptions(), precision, Processes(device))
-    optimizer = torch.optim.AdamW(model.parameter_groups(1e-5, 0.05, 0.95))
-    slides = len(options.tiles)
-
-    def step(size: int) -> None:
-        optimizer.zero_grad(set_to_none=True)
-        rows = [np.arange(start, min(start + size, slides)) for start in range(0, slides, size)]
-        batches = [([bags[int(row)] for row in chunk], chunk) for chunk in rows]
-        trainer.loop.add_gradients(model, batches, trainer.loss_of, slides)
-        optimizer.step()
-
-    amount = 3 * sum(operations(model, count) for count in options.tiles)
-    packed = Work(lambda: step(slides), amount)
+    model, trainer = made_trainer(options.slide_encoder, options.tiles, options.depth, options.precision, device)
+    precision, slides = trainer.precision, len(options.tiles)
+    count = STEPS.get(device.type, 1)
+    at_once, singly = [np.arange(slides)], [np.array([row]) for row in range(slides)]
+    amount = 3 * sum(operations(model, tiles) for tiles in options.tiles)
+    packed, one_by_one = (Work(steps(model, trainer, chunks, count), amount * count) for chunks in (at_once, singly))
     share = compare(packed, product(device, _DTYPES[precision]), options.pairs, device)
     row: dict[str, Any] = {
         "slides": slides,
@@ -100,15 +83,57 @@ def measure(options: FinetuningBench) -> Iterator[dict[str, Any]]:
         "share_least": share.least,
         "share_most": share.most,
         "product_per_second": share.theirs,
+        **limits(packed, share, device),
     }
     if slides > 1:
-        gain = compare(packed, Work(lambda: step(1), amount), options.pairs, device)
+        gain = compare(packed, one_by_one, options.pairs, device)
         row |= {"packed": gain.median, "packed_least": gain.least, "packed_most": gain.most}
     if options.files:
         with tempfile.TemporaryDirectory(prefix="gigapath-bench-") as folder:
-            paths = _write_bags(Path(folder), [bags[row] for row in range(slides)], options.files)
-            row |= _waiting(trainer, model, optimizer, paths, slides)
+            paths = _write_bags(Path(folder), [trainer.bags[row] for row in range(slides)], options.files)
+            files = FileBags(paths, look_at_all(paths, JoinOptions()), None)
+            on_files = replace(trainer, bags=files, truth=np.tile(trainer.truth, options.files))
+            taken = steps(model, on_files, [at_once[0] + n * slides for n in range(options.files)], 1)()
+            row |= {"waiting": taken.waited / taken.seconds, "waiting_seconds": taken.waited / options.files}
     yield row
+
+
+def made_trainer(
+    slide_encoder: str, tiles: Sequence[int], depth: int, precision: str, device: torch.device
+) -> tuple[ClassificationHead, Trainer]:
+    """A model with random weights, and what trains it on made slides of so many tiles."""
+    arch, in_chans = WIDTHS[slide_encoder]
+    torch.manual_seed(0)
+    # The last state, so that every layer that is passed has a backward pass, as the count of operations has it.
+    model = ClassificationHead(
+        in_chans, LATENT[arch], str(depth), 6, arch, "", depth=depth, dropout=0.1, max_wsi_size=250000
+    )
+    model.to(device).train()
+    random = np.random.default_rng(0)
+    bags = [_made_bag(count, in_chans, random) for count in tiles]
+    task = Task("made", "multi_class", tuple("012345"))
+    truth = np.arange(len(tiles)) % 6
+    return model, Trainer(
+        task, bags, truth, TrainingOptions(), training_precision(precision, device), Processes(device)
+    )
+
+
+def steps(
+    model: ClassificationHead, trainer: Trainer, chunks: Sequence[np.ndarray], count: int
+) -> Callable[[], StepsTaken]:
+    """What takes `count` steps of AdamW over the same chunks of rows, as a run does."""
+    optimizer = torch.optim.AdamW(model.parameter_groups(1e-5, 0.05, 0.95))
+    return partial(
+        trainer.loop.run,
+        model,
+        optimizer,
+        trainer.loop.scaler(),
+        [Step(chunks, sum(map(len, chunks)), 0.0)] * count,
+        what="made slides",
+        read=partial(trainer.read, epoch=0),
+        loss_of=trainer.loss_of,
+        set_rate=lambda epochs_done: 0.0,
+    )
 
 
 def _write_bags(folder: Path, bags: Sequence[Bag], times: int) -> list[Path]:
@@ -126,26 +151,6 @@ def _write_bags(folder: Path, bags: Sequence[Bag], times: int) -> list[Path]:
             if hasattr(os, "posix_fadvise"):
                 os.posix_fadvise(written.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     return paths
-
-
-def _waiting(
-    trainer: Trainer, model: ClassificationHead, optimizer: torch.optim.Optimizer, paths: Sequence[Path], slides: int
-) -> dict[str, float]:
-    """Steps of `slides` slides each over files, read ahead as in training."""
-    read = FileBags(paths, look_at_all(paths, JoinOptions()), None)
-    waited, started = 0.0, time.perf_counter()
-    bags = read_ahead(read.__getitem__, range(len(paths)), threads=trainer.options.workers)
-    for _ in range(len(paths) // slides):
-        optimizer.zero_grad(set_to_none=True)
-        asked = time.perf_counter()
-        chunk = [next(bags) for _ in range(slides)]
-        waited += time.perf_counter() - asked
-        trainer.loop.add_gradients(model, [(chunk, np.arange(slides))], trainer.loss_of, slides)
-        optimizer.step()
-    return {
-        "waiting": waited / (time.perf_counter() - started),
-        "waiting_seconds": waited * slides / len(paths),
-    }
 
 
 def _made_bag(tiles: int, width: int, random: np.random.Generator) -> Bag:

@@ -13,22 +13,23 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from demo.pretrain_planted import KINDS, RECIPE, SIZES, planted_slides, write_slides
-from gigapath.devices import resolve_device
+from gigapath.devices import computing, resolve_device
 from gigapath.evaluation.intervals import evaluate
 from gigapath.evaluation.scores import Predictions
 from gigapath.features.data import CELL
 from gigapath.finetune.data import Bag
 from gigapath.finetune.loop import Loop
 from gigapath.finetune.plan import measure_pass
-from gigapath.finetune.processes import Processes
+from gigapath.finetune.processes import Processes, training_precision
 from gigapath.options import Options, option
-from gigapath.pretraining import SizeOptions, TaskOptions, pretrain
 from gigapath.pretraining.data import Target, Viewer, pack_views
 from gigapath.pretraining.model import build_autoencoder, loss_of_slides
+from gigapath.pretraining.options import SizeOptions, TaskOptions
 from gigapath.slide_encoder import create_model
 from scripts.bench.protocol import Work, compare, product
+from scripts.bench.roofline import limits
 
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PERMUTED = "permuted labels"
 
 
@@ -46,14 +47,16 @@ class PretrainingBench(Options):
 
 
 def measure(options: PretrainingBench) -> Iterator[dict[str, Any]]:
-    """Measure a step (forward, backward, AdamW) in float32, then fit linear layers on slide vectors.
+    """Measure a step (forward, backward, AdamW) in a run's own precision, then fit linear layers on slide vectors.
 
     Yields:
-        A row of the step: `share` of a product's rate with `share_least` and `share_most`, `kept` bytes a tile for the
-        way back. Then a row a label and kind of slide vectors: `auroc` with `low` and `high` (95 %, bootstrap over test
-        slides). The labels are the share of one kind of tile (composition) and the direction of stripes (arrangement).
+        A row of the step: `precision`, `tiles_per_second`, `share` of a product's rate with `share_least` and
+        `share_most`, `kept` bytes a tile for the way back, and what `roofline.limits` says.
+        Then a row a label and kind of slide vectors: `auroc` with `low` and `high` (95 %, bootstrap over test slides).
+        The labels are the share of one kind of tile (composition) and the direction of stripes (arrangement).
     """
     device = resolve_device(options.device)
+    precision = training_precision("auto", device)
     torch.manual_seed(0)
     arch = f"gigapath_slide_enc{options.depth}l768d"
     model = build_autoencoder("", SizeOptions(model_arch=arch, decoder_depth=-(-2 * options.depth // 3)), in_chans=1536)
@@ -63,12 +66,16 @@ def measure(options: PretrainingBench) -> Iterator[dict[str, Any]]:
     cells = np.stack([places % side, places // side], axis=1).astype(np.int64)
     bag = Bag(np.random.default_rng(0).standard_normal((options.tiles, 1536), dtype=np.float32), cells * CELL)
     none = np.zeros(1536, np.float32)
-    batch = pack_views([Viewer(TaskOptions(), 0).view(bag, "made", None)], Target(none, none + 1, none)).to(device)
+    batch = pack_views([Viewer(TaskOptions(), 0).view(bag, "made", None)], Target(none, none + 1, none))
+    batch = batch.pinned() if device.type == "cuda" else batch
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5)
-    loop = Loop(Processes(device), "fp32", 1)
+    loop = Loop(Processes(device), precision, 1)
 
     def loss_of(of: Any, given: Any) -> torch.Tensor:
-        return loss_of_slides(of(given), given, "mse").sum()
+        there = given.to(device)
+        with computing(precision, device):
+            predicted = of(there)
+        return loss_of_slides(predicted, there, "mse").sum()
 
     def step() -> None:
         optimizer.zero_grad(set_to_none=True)
@@ -77,20 +84,27 @@ def measure(options: PretrainingBench) -> Iterator[dict[str, Any]]:
 
     kept, _ = measure_pass(lambda: loss_of(model, batch), model, device)
     work = Work(step, 3 * model.operations(options.tiles, 0.75))
-    share = compare(work, product(device, torch.float32), options.pairs, device)
+    share = compare(work, product(device, _DTYPES[precision]), options.pairs, device)
     yield {
         "what": "step",
         "tiles": options.tiles,
+        "precision": precision,
+        "tiles_per_second": share.ours / work.amount * options.tiles,
         "share": share.median,
         "share_least": share.least,
         "share_most": share.most,
         "kept": kept / options.tiles,
+        **limits(work, share, device),
     }
     if options.slides:
         yield from _downstream(options)
 
 
 def _downstream(options: PretrainingBench) -> Iterator[dict[str, Any]]:
+    # A step is measured where what reads slides and the command line are not installed too.
+    from demo.pretrain_planted import RECIPE, SIZES, planted_slides, write_slides
+    from gigapath.pretraining import pretrain
+
     count, half = options.slides, options.slides // 2
     slides = planted_slides(count, seed=options.seed + 1, striped=0.8, turned=True)
     width = slides[0].features.shape[1]
@@ -145,4 +159,4 @@ def in_words(row: dict[str, Any]) -> str:
     return f"| {row['what']} | {row['vectors']} | {row['auroc']:.3f}{reach} |"
 
 
-HEADING = f"{KINDS} kinds of tiles\n\n| what | of | AUROC (95 %) |\n|---|---|---|"
+HEADING = "| what | of | AUROC (95 %) |\n|---|---|---|"

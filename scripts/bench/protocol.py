@@ -16,6 +16,8 @@ from pathlib import Path
 import torch
 
 SECONDS = 1.0
+# Rows and width of the plain product: 8192 on a GPU, which smaller ones do not fill.
+SIZES = {"cuda": (8192, 8192), "cpu": (4096, 3072)}
 
 
 @dataclass(frozen=True)
@@ -50,8 +52,8 @@ def compare(ours: Work, theirs: Work, pairs: int, device: torch.device, seconds:
     seconds = SECONDS if seconds is None else seconds
     repeats = []
     for work in (ours, theirs):
-        _time(work, 1, device)
-        repeats.append(max(1, math.ceil(seconds / _time(work, 1, device))))
+        time_of(work, 1, device)
+        repeats.append(max(1, math.ceil(seconds / time_of(work, 1, device))))
     rates = [(_rate(ours, repeats[0], device), _rate(theirs, repeats[1], device)) for _ in range(pairs)]
     ratios = [a / b for a, b in rates]
     return Ratio(
@@ -63,7 +65,7 @@ def compare(ours: Work, theirs: Work, pairs: int, device: torch.device, seconds:
     )
 
 
-def _time(work: Work, repeats: int, device: torch.device) -> float:
+def time_of(work: Work, repeats: int, device: torch.device) -> float:
     """Seconds that so many calls take, at least one step of the clock: rates are divisions by them."""
     _wait(device)
     start = time.perf_counter()
@@ -74,7 +76,7 @@ def _time(work: Work, repeats: int, device: torch.device) -> float:
 
 
 def _rate(work: Work, repeats: int, device: torch.device) -> float:
-    return work.amount * repeats / _time(work, repeats, device)
+    return work.amount * repeats / time_of(work, repeats, device)
 
 
 def _wait(device: torch.device) -> None:
@@ -84,8 +86,9 @@ def _wait(device: torch.device) -> None:
         torch.mps.synchronize()
 
 
-def product(device: torch.device, dtype: torch.dtype, rows: int = 4096, width: int = 3072) -> Work:
-    """A plain matrix product (rows x width x width); its amount is in operations, multiply-adds x 2."""
+def product(device: torch.device, dtype: torch.dtype) -> Work:
+    """A plain matrix product (rows x width x width) of SIZES; its amount is in operations, multiply-adds x 2."""
+    rows, width = SIZES.get(device.type, SIZES["cpu"])
     a = torch.randn(rows, width, device=device).to(dtype)
     b = torch.randn(width, width, device=device).to(dtype)
     return Work(lambda: a @ b, 2.0 * rows * width * width)

@@ -8,12 +8,13 @@ from typing import Any
 
 import torch
 
-from gigapath.devices import resolve_device
+from gigapath.devices import computing, resolve_device
 from gigapath.longnet.attention import choose_kernel
 from gigapath.longnet.encoder import count_operations
 from gigapath.options import Options, option
 from gigapath.slide_encoder import LongNetViT, create_model
 from scripts.bench.protocol import Work, compare, product
+from scripts.bench.roofline import limits
 
 WIDTHS = {"gigapath": ("gigapath_slide_enc12l768d", 1536), "gigapath-flash": ("gigapath_slide_enc12l384d", 384)}
 
@@ -41,7 +42,8 @@ def measure(options: SlideEncoderBench) -> Iterator[dict[str, Any]]:
         Rows with `tokens`, `precision`, `tokens_per_second`, `operations` (multiply-adds x 2, real keys only),
         `share` (of the product's rate in float32 on a CPU, in the row's precision elsewhere) with `share_least` and
         `share_most`, `product_per_second`, `kernel`, `bytes_per_token` (beyond weights and inputs; None where it can't
-        be told), and for bf16 `time_of_fp32`, the time as a part of that of fp32 in the same run.
+        be told), what `roofline.limits` says, and for bf16 `time_of_fp32`, the time as a part of that of fp32 in the
+        same run.
     """
     device = resolve_device(options.device)
     arch, in_chans = WIDTHS[options.slide_encoder]
@@ -70,6 +72,7 @@ def measure(options: SlideEncoderBench) -> Iterator[dict[str, Any]]:
                     "product_per_second": share.theirs,
                     "kernel": choose_kernel(torch.empty(1, 1, 1, model.embed_dim // 16, device=device).to(dtype)).name,
                     "bytes_per_token": _bytes_per_token(work, tokens, device),
+                    **limits(work, share, device),
                 }
                 if precision == "bf16":
                     row["time_of_fp32"] = 1 / compare(work, works["fp32"], options.pairs, device).median
@@ -81,7 +84,7 @@ def _call(model: LongNetViT, x: torch.Tensor, coords: torch.Tensor, precision: s
 
     def call() -> None:
         model.encoder.set_linear_precision(precision if x.device.type == "cpu" else "fp32")
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=precision == "bf16" and x.device.type != "cpu"):
+        with computing(precision if x.device.type != "cpu" else "fp32", x.device):
             model(x, coords)
 
     return call

@@ -1,19 +1,22 @@
 """How fast a tile encoder is, as a share of the rate of a plain matrix product measured in the same run."""
 
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from gigapath.devices import resolve_device, resolve_precision
-from gigapath.embedding.forward import PlainForward, made_batch
+from gigapath.embedding.forward import Forward, Vectors, choose_forward, made_batch
 from gigapath.options import Options, option
 from gigapath.tile_encoder import TileEncoder, load_tile_encoder
 from scripts.bench.protocol import Work, compare, product
+from scripts.bench.roofline import limits
 
 ENCODERS = ("gigapath", "gigapath-flash", "standin")
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -42,12 +45,13 @@ HEADING = (
 
 
 def measure(options: TileEncoderBench) -> Iterator[dict[str, Any]]:
-    """Measure one row after the other: batches of made tiles through normalisation and the encoder.
+    """Measure one row after the other: batches of made tiles, from the host's memory and back, the way of `embed`.
 
     Yields:
         Rows with `tile_encoder`, `batch_size`, `precision`, `device`, `tiles_per_second`, `operations` (of a tile,
         multiply-adds x 2), `share` (of the product's rate, in the row's precision but in fp32 on a CPU) with
-        `share_least` and `share_most`, and `product_per_second`.
+        `share_least` and `share_most`, `product_per_second`, the `way` that batches travel, and what
+        `roofline.limits` says.
     """
     device = resolve_device(options.device)
     precision = resolve_precision(options.precision, device)
@@ -55,8 +59,10 @@ def measure(options: TileEncoderBench) -> Iterator[dict[str, Any]]:
     operations = operations_of(encoder)
     dtype = torch.float32 if device.type == "cpu" else _DTYPES[precision]
     for batch_size in options.batch_size:
-        batch, plain = made_batch(encoder, batch_size), PlainForward(encoder)
-        work = Work(partial(plain.start, batch), float(batch_size * operations))
+        forward, way = choose_forward(encoder, batch_size)
+        batch = made_batch(encoder, batch_size)
+        batch = batch.pin_memory() if forward.pinned else batch
+        work = Work(partial(Sender(forward).send, batch), float(batch_size * operations))
         with torch.inference_mode():
             share = compare(work, product(device, dtype), options.pairs, device)
         yield {
@@ -70,7 +76,27 @@ def measure(options: TileEncoderBench) -> Iterator[dict[str, Any]]:
             "share_least": share.least,
             "share_most": share.most,
             "product_per_second": share.theirs,
+            "way": way,
+            **limits(work, share, device),
         }
+
+
+class Sender:
+    """Sends batches, and waits for answers only where more are on their way than may be."""
+
+    def __init__(self, forward: Forward) -> None:
+        self._forward = forward
+        self._waiting: deque[Callable[[], Vectors]] = deque()
+
+    def send(self, batch: Tensor) -> None:
+        self._waiting.append(self._forward.start(batch))
+        if len(self._waiting) > self._forward.in_flight:
+            self._waiting.popleft()()
+
+    def wait(self) -> None:
+        """For all that are on their way."""
+        while self._waiting:
+            self._waiting.popleft()()
 
 
 def operations_of(encoder: TileEncoder) -> int:
