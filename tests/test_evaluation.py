@@ -13,7 +13,7 @@ from sklearn import metrics as sk
 from gigapath.evaluation import intervals as intervals_module
 from gigapath.evaluation.calibration import calibration_slope
 from gigapath.evaluation.intervals import bootstrap_weights, evaluate, paired_difference
-from gigapath.evaluation.results import FOLD, Results, read_results, score, summary_csv, write_results
+from gigapath.evaluation.results import FOLD, Results, read_results, score, stratum_lines, summary_csv, write_results
 from gigapath.evaluation.scores import (
     Predictions,
     Scorer,
@@ -309,12 +309,25 @@ def test_site_alone_scores_what_the_site_knows() -> None:
     assert list(per_site) == ["here", "there"] and per_site["here"].rows == int((sites[2000:] == "here").sum())
 
 
+def test_site_alone_knows_the_share_of_each_label() -> None:
+    truth, sites = np.array([[1, 0], [1, 1], [0, 0]]), np.array(["a", "a", "b"])
+    said = site_probabilities(truth, sites, np.array(["b", "a", "new"]), 2)
+    assert said.tolist() == [[0, 0], [1, 0.5], [pytest.approx(2 / 3), pytest.approx(1 / 3)]]
+
+
 def test_results_are_read_as_they_were_written(tmp_path: Path) -> None:
     predictions = replace(made(60, 3), groups=np.arange(60) // 2 + 60 * (np.arange(60) % 2), folds=np.arange(60) // 30)
     other = replace(predictions, probabilities=predictions.probabilities[:, ::-1])
     sites = np.array(["a", "b"])[np.arange(60) % 2]
     more = {"replicates": 20, "seed": 0}
-    found = score(predictions, patients=True, sites=sites, against={"other": other}, facts={"width": 3}, **more)
+    strata = {"scanner": ["S1", "", "S2"] * 20}
+    found = score(
+        predictions, patients=True, sites=sites, strata=strata, against={"other": other}, facts={"width": 3}, **more
+    )
+    assert set(found.by_stratum["scanner"]) == {"S1", "S2", "not known"} and list(found.strata) == ["site", "scanner"]
+    assert sum(each.rows for each in found.by_stratum["scanner"].values()) == 60
+    said = stratum_lines({"model": found})
+    assert len(said) == 2 + 1 + 3 + 1 and any(line.startswith("not known") for line in said)
     assert list(found.by_unit) == ["patients", "slides"] and set(found.by_site) == {"a", "b"}
     lead = found.leads["other"]["accuracy"]
     assert lead.value == pytest.approx(found["accuracy"].value - score(other, patients=True, **more)["accuracy"].value)

@@ -123,6 +123,26 @@ def test_sites_are_scored_one_by_one(made: tuple[Path, Path]) -> None:
     assert all(evaluation["auroc"].value > 0.7 for evaluation in score.by_site.values())
 
 
+def test_scanners_and_stains_are_scored_apart(copied: tuple[Path, Path], tmp_path: Path, capsys) -> None:
+    """The stain from the labels, which go before, the scanner from what the run says of its slides."""
+    folder, table = copied
+    with table.open() as file:
+        rows = list(csv.DictReader(file))
+    number = {row["slide_id"]: index for index, row in enumerate(rows)}
+    write_rows(table, [{**row, "stain": "HI"[number[row["slide_id"]] // 2 % 3 == 0]} for row in rows])
+    run = [{"slide_id": name, "scanner": f"S{index // 2 % 5}", "stain": "none"} for name, index in number.items()]
+    write_rows(folder / "slides.csv", run)
+    words = ["--labels", str(table), "--embedding", "default", "--folds", "3", "--repeats", "1", "--replicates", "20"]
+    assert main(["probe", str(folder), *words, "--out", str(tmp_path / "out")]) == 0
+    printed = capsys.readouterr().out
+    found = json.loads((tmp_path / "out" / "results.json").read_text())["scores"]["default"]["by_stratum"]
+    assert {name: list(of) for name, of in found.items()} == {
+        "scanner": [f"S{number}" for number in range(5)], "stain": ["H", "I"]
+    }  # fmt: skip
+    assert found["stain"]["I"]["units"] == 14 and found["scanner"]["S3"]["units"] == PATIENTS // 5
+    assert all(f"default by {stratum}" in printed for stratum in ("site", "scanner", "stain"))
+
+
 def test_each_site_is_left_out_once(copied: tuple[Path, Path], tmp_path: Path) -> None:
     folder, table = copied
     with table.open() as file:

@@ -141,7 +141,7 @@ def _score(
 ) -> int:
     if out is None:
         raise ValueError("--labels: expected --out DIR beside it, a folder for the scores. Name one.")
-    from gigapath.evaluation.results import score_lines
+    from gigapath.evaluation.results import score_lines, stratum_lines
     from gigapath.finetune import evaluate_head
 
     result = evaluate_head(
@@ -155,7 +155,7 @@ def _score(
         seed=intervals.seed,
         allow_seen=allow_leakage,
     )
-    for line in score_lines({"frozen head": result}):
+    for line in (*score_lines({"frozen head": result}), *stratum_lines({"frozen head": result})):
         print(line)
     for note in result.notes:
         print(f"note: {note}")

@@ -4,8 +4,8 @@ import hashlib
 import logging
 import re
 import unicodedata
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +18,8 @@ ID_COLUMNS = ("slide_id", "image_id", "slide", "image", "input", "file", "name")
 LABEL_COLUMNS = ("label", "isup_grade")
 PATIENT_COLUMNS = ("patient_id", "pat_id", "patient", "case_submitter_id", "case_id", "group")
 SITE_COLUMNS = ("site", "data_provider", "provider", "hospital", "center", "scanner")
+# What besides the site a score is told apart by: its name -> columns of labels, or of the slides.csv of a run.
+STRATA = {"scanner": ("scanner", "scanner_model"), "stain": ("stain", "staining")}
 SHOWN = 3  # examples in a message
 MOST_CLASSES = 50  # of a task that is made from a column
 
@@ -46,6 +48,7 @@ class Labels:
         sites: (S,) or None.
         source: the CSV's name.
         digest: SHA-256 over what is above; a split is reused only where it is the same.
+        strata: "scanner", "stain" -> (S,) what each slide has, "" = not known; those that are known.
     """
 
     slide_ids: tuple[str, ...]
@@ -54,6 +57,7 @@ class Labels:
     sites: tuple[str, ...] | None
     source: str
     digest: str
+    strata: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.slide_ids)
@@ -76,6 +80,7 @@ class Labels:
             truth=self.truth[index],
             patients=self.patients and chosen(self.patients),
             sites=self.sites and chosen(self.sites),
+            strata={name: chosen(column) for name, column in self.strata.items()},
         )
 
 
@@ -159,8 +164,38 @@ def read_labels(path: Path | str, task: Task, *, id_rule: str = "exact") -> Labe
     sites = None if site_column is None else table.columns[site_column]
     digest = hashlib.sha256(repr((slide_ids, truth.tolist(), patients, sites)).encode()).hexdigest()
     return Labels(
-        tuple(slide_ids), truth, tuple(patients) if patients else None, tuple(sites) if sites else None, name, digest
+        tuple(slide_ids),
+        truth,
+        tuple(patients) if patients else None,
+        tuple(sites) if sites else None,
+        name,
+        digest,
+        strata_of(table, site_column),
     )
+
+
+def strata_of(table: Table, site_column: str | None = None) -> dict[str, tuple[str, ...]]:
+    """The columns of `STRATA` that a table has and that are not its site's."""
+    found = {name: first_column(table, usual) for name, usual in STRATA.items()}
+    return {name: tuple(table.columns[column]) for name, column in found.items() if column not in (None, site_column)}
+
+
+def strata_of_run(features: Path, ids: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    """What the run that made some slides' features knows of them, from the slides.csv in its output folder.
+
+    Args:
+        features: that folder, or one right in it.
+        ids: the slides' names as the run has them.
+    """
+    for folder in (features, features.parent):
+        if (folder / "slides.csv").is_file():
+            table = read_table(folder / "slides.csv")
+            row_of = {slide_id: row for row, slide_id in enumerate(table.columns.get("slide_id", ()))}
+            rows = [row_of.get(slide_id) for slide_id in ids]
+            columns = strata_of(table).items()
+            known = {name: tuple("" if row is None else cells[row] for row in rows) for name, cells in columns}
+            return {name: cells for name, cells in known.items() if any(cells)}
+    return {}
 
 
 def patients_of(
@@ -306,7 +341,11 @@ def join_labels(
             f"{labels.source}: {len(missing):,} of {len(labels):,} slides have no features ({shown(missing)}). "
             "Embed them, or go on without them: --allow-missing."
         )
-    return Joined(labels.take(found), tuple(by_id[keys[row]] for row in found), missing, unlabelled)
+    joined, paths = labels.take(found), tuple(by_id[keys[row]] for row in found)
+    if len(folders := {path.parent for path in paths}) == 1:
+        made = strata_of_run(folders.pop(), [bare_name(path) for path in paths])
+        joined = replace(joined, strata={**made, **joined.strata})
+    return Joined(joined, paths, missing, unlabelled)
 
 
 def bare_name(file: Path) -> str:

@@ -30,7 +30,8 @@ RESULTS = "results.json"
 FORMAT = 2
 TILE_PROBE, SLIDE_PROBE = "probe of tiles", "probe of slides"
 FINE_TUNING, FOLD, EVALUATION = "fine-tuning", "fold of fine-tuning", "evaluation of a fitted head"
-SITE_ALONE = "site alone"
+CHANCE, SITE_ALONE = "chance", "site alone"
+STRATUM_SCORES = ("auroc", "balanced_accuracy", "auprc")  # of a site, scanner or stain in a printed table
 TERMS = (
     "For research use only, not for diagnosis. A slide encoder and embeddings fall under the terms of the weights that "
     "made them; Prov-GigaPath's are for research."
@@ -45,6 +46,7 @@ class Scores:
         by_unit: "patients", where slides are known to be of patients of one label each, then "slides"; or "tiles". The
             first is the headline. Intervals are drawn by patient, or by slide for tiles, where known.
         by_site: site -> the scores of its slides alone, in the unit of the headline.
+        by_stratum: likewise "scanner" and "stain" -> what there is of them -> scores.
         leads: another model -> this one's scores minus its scores, on the same rows with the same draws.
         calibration_slope: NaN where it is not defined, and over the models of several folds.
         at_threshold: label -> threshold, sensitivity and specificity, where there are thresholds.
@@ -63,6 +65,12 @@ class Scores:
     facts: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     predictions: Predictions | None = None
+    by_stratum: Mapping[str, Mapping[str, Evaluation]] = field(default_factory=dict)
+
+    @property
+    def strata(self) -> dict[str, Mapping[str, Evaluation]]:
+        """Sites, scanners and stains where slides are of several."""
+        return {name: found for name, found in {"site": self.by_site, **self.by_stratum}.items() if len(found) > 1}
 
     @property
     def unit(self) -> str:
@@ -82,6 +90,9 @@ class Scores:
         values = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "predictions"}
         for name in ("by_unit", "by_site"):
             values[name] = {each: found.to_dict() for each, found in values[name].items()}
+        values["by_stratum"] = {
+            name: {each: found.to_dict() for each, found in of.items()} for name, of in self.by_stratum.items()
+        }
         return {"unit": self.unit, **plain(values)}
 
     @classmethod
@@ -100,6 +111,10 @@ class Scores:
             values["confusion"],
             values["facts"],
             tuple(values["notes"]),
+            by_stratum={
+                name: {each: Evaluation.from_dict(found) for each, found in of.items()}
+                for name, of in values.get("by_stratum", {}).items()
+            },
         )
 
 
@@ -109,6 +124,7 @@ def score(
     unit: str = "slides",
     patients: bool = False,
     sites: npt.NDArray[np.generic] | None = None,
+    strata: Mapping[str, Sequence[str]] | None = None,
     against: Mapping[str, Predictions] | None = None,
     task: Task | None = None,
     how: Calibration | None = None,
@@ -120,6 +136,7 @@ def score(
 
     Args:
         sites: (N,) site of each row, or None.
+        strata: "scanner", "stain" -> (N,) what each row has.
         replicates: of the bootstrap; 0 for scores without intervals.
     """
 
@@ -149,13 +166,14 @@ def score(
         name: paired_difference(units(predictions), units(other), replicates=replicates, seed=seed)
         for name, other in (against or {}).items()
     }
-    by_site = {}
-    for site in () if sites is None else np.unique(sites):
-        by_site[str(site)] = over(units(predictions.rows(sites == site)))
+
+    def apart(column: npt.NDArray[np.generic]) -> dict[str, Evaluation]:
+        return {str(each) or "not known": over(units(predictions.rows(column == each))) for each in np.unique(column)}
+
     several = predictions.multi_label or predictions.folds is not None
     return Scores(
         by_unit,
-        by_site,
+        {} if sites is None else apart(sites),
         leads,
         math.nan if several else calibration_slope(predictions),
         found,
@@ -163,6 +181,7 @@ def score(
         facts or {},
         tuple(notes),
         predictions,
+        {name: apart(np.asarray(column)) for name, column in (strata or {}).items()},
     )
 
 
@@ -323,3 +342,16 @@ def score_lines(scores: Mapping[str, Scores], more: Mapping[str, Mapping[str, st
         table.append([SCORE_WORDS.get(name, name), *cells, *(column[name] for column in (more or {}).values())])
     folds = ["+-: standard deviation over folds"] if first.by_fold else []
     return [*table_lines(table), *folds, f"intervals: {first.covers}"]
+
+
+def stratum_lines(scores: Mapping[str, Scores]) -> list[str]:
+    """Tables for people of the first model with scores by site, scanner or stain: a line each of them."""
+    lines: list[str] = []
+    model, found = next(((name, each) for name, each in scores.items() if each.strata), next(iter(scores.items())))
+    for stratum, by in found.strata.items():
+        names = [name for name in next(iter(by.values())).estimates if ":" not in name]
+        shown = ([name for name in STRATUM_SCORES if name in names] or names)[:3]
+        rows = [[f"{model} by {stratum}", found.unit, *(SCORE_WORDS.get(name, name) for name in shown)]]
+        rows += [[each, f"{one.units:,}", *(str(one[name]) for name in shown)] for each, one in by.items()]
+        lines += table_lines(rows)
+    return lines

@@ -353,18 +353,21 @@ def site_probabilities(
 ) -> FloatArray:
     """The prediction of who sees the site alone: the class shares of each site's training rows, (N, classes).
 
+    Truth is the class index of each row, or (N, classes) of 0 and 1.
+
     A site without training rows gets the shares of all of them. Scored like a model, this is what a model reaches
     that has learned nothing but where a slide comes from.
     """
     train_truth, train_sites, sites = np.asarray(train_truth), np.asarray(train_sites), np.asarray(sites)
     out = prior_probabilities(train_truth, len(sites), classes)
     for site in np.unique(train_sites):
-        counts = np.bincount(train_truth[train_sites == site], minlength=classes)
-        out[sites == site] = counts / counts.sum()
+        here = train_truth[train_sites == site]
+        out[sites == site] = prior_probabilities(here, int((sites == site).sum()), classes)
     return out
 
 
 def prior_probabilities(train_truth: npt.NDArray[np.integer], rows: int, classes: int) -> FloatArray:
     """The prediction of who sees nothing: the class shares of training for every row, (rows, classes)."""
-    counts = np.bincount(np.asarray(train_truth), minlength=classes)
-    return np.tile(counts / counts.sum(), (rows, 1))
+    truth = np.asarray(train_truth)
+    flags = truth if truth.ndim == 2 else np.eye(classes)[truth]
+    return np.tile(flags.mean(axis=0), (rows, 1))

@@ -286,9 +286,11 @@ def predictions_of(labels: Labels, shares: npt.NDArray[np.float64], task: Task) 
 def score_slides(
     labels: Labels, predictions: Predictions, task: Task, how: Calibration | None, *, sites: bool = True, **more: Any
 ) -> Scores:
-    """`score` over patients and sites where the labels know them."""
+    """`score` over patients and, with `sites`, by site, scanner and stain where the labels know them."""
     of_sites = np.asarray(labels.sites) if sites and labels.sites is not None else None
-    return score(predictions, patients=labels.patients is not None, sites=of_sites, task=task, how=how, **more)
+    strata = labels.strata if sites else None
+    known = labels.patients is not None
+    return score(predictions, patients=known, sites=of_sites, strata=strata, task=task, how=how, **more)
 
 
 def slides_csv(labels: Labels, shares: npt.NDArray[np.float64], task: Task, how: Calibration) -> str:

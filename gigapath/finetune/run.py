@@ -28,6 +28,7 @@ from gigapath.evaluation.results import (
     Results,
     Scores,
     score_lines,
+    stratum_lines,
     summary_csv,
     write_results,
 )
@@ -162,7 +163,7 @@ class _Run:
         for fold in cohort.folds:
             folds.append(self._fold(fold, split))
         scores = folds[0] if len(folds) == 1 else self._over_folds(folds)
-        lines = score_lines(scores)
+        lines = [*score_lines(scores), *stratum_lines(scores)]
         if self.first:
             # The fold's own results say what a single one reached at thresholds and by site.
             results = Results(FINE_TUNING, cohort.task.described(), scores, notes=tuple(cohort.notes))
@@ -325,9 +326,9 @@ class _Run:
         return self._write(fold, folder, fitted, self._site_alone(fold))
 
     def _site_alone(self, fold: Fold) -> dict[str, Predictions]:
-        """What a predictor says that knows the site of a slide only; none without sites or with several labels."""
+        """What a predictor says that knows the site of a slide only; none without sites."""
         labels, task = self.cohort.joined.labels, self.cohort.task
-        if labels.sites is None or task.multi_label:
+        if labels.sites is None:
             return {}
         sites, train = np.asarray(labels.sites), fold.train
         known = site_probabilities(labels.truth[train], sites[train], sites[fold.test], len(task.classes))

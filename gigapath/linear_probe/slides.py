@@ -25,15 +25,19 @@ from gigapath.evaluation.labels import (
     first_column,
     id_maker,
     patients_of,
+    strata_of,
+    strata_of_run,
 )
 from gigapath.evaluation.plots import draw_intervals
 from gigapath.evaluation.results import (
+    CHANCE,
     SITE_ALONE,
     SLIDE_PROBE,
     Results,
     Scores,
     predictions_csv,
     score,
+    stratum_lines,
     summary_csv,
     write_results,
 )
@@ -70,6 +74,7 @@ class SlideData:
         group_column: what the groups are called, or None where slides stand for themselves.
         sites: (S,) or None.
         test: (S,) bool, the slides of the given test split; None for folds.
+        strata: "scanner", "stain" -> (S,) what each slide has, "" = not known; those that are known.
     """
 
     ids: tuple[str, ...]
@@ -80,6 +85,7 @@ class SlideData:
     group_column: str | None
     sites: TextArray | None
     test: npt.NDArray[np.bool_] | None
+    strata: dict[str, tuple[str, ...]] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
 
@@ -155,6 +161,8 @@ def load_slides(
         group_column=group_column,
         sites=None if site_column is None else np.array([listed.columns[site_column][row] for row in rows]),
         test=test,
+        strata=strata_of_run(Path(folder), slide_ids)
+        | {name: tuple(cells[row] for row in rows) for name, cells in strata_of(listed, site_column).items()},
         facts={
             "slides": len(slide_ids),
             "groups": len(set(groups.tolist())),
@@ -213,6 +221,7 @@ class SlideProbe:
             rows.append([name, str(found.facts.get("width", "")), *(str(found[each]) for each in SHOWN), lead])
         yield from table_lines(rows)
         yield f"intervals: {self.scores[BASELINE].headline.covers}"
+        yield from stratum_lines({name: found for name, found in self.scores.items() if found.leads} or self.scores)
         yield from (f"note: {note}" for note in self.notes)
 
     def to_frame(self) -> Any:
@@ -294,15 +303,15 @@ def probe_slides(
             found[name] = predictions([probabilities for probabilities, _ in fits])
             facts[name] = {"width": vectors.shape[1], "penalties": [penalty for _, penalty in fits]}
     classes = len(data.classes)
-    found["chance"] = predictions(
-        [prior_probabilities(data.labels[train], len(test), classes) for train, test in folds]
-    )
+    found[CHANCE] = predictions([prior_probabilities(data.labels[train], len(test), classes) for train, test in folds])
     if data.sites is not None:
         places = data.sites
         found[SITE_ALONE] = predictions(
             [site_probabilities(data.labels[train], places[train], places[test], classes) for train, test in folds]
         )
-    how: dict[str, Any] = {"patients": patients, "sites": sites, "replicates": options.replicates, "seed": options.seed}
+    strata = {name: [cells[row] for row in rows.tolist()] for name, cells in data.strata.items()}
+    how: dict[str, Any] = {"patients": patients, "sites": sites, "strata": strata}
+    how |= {"replicates": options.replicates, "seed": options.seed}
     rivals = {name: {BASELINE: found[BASELINE]} for name in facts if name != BASELINE}
     scores = {name: score(each, against=rivals.get(name), facts=facts.get(name), **how) for name, each in found.items()}
     notes += scores[BASELINE].notes

@@ -17,6 +17,7 @@ from gigapath.devices import at_most_threads, computing, resolve_device
 from gigapath.evaluation.intervals import evaluate, plain
 from gigapath.evaluation.plots import Curves, draw_curves
 from gigapath.evaluation.results import (
+    CHANCE,
     TILE_PROBE,
     Results,
     Scores,
@@ -292,7 +293,7 @@ def _device(tile_options: TileProbeOptions) -> torch.device:
 def _controls(data: ProbeData) -> dict[str, Predictions]:
     """Chance's predictions of the test set, and those of raw colour statistics where pixels were at hand."""
     truth = data.truth(TEST)
-    predicted = {"chance": prior_probabilities(data.truth(TRAIN), len(truth), len(data.classes))}
+    predicted = {CHANCE: prior_probabilities(data.truth(TRAIN), len(truth), len(data.classes))}
     if data.colours is not None:
         colours = torch.from_numpy(data.colours.astype(np.float64))
         rows = {split: torch.from_numpy(found) for split, found in data.rows.items()}

@@ -24,10 +24,12 @@ from gigapath.cohort.privacy import hide_paths, redact
 from gigapath.evaluation.intervals import Estimate, Evaluation, plain
 from gigapath.evaluation.plots import Curves
 from gigapath.evaluation.results import (
+    CHANCE,
     EVALUATION,
     FINE_TUNING,
     FOLD,
     RESULTS,
+    SITE_ALONE,
     SLIDE_PROBE,
     TILE_PROBE,
     read_results,
@@ -182,8 +184,9 @@ def _scores_of(found: Found) -> Iterator[Block]:
     if leads:
         table = _table({pair: dict(lead) for pair, lead in leads.items()})
         yield {**_named(table), "title": "Differences on the same rows and draws", "intervals": "", "signed": True}
-    if first.by_site:
-        yield {"kind": "group", "title": f"Scores by site: {name}", "blocks": [_scores("", first.by_site)]}
+    for model, each in found.scores.items():
+        for stratum, by in {} if model in (CHANCE, SITE_ALONE) else each.strata.items():
+            yield {"kind": "group", "title": f"Scores by {stratum}: {model}", "blocks": [_scores("", by)]}
     classes = [str(each) for each in found.task.get("classes") or ()]
     if found.kind in (TILE_PROBE, FOLD, EVALUATION) and first.confusion and len(first.confusion) == len(classes):
         title = f"Confusion matrix, {list(first.by_unit)[-1]}"
