@@ -31,6 +31,7 @@ def option(
     *,
     choices: Sequence[str] | None = None,
     metavar: str | None = None,
+    hidden: bool = False,
     above: float | None = None,
     at_least: float | None = None,
     at_most: float | None = None,
@@ -42,6 +43,7 @@ def option(
         help: one line for `--help`, with the unit.
         choices: the allowed words, or None; beside bounds the words that may stand for a number.
         metavar: the placeholder in `--help`.
+        hidden: a former spelling, which help leaves out.
         above: the value must be greater than this.
         at_least: the value must not be smaller than this.
         at_most: the value must not be greater than this.
@@ -50,6 +52,7 @@ def option(
         "help": help,
         "choices": tuple(choices) if choices else None,
         "metavar": metavar,
+        "hidden": hidden,
         "above": above,
         "at_least": at_least,
         "at_most": at_most,

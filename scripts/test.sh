@@ -5,7 +5,7 @@ set -euo pipefail
 # shellcheck source=scripts/bootstrap.sh
 source "$(dirname "${BASH_SOURCE[0]}")/bootstrap.sh"
 
-prepare_environment standin,train,dev
+prepare_environment standin,train,lora,dev
 cd "$CHECKOUT"
 export OMP_NUM_THREADS=1
 exec "$PYTHON" -m pytest -n 2 --dist loadfile "$@"

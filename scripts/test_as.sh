@@ -6,7 +6,7 @@ set -euo pipefail
 # shellcheck source=scripts/bootstrap.sh
 source "$(dirname "${BASH_SOURCE[0]}")/bootstrap.sh"
 
-prepare_environment standin,train,dev
+prepare_environment standin,train,lora,dev
 cd "$CHECKOUT"
 case ${1:-} in
 avx2) export ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 ;;

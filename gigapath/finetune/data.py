@@ -211,6 +211,7 @@ class Cohort:
 
 def prepare(inputs: Inputs, settings: Settings) -> Cohort:
     """Read and check everything that can be wrong before anything is trained or written."""
+    settings.model.check_adapters(inputs.pretrained)
     task = load_task(inputs.task)
     files = find_feature_files(inputs.features)
     labels = read_labels(inputs.labels, task, id_rule=settings.join.id_rule)

@@ -140,7 +140,7 @@ def build_head(options: ModelOptions, *, pretrained: str, input_dim: int, n_clas
         n_classes=n_classes,
         model_arch=options.model_arch,
         pretrained=pretrained,
-        freeze=options.freeze,
+        freeze=options.adapt == "head",
         global_pool=options.global_pool,
         dropout=options.dropout,
         drop_path_rate=options.drop_path_rate,

@@ -1,5 +1,6 @@
 """Options of fine-tuning: data, model, training; the defaults are the published recipe."""
 
+import importlib.util
 from dataclasses import dataclass
 from typing import Literal
 
@@ -14,6 +15,7 @@ from gigapath.options import (
 )
 
 HEADS = ("linear", "abmil", "abmil-tiles")
+ADAPTATIONS = ("head", "lora", "last", "full")
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 
 
@@ -40,7 +42,33 @@ class SplitOptions(Options):
 
 
 @dataclass(frozen=True)
-class ModelOptions(Options):
+class AdapterOptions(Options):
+    """What is trained of a pretrained encoder, beside its head."""
+
+    adapt: str = option(
+        "full",
+        "what is trained: head = the head alone, on states computed once; lora = low-rank adapters of the encoder's "
+        "layers; last = its last blocks; full = all weights",
+        choices=ADAPTATIONS,
+    )
+    lora_rank: int = option(8, "rank of the adapters", at_least=1)
+    lora_alpha: float = option(16.0, "the adapters' product is scaled by this over the rank", above=0)
+    lora_dropout: float = option(0.0, "dropout in front of the adapters", at_least=0, at_most=0.9)
+    last_blocks: int = option(2, "blocks that --adapt last trains, with the norm behind them", at_least=1)
+
+    def check_adapters(self, pretrained: str) -> None:
+        """Refuse to adapt an encoder of random weights, and adapters without their library, before work begins."""
+        if self.adapt == "lora" and importlib.util.find_spec("peft") is None:
+            raise ImportError("--adapt lora: peft is not installed. Install it: pip install 'gigapath[lora]'.")
+        if self.adapt in ("lora", "last") and not pretrained:
+            raise ValueError(
+                f"--adapt {self.adapt}: expected weights to adapt, got random ones. Give --pretrained, or train all: "
+                "--adapt full."
+            )
+
+
+@dataclass(frozen=True)
+class ModelOptions(AdapterOptions):
     """The slide encoder and what stands on it."""
 
     model_arch: str = option("gigapath_slide_enc12l768d", "architecture of the slide encoder", metavar="NAME")
@@ -52,11 +80,21 @@ class ModelOptions(Options):
     )
     feat_layer: str = option("11", "states that the head sees: 11, or 5-11 for the two states 5 and 11")
     global_pool: bool = option(False, "mean over the tiles instead of the class token")
-    freeze: bool = option(False, "keep the slide encoder's weights; its states are computed once")
     dropout: float = option(0.1, "dropout of the slide encoder", at_least=0, at_most=0.9)
     drop_path_rate: float = option(0.0, "drop-path of the last layer", at_least=0, at_most=0.9)
     max_wsi_size: int = option(250000, "side of the largest slide in pixels; sets the segments", at_least=2048)
     checkpoint_activations: bool = option(False, "less memory: compute activations again in the backward pass")
+    freeze: bool = option(False, "the former spelling of adapt=head", hidden=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.freeze:
+            if self.adapt not in ("head", "full"):
+                raise ValueError(f"--freeze: expected no --adapt {self.adapt} beside it. Leave one out.")
+            object.__setattr__(self, "adapt", "head")
+            object.__setattr__(self, "freeze", False)
+        if self.head == "abmil-tiles" and self.adapt not in ("head", "full"):
+            raise ValueError(f"--adapt {self.adapt}: expected a head on the slide encoder, got --head abmil-tiles.")
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,7 @@ class Plan:
         tiles: (S,) tiles of each slide, those of training cut to the task's most.
         folds: number of folds.
         trained: parameters that are trained.
+        parameters: of the whole model.
         memory: bytes at the largest chunk.
         available: bytes that the device has free.
         seconds: of all folds and epochs, evaluation included.
@@ -46,6 +47,7 @@ class Plan:
     tiles: tuple[int, ...]
     folds: int
     trained: int
+    parameters: int
     memory: int
     available: int
     seconds: float
@@ -58,7 +60,7 @@ class Plan:
         return [
             f"slides: {len(self.tiles):,}, tiles: {sum(self.tiles):,} (median {int(np.median(self.tiles)):,} a slide, "
             f"largest {max(self.tiles):,}), folds: {self.folds}",
-            f"parameters trained: {self.trained:,}",
+            f"parameters trained: {self.trained:,} of {self.parameters:,} ({self.trained / self.parameters:.1%})",
             f"memory: {_gigabytes(self.memory)} at the largest slide, {self.available / 1e9:.1f} GB are free",
             f"time: about {in_words(self.seconds)}, processes: {self.processes}",
             *self.advice,
@@ -113,7 +115,8 @@ def make_plan(
             work[int(n)] for n in counts[fold.test]
         )
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    fixed = trained * ADAM_BYTES + 4 * sum(p.numel() for p in model.parameters() if not p.requires_grad)
+    parameters = sum(p.numel() for p in model.parameters())
+    fixed = trained * ADAM_BYTES + 4 * (parameters - trained)
     largest = np.sort(capped)[::-1][: options.batch_size].sum()
     per_tile = kept / PROBE_TILES
     memory = int(fixed + per_tile * largest)
@@ -128,7 +131,7 @@ def make_plan(
         too_large = ", or ".join(ways or ["--device to a larger one"])
     seen = tuple(int(count) for count in counts)
     seconds, advice = total / rate / processes.world, tuple(few_steps(folds, options, processes))
-    return Plan(seen, len(folds), trained, memory, available, seconds, processes.world, advice, too_large)
+    return Plan(seen, len(folds), trained, parameters, memory, available, seconds, processes.world, advice, too_large)
 
 
 def few_steps(folds: Sequence[Fold], options: TrainingOptions, processes: Processes) -> list[str]:

@@ -36,6 +36,7 @@ from gigapath.evaluation.scores import FloatArray, Predictions, site_probabiliti
 from gigapath.evaluation.splits import Fold, keep_manifest
 from gigapath.features import FeatureFileError
 from gigapath.files import read_json, sha256_of, write_json_atomic
+from gigapath.finetune import adapters
 from gigapath.finetune.checkpoints import MEND
 from gigapath.finetune.data import Cohort, FileBags, Inputs, Settings, check_folder, prepare, vector_bags
 from gigapath.finetune.fitted import FittedHead, confusion_of, predictions_of, save_head, score_slides, slides_csv
@@ -54,6 +55,7 @@ from gigapath.tables import data_frame
 from gigapath.weights import find_weights
 
 RUN = "finetune.json"
+ENCODER = "slide_encoder"  # the folder of the tuned slide encoder alone, in a fold's
 # The model itself, beside its controls; from random weights it bears that control's name.
 TUNED, FROZEN = "fine-tuned", "frozen encoder"
 # What may differ between a run and the one that goes on with it: it changes no number that is stored.
@@ -294,20 +296,22 @@ class _Run:
             options=settings.training,
             precision=self.precision,
             processes=self.processes,
-            cached=settings.model.freeze and settings.model.head == "linear",
+            cached=settings.model.adapt == "head" and settings.model.head == "linear",
         )
 
     def _model(self, options: ModelOptions, pretrained: str, *, fold: int) -> nn.Module:
         torch.manual_seed(self.settings.training.seed * 1000 + fold)
         classes = len(self.cohort.task.classes)
         model = build_head(options, pretrained=pretrained, input_dim=self.width, n_classes=classes)
+        if options.adapt in ("lora", "last"):
+            adapters.adapt(model.slide_encoder, options)  # type: ignore[arg-type]
         return model.to(self.processes.device)
 
     def _fold(self, fold: Fold, split: str) -> dict[str, Scores]:
         """Train and evaluate everything on a fold; what an earlier run finished is not done again."""
         folder = self.out / f"fold_{fold.number}"
         options, recipe = self.settings.model, self.settings.training
-        main = (FROZEN if options.freeze else TUNED) if self._weights else RANDOM
+        main = (FROZEN if options.adapt == "head" else TUNED) if self._weights else RANDOM
         fitted = {main: self._fit(main, options, self.inputs.pretrained, recipe, fold, folder, split)}
         if self.settings.controls:
             itself = "" if self._weights else " (the model itself is trained from random weights)"
@@ -315,7 +319,7 @@ class _Run:
             place = folder / "controls"
             fitted[MEAN] = self._means(fold)
             self._write(fold, place / "tile_mean", {MEAN: fitted[MEAN]}, {})
-            bare = replace(options, head="abmil-tiles", freeze=False)
+            bare = replace(options, head="abmil-tiles", adapt="full")
             for_bags = abmil_options(recipe, self.processes.world)
             others = {ATTENTION: (bare, "", for_bags, "abmil_tiles")}
             if self._weights:
@@ -388,13 +392,15 @@ class _Run:
             task, self.bags, labels.truth, recipe, self.precision, self.processes, self.check_stop, self.watch
         )
         trained, whole = model, model
-        if options.freeze and options.head == "linear":
+        if options.adapt == "head" and options.head == "linear":
             trained, trainer = self._on_states(model, trainer, fold, cache=bool(pretrained))
         training = {key: value for key, value in to_dict(recipe).items() if key not in _FREE}
         tag = {"split": split, "fold": fold.number, "model": to_dict(options), "training": training}
         tag["random"] = pretrained == ""
         trained.to(self.processes.device)
         history = trainer.train(trained, fold, folder, json.loads(json.dumps(tag)))
+        if options.adapt == "lora":  # what is scored is what is saved
+            adapters.merge(trained)
         how = default_calibration(task)
         if recipe.calibrate:
             how = fit_calibration(trainer.logits(trained, fold.val), labels.truth[fold.val], task)
@@ -404,6 +410,8 @@ class _Run:
                 whole.classifier.load_state_dict(trained.classifier.state_dict())  # type: ignore[union-attr,operator]
             made = self.cohort.facts[0].made
             save_head(folder, FittedHead(whole, task, options, self.width, made, how, self.precision))
+            if pretrained and options.adapt != "head":
+                whole.slide_encoder.save_pretrained(folder / ENCODER)  # type: ignore[union-attr,operator]
         chosen = "the last epoch" if recipe.select == "last" else "the epoch of least validation loss"
         facts = {
             "chosen": {"what": chosen, "calibration": how.fitted_on},
