@@ -14,11 +14,13 @@ import torch
 from sklearn.metrics import roc_auc_score
 
 from gigapath.cli.main import main
-from gigapath.features import SlideEmbeddings, read_slide, write_slide
+from gigapath.evaluation.robustness import robustness_index
+from gigapath.features import SlideEmbeddings, read_slide, read_slides, write_slide
 from gigapath.linear_probe.data import rows_of_table
 from gigapath.linear_probe.heads import LogisticRegression
 from gigapath.linear_probe.options import ProbeOptions, SlideProbeOptions
 from gigapath.linear_probe.slides import fit_fold, probe_slides
+from gigapath.report.results import collect_results
 from gigapath.tables import parse_table
 
 PATIENTS = 40
@@ -141,6 +143,17 @@ def test_scanners_and_stains_are_scored_apart(copied: tuple[Path, Path], tmp_pat
     }  # fmt: skip
     assert found["stain"]["I"]["units"] == 14 and found["scanner"]["S3"]["units"] == PATIENTS // 5
     assert all(f"default by {stratum}" in printed for stratum in ("site", "scanner", "stain"))
+    facts = json.loads((tmp_path / "out" / "results.json").read_text())["scores"]["default"]["facts"]["robustness"]
+    ids, vectors = read_slides(folder, "default")
+    columns = {key: np.array([rows[number[name]][key] for name in ids]) for key in ("label", "site", "patient_id")}
+    labels = (columns["label"] == "wild").astype(np.int64)
+    index = robustness_index(vectors.astype(np.float64), labels, columns["site"], columns["patient_id"])
+    assert index is not None and facts["index"] == pytest.approx(index.index) and "robustness index" in printed
+    (collected,) = collect_results(tmp_path / "out")
+    shown = {block["title"]: block for block in collected.blocks if "title" in block}
+    assert {f"Scores by {stratum}: default" for stratum in ("site", "scanner", "stain")} <= set(shown)
+    (robust,) = (block for title, block in shown.items() if title.startswith("Robustness"))
+    assert {row[0]: row[1]["value"] for row in robust["rows"]}["default"] == facts["index"]
 
 
 def test_each_site_is_left_out_once(copied: tuple[Path, Path], tmp_path: Path) -> None:

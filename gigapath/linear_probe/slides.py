@@ -17,6 +17,7 @@ import numpy.typing as npt
 import torch
 
 import gigapath
+from gigapath.evaluation.intervals import plain
 from gigapath.evaluation.labels import (
     ID_COLUMNS,
     SITE_COLUMNS,
@@ -41,6 +42,7 @@ from gigapath.evaluation.results import (
     summary_csv,
     write_results,
 )
+from gigapath.evaluation.robustness import ROBUSTNESS, robustness_index
 from gigapath.evaluation.scores import SCORE_WORDS, Predictions, prior_probabilities, site_probabilities
 from gigapath.evaluation.splits import Fold, audit, check_classes, draw_parts, site_parts
 from gigapath.features import read_slides
@@ -216,10 +218,15 @@ class SlideProbe:
         positive = f" (positive: {data.classes[1]})" if len(data.classes) == 2 else ""
         yield f"{data.facts['slides']:,} slides{groups}: {counts}{positive}"
         rows = [["embedding", "width", *(SCORE_WORDS[name] for name in SHOWN), f"AUROC against {BASELINE}"]]
+        robust = [["robustness index", "value", "neighbors", "of random neighbors"]]
         for name, found in self.scores.items():
             lead = f"{found.leads[BASELINE]['auroc']:+.4f}" if found.leads else ""
             rows.append([name, str(found.facts.get("width", "")), *(str(found[each]) for each in SHOWN), lead])
+            if each := found.facts.get(ROBUSTNESS):
+                values = ("not defined" if each[key] is None else f"{each[key]:.4f}" for key in ("index", "at_random"))
+                robust.append([name, next(values), str(each["k"]), next(values)])
         yield from table_lines(rows)
+        yield from table_lines(robust) if len(robust) > 1 else ()
         yield f"intervals: {self.scores[BASELINE].headline.covers}"
         yield from stratum_lines({name: found for name, found in self.scores.items() if found.leads} or self.scores)
         yield from (f"note: {note}" for note in self.notes)
@@ -302,6 +309,10 @@ def probe_slides(
             ]
             found[name] = predictions([probabilities for probabilities, _ in fits])
             facts[name] = {"width": vectors.shape[1], "penalties": [penalty for _, penalty in fits]}
+    if data.sites is not None:
+        for name, vectors in data.vectors.items():
+            if (robustness := robustness_index(vectors, data.labels, data.sites, data.groups)) is not None:
+                facts[name][ROBUSTNESS] = plain(robustness)
     classes = len(data.classes)
     found[CHANCE] = predictions([prior_probabilities(data.labels[train], len(test), classes) for train, test in folds])
     if data.sites is not None:

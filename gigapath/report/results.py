@@ -35,6 +35,7 @@ from gigapath.evaluation.results import (
     read_results,
 )
 from gigapath.evaluation.results import Results as Found
+from gigapath.evaluation.robustness import ROBUSTNESS
 from gigapath.evaluation.scores import SCORE_WORDS
 from gigapath.files import read_json
 
@@ -184,6 +185,15 @@ def _scores_of(found: Found) -> Iterator[Block]:
     if leads:
         table = _table({pair: dict(lead) for pair, lead in leads.items()})
         yield {**_named(table), "title": "Differences on the same rows and draws", "intervals": "", "signed": True}
+    robust = {model: held for model, each in found.scores.items() if (held := each.facts.get(ROBUSTNESS))}
+    if robust:
+        cells = [
+            [model, *(held[key] and {"value": held[key], "low": None, "high": None} for key in ("index", "at_random"))]
+            for model, held in robust.items()
+        ]
+        title = "Robustness index: the share of telling neighbors of the same class at another site"
+        words = ["robustness index", "of random neighbors"]
+        yield {"kind": "scores", "title": title, "columns": words, "rows": cells, "intervals": ""}
     for model, each in found.scores.items():
         for stratum, by in {} if model in (CHANCE, SITE_ALONE) else each.strata.items():
             yield {"kind": "group", "title": f"Scores by {stratum}: {model}", "blocks": [_scores("", by)]}

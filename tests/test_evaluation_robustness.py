@@ -1,0 +1,47 @@
+"""The robustness index: equal to the package croma's, and what it says of embeddings that know class or site only."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+from made_sites import CASES, NEIGHBORS, made_sites
+
+from gigapath.evaluation.robustness import BLOCK_ROWS, robustness_index
+
+GOLDENS = json.loads((Path(__file__).parent / "goldens" / "robustness.json").read_text())
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_index_is_that_of_croma(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    vectors, labels, sites, groups = made_sites(**CASES[name])
+    found = robustness_index(vectors, labels, sites, groups, neighbors=NEIGHBORS)
+    golden = GOLDENS[name]
+    assert found is not None and found.k == golden["k"]
+    assert found.index == pytest.approx(golden["index"], abs=1e-12)
+    assert found.by_k == pytest.approx(golden["by_k"], abs=1e-12)
+    assert len(labels) < BLOCK_ROWS
+    monkeypatch.setattr("gigapath.evaluation.robustness.BLOCK_ROWS", 7)  # in blocks as at once
+    assert robustness_index(vectors, labels, sites, groups, neighbors=NEIGHBORS) == found
+
+
+def test_index_says_what_neighbors_share() -> None:
+    vectors, labels, sites, groups = made_sites(patients=40, classes=2, sites=2, of_class=0, of_site=0, seed=5)
+    by_class, by_site = (np.eye(2)[codes] for codes in (labels, (sites == "site 0").astype(int)))
+    pure = [robustness_index(each, labels, sites, groups) for each in (by_class, by_site, vectors)]
+    assert pure[0].index == 1 and pure[1].index == 0
+    assert abs(pure[2].index - pure[2].at_random) < 0.1
+    assert pure[0].at_random == pure[1].at_random  # of class and site alone
+
+
+def test_index_is_not_defined_without_two_sites_and_leaves_out_slides_without_one() -> None:
+    vectors, labels, sites, groups = made_sites(**CASES["both"])
+    assert robustness_index(vectors, labels, np.full_like(sites, "one"), groups) is None
+    assert robustness_index(vectors, np.zeros_like(labels), sites, groups) is None
+    unknown = np.where(np.arange(len(sites)) % 5 == 0, "", sites)
+    some = unknown != ""
+    left = robustness_index(vectors[some], labels[some], sites[some], groups[some])
+    assert robustness_index(vectors, labels, unknown, groups) == left and left.slides == some.sum()
+    apart = robustness_index(np.eye(4), np.array([0, 0, 1, 1]), np.array(["a", "a", "b", "b"]), np.arange(4))
+    assert math.isnan(apart.index)  # class and site are one: no neighbor tells them apart
