@@ -416,6 +416,12 @@ def test_options_of_a_run_are_given_back_by_its_record(
         ("mpp: -1\n", "--mpp"),
         ("a: [", "--config"),
         ("just text", "--config"),
+        ("mpp: {1: 2}", "--1"),
+        ("tiling: {mpp: {0: 1}}", "--config"),
+        ("tiling: {? [a] : 1}", "--config"),
+        ("mpp: " + "9" * 6000, "--config"),
+        ("mpp: 2001-99-99", "--config"),
+        ("mpp: " + "[" * 3000, "--config"),
     ):
         (tmp_path / "run.yaml").write_text(text)
         assert main(["tile", "x.svs", "--out", "o", "--config", str(tmp_path / "run.yaml")]) == 2

@@ -178,14 +178,17 @@ def _from_file(app: App, verbs: tuple[str, ...], arguments: ArgumentCollection) 
 
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, TypeError, OverflowError, RecursionError) as error:
         raise ValueError(f"--config: expected YAML or JSON, got {path.name}, which is neither.") from error
     content = content.get("options", content) if isinstance(content, Mapping) else content
     if not isinstance(content, Mapping):
         raise ValueError(f"--config: expected options and their values, got {path.name}, which holds none.")
     options: dict[str, Any] = {}
     for name, value in content.items():  # a record of fine-tuning has groups of options
-        options |= value if isinstance(value, Mapping) else {str(name): value}
+        options |= {str(key): inner for key, inner in (value if isinstance(value, Mapping) else {name: value}).items()}
+    nested = next((name for name, value in options.items() if isinstance(value, Mapping)), None)
+    if nested is not None:
+        raise ValueError(f"--config: expected a value of {nested[:80]} in {path.name}, got keys and values.")
     given = {name: value for name, value in options.items() if not (value is None or value is False or value == [])}
     Dict(given, source=path.name, use_commands_as_keys=False)(app, verbs, arguments)
 
