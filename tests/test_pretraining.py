@@ -15,6 +15,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import Lines
+from feature_files import CELLS, make_features
+from made_cohort import write_slide
 from plain_longnet import plain_dilated_attention
 from torch import Tensor
 
@@ -442,6 +444,15 @@ def test_one_file_of_all_tiles_gives_what_the_files_give(features: Path, tmp_pat
     for row in range(len(slides.ids)):
         expected = plain[row].features if cache == "fp32" else plain[row].features.astype(np.float16)
         assert np.array_equal(cached[row].features, expected) and np.array_equal(cached[row].coords, plain[row].coords)
+
+
+def test_slides_of_fewer_than_two_tiles_are_left_out(features: Path, tmp_path: Path) -> None:
+    whole = find_slides([str(features)], CohortOptions(), seed=0, workers=1)
+    for count in (0, 1):
+        width, cells = whole.facts[0].width, CELLS[:count]
+        write_slide(tmp_path / f"few-{count}.h5", make_features(count, width), cells)
+    found = find_slides([str(features), str(tmp_path)], CohortOptions(), seed=0, workers=1)
+    assert found.ids == whole.ids and any("2 slides" in note and "few-0" in note for note in found.notes)
 
 
 def test_patients_stay_on_one_side(features: Path, tmp_path: Path) -> None:

@@ -69,11 +69,9 @@ def look_at(path: Path) -> FileFacts:
     """What a file says of itself; an h5 file's embeddings are not read.
 
     Raises:
-        FeatureFileError: not a feature file, cut off, without coordinates, without a tile.
+        FeatureFileError: not a feature file, cut off, without coordinates.
     """
     found = look_at_features(path)
-    if found.tiles == 0:
-        raise FeatureFileError(f"{path.name}: it has no tiles. Leave the slide out.")
     made = {
         "encoder": found.encoder,
         **{name: found.attrs.get(name) for name in ("weights_sha256", "mpp", "numerics_version")},
@@ -83,9 +81,15 @@ def look_at(path: Path) -> FileFacts:
 
 
 def look_at_all(
-    paths: Sequence[Path], join: JoinOptions, *, width: int | None = None, workers: int = 2
+    paths: Sequence[Path],
+    join: JoinOptions,
+    *,
+    width: int | None = None,
+    workers: int = 2,
+    allow_empty: bool = False,
 ) -> list[FileFacts]:
-    """`look_at` for every file; one width, and one make unless `allow_mixed`.
+    """`look_at` for every file; one width, and one make unless `allow_mixed`; no file without tiles unless
+    `allow_empty`.
 
     Args:
         width: the width that is expected, or None for that of the first.
@@ -94,6 +98,8 @@ def look_at_all(
         facts = list(pool.map(look_at, paths))
     width = facts[0].width if width is None else width
     for path, fact in zip(paths, facts, strict=True):
+        if fact.tiles == 0 and not allow_empty:
+            raise FeatureFileError(f"{path.name}: it has no tiles. Leave the slide out.")
         if fact.width != width:
             raise FeatureFileError(
                 f"{path.name}: expected embeddings of width {width}, got {fact.width}. Features of another encoder?"

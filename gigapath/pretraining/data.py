@@ -73,9 +73,9 @@ def find_slides(features: Sequence[str], options: CohortOptions, *, seed: int, w
     """
     files = find_feature_files(features)
     join = JoinOptions(tile_size_level0=options.tile_size_level0, allow_mixed=options.allow_mixed)
-    facts = look_at_all(files, join, workers=workers)
+    facts = look_at_all(files, join, workers=workers, allow_empty=True)
     small = [file.name for file, fact in zip(files, facts, strict=True) if fact.tiles < 2]
-    notes = [f"{len(small):,} slides of one tile are left out ({shown(small)})"] if small else []
+    notes = [f"{len(small):,} slides of fewer than two tiles are left out ({shown(small)})"] if small else []
     kept = sorted(
         ((bare_name(file), file, fact) for file, fact in zip(files, facts, strict=True) if fact.tiles > 1),
         key=lambda row: row[0],
