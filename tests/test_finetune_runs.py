@@ -34,6 +34,7 @@ from gigapath.finetune import (
 from gigapath.finetune.data import prepare
 from gigapath.finetune.plan import few_steps
 from gigapath.finetune.processes import Processes
+from gigapath.report.results import collect_results
 from gigapath.slide_encoder import create_model
 
 FAST = ["--model-arch", NARROW, "--feat-layer", "2", "--dropout", "0", "--pretrained", "", "--replicates", "20"]
@@ -200,6 +201,42 @@ def test_evaluate_refuses_slides_that_trained(fitted, tmp_path, capsys, head) ->
     assert "18 of the slides trained or chose this head" in capsys.readouterr().err
 
 
+def test_locked_test_set_counts_its_evaluations_and_refuses_another(fitted, tmp_path, capsys) -> None:
+    features, labels = write_cohort(tmp_path / "new", [n % 3 for n in range(12)], seed=9, encoder="made", mpp=0.5)
+    lock, before = labels.with_name("labels.csv.lock"), labels.read_text()
+
+    def test(head: str, out: str, *more: str) -> tuple[int, str]:
+        words = ["predict", str(fitted / "out" / head), str(features), "--labels", str(labels), "--allow-leakage"]
+        status = main([*words, "--out", str(tmp_path / out), "--replicates", "0", "--device", "cpu", *more])
+        said = capsys.readouterr()
+        return status, said.out + said.err
+
+    assert test("fold_0", "free")[0] == 0 and not lock.exists()
+    assert "locked_test_set" not in json.loads((tmp_path / "free" / "results.json").read_text())
+    status, said = test("fold_0", "first", "--lock")
+    assert status == 0 and "locked test set" in said and "first" in said
+    assert test("fold_0", "second")[0] == 0  # without being asked
+    status, said = test("fold_1", "third", "--lock")
+    results = json.loads((tmp_path / "third" / "results.json").read_text())
+    assert (results["locked_test_set"]["evaluation"], results["locked_test_set"]["heads"]) == (3, 2)
+    assert "evaluation 3 on it, of 2 heads" in said
+    (collected,) = collect_results(tmp_path / "third")
+    assert any("evaluation 3" in text for block in collected.blocks for text in block.get("sentences", ()))
+    kept = lock.read_text()
+    assert str(tmp_path) not in kept
+    labels.write_text(before.replace("slide-000,0", "slide-000,1"))
+    status, said = test("fold_0", "changed")
+    assert status == 1 and "labels are not those that were locked" in said and not (tmp_path / "changed").exists()
+    labels.write_text(before)
+    write_slide(features / "slide-003.h5", *made_bag(0, np.random.default_rng(1)), encoder="made", mpp=0.5)
+    status, said = test("fold_0", "changed")
+    assert status == 1 and "features are not those that were locked" in said
+    assert lock.read_text() == kept
+    lock.write_text(kept[:-20])
+    status, said = test("fold_0", "changed")
+    assert status == 1 and "damaged" in said
+
+
 def test_wrong_arguments_of_predict_and_evaluate_are_one_sentence(fitted, tmp_path, capsys) -> None:
     head, features, labels = fitted / "out" / "fold_0", fitted / "features", fitted / "labels.csv"
     short = tmp_path / "short"
@@ -227,6 +264,7 @@ def test_wrong_arguments_of_predict_and_evaluate_are_one_sentence(fitted, tmp_pa
         ([*evaluate, tmp_path / "e", "--seed", -1], "--seed: expected at least 0, got -1"),
         ([*evaluate, labels], "--out: expected a folder"),
         (["predict", head, features, "--labels", labels], "--labels: expected --out DIR"),
+        (["predict", head, features, "--lock"], "--lock: expected --labels CSV"),
     ):
         assert main([str(word) for word in words]) in (1, 2)
         err = capsys.readouterr().err

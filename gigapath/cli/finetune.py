@@ -97,6 +97,7 @@ def predict(
     labels: Csv | None = None,
     out: Annotated[str | None, Parameter(metavar="CSV_OR_DIR")] = None,
     allow_leakage: bool = False,
+    lock: bool = False,
     files: JoinOptions,
     model: DeviceOptions,
     intervals: BootstrapOptions,
@@ -108,9 +109,13 @@ def predict(
         labels: test the head on these, a row a slide; nothing is fitted
         out: write the predictions to this CSV; with --labels a folder for predictions.csv and results.json
         allow_leakage: with --labels, take slides that trained the head, too
+        lock: with --labels, lock this test set: its digest is kept in CSV.lock, each test on it is counted and shown,
+            and changed labels or features are refused
     """
     if labels is not None:
-        return _score(checkpoint, features, labels, out, allow_leakage, files, model, intervals)
+        return _score(checkpoint, features, labels, out, allow_leakage, lock, files, model, intervals)
+    if lock:
+        raise ValueError("--lock: expected --labels CSV beside it, the test set. Name it.")
     from gigapath.finetune import predict as predict_slides
 
     found = predict_slides(
@@ -135,6 +140,7 @@ def _score(
     labels: str,
     out: str | None,
     allow_leakage: bool,
+    lock: bool,
     files: JoinOptions,
     model: DeviceOptions,
     intervals: BootstrapOptions,
@@ -154,6 +160,7 @@ def _score(
         replicates=intervals.replicates,
         seed=intervals.seed,
         allow_seen=allow_leakage,
+        lock=lock,
     )
     for line in (*score_lines({"frozen head": result}), *stratum_lines({"frozen head": result})):
         print(line)

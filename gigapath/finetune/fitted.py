@@ -2,9 +2,10 @@
 on other slides: predictions, and its test on another cohort."""
 
 import csv
+import hashlib
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import nn
 from gigapath.devices import AUTOCAST_TYPES, at_most_threads, computing, resolve_device
 from gigapath.evaluation.calibration import Calibration, decisions, probabilities, threshold_count
 from gigapath.evaluation.labels import Labels, bare_name, join_labels, read_labels, shown
+from gigapath.evaluation.locks import TestSet, in_words
 from gigapath.evaluation.results import (
     EVALUATION,
     TERMS,
@@ -236,15 +238,18 @@ def evaluate_head(
     replicates: int = 2000,
     seed: int = 0,
     allow_seen: bool = False,
+    lock: bool = False,
 ) -> Scores:
     """Test a frozen head (its label map, thresholds and temperature) on another cohort; nothing is fitted.
 
     Args:
         replicates: of the bootstrap; 0 for scores without intervals.
+        lock: keep the digest of labels and features beside the labels; evaluations on what is locked are counted with
+            or without it.
 
     Raises:
-        ValueError: features of another width, encoder, mpp or numerics, labels that the head does not know, slides
-            that trained the head.
+        ValueError: labels or features that are not those that were locked, features of another width, encoder, mpp or
+            numerics, labels that the head does not know, slides that trained the head.
     """
     for name, value in (("--replicates", replicates), ("--seed", seed)):
         if value < 0:
@@ -256,19 +261,27 @@ def evaluate_head(
     joined = join_labels(table, files, id_rule=join.id_rule, id_regex=join.id_regex, allow_missing=join.allow_missing)
     if not allow_seen:
         _refuse_seen(Path(checkpoint), joined.labels.slide_ids)
-    bags = FileBags(joined.files, _look(head, joined.files, join), join.tile_size_level0)
+    facts = _look(head, joined.files, join)
+    prints = hashlib.sha256("".join(fact.fingerprint for fact in facts).encode()).hexdigest()
+    test_set = TestSet(Path(labels), joined.labels.digest, str(facts[0].made["encoder"]), prints)
+    test_set.evaluations()
+    bags = FileBags(joined.files, facts, join.tile_size_level0)
     shares = head.predict(bags, range(len(joined.files)), resolve_device(device))
     labels_of, task = joined.labels, head.task
     predictions = predictions_of(labels_of, shares, task)
     found = score_slides(labels_of, predictions, task, head.calibration, replicates=replicates, seed=seed)
     name = Path(checkpoint).name
+    details: dict[str, Any] = {"checkpoint": name, "missing": list(joined.missing), "fitted_here": "nothing"}
+    if lock or test_set.file.is_file():
+        details["locked_test_set"] = test_set.count(head.sha256)
+        found = replace(found, notes=(*found.notes, in_words(details["locked_test_set"])))
     write_results(
         Path(out),
         Results(
             EVALUATION,
             task.described(),
             {"frozen head": found},
-            details={"checkpoint": name, "missing": list(joined.missing), "fitted_here": "nothing"},
+            details=details,
             notes=(*labels_of.class_notes(task.classes), *found.notes),
         ),
         texts={"predictions.csv": slides_csv(labels_of, shares, task, head.calibration)},
