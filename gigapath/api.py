@@ -8,7 +8,7 @@ width of an embedding.
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -216,18 +216,14 @@ def finetune(
         KeyboardInterrupt: the run was stopped; the same call goes on after the last finished epoch.
     """
     from gigapath import finetune as room
-    from gigapath.signals import StopFlag, Stopped
 
     files = [os.fspath(path) for path in _paths(features)]
     inputs = room.Inputs(
         os.fspath(task), files, os.fspath(labels), None if splits is None else os.fspath(splits), os.fspath(pretrained)
     )
     settings = room.Settings(join=join, split=split, model=model, training=training, controls=controls)
-    try:
-        with _watch(quiet) as watch, StopFlag(watch.stopping) as stop:
-            return room.finetune(inputs, Path(out), settings, dry_run=dry_run, watch=watch, check_stop=stop.check)
-    except Stopped as stopped:
-        raise KeyboardInterrupt(f"stopped by {stopped}; the same call goes on after the last finished epoch") from None
+    with _stoppable(quiet) as (watch, check_stop):
+        return room.finetune(inputs, Path(out), settings, dry_run=dry_run, watch=watch, check_stop=check_stop)
 
 
 @as_keywords(cohort=CohortOptions, sizes=SizeOptions, task=TaskOptions, training=PretrainingOptions)
@@ -260,24 +256,20 @@ def pretrain(
         KeyboardInterrupt: the run was stopped; the same call goes on after the last checkpoint.
     """
     from gigapath import pretraining
-    from gigapath.signals import StopFlag, Stopped
 
-    try:
-        with _watch(quiet) as watch, StopFlag(watch.stopping) as stop:
-            return pretraining.pretrain(
-                _paths(features),
-                Path(out),
-                init=os.fspath(init),
-                cohort=cohort,
-                sizes=sizes,
-                task=task,
-                training=training,
-                dry_run=dry_run,
-                watch=watch,
-                check_stop=stop.check,
-            )
-    except Stopped as stopped:
-        raise KeyboardInterrupt(f"stopped by {stopped}; the same call goes on after the last checkpoint") from None
+    with _stoppable(quiet) as (watch, check_stop):
+        return pretraining.pretrain(
+            _paths(features),
+            Path(out),
+            init=os.fspath(init),
+            cohort=cohort,
+            sizes=sizes,
+            task=task,
+            training=training,
+            dry_run=dry_run,
+            watch=watch,
+            check_stop=check_stop,
+        )
 
 
 class FeatureFolder(Mapping[str, TileEmbeddings]):
@@ -336,6 +328,18 @@ def _watch(quiet: bool, unit: str = "slide") -> AbstractContextManager[Progress]
     from gigapath.cli.progress import Terminal
 
     return nullcontext(Progress()) if quiet else Terminal(unit)
+
+
+@contextmanager
+def _stoppable(quiet: bool) -> Iterator[tuple[Progress, Callable[[], None]]]:
+    """(what shows the news, what ends the work once a signal came) of training, which its checkpoint lets go on."""
+    from gigapath.signals import StopFlag, Stopped
+
+    try:
+        with _watch(quiet) as watch, StopFlag(watch.stopping) as stop:
+            yield watch, stop.check
+    except Stopped as stopped:
+        raise KeyboardInterrupt(f"stopped by {stopped}; the same call goes on from the last checkpoint") from None
 
 
 def _run(unit: str, quiet: bool, work: Callable[[Progress], RunResult]) -> RunResult:

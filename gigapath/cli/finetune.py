@@ -7,7 +7,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from gigapath.cli.arguments import EXIT_FAILED_SLIDES, EXIT_STOPPED, Checkpoint, Csv, Features, Folder, Name, verb
+from gigapath.cli.arguments import EXIT_FAILED_SLIDES, Checkpoint, Csv, Features, Folder, Name, verb
 from gigapath.finetune.options import JoinOptions, ModelOptions, SplitOptions, TrainingOptions
 from gigapath.options import BootstrapOptions, DeviceOptions
 
@@ -69,7 +69,7 @@ def finetune(
         dry_run: show the plan and write nothing
     """
     from gigapath.finetune.data import Inputs, Settings, check_folder, prepare
-    from gigapath.signals import StopFlag, Stopped
+    from gigapath.signals import StopFlag
 
     settings = Settings(join=labels_and_features, split=folds, model=model, training=training, controls=controls)
     inputs = Inputs(task, features, labels, splits, pretrained)
@@ -78,12 +78,8 @@ def finetune(
     from gigapath.cli.progress import Terminal
     from gigapath.finetune import finetune as fine_tune  # torch, once labels and features are read
 
-    try:
-        with Terminal() as watch, StopFlag(watch.stopping) as stop:
-            fine_tune(inputs, out, settings, cohort=cohort, dry_run=dry_run, watch=watch, check_stop=stop.check)
-    except Stopped as stopped:
-        print(f"gigapath finetune: stopped by {stopped}; run it again to resume after the last finished epoch.")
-        return EXIT_STOPPED
+    with Terminal() as watch, StopFlag(watch.stopping) as stop:
+        fine_tune(inputs, out, settings, cohort=cohort, dry_run=dry_run, watch=watch, check_stop=stop.check)
     print("Dry run: nothing was written." if dry_run else f"Results: {out}")
     return 0
 

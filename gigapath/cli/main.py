@@ -19,7 +19,7 @@ from gigapath.cli.arguments import EXIT_STOPPED, OutputOptions, make_app
 from gigapath.cli.checks import check_inputs
 from gigapath.file_names import for_terminal
 from gigapath.progress import SILENT_SECONDS
-from gigapath.signals import interrupting
+from gigapath.signals import Stopped, interrupting
 from gigapath.text import in_words
 
 # verb -> (its function in a module of gigapath.cli, one line of help), in the order of use
@@ -154,6 +154,9 @@ def run_verb(app: App, words: Sequence[str]) -> int:
             shown.enter_context(_showing(program, bound.arguments.pop("output", OutputOptions())))
             check_inputs(bound)
             status = function(*bound.args, **bound.kwargs, **dict.fromkeys(given, words[1:])) or 0
+        except Stopped as stopped:
+            print(f"{program}: stopped by {stopped}; run the same command again to resume.", file=sys.stderr)
+            return EXIT_STOPPED
         except BrokenPipeError:  # whoever read the output, such as `head`, has had enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return EXIT_PIPE

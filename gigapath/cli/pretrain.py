@@ -4,7 +4,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from gigapath.cli.arguments import EXIT_STOPPED, Features, Folder, verb
+from gigapath.cli.arguments import Features, Folder, verb
 from gigapath.pretraining.options import CohortOptions, PretrainingOptions, SizeOptions, TaskOptions
 
 
@@ -30,26 +30,20 @@ def pretrain(
     """
     from gigapath.cli.progress import Terminal
     from gigapath.pretraining import pretrain as run
-    from gigapath.signals import StopFlag, Stopped
+    from gigapath.signals import StopFlag
 
-    try:
-        with Terminal() as watch, StopFlag(watch.stopping) as stop:
-            result = run(
-                features,
-                out,
-                init=init,
-                cohort=cohort,
-                sizes=sizes,
-                task=task,
-                training=training,
-                dry_run=dry_run,
-                watch=watch,
-                check_stop=stop.check,
-            )
-    except Stopped as stopped:
-        print(
-            f"gigapath pretrain: stopped by {stopped}; run the same command again to resume after the last checkpoint."
+    with Terminal() as watch, StopFlag(watch.stopping) as stop:
+        result = run(
+            features,
+            out,
+            init=init,
+            cohort=cohort,
+            sizes=sizes,
+            task=task,
+            training=training,
+            dry_run=dry_run,
+            watch=watch,
+            check_stop=stop.check,
         )
-        return EXIT_STOPPED
     print("Dry run: nothing was written." if result is None else f"Weights: {result.weights}")
     return 0

@@ -1,13 +1,12 @@
 """Frozen embeddings: embed-tiles, and probe, how well a linear layer (or its relatives) tells classes from them."""
 
-import sys
 import time
 from pathlib import Path
 from typing import Annotated
 
 from cyclopts import Parameter
 
-from gigapath.cli.arguments import EXIT_STOPPED, Csv, File, Folder, verb
+from gigapath.cli.arguments import Csv, File, Folder, verb
 from gigapath.linear_probe.options import EmbedTilesOptions, ProbeOptions, SlideProbeOptions, TileProbeOptions
 
 
@@ -33,7 +32,7 @@ def embed_tiles(
     from gigapath.devices import at_most_threads
     from gigapath.linear_probe.embed_tiles import embed_tiles, open_tile_set
     from gigapath.machine import available_cores
-    from gigapath.signals import StopFlag, Stopped
+    from gigapath.signals import StopFlag
     from gigapath.tile_encoder import load_tile_encoder
 
     tile_set = open_tile_set(tiles)
@@ -46,19 +45,15 @@ def embed_tiles(
     started = time.perf_counter()
     with Terminal("tile") as watch, StopFlag(watch.stopping) as stop, at_most_threads(available_cores()):
         watch.line(f"{len(tile_set):,} tiles, {encoder.description}")
-        try:
-            resumed = embed_tiles(
-                tile_set,
-                encoder,
-                Path(out),
-                batch_size=tile_encoder.batch_size,
-                overwrite=overwrite,
-                watch=watch,
-                check_stop=stop.check,
-            )
-        except Stopped as stopped:
-            print(f"stopped by {stopped}; run the same command again to resume.", file=sys.stderr)
-            return EXIT_STOPPED
+        resumed = embed_tiles(
+            tile_set,
+            encoder,
+            Path(out),
+            batch_size=tile_encoder.batch_size,
+            overwrite=overwrite,
+            watch=watch,
+            check_stop=stop.check,
+        )
     seconds = time.perf_counter() - started
     before = f" ({resumed:,} of them by the run before)" if resumed else ""
     print(f"{len(tile_set):,} tiles embedded{before} in {seconds:.1f} s, written to {out}")
