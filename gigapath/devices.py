@@ -150,6 +150,13 @@ def device_identity(device: torch.device) -> str:
     return f"cuda ({about.name}, {about.major}.{about.minor})"
 
 
+def send(x: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """x on the device; from the host to a GPU it travels without the host waiting for it."""
+    if x.device.type == "cpu" and device.type == "cuda":
+        return x.pin_memory().to(device, non_blocking=True)
+    return x.to(device)
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that a device's memory was too small: torch's own, cuBLAS's, cuDNN's or the driver's."""
     if isinstance(error, torch.OutOfMemoryError):

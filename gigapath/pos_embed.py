@@ -9,11 +9,14 @@ would be 1,000,001 rows, 3 GB.
 import math
 import warnings
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from gigapath.devices import send
 
 __all__ = ["get_1d_sincos_pos_embed_from_grid", "get_2d_sincos_pos_embed", "get_2d_sincos_pos_embed_from_grid"]
 
@@ -106,29 +109,46 @@ class LazyPosEmbed:
         if isinstance(rows, Tensor):
             found = self.rows(rows)
         elif isinstance(rows, slice):
-            found = self.rows(torch.arange(*rows.indices(self.shape[1]), device="cpu")).to(self.device)
+            found = self.rows(torch.arange(*rows.indices(self.shape[1]), device="cpu"), self.device)
         else:
-            found = self.rows(torch.as_tensor(rows, device="cpu")).to(self.device)
+            found = self.rows(torch.as_tensor(rows, device="cpu"), self.device)
         result = found[None].to(self.dtype)[batch]
         return result if columns == slice(None) else result[..., columns]
 
-    def rows(self, positions: Tensor) -> Tensor:
-        """Rows (*positions.shape, D) float32 of the table at whole row numbers of any shape."""
-        limit = self.shape[1]
+    def rows(self, positions: Tensor, device: torch.device | None = None) -> Tensor:
+        """Rows (*positions.shape, D) float32 of the table at whole row numbers of any shape.
+
+        On `device`, by default that of `positions`. A GPU is not waited for where they lie in the host's memory.
+        """
+        limit, device = self.shape[1], device or positions.device
         if positions.numel() and not (-limit <= int(positions.min()) and int(positions.max()) < limit):
             raise IndexError(f"pos_embed: expected rows below {limit}, got up to {int(positions.max())}.")
+        if device.type == "cuda":
+            positions = send(positions, device)
         positions = torch.where(positions < 0, positions + limit, positions)
         cells = (positions - 1).clamp_(min=0)
         gx, gy = cells // self.grid_size, cells % self.grid_size
         found = torch.cat([self._axis(gy), self._axis(gx)], dim=-1)
-        return found.masked_fill_((positions == 0).unsqueeze(-1), 0.0)
+        return found.masked_fill_((positions == 0).unsqueeze(-1), 0.0).to(device)
 
     def _axis(self, cells: Tensor) -> Tensor:
         """e(p) (*cells.shape, D / 2) float32; each cell in use is computed once, in float64 on the CPU."""
+        if cells.device.type == "cuda":  # which cells are in use would have to be waited for
+            return _axis_table(self.shape[2], self.grid_size, cells.device)[cells]
         unique, inverse = torch.unique(cells, return_inverse=True)
-        angles = unique.cpu().double()[:, None] * self._frequencies
-        table = torch.cat([angles.sin(), angles.cos()], dim=1).float().to(cells.device)
-        return table[inverse]
+        return _axis_of(unique.cpu(), self._frequencies).to(cells.device)[inverse]
+
+
+def _axis_of(cells: Tensor, frequencies: Tensor) -> Tensor:
+    angles = cells.double()[:, None] * frequencies
+    return torch.cat([angles.sin(), angles.cos()], dim=1).float()
+
+
+@lru_cache(maxsize=4)
+def _axis_table(embed_dim: int, grid_size: int, device: torch.device) -> Tensor:
+    """e(p) (n, D / 2) of every cell of a side, kept on a GPU."""
+    with torch.inference_mode(False):  # training takes it too
+        return _axis_of(torch.arange(grid_size, device="cpu"), torch.from_numpy(_frequencies(embed_dim))).to(device)
 
 
 def cells_of(coords: Tensor, tile_size: float) -> Tensor:

@@ -391,7 +391,7 @@ class LongNetViT(nn.Module, PyTorchModelHubMixin, library_name="gigapath"):
 
         Args:
             x: tile embeddings (B, L, in_chans), or (1, T, in_chans) of slides one after another.
-            coords: (B, L, 2) or (1, T, 2), as in `forward`.
+            coords: (B, L, 2) or (1, T, 2), as in `forward`; in the host's memory a GPU need not be waited for.
             lengths: tokens of each slide, its class token counted.
 
         Returns:
@@ -403,13 +403,15 @@ class LongNetViT(nn.Module, PyTorchModelHubMixin, library_name="gigapath"):
         self._place_positions()  # accelerate, for one, replaces parameters one by one
         tile_size = float(self.tile_size)
         counts = [length - 1 for length in lengths]
-        coords = checked_coords(coords.to(x.device), tile_size, self.slide_ngrids, counts)
+        coords = checked_coords(coords, tile_size, self.slide_ngrids, counts)
         # Autocast brings float32 and half precision to its own type, and nothing else.
         if not torch.is_autocast_enabled(x.device.type) or x.dtype not in _AUTOCAST_TAKES:
             x = x.to(self.cls_token.dtype)
         tiles = self.patch_embed(x)
         # In the weights' dtype, so that autocast leaves the sum in float32.
-        tiles = tiles + self.pos_embed[:, self.coords_to_pos(coords, tile_size), :][0].to(self.cls_token.dtype)
+        positions, table = self.coords_to_pos(coords, tile_size), self.pos_embed
+        places = table.rows(positions, x.device) if isinstance(table, LazyPosEmbed) else table[:, positions, :][0]
+        tiles = tiles + places.to(self.cls_token.dtype)
         token = (self.cls_token + self.pos_embed[:, :1, :].to(self.cls_token)).to(tiles.dtype)
         parts = torch.split(tiles.flatten(0, 1), counts)
         tokens = torch.cat([piece for part in parts for piece in (token[0], part)])

@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from gigapath.devices import AUTOCAST_TYPES, computing, is_out_of_memory, resolve_device, resolve_precision
+from gigapath.devices import AUTOCAST_TYPES, computing, is_out_of_memory, resolve_device, resolve_precision, send
 from gigapath.embedding.forward import EncoderError, first_line
 from gigapath.features import TileEmbeddings, parse_embedding
 from gigapath.file_names import plain_name
@@ -128,13 +128,16 @@ class SlideEncoder:
             EncoderError: the encoder failed, for want of memory or otherwise.
             ValueError: a tile lies outside of the encoder's grid, or an embedding is not finite.
         """
-        mean = {"tile_mean": mean_of_rows(tiles.features)[None]}
         if self.model is None:
-            return mean
+            return {"tile_mean": mean_of_rows(tiles.features)[None]}
         features = torch.from_numpy(np.ascontiguousarray(tiles.features))
         coords = torch.from_numpy(tiles.encoder_coords())
         with self._failures(len(tiles)):
-            states = self._states(self.model, features, coords, check, progress)
+            pooled = self._states(self.model, features, coords, check, progress)
+            mean = {"tile_mean": mean_of_rows(tiles.features)[None]}  # while a GPU computes
+            found = torch.cat(list(pooled.values())).cpu().numpy()
+        ends = np.cumsum([len(value) for value in pooled.values()])
+        states = dict(zip(pooled, np.split(found, ends[:-1]), strict=True))
         for value in states.values():
             self._check_finite(tiles, value)
         return {**states, **mean}
@@ -215,7 +218,9 @@ class SlideEncoder:
         check: Callable[[], None],
         progress: AfterLayer,
         keep_tokens: Callable[[int, Tensor], None] = lambda state, tokens: None,
-    ) -> dict[str, npt.NDArray[np.float32]]:
+    ) -> dict[str, Tensor]:
+        """The states by name, float32; a GPU may still be computing them."""
+
         def see_tokens(state: int, tokens: Tensor) -> None:
             check()
             keep_tokens(state, tokens)
@@ -223,14 +228,14 @@ class SlideEncoder:
                 progress(state, model.depth)
 
         with torch.inference_mode(), computing(self.precision, self.device), between_steps(check):
-            states, default = pooled_states(model, features.to(self.device), coords.to(self.device), see_tokens)
+            states, default = pooled_states(model, send(features, self.device), coords, see_tokens)
         pooled = {
             "states_mean": states[:, 0],
             "states_class": states[:, 1],
             "default_mean": default[None, 0],
             "default_class": default[None, 1],
         }
-        return {name: value.float().cpu().numpy() for name, value in pooled.items()}
+        return {name: value.float() for name, value in pooled.items()}
 
 
 def pooled_states(

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from gigapath.classification_head import ClassificationHead
+from gigapath.devices import send
 from gigapath.finetune.data import Bag
 from gigapath.finetune.options import ModelOptions
 from gigapath.slide_encoder import ARCHITECTURES, WEIGHTS_FILE, is_architecture
@@ -96,11 +97,11 @@ class TokenAttention(ClassificationHead):
         """Logits (B, C) of slides given one after another."""
         encoder = self.slide_encoder
         states = encoder.forward_packed(images, coords, lengths, all_layer_embed=True, pool=_tokens)
-        is_tile = torch.ones(states[0].shape[1], dtype=torch.bool)
+        is_tile = torch.ones(states[0].shape[1], dtype=torch.bool, device="cpu")
         tiles_of = [int(length) for length in lengths]
         is_tile[np.cumsum([0, *(count + 1 for count in tiles_of)])[:-1]] = False
-        is_tile = is_tile.to(states[0].device)
-        tiles = torch.cat([encoder.norm(states[i][0][is_tile]) for i in self.feat_layer], dim=-1)
+        rows = send(is_tile.nonzero()[:, 0], states[0].device)
+        tiles = torch.cat([encoder.norm(states[i][0].index_select(0, rows)) for i in self.feat_layer], dim=-1)
         logits: Tensor = self.classifier(self.attention(tiles, tiles_of))
         return logits
 
@@ -193,7 +194,7 @@ def cache_states(
 def pack(
     bags: Sequence[Bag], device: torch.device, dtype: torch.dtype = torch.float32
 ) -> tuple[Tensor, Tensor, list[int]]:
-    """(features (T, D), coords (T, 2), lengths) of bags one after another, on the device."""
+    """(features (T, D) on the device, coords (T, 2) in the host's memory, lengths) of bags one after another."""
     features = torch.cat([torch.from_numpy(np.ascontiguousarray(bag.features)) for bag in bags])
     coords = torch.cat([torch.from_numpy(np.ascontiguousarray(bag.coords)) for bag in bags])
-    return features.to(device, dtype), coords.to(device), [len(bag) for bag in bags]
+    return send(features.to(dtype), device), coords, [len(bag) for bag in bags]

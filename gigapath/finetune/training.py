@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gigapath.devices import computing
+from gigapath.devices import computing, send
 from gigapath.evaluation.splits import Fold
 from gigapath.evaluation.task import Task
 from gigapath.finetune import checkpoints
@@ -201,7 +201,7 @@ class Trainer:
         with computing(self.precision, device):
             logits = model.forward_packed(*pack(bags, device, self.dtype))  # type: ignore[operator]
         logits = logits if self.dtype == torch.float64 else logits.float()
-        return summed_loss(logits, torch.as_tensor(self.truth[rows], device=device))
+        return summed_loss(logits, send(torch.as_tensor(self.truth[rows]), device))
 
     def logits(self, model: nn.Module, rows: IntArray) -> FloatArray:
         """Logits (len(rows), C) in eval mode: all tiles of each slide in the file's order, slide by slide.

@@ -45,8 +45,10 @@ class Batch:
     hidden_lengths: tuple[int, ...]
 
     def to(self, device: torch.device) -> "Batch":
-        """The batch on a device, copied without waiting where it is pinned."""
-        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
+        """The batch on a device, copied without waiting where it is pinned. Coordinates stay: they are checked first,
+        and a GPU would have to be waited for."""
+        sent = self._each(lambda tensor: tensor.to(device, non_blocking=True))
+        return replace(sent, coords=self.coords, visible_coords=self.visible_coords)
 
     def pinned(self) -> "Batch":
         """The batch in memory that a GPU can copy from by itself."""
@@ -114,7 +116,7 @@ class MaskedAutoencoder(nn.Module):
         rows = self.slide_encoder.coords_to_pos(batch.coords, self.slide_encoder.tile_size)
         none = torch.zeros_like(rows[:1])
         rows = torch.cat([piece for part in torch.split(rows, list(batch.lengths)) for piece in (none, part)])
-        return self.positions.rows(rows).to(self.mask_token.dtype) * self.position_scale
+        return self.positions.rows(rows, batch.visible.device).to(self.mask_token.dtype) * self.position_scale
 
     def operations(self, tiles: int, mask_ratio: float) -> float:
         """Multiply-adds times two of a forward pass over one slide, real keys only; backwards it is twice that."""

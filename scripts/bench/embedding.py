@@ -80,12 +80,13 @@ def measure(options: EmbedBench) -> Iterator[dict[str, Any]]:
         the last turn) and `waited_for`.
     """
     device = resolve_device(options.device)
-    encoder = load_tile_encoder(
-        options.tile_encoder,
-        device=device,
-        precision=resolve_precision(options.precision, device),
-        random_weights=True,
-    )
+    with device:  # random weights are drawn where they stay
+        encoder = load_tile_encoder(
+            options.tile_encoder,
+            device=device,
+            precision=resolve_precision(options.precision, device),
+            random_weights=True,
+        )
     workers = RunOptions(workers=options.workers).reading_threads()
     path = Path(options.slide) if options.slide else download("demo-slide")[0].path
     entries = [SlideEntry(f"slide-{number}", path) for number in range(options.slides)]

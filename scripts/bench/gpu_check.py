@@ -169,8 +169,6 @@ def slide_encoder(device: str, small: bool) -> Rows:
 
 def tile_encoders(device: str, small: bool) -> Rows:
     """ViT-g and Flash."""
-    import torch
-
     from scripts.bench.tile_encoder import TileEncoderBench, measure
 
     for name, batch in (("gigapath-flash", 512), ("gigapath", 128)):
@@ -179,8 +177,7 @@ def tile_encoders(device: str, small: bool) -> Rows:
         options = TileEncoderBench(
             tile_encoder=name, batch_size=(1 if small else batch,), pairs=1 if small else 3, device=device
         )
-        with torch.device(device):  # random weights are drawn where they stay
-            (row,) = measure(options)
+        (row,) = measure(options)
         yield Row(
             f"tile encoder {name}, {row['precision']}, batches of {row['batch_size']}",
             f"{row['tiles_per_second']:,.0f} tiles/s",
@@ -228,8 +225,6 @@ def pretraining(device: str, small: bool) -> Rows:
 
 def end_to_end(device: str, small: bool) -> Rows:
     """From a slide's tiles to a feature file, against the encoder alone."""
-    import torch
-
     from gigapath.doctor.selftest import paint, write_slide
     from scripts.bench.embedding import EmbedBench, measure
 
@@ -241,7 +236,7 @@ def end_to_end(device: str, small: bool) -> Rows:
             slide=str(path), tile_encoder=name, tiles=tiles, slides=2, batch_size=2 if small else 128,
             pairs=1 if small else 3, device=device,
         )  # fmt: skip
-        with torch.device(device), closing(measure(options)) as rows:
+        with closing(measure(options)) as rows:
             row = next(rows)
     yield Row(
         f"end to end, {name}, {row['tiles']:,} tiles of made slides",
@@ -311,13 +306,13 @@ def run_in_time(name: str, command: list[str], seconds: float) -> list[Row]:
             end = f"ended after its {seconds:.0f} s"
         out.seek(0), err.seek(0)
         printed, said = out.read(), err.read()
+    print(said, file=sys.stderr)
     names = {field.name for field in fields(Row)}
     found = [json.loads(line) for line in printed.splitlines() if line.startswith("{")]
     rows = [Row(**row) for row in found if set(row) == names]
     if end or not rows:
         missing = _PACKAGE.findall(said)
         why = (said.strip().splitlines() or ["without a word"])[-1].replace("|", "/")
-        print(said, file=sys.stderr)
         if missing:
             rows.append(Row(name, f"left out: {missing[-1]} is not installed here"))
         else:

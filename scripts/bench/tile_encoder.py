@@ -55,7 +55,8 @@ def measure(options: TileEncoderBench) -> Iterator[dict[str, Any]]:
     """
     device = resolve_device(options.device)
     precision = resolve_precision(options.precision, device)
-    encoder = load_tile_encoder(options.tile_encoder, device=device, precision=precision, random_weights=True)
+    with device:  # random weights are drawn where they stay
+        encoder = load_tile_encoder(options.tile_encoder, device=device, precision=precision, random_weights=True)
     operations = operations_of(encoder)
     dtype = torch.float32 if device.type == "cpu" else _DTYPES[precision]
     for batch_size in options.batch_size:
