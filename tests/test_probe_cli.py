@@ -65,7 +65,7 @@ def test_probe_writes_the_published_lines_and_the_rest(made: tuple[str, str], tm
     assert probe(made, tmp_path / "out") == 0
     out = tmp_path / "out"
     assert {entry.name for entry in out.iterdir()} - {"tensorboard"} == {
-        "results.txt", "results.json", "predictions.csv", "confusion.png", "curve.png",
+        "results.txt", "results.json", "predictions.csv", "confusion.png", "curve.png", "head.json", "head.safetensors",
     }  # fmt: skip
     lines = (out / "results.txt").read_text().splitlines()
     assert len(lines) == 3

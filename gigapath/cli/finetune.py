@@ -92,6 +92,7 @@ def predict(
     *,
     labels: Csv | None = None,
     out: Annotated[str | None, Parameter(metavar="CSV_OR_DIR")] = None,
+    draw: Folder | None = None,
     allow_leakage: bool = False,
     lock: bool = False,
     files: JoinOptions,
@@ -101,13 +102,24 @@ def predict(
     """Print a line a slide, or with labels the table of scores; a slide that can't be read is named on stderr and the
     status is 3.
 
+    Of a head of tiles (gigapath probe, finetune --tiles) the tiles of each class are counted.
+
     Args:
         labels: test the head on these, a row a slide; nothing is fitted
+        draw: of a head of tiles: draw the class of each tile, as gigapath map --kind classes, into this folder
         out: write the predictions to this CSV; with --labels a folder for predictions.csv and results.json
         allow_leakage: with --labels, take slides that trained the head, too
         lock: with --labels, lock this test set: its digest is kept in CSV.lock, each test on it is counted and shown,
             and changed labels or features are refused
     """
+    from gigapath.linear_probe.tile_heads import is_tile_head
+
+    if is_tile_head(checkpoint):
+        if labels is not None:
+            raise ValueError("--labels: expected a head of slides, got one of tiles. Leave it out to count tiles.")
+        return _count(checkpoint, features, out, draw, files, model)
+    if draw is not None:
+        raise ValueError("--draw: expected a head of tiles, got one of slides. Take gigapath map --checkpoint.")
     if labels is not None:
         return _score(checkpoint, features, labels, out, allow_leakage, lock, files, model, intervals)
     if lock:
@@ -128,6 +140,40 @@ def predict(
     if out:
         print(f"written to {out}")
     return EXIT_FAILED_SLIDES if found.failed else 0
+
+
+def _count(
+    checkpoint: str,
+    features: Sequence[str],
+    out: str | None,
+    maps: str | None,
+    files: JoinOptions,
+    model: DeviceOptions,
+) -> int:
+    from gigapath.linear_probe.tile_heads import count_tiles
+
+    found = count_tiles(
+        checkpoint,
+        features,
+        tile_size_level0=files.tile_size_level0,
+        out=out,
+        on_failed=lambda reason: print(f"gigapath predict: {reason}", file=sys.stderr),
+    )
+    for row in found.rows:
+        counts = ", ".join(f"{name[2:]} {count:,}" for name, count in row.items() if name.startswith("n_"))
+        print(f"{row['slide_id']}: {row['tiles']:,} tiles ({counts})")
+    if out:
+        print(f"written to {out}")
+    if maps is None or not found.rows:
+        return EXIT_FAILED_SLIDES if found.failed else 0
+    from gigapath.cli.report import draw_maps
+    from gigapath.maps.options import MapOptions
+
+    options = MapOptions(
+        kind=("classes",), checkpoint=checkpoint, device=model.device, tile_size_level0=files.tile_size_level0
+    )
+    drawn = draw_maps(tuple(features), out=maps, maps=options)
+    return EXIT_FAILED_SLIDES if found.failed else drawn
 
 
 def _score(

@@ -149,6 +149,8 @@ def load_head(path: Path | str) -> FittedHead:
         raise ValueError(f"{file}: expected the JSON of a fitted head, got something else.") from error
     if version != FORMAT:
         raise ValueError(f"{file}: expected format {FORMAT}, got {version!r}. Another version of gigapath wrote it.")
+    if held.get("unit") == "tile":
+        raise ValueError(f"{file}: expected a head of slides, got one of tiles, which gigapath predict takes.")
     if lacking:
         raise ValueError(f"{file}: expected the JSON of a fitted head, got one without {lacking[0]}. Copy it anew.")
     tensors = folder / str(held["tensors"])

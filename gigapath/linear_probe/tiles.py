@@ -33,6 +33,7 @@ from gigapath.linear_probe.data import ProbeData, load_data
 from gigapath.linear_probe.heads import Choice, Fit, LinearHead, Look, choose_neighbours, choose_penalty, train
 from gigapath.linear_probe.options import ProbeOptions, TileProbeOptions
 from gigapath.linear_probe.table import TEST, TRAIN, VALIDATION
+from gigapath.linear_probe.tile_heads import HEAD, TENSORS, TileHead, save_tile_head
 from gigapath.machine import available_cores
 from gigapath.options import to_dict
 from gigapath.progress import Progress
@@ -50,8 +51,8 @@ _TRIED = {
 
 @dataclass(frozen=True)
 class SeedResult:
-    """One fitted head: its seed (None where nothing is drawn), what was chosen on validation, its looks at it, and
-    its probabilities and logits (rows, C) per split; neighbours have no logits."""
+    """One fitted head: its seed (None where nothing is drawn), what was chosen on validation, its looks at it,
+    its probabilities and logits (rows, C) per split, and itself; neighbours have neither logits nor a layer."""
 
     seed: int | None
     chosen: str
@@ -59,6 +60,7 @@ class SeedResult:
     looks: tuple[Look, ...]
     probabilities: dict[str, FloatArray]
     logits: dict[str, FloatArray]
+    layer: LinearHead | None = None
 
 
 @dataclass(frozen=True, repr=False)
@@ -255,7 +257,9 @@ def fit_heads(
             {split: outputs(features, rows[split]) for split in (VALIDATION, TEST)}
             for outputs in (head.probabilities, head.logits)
         )
-        return SeedResult(seed, chosen, fit.step if fit else None, fit.looks if fit else (), probabilities, logits)
+        return SeedResult(
+            seed, chosen, fit.step if fit else None, fit.looks if fit else (), probabilities, logits, head
+        )
 
     training = features, labels, rows[TRAIN], rows[VALIDATION], len(data.classes)
     if tile_options.solver == "sgd":
@@ -314,7 +318,15 @@ def write_tile_report(out: Path, probe: TileProbe) -> list[str]:
         for head in probe.heads
         if head.looks
     }
-    return write_results(
+    layer, data = probe.heads[0].layer, probe.data
+    if layer is None:
+        (out / HEAD).unlink(missing_ok=True)  # of a probe before
+    else:
+        weight, bias = (tensor.float().cpu().numpy() for tensor in (layer.weight, layer.bias))
+        sha256 = data.facts.get("encoder_weights_sha256")
+        made = {"encoder": data.facts.get("encoder_encoder"), "weights_sha256": None if sha256 == "none" else sha256}
+        save_tile_head(out, TileHead(weight, bias, data.classes, made))
+    return ([] if layer is None else [HEAD, TENSORS]) + write_results(
         out,
         probe.results,
         texts={"results.txt": published_lines(probe), "predictions.csv": _predictions(probe)},

@@ -14,6 +14,7 @@ from gigapath.features import TileEmbeddings
 from gigapath.file_names import plain_name
 from gigapath.finetune.data import Bag
 from gigapath.finetune.fitted import FittedHead
+from gigapath.linear_probe.tile_heads import TileHead
 from gigapath.maps.attention import encoder_attention, rollout
 from gigapath.maps.drawing import Colours, TileMap
 from gigapath.maps.embeddings import Clusters, Components, cosine_similarity
@@ -45,6 +46,7 @@ class Shared:
     chosen: tuple[str, int, npt.NDArray[np.float32]] | None = None
     encoder: SlideEncoder | None = None
     head: FittedHead | None = None
+    tile_head: TileHead | None = None
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -303,6 +305,27 @@ def _explained(
     )
 
 
+def _of_tile_head(shared: Shared, tiles: TileEmbeddings) -> dict[str, Any]:
+    assert shared.tile_head is not None
+    made_of = shared.tile_head.made.get("encoder") or "an encoder that the head does not name"
+    return {
+        "model": f"linear layer on tile embeddings of {made_of}, classes {', '.join(shared.tile_head.classes)}",
+        "trained": True,
+        "head": "tiles",
+        "head_sha256": shared.tile_head.sha256,
+    }
+
+
+def _classes(shared: Shared, tiles: TileEmbeddings) -> Iterator[Made]:
+    assert shared.tile_head is not None
+    shares = shared.tile_head.probabilities(tiles)
+    yield Made(
+        values=shares.argmax(axis=1),
+        categories=shared.tile_head.classes,
+        arrays={"probabilities": shares.astype(np.float32)},
+    )
+
+
 def _head(shared: Shared) -> FittedHead:
     assert shared.head is not None
     return shared.head
@@ -386,5 +409,13 @@ KINDS = {
         "score lost without the tile, {score}",
         "contribution of each tile to class {target} by occlusion, left out {squares}",
         "none; tiles left out {squares}",
+    ),
+    "classes": Kind(
+        _classes,
+        _of_tile_head,
+        "categories",
+        "most probable class",
+        "class of each tile by a head of tiles",
+        "none; in the npz the probability of each class",
     ),
 }

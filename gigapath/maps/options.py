@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from gigapath.options import DeviceOptions, PitchOptions, option
 
 HEAD_KINDS = ("head-attention", "gradient", "occlusion")
-KINDS = ("pca", "clusters", "similarity", "attention", "rollout", *HEAD_KINDS)  # made in `kinds`
+KINDS = ("pca", "clusters", "similarity", "attention", "rollout", *HEAD_KINDS, "classes")  # made in `kinds`
 MOST_CLUSTERS = 12  # as many colours as stay apart for all readers
 
 
@@ -17,7 +17,7 @@ class MapOptions(DeviceOptions, PitchOptions):
         ("pca", "clusters"),
         "pca and clusters of the tile embeddings; similarity to --tile; attention of the slide encoder (--layer, "
         "--query) and its rollout over the layers, a heuristic; of a fitted head (--checkpoint) head-attention, "
-        "gradient (times input) and occlusion",
+        "gradient (times input) and occlusion, of a head of tiles classes",
         choices=KINDS,
     )
     clusters: int | None = option(
@@ -73,6 +73,6 @@ class MapOptions(DeviceOptions, PitchOptions):
         if self.tile is None and ("similarity" in self.kind or self.query == "tile"):
             what = "--kind similarity" if "similarity" in self.kind else "--query tile"
             raise ValueError(f"{what}: expected a tile, got none. Choose one with --tile.")
-        heads = [kind for kind in self.kind if kind in HEAD_KINDS]
+        heads = [kind for kind in self.kind if kind in (*HEAD_KINDS, "classes")]
         if heads and self.checkpoint is None:
             raise ValueError(f"--kind {heads[0]}: expected a fitted head, got none. Name it with --checkpoint.")

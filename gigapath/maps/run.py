@@ -69,6 +69,7 @@ from gigapath.files import (
 from gigapath.finetune.data import look_at_all
 from gigapath.finetune.fitted import FittedHead, load_head
 from gigapath.finetune.options import JoinOptions
+from gigapath.linear_probe.tile_heads import load_tile_head
 from gigapath.maps.attention import check_layers
 from gigapath.maps.drawing import (
     FloatArray,
@@ -84,7 +85,7 @@ from gigapath.maps.drawing import (
 from gigapath.maps.embeddings import fit_clusters, fit_components, sample_tiles
 from gigapath.maps.heads import check_attends, check_target
 from gigapath.maps.kinds import Shared, slide_maps
-from gigapath.maps.options import HEAD_KINDS, MapOptions
+from gigapath.maps.options import HEAD_KINDS, MOST_CLUSTERS, MapOptions
 from gigapath.preprocessing.preview import preview_picture
 from gigapath.preprocessing.slide import Overview, SlideError, open_slide
 from gigapath.progress import Progress
@@ -277,7 +278,14 @@ class _Reader:
 def _fit_shared(reader: _Reader, options: MapOptions) -> Shared:
     """Load models and fit what all slides share; what no slide could satisfy is raised here."""
     device, kinds = resolve_device(options.device), set(options.kind)
-    head = None if options.checkpoint is None else load_head(options.checkpoint)
+    tile_head = None
+    if options.checkpoint is not None and "classes" in kinds:
+        tile_head = load_tile_head(options.checkpoint)
+        if len(tile_head.classes) > MOST_CLUSTERS:
+            raise ValueError(f"--kind classes: expected at most {MOST_CLUSTERS} classes, got {len(tile_head.classes)}.")
+    head = None if options.checkpoint is None or tile_head else load_head(options.checkpoint)
+    if tile_head and {*HEAD_KINDS} & kinds:
+        raise ValueError("--kind classes: expected no kind of a head of slides beside it. Draw them one after another.")
     if head is not None and options.target is not None:
         check_target(head.task, options.target)
     if head is not None and "head-attention" in kinds:
@@ -292,7 +300,7 @@ def _fit_shared(reader: _Reader, options: MapOptions) -> Shared:
         components = fit_components(sample) if "pca" in kinds else None
         clusters = fit_clusters(sample, options.clusters, seed=options.seed) if "clusters" in kinds else None
     chosen = _chosen_tile(reader, options) if "similarity" in kinds else None
-    return Shared(options, device, components, clusters, chosen, encoder, head)
+    return Shared(options, device, components, clusters, chosen, encoder, head, tile_head)
 
 
 def _encoder(reader: _Reader, options: MapOptions, head: FittedHead | None, device: torch.device) -> SlideEncoder:
