@@ -107,7 +107,11 @@ class BootstrapOptions(Options):
     """How intervals are drawn, in every verb that scores."""
 
     seed: int = option(0, "seed of all that is drawn: weights, order, folds, bootstrap", at_least=0)
-    replicates: int = option(2000, "bootstrap replicates of the 95 % intervals; 0 = none", at_least=0)
+    replicates: int = option(
+        2000,
+        "bootstrap replicates of 95 % intervals of one fitted model (over folds none are drawn); 0 = no intervals",
+        at_least=0,
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -8,11 +8,22 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import t as t_distribution
 from sklearn import metrics as sk
 
 from gigapath.evaluation import intervals as intervals_module
 from gigapath.evaluation.calibration import calibration_slope
-from gigapath.evaluation.intervals import bootstrap_weights, evaluate, paired_difference
+from gigapath.evaluation.intervals import (
+    auroc_limits,
+    bootstrap_weights,
+    degrees_of_freedom,
+    evaluate,
+    kappa_limits,
+    mean_limits,
+    paired_difference,
+    power,
+    share_limits,
+)
 from gigapath.evaluation.results import FOLD, Results, read_results, score, stratum_lines, summary_csv, write_results
 from gigapath.evaluation.scores import (
     Predictions,
@@ -21,6 +32,8 @@ from gigapath.evaluation.scores import (
     confusion_matrix,
     macro_curves,
     prior_probabilities,
+    rank_by,
+    scale_of,
     site_probabilities,
 )
 
@@ -208,19 +221,181 @@ def test_macro_curves_are_scikit_learns_of_one_hot_truth(classes: int) -> None:
     assert np.isnan(macro_curves(np.zeros(5, dtype=int), logits[:5])).all()
 
 
-def test_scores_with_folds_are_means_within_folds() -> None:
-    first, second = made(80, 2, seed=6), made(60, 2, seed=7)
-    # The second model's probabilities are shifted: pooled AUROC falls, the mean within folds does not.
-    shifted = np.stack([1 - second.probabilities[:, 1] / 4, second.probabilities[:, 1] / 4], axis=1)
-    together = Predictions(
-        np.concatenate([first.truth, second.truth]),
-        np.concatenate([first.probabilities, shifted]),
-        ("a", "b"),
-        folds=np.repeat([0, 1], [80, 60]),
+def cross_validated(patients: int = 40, classes: int = 2, repeats: int = 3, seed: int = 6, **more) -> Predictions:
+    """Four folds a repeat; every fit has an offset and a spread of its own, which its training slides tell."""
+    generator = np.random.default_rng(seed)
+    truth = np.arange(patients) % classes
+    logits, scales, folds, rows = [], [], [], []
+    for fit in range(4 * repeats):
+        held = np.random.default_rng([seed, fit // 4]).permutation(patients)[fit % 4 :: 4]
+        centre, spread = generator.normal(scale=5, size=classes), np.exp(generator.normal())
+        said = centre + spread * (generator.normal(size=(patients, classes)) + 1.5 * np.eye(classes)[truth])
+        shares = np.exp(said) / np.exp(said).sum(axis=1, keepdims=True)
+        scale = scale_of(np.delete(shares, held, axis=0), np.delete(truth, held))
+        logits.append(shares[held]), scales.append(rank_by(shares[held], scale)), rows.append(held)
+        folds.append(np.full(len(held), fit))
+    rows = np.concatenate(rows)
+    return Predictions(
+        truth[rows],
+        np.concatenate(logits),
+        tuple("abcd"[:classes]),
+        groups=rows,
+        folds=np.concatenate(folds),
+        ranking=np.concatenate(scales),
+        **more,
     )
-    expected = np.mean([Scorer(first).plain()["auroc"], Scorer(second).plain()["auroc"]])
-    assert evaluate(together, replicates=0)["auroc"].value == pytest.approx(expected, abs=1e-12)
-    assert "within each fold" in evaluate(together, replicates=1).covers
+
+
+def test_held_out_patients_of_a_repeat_are_pooled_on_the_scale_of_their_fits() -> None:
+    predictions = cross_validated()
+    assert predictions.repeats.tolist() == np.repeat([0, 1, 2], 40).tolist()
+    auroc, auprc = [], []
+    for repeat in range(3):
+        rows = predictions.repeats == repeat
+        truth, marks = predictions.truth[rows], predictions.ranking[rows, 1]
+        auroc.append(sk.roc_auc_score(truth, marks))
+        ranks = np.argsort(np.argsort(-marks)) + 1
+        hits = [(truth[ranks <= rank].sum() - 0.5) / (rank - 0.5) for rank in ranks[truth == 1]]
+        auprc.append(np.mean(hits))
+    found = Scorer(predictions).plain()
+    assert found["auroc"] == pytest.approx(np.mean(auroc), abs=1e-12)
+    assert found["auprc"] == pytest.approx(np.mean(auprc), abs=1e-12)
+    # The fits' offsets hide in probabilities what they know.
+    assert found["auroc"] > Scorer(replace(predictions, ranking=None)).plain()["auroc"] + 0.1
+    assert found["accuracy"] == pytest.approx((predictions.predicted == predictions.truth).mean())
+    twice = evaluate(predictions, replicates=0).by_fold["auroc"]
+    alone = evaluate(replace(predictions.rows(np.asarray(predictions.folds) == 5), folds=None), replicates=0)
+    assert len(twice) == 12 and twice[5] == alone["auroc"].value
+
+
+def test_precision_of_nothing_is_nearer_to_the_prevalence_than_the_usual_one() -> None:
+    generator = np.random.default_rng(0)
+    found = []
+    for _ in range(400):
+        said = generator.random(12)
+        predictions = Predictions(
+            np.arange(12) % 3 // 2, np.stack([1 - said, said], axis=1), ("a", "b"), folds=np.zeros(12)
+        )
+        found.append(
+            [Scorer(each).plain()["auprc"] - 1 / 3 for each in (predictions, replace(predictions, folds=None))]
+        )
+    ours, usual = np.mean(found, axis=0)
+    assert 0 < ours < 0.7 * usual
+
+
+def test_intervals_over_folds_count_patients_and_say_what_they_are_of() -> None:
+    found = evaluate(cross_validated(ordinal=True), unit="patients")
+    assert found.units == 40 and found.rows == 120
+    for words in ("40 patients (20 a, 20 b)", "3/4 of so many", "repeated 3 times", "uncalibrated"):
+        assert words in found.covers
+    assert set(found.uncalibrated) == {"f1_weighted", "precision_macro", "recall_macro", "brier", "ece"}
+    for name, each in found.estimates.items():
+        assert each.low < each.value < each.high, name
+    # Slides of one patient are no more patients: the interval stays as wide.
+    few = cross_validated()
+    doubled = replace(few.rows(np.repeat(np.arange(120), 2)), ranking=np.repeat(few.ranking, 2, axis=0))
+    for name in ("auroc", "auprc", "accuracy", "balanced_accuracy"):
+        one, two = evaluate(few)[name], evaluate(doubled)[name]
+        assert two.high - two.low == pytest.approx(one.high - one.low, rel=0.05), name
+    assert evaluate(few) == evaluate(few, replicates=7, seed=3)  # nothing is drawn
+
+
+def test_macro_intervals_are_means_of_those_of_one_class_against_the_rest() -> None:
+    found = evaluate(cross_validated(60, 3))
+    for curve in ("auroc", "auprc"):
+        for end in ("low", "high"):
+            each = [getattr(found[f"{curve}:{name}"], end) for name in "abc"]
+            assert getattr(found[curve], end) == pytest.approx(np.mean(each))
+    assert "auroc" not in found.uncalibrated and "auprc" in found.uncalibrated
+
+
+def test_nothing_is_estimated_of_one_patient_or_a_class_of_one() -> None:
+    whole = cross_validated()
+    lonely = whole.rows((np.asarray(whole.truth) == 0) | (np.asarray(whole.groups) == 1))
+    single = replace(whole, groups=np.zeros(120))
+    for predictions in (lonely, single):
+        found = evaluate(predictions, unit="patients")
+        assert all(np.isnan([each.low, each.high]).all() for each in found.estimates.values())
+        assert any("not estimable" in note and "patients" in note for note in found.notes)
+        assert found.to_dict()["scores"]["accuracy"]["low"] is None
+    difference = paired_difference(lonely, replace(lonely, ranking=-lonely.ranking))["auroc"]
+    assert np.isnan([difference.low, difference.p]).all()
+
+
+def test_no_interval_over_folds_has_zero_width() -> None:
+    truth = np.tile(np.arange(20) % 2, 2)
+    right = Predictions(
+        truth,
+        np.eye(2)[truth] * 0.8 + 0.1,
+        ("a", "b"),
+        groups=np.tile(np.arange(20), 2),
+        folds=np.arange(40) // 5,
+        ordinal=True,
+    )
+    found = evaluate(right)
+    for name in ("auroc", "auprc", "accuracy", "balanced_accuracy", "kappa_quadratic"):
+        assert found[name].value == found[name].high == pytest.approx(1) and 0 < found[name].low < 0.95
+    same = paired_difference(right, right)["auroc"]
+    floor = 1.96**2 / (20 / 2 + 1.96**2)
+    assert (same.value, same.p) == (0, 1) and same.high == -same.low == pytest.approx(floor, rel=1e-3)
+
+
+def test_limits_solve_what_defines_them() -> None:
+    from scipy.stats import binomtest
+
+    for value, positives, negatives in ((0.5, 10, 10), (0.9, 5, 15), (1.0, 20, 20), (0.02, 10, 30), (0.731, 3, 90)):
+        low, high = auroc_limits(value, positives, negatives)
+        assert low <= value <= high
+        pairs = (positives + negatives) / 2 - 1
+        for t in (low, high):
+            if 0 < t < 1:
+                spread = t * (1 - t) * (1 + pairs * (1 - t) / (2 - t) + pairs * t / (1 + t)) / (positives * negatives)
+                assert (value - t) ** 2 == pytest.approx(1.959964**2 * 1.75 * spread, rel=1e-5)
+        mirrored = auroc_limits(1 - value, positives, negatives)
+        assert mirrored == pytest.approx((1 - high, 1 - low), abs=1e-9)
+    for hits, count in ((0, 10), (7, 10), (30, 30)):
+        said = binomtest(hits, count).proportion_ci(0.95, method="wilson")
+        assert share_limits(hits / count, count) == pytest.approx((said.low, said.high))
+    assert mean_limits([(0.7, 10)]) == pytest.approx(share_limits(0.7, 10))
+    low, high = mean_limits([(0.7, 10), (0.7, 10)])
+    assert high - low == pytest.approx((share_limits(0.7, 10)[1] - share_limits(0.7, 10)[0]) / np.sqrt(2))
+
+
+def test_kappas_variance_is_that_of_drawn_tables() -> None:
+    generator = np.random.default_rng(1)
+    table = np.array([[0.25, 0.06, 0.01], [0.08, 0.2, 0.05], [0.02, 0.08, 0.25]])
+    count = 400
+
+    def kappa(shares: np.ndarray) -> float:
+        truth, predicted = np.repeat(np.arange(9), np.rint(shares.ravel() * count).astype(int)) // 3, None
+        predicted = np.repeat(np.arange(9), np.rint(shares.ravel() * count).astype(int)) % 3
+        return sk.cohen_kappa_score(truth, predicted, weights="quadratic")
+
+    drawn = [kappa(each.reshape(3, 3) / count) for each in generator.multinomial(count, table.ravel(), size=600)]
+    low, high = kappa_limits(table, count)
+    half = (np.arctanh(high) - np.arctanh(low)) / 2 / 1.959964 / np.sqrt(1.5)
+    assert half == pytest.approx(np.std(np.arctanh(drawn)), rel=0.1)
+    assert (np.arctanh(high) + np.arctanh(low)) / 2 == pytest.approx(np.arctanh(kappa(table)), abs=0.02)
+
+
+def test_differences_over_folds_are_jackknifed_by_patient() -> None:
+    first = cross_validated(seed=6)
+    second = replace(first, ranking=first.ranking + np.random.default_rng(0).normal(size=first.ranking.shape))
+    found = paired_difference(first, second)["auroc"]
+    groups, truth = np.asarray(first.groups), np.arange(40) % 2
+    without = []
+    for patient in range(40):
+        rows = groups != patient
+        each = [Scorer(one.rows(rows)).plain()["auroc"] for one in (first, second)]
+        without.append(each[0] - each[1])
+    without = np.array(without)
+    variance = sum(19 / 20 * ((without[truth == c] - without[truth == c].mean()) ** 2).sum() for c in (0, 1))
+    half = t_distribution.ppf(0.975, 19) * np.sqrt(2 * variance)
+    assert (found.low, found.high) == pytest.approx((found.value - half, found.value + half))
+    assert found.p == pytest.approx(2 * t_distribution.sf(abs(found.value) / np.sqrt(2 * variance), 19))
+    assert degrees_of_freedom(first) == 19
+    assert power(0.0, found, 19) == pytest.approx(0.05) and power(half * 3, found, 19) > 0.99
+    assert power(0.1, found, 19) == power(-0.1, found, 19) < power(0.2, found, 19)
 
 
 def test_paired_difference_is_zero_for_equals_and_tight_for_alikes() -> None:

@@ -92,7 +92,9 @@ def test_run_leaves_what_it_promises(fitted) -> None:
     assert {row["model"] for row in rows} == set(results["scores"])
     whole = json.loads((out / "results.json").read_text())["scores"]["from random weights"]["by_unit"]["patients"]
     assert len(whole["by_fold"]["auroc"]) == 2 and whole["by_fold"]["auroc"][0] == patients["scores"]["auroc"]["value"]
-    assert whole["scores"]["auroc"]["value"] == pytest.approx(np.mean(whole["by_fold"]["auroc"]))
+    # Over folds patients are pooled, on each model's own scale, and counted once.
+    assert whole["units"] == 6 and "6 patients" in whole["intervals"] and "brier" in whole["uncalibrated"]
+    assert np.shape(results["scale"]) == (3, 2) and "uncalibrated" in (out / "results.json").read_text()
     kept = json.loads((out / "finetune.json").read_text())
     assert kept["options"]["training"]["epochs"] == 3 and str(fitted) not in (out / "finetune.json").read_text()
     with (out / "fold_0" / "predictions.csv").open() as file:

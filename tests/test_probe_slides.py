@@ -16,10 +16,12 @@ from sklearn.metrics import roc_auc_score
 from gigapath.cli.main import main
 from gigapath.evaluation.robustness import robustness_index
 from gigapath.features import SlideEmbeddings, read_slide, read_slides, write_slide
+from gigapath.linear_probe import fits as fits_module
 from gigapath.linear_probe.data import rows_of_table
-from gigapath.linear_probe.heads import LogisticRegression
+from gigapath.linear_probe.fits import fit_folds
+from gigapath.linear_probe.heads import PENALTIES, LogisticRegression, choose_penalty
 from gigapath.linear_probe.options import ProbeOptions, SlideProbeOptions
-from gigapath.linear_probe.slides import fit_fold, probe_slides
+from gigapath.linear_probe.slides import probe_slides
 from gigapath.report.results import collect_results
 from gigapath.tables import parse_table
 
@@ -107,15 +109,7 @@ def test_scores_are_over_patients_with_slides_beside(made: tuple[Path, Path]) ->
     # 2 repeats of each patient and of each slide; the units that are drawn are patients both times.
     assert (patients.rows, patients.units) == (2 * PATIENTS, PATIENTS)
     assert (slides.rows, slides.units) == (4 * PATIENTS, PATIENTS)
-    assert "within each fold" in patients.covers
-
-
-@pytest.mark.parametrize(("folds", "rough"), [(4, False), (5, True)])
-def test_folds_too_small_for_intervals_are_said(made: tuple[Path, Path], folds: int, rough: bool) -> None:
-    options = SlideProbeOptions(embedding="tile-mean", folds=folds, repeats=1)
-    found = probe_slides(*made, ProbeOptions(replicates=20), options)
-    said = [note for note in found.notes if "only 4 groups (patient_id) of class" in note]
-    assert bool(said) == rough, found.notes  # 20 patients of each class
+    assert "40 patients (20 mutant, 20 wild)" in patients.covers and "2/3 of so many" in patients.covers
 
 
 def test_sites_are_scored_one_by_one(made: tuple[Path, Path]) -> None:
@@ -186,42 +180,72 @@ def test_every_slide_is_tested_once_a_repeat_and_patients_stay_together(made: tu
     assert not np.array_equal(first[1][np.argsort(first[0])], second[1][np.argsort(second[0])])
 
 
+def people(count: int) -> np.ndarray:
+    return np.array([f"p{number}" for number in range(count)])
+
+
 def test_no_label_means_no_score() -> None:
     """Labels that have nothing to do with the embeddings: within three standard errors of chance (60 patients)."""
     generator = np.random.default_rng(3)
     vectors, labels = generator.normal(size=(300, 20)), np.arange(300) % 2
     generator.shuffle(labels)
     groups = np.array([f"p{number // 2}" for number in range(300)])
-    said, _ = fit_fold(vectors, labels, groups, np.arange(200), np.arange(200, 300), 0, names="ab")
-    assert abs(roc_auc_score(labels[200:], said[:, 1]) - 0.5) < 0.18
+    said = fit_folds(vectors, labels, groups, [np.arange(200)], 0)[0][0]
+    assert abs(roc_auc_score(labels[200:], said[200:, 1]) - 0.5) < 0.18
 
 
 def test_test_slides_have_no_say_in_the_fit() -> None:
     generator = np.random.default_rng(4)
     vectors, labels = generator.normal(size=(80, 30)), np.arange(80) % 2
     vectors[:, 0] += labels
-    groups = np.array([f"p{number}" for number in range(80)])
-    train, test = np.arange(60), np.arange(60, 80)
-    said, penalty = fit_fold(vectors, labels, groups, train, test, 0, names="ab")
-    changed = vectors.copy()
-    changed[61:] = 1e6
-    again, penalty_again = fit_fold(
-        changed, 1 - labels * (np.arange(80) < 60) - (np.arange(80) >= 60), groups, train, test, 0, names="ab"
-    )
-    assert penalty == penalty_again
-    # The labels of the training slides were flipped too, so the first test slide's probabilities change places.
-    assert np.allclose(again[0], said[0][::-1], atol=1e-3)
+    said, penalties = fit_folds(vectors, labels, people(80), [np.arange(60)], 0)
+    changed, flipped = vectors.copy(), 1 - labels
+    changed[61:], flipped[60:] = 1e6, 1
+    again, same = fit_folds(changed, flipped, people(80), [np.arange(60)], 0)
+    assert penalties == same
+    # The labels of the training slides were flipped too, so the probabilities change places.
+    assert np.allclose(again[0, :61], said[0, :61, ::-1], atol=1e-7)
 
 
-def test_fewer_slides_than_entries_give_the_fit_in_full_width() -> None:
-    """The span of the slides holds the penalised optimum; tolerance: both stop at a gradient of 1e-5."""
+@pytest.mark.parametrize(("slides", "width", "classes"), [(40, 200, 2), (60, 12, 2), (45, 60, 4)])
+@pytest.mark.parametrize("penalty", [10.0, 0.1, 1e-4])
+def test_all_fits_at_once_are_those_of_one_at_a_time(
+    slides: int, width: int, classes: int, penalty: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fewer slides than entries and more; L-BFGS in full width, driven further than usual, finds the same optimum."""
+    monkeypatch.setattr("gigapath.linear_probe.heads.TOLERANCE", 1e-9)
+    monkeypatch.setattr("gigapath.linear_probe.heads.MAX_ITERATIONS", 20_000)
     generator = np.random.default_rng(5)
-    vectors, labels = generator.normal(size=(40, 200)), np.arange(40) % 2
-    groups = np.array([f"p{number}" for number in range(40)])
-    said, penalty = fit_fold(vectors, labels, groups, np.arange(30), np.arange(30, 40), 0, names="ab")
+    vectors, labels = generator.normal(size=(slides, width)) * 3 + 1, np.arange(slides) % classes
+    vectors[:, 0] += 4 * labels
+    vectors[:, 1] = 7  # never changes
+    trains = [np.flatnonzero(np.arange(slides) % 5 != fold) for fold in range(5)]
+    together, _ = fit_folds(vectors, labels, people(slides), trains, 0, penalty=penalty)
+    monkeypatch.setattr(fits_module, "BLOCK_ENTRIES", 1)  # one fold after the other
+    alone, _ = fit_folds(vectors, labels, people(slides), trains, 0, penalty=penalty)
+    assert np.abs(alone - together).max() < 1e-8
     features, target = torch.from_numpy(vectors), torch.from_numpy(labels)
-    head = LogisticRegression(features, target, torch.arange(30), 2).fit(penalty)
-    assert np.abs(head.probabilities(features, torch.arange(30, 40)) - said).max() < 2e-3
+    for said, train in zip(together, trains, strict=True):
+        head = LogisticRegression(features, target, torch.from_numpy(train), classes).fit(penalty)
+        assert np.abs(head.probabilities(features, torch.arange(slides)) - said).max() < 1e-5
+
+
+def test_penalties_are_those_of_inner_folds_tried_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The search with early end, over inner folds given as one validation set each, chooses the same."""
+    generator = np.random.default_rng(6)
+    vectors, labels = generator.normal(size=(60, 25)), np.arange(60) % 2
+    vectors[:, 0] += labels
+    train = np.arange(48)
+    part = np.arange(48) % 3
+    monkeypatch.setattr(fits_module, "draw_parts", lambda *_, **__: part)
+    _, penalties = fit_folds(vectors, labels, people(60), [train], 0)
+    features, target = torch.from_numpy(vectors), torch.from_numpy(labels)
+    losses = dict.fromkeys(PENALTIES, 0.0)
+    for number in range(3):
+        rows = [torch.from_numpy(train[part != number]), torch.from_numpy(train[part == number])]
+        for penalty in PENALTIES:
+            losses[penalty] += choose_penalty(features, target, *rows, 2, penalties=[penalty])[1].tried[penalty]
+    assert penalties[0] == min(losses, key=lambda each: losses[each])
 
 
 def test_given_split_is_used_once(made: tuple[Path, Path]) -> None:
@@ -230,6 +254,7 @@ def test_given_split_is_used_once(made: tuple[Path, Path]) -> None:
     assert len(found.scores["default"].facts["penalties"]) == 1
     assert found.scores["default"]["auroc"].value > 0.8
     assert any("train and val train together" in note for note in found.notes)
+    assert "bootstrap" in found.scores["default"].headline.covers  # one fitted model
 
 
 def test_command_line_prints_one_table_and_writes_it(

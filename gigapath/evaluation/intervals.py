@@ -1,37 +1,50 @@
-"""Intervals by the bootstrap: whole groups are drawn, class by class, with a seed; undefined replicates are counted.
+"""Intervals of scores, and of differences between two models.
 
-An interval covers the sampling of the test set for one fitted model. The spread over seeds and over splits is another
-thing and stands apart.
+Of one fitted model on a test set by the bootstrap: whole groups are drawn, class by class, with a seed; undefined
+replicates are counted. It covers the sampling of the test set.
+
+Of cross-validated scores by closed forms over patients: other training patients would have given other models, which
+no drawing of fixed predictions shows. Variances are inflated by factors measured on linear probes with 5 folds and 5
+repeats (`python -m scripts.bench coverage`). Newcombe 2006 (method 5) for AUROC, Wilson 1927 for shares, Zou and Donner
+2008 for their means, Fleiss, Cohen and Everitt 1969 for kappa, and the jackknife over patients for differences and for
+all other scores, which are marked as uncalibrated.
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from gigapath.evaluation.scores import FloatArray, IntArray, Predictions, Scorer
+from gigapath.evaluation.scores import SCORE_WORDS, FloatArray, IntArray, Predictions, Scorer, confusion_matrix
 
 REPLICATES = 2000
 LEVEL = 0.95
+Z = 1.959963984540054  # its normal quantile
+# By how much cross-validated scores vary more than those of one model on as many patients.
+AUROC_INFLATION, AUPRC_INFLATION, SHARE_INFLATION, KAPPA_INFLATION, JACKKNIFE_INFLATION = 1.75, 1.1, 1.35, 1.5, 2.0
 ROUNDING = 1e-12  # an interval narrower than this has no width
 BLOCK_ENTRIES = 2_000_000  # weights held at once: 16 MB, and a few times that while a curve is summed
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A score, its percentile interval, and in how many replicates it was not defined; NaN = not defined.
+    """A score or a difference, its interval, and in how many replicates it was not defined; NaN = not defined.
 
-    The interval is not defined either where all replicates give one value (one group, every row right): a width of
-    zero would say that nothing is uncertain.
+    The interval is not defined either where nothing tells how uncertain it is (all replicates alike, one patient, a
+    class of fewer than two): a width of zero would say that nothing is uncertain.
+
+    Attributes:
+        p: of the test that a cross-validated difference is 0, two-sided; NaN elsewhere.
     """
 
     value: float
     low: float
     high: float
     undefined: int
+    p: float = math.nan
 
     def __format__(self, spec: str) -> str:
         """The value and its interval, each number by the given format."""
@@ -44,14 +57,14 @@ class Estimate:
         return f"{self:.4f}"
 
     def to_dict(self) -> Any:
-        """Plain JSON values; NaN becomes None."""
-        return plain(self)
+        """Plain JSON values; NaN becomes None, and p is left out where there is none."""
+        return {name: value for name, value in plain(self).items() if name != "p" or value is not None}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Estimate":
         """The inverse of `to_dict`; KeyError or TypeError where it is none."""
         value, low, high = (_number(values[key]) for key in ("value", "low", "high"))
-        return cls(value, low, high, values["undefined"])
+        return cls(value, low, high, values["undefined"], _number(values.get("p")))
 
 
 @dataclass(frozen=True)
@@ -61,7 +74,10 @@ class Evaluation:
     Args:
         estimates: name -> estimate.
         prevalence: class name -> share of the rows.
+        units: patients, or whatever stands for itself.
+        covers: what the intervals are of, in words.
         by_fold: name -> its value in each fold, NaN where it is not defined there; empty without folds.
+        uncalibrated: names of scores whose interval's coverage nobody measured.
     """
 
     estimates: dict[str, Estimate]
@@ -71,6 +87,7 @@ class Evaluation:
     covers: str
     notes: tuple[str, ...]
     by_fold: dict[str, list[float]] = field(default_factory=dict)
+    uncalibrated: tuple[str, ...] = ()
 
     def sd_over_folds(self, name: str) -> float:
         """The standard deviation (of a sample) of a score over the folds in which it is defined; NaN below two."""
@@ -84,7 +101,7 @@ class Evaluation:
         """Plain JSON values; NaN becomes None."""
         values: dict[str, Any] = plain(self)
         values |= {"scores": values.pop("estimates"), "intervals": values.pop("covers")}
-        return {name: value for name, value in values.items() if name != "by_fold" or value}
+        return {name: value for name, value in values.items() if name not in ("by_fold", "uncalibrated") or value}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Evaluation":
@@ -97,37 +114,55 @@ class Evaluation:
             values["intervals"],
             tuple(values["notes"]),
             {name: [_number(each) for each in found] for name, found in values.get("by_fold", {}).items()},
+            tuple(values.get("uncalibrated", ())),
         )
 
 
-def evaluate(predictions: Predictions, *, replicates: int = REPLICATES, seed: int = 0) -> Evaluation:
-    """Scores with bootstrap intervals.
+def evaluate(
+    predictions: Predictions, *, replicates: int = REPLICATES, seed: int = 0, unit: str | None = None
+) -> Evaluation:
+    """Scores with intervals: of one model by the bootstrap, of cross-validated predictions (`folds`) over patients.
 
     Args:
         replicates: number of bootstrap replicates; 0 gives the scores alone.
         seed: of the draws; the same seed draws the same rows for every model on the same set.
+        unit: what the groups, or rows without groups, are called; None = by these words.
     """
     scorer = Scorer(predictions)
     values = scorer.plain()
-    drawn = _replicate_scores([scorer], predictions, replicates, seed)[0]
-    groups = predictions.groups
-    units = len(predictions.truth) if groups is None else len(np.unique(groups))
-    estimates = _estimates(scorer.names, values, drawn)
+    unit = unit or ("rows" if predictions.groups is None else "groups")
+    uncalibrated: tuple[str, ...] = ()
+    if predictions.folds is None or replicates == 0:
+        drawn = _replicate_scores([scorer], predictions, replicates, seed)[0]
+        estimates = _estimates(scorer.names, values, drawn)
+        covers = _covers(predictions, replicates, seed)
+        notes = _notes(predictions, estimates if replicates else {})
+    else:
+        units = _Units(predictions)
+        limits = closed_limits(predictions, values)
+        spread = units.limits_by_jackknife(scorer, values, [name for name in values if name not in limits])
+        estimates = {name: Estimate(values[name], *(limits | spread)[name], 0) for name in values}
+        unmeasured = [*spread, *(["auprc"] if len(predictions.class_names) > 2 or predictions.multi_label else [])]
+        uncalibrated = tuple(name for name in unmeasured if not math.isnan(estimates[name].low))
+        covers = units.covers(unit, [name for name in uncalibrated if ":" not in name])
+        notes = (*_notes(predictions, {}), *units.notes(unit, estimates))
     return Evaluation(
         estimates=estimates,
         rows=len(predictions.truth),
-        units=units,
+        units=len(predictions.truth) if predictions.groups is None else len(np.unique(predictions.groups)),
         prevalence=_prevalence(predictions),
-        covers=_covers(predictions, replicates, seed),
-        notes=_notes(predictions, estimates if replicates else {}),
+        covers=covers,
+        notes=notes,
         by_fold={} if predictions.folds is None else scorer.by_fold(),
+        uncalibrated=uncalibrated,
     )
 
 
 def paired_difference(
     first: Predictions, second: Predictions, *, replicates: int = REPLICATES, seed: int = 0
 ) -> dict[str, Estimate]:
-    """Scores of the first minus scores of the second on the same rows, with intervals from the same draws.
+    """Scores of the first minus scores of the second on the same rows: of two models with intervals from the same
+    draws, of cross-validated predictions by the jackknife over patients, with the p of a t test.
 
     Raises:
         ValueError: other truth, classes, groups or folds: nothing is paired then.
@@ -141,9 +176,204 @@ def paired_difference(
     if scorers[0].names != scorers[1].names:
         raise ValueError("paired_difference: expected the same classes for both.")
     plain = [scorer.plain() for scorer in scorers]
-    drawn = _replicate_scores(scorers, first, replicates, seed)
     values = {name: plain[0][name] - plain[1][name] for name in scorers[0].names}
-    return _estimates(scorers[0].names, values, drawn[0] - drawn[1])
+    if first.folds is None or replicates == 0:
+        drawn = _replicate_scores(scorers, first, replicates, seed)
+        return _estimates(scorers[0].names, values, drawn[0] - drawn[1])
+    units = _Units(first)
+    half = units.half_widths(lambda weights: scorers[0](weights) - scorers[1](weights))
+    return {
+        name: Estimate(values[name], values[name] - width, values[name] + width, 0, units.p(values[name], width))
+        for name, width in zip(values, half.tolist(), strict=True)
+    }
+
+
+def power(difference: float, estimate: Estimate, df: int) -> float:
+    """How often a true difference would be found at 5 % with an interval as wide as this one's; NaN without one.
+
+    Args:
+        df: degrees of freedom of its t distribution, `degrees_of_freedom`.
+    """
+    from scipy.stats import nct, t
+
+    half = (estimate.high - estimate.low) / 2
+    if math.isnan(half):
+        return math.nan
+    bound = float(t.ppf((1 + LEVEL) / 2, df))
+    shift = difference / half * bound
+    return float(nct.sf(bound, df, shift) + nct.cdf(-bound, df, shift))
+
+
+def degrees_of_freedom(predictions: Predictions) -> int:
+    """Of the t distribution of a cross-validated difference: patients of the rarest class less one."""
+    return _Units(predictions).df
+
+
+class _Units:
+    """The patients of cross-validated predictions: how many there are of each class, and scores without one of them."""
+
+    def __init__(self, predictions: Predictions) -> None:
+        truth = np.asarray(predictions.truth)
+        self.unit_of_row, self.strata = _units(truth, predictions.groups)
+        self.count = sum(len(stratum) for stratum in self.strata)
+        self.folds = len(np.unique(np.asarray(predictions.folds)))
+        self.repeats = int(predictions.repeats.max()) + 1
+        self.names = predictions.class_names
+        flags = truth == 1 if truth.ndim == 2 else truth[:, None] == np.arange(len(self.names))
+        self.of_class = np.array([len(np.unique(self.unit_of_row[flag])) for flag in flags.T])
+        self.rest = np.array([len(np.unique(self.unit_of_row[~flag])) for flag in flags.T])
+        # Every class needs two for anything to be estimated; of several labels each stands for itself.
+        enough = predictions.multi_label or bool((self.of_class >= 2).all())
+        self.estimable = self.count >= 2 and enough
+
+    @property
+    def df(self) -> int:
+        return max(1, min(len(stratum) for stratum in self.strata) - 1)
+
+    def half_widths(self, scores: Callable[[FloatArray], FloatArray]) -> FloatArray:
+        """By the jackknife, (scores,): t times the root of the inflated variance; where that is flat a floor, since a
+        width of zero would say that nothing is uncertain; NaN where it can't be told."""
+        from scipy.stats import t
+
+        left_out = []
+        for start in range(0, self.count, block := max(1, BLOCK_ENTRIES // len(self.unit_of_row))):
+            out = np.arange(start, min(start + block, self.count))
+            left_out.append(scores((self.unit_of_row != out[:, None]).astype(np.float64)))
+        every = np.concatenate(left_out)  # (units, scores)
+        variance = np.zeros(every.shape[1])
+        for stratum in self.strata:
+            here = every[stratum]
+            variance += (len(stratum) - 1) / len(stratum) * ((here - here.mean(axis=0)) ** 2).sum(axis=0)
+        half = t.ppf((1 + LEVEL) / 2, self.df) * np.sqrt(JACKKNIFE_INFLATION * variance)
+        half = np.where(half < ROUNDING, Z**2 / (self.count / 2 + Z**2), half)
+        return np.where(np.isnan(variance) | (not self.estimable), np.nan, half)
+
+    def p(self, value: float, half: float) -> float:
+        """Of a difference with an interval of that half width."""
+        from scipy.stats import t
+
+        return float(2 * t.sf(abs(value) / half * t.ppf((1 + LEVEL) / 2, self.df), self.df))
+
+    def limits_by_jackknife(
+        self, scorer: Scorer, values: Mapping[str, float], names: Sequence[str]
+    ) -> dict[str, tuple[float, float]]:
+        """name -> limits of scores for which there is no closed form."""
+        half = dict(zip(scorer.names, self.half_widths(scorer).tolist(), strict=True))
+        return {name: (values[name] - half[name], values[name] + half[name]) for name in names}
+
+    def covers(self, unit: str, uncalibrated: Sequence[str]) -> str:
+        """What is estimated, on how many patients, and which intervals nobody measured."""
+        folds = round(self.folds / self.repeats)
+        counts = ", ".join(f"{count:,} {name}" for count, name in zip(self.of_class, self.names, strict=True))
+        marked = ", ".join(SCORE_WORDS.get(name, name) for name in uncalibrated)
+        return (
+            f"{LEVEL:.0%}, over {self.count:,} {unit} ({counts}), of the mean performance of the procedure, fitted on "
+            f"{folds - 1}/{folds} of so many, on new {unit} of this class mix ({folds} folds, repeated "
+            f"{self.repeats} times)" + (f"; coverage not measured (uncalibrated): {marked}" if marked else "")
+        )
+
+    def notes(self, unit: str, estimates: Mapping[str, Estimate]) -> list[str]:
+        """A sentence on scores whose interval can't be estimated."""
+        lacking = [name for name, each in estimates.items() if not math.isnan(each.value) and math.isnan(each.low)]
+        if not lacking:
+            return []
+        words = ", ".join(SCORE_WORDS.get(name, name) for name in lacking)
+        return [f"intervals not estimable for {words}: fewer than two {unit}, in all or of a class"]
+
+
+def closed_limits(predictions: Predictions, values: Mapping[str, float]) -> dict[str, tuple[float, float]]:
+    """name -> limits of the cross-validated scores (`values`) that have a closed form; NaN where not estimable."""
+    units = _Units(predictions)
+    classes = len(units.names)
+    curves = range(1, 2) if classes == 2 and not predictions.multi_label else range(classes)
+    found: dict[str, tuple[float, float]] = {}
+    nothing = (math.nan, math.nan)
+    for name in ("auroc", "auprc"):
+        each = []
+        for c in curves:
+            key = f"{name}:{units.names[c]}" if f"{name}:{units.names[c]}" in values else name
+            positives, negatives = int(units.of_class[c]), int(units.rest[c])
+            limits = nothing
+            if positives >= 2 and negatives >= 2 and not math.isnan(values[key]):
+                if name == "auroc":
+                    limits = auroc_limits(values[key], positives, negatives)
+                else:
+                    limits = share_limits(values[key], positives / AUPRC_INFLATION)
+            found[key] = limits
+            each.append(limits)
+        low, high = np.mean(each, axis=0).tolist()
+        found[name] = (low, high)
+    if predictions.multi_label:
+        return found
+    table = np.mean([_shares(predictions.rows(predictions.repeats == r)) for r in range(units.repeats)], axis=0)
+    present = np.flatnonzero(table.sum(axis=1))
+    recalls = [(table[c, c] / table[c].sum(), units.of_class[c] / SHARE_INFLATION) for c in present]
+    found["accuracy"] = share_limits(values["accuracy"], units.count / SHARE_INFLATION)
+    found["balanced_accuracy"] = mean_limits(recalls)
+    if "kappa_quadratic" in values:
+        low, high = kappa_limits(table, units.count)
+        found["kappa_quadratic"] = (min(low, values["kappa_quadratic"]), max(high, values["kappa_quadratic"]))
+    return found if units.estimable else {name: nothing if ":" not in name else each for name, each in found.items()}
+
+
+def _shares(predictions: Predictions) -> FloatArray:
+    """The confusion matrix (C, C) as shares of the rows."""
+    return np.asarray(confusion_matrix(predictions) / len(predictions.truth))
+
+
+def auroc_limits(value: float, positives: int, negatives: int) -> tuple[float, float]:
+    """Newcombe's method 5 with the variance inflated: the t with (value - t)^2 = z^2 c V(t)."""
+    from scipy.optimize import brentq
+
+    pairs = (positives + negatives) / 2 - 1
+
+    def excess(t: float) -> float:
+        spread = t * (1 - t) * (1 + pairs * ((1 - t) / (2 - t) + t / (1 + t))) / (positives * negatives)
+        return (value - t) ** 2 - Z**2 * AUROC_INFLATION * spread
+
+    # The variance is 0 at 0 and at 1, so that a root lies between each of them and the value.
+    low = brentq(excess, 0, min(value, 1 - ROUNDING)) if value > 0 else 0.0
+    high = brentq(excess, max(value, ROUNDING), 1) if value < 1 else 1.0
+    return float(low), float(high)
+
+
+def share_limits(share: float, count: float) -> tuple[float, float]:
+    """Wilson's interval of a share of so many, which need not be a whole number."""
+    middle = (share + Z**2 / (2 * count)) / (1 + Z**2 / count)
+    half = Z * math.sqrt(share * (1 - share) / count + Z**2 / (4 * count**2)) / (1 + Z**2 / count)
+    return max(0.0, min(share, middle - half)), min(1.0, max(share, middle + half))
+
+
+def mean_limits(shares: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    """The mean of shares of so many each (MOVER): distances to Wilson's limits add up as squares."""
+    limits = [share_limits(*each) for each in shares]
+    mean = float(np.mean([share for share, _ in shares]))
+    below = math.sqrt(sum((share - low) ** 2 for (share, _), (low, _) in zip(shares, limits, strict=True)))
+    above = math.sqrt(sum((share - high) ** 2 for (share, _), (_, high) in zip(shares, limits, strict=True)))
+    return mean - below / len(shares), mean + above / len(shares)
+
+
+def kappa_limits(table: FloatArray, count: int) -> tuple[float, float]:
+    """Quadratic-weighted kappa's interval by its large-sample variance, on the scale of atanh.
+
+    Args:
+        table: (C, C) shares of the patients, row = true class; one patient's worth that is right by chance alone is
+            added, so that a perfect table has a variance too.
+    """
+    classes = len(table)
+    row = table.sum(axis=1)
+    table = (count * table + row[:, None] / classes) / (count + 1)
+    row, column = table.sum(axis=1), table.sum(axis=0)
+    steps = np.arange(classes)
+    weight = 1 - (steps[:, None] - steps) ** 2 / max(1, (classes - 1) ** 2)
+    observed, expected = (weight * table).sum(), row @ weight @ column
+    kappa = (observed - expected) / (1 - expected)
+    means = (weight @ column)[:, None] + (row @ weight)[None, :]
+    terms = table * (weight * (1 - expected) - means * (1 - observed)) ** 2
+    spread = terms.sum() - (observed * expected - 2 * expected + observed) ** 2
+    variance = max(spread, 0.0) / (count * (1 - expected) ** 4)
+    half = Z * math.sqrt(KAPPA_INFLATION * variance) / (1 - kappa**2)
+    return math.tanh(math.atanh(kappa) - half), math.tanh(math.atanh(kappa) + half)
 
 
 def _equal(one: npt.NDArray[np.generic] | None, other: npt.NDArray[np.generic] | None) -> bool:
@@ -178,14 +408,15 @@ def _units(
     truth: npt.NDArray[np.integer], groups: npt.NDArray[np.generic] | None
 ) -> tuple[IntArray, list[npt.NDArray[np.intp]]]:
     """(unit of each row, units of each stratum)."""
+    classes = truth.ndim == 1 and np.issubdtype(truth.dtype, np.integer)  # not several labels, nor times or amounts
     if groups is None:
         unit_of_row = np.arange(len(truth))
-        stratum_of_unit = truth if truth.ndim == 1 else np.zeros(len(truth), dtype=np.int64)
+        stratum_of_unit = truth if classes else np.zeros(len(truth), dtype=np.int64)
     else:
         _, unit_of_row = np.unique(groups, return_inverse=True)
         units = int(unit_of_row.max()) + 1
         stratum_of_unit = np.zeros(units, dtype=np.int64)
-        if truth.ndim == 1:
+        if classes:
             lowest = np.full(units, np.iinfo(np.int64).max)
             highest = np.full(units, -1)
             np.minimum.at(lowest, unit_of_row, truth)
@@ -229,10 +460,9 @@ def _covers(predictions: Predictions, replicates: int, seed: int) -> str:
         return "none"
     unit = "rows" if predictions.groups is None else "groups"
     stratified = "" if predictions.multi_label else ", stratified by class"
-    models = "of one fitted model" if predictions.folds is None else "of the fitted models, scored within each fold"
     return (
         f"{LEVEL:.0%} percentile bootstrap over {unit}{stratified}, {replicates} replicates, seed {seed}: "
-        f"the sampling of the test set {models}, not the spread over seeds or splits"
+        "the sampling of the test set of one fitted model, not the spread over seeds or splits"
     )
 
 

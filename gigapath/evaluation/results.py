@@ -44,10 +44,11 @@ class Scores:
 
     Attributes:
         by_unit: "patients", where slides are known to be of patients of one label each, then "slides"; or "tiles". The
-            first is the headline. Intervals are drawn by patient, or by slide for tiles, where known.
+            first is the headline. Intervals are over patients, or over slides for tiles, where known.
         by_site: site -> the scores of its slides alone, in the unit of the headline.
         by_stratum: likewise "scanner" and "stain" -> what there is of them -> scores.
-        leads: another model -> this one's scores minus its scores, on the same rows with the same draws.
+        leads: another model -> this one's scores minus its scores, on the same rows (with the same draws, or by the
+            jackknife over the folds' patients).
         calibration_slope: NaN where it is not defined, and over the models of several folds.
         at_threshold: label -> threshold, sensitivity and specificity, where there are thresholds.
         confusion: counts, row = true class; None with several labels a row.
@@ -140,8 +141,10 @@ def score(
         replicates: of the bootstrap; 0 for scores without intervals.
     """
 
+    drawn = "patients" if patients else "slides" if unit == "slides" else None  # what the groups, or else the rows, are
+
     def over(some: Predictions) -> Evaluation:
-        return evaluate(some, replicates=replicates, seed=seed)
+        return evaluate(some, replicates=replicates, seed=seed, unit=drawn if some.folds is not None else None)
 
     by_unit = {unit: over(predictions)}
     notes = list(by_unit[unit].notes)

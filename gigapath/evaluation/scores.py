@@ -5,6 +5,7 @@ was drawn; the plain score is the one with all weights 1.
 """
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -13,6 +14,8 @@ FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
 
 _ROUNDING = 1e-3  # of a probability in half precision
+_LEAST = 1e-15  # probability whose logarithm is taken
+_FLAT = 1e-9  # standard deviation of log-odds below which a model says the same of all
 CALIBRATION_BINS = 15  # equal widths between 0 and 1, of the confidence in the predicted class
 # What the scores are called where people read them.
 SCORE_WORDS = {
@@ -42,8 +45,9 @@ class Predictions:
         probabilities: (N, C) in [0, 1]; rows sum to 1, but for a multi-label task.
         class_names: C names; of a binary task the second is the positive class.
         groups: (N,) patient or slide of each row, any values; None where every row stands for itself.
-        folds: (N,) which fitted model a row was predicted by; scores are taken within a fold and averaged, never
-            over rows of different models. None = one model.
+        folds: (N,) which fitted model a row was predicted by; those that test a patient once make a repeat, over whose
+            rows scores are taken, and averaged over repeats. None = one model.
+        ranking: (N, C) what rows of several models are ranked by, such as `rank_by`'s; None = the probabilities.
     """
 
     truth: npt.NDArray[np.integer]
@@ -52,6 +56,7 @@ class Predictions:
     groups: npt.NDArray[np.generic] | None = None
     folds: npt.NDArray[np.integer] | None = None
     ordinal: bool = False
+    ranking: FloatArray | None = None
 
     def __post_init__(self) -> None:
         truth, probabilities = np.asarray(self.truth), np.asarray(self.probabilities)
@@ -100,7 +105,23 @@ class Predictions:
             probabilities=np.asarray(self.probabilities)[chosen],
             groups=None if self.groups is None else np.asarray(self.groups)[chosen],
             folds=None if self.folds is None else np.asarray(self.folds)[chosen],
+            ranking=None if self.ranking is None else self.ranking[chosen],
         )
+
+    @property
+    def repeats(self) -> IntArray:
+        """(N,) which repeat a row belongs to: a new one begins with the first fold that tests a patient again."""
+        rows = len(self.truth)
+        groups = np.arange(rows) if self.groups is None else np.asarray(self.groups)
+        repeats = np.zeros(rows, dtype=np.int64)
+        number, tested = 0, set[Any]()
+        for members in [] if self.folds is None else _members(np.asarray(self.folds)):
+            here = set(groups[members].tolist())
+            if here & tested:
+                number, tested = number + 1, set()
+            tested |= here
+            repeats[members] = number
+        return repeats
 
 
 class Scorer:
@@ -110,31 +131,29 @@ class Scorer:
     """
 
     def __init__(self, predictions: Predictions) -> None:
-        if predictions.folds is None:
-            parts = [(np.arange(len(predictions.truth)), predictions)]
-        else:
-            folds = np.asarray(predictions.folds)
-            members = [np.flatnonzero(folds == fold) for fold in np.unique(folds)]
-            parts = [(rows, replace(predictions.rows(rows), folds=None)) for rows in members]
         part_type = _MultiLabelScores if predictions.multi_label else _ClassScores
-        self._parts = [(rows, part_type(part)) for rows, part in parts]
-        self._whole = predictions.folds is None
+        self._parts = [(rows, part_type(predictions.rows(rows))) for rows in _members(predictions.repeats)]
+        self._predictions = predictions
         self.names: tuple[str, ...] = self._parts[0][1].names
 
     def __call__(self, weights: FloatArray) -> FloatArray:
         """Scores (R, len(names)) of R weightings (R, N), NaN where a score is not defined; with folds, the mean over
-        the folds in which it is."""
-        if self._whole:
+        the repeats in which it is."""
+        if len(self._parts) == 1:
             return self._parts[0][1](weights)
-        values = np.stack([part(weights[:, rows]) for rows, part in self._parts])  # (folds, R, scores)
+        values = np.stack([part(weights[:, rows]) for rows, part in self._parts])  # (repeats, R, scores)
         defined = ~np.isnan(values)
         total = np.where(defined, values, 0.0).sum(axis=0)
         return _divide(total, defined.sum(axis=0))
 
     def by_fold(self) -> dict[str, list[float]]:
-        """The scores of each fold with all weights 1; NaN where one is not defined."""
-        values = np.stack([part(np.ones((1, len(rows))))[0] for rows, part in self._parts], axis=1)
-        return dict(zip(self.names, values.tolist(), strict=True))
+        """The scores of each fold's rows alone, as those of one model; NaN where one is not defined."""
+        whole = self._predictions
+        found = [
+            Scorer(replace(whole.rows(rows), folds=None, ranking=None)).plain()
+            for rows in _members(np.asarray(whole.folds))
+        ]
+        return {name: [each[name] for each in found] for name in self.names}
 
     def plain(self) -> dict[str, float]:
         """The scores with all weights 1."""
@@ -143,11 +162,12 @@ class Scorer:
 
 
 class _ClassScores:
-    """Scores of one model on a task with one class a row; definitions are scikit-learn's."""
+    """Scores on a task with one class a row; definitions are scikit-learn's, but for AUPRC over several models."""
 
     def __init__(self, predictions: Predictions) -> None:
         truth, predicted = np.asarray(predictions.truth), predictions.predicted
         probabilities = np.asarray(predictions.probabilities, dtype=np.float64)
+        ranks, middle = _ranks(predictions)
         classes = np.arange(len(predictions.class_names))
         self.is_true = (truth[:, None] == classes).astype(np.float64)  # (N, C)
         self.is_predicted = (predicted[:, None] == classes).astype(np.float64)
@@ -161,7 +181,7 @@ class _ClassScores:
         self.gap[np.arange(len(truth)), bins] = confidence - (truth == predicted)
         # A binary task has one curve, the positive class's.
         self.curve_classes = classes[1:] if len(classes) == 2 else classes
-        self.curves = [_Curve(truth == c, probabilities[:, c]) for c in self.curve_classes]
+        self.curves = [_Curve(truth == c, ranks[:, c], middle=middle) for c in self.curve_classes]
         self.ordinal = predictions.ordinal
         self.squared_steps = (classes[:, None] - classes[None, :]) ** 2.0
         names = ["accuracy", "balanced_accuracy", "f1_weighted", "precision_macro", "recall_macro", "auroc", "auprc"]
@@ -211,8 +231,9 @@ class _MultiLabelScores:
         self.correct = (truth == (probabilities > 0.5)).mean(axis=1)
         self.brier = ((probabilities - truth) ** 2).mean(axis=1)
         entry_rows = np.repeat(np.arange(len(truth)), truth.shape[1])
-        self.micro = _Curve(truth.ravel(), probabilities.ravel(), rows=entry_rows)
-        self.curves = [_Curve(truth[:, c], probabilities[:, c]) for c in range(truth.shape[1])]
+        ranks, middle = _ranks(predictions)
+        self.micro = _Curve(truth.ravel(), probabilities.ravel(), rows=entry_rows, middle=middle)
+        self.curves = [_Curve(truth[:, c], ranks[:, c], middle=middle) for c in range(truth.shape[1])]
         names = ["accuracy", "auroc", "auprc", "auroc_micro", "auprc_micro", "brier"]
         names += [f"{score}:{name}" for score in ("auroc", "auprc") for name in predictions.class_names]
         self.names = tuple(names)
@@ -234,9 +255,19 @@ class _Curve:
         positive: (M,) bool.
         scores: (M,), higher = more likely positive.
         rows: (M,) which row's weight an entry has; None = its own.
+        middle: precision is taken at the middle of each threshold's rows, (tp - 1/2) / (rank - 1/2), which is less
+            too high in small cohorts.
     """
 
-    def __init__(self, positive: npt.NDArray[np.bool_], scores: FloatArray, rows: IntArray | None = None) -> None:
+    def __init__(
+        self,
+        positive: npt.NDArray[np.bool_],
+        scores: FloatArray,
+        rows: IntArray | None = None,
+        *,
+        middle: bool = False,
+    ) -> None:
+        self.half = 0.5 if middle else 0.0
         order = np.argsort(-scores, kind="stable")
         falling = scores[order]
         self.rows = order if rows is None else rows[order]
@@ -251,18 +282,65 @@ class _Curve:
         if self.tied:
             everyone = np.add.reduceat(everyone, self.starts, axis=1)  # (R, T)
             positives = np.add.reduceat(positives, self.starts, axis=1)
-        above = np.cumsum(everyone, axis=1)
+        above = np.cumsum(everyone, axis=1) - self.half * everyone
         hits = np.cumsum(positives, axis=1)
         negatives = np.subtract(everyone, positives, out=everyone)
         # A negative is beaten by the positives above it, and half by those on its threshold.
         wins = np.einsum("rt,rt->r", negatives, hits - 0.5 * positives)
-        precision = np.divide(hits, above, out=above, where=above > 0)
+        precision = np.divide(hits - self.half * positives, above, out=above, where=above > 0)
         average_precision = np.einsum("rt,rt->r", positives, precision)
         positive_total = hits[:, -1]
         negative_total = negatives.sum(axis=1)
         return np.stack(
             [_divide(wins, positive_total * negative_total), _divide(average_precision, positive_total)], axis=1
         )
+
+
+def _members(codes: npt.NDArray[np.integer]) -> list[npt.NDArray[np.intp]]:
+    """The rows of each code, in the order of the codes."""
+    return [np.flatnonzero(codes == code) for code in np.unique(codes)]
+
+
+def _ranks(predictions: Predictions) -> tuple[FloatArray, bool]:
+    """What the curves rank rows by, (N, C), and whether rows are of several models."""
+    several = predictions.folds is not None
+    ranking = predictions.ranking if several and predictions.ranking is not None else predictions.probabilities
+    return np.asarray(ranking, dtype=np.float64), several
+
+
+def log_odds(probabilities: FloatArray, *, multi_label: bool = False) -> FloatArray:
+    """Log-odds (N, C) of each class against the others together, or of each label."""
+    shares = np.asarray(probabilities, dtype=np.float64)
+    # The others are added up: 1 - p would lose what is left beside a p near 1.
+    others = 1 - shares if multi_label else shares @ (1 - np.eye(shares.shape[1]))
+    return np.asarray(np.log(np.maximum(shares, _LEAST)) - np.log(np.maximum(others, _LEAST)))
+
+
+def scale_of(probabilities: FloatArray, truth: npt.NDArray[np.integer]) -> FloatArray:
+    """A fitted model's own scale (C, 2): of its training rows' log-odds the midpoint of the two sides' means, and the
+    standard deviation, 0 where they do not differ.
+
+    Args:
+        probabilities: (N, C) of the training rows.
+        truth: (N,) or (N, C) of them.
+    """
+    truth = np.asarray(truth)
+    odds = log_odds(probabilities, multi_label=truth.ndim == 2)
+    found = []
+    for c, values in enumerate(odds.T):
+        positive = truth[:, c] == 1 if truth.ndim == 2 else truth == c
+        sides = [values[side].mean() for side in (positive, ~positive) if side.any()]
+        deviation = values.std()
+        found.append([np.mean(sides), deviation if deviation > _FLAT else 0.0])
+    return np.asarray(found)
+
+
+def rank_by(probabilities: FloatArray, scale: FloatArray, *, multi_label: bool = False) -> FloatArray:
+    """Log-odds (N, C) on the model's own scale, on which rows of several models can be ranked together; 0 where the
+    model tells nothing apart."""
+    middle, deviation = scale.T
+    inverse = np.where(deviation > 0, 1 / np.where(deviation > 0, deviation, 1.0), 0.0)
+    return np.asarray((log_odds(probabilities, multi_label=multi_label) - middle) * inverse)
 
 
 def macro_curves(truth: IntArray, outputs: FloatArray) -> tuple[float, float]:
@@ -312,7 +390,7 @@ def _mean_where(values: FloatArray, where: npt.NDArray[np.bool_]) -> FloatArray:
 
 
 def average_by_group(predictions: Predictions) -> Predictions:
-    """One row per group (and fold): the probabilities averaged over its rows.
+    """One row per group (and fold): the probabilities, and the ranking, averaged over its rows.
 
     Raises:
         ValueError: a group holds rows of different truth, so that it has none itself.
@@ -332,17 +410,14 @@ def average_by_group(predictions: Predictions) -> Predictions:
             f"average_by_group: expected one label per group, got several in {groups[mixed[0]]!s}. "
             "Evaluate its rows one by one."
         )
-    sums = np.zeros((len(first), predictions.probabilities.shape[1]))
-    np.add.at(sums, code, np.asarray(predictions.probabilities, dtype=np.float64))
-    averaged = predictions.rows(first)
-    return Predictions(
-        averaged.truth,
-        sums / np.bincount(code)[:, None],
-        predictions.class_names,
-        groups=averaged.groups,
-        folds=averaged.folds,
-        ordinal=predictions.ordinal,
-    )
+
+    def mean(values: npt.NDArray[np.floating]) -> FloatArray:
+        sums = np.zeros((len(first), values.shape[1]))
+        np.add.at(sums, code, np.asarray(values, dtype=np.float64))
+        return np.asarray(sums / np.bincount(code)[:, None])
+
+    ranking = None if predictions.ranking is None else mean(predictions.ranking)
+    return replace(predictions.rows(first), probabilities=mean(predictions.probabilities), ranking=ranking)
 
 
 def site_probabilities(

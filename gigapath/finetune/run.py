@@ -32,7 +32,7 @@ from gigapath.evaluation.results import (
     summary_csv,
     write_results,
 )
-from gigapath.evaluation.scores import FloatArray, Predictions, site_probabilities
+from gigapath.evaluation.scores import FloatArray, Predictions, rank_by, scale_of, site_probabilities
 from gigapath.evaluation.splits import Fold, keep_manifest
 from gigapath.features import FeatureFileError
 from gigapath.files import read_json, sha256_of, write_json_atomic
@@ -58,6 +58,7 @@ RUN = "finetune.json"
 ENCODER = "slide_encoder"  # the folder of the tuned slide encoder alone, in a fold's
 # The model itself, beside its controls; from random weights it bears that control's name.
 TUNED, FROZEN = "fine-tuned", "frozen encoder"
+UNMEASURED = "intervals over folds were measured on linear probes: of fine-tuned models they are uncalibrated"
 # What may differ between a run and the one that goes on with it: it changes no number that is stored.
 _FREE = ("workers", "device", "replicates", "allow_low_memory")
 
@@ -168,24 +169,28 @@ class _Run:
         lines = [*score_lines(scores), *stratum_lines(scores)]
         if self.first:
             # The fold's own results say what a single one reached at thresholds and by site.
-            results = Results(FINE_TUNING, cohort.task.described(), scores, notes=tuple(cohort.notes))
+            notes = (*cohort.notes, *([UNMEASURED] if len(folds) > 1 else []))
+            results = Results(FINE_TUNING, cohort.task.described(), scores, notes=notes)
             write_results(self.out, results, texts={"summary.csv": summary_csv(scores)})
-        for line in lines:
+        for line in [*lines, *([f"note: {UNMEASURED}"] if len(folds) > 1 else [])]:
             self.watch.line(line)
         models = [name for name in scores if name != SITE_ALONE]
         evaluations = {name: [found[name].headline for found in folds] for name in models}
         return RunResult(evaluations, lines, self.out, scores)
 
     def _over_folds(self, folds: list[dict[str, Scores]]) -> dict[str, Scores]:
-        """The scores of each model over all folds: taken within a fold, and averaged."""
+        """The scores of each model over all folds: of the slides that each did not train on, pooled."""
         labels = self.cohort.joined.labels
         rows = np.concatenate([fold.test for fold in self.cohort.folds])
         fold_of_row = np.concatenate([np.full(len(fold.test), fold.number) for fold in self.cohort.folds])
         predicted: dict[str, Predictions] = {}
         for name in folds[0]:
-            parts = [found[name].predictions for found in folds]
-            shares = np.concatenate([part.probabilities for part in parts if part is not None])
-            predicted[name] = replace(predictions_of(labels.take(rows), shares, self.cohort.task), folds=fold_of_row)
+            parts = [part for found in folds if (part := found[name].predictions) is not None]
+            shares = np.concatenate([part.probabilities for part in parts])
+            ranking = np.concatenate([part.ranking for part in parts if part.ranking is not None])
+            tested = predictions_of(labels.take(rows), shares, self.cohort.task)
+            groups = tested.groups if labels.patients else np.asarray(labels.slide_ids)[rows]
+            predicted[name] = replace(tested, groups=groups, folds=fold_of_row, ranking=ranking)
         return self._scores(rows, predicted, None)
 
     def _scores(
@@ -335,8 +340,21 @@ class _Run:
         if labels.sites is None:
             return {}
         sites, train = np.asarray(labels.sites), fold.train
-        known = site_probabilities(labels.truth[train], sites[train], sites[fold.test], len(task.classes))
-        return {SITE_ALONE: predictions_of(labels.take(fold.test), known, task)}
+        known = site_probabilities(labels.truth[train], sites[train], sites, len(task.classes))
+        return {SITE_ALONE: self._predictions(fold, known[fold.test], self._scale(fold, lambda: known[train]))}
+
+    def _scale(self, fold: Fold, of_train: Callable[[], FloatArray]) -> FloatArray | None:
+        """A model's own scale (C, 2) by its probabilities of the training slides, which are asked for where the models
+        of several folds are to be ranked together."""
+        if len(self.cohort.folds) == 1:
+            return None
+        return scale_of(of_train(), self.cohort.joined.labels.truth[fold.train])
+
+    def _predictions(self, fold: Fold, shares: FloatArray, scale: FloatArray | None) -> Predictions:
+        task = self.cohort.task
+        found = predictions_of(self.cohort.joined.labels.take(fold.test), shares, task)
+        ranking = None if scale is None else rank_by(shares, scale, multi_label=task.multi_label)
+        return replace(found, ranking=ranking)
 
     def _write(
         self, fold: Fold, folder: Path, fitted: dict[str, "_Fitted"], alone: dict[str, Predictions]
@@ -344,7 +362,7 @@ class _Run:
         """Score models on a fold's test slides, and write the first one's files with the scores of all."""
         task, labels = self.cohort.task, self.cohort.joined.labels.take(fold.test)
         name, main = next(iter(fitted.items()))
-        predicted = {each: predictions_of(labels, found.shares, task) for each, found in fitted.items()}
+        predicted = {each: self._predictions(fold, found.shares, found.scale) for each, found in fitted.items()}
         scores = self._scores(fold.test, predicted | alone, main.how)
         if self.first:
             what = f"fold {fold.number}, {name}"
@@ -358,6 +376,8 @@ class _Run:
                     if key != "epoch" and value is not None:
                         events.setdefault(key, []).append((entry.epoch, value))
             details = {**main.facts, "history": [vars(entry) for entry in main.history]}
+            if main.scale is not None:
+                details["scale"] = main.scale.tolist()
             write_results(
                 folder,
                 Results(
@@ -405,6 +425,7 @@ class _Run:
         if recipe.calibrate:
             how = fit_calibration(trainer.logits(trained, fold.val), labels.truth[fold.val], task)
         shares = probabilities(trainer.logits(trained, fold.test), task, how.temperature)
+        scale = self._scale(fold, lambda: probabilities(trainer.logits(trained, fold.train), task, how.temperature))
         if self.first:
             if trained is not whole:
                 whole.classifier.load_state_dict(trained.classifier.state_dict())  # type: ignore[union-attr,operator]
@@ -417,7 +438,7 @@ class _Run:
             "chosen": {"what": chosen, "calibration": how.fitted_on},
             "weights": self._weights if pretrained else {},
         }
-        return _Fitted(shares, how, history, facts)
+        return _Fitted(shares, scale, how, history, facts)
 
     def _on_states(self, model: nn.Module, trainer: Trainer, fold: Fold, *, cache: bool) -> tuple[nn.Module, Trainer]:
         """The classifier alone, on the frozen encoder's states, which are computed once for all folds."""
@@ -443,15 +464,18 @@ class _Run:
         }
         layer = fit_linear(means["train"], labels.truth[fold.train], len(task.classes))
         with torch.no_grad():
-            logits = layer(torch.from_numpy(means["test"])).numpy()
-        return _Fitted(probabilities(logits, task), default_calibration(task), [], {})
+            shares = {name: probabilities(layer(torch.from_numpy(each)).numpy(), task) for name, each in means.items()}
+        scale = self._scale(fold, lambda: shares["train"])
+        return _Fitted(shares["test"], scale, default_calibration(task), [], {})
 
 
 @dataclass(frozen=True)
 class _Fitted:
-    """A model on a fold: its probabilities for the test slides (S, C), how they are decided on, its training, facts."""
+    """A model on a fold: its probabilities for the test slides (S, C), its own scale (C, 2) among those of several
+    folds, how it is decided on, its training, facts."""
 
     shares: FloatArray
+    scale: FloatArray | None
     how: Calibration
     history: list[Epoch]
     facts: dict[str, Any]

@@ -9,6 +9,7 @@ Legend: S slides, D width, C classes, K folds, R repeats.
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,11 +44,19 @@ from gigapath.evaluation.results import (
     write_results,
 )
 from gigapath.evaluation.robustness import ROBUSTNESS, robustness_index
-from gigapath.evaluation.scores import SCORE_WORDS, Predictions, prior_probabilities, site_probabilities
+from gigapath.evaluation.scores import (
+    SCORE_WORDS,
+    Predictions,
+    prior_probabilities,
+    rank_by,
+    scale_of,
+    site_probabilities,
+)
 from gigapath.evaluation.splits import Fold, audit, check_classes, draw_parts, site_parts
 from gigapath.features import read_slides
 from gigapath.linear_probe.data import class_names, left_over, named_column, splits_of_column
-from gigapath.linear_probe.heads import PATIENCE, PENALTIES, LogisticRegression, cross_entropy, one_thread
+from gigapath.linear_probe.fits import INNER_FOLDS, fit_folds
+from gigapath.linear_probe.heads import one_thread
 from gigapath.linear_probe.options import ProbeOptions, SlideProbeOptions
 from gigapath.linear_probe.table import TEST
 from gigapath.options import IdOptions, to_dict
@@ -55,9 +64,6 @@ from gigapath.tables import data_frame, read_table
 from gigapath.text import table_lines
 
 BASELINE = "tile-mean"
-INNER_FOLDS = 3
-# With fewer patients of a class in a test fold, a replicate of the bootstrap often draws none of them.
-FEW_IN_FOLD = 5
 SHOWN = ("auroc", "balanced_accuracy", "auprc", "f1_weighted")
 
 FloatArray = npt.NDArray[np.float64]
@@ -249,7 +255,7 @@ class SlideProbe:
             self.scores,
             details={
                 "chosen": {"what": "penalty", "on": "folds inside the training slides of each fit, by cross-entropy"},
-                "differences": f"each embedding minus {BASELINE}, on the same patients, folds and bootstrap draws",
+                "differences": f"each embedding minus {BASELINE}, on the same patients and folds",
                 "data": self.data.facts,
                 "options": self.options,
                 "versions": {"implementation": gigapath.__implementation__, "package_version": gigapath.__version__},
@@ -286,40 +292,36 @@ def probe_slides(
         allow_leakage=options.allow_leakage,
     )
     notes += check_classes([fold for fold in drawn if fold.site], data.labels, data.classes)
-    folds = [(fold.train, fold.test) for fold in drawn]
-    if data.test is None and options.replicates > 0:
-        notes += _few_in_fold(data, [test for _, test in folds])
-    rows = np.concatenate([test for _, test in folds])
-    fold_of_row = np.repeat(np.arange(len(folds)), [len(test) for _, test in folds])
-
+    rows = np.concatenate([fold.test for fold in drawn])
     patients = data.group_column is not None
     sites = None if data.sites is None else data.sites[rows]
-
-    def predictions(parts: Sequence[FloatArray]) -> Predictions:
-        groups = data.groups[rows]
-        return Predictions(data.labels[rows], np.concatenate(parts), data.classes, groups=groups, folds=fold_of_row)
-
+    classes = len(data.classes)
+    for fold in drawn:
+        _refuse_rare_classes(
+            data.labels[fold.train],
+            data.groups[fold.train],
+            INNER_FOLDS,
+            data.classes,
+            f"fewer than the {INNER_FOLDS} folds by which the penalty is chosen among the training slides. Add slides",
+        )
+    held = partial(held_out, drawn, data.labels, data.groups, data.classes)
     found: dict[str, Predictions] = {}
     facts: dict[str, dict[str, Any]] = {}
+    trains = [fold.train for fold in drawn]
     with one_thread(torch.device("cpu")):
         for name, vectors in data.vectors.items():
-            fits = [
-                fit_fold(vectors, data.labels, data.groups, train, test, options.seed, names=data.classes)
-                for train, test in folds
-            ]
-            found[name] = predictions([probabilities for probabilities, _ in fits])
-            facts[name] = {"width": vectors.shape[1], "penalties": [penalty for _, penalty in fits]}
-    if data.sites is not None:
+            shares, penalties = fit_folds(vectors, data.labels, data.groups, trains, options.seed)
+            found[name], scales = held(shares)
+            facts[name] = {"width": vectors.shape[1], "penalties": penalties.tolist()}
+            if data.test is None:
+                facts[name]["scales"] = [scale.tolist() for scale in scales]
+    found[CHANCE] = held([prior_probabilities(data.labels[train], len(data.ids), classes) for train in trains])[0]
+    if (places := data.sites) is not None:
+        alone = [site_probabilities(data.labels[train], places[train], places, classes) for train in trains]
+        found[SITE_ALONE] = held(alone)[0]
         for name, vectors in data.vectors.items():
-            if (robustness := robustness_index(vectors, data.labels, data.sites, data.groups)) is not None:
+            if (robustness := robustness_index(vectors, data.labels, places, data.groups)) is not None:
                 facts[name][ROBUSTNESS] = plain(robustness)
-    classes = len(data.classes)
-    found[CHANCE] = predictions([prior_probabilities(data.labels[train], len(test), classes) for train, test in folds])
-    if data.sites is not None:
-        places = data.sites
-        found[SITE_ALONE] = predictions(
-            [site_probabilities(data.labels[train], places[train], places[test], classes) for train, test in folds]
-        )
     strata = {name: [cells[row] for row in rows.tolist()] for name, cells in data.strata.items()}
     how: dict[str, Any] = {"patients": patients, "sites": sites, "strata": strata}
     how |= {"replicates": options.replicates, "seed": options.seed}
@@ -327,6 +329,36 @@ def probe_slides(
     scores = {name: score(each, against=rivals.get(name), facts=facts.get(name), **how) for name, each in found.items()}
     notes += scores[BASELINE].notes
     return SlideProbe(data, scores, rows, {**to_dict(options), **to_dict(slide_options)}, tuple(notes))
+
+
+def held_out(
+    drawn: Sequence[Fold],
+    labels: IntArray,
+    groups: TextArray,
+    class_names: tuple[str, ...],
+    shares: Sequence[FloatArray] | FloatArray,
+) -> tuple[Predictions, list[FloatArray]]:
+    """What fits say of the slides that they did not train on, fold after fold, and each fit's own scale, on which rows
+    of several are ranked.
+
+    Args:
+        labels: (S,) class index.
+        groups: (S,) patients.
+        shares: of each fit the probabilities (S, C) of all slides.
+    """
+    scales = [scale_of(each[fold.train], labels[fold.train]) for each, fold in zip(shares, drawn, strict=True)]
+    tested = [each[fold.test] for each, fold in zip(shares, drawn, strict=True)]
+    rows = np.concatenate([fold.test for fold in drawn])
+    folds = np.repeat([fold.number for fold in drawn], [len(fold.test) for fold in drawn])
+    predictions = Predictions(
+        labels[rows],
+        np.concatenate(tested),
+        class_names,
+        groups=groups[rows],
+        folds=folds if len(drawn) > 1 else None,
+        ranking=np.concatenate([rank_by(*each) for each in zip(tested, scales, strict=True)]),
+    )
+    return predictions, scales
 
 
 def _folds(data: SlideData, options: ProbeOptions, slide_options: SlideProbeOptions) -> list[Fold]:
@@ -344,11 +376,16 @@ def _folds(data: SlideData, options: ProbeOptions, slide_options: SlideProbeOpti
             for number, site in enumerate(names)
         ]
     _refuse_rare_classes(data.labels, data.groups, parts, data.classes, f"fewer than {parts} folds. Take fewer folds")
+    return repeated_folds(data.labels, data.groups, parts, slide_options.repeats, seed=options.seed)
+
+
+def repeated_folds(labels: IntArray, groups: TextArray, parts: int, repeats: int, *, seed: int) -> list[Fold]:
+    """Folds (without validation) that are drawn anew for each repeat, numbered through."""
     found: list[Fold] = []
-    for repeat in range(slide_options.repeats):
-        part = draw_parts(data.labels, data.groups.tolist(), parts, seed=options.seed + repeat)
+    for repeat in range(repeats):
+        part = draw_parts(labels, groups.tolist(), parts, seed=seed + repeat)
         for number in range(parts):
-            rows = np.flatnonzero(part != number), nobody, np.flatnonzero(part == number)
+            rows = np.flatnonzero(part != number), np.zeros(0, np.int64), np.flatnonzero(part == number)
             found.append(Fold(len(found), *rows))
     return found
 
@@ -363,89 +400,6 @@ def _refuse_rare_classes(labels: IntArray, groups: TextArray, folds: int, classe
             f"folds: the class {rarest} occurs in {counts[rarest]} groups, {too_few}, or leave the class out."
             + (f" If it is the same as {others[0]}, write both alike." if others else "")
         )
-
-
-def _few_in_fold(data: SlideData, tests: Sequence[IntArray]) -> list[str]:
-    """A sentence where test folds are so small that intervals over them are rough, else nothing."""
-    counts = []
-    for test in tests:
-        pairs = set(zip(data.groups[test].tolist(), data.labels[test].tolist(), strict=True))
-        counts += [(sum(label == index for _, label in pairs), name) for index, name in enumerate(data.classes)]
-    fewest, name = min(counts)
-    if fewest >= FEW_IN_FOLD:
-        return []
-    unit = "slides" if data.group_column is None else f"groups ({data.group_column})"
-    return [
-        f"a test fold has only {fewest} {unit} of class {name}: take intervals as rough and too narrow. A replicate "
-        "often draws none of them and leaves the fold out, which moves intervals of AUPRC and balanced accuracy up, at "
-        "times past the score itself. Take fewer --folds, or more slides"
-    ]
-
-
-def fit_fold(
-    vectors: FloatArray,
-    labels: IntArray,
-    groups: TextArray,
-    train: IntArray,
-    test: IntArray,
-    seed: int,
-    *,
-    names: Sequence[str],
-) -> tuple[FloatArray, float]:
-    """Fit on the training slides with the penalty that folds inside them choose.
-
-    Args:
-        vectors: (S, D) embeddings.
-        labels: (S,) class index.
-        groups: (S,) patients; none is on both sides of an inner fold.
-
-    Returns:
-        (len(test), C) probabilities of the test slides, and the penalty.
-    """
-    classes = int(labels.max()) + 1
-    _refuse_rare_classes(
-        labels[train],
-        groups[train],
-        INNER_FOLDS,
-        names,
-        f"fewer than the {INNER_FOLDS} folds by which the penalty is chosen among the training slides. Add slides",
-    )
-    part = draw_parts(labels[train], groups[train].tolist(), INNER_FOLDS, seed=seed)
-    inner = [(np.flatnonzero(part != number), np.flatnonzero(part == number)) for number in range(INNER_FOLDS)]
-    losses: dict[float, float] = dict.fromkeys(PENALTIES, 0.0)
-    fits = [_Fit(vectors, labels, train[fit], classes) for fit, _ in inner]
-    tried: list[float] = []
-    for penalty in PENALTIES:
-        for regression, (_, held) in zip(fits, inner, strict=True):
-            shares = regression.probabilities(penalty, train[held])
-            losses[penalty] += cross_entropy(shares, labels[train[held]]) * len(held)
-        tried.append(penalty)
-        if tried.index(min(tried, key=lambda each: losses[each])) + PATIENCE < len(tried):
-            break
-    best = min(tried, key=lambda each: losses[each])
-    final = _Fit(vectors, labels, train, classes)
-    return final.probabilities(best, test), best
-
-
-class _Fit:
-    """Logistic regression on some slides, in the space that they span: with fewer slides than entries the penalised
-    weights lie in it, and nothing else changes."""
-
-    def __init__(self, vectors: FloatArray, labels: IntArray, rows: IntArray, classes: int) -> None:
-        everything, known = torch.from_numpy(vectors), torch.from_numpy(rows)
-        mean, deviation = everything[known].mean(dim=0), everything[known].std(dim=0, correction=0)
-        scale = torch.where(deviation > 1e-9, 1 / deviation.clamp_min(1e-300), 0.0)
-        self._standardised = (everything - mean) * scale
-        if len(rows) < vectors.shape[1]:
-            basis = torch.linalg.qr(self._standardised[known].t())[0]  # (D, rows), orthonormal
-            self._standardised = self._standardised @ basis
-        self._regression = LogisticRegression(
-            self._standardised, torch.from_numpy(labels), known, classes, standardise=False
-        )
-
-    def probabilities(self, penalty: float, rows: IntArray) -> FloatArray:
-        """Probabilities of some slides for a penalty."""
-        return self._regression.fit(penalty).probabilities(self._standardised, torch.from_numpy(rows))
 
 
 def write_slide_report(out: Path, probe: SlideProbe) -> list[str]:
@@ -468,17 +422,22 @@ def _predictions(probe: SlideProbe) -> str:
         "slide_id": [data.ids[row] for row in rows] * many,
         **({data.group_column: data.groups[rows].tolist() * many} if data.group_column else {}),
         "embedding": [name for name in predicted for _ in rows],
-        "fold": [fold for each in predicted.values() if each is not None for fold in np.asarray(each.folds).tolist()],
+        "fold": [int(fold) for each in predicted.values() if each is not None for fold in _folds_of(each)],
         "label": [data.classes[label] for label in data.labels[rows]] * many,
         "predicted": [data.classes[index] for index in probabilities.argmax(axis=1)],
     }
     return predictions_csv(columns, probabilities, data.classes)
 
 
+def _folds_of(predictions: Predictions) -> IntArray:
+    return np.zeros(len(predictions.truth), np.int64) if predictions.folds is None else np.asarray(predictions.folds)
+
+
 def _comparison(probe: SlideProbe) -> bytes:
     auroc = {name: found["auroc"] for name, found in probe.scores.items()}
+    units = probe.scores[BASELINE].headline.units
     return draw_intervals(
         {name: (each.value, each.low, each.high) for name, each in auroc.items()},
-        x_label=f"AUROC, mean over folds, with 95 % interval over {probe.scores[BASELINE].unit}",
+        x_label=f"AUROC with 95 % interval over {units:,} {'patients' if probe.data.group_column else 'slides'}",
         title="Slide embeddings compared by linear probes",
     )

@@ -20,6 +20,7 @@ KINDS = {
     "probe": ("scripts.bench.probe", "ProbeBench", "the linear probe against a plain loop: speed and peak memory"),
     "slide-encoder": ("scripts.bench.slide_encoder", "SlideEncoderBench", "the slide encoder against a plain product"),
     "pretraining": ("scripts.bench.pretraining", "PretrainingBench", "a step against a plain product; use downstream"),
+    "coverage": ("scripts.bench.coverage", "CoverageBench", "how often intervals over folds hold the truth"),
     "finetuning": ("scripts.bench.finetuning", "FinetuningBench", "a training step against a plain product"),
 }
 
