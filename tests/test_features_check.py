@@ -302,6 +302,7 @@ def test_maps_and_exported_tables_in_the_folder_are_no_feature_files(
         ("mixed-numerics-version", {"numerics_version": 7}, {}),
         ("mixed-weights-sha256", {"weights_sha256": "ab" * 32}, {}),
         ("mixed-scale", {}, {"mpp": 0.75}),
+        ("mixed-scale", {}, {"mpp": -1.0}),
         ("mixed-tile-size", {}, {"tile_size": 512}),
     ],
 )

@@ -217,7 +217,7 @@ def compared(held: Contents) -> dict[str, Any]:
     if held.kind in ("tile embeddings", "tiles"):
         pixels, mpp = tile_pixels(held.attrs, held.tool), tile_mpp(held.attrs)
         facts |= {} if pixels is None else {"tile_size": pixels}
-        facts |= {} if mpp is None else {"scale": mpp}
+        facts |= {"scale": mpp} if mpp is not None and mpp > 0 else {}
     return facts
 
 
