@@ -64,6 +64,7 @@ VERBS = {
         "Fine-tune the slide encoder on labelled slides: by the published recipe or yours.",
     ),
     "predict": ("finetune:predict", "Apply a fitted head to feature files; with --labels, test it on another cohort."),
+    "study": ("study:study", "Run a study file: models, comparisons and outside tests, with tables and a checklist."),
 }
 # former verbs -> what they are now
 ALIASES = {
@@ -147,7 +148,7 @@ def run_verb(app: App, words: Sequence[str]) -> int:
         print(f"{program}: {error}", file=sys.stderr)
         return 1
     except (CycloptsError, ValueError) as error:  # ValueError: of the options' own checks
-        print(f"{program}: {_in_one_line(error)} See {program} --help.", file=sys.stderr)
+        print(f"{program}: {in_one_line(error)} See {program} --help.", file=sys.stderr)
         return 2
     with contextlib.ExitStack() as shown:
         try:
@@ -179,7 +180,7 @@ def _tell_of_life(program: str, ended: threading.Event, out: Any, err: Any) -> N
             print(f"{program}: at work for {in_words(time.monotonic() - started)}", file=err, flush=True)
 
 
-def _in_one_line(error: CycloptsError | ValueError) -> str:
+def in_one_line(error: CycloptsError | ValueError) -> str:
     """What is wrong with the words; an unknown option with the closest one of the verb, those of help included."""
     if isinstance(error, CycloptsError):
         error.command_chain = None

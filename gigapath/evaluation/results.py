@@ -30,6 +30,7 @@ RESULTS = "results.json"
 FORMAT = 2
 TILE_PROBE, SLIDE_PROBE = "probe of tiles", "probe of slides"
 FINE_TUNING, FOLD, EVALUATION = "fine-tuning", "fold of fine-tuning", "evaluation of a fitted head"
+STUDY = "study"
 CHANCE, SITE_ALONE = "chance", "site alone"
 STRATUM_SCORES = ("auroc", "balanced_accuracy", "auprc")  # of a site, scanner or stain in a printed table
 TERMS = (
@@ -193,7 +194,7 @@ class Results:
     """What a run found, as `results.json` holds it.
 
     Attributes:
-        kind: `TILE_PROBE`, `SLIDE_PROBE`, `FINE_TUNING`, `FOLD` or `EVALUATION`.
+        kind: `TILE_PROBE`, `SLIDE_PROBE`, `FINE_TUNING`, `FOLD`, `EVALUATION` or `STUDY`.
         task: name, setting and `classes`.
         scores: model -> its scores on the test set, first the one that the run is about, or what others are compared
             with.

@@ -265,7 +265,7 @@ def evaluate_head(
         _refuse_seen(Path(checkpoint), joined.labels.slide_ids)
     facts = _look(head, joined.files, join)
     prints = hashlib.sha256("".join(fact.fingerprint for fact in facts).encode()).hexdigest()
-    test_set = TestSet(Path(labels), joined.labels.digest, str(facts[0].made["encoder"]), prints)
+    test_set = TestSet(Path(labels), joined.labels.digest, str(facts[0].made["encoder"] or ""), prints)
     test_set.evaluations()
     bags = FileBags(joined.files, facts, join.tile_size_level0)
     shares = head.predict(bags, range(len(joined.files)), resolve_device(device))

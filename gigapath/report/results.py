@@ -31,7 +31,9 @@ from gigapath.evaluation.results import (
     RESULTS,
     SITE_ALONE,
     SLIDE_PROBE,
+    STUDY,
     TILE_PROBE,
+    Scores,
     read_results,
 )
 from gigapath.evaluation.results import Results as Found
@@ -42,9 +44,11 @@ from gigapath.files import read_json
 Block = dict[str, Any]
 
 PRETRAINING = "pretrain.json"  # by its name: the room that writes it needs torch
+_ESTIMATE = ("value", "low", "high")
 MOST_ROWS = 5000  # of predictions; above that the least certain of the truth are shown
 LEFT_ROWS = 1000
 _TITLES = {
+    STUDY: "Study",
     TILE_PROBE: "Linear probe of tiles",
     SLIDE_PROBE: "Probe of slide embeddings",
     FOLD: "Fold of a fine-tuning",
@@ -105,6 +109,9 @@ def _results(folder: Path, name: str, found: Found) -> Results:
             blocks += list(_fold(fold, alone=len(folds) == 1))
             number = fold.name.removeprefix("fold_")
             rows += [{**row, "fold": number} for row in _read_csv(fold / "predictions.csv")]
+    elif found.kind == STUDY:
+        title, options = f"Study: {found.task.get('name', '')}", found.details.get("study")
+        blocks += list(_study(found))
     elif found.kind == SLIDE_PROBE:
         rows = _mean_over_fits(rows)
         note = "Probabilities are means over the fits that did not train on the slide."
@@ -123,6 +130,23 @@ def _results(folder: Path, name: str, found: Found) -> Results:
         redact(options) if options is not None else None,
         None if what == "tiles" else _said_of_slides(of_slides),
     )
+
+
+def _study(found: Found) -> Iterator[Block]:
+    """What a study has besides its models' scores: comparisons, outside tests, the checklist."""
+    primary = SCORE_WORDS.get(found.details["study"]["primary"], "")
+    rows = [
+        [f"{row['first']} - {row['second']}", None if row["value"] is None else {key: row[key] for key in _ESTIMATE}]
+        for row in found.details["comparisons"]
+    ]
+    if rows:
+        title = f"Comparisons: {primary} of the first minus that of the second"
+        yield {"kind": "scores", "title": title, "columns": [primary], "rows": rows, "intervals": "", "signed": True}
+    outside = {name: Scores.from_dict(each).headline for name, each in found.details["outside"].items()}
+    if outside:
+        yield _scores("Scores on outside test sets", outside)
+    items = [line.removeprefix("- ").replace("**", "") for line in found.details["tripod"]]
+    yield {"kind": "group", "title": "TRIPOD+AI checklist", "blocks": [_notes(items)]}
 
 
 def _pretraining(folder: Path, name: str) -> Results:

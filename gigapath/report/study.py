@@ -1,0 +1,174 @@
+"""What the parts of a study found, in one place: tables, a plot, the items of TRIPOD+AI that its files can fill."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import gigapath
+from gigapath.evaluation.labels import SITE_COLUMNS, first_column
+from gigapath.evaluation.plots import draw_intervals
+from gigapath.evaluation.results import (
+    CHANCE,
+    RESULTS,
+    SITE_ALONE,
+    SLIDE_PROBE,
+    STUDY,
+    Results,
+    Scores,
+    read_results,
+    stratum_lines,
+    summary_csv,
+    write_results,
+)
+from gigapath.evaluation.scores import SCORE_WORDS
+from gigapath.report.tripod import tripod_lines
+from gigapath.tables import csv_text, read_table
+from gigapath.text import table_lines
+
+_COMPARED = ("first", "second", "score", "value", "low", "high")
+
+
+def write_study(folder: Path, about: Mapping[str, Any], labels: Path) -> list[str]:
+    """Write `results.json`, `study.csv`, `comparisons.csv`, `study.png` and `tripod.md` from the parts in a folder.
+
+    Args:
+        folder: of the study.
+        about: what its file says.
+        labels: the CSV of the cohort.
+
+    Returns:
+        lines for people.
+
+    Raises:
+        ValueError: a model has no such primary score.
+    """
+    parts = {name: read_results(folder / "models" / name / RESULTS) for name in about["models"]}
+    models = {name: found.scores[_name_of(found)] for name, found in parts.items()}
+    primary, title = about["primary"], about["title"] or folder.name
+    for name, each in models.items():
+        if primary not in each.headline.estimates:
+            known = ", ".join(key for key in each.headline.estimates if ":" not in key)
+            raise ValueError(f"primary: expected a score of the model {name} ({known}), got {primary!r}.")
+    runs = [*reversed(parts.values())]  # so that the first run's stay
+    controls = {name: run.scores[name] for name in (CHANCE, SITE_ALONE) for run in runs if name in run.scores}
+    outside = {
+        f"{path.parent.name} on {path.parent.parent.name}, {path.name}": read_results(path / RESULTS).scores
+        for path in sorted(folder.glob("outside/*/*/fold_*/"))
+    }
+    tests = {name: next(iter(scores.values())) for name, scores in outside.items()}
+    compared = [_compare(pair, parts, models, primary) for pair in about["compare"]]
+    everything = {**models, **controls, **tests}
+    checklist = tripod_lines(_filled(about, parts, models, tests, labels))
+    intervals = {
+        name: (each[primary].value, each[primary].low, each[primary].high) for name, each in everything.items()
+    }
+    write_results(
+        folder,
+        Results(
+            STUDY,
+            {"name": title, "classes": next(iter(parts.values())).task.get("classes", [])},
+            {**models, **controls},
+            details={
+                "study": dict(about),
+                "outside": {name: each.to_dict() for name, each in tests.items()},
+                "comparisons": compared,
+                "tripod": checklist,
+            },
+            notes=tuple(dict.fromkeys(note for found in parts.values() for note in found.notes)),
+        ),
+        texts={
+            "study.csv": summary_csv(everything),
+            "comparisons.csv": csv_text([_COMPARED, *([row[key] for key in _COMPARED] for row in compared)]),
+            "tripod.md": "# TRIPOD+AI\n\n" + "\n".join(checklist) + "\n",
+        },
+        pictures={
+            "study.png": lambda: draw_intervals(
+                intervals, x_label=f"{SCORE_WORDS[primary]} with 95 % interval", title=title
+            )
+        },
+    )
+    lines = table_lines(
+        [
+            ["", "over", SCORE_WORDS[primary]],
+            *([name, each.unit, str(each[primary])] for name, each in everything.items()),
+        ]
+    )
+    for row in compared:
+        value = "not compared: no run has both on the same draws" if row["value"] is None else f"{row['value']:+.4f}"
+        interval = "" if row["low"] is None else f" [{row['low']:+.4f}, {row['high']:+.4f}]"
+        lines.append(f"{row['first']} - {row['second']}: {value}{interval}")
+    filled = sum(line.startswith("- [x]") for line in checklist)
+    return [*lines, *stratum_lines(models), f"TRIPOD+AI: {filled} of {len(checklist)} items are filled in tripod.md"]
+
+
+def _name_of(found: Results) -> str:
+    """What the model that a run is about is called in it."""
+    of_probe = found.kind == SLIDE_PROBE
+    return str(found.details["options"]["embedding"]) if of_probe else next(iter(found.scores))
+
+
+def _compare(
+    pair: Sequence[str], parts: Mapping[str, Results], models: Mapping[str, Scores], primary: str
+) -> dict[str, Any]:
+    """The first model's score minus the second's, where the first's run has both on the same draws."""
+    first, second = pair
+    lead = models[first].leads.get(_name_of(parts[second]))
+    found = {"value": None, "low": None, "high": None} if lead is None else lead[primary].to_dict()
+    return {"first": first, "second": second, "score": primary, **found}
+
+
+def _filled(
+    about: Mapping[str, Any],
+    parts: Mapping[str, Results],
+    models: Mapping[str, Scores],
+    tests: Mapping[str, Scores],
+    labels: Path,
+) -> dict[str, str]:
+    """Items of TRIPOD+AI that the files answer, each with a sentence; "" where they do not."""
+    table, first, primary = read_table(labels), next(iter(models.values())), about["primary"]
+    slides, unit, splits = f"{len(table):,} slides", first.unit, about["splits"]
+    site_column = first_column(table, SITE_COLUMNS)
+    sites = sorted(set(table.columns[site_column])) if site_column else []
+    several = len(first.by_site) > 1
+    tuned = [name for name, model in about["models"].items() if "finetune" in model]
+
+    def shares(of: Scores) -> str:
+        return ", ".join(f"{name} {share:.0%}" for name, share in of.headline.prevalence.items())
+
+    def scores(of: Mapping[str, Scores]) -> str:
+        return "; ".join(f"{name} {each[primary]!s}" for name, each in of.items())
+
+    missing = [note for found in parts.values() for note in found.notes if "left out" in note or "no features" in note]
+    compared = "; ".join(" against ".join(pair) for pair in about["compare"])
+    drawn = f"{splits} folds" if isinstance(splits, int) else f"{splits}"
+    measures = ", ".join(SCORE_WORDS.get(name, name) for name in first.headline.estimates if ":" not in name)
+    made = [
+        f"{name}: {'linear probe of ' + _name_of(found) if name not in tuned else 'fine-tuning, ' + _name_of(found)}"
+        for name, found in parts.items()
+    ]
+    return {
+        "4": f"{SCORE_WORDS[primary]} decides; models: {', '.join(models)}; compared: {compared or 'none'}",
+        "5a": f"{slides} in {labels.name}; whom they represent is for the authors to say",
+        "6a": f"{len(sites):,} sites ({', '.join(site or 'not known' for site in sites)})" if sites else "",
+        "7": "slides enter as embeddings; gigapath report --methods on their run says how these were made",
+        "8a": f"classes {', '.join(first.headline.prevalence)}; how they were assessed is for the authors to say",
+        "9b": "embeddings of the whole slide, or of all its tiles; nothing else",
+        "10": f"{first.headline.units:,} {unit}; the program calculated no size",
+        "11": "; ".join(dict.fromkeys(missing)) or "every listed slide has a label and features",
+        "12a": f"cross-validation: {drawn}; outside test sets: {', '.join(about['outside']) or 'none'}",
+        "12c": f"{'; '.join(made)}; penalties of probes are chosen by folds inside the training slides; the recipes "
+        f"stand in models/; seed {about['seed']}",
+        "12d": "scores by site, and what the site alone reaches" if several else "",
+        "12e": f"{measures}; {first.headline.covers}",
+        "12g": "each fold's frozen model on slides that did not train it",
+        "13": f"class shares {shares(first)}; folds have even shares of each" if isinstance(splits, int) else "",
+        "15": "a probability of each class; thresholds, where fitted, stand with each fold's head",
+        "16": "; ".join(f"{name}: {each.headline.units:,} {each.unit}, {shares(each)}" for name, each in tests.items()),
+        "18f": f"gigapath {gigapath.__version__}; the study file is kept in study.json",
+        "20a": f"{slides} listed, {first.headline.units:,} {unit} scored; {shares(first)}",
+        "20b": f"classes and scores by site in {RESULTS}" if several else "",
+        "21": "; ".join(f"{name}: {each.headline.units:,} {each.unit}" for name, each in models.items()),
+        "22": "heads in models/*/fold_*, which gigapath predict applies" if tuned else "",
+        "23a": scores({**models, **tests}),
+        "23b": "; ".join(f"{site} {each[primary]!s}" for site, each in first.by_site.items()) if several else "",
+    }

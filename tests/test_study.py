@@ -1,0 +1,163 @@
+"""`gigapath study`: one file, one command, one folder; it goes on where it was killed, and gives the same again."""
+
+import csv
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from made_cohort import write_cohort, write_task
+
+from gigapath.cli import study as module
+from gigapath.cli.main import main
+from gigapath.report.results import collect_results
+from gigapath.report.tripod import ITEMS
+
+TUNE = {"head": "abmil-tiles", "pretrained": "", "epochs": 2, "base-lr": 0.1, "gradient-accumulation": 4}
+STUDY: dict[str, Any] = {
+    "title": "Made",
+    "labels": "here/labels.csv",
+    "embeddings": "vectors",
+    "features": "here/features",
+    "task": "task.yaml",
+    "splits": "leave-site-out",
+    "seed": 1,
+    "replicates": 20,
+    "models": {
+        "mean": {"probe": {"embedding": "tile-mean"}},
+        "attention": {"finetune": {**TUNE, "warmup_epochs": 0, "device": "cpu"}},
+    },
+    "compare": [["attention", "mean"]],
+    "outside": {"elsewhere": {"labels": "there/labels.csv", "features": "there/features"}},
+}
+Write = Callable[..., Path]
+
+
+def cohort(folder: Path, slides: int, seed: int) -> None:
+    """Two slides a patient, three sites with patients of both classes."""
+    patients = [f"{folder.name}{number // 2}" for number in range(slides)]
+    labels = [number // 2 % 2 for number in range(slides)]
+    features, table = write_cohort(folder, labels, patients=patients, seed=seed, encoder="made", mpp=0.5)
+    with table.open() as file:
+        rows = list(csv.DictReader(file))
+    for number, row in enumerate(rows):
+        row["site"] = "ABC"[number // 4 % 3]
+        file = features / f"{row['slide_id']}.h5"
+        row["slide_id"] = f"{folder.name}-{number:02d}"
+        file.rename(features / f"{row['slide_id']}.h5")
+    with table.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cohort with slide embeddings, another one to test on, and a study that was run."""
+    folder = tmp_path_factory.mktemp("study")
+    cohort(folder / "here", 36, 0)
+    cohort(folder / "there", 12, 1)
+    write_task(folder / "task.yaml", classes=2)
+    words = [
+        "slide-embed",
+        str(folder / "here" / "features"),
+        "--slide-encoder",
+        "mean",
+        "--out",
+        str(folder / "vectors"),
+    ]
+    assert main(words) == 0
+    (folder / "study.yaml").write_text(yaml.safe_dump(STUDY, sort_keys=False))
+    assert main(["study", str(folder / "study.yaml"), "--out", str(folder / "out")]) == 0
+    return folder
+
+
+def test_study_leaves_everything_in_one_folder(made: Path) -> None:
+    out = made / "out"
+    results = json.loads((out / "results.json").read_text())
+    assert results["kind"] == "study" and list(results["scores"]) == ["mean", "attention", "chance", "site alone"]
+    alone = json.loads((out / "models" / "attention" / "results.json").read_text())["scores"]["from random weights"]
+    assert results["scores"]["attention"]["by_unit"] == alone["by_unit"]
+    assert list(results["scores"]["attention"]["by_site"]) == [*"ABC"]
+    assert list(results["outside"]) == [f"attention on elsewhere, fold_{fold}" for fold in range(3)]
+    with (out / "study.csv").open() as file:
+        assert {row["model"] for row in csv.DictReader(file)} == {*results["scores"], *results["outside"]}
+    checklist = (out / "tripod.md").read_text()
+    assert all(f"**{item}**" in checklist for item in ITEMS)
+    for item, said in (("6a", "3 sites (A, B, C)"), ("12a", "leave-site-out"), ("21", "18 patients"), ("23b", "A ")):
+        (line,) = (line for line in checklist.splitlines() if f"**{item}**" in line)
+        assert line.startswith("- [x]") and said in line
+    assert "- [ ] **17** ethical approval: not known to the program" in checklist
+    (page,) = collect_results(out)
+    titles = {block.get("title") for block in page.blocks}
+    assert page.title == "Study: Made"
+    assert {"Scores on outside test sets", "TRIPOD+AI checklist", "Scores by site: attention"} <= titles
+
+
+def test_a_study_that_was_stopped_goes_on_and_gives_the_same(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, words = module._run, ["study", str(made / "study.yaml"), "--out", str(tmp_path / "out")]
+
+    def killed(place: Path, part: str, command: list[str]) -> int:
+        if part == "outside/elsewhere/attention/fold_1":
+            raise KeyboardInterrupt
+        return run(place, part, command)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "_run", killed)
+        assert main(words) == 75
+    assert not (tmp_path / "out" / "results.json").exists()
+    capsys.readouterr()
+    assert main(words) == 0
+    said = capsys.readouterr().out
+    assert said.count("done before") == 3 and "epoch" not in said
+    same = ("results.json", "study.csv", "comparisons.csv", "tripod.md", "study.json", "models/mean/results.json")
+    fold = ("head.safetensors", "predictions.csv")
+    for name in (*same, *(f"models/attention/fold_{number}/{each}" for number in range(3) for each in fold)):
+        assert (tmp_path / "out" / name).read_bytes() == (made / "out" / name).read_bytes(), name
+    changed = made / "changed.yaml"
+    changed.write_text(yaml.safe_dump({**STUDY, "seed": 2}))
+    assert main(["study", str(changed), "--out", str(tmp_path / "out")]) == 1
+    assert "seed 1 -> 2" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"primry": "auroc"}, "unknown key 'primry'; did you mean primary?"),
+        ({"primary": "aurocs"}, "primary: unknown key 'aurocs'; did you mean auroc?"),
+        ({"labels": ""}, "expected the key labels"),
+        ({"task": ""}, "expected the key task, which the model attention needs"),
+        ({"splits": 2}, "models, attention: --folds: expected at least 3, got 2."),
+        ({"seed": -1}, "seed: expected a whole number from 0, got -1"),
+        ({"compare": [["attention", "means"]]}, "compare: unknown key 'means'; did you mean mean?"),
+        ({"models": {"mean": {"prob": {}}}}, "models, mean: unknown key 'prob'; did you mean probe?"),
+        ({"models": {"../mean": {"probe": {"embedding": "tile-mean"}}}}, "expected a plain name"),
+        ({"models": {"mean": {"probe": {}}}}, "expected embedding and one name"),
+        (
+            {"models": {"mean": {"probe": {"embedding": "tile-mean", "repeat": 2}}}, "compare": []},
+            "--repeat; did you mean --repeats?",
+        ),
+        ({"models": {"mean": {"probe": {"embedding": "tile-mean", "seed": 2}}}}, "seed is the same for all models"),
+        ({"outside": {"elsewhere": {"labels": "there/labels.csv"}}}, "expected labels and features"),
+        ([], "expected keys and values"),
+    ],
+)
+def test_a_study_file_is_checked_before_anything_runs(
+    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], change: Any, said: str
+) -> None:
+    file = tmp_path / "study.yaml"
+    file.write_text(yaml.safe_dump({**STUDY, **change} if isinstance(change, dict) else change))
+    assert main(["study", str(file), "--out", str(tmp_path / "out")]) == 1
+    error = capsys.readouterr().err
+    assert said in error and error.count("\n") == 1 and not (tmp_path / "out").exists()
+
+
+def test_dry_run_shows_commands_that_parse(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["study", str(made / "study.yaml"), "--out", str(tmp_path / "out"), "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    assert "models/mean: gigapath probe" in said and "--folds leave-site-out" in said
+    assert not (tmp_path / "out").exists()
