@@ -21,7 +21,8 @@ from gigapath.longnet.encoder import count_operations
 from gigapath.machine import free_memory
 from gigapath.text import in_words
 
-PROBE_TILES = 256  # a pass over this many measures bytes and seconds
+# Passes over so many tiles measure bytes and seconds; a GPU needs more of them to have work to do.
+PROBED_TILES = {"cuda": (1024, 8192), "cpu": (128, 512)}
 FEW_STEPS = 50  # of the optimizer, in all; PANDA's recipe makes 1,195
 GOOD_STEPS, GOOD_EPOCHS = 10, 20  # steps an epoch and epochs that are proposed to small cohorts
 ADAM_BYTES = 16  # of a parameter: weight, gradient and two moments in float32
@@ -95,7 +96,7 @@ def make_plan(
     processes: Processes,
     cached: bool = False,
 ) -> Plan:
-    """Measure one pass over a few made tiles and scale it.
+    """Measure passes over a few made tiles, and draw the line through them.
 
     Args:
         max_tiles: at most this many are taken in training.
@@ -103,34 +104,32 @@ def make_plan(
     counts = np.asarray(tiles)
     capped = np.minimum(counts, max_tiles)
     made = partial(_loss_of_made, model, input_dim, precision, processes.device)
-    kept, passed = measure_pass(made, model, processes.device)
-    rate = (1 if cached else 3) * operations(model, PROBE_TILES) / passed
+    ways = 1 if cached else 3  # a backward pass takes twice a forward pass
+    cost = measure_cost(made, lambda n: ways * operations(model, n), model, processes.device)
     work = {int(count): operations(model, int(count)) for count in np.unique(np.concatenate([counts, capped]))}
-    total = 0.0
+    total = passes = 0.0  # operations, and passes forwards and backwards; one forwards alone is a part of it
     if cached:
-        total = sum(work[int(n)] for n in counts)
+        total, passes = sum(work[int(n)] for n in counts), len(counts)
     for fold in folds if not cached else ():
         total += options.epochs * sum(3 * work[int(n)] for n in capped[fold.train])
         total += options.epochs * sum(work[int(n)] for n in counts[fold.val]) + sum(
             work[int(n)] for n in counts[fold.test]
         )
+        passes += options.epochs * (-(-len(fold.train) // options.batch_size) + len(fold.val) / 3) + len(fold.test) / 3
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     parameters = sum(p.numel() for p in model.parameters())
     fixed = trained * ADAM_BYTES + 4 * (parameters - trained)
     largest = np.sort(capped)[::-1][: options.batch_size].sum()
-    per_tile = kept / PROBE_TILES
-    memory = int(fixed + per_tile * largest)
+    memory = int(fixed + cost.kept + cost.kept_per_tile * largest)
     available = free_bytes(processes.device)
     too_large = ""
     if memory > available:
-        fits = max(0, int((available - fixed) / (per_tile * options.batch_size)))
-        encoder: Any = getattr(model, "slide_encoder", None)
-        ways = [] if encoder is None or encoder.encoder.checkpoint_activations else ["--checkpoint-activations"]
-        ways += [f"max_tiles of the task to {fits:,} or less"] if fits else []
-        ways += ["a smaller --batch-size"] if options.batch_size > 1 else []
-        too_large = ", or ".join(ways or ["--device to a larger one"])
+        fits = max(0, int((available - fixed - cost.kept) / (cost.kept_per_tile * options.batch_size)))
+        further = [f"max_tiles of the task to {fits:,} or less"] if fits else []
+        further += ["a smaller --batch-size"] if options.batch_size > 1 else []
+        too_large = ", or ".join(further or ["--device to a larger one"])
     seen = tuple(int(count) for count in counts)
-    seconds, advice = total / rate / processes.world, tuple(few_steps(folds, options, processes))
+    seconds, advice = cost.seconds(passes, total) / processes.world, tuple(few_steps(folds, options, processes))
     return Plan(seen, len(folds), trained, parameters, memory, available, seconds, processes.world, advice, too_large)
 
 
@@ -154,6 +153,51 @@ def few_steps(folds: Sequence[Fold], options: TrainingOptions, processes: Proces
         f"few steps to learn in: {window} slides make one, so {slides:,} training slides give {steps} an epoch, "
         f"{steps * options.epochs} in all. Set {' and '.join(ways or ['more --epochs'])}."
     ]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What passes take: a part that each has, and one that grows with it.
+
+    Attributes:
+        kept: bytes for the way back that any pass keeps, such as weights that autocast has converted.
+        kept_per_tile: bytes that a tile adds.
+        start: seconds of any pass.
+        per_operation: seconds that an operation adds.
+    """
+
+    kept: float
+    kept_per_tile: float
+    start: float
+    per_operation: float
+
+    def seconds(self, passes: float, operations: float) -> float:
+        """Of so many passes of so many operations in all."""
+        return passes * self.start + operations * self.per_operation
+
+
+def measure_cost(
+    loss_of: Callable[[int], torch.Tensor],
+    operations: Callable[[int], float],
+    model: nn.Module,
+    device: torch.device,
+) -> Cost:
+    """The line through two passes in training, after one that warms up; no state is changed.
+
+    Args:
+        loss_of: makes the loss, of shape (), of so many tiles.
+        operations: of a pass over so many tiles.
+        model: what it runs through.
+        device: where.
+    """
+    few, many = PROBED_TILES.get(device.type, PROBED_TILES["cpu"])
+    measure_pass(partial(loss_of, few), model, device)
+    (kept, seconds), (kept_more, longer) = (measure_pass(partial(loss_of, n), model, device) for n in (few, many))
+    per_tile = (kept_more - kept) / (many - few)
+    rise = (longer - seconds) / (operations(many) - operations(few))
+    if rise <= 0:  # the clock was disturbed
+        return Cost(max(0.0, kept - few * per_tile), per_tile, 0.0, longer / operations(many))
+    return Cost(max(0.0, kept - few * per_tile), per_tile, max(0.0, seconds - rise * operations(few)), rise)
 
 
 def measure_pass(loss_of: Callable[[], torch.Tensor], model: nn.Module, device: torch.device) -> tuple[float, float]:
@@ -185,13 +229,18 @@ def measure_pass(loss_of: Callable[[], torch.Tensor], model: nn.Module, device: 
     return float(sum(size for place, size in kept.items() if place not in weights)), seconds
 
 
-def _loss_of_made(model: nn.Module, input_dim: int, precision: str, device: torch.device) -> torch.Tensor:
-    """The sum of the logits over PROBE_TILES made tiles."""
-    side = int(PROBE_TILES**0.5)
-    cells = np.stack(np.meshgrid(np.arange(side), np.arange(side)), axis=-1).reshape(-1, 2) * CELL
-    bag = Bag(np.ones((PROBE_TILES, input_dim), np.float32), cells.astype(np.int64))
+def made_bag(tiles: int, width: int) -> Bag:
+    """So many tiles side by side in a square."""
+    places, side = np.arange(tiles), int(np.ceil(tiles**0.5))
+    cells = np.stack([places % side, places // side], axis=1).astype(np.int64)
+    return Bag(np.ones((tiles, width), np.float32), cells * CELL)
+
+
+def _loss_of_made(model: nn.Module, input_dim: int, precision: str, device: torch.device, tiles: int) -> torch.Tensor:
+    """The sum of the logits over made tiles."""
     with computing(precision, device):
-        return model.forward_packed(*pack([bag], device)).float().sum()  # type: ignore[operator,no-any-return]
+        packed = pack([made_bag(tiles, input_dim)], device)
+        return model.forward_packed(*packed).float().sum()  # type: ignore[operator,no-any-return]
 
 
 def free_bytes(device: torch.device) -> int:

@@ -133,6 +133,7 @@ class _Run:
         self.bags = FileBags(self.cohort.joined.files, self.cohort.facts, self.settings.join.tile_size_level0)
         self.cached: dict[int, Any] = {}
         self.first = self.processes.rank == 0
+        self.checkpointed = False  # the plan finds that the largest slide would not fit otherwise
 
     def __call__(self) -> RunResult:
         cohort, settings = self.cohort, self.settings
@@ -291,8 +292,9 @@ class _Run:
 
     def _plan(self) -> Plan:
         task, settings = self.cohort.task, self.settings
-        model = self._model(self.settings.model, self.inputs.pretrained, fold=0)
-        return make_plan(
+        model: Any = self._model(self.settings.model, self.inputs.pretrained, fold=0)
+        plan_of = partial(
+            make_plan,
             model,
             input_dim=self.width,
             tiles=[fact.tiles for fact in self.cohort.facts],
@@ -303,11 +305,24 @@ class _Run:
             processes=self.processes,
             cached=settings.model.adapt == "head" and settings.model.head == "linear",
         )
+        plan = plan_of()
+        encoder = getattr(getattr(model, "slide_encoder", None), "encoder", None)
+        if not plan.too_large or encoder is None or encoder.checkpoint_activations:
+            return plan
+        encoder.checkpoint_activations = self.checkpointed = True
+        way = (
+            f"the largest slide would take {plan.memory / 1e9:.1f} GB: activations are computed again in the backward "
+            "pass (--checkpoint-activations)"
+        )
+        plan = plan_of()
+        return replace(plan, advice=(way, *plan.advice))
 
     def _model(self, options: ModelOptions, pretrained: str, *, fold: int) -> nn.Module:
         torch.manual_seed(self.settings.training.seed * 1000 + fold)
         classes = len(self.cohort.task.classes)
         model = build_head(options, pretrained=pretrained, input_dim=self.width, n_classes=classes)
+        if self.checkpointed and hasattr(model, "slide_encoder"):
+            model.slide_encoder.set_grad_checkpointing()  # type: ignore[operator,union-attr]
         if options.adapt in ("lora", "last"):
             adapters.adapt(model.slide_encoder, options)  # type: ignore[arg-type]
         return model.to(self.processes.device)

@@ -17,11 +17,10 @@ from gigapath.cohort.record import versions
 from gigapath.cohort.reuse import differences
 from gigapath.devices import at_most_threads, computing
 from gigapath.evaluation.plots import plotting_available
-from gigapath.features.data import CELL
 from gigapath.files import read_json, sha256_of, write_bytes_atomic, write_json_atomic, write_text_atomic
 from gigapath.finetune import checkpoints
-from gigapath.finetune.data import Bag, check_folder
-from gigapath.finetune.plan import ADAM_BYTES, free_bytes, measure_pass
+from gigapath.finetune.data import check_folder
+from gigapath.finetune.plan import ADAM_BYTES, free_bytes, made_bag, measure_cost
 from gigapath.finetune.processes import Processes, join_processes, training_precision
 from gigapath.machine import available_cores
 from gigapath.options import to_dict
@@ -43,7 +42,6 @@ from gigapath.weights import find_weights
 RUN, CARD = "pretrain.json", "model_card.md"
 MEASURED = 200  # validation slides that are measured after each epoch
 COMPARED = 50  # slides on which predictors without learning are measured, and as many that they are fitted on
-PROBED_TILES = 256
 LEAST_RANK, LEAST_SPREAD = 1.5, 0.005  # of slide vectors; below it they are all alike
 GAIN = 0.02  # of R2 over the slide mean's; with less nothing of the arrangement is learned yet
 PLATEAU_STEPS = 300  # that the loss may stay at the slide mean from a new start
@@ -241,18 +239,22 @@ class _Run:
         counts = np.array([fact.tiles for fact in slides.facts])
         train = counts[slides.train]
         seen = np.maximum(2, np.rint(train * self.task.crop**2)).astype(int)
-        kept, seconds = measure_pass(partial(self._made_pass, model), model, self.processes.device)
-        rate = 3 * model.operations(PROBED_TILES, self.task.mask_ratio) / seconds
+        cost = measure_cost(
+            partial(self._made_pass, model),
+            lambda n: 3 * model.operations(n, self.task.mask_ratio),
+            model,
+            self.processes.device,
+        )
         epoch = sum(3 * model.operations(int(n), self.task.mask_ratio) for n in seen)
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         largest = np.sort(train)[::-1][: training.batch_size].sum()
-        per_tile = kept / PROBED_TILES
-        fixed = trained * ADAM_BYTES
-        memory, free = int(fixed + per_tile * largest), free_bytes(self.processes.device)
+        memory = int(trained * ADAM_BYTES + cost.kept + cost.kept_per_tile * largest)
+        free = free_bytes(self.processes.device)
         size = int(train.sum()) * slides.facts[0].width * (2 if self.cohort.cache == "fp16" else 4)
         in_epoch = len(steps_of(slides, training, self.processes, 0, shard=self.cohort.shard))
         steps = in_epoch * training.epochs
-        hours = training.epochs * epoch / rate / self.processes.world
+        passes = -(-len(train) // training.batch_size)
+        hours = training.epochs * cost.seconds(passes, epoch) / self.processes.world
         for line in (
             f"slides: {len(slides.train):,} to train on, {len(slides.val):,} to validate on, of "
             f"{len(set(slides.patients)):,} patients",
@@ -279,12 +281,10 @@ class _Run:
             f"{', or '.join(ways or ['--device to a larger one'])}"
         )
 
-    def _made_pass(self, model: MaskedAutoencoder) -> Tensor:
-        """The loss of a made slide of PROBED_TILES tiles."""
-        side = int(PROBED_TILES**0.5)
-        cells = np.stack(np.meshgrid(np.arange(side), np.arange(side)), axis=-1).reshape(-1, 2)
+    def _made_pass(self, model: MaskedAutoencoder, tiles: int) -> Tensor:
+        """The loss of a made slide of so many tiles."""
         width = self.slides.facts[0].width
-        bag = Bag(np.ones((PROBED_TILES, width), np.float32), cells.astype(np.int64) * CELL)
+        bag = made_bag(tiles, width)
         whole = Target(np.zeros(width, np.float32), np.ones(width, np.float32), np.zeros(width, np.float32))
         batch = pack_views([self.viewer.view(bag, "made", None)], whole).to(self.processes.device)
         with computing(self.precision, self.processes.device):

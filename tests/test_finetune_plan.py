@@ -1,0 +1,101 @@
+"""The plan before fine-tuning: the line through two warm passes, held on passes whose cost is made up."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from gigapath.evaluation.splits import Fold
+from gigapath.finetune import plan
+from gigapath.finetune.options import TrainingOptions
+from gigapath.finetune.plan import Cost, make_plan, measure_cost
+from gigapath.finetune.processes import Processes
+
+CPU = torch.device("cpu")
+FEW, MANY = plan.PROBED_TILES["cpu"]
+START, PER_OPERATION, WEIGHTS, PER_TILE = 0.25, 1e-6, 5_000_000.0, 1_000.0
+
+
+def operations(model: nn.Module, tiles: int) -> float:
+    return 10.0 * tiles + 0.1 * tiles**2  # longer slides take more of a tile
+
+
+@pytest.fixture
+def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Takes the place of passes: the tiles of each that was asked for. The first is cold, and takes a hundred times as
+    long; weights that autocast has converted are kept whatever the length."""
+    asked: list[int] = []
+
+    def measured(loss_of: Callable[[], Any], model: nn.Module, device: torch.device) -> tuple[float, float]:
+        asked.append(int(loss_of()))
+        seconds = START + 3 * PER_OPERATION * operations(model, asked[-1])
+        return WEIGHTS + PER_TILE * asked[-1], seconds * (100 if len(asked) == 1 else 1)
+
+    monkeypatch.setattr(plan, "measure_pass", measured)
+    monkeypatch.setattr(plan, "operations", operations)
+    monkeypatch.setattr(plan, "_loss_of_made", lambda model, width, precision, device, tiles: tiles)
+    monkeypatch.setattr(plan, "free_bytes", lambda device: 10**9)
+    return asked
+
+
+def test_the_line_goes_through_two_warm_passes(passes: list[int]) -> None:
+    cost = measure_cost(lambda n: n, lambda n: 3 * operations(nn.Identity(), n), nn.Identity(), CPU)  # type: ignore[arg-type,return-value]
+    assert passes == [FEW, FEW, MANY]
+    found = (cost.kept, cost.kept_per_tile, cost.start, cost.per_operation)
+    assert found == pytest.approx((WEIGHTS, PER_TILE, START, PER_OPERATION))
+
+
+def test_the_plan_adds_up_passes_and_operations(passes: list[int]) -> None:
+    model, tiles, most = nn.Linear(3, 2), [400, 9000, 700, 100, 2000], 5000
+    folds = [Fold(0, np.array([0, 1, 2]), np.array([3]), np.array([4]))]
+    options = TrainingOptions(epochs=7, batch_size=2, gradient_accumulation=1)
+    made = make_plan(
+        model, input_dim=3, tiles=tiles, max_tiles=most, folds=folds, options=options, precision="bf16",
+        processes=Processes(CPU),
+    )  # fmt: skip
+    trained = sum(p.numel() for p in model.parameters())
+    # Converted weights count once, not with each tile; the two largest slides, cut to the most, make the largest pass.
+    assert made.memory == pytest.approx(trained * plan.ADAM_BYTES + WEIGHTS + PER_TILE * (5000 + 2000), abs=1)
+    work = {n: operations(model, n) for n in (400, 5000, 700, 100, 2000)}
+    total = 7 * (3 * (work[400] + work[5000] + work[700]) + work[100]) + work[2000]
+    in_passes = 7 * (2 + 1 / 3) + 1 / 3  # three slides in two chunks; a pass forwards alone is a third
+    assert made.seconds == pytest.approx(START * in_passes + PER_OPERATION * total)
+    assert not made.too_large
+    halved = make_plan(
+        model, input_dim=3, tiles=tiles, max_tiles=most, folds=folds, options=replace(options, batch_size=1),
+        precision="bf16", processes=Processes(CPU, 0, 2),
+    )  # fmt: skip
+    assert halved.seconds == pytest.approx((START * (7 * (3 + 1 / 3) + 1 / 3) + PER_OPERATION * total) / 2)
+
+
+def test_what_does_not_fit_is_told_by_the_tiles_that_would(passes: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan, "free_bytes", lambda device: int(WEIGHTS + 3000 * PER_TILE) + 8 * plan.ADAM_BYTES)
+    folds = [Fold(0, np.array([0, 1]), np.array([], int), np.array([], int))]
+    made = make_plan(
+        nn.Linear(3, 2), input_dim=3, tiles=[400, 9000], max_tiles=9000, folds=folds,
+        options=TrainingOptions(batch_size=1), precision="fp32", processes=Processes(CPU),
+    )  # fmt: skip
+    assert "3,000" in made.too_large and made.memory > made.available
+
+
+def test_a_disturbed_clock_gives_no_negative_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan, "measure_pass", lambda loss_of, model, device: (8.0, 2.0 if loss_of() == FEW else 1.0))
+    cost = measure_cost(lambda n: n, float, nn.Identity(), CPU)  # type: ignore[arg-type,return-value]
+    assert cost == Cost(8.0, 0.0, 0.0, 1.0 / MANY)
+
+
+def test_autocast_keeps_its_weights_once() -> None:
+    model = nn.Linear(64, 512, bias=False)
+
+    def loss_of(tiles: int) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return model(torch.ones(tiles, 64, requires_grad=True)).float().square().sum()
+
+    cost = measure_cost(loss_of, float, model, CPU)
+    # The converted weight is kept by each pass; a tile adds its converted input, and its float32 output for the square.
+    assert cost.kept == pytest.approx(2 * 64 * 512, rel=0.01)
+    assert cost.kept_per_tile == pytest.approx(2 * 64 + 4 * 512, rel=0.01)
