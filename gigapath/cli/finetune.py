@@ -19,6 +19,8 @@ def init_task(
     *,
     label: Annotated[tuple[str, ...], Parameter(metavar="COL")] = (),
     ordinal: bool = False,
+    survival: Annotated[tuple[str, str] | None, Parameter(metavar="TIME EVENT")] = None,
+    regression: Annotated[str | None, Parameter(metavar="COL")] = None,
     name: Name | None = None,
     to: Annotated[str | None, Parameter(metavar="YAML")] = None,
 ) -> int:
@@ -27,14 +29,18 @@ def init_task(
     Args:
         labels: a CSV with a row a slide
         label: column of the label; several = several labels
-        ordinal: the classes are grades: report quadratic-weighted kappa
+        ordinal: the classes are grades: cumulative logits, and quadratic-weighted kappa
+        survival: instead, columns of the follow-up and of the event (1, or 0 = censored)
+        regression: instead, column of an amount
         name: of the task (default: that of the CSV)
         to: where the task goes (default: beside the CSV)
     """
     from gigapath.evaluation.labels import new_task
 
     path = Path(to or Path(labels).with_suffix(".yaml"))
-    task, counts = new_task(labels, path, columns=label, name=name, ordinal=ordinal)
+    task, counts = new_task(
+        labels, path, columns=label, name=name, ordinal=ordinal, survival=survival or (), regression=regression
+    )
     shares = ", ".join(f"{label} {count:,}" for label, count in counts.items())
     print(f"{path}: task {task.name}, {task.setting}; slides a label: {shares}.")
     return 0
@@ -135,7 +141,8 @@ def predict(
         on_failed=lambda reason: print(f"gigapath predict: {reason}", file=sys.stderr),
     )
     for row in found.rows:
-        shares = ", ".join(f"{name[2:]} {share:.3f}" for name, share in row.items() if name.startswith("p_"))
+        numbers = {name.removeprefix("p_"): each for name, each in row.items() if isinstance(each, float)}
+        shares = ", ".join(f"{name} {each:.3f}" for name, each in numbers.items())
         print(f"{row['slide_id']}: {row['predicted'] or 'none'} ({shares})")
     if out:
         print(f"written to {out}")

@@ -2,15 +2,17 @@
 score and ECE are among the scores."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 from gigapath.evaluation.scores import FloatArray, IntArray, Predictions
+from gigapath.evaluation.survival import baseline_hazard, discrete_survival, interval_edges
 from gigapath.evaluation.task import Task
 
+_MOST_RISK = 500.0  # whose exponential is finite
 FLAT = 1e-7  # curvature of the mean log loss below which it falls for ever: the classes are separated
 
 
@@ -18,10 +20,14 @@ def calibration_slope(predictions: Predictions) -> float:
     """The slope a of the recalibration softmax(a log p + b) that fits the truth best; b is one offset per class.
 
     1 = as sure as it should be, below 1 = too sure. For two classes this is the slope of Cox's logistic
-    recalibration. NaN where it is not defined: one class only, or classes that the probabilities separate perfectly.
+    recalibration. Of amounts the slope of the truth on what is predicted. NaN where it is not defined: one class only,
+    classes that the probabilities separate perfectly, or survival, whose calibration is scored at horizons.
     """
     from scipy.optimize import minimize
 
+    if not predictions.of_classes:
+        said, truth = np.asarray(predictions.probabilities)[:, 0], np.asarray(predictions.truth)
+        return float("nan") if truth.ndim == 2 or said.std() == 0 else float(np.polyfit(said, truth, 1)[0])
     if predictions.multi_label:
         raise ValueError("calibration_slope: expected a task with one class a row. Call it for each label.")
     present, truth = np.unique(predictions.truth, return_inverse=True)
@@ -65,11 +71,15 @@ class Calibration:
         thresholds: for a binary task one, for several labels one a label: above it the answer is yes. Classes of a
             multi-class task have none: the most probable one is predicted.
         fitted_on: the set on which they were fitted, or "nothing" for the defaults.
+        scale: of a task without classes, from the training slides: of regression mean and standard deviation; of
+            survival the median risk, then by Cox the cumulative baseline hazard at the task's times at that risk, or of
+            discrete hazards the ends of the intervals.
     """
 
     temperature: float = 1.0
     thresholds: tuple[float, ...] = ()
     fitted_on: str = "nothing"
+    scale: tuple[float, ...] = ()
 
 
 def probabilities(logits: FloatArray, task: Task, temperature: float = 1.0) -> FloatArray:
@@ -85,6 +95,48 @@ def probabilities(logits: FloatArray, task: Task, temperature: float = 1.0) -> F
 def default_calibration(task: Task) -> Calibration:
     """Temperature 1 and thresholds of one half."""
     return Calibration(1.0, (0.5,) * threshold_count(task))
+
+
+def target_scale(task: Task, truth: FloatArray) -> tuple[float, ...]:
+    """What the loss needs to know of the training slides: of regression mean and standard deviation, of discrete
+    hazards the ends of the intervals; else nothing."""
+    if task.setting == "regression":
+        return float(truth.mean()), float(truth.std()) or 1.0
+    if task.loss == "discrete":
+        return tuple(interval_edges(truth[:, 0], truth[:, 1] == 1, task.outputs))
+    return ()
+
+
+def fit_scale(task: Task, scale: tuple[float, ...], logits: FloatArray, truth: FloatArray) -> Calibration:
+    """How outputs become risks and survival, or amounts, from those of the training slides (S, outputs) and
+    `target_scale`."""
+    if task.setting == "regression":
+        return Calibration(fitted_on="train", scale=scale)
+    risk = _risk(logits, scale, task)
+    middle = float(np.median(risk))
+    if task.loss == "cox":
+        scale = tuple(baseline_hazard(risk - middle, truth[:, 0], truth[:, 1] == 1, task.times).tolist())
+    return Calibration(fitted_on="train", scale=(middle, *scale))
+
+
+def outputs(logits: FloatArray, task: Task, how: Calibration) -> FloatArray:
+    """What a model says of slides from its outputs: probabilities (S, C), amounts (S, 1), or the risk against the
+    median one of training and the survival at the task's times (S, 1 + T)."""
+    if task.of_classes:
+        return probabilities(logits, task, how.temperature)
+    logits = np.asarray(logits, dtype=np.float64)
+    if task.setting == "regression":
+        return how.scale[0] + how.scale[1] * logits
+    middle, *scale = how.scale
+    risk = _risk(logits, scale, task)[:, None] - middle
+    if task.loss == "discrete":
+        return np.concatenate([risk, discrete_survival(logits, scale, task.times)], axis=1)
+    return np.concatenate([risk, np.exp(-np.exp(np.minimum(risk, _MOST_RISK)) * np.asarray(scale))], axis=1)
+
+
+def _risk(logits: FloatArray, edges: Sequence[float], task: Task) -> FloatArray:
+    """(S,): the log hazard, or of discrete hazards the share that is expected to have failed, over the intervals."""
+    return np.asarray(logits[:, 0] if task.loss == "cox" else -discrete_survival(logits, edges, edges).mean(axis=1))
 
 
 def fit_calibration(logits: FloatArray, truth: IntArray, task: Task) -> Calibration:
@@ -132,8 +184,19 @@ def threshold_count(task: Task) -> int:
     return len(task.classes) if task.multi_label else int(task.setting == "binary")
 
 
+def scale_count(task: Task) -> int:
+    """How many numbers the scale of a task has."""
+    of_survival = 1 + (task.outputs if task.loss == "discrete" else len(task.times))
+    return {"survival": of_survival, "regression": 2}.get(task.setting, 0)
+
+
 def decisions(shares: FloatArray, task: Task, calibration: Calibration) -> list[str]:
-    """What is predicted of each slide in words: a class, or the labels that are above their threshold."""
+    """What is predicted of each slide in words: a class, the labels that are above their threshold, an amount, or
+    whether the risk is above the median one of training."""
+    if task.setting == "regression":
+        return [f"{amount:.6g}" for amount in shares[:, 0]]
+    if task.setting == "survival":
+        return ["high" if risk > 0 else "low" for risk in shares[:, 0]]
     if task.multi_label:
         names = np.array(task.classes)
         return [";".join(names[row > np.array(calibration.thresholds)]) for row in shares]

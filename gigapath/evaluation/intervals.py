@@ -139,7 +139,7 @@ def evaluate(
         notes = _notes(predictions, estimates if replicates else {})
     else:
         units = _Units(predictions)
-        limits = closed_limits(predictions, values)
+        limits = closed_limits(predictions, values) if predictions.of_classes else {}
         spread = units.limits_by_jackknife(scorer, values, [name for name in values if name not in limits])
         estimates = {name: Estimate(values[name], *(limits | spread)[name], 0) for name in values}
         unmeasured = [*spread, *(["auprc"] if len(predictions.class_names) > 2 or predictions.multi_label else [])]
@@ -220,10 +220,13 @@ class _Units:
         self.repeats = int(predictions.repeats.max()) + 1
         self.names = predictions.class_names
         flags = truth == 1 if truth.ndim == 2 else truth[:, None] == np.arange(len(self.names))
+        if not predictions.of_classes:
+            self.names = ("with an event", "censored") if predictions.times else ("in all",)
+            flags = truth[:, 1:] == [1, 0] if predictions.times else np.ones((len(truth), 1), dtype=bool)
         self.of_class = np.array([len(np.unique(self.unit_of_row[flag])) for flag in flags.T])
         self.rest = np.array([len(np.unique(self.unit_of_row[~flag])) for flag in flags.T])
         # Every class needs two for anything to be estimated; of several labels each stands for itself.
-        enough = predictions.multi_label or bool((self.of_class >= 2).all())
+        enough = predictions.multi_label or not predictions.of_classes or bool((self.of_class >= 2).all())
         self.estimable = self.count >= 2 and enough
 
     @property
@@ -386,8 +389,8 @@ def bootstrap_weights(
     """Blocks (R, N) of how often each row was drawn, `replicates` rows of weights in all.
 
     Units are groups, or rows where `groups` is None. Units are drawn with replacement within strata: those of one
-    class among themselves; units that hold several classes form a stratum of their own. Multi-label truth is not
-    stratified. The draws do not depend on the block size.
+    class among themselves; units that hold several classes form a stratum of their own. Multi-label truth, times and
+    amounts are not stratified. The draws do not depend on the block size.
     """
     unit_of_row, strata = _units(np.asarray(truth), groups)
     generators = [np.random.default_rng([seed, number]) for number in range(len(strata))]
@@ -448,6 +451,8 @@ def _estimates(names: tuple[str, ...], values: dict[str, float], drawn: FloatArr
 
 def _prevalence(predictions: Predictions) -> dict[str, float]:
     truth = np.asarray(predictions.truth)
+    if not predictions.of_classes:
+        return {"event": float(truth[:, 1].mean())} if predictions.times else {}
     if predictions.multi_label:
         shares = truth.mean(axis=0)
     else:
@@ -459,7 +464,7 @@ def _covers(predictions: Predictions, replicates: int, seed: int) -> str:
     if replicates == 0:
         return "none"
     unit = "rows" if predictions.groups is None else "groups"
-    stratified = "" if predictions.multi_label else ", stratified by class"
+    stratified = "" if predictions.multi_label or not predictions.of_classes else ", stratified by class"
     return (
         f"{LEVEL:.0%} percentile bootstrap over {unit}{stratified}, {replicates} replicates, seed {seed}: "
         "the sampling of the test set of one fitted model, not the spread over seeds or splits"
@@ -468,9 +473,9 @@ def _covers(predictions: Predictions, replicates: int, seed: int) -> str:
 
 def _notes(predictions: Predictions, estimates: Mapping[str, Estimate]) -> tuple[str, ...]:
     """What is not defined on these rows, in sentences; `estimates` are those that were drawn for."""
-    notes = []
+    notes = predictions.notes
     truth = np.asarray(predictions.truth)
-    for index, name in enumerate(predictions.class_names):
+    for index, name in enumerate(predictions.class_names if predictions.of_classes else ()):
         positive = int(((truth[:, index] if predictions.multi_label else truth == index) == 1).sum())
         if positive == 0:
             notes.append(f"class {name} has no row: its AUROC and AUPRC are not defined and left out of means")

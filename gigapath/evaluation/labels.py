@@ -2,11 +2,13 @@
 
 import hashlib
 import logging
+import math
 import re
 import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -43,7 +45,8 @@ class Labels:
 
     Attributes:
         slide_ids: S names, each once.
-        truth: (S,) index of the class; of a multi-label task (S, C) of 0 and 1.
+        truth: (S,) index of the class; of a multi-label task (S, C) of 0 and 1; of survival (S, 2) time and event, of
+            regression (S,) amounts, float64.
         patients: (S,) or None where they are not known.
         sites: (S,) or None.
         source: the CSV's name.
@@ -52,7 +55,7 @@ class Labels:
     """
 
     slide_ids: tuple[str, ...]
-    truth: IntArray
+    truth: npt.NDArray[Any]
     patients: tuple[str, ...] | None
     sites: tuple[str, ...] | None
     source: str
@@ -63,9 +66,20 @@ class Labels:
         return len(self.slide_ids)
 
     def class_notes(self, classes: Sequence[str]) -> list[str]:
-        """`class_notes` of these slides."""
+        """`class_notes` of these slides; none of times or amounts."""
+        if self.truth.dtype.kind == "f":
+            return []
         known = self.patients is not None
         return class_notes(classes, self.truth, self.patients or self.slide_ids, "patient" if known else "slide")
+
+    @property
+    def kinds(self) -> IntArray:
+        """(S,) or (S, C) what folds get even shares of: the classes, events, or quarters of the amounts."""
+        if self.truth.dtype.kind != "f":
+            return self.truth
+        if self.truth.ndim == 2:
+            return self.truth[:, 1].astype(np.int64)
+        return np.searchsorted(np.quantile(self.truth, [0.25, 0.5, 0.75]), self.truth).astype(np.int64)
 
     def take(self, rows: Sequence[int] | IntArray) -> "Labels":
         """Some of the slides, in the order given; the digest stays that of the whole CSV."""
@@ -140,7 +154,8 @@ def read_labels(path: Path | str, task: Task, *, id_rule: str = "exact") -> Labe
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: a column is missing, a label that the task does not know, a slide in two rows.
+        ValueError: a column is missing, a label that the task does not know, a time, event or amount that is none, a
+            slide in two rows.
     """
     table = read_table(path)
     name = table.source
@@ -149,8 +164,21 @@ def read_labels(path: Path | str, task: Task, *, id_rule: str = "exact") -> Labe
     twice = _first_twice(slide_ids)
     if twice is not None:
         raise ValueError(f"{name}: {twice} has two rows. Keep one.")
+    truth: npt.NDArray[Any]
     if task.multi_label:
-        truth = _flags(table, task)
+        truth = _flags(table, task.classes)
+    elif task.setting == "survival":
+        columns = [
+            column_of(table, stated, (), what, key)
+            for stated, what, key in (
+                (task.time_column, "the time", "time_column"),
+                (task.event_column, "the event", "event_column"),
+            )
+        ]
+        times = _numbers(table, columns[0], at_least=0)
+        truth = np.stack([times, _flags(table, columns[1:])[:, 0].astype(np.float64)], axis=1)
+    elif task.setting == "regression":
+        truth = _numbers(table, column_of(table, task.label_column, (), "the amount", "label_column"))
     else:
         label_column = column_of(table, task.label_column, LABEL_COLUMNS, "the label", "label_column")
         truth = _class_of_rows(table.filled(label_column), task, name)
@@ -243,14 +271,26 @@ def _class_of_rows(labels: Sequence[str], task: Task, name: str) -> IntArray:
     return np.array([index[canonical_label(label)] for label in labels], dtype=np.int64)
 
 
-def _flags(table: Table, task: Task) -> IntArray:
-    missing = [column for column in task.classes if column not in table.columns]
+def _numbers(table: Table, column: str, *, at_least: float = -math.inf) -> npt.NDArray[np.float64]:
+    """A column of finite numbers."""
+    values = np.empty(len(table))
+    for number, cell in enumerate(table.filled(column)):
+        try:
+            values[number] = float(cell)
+        except ValueError:
+            values[number] = math.nan
+        if not at_least <= values[number] < math.inf or values[number] == -math.inf:
+            least = "" if at_least == -math.inf else f" of at least {at_least:g}"
+            raise ValueError(f"{table.source}: row {number + 2} has {cell!r} under {column}, expected a number{least}.")
+    return values
+
+
+def _flags(table: Table, columns: Sequence[str]) -> IntArray:
+    missing = [column for column in columns if column not in table.columns]
     if missing:
-        raise ValueError(
-            f"{table.source}: expected columns {', '.join(task.classes)}, {', '.join(missing)} is not there."
-        )
-    truth = np.empty((len(table), len(task.classes)), dtype=np.int64)
-    for place, column in enumerate(task.classes):
+        raise ValueError(f"{table.source}: expected columns {', '.join(columns)}, {', '.join(missing)} is not there.")
+    truth = np.empty((len(table), len(columns)), dtype=np.int64)
+    for place, column in enumerate(columns):
         for number, cell in enumerate(table.filled(column)):
             if cell.lower() not in _YES | _NO:
                 raise ValueError(f"{table.source}: row {number + 2} has {cell!r} under {column}, expected 0 or 1.")
@@ -359,27 +399,53 @@ def shown(names: Sequence[str]) -> str:
 
 
 def new_task(
-    labels: Path | str, to: Path | str, *, columns: Sequence[str] = (), name: str | None = None, ordinal: bool = False
+    labels: Path | str,
+    to: Path | str,
+    *,
+    columns: Sequence[str] = (),
+    name: str | None = None,
+    ordinal: bool = False,
+    survival: Sequence[str] = (),
+    regression: str | None = None,
 ) -> tuple[Task, dict[str, int]]:
     """Write the YAML file of a task.
 
     Args:
         columns: of the label; several make a multi-label task; none takes the usual one.
         name: of the task; by default that of the CSV.
+        ordinal: the classes are grades, in the order of `sorted_classes`.
+        survival: instead, the columns of time and event; the quartiles of the times of events become horizons.
+        regression: instead, the column of an amount.
 
     Returns:
         the task, and how many slides each label has.
 
     Raises:
-        ValueError: a column is missing, there is one class only, or so many that the column is hardly a label.
+        ValueError: a column is missing, there is one class only, or so many that the column is hardly a label; no
+            event before the end of the last follow-up.
     """
     path = Path(to)
     if path.exists():
         raise ValueError(f"{path}: it is there already. Choose another --to.")
-    task = task_of_columns(labels, columns, name=name, ordinal=ordinal)
+    if sum((bool(columns) or ordinal, bool(survival), regression is not None)) > 1:
+        raise ValueError("--survival, --regression, --label: expected one of them. A task learns one thing.")
+    title = name or Path(labels).stem
+    if survival:
+        times, events = survival
+        task = Task(title, "survival", ("risk",), time_column=times, event_column=events, loss="cox")
+    elif regression is not None:
+        task = Task(title, "regression", (regression,), label_column=regression, loss="mse")
+    else:
+        task = task_of_columns(labels, columns, name=name, ordinal=ordinal)
     read = read_labels(labels, task)
     truth = read.truth
-    if task.multi_label:
+    if task.setting == "survival":
+        task = replace(task, horizons=_horizons(read))
+        events_in_all = int(truth[:, 1].sum())
+        counts = {"event": events_in_all, "censored": len(read) - events_in_all}
+    elif task.setting == "regression":
+        counts = {regression or "": len(read)}
+    elif task.multi_label:
         counts = dict(zip(task.classes, truth.sum(axis=0).tolist(), strict=True))
     else:
         counts = {label: int((truth == index).sum()) for index, label in enumerate(task.classes)}
@@ -389,10 +455,21 @@ def new_task(
     return task, counts
 
 
+def _horizons(labels: Labels) -> tuple[float, ...]:
+    """Quartiles of the times of events, to three digits, those before the end of the last follow-up."""
+    times, events = labels.truth.T
+    quartiles = np.quantile(times[events == 1], [0.25, 0.5, 0.75]).tolist() if events.any() else []
+    found = sorted({float(f"{each:.3g}") for each in quartiles})
+    kept = tuple(each for each in found if 0 < each < times.max())
+    if not kept:
+        raise ValueError(f"{labels.source}: expected events before the end of the last follow-up, got none.")
+    return kept
+
+
 def task_of_columns(
     labels: Path | str, columns: Sequence[str] = (), *, name: str | None = None, ordinal: bool = False
 ) -> Task:
-    """The task that columns of a CSV make, as `new_task` writes it; raises as that."""
+    """The task of classes or labels that columns of a CSV make, as `new_task` writes it; raises as that."""
     source, table = Path(labels).name, read_table(labels)
     id_column = column_of(table, None, ID_COLUMNS, "the slide's name", "id_column")
     chosen = list(columns) or [column_of(table, None, LABEL_COLUMNS, "the label", "label_column")]
@@ -408,5 +485,5 @@ def task_of_columns(
             f"{source}: expected 2 to {MOST_CLASSES} classes under {chosen[0]}, got {len(found)}. Name the label's "
             "column with --label."
         )
-    setting = "binary" if len(found) == 2 else "multi_class"
+    setting = "binary" if len(found) == 2 else "ordinal" if ordinal else "multi_class"
     return Task(title, setting, tuple(found), ordinal=ordinal, id_column=id_column, label_column=chosen[0])

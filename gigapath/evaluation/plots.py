@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from gigapath.evaluation.scores import IntArray
 
@@ -133,6 +134,50 @@ def draw_intervals(rows: Mapping[str, tuple[float, float, float]], *, x_label: s
     axes.set_title(title)
     axes.grid(axis="x", color="0.9")
     axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    return _png(figure)
+
+
+def draw_survival(groups: Mapping[str, Any], title: str) -> bytes:
+    """Kaplan-Meier curves of groups with censorings as ticks, the numbers at risk below, and the log-rank p.
+
+    Args:
+        groups: JSON values of `survival.risk_groups`.
+    """
+    figure, axes = _figure(7.0, 4.8)
+    for index, curve in enumerate(groups["curves"]):
+        times, shares = np.array([0.0, *curve["times"]]), np.array([1.0, *curve["survival"]])
+        colour, style = COLOURS[index], STYLES[index % len(STYLES)]
+        name = f"{curve['name']}: {curve['at_risk'][0]:,}, {curve['events']:,} events"
+        axes.step(times, shares, where="post", color=colour, linestyle=style, linewidth=1.6, label=name)
+        censored = np.array([0, *curve["censored"]]) > 0
+        axes.plot(times[censored], shares[censored], "|", color=colour, markersize=7)
+    marks = groups["curves"][0]["marks"]
+    counts = zip(*(curve["at_risk"] for curve in groups["curves"]), strict=True)
+    ticks = [
+        "\n".join([f"{mark:g}", *(f"{count:,}" for count in row)]) for mark, row in zip(marks, counts, strict=True)
+    ]
+    axes.set_xticks(marks, ticks)
+    axes.set_xlabel("time, and the numbers at risk: " + ", ".join(curve["name"] for curve in groups["curves"]))
+    axes.set_ylabel("share without the event")
+    axes.set_ylim(-0.02, 1.04)
+    axes.set_title(title)
+    p = groups["p"]
+    axes.legend(frameon=False, title=None if p is None or np.isnan(p) else f"log-rank p = {p:.2g}")
+    axes.spines[["top", "right"]].set_visible(False)
+    return _png(figure)
+
+
+def draw_scatter(truth: npt.NDArray[np.floating], said: npt.NDArray[np.floating], *, name: str, title: str) -> bytes:
+    """Predicted against true amounts (N,), with the identity line."""
+    figure, axes = _figure(5.4, 5.0)
+    ends = [min(truth.min(), said.min()), max(truth.max(), said.max())]
+    axes.plot(ends, ends, color="0.6", linewidth=1, label="identity")
+    axes.plot(truth, said, ".", color=COLOURS[0], markersize=5, alpha=0.6)
+    axes.set_xlabel(f"{name}, true")
+    axes.set_ylabel(f"{name}, predicted")
+    axes.set_title(title)
+    axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
     return _png(figure)
 

@@ -181,7 +181,7 @@ def score(
         leads,
         math.nan if several else calibration_slope(predictions),
         found,
-        None if predictions.multi_label else confusion_matrix(predictions).tolist(),
+        confusion_matrix(predictions).tolist() if predictions.of_classes and not predictions.multi_label else None,
         facts or {},
         tuple(notes),
         predictions,
@@ -288,16 +288,18 @@ def write_results(
     return [*names, RESULTS]
 
 
-def predictions_csv(columns: Mapping[str, Iterable[object]], shares: FloatArray, classes: Sequence[str]) -> str:
+def predictions_csv(
+    columns: Mapping[str, Iterable[object]], shares: FloatArray, classes: Sequence[str], *, prefix: str = "p_"
+) -> str:
     """Some columns, then the probability of each class.
 
     Args:
         columns: name -> N cells.
-        shares: (N, C) probabilities.
+        shares: (N, C) probabilities, or other numbers by another prefix of their columns.
     """
     rows = zip(*columns.values(), strict=True)
     numbers = ([f"{share:.6g}" for share in row] for row in shares)
-    header = [*columns, *(f"p_{name}" for name in classes)]
+    header = [*columns, *(f"{prefix}{name}" for name in classes)]
     return csv_text([header, *([*row, *more] for row, more in zip(rows, numbers, strict=True))])
 
 

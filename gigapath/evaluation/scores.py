@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from gigapath.evaluation.survival import SurvivalScores, survival_notes
+
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
 
@@ -33,16 +35,25 @@ SCORE_WORDS = {
     "brier": "Brier score",
     "ece": "calibration error (ECE)",
     "log_loss": "log loss",
+    "harrell_c": "Harrell's C",
+    "uno_c": "Uno's C",
+    "integrated_brier": "integrated Brier score",
+    "r2": "R2",
+    "mae": "mean absolute error",
+    "pearson": "Pearson correlation",
+    "spearman": "Spearman correlation",
 }
 
 
 @dataclass(frozen=True)
 class Predictions:
-    """A model's probabilities for a set of rows, and the truth.
+    """A model's probabilities for a set of rows, and the truth; or risks or amounts, where the truth is float64.
 
     Args:
-        truth: (N,) class index 0 .. C-1; for a multi-label task (N, C) of 0 and 1.
-        probabilities: (N, C) in [0, 1]; rows sum to 1, but for a multi-label task.
+        truth: (N,) class index 0 .. C-1; for a multi-label task (N, C) of 0 and 1; of survival (N, 2) time and event,
+            of regression (N,) amounts.
+        probabilities: (N, C) in [0, 1]; rows sum to 1, but for a multi-label task. Of survival (N, 1 + T) the risk and
+            the probability of no event up to each of the times, of regression (N, 1) amounts.
         class_names: C names; of a binary task the second is the positive class.
         groups: (N,) patient or slide of each row, any values; None where every row stands for itself.
         folds: (N,) which fitted model a row was predicted by; those that test a patient once make a repeat, over whose
@@ -50,17 +61,19 @@ class Predictions:
         ranking: (N, C) what rows of several models are ranked by, such as `rank_by`'s; None = the probabilities.
     """
 
-    truth: npt.NDArray[np.integer]
+    truth: npt.NDArray[Any]
     probabilities: npt.NDArray[np.floating]
     class_names: tuple[str, ...]
     groups: npt.NDArray[np.generic] | None = None
     folds: npt.NDArray[np.integer] | None = None
     ordinal: bool = False
     ranking: FloatArray | None = None
+    times: tuple[float, ...] = ()
+    horizons: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         truth, probabilities = np.asarray(self.truth), np.asarray(self.probabilities)
-        rows, classes = len(truth), len(self.class_names)
+        rows, classes = len(truth), len(self.class_names) + len(self.times)
         if rows == 0:
             raise ValueError("Predictions: expected at least one row, got none.")
         if probabilities.shape != (rows, classes):
@@ -70,6 +83,12 @@ class Predictions:
         if not np.isfinite(probabilities).all():
             row = int(np.flatnonzero(~np.isfinite(probabilities).all(axis=1))[0])
             raise ValueError(f"Predictions: expected finite probabilities, got {probabilities[row]} in row {row}.")
+        for name in ("groups", "folds"):
+            column = getattr(self, name)
+            if column is not None and len(column) != rows:
+                raise ValueError(f"Predictions: expected {name} of length {rows}, got {len(column)}.")
+        if not self.of_classes:
+            return
         off = ((probabilities < -_ROUNDING) | (probabilities > 1 + _ROUNDING)).any(axis=1)
         if off.any():
             row = int(np.argmax(off))
@@ -82,15 +101,24 @@ class Predictions:
         limit = 1 if truth.ndim == 2 else classes - 1
         if truth.min() < 0 or truth.max() > limit:
             raise ValueError(f"Predictions: expected truth between 0 and {limit}, got {truth.min()} to {truth.max()}.")
-        for name in ("groups", "folds"):
-            column = getattr(self, name)
-            if column is not None and len(column) != rows:
-                raise ValueError(f"Predictions: expected {name} of length {rows}, got {len(column)}.")
 
     @property
     def multi_label(self) -> bool:
         """True where a row can have several labels."""
-        return np.ndim(self.truth) == 2
+        return np.ndim(self.truth) == 2 and self.of_classes
+
+    @property
+    def of_classes(self) -> bool:
+        """True where the truth is classes or labels, not times or amounts."""
+        return np.asarray(self.truth).dtype.kind != "f"
+
+    @property
+    def notes(self) -> list[str]:
+        """Sentences on what the truth leaves undefined; of classes `intervals.evaluate` says it."""
+        if not self.times:
+            return []
+        time, event = np.asarray(self.truth).T
+        return survival_notes(time, event == 1, self.horizons)
 
     @property
     def predicted(self) -> IntArray:
@@ -131,8 +159,7 @@ class Scorer:
     """
 
     def __init__(self, predictions: Predictions) -> None:
-        part_type = _MultiLabelScores if predictions.multi_label else _ClassScores
-        self._parts = [(rows, part_type(predictions.rows(rows))) for rows in _members(predictions.repeats)]
+        self._parts = [(rows, _scores_of(predictions.rows(rows))) for rows in _members(predictions.repeats)]
         self._predictions = predictions
         self.names: tuple[str, ...] = self._parts[0][1].names
 
@@ -159,6 +186,15 @@ class Scorer:
         """The scores with all weights 1."""
         rows = sum(len(rows) for rows, _ in self._parts)
         return dict(zip(self.names, self(np.ones((1, rows)))[0].tolist(), strict=True))
+
+
+def _scores_of(part: Predictions) -> "_ClassScores | _MultiLabelScores | SurvivalScores | _AmountScores":
+    if part.of_classes:
+        return _MultiLabelScores(part) if part.multi_label else _ClassScores(part)
+    truth, said = np.asarray(part.truth), np.asarray(part.probabilities, dtype=np.float64)
+    if truth.ndim == 1:
+        return _AmountScores(truth, said[:, 0])
+    return SurvivalScores(truth[:, 0], truth[:, 1] == 1, said[:, 0], said[:, 1:], part.times, part.horizons)
 
 
 class _ClassScores:
@@ -246,6 +282,47 @@ class _MultiLabelScores:
         columns = [_divide(weights @ self.correct, total), auroc, auprc, micro[:, 0], micro[:, 1]]
         columns += [_divide(weights @ self.brier, total), *curves[:, :, 0].T, *curves[:, :, 1].T]
         return np.stack(columns, axis=1)
+
+
+class _AmountScores:
+    """Scores of predicted amounts: R2 = 1 - squared errors over squared distances from the rows' own mean."""
+
+    names = ("r2", "mae", "pearson", "spearman")
+
+    def __init__(self, truth: FloatArray, said: FloatArray) -> None:
+        self._truth, self._said = truth, said
+
+    def __call__(self, weights: FloatArray) -> FloatArray:
+        total, miss = weights.sum(axis=1), self._said - self._truth
+        mean = _divide(weights @ self._truth, total)
+        spread = (weights * (self._truth - mean[:, None]) ** 2).sum(axis=1)
+        ranks = [self._ranks(weights, values) for values in (self._truth, self._said)]
+        columns = [
+            1 - _divide(weights @ miss**2, spread),
+            _divide(weights @ np.abs(miss), total),
+            _correlation(weights, self._truth[None], self._said[None]),
+            _correlation(weights, *ranks),
+        ]
+        return np.stack(columns, axis=1)
+
+    @staticmethod
+    def _ranks(weights: FloatArray, values: FloatArray) -> FloatArray:
+        """(R, N) rank of each row among the weighted ones, equal values sharing their mean rank."""
+        order = np.argsort(values, kind="stable")
+        _, starts, group = np.unique(values[order], return_index=True, return_inverse=True)
+        counts = np.add.reduceat(weights[:, order], starts, axis=1)
+        middles = np.cumsum(counts, axis=1) - counts / 2
+        ranks = np.empty_like(weights)
+        ranks[:, order] = middles[:, group]
+        return ranks
+
+
+def _correlation(weights: FloatArray, first: FloatArray, second: FloatArray) -> FloatArray:
+    """(R,) correlation of two sets of values, (R, N) or (1, N), under weights (R, N)."""
+    total = weights.sum(axis=1, keepdims=True)
+    one, other = (each - _divide((weights * each).sum(axis=1, keepdims=True), total) for each in (first, second))
+    squares = (weights * one**2).sum(axis=1) * (weights * other**2).sum(axis=1)
+    return _divide((weights * one * other).sum(axis=1), np.sqrt(squares))
 
 
 class _Curve:

@@ -167,7 +167,8 @@ def site_parts(groups: Sequence[Hashable], sites: Sequence[str] | None) -> tuple
 
 
 def draw_folds(labels: Labels, folds: int | str, *, seed: int) -> list[Fold]:
-    """Folds with even shares of every class; a patient's slides stay together where patients are known.
+    """Folds with even shares of every class, of events or of the quarters of an amount; a patient's slides stay
+    together where patients are known.
 
     Fold K tests on part K of `draw_parts` and validates on the part after it. With `LEAVE_SITE_OUT` it tests on site K
     and validates on a part of the others' slides.
@@ -178,14 +179,14 @@ def draw_folds(labels: Labels, folds: int | str, *, seed: int) -> list[Fold]:
         left_out = []
         for number, site in enumerate(sites):
             rows = np.flatnonzero(part != number)
-            held = draw_parts(labels.truth[rows], [groups[row] for row in rows], VALIDATION_PARTS, seed=seed) == 0
+            held = draw_parts(labels.kinds[rows], [groups[row] for row in rows], VALIDATION_PARTS, seed=seed) == 0
             left_out.append(Fold(number, rows[~held], rows[held], np.flatnonzero(part == number), site))
         return left_out
     count = len(set(groups))
     if count < folds:
         unit = "slides" if labels.patients is None else "patients"
         raise ValueError(f"--folds: expected at most {count}, the number of {unit}, got {folds}.")
-    part_of_row = draw_parts(labels.truth, groups, folds, seed=seed)
+    part_of_row = draw_parts(labels.kinds, groups, folds, seed=seed)
     drawn = []
     for number in range(folds):
         val = (number + 1) % folds
@@ -247,14 +248,16 @@ def audit(
     return found
 
 
-def check_classes(folds: Sequence[Fold], truth_of_row: IntArray, classes: Sequence[str]) -> list[str]:
+def check_classes(folds: Sequence[Fold], truth_of_row: npt.NDArray[Any], classes: Sequence[str]) -> list[str]:
     """Refuse folds that can't be learned or tested; sentences on classes that a test set lacks.
 
     Args:
         folds: the splits.
-        truth_of_row: (N,) class index, or (N, C) of 0 and 1.
+        truth_of_row: (N,) class index, or (N, C) of 0 and 1; float64 (N, 2) of times and events, (N,) of amounts.
         classes: their names.
     """
+    if truth_of_row.dtype.kind == "f":
+        return _check_events(folds, truth_of_row[:, 1] if truth_of_row.ndim == 2 else np.ones(len(truth_of_row)))
     multi_label = truth_of_row.ndim == 2
     notes = []
     for fold in folds:
@@ -281,6 +284,20 @@ def check_classes(folds: Sequence[Fold], truth_of_row: IntArray, classes: Sequen
                 )
             if name == "test" and lacking:
                 notes.append(f"{fold}: no test slide of {', '.join(lacking)}")
+    return notes
+
+
+def _check_events(folds: Sequence[Fold], events: npt.NDArray[np.float64]) -> list[str]:
+    notes = []
+    for fold in folds:
+        for name, rows in fold.sets().items():
+            if len(rows) == 0 and name != "val":
+                raise ValueError(f"{fold}: its {name} set is empty. Add slides, or take fewer folds.")
+            if events[rows].any() or len(rows) == 0:
+                continue
+            if name == "train":
+                raise ValueError(f"{fold}: no training slide has an event. Add slides, or take other folds.")
+            notes.append(f"{fold}: no {name} slide has an event")
     return notes
 
 

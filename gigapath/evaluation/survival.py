@@ -8,7 +8,7 @@ Legend: N rows, R weightings, U distinct times, T times at which survival is pre
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,8 +19,6 @@ if TYPE_CHECKING:
 FloatArray = npt.NDArray[np.float64]
 BoolArray = npt.NDArray[np.bool_]
 IntArray = npt.NDArray[np.int64]
-
-GRID = 20  # times between 0 and the last horizon over which Brier's score is integrated
 
 
 def cox_loss(risk: "Tensor", time: "Tensor", event: "Tensor") -> "Tensor":
@@ -65,6 +63,7 @@ def discrete_loss(logits: "Tensor", time: "Tensor", event: "Tensor", edges: Sequ
     import torch
     import torch.nn.functional as F
 
+    time = time.contiguous()
     ends = torch.as_tensor(edges, dtype=time.dtype, device=time.device)
     place = torch.bucketize(time, ends)  # (N,), J after the last edge
     survived = torch.arange(len(ends), device=time.device) < torch.where(
@@ -201,7 +200,7 @@ class SurvivalScores:
             columns.append(_ratio(wins, cases.sum(axis=1) * later.sum(axis=1)))
             predicted = 1 - self._survival[:, int(np.searchsorted(self._times, horizon))]
             followed = np.where(later.sum(axis=1) > 0, 1 - observed[:, number], np.nan)
-            expected.append(_ratio(followed, weights @ predicted / weights.sum(axis=1)))
+            expected.append(_ratio(followed * weights.sum(axis=1), weights @ predicted))
         return np.stack([*columns, *expected], axis=1)
 
     def _integrated_brier(self, weights: FloatArray, cases: FloatArray, free: FloatArray) -> FloatArray:
@@ -211,14 +210,10 @@ class SurvivalScores:
         later = self._time[:, None] > self._times
         failed = cases @ (~later * self._survival**2)
         followed = _ratio(weights @ (later * (1 - self._survival) ** 2), self._limit.at(free, self._times))
-        scores = (failed + followed) / weights.sum(axis=1, keepdims=True)
+        scores = _ratio(failed + followed, weights.sum(axis=1, keepdims=True))
         scores = np.concatenate([np.zeros((len(weights), 1)), scores], axis=1)  # at 0 nobody has failed
         steps = np.diff(self._times, prepend=0.0) / self._times[-1]
         return np.asarray((scores[:, 1:] + scores[:, :-1]) @ steps / 2)
-
-    def notes(self) -> list[str]:
-        """Sentences on what these rows leave undefined."""
-        return survival_notes(self._time, self._event, self._horizons)
 
 
 def survival_notes(time: FloatArray, event: BoolArray, horizons: Sequence[float] | FloatArray) -> list[str]:
@@ -273,6 +268,21 @@ def group_curve(name: str, time: FloatArray, event: BoolArray, marks: Sequence[f
     censored = limit.counts(ones)[2][0].astype(int).tolist()
     curve = limit.survival(ones)[0].tolist()
     return GroupCurve(name, limit.times.tolist(), curve, censored, list(marks), counted, int(event.sum()))
+
+
+def risk_groups(truth: FloatArray, risk: FloatArray) -> dict[str, Any]:
+    """Rows above and below risk 0, the median one of training: curves, and the log-rank test between them.
+
+    Args:
+        truth: (N, 2) time and event.
+        risk: (N,).
+    """
+    (time, event), high = (truth[:, 0], truth[:, 1] == 1), risk > 0
+    marks = [float(f"{mark:.3g}") for mark in np.linspace(0, time.max(), 6)[:-1]]
+    sides = (("low risk", ~high), ("high risk", high))
+    curves = [group_curve(name, time[rows], event[rows], marks) for name, rows in sides if rows.any()]
+    statistic, p = log_rank(time, event, high.astype(np.int64))
+    return {"curves": curves, "log_rank": statistic, "p": p}
 
 
 def log_rank(time: FloatArray, event: BoolArray, group: IntArray) -> tuple[float, float]:

@@ -1,6 +1,7 @@
 """A task: what the labels are called and mean; a small YAML file, of the package or the user's own."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,10 +10,15 @@ import yaml
 
 from gigapath.files import write_text_atomic
 
-SETTINGS = ("multi_class", "binary", "multi_label")
+SETTINGS = ("multi_class", "binary", "multi_label", "ordinal", "survival", "regression")
+LOSSES = {"survival": ("cox", "discrete"), "regression": ("mse", "huber")}  # of each setting first the usual one
+INTERVALS = 8  # of discrete-time hazards
+GRID = 20  # times up to the last horizon at which survival is predicted
 FOLDER = Path(__file__).parent / "tasks"
 _METRICS = ("qwk",)
+_COLUMNS = ("id_column", "label_column", "patient_column", "site_column", "time_column", "event_column")
 _MOST_CLASSES = 10_000
+_MOST_HORIZONS = 100
 _MOST_BYTES = 2_000_000
 
 
@@ -22,15 +28,22 @@ class Task:
 
     Attributes:
         name: of the task.
-        setting: "multi_class", "binary" (two classes, the second is the positive one) or "multi_label".
-        classes: names of the classes in order of their index; of a multi-label task the columns of the labels.
+        setting: "multi_class", "binary" (two classes, the second is the positive one), "multi_label", "ordinal"
+            (grades, by cumulative logits), "survival" or "regression".
+        classes: names of the classes in order of their index; of a multi-label task the columns of the labels; of
+            survival "risk", of regression the label's column.
         ordinal: the classes are grades: quadratic-weighted kappa is reported.
         max_tiles: in training a slide with more tiles gives this many, drawn anew at each pass.
         shuffle_tiles: whether training shuffles the tiles of a slide.
         id_column: column of the slide's name; None takes the first of `labels.ID_COLUMNS`.
-        label_column: column of the class; None takes the first of `labels.LABEL_COLUMNS`.
+        label_column: column of the class or amount; None takes the first of `labels.LABEL_COLUMNS`.
         patient_column: column of the patient; None takes the first of `labels.PATIENT_COLUMNS` that is there.
         site_column: column of the hospital, scanner or provider; None takes the first of `labels.SITE_COLUMNS`.
+        time_column: of survival the column of the follow-up.
+        event_column: of survival the column of 0 (censored) and 1 (event).
+        horizons: of survival the rising times at which predictions are scored.
+        loss: of survival "cox" (partial likelihood; the slides of a step are its risk set) or "discrete" (hazards in
+            `INTERVALS` intervals), of regression "mse" or "huber"; "" for classes.
     """
 
     name: str
@@ -43,6 +56,30 @@ class Task:
     label_column: str | None = None
     patient_column: str | None = None
     site_column: str | None = None
+    time_column: str | None = None
+    event_column: str | None = None
+    horizons: tuple[float, ...] = ()
+    loss: str = ""
+
+    @property
+    def of_classes(self) -> bool:
+        """True where slides have classes or labels, not times or amounts."""
+        return self.setting not in LOSSES
+
+    @property
+    def outputs(self) -> int:
+        """How many numbers a model gives a slide."""
+        if self.setting == "ordinal":
+            return len(self.classes) - 1
+        return INTERVALS if self.loss == "discrete" else len(self.classes)
+
+    @property
+    def times(self) -> tuple[float, ...]:
+        """Rising times at which survival is predicted: the horizons, and even steps up to the last; else none."""
+        if not self.horizons:
+            return ()
+        even = {self.horizons[-1] * step / GRID for step in range(1, GRID)}
+        return tuple(sorted(even | {*self.horizons}))
 
     @property
     def multi_label(self) -> bool:
@@ -51,23 +88,21 @@ class Task:
 
     def described(self) -> dict[str, Any]:
         """What results say of the task."""
-        return {"name": self.name, "setting": self.setting, "classes": list(self.classes)}
+        horizons = {"horizons": list(self.horizons)} if self.horizons else {}
+        return {"name": self.name, "setting": self.setting, "classes": list(self.classes), **horizons}
 
     def to_dict(self) -> dict[str, Any]:
         """The keys of the YAML file."""
-        values: dict[str, Any] = {
-            "name": self.name,
-            "setting": self.setting,
-            "label_dict": {name: index for index, name in enumerate(self.classes)},
-            "max_tiles": self.max_tiles,
-            "shuffle_tiles": self.shuffle_tiles,
-        }
+        values: dict[str, Any] = {"name": self.name, "setting": self.setting}
+        if self.of_classes:
+            values["label_dict"] = {name: index for index, name in enumerate(self.classes)}
+        values |= {"max_tiles": self.max_tiles, "shuffle_tiles": self.shuffle_tiles}
         if self.ordinal:
             values["add_metrics"] = ["qwk"]
-        for key in ("id_column", "label_column", "patient_column", "site_column"):
-            if getattr(self, key) is not None:
-                values[key] = getattr(self, key)
-        return values
+        values |= {key: getattr(self, key) for key in _COLUMNS if getattr(self, key) is not None}
+        if self.horizons:
+            values["horizons"] = list(self.horizons)
+        return values | ({"loss": self.loss} if self.loss else {})
 
 
 def load_task(name: str | Path) -> Task:
@@ -101,18 +136,30 @@ def task_from(content: Any, who: str) -> Task:
     """The task that a mapping with the keys of the YAML file describes; ValueError names `who`."""
     if not isinstance(content, Mapping):
         raise ValueError(f"{who}: expected keys and values, got {type(content).__name__}.")
-    columns = ("id_column", "label_column", "patient_column", "site_column")
-    known = ("name", "setting", "label_dict", "max_tiles", "shuffle_tiles", "add_metrics", *columns)
+    known = (
+        "name",
+        "setting",
+        "label_dict",
+        "max_tiles",
+        "shuffle_tiles",
+        "add_metrics",
+        *_COLUMNS,
+        "horizons",
+        "loss",
+    )
     unknown = sorted(str(key) for key in set(content) - set(known))
     if unknown:
         raise ValueError(f"{who}: unknown key {', '.join(unknown)}. Known: {', '.join(known)}.")
-    missing = [key for key in ("name", "setting", "label_dict") if key not in content]
+    setting = content.get("setting")
+    needed = {"survival": ("time_column", "event_column", "horizons"), "regression": ("label_column",)}
+    of_setting = needed.get(setting, ("label_dict",)) if isinstance(setting, str) else ()
+    missing = [key for key in ("name", "setting", *of_setting) if key not in content]
     if missing:
         raise ValueError(f"{who}: expected the key {', '.join(missing)}, which is not there.")
     if not isinstance(content["name"], str | int | float):
         raise ValueError(f"{who}: expected a name, got {_shown(content['name'])}.")
-    if content["setting"] not in SETTINGS:
-        raise ValueError(f"{who}: expected setting {', '.join(SETTINGS)}, got {_shown(content['setting'])}.")
+    if setting not in SETTINGS:
+        raise ValueError(f"{who}: expected setting {', '.join(SETTINGS)}, got {_shown(setting)}.")
     metrics = content.get("add_metrics") or []
     if not isinstance(metrics, list) or any(metric not in _METRICS for metric in metrics):
         raise ValueError(f"{who}: expected add_metrics of {', '.join(_METRICS)}, got {_shown(metrics)}.")
@@ -121,18 +168,35 @@ def task_from(content: Any, who: str) -> Task:
         raise ValueError(f"{who}: expected max_tiles of at least 1, got {_shown(max_tiles)}.")
     if not isinstance(shuffle, bool):
         raise ValueError(f"{who}: expected shuffle_tiles true or false, got {_shown(shuffle)}.")
-    for key in columns:
-        if content.get(key) is not None and not isinstance(content[key], str):
+    for key in _COLUMNS:
+        if (content.get(key) is not None or key in of_setting) and not isinstance(content[key], str):
             raise ValueError(f"{who}: expected {key} to name a column, got {_shown(content[key])}.")
+    losses = LOSSES.get(setting, ("",))
+    if (loss := content.get("loss", losses[0])) not in losses:
+        raise ValueError(f"{who}: expected loss {' or '.join(losses) or 'left out'}, got {_shown(loss)}.")
+    if setting in LOSSES:
+        classes: tuple[str, ...] = ("risk",) if setting == "survival" else (content["label_column"],)
+    else:
+        classes = _classes(content["label_dict"], setting, who)
     return Task(
         name=str(content["name"]),
-        setting=content["setting"],
-        classes=_classes(content["label_dict"], content["setting"], who),
-        ordinal="qwk" in metrics,
+        setting=setting,
+        classes=classes,
+        ordinal="qwk" in metrics or setting == "ordinal",
         max_tiles=max_tiles,
         shuffle_tiles=shuffle,
-        **{key: content.get(key) for key in columns},
+        **{key: content.get(key) for key in _COLUMNS},
+        horizons=_horizons(content["horizons"], who) if setting == "survival" else (),
+        loss=loss,
     )
+
+
+def _horizons(values: Any, who: str) -> tuple[float, ...]:
+    """Rising times above 0."""
+    plain = isinstance(values, list) and all(type(each) in (int, float) and 0 < each < math.inf for each in values)
+    if not plain or not values or values != sorted(set(values)) or len(values) > _MOST_HORIZONS:
+        raise ValueError(f"{who}: expected horizons as rising times above 0, such as [12, 36], got {_shown(values)}.")
+    return tuple(map(float, values))
 
 
 def _shown(value: Any) -> str:
@@ -152,7 +216,7 @@ def _classes(label_dict: Any, setting: str, who: str) -> tuple[str, ...]:
         raise ValueError(f"{who}: expected the indices 0 to {len(label_dict) - 1} in label_dict, each once.")
     if setting == "binary" and len(by_index) != 2:
         raise ValueError(f"{who}: expected two labels for a binary task, got {len(by_index)}.")
-    if setting == "multi_class" and len(by_index) < 2:
+    if setting in ("multi_class", "ordinal") and len(by_index) < 2:
         raise ValueError(f"{who}: expected at least two labels, got {len(by_index)}.")
     return tuple(by_index[index] for index in range(len(by_index)))
 

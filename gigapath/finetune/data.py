@@ -223,9 +223,16 @@ def prepare(inputs: Inputs, settings: Settings) -> Cohort:
     labels = read_labels(inputs.labels, task, id_rule=settings.join.id_rule)
     join = settings.join
     joined = join_labels(labels, files, id_rule=join.id_rule, id_regex=join.id_regex, allow_missing=join.allow_missing)
-    if settings.training.balanced and task.multi_label:
+    training = settings.training
+    if training.balanced and (task.multi_label or not task.of_classes):
+        what = "several labels" if task.multi_label else f"the setting {task.setting}"
+        raise ValueError(f"--balanced: expected a task with one class a slide, got one with {what}. Leave it out.")
+    if training.calibrate and not task.of_classes:
+        raise ValueError(f"--calibrate: expected a task of classes, got one of {task.setting}. Leave it out.")
+    if task.loss == "cox" and training.batch_size * training.gradient_accumulation < 2:
         raise ValueError(
-            "--balanced: expected a task with one class a slide, got one with several labels. Leave it out."
+            "--batch-size, --gradient-accumulation: expected at least 2 slides a step, which Cox's loss compares, "
+            "got 1."
         )
     notes: list[str] = []
     if inputs.splits is None:

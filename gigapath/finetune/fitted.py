@@ -15,9 +15,11 @@ import torch
 from torch import nn
 
 from gigapath.devices import AUTOCAST_TYPES, at_most_threads, computing, resolve_device
-from gigapath.evaluation.calibration import Calibration, decisions, probabilities, threshold_count
+from gigapath.evaluation.calibration import Calibration, decisions, outputs, scale_count, threshold_count
+from gigapath.evaluation.intervals import plain
 from gigapath.evaluation.labels import Labels, bare_name, join_labels, read_labels, shown
 from gigapath.evaluation.locks import TestSet, in_words
+from gigapath.evaluation.plots import draw_scatter, draw_survival
 from gigapath.evaluation.results import (
     EVALUATION,
     TERMS,
@@ -28,15 +30,16 @@ from gigapath.evaluation.results import (
     score,
     write_results,
 )
-from gigapath.evaluation.scores import Predictions
+from gigapath.evaluation.scores import Predictions, average_by_group
 from gigapath.evaluation.splits import TABLE
+from gigapath.evaluation.survival import risk_groups
 from gigapath.evaluation.task import Task, task_from
 from gigapath.features import FeatureFileError
 from gigapath.features.reading import SUFFIXES, find_feature_files
 from gigapath.files import sha256_of, write_json_atomic, write_text_atomic
 from gigapath.finetune import checkpoints
 from gigapath.finetune.data import Bags, FileBags, FileFacts, check_folder, check_made, look_at_all
-from gigapath.finetune.heads import build_head, pack
+from gigapath.finetune.heads import head_of_task, pack
 from gigapath.finetune.options import JoinOptions, ModelOptions
 from gigapath.machine import available_cores
 from gigapath.options import from_dict, to_dict
@@ -88,7 +91,8 @@ class FittedHead:
         workers: int = 2,
         check_stop: Callable[[], None] = lambda: None,
     ) -> npt.NDArray[np.float64]:
-        """Probabilities (len(rows), C), slide by slide, all tiles in the file's order.
+        """`calibration.outputs` of the rows, such as probabilities (len(rows), C), slide by slide, all tiles in the
+        file's order.
 
         Args:
             device: where the head runs; it stays there.
@@ -102,7 +106,7 @@ class FittedHead:
                 with computing(self.precision, device):
                     logits = self.model.forward_packed(*pack([bag], device))  # type: ignore[operator]
                 found.append(logits[0].double().cpu().numpy())
-        return probabilities(np.stack(found), self.task, self.calibration.temperature)
+        return outputs(np.stack(found), self.task, self.calibration)
 
 
 def save_head(folder: Path, head: FittedHead) -> None:
@@ -119,6 +123,7 @@ def save_head(folder: Path, head: FittedHead) -> None:
             "temperature": head.calibration.temperature,
             "thresholds": list(head.calibration.thresholds),
             "fitted_on": head.calibration.fitted_on,
+            **({"scale": list(head.calibration.scale)} if head.calibration.scale else {}),
             "precision": head.precision,
             "tensors": TENSORS,
             "sha256": sha256_of(folder / TENSORS),
@@ -161,12 +166,13 @@ def load_head(path: Path | str) -> FittedHead:
             raise TypeError(held["precision"])
         task = task_from(held["task"], HEAD)
         options = from_dict(ModelOptions, held["model"])
-        calibration = Calibration(float(held["temperature"]), tuple(map(float, held["thresholds"])), held["fitted_on"])
-        if len(calibration.thresholds) != threshold_count(task):
-            raise TypeError(calibration.thresholds)
+        thresholds, scale = (tuple(map(float, held.get(key, ()))) for key in ("thresholds", "scale"))
+        calibration = Calibration(float(held["temperature"]), thresholds, held["fitted_on"], scale)
+        if len(thresholds) != threshold_count(task) or len(scale) != scale_count(task):
+            raise TypeError(calibration)
         state = checkpoints.load_tensors(tensors)
         with torch.device("meta"):  # whatever sizes the JSON claims, only the tensors' own are laid out
-            model = build_head(options, pretrained="", input_dim=held["input_dim"], n_classes=len(task.classes))
+            model = head_of_task(task, options, pretrained="", input_dim=held["input_dim"])
         assign_weights(HEAD, model, state)
     except (TypeError, AttributeError, RuntimeError, OverflowError) as error:  # words for numbers, sizes beyond all
         raise ValueError(f"{file}: expected the JSON of a fitted head, got a damaged one. Copy it anew.") from error
@@ -210,14 +216,18 @@ def predict(
             on_failed(str(error))
             continue
         ids.append(bare_name(path))
-    classes = head.task.classes
-    shares = np.stack(shares_of) if shares_of else np.zeros((0, len(classes)))
-    predicted = decisions(shares, head.task, head.calibration)
+    task = head.task
+    shares = np.stack(shares_of) if shares_of else np.zeros((0, len(task.classes) + len(task.times)))
+    predicted = decisions(shares, task, head.calibration)
+    columns = numbers_of(shares, task)
     if out is not None:
-        write_text_atomic(out, predictions_csv({"slide_id": ids, "predicted": predicted}, shares, classes))
-    named = [{f"p_{name}": float(share) for name, share in zip(classes, row, strict=True)} for row in shares]
-    rows = zip(ids, predicted, named, strict=True)
-    return Predicted([{"slide_id": slide_id, "predicted": what, **row} for slide_id, what, row in rows], failed)
+        shown: dict[str, Sequence[str]] = {"slide_id": ids, "predicted": predicted}
+        write_text_atomic(out, _csv(shown, columns))
+    rows = []
+    for row, (slide_id, what) in enumerate(zip(ids, predicted, strict=True)):
+        numbers = {name: float(column[row]) for name, column in columns.items()}
+        rows.append({"slide_id": slide_id, "predicted": what, **numbers})
+    return Predicted(rows, failed)
 
 
 def _look(head: FittedHead, paths: Sequence[Path], join: JoinOptions) -> list[FileFacts]:
@@ -274,6 +284,7 @@ def evaluate_head(
     found = score_slides(labels_of, predictions, task, head.calibration, replicates=replicates, seed=seed)
     name = Path(checkpoint).name
     details: dict[str, Any] = {"checkpoint": name, "missing": list(joined.missing), "fitted_here": "nothing"}
+    details |= groups_of(found, task)
     if lock or test_set.file.is_file():
         details["locked_test_set"] = test_set.count(head.sha256)
         found = replace(found, notes=(*found.notes, in_words(details["locked_test_set"])))
@@ -287,15 +298,23 @@ def evaluate_head(
             notes=(*labels_of.class_notes(task.classes), *found.notes),
         ),
         texts={"predictions.csv": slides_csv(labels_of, shares, task, head.calibration)},
-        pictures=confusion_of(found, task, f"{name} tested on {labels_of.source}"),
+        pictures=pictures_of(found, task, f"{name} tested on {labels_of.source}"),
     )
     return found
 
 
 def predictions_of(labels: Labels, shares: npt.NDArray[np.float64], task: Task) -> Predictions:
-    """Probabilities (S, C) of labelled slides with their truth and patients."""
+    """What `calibration.outputs` gives of labelled slides, with their truth and patients."""
     patients = None if labels.patients is None else np.asarray(labels.patients)
-    return Predictions(labels.truth, shares, task.classes, groups=patients, ordinal=task.ordinal)
+    return Predictions(
+        labels.truth,
+        shares,
+        task.classes,
+        groups=patients,
+        ordinal=task.ordinal,
+        times=task.times,
+        horizons=task.horizons,
+    )
 
 
 def score_slides(
@@ -309,21 +328,60 @@ def score_slides(
 
 
 def slides_csv(labels: Labels, shares: npt.NDArray[np.float64], task: Task, how: Calibration) -> str:
-    """One row a slide: id, patient and site where known, truth, what is predicted, probabilities."""
+    """One row a slide: id, patient and site where known, truth, what is predicted, probabilities or risks."""
     names = np.asarray(task.classes)
-    truth = [";".join(names[np.flatnonzero(row)]) if task.multi_label else names[row] for row in labels.truth]
+    truth: dict[str, Sequence[str]] = {}
+    if task.setting == "survival":
+        times, events = labels.truth.T
+        truth = {"time": [f"{each:.10g}" for each in times], "event": [f"{each:.0f}" for each in events]}
+    elif task.setting == "regression":
+        truth = {"label": [f"{each:.10g}" for each in labels.truth]}
+    elif task.multi_label:
+        truth = {"label": [";".join(names[np.flatnonzero(row)]) for row in labels.truth]}
+    else:
+        truth = {"label": [str(names[row]) for row in labels.truth]}
     columns: dict[str, Sequence[str]] = {"slide_id": labels.slide_ids}
     columns |= {"patient_id": labels.patients} if labels.patients else {}
     columns |= {"site": labels.sites} if labels.sites else {}
-    columns |= {"label": truth, "predicted": decisions(shares, task, how)}
-    return predictions_csv(columns, shares, task.classes)
+    columns |= truth | {"predicted": decisions(shares, task, how)}
+    return _csv(columns, numbers_of(shares, task))
 
 
-def confusion_of(found: Scores, task: Task, what: str) -> dict[str, Callable[[], bytes]]:
-    """The picture of the confusion matrix, none with several labels."""
-    if task.multi_label:
+def _csv(columns: dict[str, Sequence[str]], numbers: dict[str, npt.NDArray[np.float64]]) -> str:
+    return predictions_csv(columns, np.stack([*numbers.values()], axis=1), [*numbers], prefix="")
+
+
+def numbers_of(shares: npt.NDArray[np.float64], task: Task) -> dict[str, npt.NDArray[np.float64]]:
+    """Column -> (S,) of `calibration.outputs`: probabilities, the amount, or the risk and survival at the horizons."""
+    if task.setting == "regression":
+        return {"value": shares[:, 0]}
+    if task.setting == "survival":
+        at = {f"survival_at_{each:g}": shares[:, 1 + task.times.index(each)] for each in task.horizons}
+        return {"risk": shares[:, 0], **at}
+    return {f"p_{name}": column for name, column in zip(task.classes, shares.T, strict=True)}
+
+
+def groups_of(found: Scores, task: Task) -> dict[str, Any]:
+    """Of survival the Kaplan-Meier curves of slides above and below the median risk of training, in the unit of the
+    headline, with the log-rank test; else nothing."""
+    if task.setting != "survival" or found.predictions is None:
         return {}
-    return {"confusion.png": lambda: confusion_picture(found, task.classes, f"{task.name}, {what}")}
+    rows = average_by_group(found.predictions) if found.unit == "patients" else found.predictions
+    return {"groups": plain(risk_groups(np.asarray(rows.truth), np.asarray(rows.probabilities)[:, 0]))}
+
+
+def pictures_of(found: Scores, task: Task, what: str) -> dict[str, Callable[[], bytes]]:
+    """The picture of the confusion matrix, none with several labels; of survival the curves of the risk groups, of
+    regression what is predicted against the truth."""
+    title, rows = f"{task.name}, {what}", found.predictions
+    if task.multi_label or rows is None:
+        return {}
+    if task.of_classes:
+        return {"confusion.png": lambda: confusion_picture(found, task.classes, title)}
+    if task.setting == "survival":
+        return {"survival.png": lambda: draw_survival(groups_of(found, task)["groups"], f"{title}, {found.unit}")}
+    said = np.asarray(rows.probabilities)[:, 0]
+    return {"scatter.png": lambda: draw_scatter(np.asarray(rows.truth), said, name=task.classes[0], title=title)}
 
 
 def _refuse_seen(checkpoint: Path, slide_ids: Sequence[str]) -> None:

@@ -11,10 +11,12 @@ import numpy as np
 import numpy.typing as npt
 import timm
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gigapath.classification_head import ClassificationHead
 from gigapath.devices import send
+from gigapath.evaluation.task import Task
 from gigapath.finetune.data import Bag
 from gigapath.finetune.options import ModelOptions
 from gigapath.slide_encoder import ARCHITECTURES, WEIGHTS_FILE, is_architecture
@@ -113,14 +115,37 @@ def _tokens(tokens: Tensor, lengths: Sequence[int]) -> Tensor:
 class VectorHead(_OneRate):
     """One linear layer on one vector a slide."""
 
-    def __init__(self, width: int, n_classes: int) -> None:
+    def __init__(self, width: int, n_classes: int, *, grades: bool = False) -> None:
         super().__init__()
-        self.classifier = nn.Sequential(nn.Linear(width, n_classes))
+        self.classifier = nn.Sequential(nn.Linear(width, n_classes), *([CumulativeLogits()] if grades else []))
 
     def forward_packed(self, images: Tensor, coords: Tensor, lengths: Sequence[int]) -> Tensor:
         """Logits (B, C) of vectors (B, D)."""
         logits: Tensor = self.classifier(images)
         return logits
+
+
+class CumulativeLogits(nn.Module):
+    """Log-probabilities of C grades from C - 1 outputs o: the log-odds of a grade above k are o_0 less the softplus of
+    o_1 to o_k, so that they fall (McCullagh 1980; the steps may differ from slide to slide)."""
+
+    def forward(self, outputs: Tensor) -> Tensor:
+        """(B, C - 1) to (B, C)."""
+        outputs = outputs if outputs.dtype == torch.float64 else outputs.float()
+        steps = outputs[:, 1:]
+        above = outputs[:, :1] - F.pad(torch.cumsum(F.softplus(steps), dim=1), (1, 0))  # (B, C - 1)
+        # A grade's share is a difference of sigmoids:
+        # sigmoid(a) - sigmoid(a - softplus(s)) = sigmoid(a) sigmoid(softplus(s) - a) sigmoid(s).
+        of_steps = F.pad(F.logsigmoid(steps), (1, 1))
+        return F.pad(F.logsigmoid(above), (1, 0)) + F.pad(F.logsigmoid(-above), (0, 1)) + of_steps
+
+
+def head_of_task(task: Task, options: ModelOptions, *, pretrained: str, input_dim: int) -> nn.Module:
+    """`build_head` with the outputs of a task; of grades it gives log-probabilities."""
+    model = build_head(options, pretrained=pretrained, input_dim=input_dim, n_classes=task.outputs)
+    if task.setting == "ordinal":
+        model.classifier.append(CumulativeLogits())  # type: ignore[union-attr,operator]
+    return model
 
 
 def build_head(options: ModelOptions, *, pretrained: str, input_dim: int, n_classes: int) -> nn.Module:

@@ -77,6 +77,7 @@ class Loop:
         read: Callable[[IntArray], Batch],
         loss_of: Callable[[nn.Module, Batch], Tensor],
         set_rate: Callable[[float], float],
+        whole: Callable[[nn.Module, Sequence[Batch]], Callable[[nn.Module, Batch], Tensor]] | None = None,
         clip: float = 0.0,
         before: Callable[[int], None] = lambda number: None,
         after: Callable[[int, float], None] = lambda number, loss: None,
@@ -92,6 +93,8 @@ class Loop:
             read: the batch of a chunk's rows; called by threads, ahead of time.
             loss_of: the loss summed over a batch's slides.
             set_rate: sets the rates for a moment, in epochs that are done, and returns the one to report.
+            whole: where the loss of a slide depends on the others of its step: makes `loss_of` of this process's
+                batches of a step, which are then held in memory together.
             clip: largest norm of all gradients together; 0 = any.
             before: called with the number of each step before it.
             after: called with the number of each step, and this process's loss of it summed over slides.
@@ -116,7 +119,10 @@ class Loop:
                 before(number)
                 rate = set_rate(step.epochs_done)
                 optimizer.zero_grad(set_to_none=True)
-                loss = self.add_gradients(model, batches(len(step.chunks)), loss_of, step.slides, scaler)
+                held: Iterable[Batch] = batches(len(step.chunks))
+                if whole is not None:
+                    loss_of = whole(model, held := list(held))
+                loss = self.add_gradients(model, held, loss_of, step.slides, scaler)
                 if not math.isfinite(sum(self.processes.gather(loss))):
                     raise ValueError(
                         f"training: the loss of {what} is not finite. Lower --base-lr, or take --precision fp32."

@@ -18,7 +18,14 @@ from gigapath.cohort.owner import Ownership
 from gigapath.cohort.record import versions
 from gigapath.cohort.reuse import differences
 from gigapath.devices import at_most_threads
-from gigapath.evaluation.calibration import Calibration, default_calibration, fit_calibration, probabilities
+from gigapath.evaluation.calibration import (
+    Calibration,
+    default_calibration,
+    fit_calibration,
+    fit_scale,
+    outputs,
+    target_scale,
+)
 from gigapath.evaluation.intervals import Evaluation
 from gigapath.evaluation.plots import Curves, draw_curves
 from gigapath.evaluation.results import (
@@ -39,12 +46,31 @@ from gigapath.files import read_json, sha256_of, write_json_atomic
 from gigapath.finetune import adapters
 from gigapath.finetune.checkpoints import MEND
 from gigapath.finetune.data import Cohort, FileBags, Inputs, Settings, check_folder, prepare, vector_bags
-from gigapath.finetune.fitted import FittedHead, confusion_of, predictions_of, save_head, score_slides, slides_csv
-from gigapath.finetune.heads import VectorHead, build_head, cache_states
+from gigapath.finetune.fitted import (
+    FittedHead,
+    groups_of,
+    pictures_of,
+    predictions_of,
+    save_head,
+    score_slides,
+    slides_csv,
+)
+from gigapath.finetune.heads import CumulativeLogits, VectorHead, cache_states, head_of_task
 from gigapath.finetune.options import ModelOptions, TrainingOptions
 from gigapath.finetune.plan import Plan, make_plan
 from gigapath.finetune.processes import Processes, join_processes, training_precision
-from gigapath.finetune.training import ATTENTION, MEAN, RANDOM, Epoch, Trainer, abmil_options, fit_linear, tile_means
+from gigapath.finetune.training import (
+    ATTENTION,
+    MEAN,
+    RANDOM,
+    Epoch,
+    Trainer,
+    abmil_options,
+    fit_linear,
+    summed_loss,
+    task_loss,
+    tile_means,
+)
 from gigapath.machine import available_cores
 from gigapath.options import to_dict
 from gigapath.progress import Progress
@@ -146,6 +172,10 @@ class _Run:
         for note in cohort.notes:
             self.watch.line(f"note: {note}")
         plan = self._plan()
+        if cohort.task.loss == "cox":
+            training = settings.training
+            slides = training.batch_size * training.gradient_accumulation * self.processes.world
+            self.watch.line(f"Cox: the risk set of a slide is the slides of its step, {slides:,} at most")
         for line in plan.lines():
             self.watch.line(line)
         if settings.controls:
@@ -170,9 +200,11 @@ class _Run:
         lines = [*score_lines(scores), *stratum_lines(scores)]
         if self.first:
             # The fold's own results say what a single one reached at thresholds and by site.
+            main, task = next(iter(scores.values())), cohort.task
             notes = (*cohort.notes, *([UNMEASURED] if len(folds) > 1 else []))
-            results = Results(FINE_TUNING, cohort.task.described(), scores, notes=notes)
-            write_results(self.out, results, texts={"summary.csv": summary_csv(scores)})
+            results = Results(FINE_TUNING, task.described(), scores, details=groups_of(main, task), notes=notes)
+            pictures = {} if task.of_classes else pictures_of(main, task, "all folds")
+            write_results(self.out, results, texts={"summary.csv": summary_csv(scores)}, pictures=pictures)
         for line in [*lines, *([f"note: {UNMEASURED}"] if len(folds) > 1 else [])]:
             self.watch.line(line)
         models = [name for name in scores if name != SITE_ALONE]
@@ -188,7 +220,8 @@ class _Run:
         for name in folds[0]:
             parts = [part for found in folds if (part := found[name].predictions) is not None]
             shares = np.concatenate([part.probabilities for part in parts])
-            ranking = np.concatenate([part.ranking for part in parts if part.ranking is not None])
+            ranks = [part.ranking for part in parts if part.ranking is not None]
+            ranking = np.concatenate(ranks) if ranks else None
             tested = predictions_of(labels.take(rows), shares, self.cohort.task)
             groups = tested.groups if labels.patients else np.asarray(labels.slide_ids)[rows]
             predicted[name] = replace(tested, groups=groups, folds=fold_of_row, ranking=ranking)
@@ -319,8 +352,7 @@ class _Run:
 
     def _model(self, options: ModelOptions, pretrained: str, *, fold: int) -> nn.Module:
         torch.manual_seed(self.settings.training.seed * 1000 + fold)
-        classes = len(self.cohort.task.classes)
-        model = build_head(options, pretrained=pretrained, input_dim=self.width, n_classes=classes)
+        model = head_of_task(self.cohort.task, options, pretrained=pretrained, input_dim=self.width)
         if self.checkpointed and hasattr(model, "slide_encoder"):
             model.slide_encoder.set_grad_checkpointing()  # type: ignore[operator,union-attr]
         if options.adapt in ("lora", "last"):
@@ -355,13 +387,17 @@ class _Run:
         if labels.sites is None:
             return {}
         sites, train = np.asarray(labels.sites), fold.train
+        if not task.of_classes:
+            flags = (sites[:, None] == np.unique(sites[train])).astype(np.float64)
+            said = self._linear(flags[train], flags[fold.test], fold)
+            return {SITE_ALONE: self._predictions(fold, said.shares, None)}
         known = site_probabilities(labels.truth[train], sites[train], sites, len(task.classes))
         return {SITE_ALONE: self._predictions(fold, known[fold.test], self._scale(fold, lambda: known[train]))}
 
     def _scale(self, fold: Fold, of_train: Callable[[], FloatArray]) -> FloatArray | None:
         """A model's own scale (C, 2) by its probabilities of the training slides, which are asked for where the models
-        of several folds are to be ranked together."""
-        if len(self.cohort.folds) == 1:
+        of several folds are to be ranked together; risks are against the median one of training as they are."""
+        if len(self.cohort.folds) == 1 or not self.cohort.task.of_classes:
             return None
         return scale_of(of_train(), self.cohort.joined.labels.truth[fold.train])
 
@@ -381,8 +417,9 @@ class _Run:
         scores = self._scores(fold.test, predicted | alone, main.how)
         if self.first:
             what = f"fold {fold.number}, {name}"
-            curves = _curves(main.history, f"{task.name}, {what}")
-            pictures = confusion_of(scores[name], task, what)
+            unit = "" if task.setting == "regression" else " (nats)"
+            curves = _curves(main.history, f"{task.name}, {what}", unit)
+            pictures = pictures_of(scores[name], task, what)
             if curves is not None:
                 pictures["curves.png"] = lambda: draw_curves(curves)
             events: dict[str, list[tuple[int, float]]] = {}
@@ -393,6 +430,7 @@ class _Run:
             details = {**main.facts, "history": [vars(entry) for entry in main.history]}
             if main.scale is not None:
                 details["scale"] = main.scale.tolist()
+            details |= groups_of(scores[name], task)
             write_results(
                 folder,
                 Results(
@@ -423,8 +461,17 @@ class _Run:
         """Train a model on a fold, and predict its test set."""
         task, labels = self.cohort.task, self.cohort.joined.labels
         model = self._model(options, pretrained, fold=fold.number)
+        targets = target_scale(task, labels.truth[fold.train])
         trainer = Trainer(
-            task, self.bags, labels.truth, recipe, self.precision, self.processes, self.check_stop, self.watch
+            task,
+            self.bags,
+            labels.truth,
+            recipe,
+            self.precision,
+            self.processes,
+            targets,
+            check_stop=self.check_stop,
+            watch=self.watch,
         )
         trained, whole = model, model
         if options.adapt == "head" and options.head == "linear":
@@ -439,8 +486,10 @@ class _Run:
         how = default_calibration(task)
         if recipe.calibrate:
             how = fit_calibration(trainer.logits(trained, fold.val), labels.truth[fold.val], task)
-        shares = probabilities(trainer.logits(trained, fold.test), task, how.temperature)
-        scale = self._scale(fold, lambda: probabilities(trainer.logits(trained, fold.train), task, how.temperature))
+        if not task.of_classes:
+            how = fit_scale(task, targets, trainer.logits(trained, fold.train), labels.truth[fold.train])
+        shares = outputs(trainer.logits(trained, fold.test), task, how)
+        scale = self._scale(fold, lambda: outputs(trainer.logits(trained, fold.train), task, how))
         if self.first:
             if trained is not whole:
                 whole.classifier.load_state_dict(trained.classifier.state_dict())  # type: ignore[union-attr,operator]
@@ -466,22 +515,34 @@ class _Run:
         vectors = np.zeros((len(self.cohort.joined.labels), width), np.float32)
         for row, vector in held.items():
             vectors[row] = vector
-        alone = VectorHead(width, len(self.cohort.task.classes))
+        task = self.cohort.task
+        alone = VectorHead(width, task.outputs, grades=task.setting == "ordinal")
         alone.classifier.load_state_dict(model.classifier.state_dict())  # type: ignore[union-attr,operator]
         return alone, replace(trainer, bags=vector_bags(vectors))
 
     def _means(self, fold: Fold) -> "_Fitted":
         """The control of mean tile embeddings; convex, so that it takes seconds and needs no checkpoint."""
-        task, labels, workers = self.cohort.task, self.cohort.joined.labels, self.settings.training.workers
-        means = {
-            name: tile_means(self.bags, [int(row) for row in rows], workers=workers)
-            for name, rows in (("train", fold.train), ("test", fold.test))
-        }
-        layer = fit_linear(means["train"], labels.truth[fold.train], len(task.classes))
+        workers = self.settings.training.workers
+        train, test = (
+            tile_means(self.bags, [int(row) for row in rows], workers=workers) for rows in (fold.train, fold.test)
+        )
+        return self._linear(train, test, fold)
+
+    def _linear(self, train: FloatArray, test: FloatArray, fold: Fold) -> "_Fitted":
+        """A penalised linear model of the training slides' vectors, applied to those of the test slides."""
+        task, truth = self.cohort.task, self.cohort.joined.labels.truth[fold.train]
+        targets = target_scale(task, truth)
+        grades = CumulativeLogits() if task.setting == "ordinal" else nn.Identity()
+
+        def loss_of(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+            return summed_loss(grades(logits), target) if task.of_classes else task_loss(logits, truth, task, targets)
+
+        layer = nn.Sequential(fit_linear(train, truth, task.outputs, loss_of), grades)
         with torch.no_grad():
-            shares = {name: probabilities(layer(torch.from_numpy(each)).numpy(), task) for name, each in means.items()}
-        scale = self._scale(fold, lambda: shares["train"])
-        return _Fitted(shares["test"], scale, default_calibration(task), [], {})
+            of_train, of_test = (layer(torch.from_numpy(vectors)).numpy() for vectors in (train, test))
+        how = default_calibration(task) if task.of_classes else fit_scale(task, targets, of_train, truth)
+        scale = self._scale(fold, lambda: outputs(of_train, task, how))
+        return _Fitted(outputs(of_test, task, how), scale, how, [], {})
 
 
 @dataclass(frozen=True)
@@ -496,7 +557,7 @@ class _Fitted:
     facts: dict[str, Any]
 
 
-def _curves(history: list[Epoch], title: str) -> Curves | None:
+def _curves(history: list[Epoch], title: str, unit: str) -> Curves | None:
     """The learning curve; None for what was not trained by epochs."""
     if not history:
         return None
@@ -504,4 +565,4 @@ def _curves(history: list[Epoch], title: str) -> Curves | None:
     losses = {"training, while it goes on": (epochs, [entry.train_loss for entry in history])}
     if all(entry.val_loss is not None for entry in history):
         losses["validation, after the epoch"] = (epochs, [float(entry.val_loss or 0) for entry in history])
-    return Curves(f"Learning curve: {title}", "epoch", {"mean loss of a slide (nats)": losses})
+    return Curves(f"Learning curve: {title}", "epoch", {f"mean loss of a slide{unit}": losses})

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from gigapath.devices import computing, send
 from gigapath.evaluation.splits import Fold
+from gigapath.evaluation.survival import cox_loss, discrete_loss
 from gigapath.evaluation.task import Task
 from gigapath.finetune import checkpoints
 from gigapath.finetune.data import Bag, Bags
@@ -67,7 +68,8 @@ class Trainer:
     Attributes:
         task: the classes, and how many tiles of a slide training takes.
         bags: by row.
-        truth: (S,) or (S, C), by row.
+        truth: (S,) or (S, C), by row; of survival (S, 2) time and event.
+        scale: what the loss knows of the training slides, `calibration.target_scale`.
         options: the recipe.
         precision: "fp32", "bf16" or "fp16".
         processes: this one among those of the run.
@@ -78,10 +80,11 @@ class Trainer:
 
     task: Task
     bags: Bags
-    truth: IntArray
+    truth: npt.NDArray[Any]
     options: TrainingOptions
     precision: str
     processes: Processes
+    scale: tuple[float, ...] = ()
     check_stop: Callable[[], None] = lambda: None
     watch: Progress = field(default_factory=Progress)
     dtype: torch.dtype = torch.float32
@@ -175,6 +178,7 @@ class Trainer:
             read=partial(self.read, epoch=epoch),
             loss_of=self.loss_of,
             set_rate=partial(set_rates, optimizer, options, self.window),
+            whole=self.loss_of_risk_set if self.task.loss == "cox" else None,
             after=lambda number, _: self.watch.step(f"{what}: steps", number + 1, len(steps)),
         )
         val = self.mean_loss(model, fold.val) if len(fold.val) else None
@@ -196,12 +200,47 @@ class Trainer:
 
     def loss_of(self, model: nn.Module, batch: tuple[Sequence[Bag], IntArray]) -> Tensor:
         """The loss summed over the slides of a batch: bags, and their rows."""
-        bags, rows = batch
-        device = self.processes.device
-        with computing(self.precision, device):
-            logits = model.forward_packed(*pack(bags, device, self.dtype))  # type: ignore[operator]
-        logits = logits if self.dtype == torch.float64 else logits.float()
-        return summed_loss(logits, send(torch.as_tensor(self.truth[rows]), device))
+        return task_loss(self._forward(model, batch[0]), self.truth[batch[1]], self.task, self.scale)
+
+    def loss_of_risk_set(
+        self, model: nn.Module, batches: Sequence[tuple[Sequence[Bag], IntArray]]
+    ) -> Callable[[nn.Module, tuple[Sequence[Bag], IntArray]], Tensor]:
+        """The loss of batches by Cox: all slides of the step, over all passes and processes, are one risk set.
+
+        A first pass without gradients gives every slide's risk, and with them the loss and its slope in each risk; in
+        the second each batch gives its risks times their slopes, so that its gradient is that of the whole and no more
+        than one batch's activations are held. Both draw the same dropout.
+        """
+        seeds = torch.randint(1 << 62, (len(batches),)).tolist()
+        found = []
+        with torch.no_grad():
+            for seed, (bags, rows) in zip(seeds, batches, strict=True):
+                torch.manual_seed(seed)
+                found.append((self._forward(model, bags).double().cpu(), rows))
+        every = self.processes.gather(found)
+        shares = [each for share in every for each in share]
+        risks = torch.cat([logits for logits, _ in shares]).requires_grad_()
+        truth = self.truth[np.concatenate([rows for _, rows in shares])]
+        loss = task_loss(risks, truth, self.task, self.scale)
+        (slopes,) = torch.autograd.grad(loss, risks)
+        before = sum(len(logits) for share in every[: self.processes.rank] for logits, _ in share)
+        mean, turn = float(loss.detach()) / len(risks), iter(seeds)
+
+        def loss_of(model: nn.Module, batch: tuple[Sequence[Bag], IntArray]) -> Tensor:
+            nonlocal before
+            torch.manual_seed(next(turn))
+            logits = self._forward(model, batch[0])
+            slope = slopes[before : before + len(logits)].to(logits)
+            before += len(logits)
+            return ((logits - logits.detach()) * slope).sum() + mean * len(logits)
+
+        return loss_of
+
+    def _forward(self, model: nn.Module, bags: Sequence[Bag]) -> Tensor:
+        """Outputs (B, outputs) of bags, in float32 or float64."""
+        with computing(self.precision, self.processes.device):
+            logits: Tensor = model.forward_packed(*pack(bags, self.processes.device, self.dtype))  # type: ignore[operator]
+        return logits if self.dtype == torch.float64 else logits.float()
 
     def logits(self, model: nn.Module, rows: IntArray) -> FloatArray:
         """Logits (len(rows), C) in eval mode: all tiles of each slide in the file's order, slide by slide.
@@ -218,7 +257,7 @@ class Trainer:
                 with computing(self.precision, processes.device):
                     logits = model.forward_packed(*pack([bag], processes.device, self.dtype))  # type: ignore[operator]
                 found.append(logits[0].double().cpu().numpy())
-        out = np.empty((len(rows), len(self.task.classes)))
+        out = np.empty((len(rows), len(self.task.classes) if self.task.of_classes else self.task.outputs))
         for rank, share in enumerate(processes.gather(found)):
             if len(share):
                 out[rank :: processes.world] = np.stack(share)
@@ -227,7 +266,7 @@ class Trainer:
     def mean_loss(self, model: nn.Module, rows: IntArray) -> float:
         """The mean loss of some slides in eval mode."""
         logits = torch.from_numpy(self.logits(model, rows))
-        return float(summed_loss(logits, torch.as_tensor(self.truth[rows]))) / len(rows)
+        return float(task_loss(logits, self.truth[rows], self.task, self.scale)) / len(rows)
 
 
 def summed_loss(logits: Tensor, truth: Tensor) -> Tensor:
@@ -237,6 +276,25 @@ def summed_loss(logits: Tensor, truth: Tensor) -> Tensor:
         return F.cross_entropy(logits, truth, reduction="sum")
     entries = F.binary_cross_entropy_with_logits(logits, truth.to(logits.dtype), reduction="none")
     return entries.mean(dim=1).sum()
+
+
+def task_loss(logits: Tensor, truth: npt.NDArray[Any], task: Task, scale: tuple[float, ...] = ()) -> Tensor:
+    """The loss of a task summed over slides; by Cox they are one risk set.
+
+    Args:
+        logits: (B, outputs) of the slides.
+        truth: (B,), (B, C), or of survival (B, 2), on the CPU.
+        scale: of `calibration.target_scale`.
+    """
+    if task.of_classes:
+        return summed_loss(logits, send(torch.as_tensor(truth), logits.device))
+    target = send(torch.as_tensor(truth, dtype=logits.dtype), logits.device)
+    if task.setting == "regression":
+        measure = F.huber_loss if task.loss == "huber" else F.mse_loss
+        return measure(logits[:, 0], (target - scale[0]) / scale[1], reduction="sum")
+    if task.loss == "discrete":
+        return discrete_loss(logits, target[:, 0], target[:, 1], scale)
+    return cox_loss(logits[:, 0], target[:, 0], target[:, 1])
 
 
 def set_rates(optimizer: torch.optim.Optimizer, options: TrainingOptions, slides: int, epochs_done: float) -> float:
@@ -290,8 +348,14 @@ def tile_means(bags: Bags, rows: Sequence[int], *, workers: int) -> FloatArray:
     return np.stack([bag.features.mean(axis=0, dtype=np.float64) for bag in bags_of_rows])
 
 
-def fit_linear(vectors: FloatArray, truth: npt.NDArray[np.int64], classes: int) -> nn.Linear:
-    """Logistic regression on standardised vectors, folded into one layer on the vectors as they are.
+def fit_linear(
+    vectors: FloatArray,
+    truth: npt.NDArray[Any],
+    outputs: int,
+    loss_of: Callable[[Tensor, Tensor], Tensor] = summed_loss,
+) -> nn.Linear:
+    """Logistic regression (by another loss ridge regression, or Cox with ridge) on standardised vectors, folded into
+    one layer on the vectors as they are.
 
     The penalty is half the squared weights over the number of slides (C = 1 in scikit-learn's terms); L-BFGS finds the
     one optimum, so that nothing is drawn.
@@ -299,7 +363,7 @@ def fit_linear(vectors: FloatArray, truth: npt.NDArray[np.int64], classes: int) 
     centre, spread = vectors.mean(axis=0), vectors.std(axis=0)
     spread = np.where(spread > 0, spread, 1.0)
     inputs, target = torch.from_numpy((vectors - centre) / spread), torch.as_tensor(truth)
-    layer = nn.Linear(inputs.shape[1], classes, dtype=torch.float64)
+    layer = nn.Linear(inputs.shape[1], outputs, dtype=torch.float64)
     nn.init.zeros_(layer.weight)
     nn.init.zeros_(layer.bias)
     solver = torch.optim.LBFGS(
@@ -308,7 +372,7 @@ def fit_linear(vectors: FloatArray, truth: npt.NDArray[np.int64], classes: int) 
 
     def closure() -> torch.Tensor:
         solver.zero_grad()
-        loss = (summed_loss(layer(inputs), target) + 0.5 * layer.weight.square().sum()) / len(inputs)
+        loss = (loss_of(layer(inputs), target) + 0.5 * layer.weight.square().sum()) / len(inputs)
         loss.backward()  # type: ignore[no-untyped-call]
         return loss
 
