@@ -57,6 +57,7 @@ VERBS = {
     ),
     "embed-tiles": ("probe:embed_tiles", "Embed tile images with a tile encoder into one file for probes."),
     "probe": ("probe:probe", "Fit and score a linear layer on frozen tile or slide embeddings."),
+    "compare": ("probe:compare", "Compare embeddings or models on the same folds: differences, tests, their power."),
     "pretrain": ("pretrain:pretrain", "Pretrain the slide encoder on unlabelled slides, by predicting hidden tiles."),
     "init-task": ("finetune:init_task", "Write a task file for fine-tuning from a CSV of labels."),
     "finetune": (

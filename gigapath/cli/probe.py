@@ -114,3 +114,33 @@ def probe(
         print(f"read from {found.data.facts['read_from']} in {seconds['read']:.1f} s, fitted in {seconds['fit']:.1f} s")
     print(f"written to {out}: {', '.join(written)}")
     return 0
+
+
+@verb
+def compare(
+    runs: tuple[str, ...],
+    /,
+    *,
+    out: Folder,
+    models: str = "",
+    score: str = "auroc",
+    difference: float = 0.1,
+) -> int:
+    """Print the table of paired differences, each model minus the first, and write it with a picture.
+
+    Args:
+        runs: folders of probes of slides or fine-tunings over the same folds; one alone for all its models
+        out: folder for differences.csv, .json and .png
+        models: names of embeddings or models to compare, with commas (default: what each run is about)
+        score: the first of the table, which is drawn
+        difference: a true difference whose chance of being found is told
+    """
+    from gigapath.evaluation.compare import compare, write_comparison
+
+    found = compare(
+        runs, models=[each.strip() for each in models.split(",") if each.strip()], score=score, difference=difference
+    )
+    print(found)
+    written = write_comparison(Path(out), found, score)
+    print(f"written to {out}: {', '.join(written)}")
+    return 0

@@ -121,9 +121,13 @@ def draw_curves(curves: Curves) -> bytes:
     return _png(figure)
 
 
-def draw_intervals(rows: Mapping[str, tuple[float, float, float]], *, x_label: str, title: str) -> bytes:
-    """Values with intervals, one line per name: name -> (value, low, high)."""
+def draw_intervals(
+    rows: Mapping[str, tuple[float, float, float]], *, x_label: str, title: str, zero: bool = False
+) -> bytes:
+    """Values with intervals, one line per name: name -> (value, low, high); with a line at `zero` for differences."""
     figure, axes = _figure(7.0, 1.4 + 0.45 * len(rows))
+    if zero:
+        axes.axvline(0, color="0.45", linewidth=1)
     for position, (value, low, high) in enumerate(rows.values()):
         axes.plot([low, high], [position, position], color=COLOURS[0], linewidth=2, solid_capstyle="butt")
         axes.plot([value], [position], color=COLOURS[1], marker="D", markersize=6, linestyle="")

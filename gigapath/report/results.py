@@ -43,6 +43,7 @@ from gigapath.files import read_json
 
 Block = dict[str, Any]
 
+DIFFERENCES = "differences.json"
 PRETRAINING = "pretrain.json"  # by its name: the room that writes it needs torch
 _ESTIMATE = ("value", "low", "high")
 MOST_ROWS = 5000  # of predictions; above that the least certain of the truth are shown
@@ -79,7 +80,7 @@ class Results:
 
 def collect_results(folder: Path) -> list[Results]:
     """The results in a folder, or else in the folders right below it; what can't be read is named."""
-    own = any((folder / file).is_file() for file in (RESULTS, PRETRAINING))
+    own = any((folder / file).is_file() for file in (RESULTS, PRETRAINING, DIFFERENCES))
     places = [folder] if own else sorted(path for path in folder.glob("*/"))
     found = []
     for place in places:
@@ -89,6 +90,8 @@ def collect_results(folder: Path) -> list[Results]:
                 found.append(_results(place, name, read_results(place / RESULTS)))
             elif (place / PRETRAINING).is_file():
                 found.append(_pretraining(place, name))
+            if (place / DIFFERENCES).is_file():
+                found.append(_differences(place, name))
         except (OSError, ValueError, KeyError) as error:
             found.append(Results(name, "Results", (_notes([str(error)]),)))
     return found
@@ -168,13 +171,34 @@ def _pretraining(folder: Path, name: str) -> Results:
         cells = [[each, {"value": float(value), "low": None, "high": None}] for each, value in scores.items()]
         title = "R2 of hidden tiles on validation slides, beside what needs no learning"
         blocks.append({"kind": "scores", "title": title, "columns": ["R2"], "rows": cells, "intervals": ""})
-    with contextlib.suppress(OSError):
-        drawn = base64.b64encode((folder / "reconstructions.png").read_bytes()).decode()
-        title = "Validation slides: tiles, what was seen, what was predicted, the error (colors: principal components)"
-        blocks.append({"kind": "picture", "title": title, "src": f"data:image/png;base64,{drawn}"})
+    title = "Validation slides: tiles, what was seen, what was predicted, the error (colors: principal components)"
+    blocks += _picture(folder / "reconstructions.png", title)
     counts = [f"{each}: {part['slides']:,} slides, {part['tiles']:,} tiles" for each, part in facts["sets"].items()]
     blocks.append(_notes([*counts, *facts.get("notes", ())]))
     return Results(name, "Pretraining of the slide encoder", tuple(blocks), options=redact(facts["options"]))
+
+
+def _differences(folder: Path, name: str) -> Results:
+    """What `gigapath compare` left: differences with their intervals and tests, and their picture."""
+    held = read_json(folder / DIFFERENCES, keys=("differences", "covers", "difference"), mend="Compare again.")
+    columns: dict[str, dict[str, Estimate]] = {}
+    tests = []
+    for row in held["differences"]:
+        pair, score = f"{row['model']} - {row['minus']}", SCORE_WORDS.get(row["score"], row["score"])
+        columns.setdefault(pair, {})[row["score"]] = Estimate.from_dict({**row, "undefined": 0})
+        numbers = (("p", row["p"]), ("by Holm", row["p_holm"]), (f"power for {held['difference']:g}", row["power"]))
+        tests.append(f"{pair}, {score}: " + ", ".join(f"{what} {of:.3f}" for what, of in numbers if of is not None))
+    title = "Differences on the same patients and folds"
+    blocks: list[Block] = [{**_named(_table(columns)), "title": title, "intervals": held["covers"], "signed": True}]
+    blocks += _picture(folder / "differences.png", "Paired differences, 95 % intervals")
+    blocks.append(_notes([*tests, *held.get("notes", ())]))
+    return Results(name, "Comparison", tuple(blocks), str(held.get("terms", "")))
+
+
+def _picture(path: Path, title: str) -> Iterator[Block]:
+    with contextlib.suppress(OSError):
+        drawn = base64.b64encode(path.read_bytes()).decode()
+        yield {"kind": "picture", "title": title, "src": f"data:image/png;base64,{drawn}"}
 
 
 def _fold(folder: Path, *, alone: bool) -> Iterator[Block]:
