@@ -12,6 +12,7 @@ from made_cohort import write_cohort, write_task
 
 from gigapath.cli import study as module
 from gigapath.cli.main import main
+from gigapath.evaluation.compare import compare
 from gigapath.report.results import collect_results
 from gigapath.report.tripod import ITEMS
 
@@ -81,6 +82,10 @@ def test_study_leaves_everything_in_one_folder(made: Path) -> None:
     alone = json.loads((out / "models" / "attention" / "results.json").read_text())["scores"]["from random weights"]
     assert results["scores"]["attention"]["by_unit"] == alone["by_unit"]
     assert list(results["scores"]["attention"]["by_site"]) == [*"ABC"]
+    found = compare([out / "models" / name for name in ("mean", "attention")])
+    lead = found.differences["attention: from random weights"]["auroc"]
+    (row,) = results["comparisons"]
+    assert (row["value"], row["low"]) == (lead.value, lead.low) and row["p_holm"] == row["p"]
     assert list(results["outside"]) == [f"attention on elsewhere, fold_{fold}" for fold in range(3)]
     with (out / "study.csv").open() as file:
         assert {row["model"] for row in csv.DictReader(file)} == {*results["scores"], *results["outside"]}

@@ -13,6 +13,7 @@ from typing import Any
 
 SUFFIX = ".lock"
 FORMAT = 1
+LOCKED = "locked test set"
 
 
 @dataclass(frozen=True)
@@ -89,5 +90,5 @@ def in_words(counted: Mapping[str, Any]) -> str:
     """What `TestSet.count` found, in a sentence."""
     number, heads = counted["evaluation"], counted["heads"]
     if number == 1:
-        return "locked test set: this is the first evaluation on it"
-    return f"locked test set: evaluation {number:,} on it, of {heads:,} head{'s' * (heads > 1)}"
+        return f"{LOCKED}: this is the first evaluation on it"
+    return f"{LOCKED}: evaluation {number:,} on it, of {heads:,} head{'s' * (heads > 1)}"

@@ -45,7 +45,6 @@ Block = dict[str, Any]
 
 DIFFERENCES = "differences.json"
 PRETRAINING = "pretrain.json"  # by its name: the room that writes it needs torch
-_ESTIMATE = ("value", "low", "high")
 MOST_ROWS = 5000  # of predictions; above that the least certain of the truth are shown
 LEFT_ROWS = 1000
 _TITLES = {
@@ -137,14 +136,21 @@ def _results(folder: Path, name: str, found: Found) -> Results:
 
 def _study(found: Found) -> Iterator[Block]:
     """What a study has besides its models' scores: comparisons, outside tests, the checklist."""
-    primary = SCORE_WORDS.get(found.details["study"]["primary"], "")
-    rows = [
-        [f"{row['first']} - {row['second']}", None if row["value"] is None else {key: row[key] for key in _ESTIMATE}]
-        for row in found.details["comparisons"]
-    ]
-    if rows:
+    compared = found.details["comparisons"]
+    if compared:
+        primary = SCORE_WORDS.get(found.details["study"]["primary"], "score")
+        ends = {"p": "p", "p_holm": "p by Holm", "power": "power for 0.1"}
+        rows = [
+            [
+                f"{row['first']} - {row['second']}",
+                None if row["value"] is None else {end: row[end] for end in ("value", "low", "high")},
+                *(None if row[end] is None else {"value": row[end], "low": None, "high": None} for end in ends),
+            ]
+            for row in compared
+        ]
         title = f"Comparisons: {primary} of the first minus that of the second"
-        yield {"kind": "scores", "title": title, "columns": [primary], "rows": rows, "intervals": "", "signed": True}
+        columns = ["difference", *ends.values()]
+        yield {"kind": "scores", "title": title, "columns": columns, "rows": rows, "intervals": ""}
     outside = {name: Scores.from_dict(each).headline for name, each in found.details["outside"].items()}
     if outside:
         yield _scores("Scores on outside test sets", outside)

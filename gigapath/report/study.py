@@ -5,7 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import gigapath
+from gigapath.evaluation.compare import compare, holm
+from gigapath.evaluation.intervals import plain
 from gigapath.evaluation.labels import SITE_COLUMNS, first_column
+from gigapath.evaluation.locks import LOCKED
 from gigapath.evaluation.plots import draw_intervals
 from gigapath.evaluation.results import (
     CHANCE,
@@ -25,7 +28,8 @@ from gigapath.report.tripod import tripod_lines
 from gigapath.tables import csv_text, read_table
 from gigapath.text import table_lines
 
-_COMPARED = ("first", "second", "score", "value", "low", "high")
+_COMPARED = ("first", "second", "score", "value", "low", "high", "p", "p_holm", "power")
+_POWER_FOR = 0.1  # difference whose power is told
 
 
 def write_study(folder: Path, about: Mapping[str, Any], labels: Path) -> list[str]:
@@ -43,20 +47,25 @@ def write_study(folder: Path, about: Mapping[str, Any], labels: Path) -> list[st
         ValueError: a model has no such primary score.
     """
     parts = {name: read_results(folder / "models" / name / RESULTS) for name in about["models"]}
-    models = {name: found.scores[_name_of(found)] for name, found in parts.items()}
+    models = {name: _main(found) for name, found in parts.items()}
     primary, title = about["primary"], about["title"] or folder.name
     for name, each in models.items():
         if primary not in each.headline.estimates:
             known = ", ".join(key for key in each.headline.estimates if ":" not in key)
             raise ValueError(f"primary: expected a score of the model {name} ({known}), got {primary!r}.")
-    runs = [*reversed(parts.values())]  # so that the first run's stay
-    controls = {name: run.scores[name] for name in (CHANCE, SITE_ALONE) for run in runs if name in run.scores}
-    outside = {
-        f"{path.parent.name} on {path.parent.parent.name}, {path.name}": read_results(path / RESULTS).scores
+    controls, own = dict[str, Scores](), {_name_of(found) for found in parts.values()}
+    for name, found in parts.items():
+        for other in (
+            each for each in found.scores if each not in own
+        ):  # of chance and site the first, which is the same for all
+            controls.setdefault(other if other in (CHANCE, SITE_ALONE) else f"{name}: {other}", found.scores[other])
+    tests = {
+        f"{path.parent.name} on {path.parent.parent.name}, {path.name}": _main(read_results(path / RESULTS))
         for path in sorted(folder.glob("outside/*/*/fold_*/"))
     }
-    tests = {name: next(iter(scores.values())) for name, scores in outside.items()}
-    compared = [_compare(pair, parts, models, primary) for pair in about["compare"]]
+    notes = [note for found in parts.values() for note in found.notes]
+    notes += [f"{name}: {note}" for name, each in tests.items() for note in each.notes if note.startswith(LOCKED)]
+    compared = _compared(folder, about["compare"], primary)
     everything = {**models, **controls, **tests}
     checklist = tripod_lines(_filled(about, parts, models, tests, labels))
     intervals = {
@@ -74,7 +83,7 @@ def write_study(folder: Path, about: Mapping[str, Any], labels: Path) -> list[st
                 "comparisons": compared,
                 "tripod": checklist,
             },
-            notes=tuple(dict.fromkeys(note for found in parts.values() for note in found.notes)),
+            notes=tuple(dict.fromkeys(notes)),
         ),
         texts={
             "study.csv": summary_csv(everything),
@@ -93,10 +102,16 @@ def write_study(folder: Path, about: Mapping[str, Any], labels: Path) -> list[st
             *([name, each.unit, str(each[primary])] for name, each in everything.items()),
         ]
     )
-    for row in compared:
-        value = "not compared: no run has both on the same draws" if row["value"] is None else f"{row['value']:+.4f}"
-        interval = "" if row["low"] is None else f" [{row['low']:+.4f}, {row['high']:+.4f}]"
-        lines.append(f"{row['first']} - {row['second']}: {value}{interval}")
+    header = ["difference", "value", "p", "p by Holm", f"power for {_POWER_FOR:g}"]
+    cells = [
+        [
+            f"{row['first']} - {row['second']}",
+            row["said"],
+            *("" if row[end] is None else f"{row[end]:.3f}" for end in ("p", "p_holm", "power")),
+        ]
+        for row in compared
+    ]
+    lines += table_lines([header, *cells]) if cells else []
     filled = sum(line.startswith("- [x]") for line in checklist)
     return [*lines, *stratum_lines(models), f"TRIPOD+AI: {filled} of {len(checklist)} items are filled in tripod.md"]
 
@@ -107,14 +122,22 @@ def _name_of(found: Results) -> str:
     return str(found.details["options"]["embedding"]) if of_probe else next(iter(found.scores))
 
 
-def _compare(
-    pair: Sequence[str], parts: Mapping[str, Results], models: Mapping[str, Scores], primary: str
-) -> dict[str, Any]:
-    """The first model's score minus the second's, where the first's run has both on the same draws."""
-    first, second = pair
-    lead = models[first].leads.get(_name_of(parts[second]))
-    found = {"value": None, "low": None, "high": None} if lead is None else lead[primary].to_dict()
-    return {"first": first, "second": second, "score": primary, **found}
+def _main(found: Results) -> Scores:
+    return found.scores[_name_of(found)]
+
+
+def _compared(folder: Path, pairs: Sequence[Sequence[str]], primary: str) -> list[dict[str, Any]]:
+    """The first model's primary score minus the second's, as `gigapath compare` has it; Holm over all pairs."""
+    rows: list[dict[str, Any]] = []
+    for first, second in pairs:
+        found = compare([folder / "models" / name for name in (second, first)], difference=_POWER_FOR, score=primary)
+        ((name, of),) = found.differences.items()
+        each, power = of[primary], found.powers[name][primary]
+        row: dict[str, Any] = {"first": first, "second": second, "score": primary, "p": each.p, "power": power}
+        rows.append(row | {end: getattr(each, end) for end in ("value", "low", "high")} | {"said": f"{each:+.4f}"})
+    for row, p in zip(rows, holm([row["p"] for row in rows]), strict=True):
+        row["p_holm"] = p
+    return [plain(row) for row in rows]
 
 
 def _filled(
