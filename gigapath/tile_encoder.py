@@ -5,6 +5,7 @@ the published package; `load_tile_encoder` is what the command line uses. B tile
 D width.
 """
 
+import contextlib
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from timm.data import resolve_model_data_config  # type: ignore[attr-defined]
 from torch import Tensor, nn
 
 from gigapath import standin
-from gigapath.devices import computing, resolve_device, resolve_precision
+from gigapath.devices import AUTOCAST_TYPES, computing, resolve_device, resolve_precision
 from gigapath.file_names import plain_name
 from gigapath.files import remembered_sha256
 from gigapath.releases import HUB_PREFIXES, RELEASES, TILE_FILE, Release, check_encoder
@@ -211,13 +212,49 @@ def load_tile_encoder(
         parts["description"] += ", UNTRAINED: random weights"
     # Convolutions on a CPU are three times as fast with the channels last.
     model = model.to(device=resolved, memory_format=torch.channels_last)
-    return TileEncoder(
+    encoder = TileEncoder(
         trained=not random_weights,
         device=resolved,
         precision=precision,
         model=model,
         **parts,
     )
+    if resolved.type == "cuda":
+        hold_half(encoder)
+    return encoder
+
+
+def hold_half(encoder: TileEncoder) -> bool:
+    """Keep the weights of linear and convolution layers in the type that autocast converts them to at every batch.
+
+    Weights that are loaded later are rounded once, as autocast would. Half the memory is free again.
+
+    Args:
+        encoder: in "fp16" or "bf16"; others stay as they are.
+
+    Returns:
+        whether it is done; not where a made batch has other vectors then, to the bit, or an error: there everything is
+        as before.
+    """
+    dtype = AUTOCAST_TYPES.get(encoder.precision)
+    layers: list[Any] = [part for part in encoder.model.modules() if type(part) in (nn.Linear, nn.Conv2d)]
+    if dtype is None or any(part.weight.dtype != torch.float32 for part in layers):
+        return False
+    side = encoder.transform.resize
+    pixels = np.random.default_rng(0).integers(0, 256, (2, side, side, 3), np.uint8)
+    batch = torch.from_numpy(pixels).to(encoder.device)
+    kept = [(part, part.weight, part.bias) for part in layers]
+    with contextlib.suppress(RuntimeError):
+        before = encoder.forward(batch)
+        for part in layers:
+            part.weight = nn.Parameter(part.weight.to(dtype), requires_grad=False)
+            if part.bias is not None:
+                part.bias = nn.Parameter(part.bias.to(dtype), requires_grad=False)
+        if torch.equal(encoder.forward(batch), before):
+            return True
+    for part, weight, bias in kept:
+        part.weight, part.bias = weight, bias
+    return False
 
 
 # What each kind of name leads to: the fields of a TileEncoder that depend on it.

@@ -63,11 +63,11 @@ class Operations(Waits):
         return super().__torch_dispatch__(func, types, args, kwargs)
 
 
-def on_cuda(module: nn.Module) -> nn.Module:
+def on_cuda(module: nn.Module, dtype: torch.dtype = torch.bfloat16) -> nn.Module:
     """The module with parameters that exist in name only."""
     for part in module.modules():
         for name, parameter in part._parameters.items():
             if parameter is not None:
-                there = torch.empty(parameter.shape, dtype=torch.bfloat16, device="cuda")
+                there = torch.empty(parameter.shape, dtype=dtype, device="cuda")
                 part._parameters[name] = nn.Parameter(there, requires_grad=False)
     return module

@@ -11,6 +11,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from gigapath.embedding.slide_encoding import load_slide_encoder
 from gigapath.features.data import TileEmbeddings
+from gigapath.finetune.loop import Loop
+from gigapath.finetune.processes import Processes
 from gigapath.longnet.attention import use_kernel
 from gigapath.longnet.config import LongNetConfig
 from gigapath.longnet.encoder import EncoderLayer, drop_path
@@ -65,6 +67,14 @@ def test_the_tile_transform_waits_for_its_first_batch_alone() -> None:
         RELEASED_TRANSFORM.normalise(pixels)
         assert waits(lambda: RELEASED_TRANSFORM.normalise(pixels)) == {}
     tile_transform._constants.cache_clear()  # tensors of that mode mean nothing outside of it
+
+
+def test_a_step_asks_for_the_loss_alone() -> None:
+    """Once a batch; on a CPU, where autograd's threads need no driver."""
+    model, batches = torch.nn.Linear(4, 1), [torch.ones(2, 4)] * 3
+    with Waits() as counted:
+        Loop(Processes(torch.device("cpu")), "fp32", 1).add_gradients(model, batches, lambda m, x: m(x).sum(), 6)
+    assert counted.found == {"_local_scalar_dense": len(batches)} and model.weight.grad is not None
 
 
 @pytest.mark.gpu

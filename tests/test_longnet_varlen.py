@@ -3,6 +3,7 @@ outputs and gradients as block by block, few launches, and no trust in an operat
 
 from collections import Counter
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,8 +11,9 @@ import torch
 from named_tensors import PANDA, Operations, named_tensors_work, on_cuda
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_leaves
 
-from gigapath.longnet import kernels, varlen
+from gigapath.longnet import dilated, kernels, varlen
 from gigapath.longnet.attention import find_fault, use_kernel
 from gigapath.longnet.config import LongNetConfig
 from gigapath.longnet.dilated import dilated_attention
@@ -189,3 +191,103 @@ def test_a_layer_takes_the_same_few_launches_for_one_slide_and_for_thirty(
     assert counted.seen["_flash_attention_forward"] == len(RELEASED)
     assert counted.found == {}, "nothing waits"
     assert sum(counted.seen.values()) <= 60
+
+
+# What a layer dispatches in training, forwards and backwards of the attention; more would be launches come back.
+TRAINING, BACKWARD = 64, 105
+
+
+@pytest.mark.skipif(not named_tensors_work(), reason="this torch asks for a driver")
+@pytest.mark.parametrize("lengths", [(10_001,), (4_001,) * 8, tuple(count + 1 for count in PANDA)])
+def test_a_layer_in_training_takes_few_launches_and_waits_for_nothing(
+    lengths: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    varlen.lay_out.cache_clear()
+    config = LongNetConfig(depth=2, dropout=0.1, drop_path_rate=0.2)
+    with FakeTensorMode(allow_non_fake_inputs=True), use_kernel("cuda-varlen"):
+        layer = on_cuda(EncoderLayer(config, 1)).train().requires_grad_(True)
+        x = torch.empty(1, sum(lengths), 768, dtype=torch.bfloat16, device="cuda")
+        monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self, *_: self)
+        layer(x, lengths=lengths)
+        with Operations() as counted:
+            out = layer(x, lengths=lengths)[0]
+            out.float().square().sum()
+    varlen.lay_out.cache_clear()
+    assert layer.drop_path is not None and counted.seen["native_dropout"] == counted.seen["bernoulli_"] == 2
+    assert counted.found == {} and sum(counted.seen.values()) <= TRAINING + 3  # those of this loss
+
+
+@pytest.mark.skipif(not named_tensors_work(), reason="this torch asks for a driver")
+@pytest.mark.parametrize("name", ["cuda-varlen", "cuda-flash", "cuda-efficient"])
+def test_no_backward_of_the_attention_waits(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Called directly: autograd's own threads ask for a driver."""
+    varlen.lay_out.cache_clear()
+    lengths, kernel = tuple(count + 1 for count in PANDA[:5]), KERNELS[name]
+    dtype = torch.float32 if name == "cuda-efficient" else torch.bfloat16
+    saved: list[Tensor] = []
+    context = SimpleNamespace(save_for_backward=lambda *tensors: saved.extend(tensors), needs_input_grad=(True,) * 3)
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self, *_: self)
+        q, k, v, grad = torch.empty(4, sum(lengths), 16, 48, dtype=dtype, device="cuda")
+        runs = tuple((tuple(dilated._segment_runs(lengths, segment)), rate) for segment, rate in RELEASED)
+        if name == "cuda-varlen":
+            layout = varlen.lay_out(runs, 16, q.device, torch.float32)
+            function, more = varlen._VarlenAttention, (layout, kernel)
+        else:
+            plans = [dilated.plan_blocks(lengths, segment, rate, 16) for segment, rate in RELEASED]
+            function, more = dilated._DilatedAttention, (plans, kernel)
+        function.forward(context, q, k, v, *more)
+        context.saved_tensors = saved
+        with Operations() as counted:
+            gradients = function.backward(context, grad)
+    varlen.lay_out.cache_clear()
+    assert [each.shape for each in gradients[:3]] == [q.shape] * 3 and counted.found == {}
+    if name == "cuda-varlen":
+        assert counted.seen["_flash_attention_backward"] == len(RELEASED)
+        assert sum(counted.seen.values()) <= BACKWARD
+
+
+class Bytes(Operations):
+    """Counts bytes of what is neither a product nor attention. Rows that an index takes or adds to count alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = super().__torch_dispatch__(func, types, args, kwargs)
+        name = func._schema.name.split("::")[1]
+        given, made = ([x for x in tree_leaves(side) if isinstance(x, Tensor)] for side in ((args, kwargs), out))
+        if name in self.VIEWS or name in ("addmm", "mm") or "attention" in name or not made:
+            return out
+        if name == "index_select":
+            given, made = given[1:], made * 2
+        elif name in ("index_add_", "index_copy_"):
+            given, made = given[1:], [given[2]] * (2 if name == "index_add_" else 1)
+        self.bytes += sum(x.numel() * x.element_size() for x in given + made)
+        return out
+
+
+# What the same count gave before the variable-length path, with `cuda-flash` at 10,000 tiles under autocast.
+BYTES_BEFORE = 2_187_000_000
+
+
+@pytest.mark.skipif(not named_tensors_work(), reason="this torch asks for a driver")
+def test_a_layer_moves_fewer_bytes_than_block_by_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    varlen.lay_out.cache_clear()
+    with torch.device("meta"):
+        layer = EncoderLayer(LongNetConfig(depth=1), 0).eval()
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), use_kernel("cuda-varlen"):
+        monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self, *_: self)
+        on_cuda(layer, torch.float32)
+        torch.set_autocast_enabled("cuda", True)  # the context manager asks for a driver
+        torch.set_autocast_dtype("cuda", torch.bfloat16)
+        try:
+            layer(torch.empty(1, 10_001, 768, device="cuda"))
+            with Bytes() as counted:
+                layer(torch.empty(1, 10_001, 768, device="cuda"))
+        finally:
+            torch.set_autocast_enabled("cuda", False)
+            torch.clear_autocast_cache()
+    varlen.lay_out.cache_clear()
+    assert counted.bytes <= 0.77 * BYTES_BEFORE and counted.found == {}
