@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from made_slides import paint_tissue, write_pyramid
@@ -68,7 +69,10 @@ def test_what_cannot_be_measured_is_refused(words: list[str], capsys: pytest.Cap
     assert (said.out == "" and words[1] in said.err) or words[2] in said.err
 
 
-def test_coverage_goes_on_with_what_it_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_coverage_goes_on_with_what_it_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(coverage, "BATCH", 1)
     words = ["coverage", "--tuned", "0", "--sizes", "20", "--json"]
     assert main([*words, "--cohorts", "4"]) == 0
     whole = capsys.readouterr().out
@@ -86,7 +90,9 @@ def test_intervals_over_folds_hold_the_truth_where_the_old_bootstrap_did_not(
 ) -> None:
     """200 cohorts of 40: three standard errors below 0.93 are 0.876; the old bootstrap held AUPRC in hardly any."""
     cell = coverage.Cell(40, 0.5, 0.8, 1, 0.1)
-    row = coverage.row_of(cell, [coverage.study(cell, number, seed=11) for number in range(100)])
+    row = coverage.row_of(
+        cell, np.concatenate([coverage.studies_of(cell, first, seed=11) for first in range(0, 100, coverage.BATCH)])
+    )
     for name, each in row["scores"].items():
         assert each["coverage"] >= 0.876 and each["type_1"] <= 0.12, (name, each)
     assert row["scores"]["auprc"]["old"] < 0.6 and row["scores"]["auroc"]["old"] < 0.876

@@ -1,4 +1,4 @@
-"""Logistic regressions of all folds, inner folds and penalties of a cohort at once, on the CPU in float64.
+"""Logistic regressions of all folds, inner folds and penalties of a cohort at once, in float64.
 
 Each minimises the mean cross-entropy of its training slides + penalty / 2 * |W|^2 with the bias free, on embeddings
 standardised by these slides. The solution lies in the span of the training slides, so that all happens in the
@@ -35,109 +35,119 @@ def fit_folds(
     seed: int,
     *,
     penalty: float | None = None,
+    device: str = "cpu",
 ) -> tuple[FloatArray, FloatArray]:
     """Fit on the training slides of every fold, each with the penalty that folds inside them choose.
 
     Args:
-        vectors: (S, D) embeddings.
+        vectors: (S, D) embeddings, or (E, S, D) several of the same slides.
         labels: (S,) class index; only those of training slides are looked at.
         groups: (S,) patients; none is on both sides of an inner fold.
         trains: rows of the training slides of each fold, which hold every class in at least `INNER_FOLDS` groups.
         penalty: the one to take; None = chosen.
 
     Returns:
-        probabilities (folds, S, C) of all slides by each fit, and the penalties (folds,).
+        probabilities (folds, S, C) of all slides by each fit, and the penalties (folds,); (E, folds, ...) of several.
     """
     classes = int(labels[np.concatenate(list(trains))].max()) + 1
-    entries = INNER_FOLDS * len(labels) * (min(max(map(len, trains)), vectors.shape[1]) + 1)
-    step = max(1, BLOCK_ENTRIES // entries)
+    stack = torch.from_numpy(vectors).to(device).reshape(-1, *vectors.shape[-2:])
+    entries = stack.shape[0] * len(labels) * (min(max(map(len, trains)), vectors.shape[-1]) + 1)
+    step = max(1, BLOCK_ENTRIES // (INNER_FOLDS * entries))
     shares, penalties = [], []
     for start in range(0, len(trains), step):
         block = trains[start : start + step]
-        chosen = np.full(len(block), penalty) if penalty else _choose(vectors, labels, groups, block, seed, classes)
-        shares.append(_Fits(vectors, labels, block, classes).probabilities(chosen))
+        if penalty is None:
+            chosen = _choose(stack, labels, groups, block, seed, classes)
+        else:
+            chosen = np.full((len(block), len(stack)), penalty)
+        found = _Fits(stack, labels, block, classes).probabilities(chosen.ravel())
+        shares.append(found.reshape(len(block), len(stack), *found.shape[1:]))
         penalties.append(chosen)
-    return np.concatenate(shares), np.concatenate(penalties)
+    both = np.concatenate(shares).swapaxes(0, 1), np.concatenate(penalties).swapaxes(0, 1)
+    return both if vectors.ndim == 3 else (both[0][0], both[1][0])
 
 
 def _choose(
-    vectors: FloatArray,
+    stack: Tensor,
     labels: IntArray,
     groups: npt.NDArray[np.str_],
     trains: Sequence[IntArray],
     seed: int,
     classes: int,
 ) -> FloatArray:
-    """The penalty (folds,) of least cross-entropy on held-out inner folds; from strong to weak, until `PATIENCE`
+    """The penalties (folds, E) of least cross-entropy on held-out inner folds; from strong to weak, until `PATIENCE`
     weaker ones in a row were no better."""
     rows, held = [], []
     for train in trains:
         part = draw_parts(labels[train], groups[train].tolist(), INNER_FOLDS, seed=seed)
         rows += [train[part != number] for number in range(INNER_FOLDS)]
         held += [train[part == number] for number in range(INNER_FOLDS)]
-    fits = _Fits(vectors, labels, rows, classes)
-    losses = np.full((len(trains), len(PENALTIES)), np.inf)
-    going = np.arange(len(trains))
+    fits = _Fits(stack, labels, rows, classes)
+    every = np.arange(len(rows) * len(stack)).reshape(len(trains), INNER_FOLDS, len(stack))
+    numbers = every.swapaxes(1, 2).reshape(-1, INNER_FOLDS)  # those of an outer fit
+    losses = np.full((len(numbers), len(PENALTIES)), np.inf)
+    going = np.arange(len(numbers))
     for place, penalty in enumerate(PENALTIES):
-        which = (going[:, None] * INNER_FOLDS + np.arange(INNER_FOLDS)).ravel()
+        which = numbers[going].ravel()
         shares = fits.probabilities(np.full(len(which), penalty), which)
-        sums = [
-            cross_entropy(each[held[fit]], labels[held[fit]]) * len(held[fit])
-            for each, fit in zip(shares, which.tolist(), strict=True)
-        ]
+        tests = [held[fit // len(stack)] for fit in which]
+        sums = [cross_entropy(each[test], labels[test]) * len(test) for each, test in zip(shares, tests, strict=True)]
         losses[going, place] = np.reshape(sums, (-1, INNER_FOLDS)).sum(axis=1)
         going = going[losses[going].argmin(axis=1) + PATIENCE >= place + 1]
         if len(going) == 0:
             break
-    return np.asarray(np.asarray(PENALTIES)[losses.argmin(axis=1)])
+    best: FloatArray = np.asarray(PENALTIES)[losses.argmin(axis=1)]
+    return best.reshape(len(trains), len(stack))
 
 
 class _Fits:
-    """Regressions of one cohort on several sets of its slides, each starting from its fit before.
+    """Regressions of embeddings (E, S, D) on several sets of their slides, each starting from its fit before; those of
+    one set stand together.
 
     Args:
-        rows: of the training slides of each.
+        rows: of the training slides of each set.
     """
 
-    def __init__(self, vectors: FloatArray, labels: IntArray, rows: Sequence[IntArray], classes: int) -> None:
-        slides, width = vectors.shape
-        self._x = torch.zeros(len(rows), slides, min(max(map(len, rows)), width) + 1, dtype=torch.float64)
-        self._weight = torch.zeros(len(rows), slides, 1, dtype=torch.float64)
-        for x, weight, train in zip(self._x, self._weight, rows, strict=True):
-            coordinates = _principal(vectors, train)
-            x[:, : coordinates.shape[1]] = coordinates
-            x[:, -1] = 1
-            weight[train] = 1 / len(train)
-        known = torch.from_numpy(np.minimum(labels, classes - 1))
+    def __init__(self, stack: Tensor, labels: IntArray, rows: Sequence[IntArray], classes: int) -> None:
+        many, slides, width = stack.shape
+        shape = (len(rows), many, slides, min(max(map(len, rows)), width) + 1)
+        x = torch.zeros(shape, dtype=torch.float64, device=stack.device)
+        weight = torch.zeros(*shape[:3], 1, dtype=torch.float64, device=stack.device)
+        for number, train in enumerate(rows):
+            coordinates = _principal(stack, torch.from_numpy(train).to(stack.device))
+            x[number, :, :, : coordinates.shape[2]] = coordinates
+            weight[number, :, train] = 1 / len(train)
+        x[:, :, :, -1] = 1
+        self._x, self._weight = x.flatten(0, 1), weight.flatten(0, 1)
+        known = torch.from_numpy(np.minimum(labels, classes - 1)).to(stack.device)
         self._truth = torch.nn.functional.one_hot(known, classes).double()
-        self._fitted = torch.zeros(len(rows), self._x.shape[2], classes, dtype=torch.float64)
+        self._fitted = torch.zeros(len(self._x), shape[3], classes, dtype=torch.float64, device=stack.device)
 
     def probabilities(self, penalties: FloatArray, which: IntArray | None = None) -> FloatArray:
         """Fit some (or all) of the regressions; probabilities (B, S, C) of all slides."""
-        chosen = torch.from_numpy(np.arange(len(self._x)) if which is None else which)
-        whole = len(chosen) == len(self._x)
+        chosen = torch.from_numpy(np.arange(len(self._x)) if which is None else which).to(self._x.device)
+        whole = which is None or np.array_equal(which, np.arange(len(self._x)))
         x, weight = (self._x, self._weight) if whole else (self._x[chosen], self._weight[chosen])
-        ridge = torch.from_numpy(penalties)[:, None, None].repeat(1, x.shape[2], 1)
+        ridge = torch.from_numpy(penalties).to(x.device)[:, None, None].repeat(1, x.shape[2], 1)
         ridge[:, -1] = 0
         fitted = _newton(x, self._truth, weight, ridge, self._fitted[chosen])
         self._fitted[chosen] = fitted
-        return np.asarray((x @ fitted).softmax(dim=2).numpy())
+        return np.asarray((x @ fitted).softmax(dim=2).cpu().numpy())
 
 
-def _principal(vectors: FloatArray, train: IntArray) -> Tensor:
-    """All slides (S, R) standardised by the training slides, along the principal axes of these."""
-    every = torch.from_numpy(vectors)
-    known = every[torch.from_numpy(train)]
-    mean, deviation = known.mean(dim=0), known.std(dim=0, correction=0)
-    every = (every - mean) * torch.where(deviation > 1e-9, 1 / deviation.clamp_min(1e-300), 0.0)
-    known = every[torch.from_numpy(train)]
-    if len(known) >= known.shape[1]:
-        axes: Tensor = torch.linalg.eigh(known.T @ known)[1]
+def _principal(stack: Tensor, train: Tensor) -> Tensor:
+    """All slides (E, S, R) standardised by the training slides, along the principal axes of these."""
+    known = stack[:, train]
+    mean, deviation = known.mean(dim=1, keepdim=True), known.std(dim=1, correction=0, keepdim=True)
+    every = (stack - mean) * torch.where(deviation > 1e-9, 1 / deviation.clamp_min(1e-300), 0.0)
+    known = every[:, train]
+    if known.shape[1] >= known.shape[2]:
+        axes: Tensor = torch.linalg.eigh(known.mT @ known)[1]
         return every @ axes
-    squares, axes = torch.linalg.eigh(known @ known.T)
-    kept = squares > squares.max() * 1e-12
-    axes = axes[:, kept] / squares[kept].sqrt()
-    return (every @ known.T) @ axes
+    squares, axes = torch.linalg.eigh(known @ known.mT)
+    kept = squares > squares.amax(dim=1, keepdim=True) * 1e-12
+    inverse = torch.where(kept, squares.clamp_min(1e-300).rsqrt(), 0.0)
+    return (every @ known.mT) @ (axes * inverse[:, None, :])
 
 
 def _newton(x: Tensor, truth: Tensor, weight: Tensor, ridge: Tensor, start: Tensor) -> Tensor:

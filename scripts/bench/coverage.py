@@ -7,9 +7,13 @@ of the procedure. Cohorts come in pairs of the same patients, seen by two embedd
 All cells grow together; with `--out` a run that was cut short leaves what it measured, and goes on.
 """
 
+import contextlib
 import io
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +35,7 @@ SCORES = ("auroc", "auprc", "accuracy", "balanced_accuracy", "kappa_quadratic")
 SLIDES, ALIKE = 3, 0.5  # of a patient in the clustered cell, and the share of variance that they have in common
 CORRELATIONS = (0.0, 0.7)  # of the two embeddings of a null study, in turn
 OLD_STUDIES, OLD_REPLICATES = 100, 400
-TURNS = 40  # in which all cells grow alike
+BATCH = 10  # studies that are fitted at once
 DIFFERENCE = 0.1  # whose power is told
 HEADING = (
     "| patients, share, AUROC, penalty | cohorts | AUROC | AUPRC | accuracy | balanced accuracy | kappa | "
@@ -52,6 +56,8 @@ class CoverageBench(Options):
     penalty: float = option(0.1, "the fixed penalty", above=0)
     sizes: str = option("20,40,100", "patients of a cohort, with commas", metavar="NUMBERS")
     seed: int = option(0, "of all that is drawn", at_least=0)
+    processes: int = option(1, "processes that share the work", at_least=1)
+    device: str = option("cpu", "where the regressions are fitted: cpu, cuda", metavar="DEVICE")
     out: str | None = option(None, "keep what was measured, and go on with it (default: nothing kept)", metavar="DIR")
 
 
@@ -68,7 +74,7 @@ class Cell:
 
 
 def measure(options: CoverageBench) -> Iterator[dict[str, Any]]:
-    """Measure all cells, a few cohorts of each in turn; what `--out` holds is gone on with.
+    """Measure all cells, `BATCH` studies of each in turn; what `--out` holds is gone on with.
 
     Yields:
         Rows with the cell, `cohorts`, and by score: `truth`, `estimate` (means), `coverage` of the procedure's truth,
@@ -86,14 +92,33 @@ def measure(options: CoverageBench) -> Iterator[dict[str, Any]]:
                 wanted[Cell(patients, 0.5, 0.8, SLIDES, penalty)] = count
     folder = None if options.out is None else Path(options.out)
     held = {cell: _read(folder, cell) for cell in wanted}
-    with one_thread(torch.device("cpu")):
-        for turn in range(1, TURNS + 1):
-            for cell, count in wanted.items():
-                for number in range(len(held[cell]), count * turn // TURNS // 2):
-                    held[cell].append(study(cell, number, options.seed))
-                if folder is not None:
-                    _write(folder, cell, held[cell])
+    tasks = [
+        (cell, number)
+        for turn in range(max(wanted.values()) // BATCH // 2 + 1)
+        for cell, count in wanted.items()
+        if len(held[cell]) <= (number := turn * BATCH) < count / 2
+    ]
+    work = partial(_work, seed=options.seed, device=options.device)
+    with _mapping(options.processes) as mapped:
+        for (cell, _), studies in zip(tasks, mapped(work, tasks), strict=True):
+            held[cell] += list(studies)
+            if folder is not None:
+                _write(folder, cell, held[cell])
     yield from (row_of(cell, studies) for cell, studies in held.items() if len(studies))
+
+
+@contextlib.contextmanager
+def _mapping(processes: int) -> Iterator[Any]:
+    if processes == 1:
+        yield map
+        return
+    with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
+        yield pool.map
+
+
+def _work(task: tuple[Cell, int], seed: int, device: str) -> FloatArray:
+    with one_thread(torch.device("cpu")):
+        return studies_of(*task, seed=seed, device=device)
 
 
 def in_words(row: dict[str, Any]) -> str:
@@ -130,26 +155,31 @@ def _write(folder: Path, cell: Cell, studies: list[FloatArray]) -> None:
     write_bytes_atomic(_path(folder, cell), buffer.getvalue())
 
 
-def study(cell: Cell, number: int, seed: int) -> FloatArray:
-    """Two cohorts of the same patients, (scores, 2 x 6 + 2): of each truth, value, low, high, low and high of the old
-    bootstrap (NaN where it was not drawn); then p and power of the difference."""
+def studies_of(cell: Cell, first: int, *, seed: int, device: str = "cpu") -> FloatArray:
+    """`BATCH` studies from a number on, all with the same folds; each of two cohorts of the same patients.
+
+    Returns:
+        (studies, scores, 2 x 6 + 2): of each cohort truth, value, low, high, low and high of the old bootstrap (NaN
+        where it was not drawn); then p and power of the difference.
+    """
     generator = np.random.default_rng(
-        [seed, number, cell.patients, round(cell.share * 100), round(cell.auroc * 100), cell.slides]
+        [seed, first, cell.patients, round(cell.share * 100), round(cell.auroc * 100), cell.slides]
     )
-    pair, columns = [], []
-    for predictions, truth in _pair(cell, generator, CORRELATIONS[number % len(CORRELATIONS)], number):
+    found, pair = [], []
+    for cohort, (predictions, truth) in enumerate(_cohorts(cell, generator, first, device)):
         values = Scorer(predictions).plain()
         limits = closed_limits(predictions, values)
-        drawn = number < OLD_STUDIES and cell.penalty is not None and cell.auroc in (0.65, 0.8)
+        drawn = first + cohort // 2 < OLD_STUDIES and cell.penalty is not None and cell.auroc in (0.65, 0.8)
         old = _old_bootstrap(predictions) if drawn else np.full((len(SCORES), 2), np.nan)
-        columns += [truth, [values[name] for name in SCORES], *zip(*(limits[name] for name in SCORES), strict=True)]
-        columns += list(old.T)
-        pair.append(predictions)
-    difference = paired_difference(*pair)
-    df = degrees_of_freedom(pair[0])
-    columns.append([difference[name].p for name in SCORES])
-    columns.append([power(DIFFERENCE, difference[name], df) for name in SCORES])
-    return np.array(columns, dtype=np.float64).T
+        columns = [truth, [values[name] for name in SCORES], *zip(*(limits[name] for name in SCORES), strict=True)]
+        pair.append((predictions, [*columns, *old.T]))
+        if len(pair) == 2:
+            (one, ours), (other, theirs) = pair
+            difference, df = paired_difference(one, other), degrees_of_freedom(one)
+            p = [difference[name].p for name in SCORES]
+            found.append([*ours, *theirs, p, [power(DIFFERENCE, difference[name], df) for name in SCORES]])
+            pair = []
+    return np.array(found, dtype=np.float64).swapaxes(1, 2)
 
 
 def row_of(cell: Cell, studies: Sequence[FloatArray]) -> dict[str, Any]:
@@ -176,25 +206,29 @@ def row_of(cell: Cell, studies: Sequence[FloatArray]) -> dict[str, Any]:
     return {**vars(cell), "cohorts": 2 * len(studies), "scores": scores, "power": float(every[:, 0, 13].mean())}
 
 
-def _pair(
-    cell: Cell, generator: np.random.Generator, correlation: float, number: int
+def _cohorts(
+    cell: Cell, generator: np.random.Generator, number: int, device: str
 ) -> Iterator[tuple[Predictions, list[float]]]:
-    """Two embeddings of the same patients: out-of-fold predictions, and what the fitted models reach on new ones."""
+    """Cohorts, two by two of the same patients: out-of-fold predictions, and what their models reach on new ones."""
     labels = np.repeat([0, 1], [cell.patients - round(cell.share * cell.patients), round(cell.share * cell.patients)])
     half = np.sqrt(2) * ndtri(cell.auroc) / 2  # of the distance between the classes, along the first feature
     slides_of = np.repeat(np.arange(cell.patients), cell.slides)
     if cell.slides > 1:  # so that the best rule reaches the same on the patients' means
         half *= np.sqrt(ALIKE + (1 - ALIKE) / cell.slides)
-    shared = _noise(cell, generator, slides_of)
+    stack = []
+    for study in range(BATCH):
+        shared, alike = _noise(cell, generator, slides_of), CORRELATIONS[study % len(CORRELATIONS)]
+        for weight in (1.0, alike):
+            features = weight * shared + np.sqrt(1 - weight**2) * _noise(cell, generator, slides_of)
+            features[:, 0] += half * (2 * labels[slides_of] - 1)
+            # Logits at the origin and one step along each feature tell a fitted model's weights.
+            stack.append(np.concatenate([features, np.zeros((1, WIDTH)), np.eye(WIDTH)]))
     folds = repeated_folds(labels[slides_of], slides_of.astype(str), FOLDS, REPEATS, seed=number)
-    for weight in (1.0, correlation):
-        features = weight * shared + np.sqrt(1 - weight**2) * _noise(cell, generator, slides_of)
-        features[:, 0] += half * (2 * labels[slides_of] - 1)
-        # Logits at the origin and one step along each feature tell a fitted model's weights.
-        probes = np.concatenate([features, np.zeros((1, WIDTH)), np.eye(WIDTH)])
-        marked = np.concatenate([labels[slides_of], np.zeros(WIDTH + 1, np.int64)])
-        groups = np.concatenate([slides_of.astype(str), np.full(WIDTH + 1, "probe")])
-        shares, _ = fit_folds(probes, marked, groups, [fold.train for fold in folds], number, penalty=cell.penalty)
+    marked = np.concatenate([labels[slides_of], np.zeros(WIDTH + 1, np.int64)])
+    groups = np.concatenate([slides_of.astype(str), np.full(WIDTH + 1, "probe")])
+    trains = [fold.train for fold in folds]
+    every, _ = fit_folds(np.stack(stack), marked, groups, trains, number, penalty=cell.penalty, device=device)
+    for shares in every:
         logits = np.log(shares[:, -WIDTH - 1 :, 1] / shares[:, -WIDTH - 1 :, 0])
         predictions, _ = held_out(folds, marked, groups, ("negative", "positive"), shares)
         graded = replace(predictions, ordinal=True)  # kappa is among its scores
