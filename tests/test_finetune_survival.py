@@ -2,6 +2,9 @@
 
 import csv
 import json
+import re
+import shlex
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,6 +26,7 @@ from gigapath.finetune.data import Bag, Inputs, Settings, prepare, vector_bags
 from gigapath.finetune.heads import CumulativeLogits, VectorHead, head_of_task
 from gigapath.finetune.processes import Processes
 from gigapath.finetune.training import Trainer, fit_linear, task_loss
+from gigapath.report.results import collect_results
 
 CPU = Processes(torch.device("cpu"))
 COX = Task(
@@ -215,6 +219,27 @@ def test_a_run_of_each_setting_leaves_scores_predictions_pictures_and_a_head(
         for option, training in wrong.items():
             with pytest.raises(ValueError, match=f"--{option}"):
                 prepare(Inputs("task.yaml", "features", "labels.csv"), Settings(training=training))
+
+
+def test_commands_of_the_guide_run_one_after_the_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (Path(__file__).parent.parent / "docs" / "guides" / "survival-and-regression.md").read_text()
+    monkeypatch.chdir(tmp_path)
+    write_cohort(tmp_path)
+    shutil.copytree("features", "other")
+    shutil.copytree("features", "new")
+    for path in Path("other").iterdir():
+        path.rename(path.with_name(path.name.replace("slide-", "other-")))
+    Path("other.csv").write_text(Path("labels.csv").read_text().replace("slide-", "other-"))
+    commands = [shlex.split(line) for line in re.findall(r"^gigapath .*", page, re.M)]
+    small = ["--head", "abmil-tiles", "--pretrained", "", "--epochs", "1", "--folds", "3", "--device", "cpu"]
+    for _, verb, *words in commands:
+        given = [word for word in words if word != "--controls"]  # another test's
+        more = {"finetune": [*small, "--replicates", "10"], "predict": ["--replicates", "10"]}.get(verb, [])
+        assert main([verb, *given, *more]) == 0, words
+    assert len(commands) == 8 and Path("risks.csv").is_file()
+    (run,) = collect_results(Path("survival"))
+    assert [block["kind"] for block in run.blocks].count("picture") == 1
+    assert "integrated_brier" in read_results(Path("tested/results.json")).scores["frozen head"].headline.estimates
 
 
 def test_scores_of_amounts_equal_scikit_learn_and_scipy() -> None:

@@ -99,7 +99,7 @@ def collect_results(folder: Path) -> list[Results]:
 def _results(folder: Path, name: str, found: Found) -> Results:
     title = _TITLES.get(found.kind, "Results")
     options: Any = found.details.get("options")
-    blocks = list(_scores_of(found))
+    blocks = [*_scores_of(found), *_target_pictures(folder)]
     rows = _read_csv(folder / "predictions.csv")
     what, note = "slides", ""
     if found.kind == FINE_TUNING:
@@ -207,6 +207,12 @@ def _picture(path: Path, title: str) -> Iterator[Block]:
         yield {"kind": "picture", "title": title, "src": f"data:image/png;base64,{drawn}"}
 
 
+def _target_pictures(folder: Path) -> Iterator[Block]:
+    title = "Kaplan-Meier curves above and below the median risk of training, with the numbers at risk"
+    yield from _picture(folder / "survival.png", title)
+    yield from _picture(folder / "scatter.png", "Predicted against true, with the identity line")
+
+
 def _fold(folder: Path, *, alone: bool) -> Iterator[Block]:
     """The blocks of one fold, folded away where there are several."""
     title = folder.name.replace("_", " ")
@@ -218,7 +224,8 @@ def _fold(folder: Path, *, alone: bool) -> Iterator[Block]:
     except ValueError as error:
         yield _notes([f"{title}: {error}"])
         return
-    blocks = [block for block in (*_scores_of(found), _notes(found.notes)) if block]
+    shown = () if alone else _target_pictures(folder)  # of a single fold the run has the same
+    blocks = [block for block in (*_scores_of(found), *shown, _notes(found.notes)) if block]
     if alone:
         yield from blocks
     else:
