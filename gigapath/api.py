@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 from gigapath.cohort.run import RunResult
 from gigapath.cohort.status import failure_lines, failures_by_kind
-from gigapath.embedding.options import EmbedOptions, KeepOptions, RunOptions, SlideEmbedOptions
+from gigapath.embedding.options import EmbedOptions, RunOptions, SlideEmbedOptions
 from gigapath.features import TileEmbeddings
 from gigapath.features import read_features as read_file
 from gigapath.features.reading import find_feature_files, slide_name
 from gigapath.finetune.options import JoinOptions, ModelOptions, SplitOptions, TrainingOptions
 from gigapath.linear_probe.options import ProbeOptions, SlideProbeOptions, TileProbeOptions
-from gigapath.options import as_keywords
+from gigapath.options import KeepOptions, as_keywords
 from gigapath.preprocessing.slide import SlideError
 from gigapath.preprocessing.tiling import TileOptions
 from gigapath.pretraining.options import CohortOptions, PretrainingOptions, SizeOptions, TaskOptions
@@ -333,7 +333,7 @@ def _watch(quiet: bool, unit: str = "slide") -> AbstractContextManager[Progress]
 @contextmanager
 def _stoppable(quiet: bool) -> Iterator[tuple[Progress, Callable[[], None]]]:
     """(what shows the news, what ends the work once a signal came) of training, which its checkpoint lets go on."""
-    from gigapath.signals import StopFlag, Stopped
+    from gigapath.progress import StopFlag, Stopped
 
     try:
         with _watch(quiet) as watch, StopFlag(watch.stopping) as stop:

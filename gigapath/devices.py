@@ -19,12 +19,9 @@ AUTOCAST_TYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def resolve_device(device: str | torch.device) -> torch.device:
-    """The device that a name means on this machine; "auto" prefers CUDA, then MPS.
-
-    Raises:
-        ValueError: it is none of the known names, or is not there. A job for a GPU never runs on the CPU unasked: not
-            where the GPU is named, and not with "auto" where a scheduler granted one.
-    """
+    """The device that a name means on this machine; "auto" prefers CUDA, then MPS. ValueError for other names, and for
+    a device that is not there. A job for a GPU never runs on the CPU unasked: not where the GPU is named, and not with
+    "auto" where a scheduler granted one."""
     name = str(device)
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
@@ -48,15 +45,9 @@ def resolve_device(device: str | torch.device) -> torch.device:
 
 
 def resolve_devices(devices: str | None, device: str) -> tuple[torch.device, ...]:
-    """The devices that work side by side: those of a list, so many as a number says, or the one that `device` means.
-
-    Args:
-        devices: "cuda:0,cuda:1", "2", or None.
-        device: what `resolve_device` takes; the kind that a number counts, and else to be left at "auto".
-
-    Raises:
-        ValueError: not devices, not there, of several kinds, or a GPU named twice. "cpu,cpu" is two workers.
-    """
+    """The devices that work side by side: those of a list ("cuda:0,cuda:1"), so many as a number says ("2", of the kind
+    of `device`), or the one that `device` means. ValueError where they are no devices, not there, of several kinds, or
+    a GPU named twice. "cpu,cpu" is two workers."""
     if devices is None:
         return (resolve_device(device),)
     names = [name.strip() for name in devices.split(",")]

@@ -92,11 +92,7 @@ def _reason(error: OSError) -> str:
 
 
 def check_writable(folder: Path | str) -> None:
-    """Make the folder where it is missing, and a file in it that goes again.
-
-    Raises:
-        OutputError: nothing can be written there; names the folder alone.
-    """
+    """Make the folder where it is missing, and a file in it that goes again; OutputError names the folder alone."""
     folder = Path(folder)
     temporary = folder / _temporary_name("writable")
     try:
@@ -119,16 +115,13 @@ def is_write_error(error: OSError, temporary: Path) -> bool:
 
 @contextlib.contextmanager
 def atomic_file(path: Path | str, *, mode: int = 0o666, durable: bool = True) -> Iterator[Path]:
-    """Give a temporary path in the folder of `path`; on success it is flushed to disk and takes the name `path`, on
-    any error it is removed and whatever `path` was before stays.
+    """Give a temporary path in the folder of `path`; on success it is flushed to disk and takes the name `path`, on any
+    error it is removed and whatever `path` was before stays.
 
-    The folder is made where it is missing. The temporary file exists (empty) on entry and ends in `.partial`: a
-    library that goes by the suffix needs the format named.
-
-    Args:
-        path: where the file goes.
-        mode: permissions before the umask; 0o600 for what only the user may read.
-        durable: False leaves out the flush, milliseconds a file, where a power cut that takes the file costs a redo.
+    The folder is made where it is missing. The temporary file exists (empty) on entry and ends in `.partial`: a library
+    that goes by the suffix needs the format named. `mode` are permissions before the umask, 0o600 for what only the
+    user may read; without `durable` the flush is left out, milliseconds a file, where a power cut that takes the file
+    costs a redo.
 
     Raises:
         OutputError: the file could not be made, written, flushed or renamed.
@@ -181,16 +174,8 @@ def write_json_atomic(path: Path | str, value: Any, *, mode: int = 0o666, durabl
 
 
 def read_json(path: Path, *, keys: Sequence[str], mend: str) -> dict[str, Any]:
-    """The mapping that a JSON file of ours holds.
-
-    Args:
-        path: the file, which is there.
-        keys: that the mapping has.
-        mend: the sentence on what to do where it is damaged.
-
-    Raises:
-        ValueError: it is no JSON, no mapping, or lacks a key: one sentence that names the file, and `mend`.
-    """
+    """The mapping with these keys that a JSON file of ours, which is there, holds; ValueError that names the file, and
+    ends with `mend`, where it is no JSON, no mapping, or lacks a key."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError):  # UnicodeDecodeError is a ValueError
@@ -212,14 +197,9 @@ def small_json(path: Path) -> Any:
 
 
 def open_temporary(path: Path, *, mode: int = 0o666) -> tuple[Path, int]:
-    """Make the temporary file of `path` and open it for reading and writing.
-
-    For a writer that flushes by itself; it ends with `publish` on success, and always with `discard`. The folder is
-    made where it is missing.
-
-    Returns:
-        the temporary path and an open file descriptor, which the caller closes.
-    """
+    """Make the temporary file of `path` and open it for reading and writing: its path, and a descriptor, which the
+    caller closes. For a writer that flushes by itself; it ends with `publish` on success, and always with `discard`.
+    The folder is made where it is missing."""
     temporary = path.with_name(_temporary_name(path.name))
     _LIVE.add(temporary.name)
     try:
@@ -235,11 +215,7 @@ def open_temporary(path: Path, *, mode: int = 0o666) -> tuple[Path, int]:
 
 def open_own(path: Path, flags: int) -> int:
     """Open a file whose name others can foresee, for what is ours alone: a link, pipe or device is never followed or
-    waited for.
-
-    Raises:
-        OSError: there is no such file, or it is no plain one.
-    """
+    waited for. OSError where there is no such file, or it is no plain one."""
     descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
@@ -371,12 +347,8 @@ def hex_digest(path: Path, digest: Any) -> str:
 
 
 def digest_of(path: Path, kind: str) -> str:
-    """The file's digest as `KIND:HEX`.
-
-    Args:
-        path: the file.
-        kind: "sha256", "md5", or "git" for the id that git gives the file's content as a blob.
-    """
+    """The file's digest as `KIND:HEX`: "sha256", "md5", or "git" for the id that git gives the file's content as a
+    blob."""
     if kind == "sha256":
         return f"sha256:{sha256_of(path)}"
     if kind == "git":

@@ -8,16 +8,9 @@ OK, SKIPPED, NOTE, WRONG = "ok", "skipped", "note", "wrong"
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at.
-
-    Attributes:
-        name: a short name, the same in every release.
-        text: what is so, one sentence.
-        advice: what it does to the results, or what to do about it; "" where the text says all.
-        state: OK, SKIPPED for what could not be looked at, NOTE for what one should know, WRONG.
-        facts: the same for machines, plain JSON values.
-        area: what it belongs to, such as "disk"; "" where findings have no areas.
-    """
+    """One thing that was looked at: a short `name`, the same in every release; a sentence on what is so; `advice` on
+    what it does to the results, or what to do about it, or ""; OK, SKIPPED (could not be looked at), NOTE (one should
+    know) or WRONG; `facts` for machines, plain JSON values; the `area` it belongs to, such as "disk", or ""."""
 
     name: str
     text: str

@@ -32,14 +32,8 @@ _SILENT_SECONDS = 40.0
 
 @dataclass(frozen=True)
 class Collected:
-    """A file that was asked for.
-
-    Attributes:
-        path: where it is.
-        digest: what its content was checked against, or None where nothing is published to check against.
-        was_there: whether it was there already.
-        missing: for an optional file that could not be had, the reason; else None.
-    """
+    """A file that was asked for: what its content was checked against (None where nothing is published), whether it was
+    there already, and for an optional file that could not be had the reason."""
 
     path: Path
     digest: str | None = None
@@ -48,11 +42,8 @@ class Collected:
 
 
 def download(name: str, to: str | Path | None = None) -> list[Collected]:
-    """Fetch what `name` stands for in the table; what is there already is checked and not fetched again.
-
-    Args:
-        name: a key of `DOWNLOADS`.
-        to: the folder; None for the hub's own cache (a released pair) or `data` (everything else).
+    """Fetch what `name` stands for in the table into a folder, by default the hub's own cache (a released pair) or
+    `data` (everything else); what is there already is checked and not fetched again.
 
     Raises:
         ValueError: an unknown name, or a file that is not the recorded one.

@@ -16,11 +16,8 @@ _SLURM = ("SLURM_CPUS_PER_TASK", "SLURM_CPUS_ON_NODE")
 
 
 def check_device(name: str, option: str = "--device") -> None:
-    """Refuse a device that certainly is not here, without torch: by its version file and the driver's libraries.
-
-    Raises:
-        ValueError: an unknown name, CUDA without a driver, GPU or CUDA build of torch, MPS elsewhere than on macOS.
-    """
+    """Refuse a device that certainly is not here, without torch, by its version file and the driver's libraries:
+    ValueError for an unknown name, CUDA without a driver, GPU or CUDA build of torch, MPS elsewhere than on macOS."""
     if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", name):
         raise ValueError(f"{option}: expected one of auto, cpu, cuda, mps or cuda:N, got {name!r}.")
     reason = ""

@@ -36,18 +36,9 @@ def option(
     at_least: float | None = None,
     at_most: float | None = None,
 ) -> Any:
-    """Declare a dataclass field that is also a command-line option.
-
-    Args:
-        default: the value when the option is not given; for a flag, False.
-        help: one line for `--help`, with the unit.
-        choices: the allowed words, or None; beside bounds the words that may stand for a number.
-        metavar: the placeholder in `--help`.
-        hidden: a former spelling, which help leaves out.
-        above: the value must be greater than this.
-        at_least: the value must not be smaller than this.
-        at_most: the value must not be greater than this.
-    """
+    """Declare a dataclass field that is also a command-line option: its default (False for a flag), one line of help
+    with the unit, the allowed words (`choices`; beside bounds those that may stand for a number), its placeholder in
+    help, bounds of its value, and whether it is a former spelling, which help leaves out (`hidden`)."""
     metadata = {
         "help": help,
         "choices": tuple(choices) if choices else None,
@@ -124,6 +115,23 @@ class PitchOptions(Options):
         metavar="PIXELS",
         above=0,
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class KeepOptions(Options):
+    """What a run does with the results that it finds."""
+
+    overwrite: str | None = option(
+        None, "do a stage again even where it is done", choices=("tiles", "features", "slides", "all")
+    )
+    allow_mixed: bool = option(False, "accept results of other precision, device or weights in the same folder")
+    only: str | None = option(None, "failed: leave out slides that did not fail before", choices=("failed",))
+    max_failures: int | None = option(None, "end the run once more slides than this failed", metavar="N", at_least=0)
+    dry_run: bool = option(False, "show the plan and write nothing")
+
+    def overwrites(self, stage: str) -> bool:
+        """Whether this stage is to be done again."""
+        return self.overwrite in (stage, "all")
 
 
 @dataclasses.dataclass(frozen=True)

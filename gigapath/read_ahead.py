@@ -12,16 +12,9 @@ Result = TypeVar("Result")
 def read_ahead(
     read: Callable[[Item], Result], items: Iterable[Item], *, threads: int, ahead: int | None = None
 ) -> Generator[Result, None, None]:
-    """`read(item)` of each item, in their order; an error of one is raised where its turn comes.
-
-    Close the generator, or run it to its end, and no thread is left.
-
-    Args:
-        read: called from several threads at once.
-        items: taken one by one, in the caller's thread.
-        threads: how many read.
-        ahead: items that are in work, or wait, while one is in the caller's hands; by default one a thread.
-    """
+    """`read(item)` of each item, in their order, by threads; an error of one is raised where its turn comes. Items are
+    taken one by one in the caller's thread; `ahead` of them (by default one a thread) are in work, or wait, while one
+    is in the caller's hands. Close the generator, or run it to its end, and no thread is left."""
     ahead = threads if ahead is None else ahead
     pending: deque[Future[Result]] = deque()
     with ThreadPoolExecutor(threads, thread_name_prefix="read-ahead") as pool:

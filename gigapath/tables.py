@@ -23,13 +23,11 @@ _NUMBER = re.compile(r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?|[+-]?(?:inf|nan
 
 @dataclass(frozen=True)
 class Table:
-    """A table as it was read; at least one row.
+    """A table as it was read from `source`; at least one row, of which `numbers` are those in the file, the header
+    being 1.
 
-    Attributes:
-        source: the file's name, for messages.
-        columns: name -> its cells, trimmed, in Unicode's composed form (NFC), "" where a value is missing.
-        written: name -> its cells, trimmed and else as they stand there: paths, and what is carried through.
-        numbers: of each row in the file, the header being row 1.
+    `columns` has the cells of each name trimmed, in Unicode's composed form (NFC), "" where a value is missing;
+    `written` has them trimmed and else as they stand there: paths, and what is carried through.
     """
 
     source: str
@@ -63,11 +61,8 @@ def read_table(path: Path | str) -> Table:
 
 
 def parse_table(content: bytes, source: str, *, separator: str = ",") -> Table:
-    """Read the bytes of a table in UTF-8. Rows without any value are left out.
-
-    Raises:
-        ValueError: no table, no rows, a row of another length, a column that stands in it twice.
-    """
+    """Read the bytes of a table in UTF-8. Rows without any value are left out. ValueError where it is no table, has no
+    rows, a row of another length, or a column that stands in it twice."""
     try:
         text = content.decode("utf-8-sig")
         reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator)
@@ -131,11 +126,7 @@ def _plain(cell: object) -> object:
 
 
 def data_frame(table: str | Sequence[Mapping[str, Any]] | Mapping[str, Any]) -> Any:
-    """A `pandas.DataFrame` of a CSV's text, of rows, or of columns.
-
-    Raises:
-        ImportError: pandas is not installed.
-    """
+    """A `pandas.DataFrame` of a CSV's text, of rows, or of columns; ImportError without pandas."""
     try:
         import pandas
     except ImportError as error:

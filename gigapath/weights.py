@@ -135,16 +135,9 @@ def load_state_dict(path: str | Path) -> dict[str, Tensor]:
 
 
 def check_keys(who: str, expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:
-    """Compare a checkpoint with what a model needs.
-
-    Args:
-        who: begins the messages, e.g. "gigapath_slide_enc12l768d".
-        expected: the model's state dict (tensors on the meta device will do).
-        found: the checkpoint's.
-
-    Raises:
-        ValueError: an entry is missing or has another shape. Entries that the model has no place for are warned of.
-    """
+    """Compare a checkpoint with what a model needs (tensors on the meta device will do); `who` begins the messages,
+    e.g. "gigapath_slide_enc12l768d". ValueError where an entry is missing or has another shape. Entries that the model
+    has no place for are warned of."""
     missing = [name for name in expected if name not in found]
     if missing:
         raise ValueError(
@@ -178,18 +171,8 @@ def assign_weights(who: str, model: nn.Module, state: Mapping[str, Tensor]) -> N
 
 
 def tell_architecture(state: Mapping[str, Tensor], kind: str, path: str | Path) -> str:
-    """The architecture that a checkpoint belongs to, told by names and shapes of its entries.
-
-    It is a released one, or a slide encoder of any width and depth.
-
-    Args:
-        state: the checkpoint's state dict.
-        kind: "tile" or "slide".
-        path: the file, for the message.
-
-    Raises:
-        ValueError: it is none of the two; the message lists both.
-    """
+    """The architecture of a "tile" or "slide" encoder that a checkpoint belongs to, told by names and shapes of its
+    entries: a released one, or a slide encoder of any width and depth; ValueError that lists both where it is none."""
     for name, marks in _MARKS[kind].items():
         if all(key in state and tuple(state[key].shape) == shape for key, shape in marks.items()):
             return name

@@ -19,7 +19,7 @@ LAYERS: tuple[tuple[str, tuple[str, ...]], ...] = (
     (
         "facts, files, words",
         (
-            *("releases", "options", "files", "file_names", "findings", "lazy", "signals", "tables", "text"),
+            *("releases", "options", "files", "file_names", "findings", "tables", "text"),
             *("machine", "devices", "progress", "read_ahead"),
         ),
     ),

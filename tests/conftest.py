@@ -53,7 +53,7 @@ def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiling draws no previews and no contact sheet."""
     monkeypatch.setattr("gigapath.embedding.tiling.preview_picture", lambda _, overview: overview)
     monkeypatch.setattr("gigapath.embedding.tiling.write_preview", lambda *_, **__: None)
-    monkeypatch.setattr("gigapath.cohort.sheet.contact_sheet", lambda *_, **__: None)
+    monkeypatch.setattr("gigapath.preprocessing.preview.contact_sheet", lambda *_, **__: None)
 
 
 @pytest.fixture

@@ -23,13 +23,13 @@ from made_slides import make_slides
 from tiny_encoders import MeanColourEncoder, mean_colour_encoder
 
 import gigapath.cohort.run
-import gigapath.cohort.sheet
 import gigapath.embedding.run
 import gigapath.embedding.stream
 import gigapath.embedding.tiling
 import gigapath.features.gigapath_file
 import gigapath.features.h5
 import gigapath.files
+import gigapath.preprocessing.preview
 import gigapath.tile_encoder
 from gigapath.cli.main import main
 from gigapath.progress import Progress
@@ -91,7 +91,7 @@ def prepare(point: str = "", at: int = 1) -> Callable[[], None]:
             "preview_picture": lambda _, overview: overview,
             "write_preview": lambda path, *_, **__: gigapath.files.write_bytes_atomic(path, b"a picture"),
         },
-        gigapath.cohort.sheet: {"contact_sheet": lambda *_, **__: None},
+        gigapath.preprocessing.preview: {"contact_sheet": lambda *_, **__: None},
         gigapath.features.gigapath_file: {"KEEP_SECONDS": 0.02, "WORTH_SECONDS": 0.0},
         os: {"fsync": lambda _: None},  # a killed process takes nothing with it that the system has
         gigapath.embedding.stream: {"_BLOCK": 8},  # every batch is written by itself

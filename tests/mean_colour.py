@@ -17,10 +17,9 @@ import numpy.typing as npt
 
 import gigapath.embedding.tiling
 from gigapath.cohort.manifest import SlideEntry, find_slides
-from gigapath.cohort.reuse import digest
 from gigapath.cohort.run import CohortRun, RunResult
 from gigapath.cohort.shards import largest_first
-from gigapath.cohort.stage import Outcome, Stage
+from gigapath.cohort.stage import Outcome, Stage, digest
 from gigapath.cohort.status import Status
 from gigapath.embedding.options import RunOptions
 from gigapath.embedding.slides import open_entry
@@ -75,9 +74,9 @@ def run_mean_colours(slides: Path, out: Path, options: RunOptions, watch: Progre
         return Plan((), len(entries), len(entries) - len(todo))
 
     if options.engine == "ray":
-        from gigapath.cohort.ray_workers import RayWorkers
+        from gigapath.cohort.ray_tasks import RayTasks
 
-        with RayWorkers(run, address=options.ray_address, cores=options.worker_cores, device="none") as workers:
+        with RayTasks(run, address=options.ray_address, cores=options.worker_cores, device="none") as workers:
             workers.start(worker_job)
             return run.over_slides(largest_first(todo, out / "tiles"), workers.process, plan)
     with plain():

@@ -11,7 +11,7 @@ from made_cohort import write_csv, write_slide, write_splits, write_task
 from made_slides import UInt8Array, paint_tissue, write_scn
 
 from gigapath.cohort.manifest import SlideEntry
-from gigapath.cohort.privacy import record_run
+from gigapath.cohort.record import record_run
 from gigapath.features import TileEmbeddingsWriter, Tiles
 from gigapath.finetune import Inputs, ModelOptions, Settings, TrainingOptions, finetune
 from gigapath.preprocessing.reading import iter_tiles

@@ -18,8 +18,6 @@ WITHOUT_TORCH = {
         "files",
         "file_names",
         "findings",
-        "lazy",
-        "signals",
         "tables",
         "text",
         "machine",

@@ -13,12 +13,11 @@ import pytest
 from feature_files import make_tiles
 
 from gigapath.cohort.manifest import SlideEntry, find_slides, read_manifest, series_uid
-from gigapath.cohort.privacy import record_run, recorded_paths, redact, without_paths
-from gigapath.cohort.record import RunRecord
-from gigapath.cohort.reuse import StageOptions, digest, finished
+from gigapath.cohort.record import RunRecord, record_run, recorded_paths, redact, without_paths
+from gigapath.cohort.stage import StageOptions, digest, finished
 from gigapath.cohort.status import Status, read_status, read_statuses, status_path, write_slides_csv, write_status
 from gigapath.features import write_tiles
-from gigapath.signals import StopFlag, Stopped
+from gigapath.progress import StopFlag, Stopped
 
 
 def touch(path: Path, content: bytes = b"x") -> Path:

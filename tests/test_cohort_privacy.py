@@ -15,7 +15,7 @@ from tiny_encoders import tiny_tile_encoder
 
 from gigapath.cli.main import main
 from gigapath.cohort.manifest import SlideEntry
-from gigapath.cohort.privacy import pseudonymised, read_key, recorded_paths
+from gigapath.cohort.record import pseudonymised, read_key, recorded_paths
 
 CANARY = "Doe,JANE_1953"
 TOKEN = "hf_CanaryOfATokenThatNobodyHas"

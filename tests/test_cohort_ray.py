@@ -23,7 +23,7 @@ from made_slides import make_slides, paint_tissue, write_pyramid
 from mean_colour import run_mean_colours
 
 from gigapath.cohort.manifest import SlideEntry
-from gigapath.cohort.ray_workers import RayWorkers
+from gigapath.cohort.ray_tasks import RayTasks
 from gigapath.cohort.run import CohortRun, RunResult
 from gigapath.cohort.stage import Outcome
 from gigapath.cohort.status import Status
@@ -184,9 +184,9 @@ class Striking(Progress):
 
 
 def workers() -> list[int]:
-    """Process numbers of the actors that are at work."""
+    """Process numbers of the tasks that are at work."""
     found = subprocess.run(["ps", "-eo", "pid,args"], capture_output=True, text=True, check=True).stdout
-    return [int(line.split()[0]) for line in found.splitlines() if "ray::SlideWorker" in line]
+    return [int(line.split()[0]) for line in found.splitlines() if "ray::gigapath_slides" in line]
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -260,7 +260,7 @@ def run_job(cluster: Any, out: Path, names: Sequence[str], make_job: Any = deadl
     for entry in entries:
         entry.path.touch()
     run = CohortRun(out, "tile", entries, [out / "tiles"], {})
-    with RayWorkers(run, address=cluster.address, cores=None, device="none") as workers:
+    with RayTasks(run, address=cluster.address, cores=None, device="none") as workers:
         workers.start(make_job)
         return run.over_slides(entries, workers.process, lambda: Plan((), len(entries), 0))
 

@@ -8,7 +8,7 @@ from made_slides import paint_tissue, write_pyramid
 from tiny_encoders import tiny_tile_encoder
 
 from gigapath.cli.main import main
-from gigapath.cohort.privacy import recorded_paths
+from gigapath.cohort.record import recorded_paths
 from gigapath.cohort.removal import remove_slide
 from gigapath.embedding.options import RunOptions
 from gigapath.embedding.tiling import run_tile

@@ -13,7 +13,7 @@ from made_slides import paint_tissue, write_pyramid
 
 from gigapath.cli.main import main
 from gigapath.cohort.manifest import SlideEntry
-from gigapath.cohort.privacy import record_run, recorded_paths
+from gigapath.cohort.record import record_run, recorded_paths
 from gigapath.cohort.run import CohortRun, RunResult
 from gigapath.cohort.shards import cut_by_weight, take_shard, weigh
 from gigapath.cohort.stage import Outcome
@@ -238,9 +238,9 @@ def test_shards_together_give_the_files_of_one_run(slides: Path, tmp_path: Path)
 
 def test_paths_of_two_runs_at_once_are_all_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The second run writes its paths just after the first has read what is there."""
-    from gigapath.cohort import privacy
+    from gigapath.cohort import record
 
-    real, calls = privacy.write_private, []
+    real, calls = record.write_private, []
 
     def write(out: Path, name: str, text: str) -> None:
         calls.append(name)
@@ -248,7 +248,7 @@ def test_paths_of_two_runs_at_once_are_all_there(tmp_path: Path, monkeypatch: py
             record_run(tmp_path, "20260101_b", {}, [SlideEntry("b", Path("/x/b"))])
         real(out, name, text)
 
-    monkeypatch.setattr(privacy, "write_private", write)
+    monkeypatch.setattr(record, "write_private", write)
     record_run(tmp_path, "20260101_a", {}, [SlideEntry("a", Path("/x/a"))])
     assert [entry.slide_id for entry in recorded_paths(tmp_path)] == ["a", "b"]
     assert [line.split(",")[0] for line in (tmp_path / "private/paths.csv").read_text().splitlines()] == [

@@ -11,9 +11,8 @@ import pytest
 from killed_runs import finish, make_slides, start
 
 from gigapath.cli.main import main
-from gigapath.cohort import owner
-from gigapath.cohort.owner import FolderTaken, Ownership
-from gigapath.cohort.reuse import digest, holds
+from gigapath.cohort import stage
+from gigapath.cohort.stage import FolderTaken, Ownership, digest, holds
 from gigapath.cohort.status import read_statuses
 
 OPTIONS = (("--store", "float16"), ("--batch-size", "4"), ("--max-tiles", "3"), ("--min-tissue", "0.5"))
@@ -92,7 +91,7 @@ def test_folder_of_a_run_that_is_gone_is_taken_and_it_notices(
             gone = mark.with_name(mark.name.replace(f"-{os.getpid()}-", f"-{process}-"))
             mark.rename(gone)
         else:
-            monkeypatch.setattr(owner, "is_running_here", lambda _: None)
+            monkeypatch.setattr(stage, "is_running_here", lambda _: None)
             os.utime(mark, (1, 1))
         with Ownership({tmp_path: {"precision": "fp16"}}) as second:
             with pytest.raises(FolderTaken, match="other options"):

@@ -20,7 +20,7 @@ from gigapath.embedding.slide_encoding import (
 )
 from gigapath.features import SlideEmbeddings, TileEmbeddings
 from gigapath.longnet.dilated import LARGEST_LAUNCH
-from gigapath.signals import Stopped
+from gigapath.progress import Stopped
 
 Pixels = npt.NDArray[np.uint8]
 

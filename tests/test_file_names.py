@@ -15,7 +15,7 @@ from tiny_encoders import mean_colour_encoder
 
 from gigapath.cli.main import main
 from gigapath.cohort.manifest import find_slides
-from gigapath.cohort.privacy import recorded_paths
+from gigapath.cohort.record import recorded_paths
 from gigapath.cohort.status import read_status
 from gigapath.file_names import MAX_NAME_BYTES, name_problem, quoted_name
 

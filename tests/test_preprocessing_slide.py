@@ -15,8 +15,7 @@ from made_slides import paint_tissue, write_pyramid, write_scn
 
 from gigapath.preprocessing import header
 from gigapath.preprocessing import slide as slide_module
-from gigapath.preprocessing.header import allowed, leading_levels
-from gigapath.preprocessing.mpp import stated_mpp
+from gigapath.preprocessing.header import allowed, leading_levels, stated_mpp
 from gigapath.preprocessing.reading import read_tile
 from gigapath.preprocessing.slide import Slide, SlideError, open_slide, slide_id_of
 from gigapath.preprocessing.tiling import TileOptions, plan_tiles

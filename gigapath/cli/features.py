@@ -12,7 +12,7 @@ from cyclopts import Parameter
 
 from gigapath.cli.arguments import EXIT_FAILED_SLIDES, Features, Folder, Json, verb
 from gigapath.cohort.progress import left_out
-from gigapath.cohort.reuse import mixed_options
+from gigapath.cohort.stage import mixed_options
 from gigapath.cohort.status import read_statuses
 from gigapath.embedding.options import CheckOptions
 from gigapath.features import export_table, read_features

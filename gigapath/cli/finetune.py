@@ -75,7 +75,7 @@ def finetune(
         dry_run: show the plan and write nothing
     """
     from gigapath.finetune.data import Inputs, Settings, check_folder, prepare
-    from gigapath.signals import StopFlag
+    from gigapath.progress import StopFlag
 
     settings = Settings(join=labels_and_features, split=folds, model=model, training=training, controls=controls)
     inputs = Inputs(task, features, labels, splits, pretrained)

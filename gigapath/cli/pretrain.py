@@ -30,7 +30,7 @@ def pretrain(
     """
     from gigapath.cli.progress import Terminal
     from gigapath.pretraining import pretrain as run
-    from gigapath.signals import StopFlag
+    from gigapath.progress import StopFlag
 
     with Terminal() as watch, StopFlag(watch.stopping) as stop:
         result = run(

@@ -32,7 +32,7 @@ def embed_tiles(
     from gigapath.devices import at_most_threads
     from gigapath.linear_probe.embed_tiles import embed_tiles, open_tile_set
     from gigapath.machine import available_cores
-    from gigapath.signals import StopFlag
+    from gigapath.progress import StopFlag
     from gigapath.tile_encoder import load_tile_encoder
 
     tile_set = open_tile_set(tiles)

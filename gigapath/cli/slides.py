@@ -5,7 +5,8 @@ import sys
 from pathlib import Path
 
 from gigapath.cli.arguments import Features, File, Folder, Json, RunFolder, Slides, Words, verb
-from gigapath.embedding.options import EmbedOptions, KeepOptions, RunOptions, SlideEmbedOptions
+from gigapath.embedding.options import EmbedOptions, RunOptions, SlideEmbedOptions
+from gigapath.options import KeepOptions
 from gigapath.preprocessing.tiling import TileOptions
 
 # The libraries of each verb are imported where it runs: torch takes seconds, and a wrong word is told before.

@@ -18,8 +18,7 @@ from cyclopts import CycloptsError, Parameter
 
 import gigapath
 from gigapath.cli.arguments import EXIT_STOPPED, Folder, verb
-from gigapath.cohort.owner import Ownership
-from gigapath.cohort.reuse import differences
+from gigapath.cohort.stage import Ownership, differences
 from gigapath.files import read_json, sha256_of, write_json_atomic
 from gigapath.options import LEAVE_SITE_OUT
 

@@ -36,15 +36,11 @@ _SAME_SCALE = 0.02  # x and y that differ by less are averaged
 class SlideEntry:
     """One slide of a cohort.
 
-    Attributes:
-        slide_id: the name of everything that is written about the slide; with escapes where `problem` is about it.
-        path: the slide's file; of a DICOM series its largest file.
-        mpp: microns per level-0 pixel that the manifest states, or None.
-        mask: the tissue mask that the manifest names, or None.
-        md5: what the manifest says the file's MD5 is, or "".
-        columns: the manifest's other columns (patient_id, site, stain, ...), carried through as they are.
-        original_id: what the slide was called before it took a pseudonym, or ""; for `private/` alone.
-        problem: why the slide can't be worked on, whatever is in its file, or ""; it fails with this sentence.
+    `slide_id` is the name of everything that is written about it, with escapes where `problem` is about it; `path` its
+    file, of a DICOM series the largest; `mpp` (microns per level-0 pixel), `mask` and `md5` are what the manifest
+    states; `columns` its other columns (patient_id, site, stain, ...) as they are; `original_id` what it was called
+    before it took a pseudonym, for `private/` alone; `problem` why it can't be worked on, whatever is in its file: it
+    fails with this sentence.
     """
 
     slide_id: str
@@ -60,16 +56,14 @@ class SlideEntry:
 def find_slides(
     inputs: Sequence[str | Path], *, exclude: Path | None = None, check_ids: bool = True
 ) -> list[SlideEntry]:
-    """The slides that `inputs` name, in that order; within a folder by path.
+    """The slides that `inputs` name (files, folders, manifests with a column `path`), in that order; within a folder by
+    path.
 
-    A folder is searched with its subfolders; data folders of .mrxs slides, hidden folders and folders that this
-    package wrote are not entered. The files of one DICOM series are one slide; archives name them by number alone, so
-    files without a suffix are looked into. A slide that two inputs name is taken
-    once. One whose id can't be a file name is found with that `problem`, for the run to record.
-
-    Args:
-        inputs: slide files, folders of them, manifests (.csv or .tsv with a column `path`).
-        check_ids: refuse ids that collide; without, `id_problems` tells all of them.
+    A folder is searched with its subfolders; data folders of .mrxs slides, hidden folders and folders that this package
+    wrote are not entered. The files of one DICOM series are one slide; archives name them by number alone, so files
+    without a suffix are looked into. A slide that two inputs name is taken once. One whose id can't be a file name is
+    found with that `problem`, for the run to record. Without `check_ids` ids that collide are not refused:
+    `id_problems` tells all of them.
 
     Raises:
         FileNotFoundError: an input doesn't exist.
@@ -123,10 +117,8 @@ def read_manifest(path: Path) -> list[SlideEntry]:
     """The rows of a manifest: `path`, optional `slide_id, mpp` (or `mpp_x, mpp_y`), `mask, md5`; others are kept.
 
     Relative paths are relative to the manifest. A path may be a folder that holds one slide (a DICOM series). A file
-    that doesn't exist is left to the run, which records it and goes on with the others.
-
-    Raises:
-        ValueError: no column `path`, a row without a path, an mpp that is no positive number; the row is named.
+    that doesn't exist is left to the run. ValueError names the row that has no path or an mpp that is no positive
+    number.
     """
     table = read_table(path)
     if "path" not in table.columns:

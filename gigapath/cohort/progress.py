@@ -18,18 +18,10 @@ _WINDOW_SECONDS = 3600.0
 class StageProgress:
     """How far one stage is.
 
-    Attributes:
-        folder: name of the stage's folder.
-        counts: slides by status, every status named; what failed in an earlier stage never comes to this one, and has
-            failed here too.
-        tiles: tiles of finished slides.
-        last: when the newest result came, in seconds since 1970 (UTC); 0 where there is none.
-        tiles_per_second: by the clock, all jobs together, over the hour before the newest result; None without one.
-        slides_per_second: the same for slides.
-        left: slides that are stopped or to do; those that failed are not.
-        tiles_left: about how many tiles these have; slides whose tiles are not counted are taken to be like the others.
-        seconds_left: at that rate, or None where there is none.
-        failures: kind of failure -> slides, the most frequent first; each in the stage where it failed.
+    `counts` has every status; what failed in an earlier stage has failed here too. `last` is when the newest result
+    came (seconds since 1970, UTC), the rates are by the clock, all jobs together, over the hour before it (None without
+    one). `left` are slides that are stopped or to do, of `tiles_left` tiles: those not counted are taken to be like the
+    others. `failures`: kind of failure -> slides, the most frequent first, each in the stage where it failed.
     """
 
     folder: str
@@ -45,12 +37,8 @@ class StageProgress:
 
 
 def read_progress(out: Path) -> tuple[int, list[StageProgress]]:
-    """The number of slides that an output folder knows of, and how far each of its stages is.
-
-    Raises:
-        FileNotFoundError: there is no such folder.
-        ValueError: no run has left anything there.
-    """
+    """The number of slides that an output folder knows of, and how far each of its stages is; FileNotFoundError where
+    there is no such folder, ValueError where no run has left anything there."""
     if not out.is_dir():
         raise FileNotFoundError(f"no such folder: {out}")
     folders = sorted(

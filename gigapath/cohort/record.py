@@ -1,17 +1,22 @@
-"""What a run was: `runs/<time>_<id>.json` for everybody, the command with its paths in `private/` for its owner."""
+"""What a run leaves of itself: `runs/<time>_<id>.json` for everybody; in `private/`, for its owner, who ran what and
+where the slides lie. Names (paths, users, hosts, with `--pseudonymise KEYFILE` ids too) are kept out of all else.
+"""
 
+import contextlib
 import dataclasses
 import getpass
 import hashlib
+import hmac
 import importlib.metadata
 import json
 import os
 import platform
+import re
 import secrets
 import socket
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -20,8 +25,11 @@ import openslide
 
 import gigapath
 from gigapath.cohort.manifest import SlideEntry
-from gigapath.cohort.privacy import record_run, redact
-from gigapath.files import check_writable, write_json_atomic
+from gigapath.cohort.status import derive
+from gigapath.file_names import one_line
+from gigapath.files import check_writable, real_path, write_json_atomic, write_text_atomic
+from gigapath.tables import csv_text
+from gigapath.text import without_name
 
 RUNS = "runs"
 _PACKAGES = (
@@ -32,16 +40,9 @@ _PACKAGES = (
 
 @dataclass
 class RunRecord:
-    """One run's record: written when it starts, filled in when it ends, never touched by another run.
-
-    Attributes:
-        out: the output folder.
-        verb: the command, such as "embed".
-        options: the resolved options.
-        command: the words of the command line after the verb, or () from Python.
-        facts: what the run finds out: device, weights, kernels.
-        run_id: time (UTC) and a random part.
-    """
+    """One run's record (`verb` as "embed", resolved `options`, the words of the `command` or () from Python, the
+    `facts` that it finds out): written when it starts, filled in when it ends, never touched by another run. `run_id`
+    is time (UTC) and a random part."""
 
     out: Path
     verb: str
@@ -53,11 +54,8 @@ class RunRecord:
     _content: dict[str, Any] = field(default_factory=dict)
 
     def start(self, entries: Sequence[SlideEntry], *, keep_paths: bool = True) -> None:
-        """Write the record of a run that has begun.
-
-        Raises:
-            OutputError: the folder can't be written; nothing has been done then.
-        """
+        """Write the record of a run that has begun; OutputError where the folder can't be written: nothing has been
+        done then."""
         check_writable(self.out)
         self._content = {
             "run_id": self.run_id,
@@ -83,11 +81,7 @@ class RunRecord:
         self._write()
 
     def end(self, outcome: str, counts: Mapping[str, int]) -> None:
-        """Complete the record.
-
-        Args:
-            outcome: "done", "some slides failed", "stopped" or "error".
-        """
+        """Complete the record with its outcome: "done", "some slides failed", "stopped" or "error"."""
         self._content.update(
             facts=redact(self.facts),
             ended=_now().isoformat(timespec="seconds"),
@@ -136,3 +130,154 @@ def _user() -> str:
         return getpass.getuser()
     except (KeyError, OSError):  # a container without an entry for the user
         return str(os.getuid()) if hasattr(os, "getuid") else "unknown"
+
+
+PRIVATE = "private"
+_PATHS = "paths.csv"
+_COLUMNS = ("slide_id", "path", "mpp", "mask", "original_id", "problem")
+_SLIDES = "slides"
+# An absolute path of two parts or more; what stands before keeps "tiles/s" and addresses of the web whole.
+_ABSOLUTE = re.compile(r"(?<![\w.:/<>])(?:[A-Za-z]:)?[/\\](?:[^\s/\\:'\"]+[/\\])+[^\s:'\",;]*")
+_ADDRESS = "--ray-address"  # of a machine, which is nobody's business
+_NOT_A_PATH = ("hf_hub:", "hf-hub:", "http://", "https://")
+
+
+def without_paths(text: str, entry: SlideEntry) -> str:
+    """A message about a slide with its id in place of its file name, folders and mask."""
+    for path in (entry.path, entry.mask):
+        if path is None:
+            continue
+        for form in (real_path(path), path.absolute(), path):
+            text = text.replace(str(form), entry.slide_id)
+        for folder in (real_path(path).parent, path.absolute().parent, path.parent):
+            if len(folder.parts) > 1:  # "." and "/" would hit every other word
+                text = text.replace(str(folder), "<folder>")
+        text = text.replace(path.name, entry.slide_id)
+    text = without_name(text, entry.original_id, entry.slide_id)
+    return hide_paths(text)
+
+
+def hide_paths(text: str) -> str:
+    """A text with "<path>" in place of every absolute path in it."""
+    return _ABSOLUTE.sub("<path>", text)
+
+
+def redact(value: Any) -> Any:
+    """An option's value, or a word of the command line, with "<path>" in place of everything that names a file,
+    and "<address>" of a machine."""
+    if isinstance(value, dict):
+        return {name: "<address>" if item and name == "ray_address" else redact(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        before = ["", *value]
+        return ["<address>" if word == _ADDRESS else redact(item) for word, item in zip(before, value, strict=False)]
+    if not isinstance(value, str) or value.startswith(_NOT_A_PATH):
+        return value
+    if value.startswith("--") and "=" in value:
+        name, _, rest = value.partition("=")
+        if name == _ADDRESS:
+            return f"{name}=<address>"
+        return f"{name}={redact(rest)}"
+    named = value.removeprefix("timm:")
+    if named != value and not Path(named).exists():
+        return value
+    names_file = os.sep in value or "\\" in value or value in (".", "..")
+    return "<path>" if names_file or Path(value).exists() else value
+
+
+def write_private(out: Path, name: str, text: str) -> None:
+    """Write `private/<name>`; only its owner may read it, or look into the folder."""
+    folder = out / PRIVATE
+    with contextlib.suppress(OSError):  # writing the file says what is wrong
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        folder.chmod(folder.stat().st_mode & ~0o077)
+    write_text_atomic(folder / name, text, mode=0o600)
+
+
+def record_run(out: Path, run_id: str, owner: Mapping[str, Any], entries: Iterable[SlideEntry] = ()) -> None:
+    """Write `private/<run_id>.json`: who ran what, and where the slides lie that no earlier run's file has there.
+
+    Every run writes a file of its own, so that two at once lose nothing; `private/paths.csv` is derived from all of
+    them, for people.
+    """
+    known = {entry.slide_id: entry for entry in recorded_paths(out)}
+    seen = [
+        replace(each, path=real_path(each.path), mask=each.mask and real_path(each.mask), md5="", columns={})
+        for each in entries
+    ]
+    new = [_row(entry) for entry in seen if known.get(entry.slide_id) != entry]
+    write_private(out, f"{run_id}.json", json.dumps({**owner, _SLIDES: new}, indent=2, default=str) + "\n")
+    if new or not (out / PRIVATE / _PATHS).exists():
+        derive_paths(out)
+
+
+def derive_paths(out: Path) -> None:
+    """Write `private/paths.csv` anew from the runs' own files."""
+
+    def write() -> None:
+        rows = (_row(entry) for entry in recorded_paths(out))
+        shown = (["" if cell is None else one_line(str(cell)) for cell in row] for row in rows)
+        write_private(out, _PATHS, csv_text([_COLUMNS, *shown]))
+
+    derive(write, lambda: sorted(path.name for path in (out / PRIVATE).glob("*.json")))
+
+
+def recorded_paths(out: Path) -> list[SlideEntry]:
+    """The slides that earlier runs on this folder saw, each where the last of them found it; empty where there is no
+    record that may be read."""
+    rows: dict[str, SlideEntry] = {}
+    for path in sorted((out / PRIVATE).glob("*.json")):  # by time: a run's id begins with it
+        try:
+            found = json.loads(path.read_text(encoding="utf-8")).get(_SLIDES, [])
+            rows |= {row[0]: _entry(*row) for row in found}
+        except (OSError, ValueError, TypeError, AttributeError):  # another user's, or no record of ours
+            continue
+    return list(rows.values())
+
+
+def _row(entry: SlideEntry) -> list[Any]:
+    mask = None if entry.mask is None else str(entry.mask)
+    return [entry.slide_id, str(entry.path), entry.mpp, mask, entry.original_id, entry.problem]
+
+
+def _entry(
+    slide_id: str, path: str, mpp: float | None, mask: str | None, original_id: str, problem: str = ""
+) -> SlideEntry:
+    outline = None if mask is None else Path(mask)
+    return SlideEntry(slide_id, Path(path), mpp, outline, original_id=original_id, problem=problem)
+
+
+# Of the manifest's other columns these are carried through as they are; free text could name somebody.
+KEPT_COLUMNS = ("site", "stain")
+_PATIENT = "patient_id"
+_KEY_BYTES = 16
+_DIGITS = 20  # hex: a collision among a million slides has the odds of one in a trillion
+
+
+def read_key(path: str | Path) -> bytes:
+    """The key of pseudonyms, from a file that holds nothing else; FileNotFoundError, or ValueError for one too short to
+    keep a secret."""
+    path = Path(path)
+    way = "Make one with `head -c 32 /dev/urandom | base64 > KEYFILE`, and keep it apart from the results"
+    if not path.is_file():
+        raise FileNotFoundError(f"--pseudonymise: expected a file with a key, got no {path.name!r}. {way}.")
+    key = path.read_bytes().strip()
+    if len(key) < _KEY_BYTES:
+        raise ValueError(f"--pseudonymise: expected a key of at least {_KEY_BYTES} bytes, got {len(key)}. {way}.")
+    return key
+
+
+def pseudonym(key: bytes, kind: str, name: str) -> str:
+    """The pseudonym of a name: HMAC-SHA256 (RFC 2104), cut; the same for the same key, kind and name."""
+    return hmac.new(key, f"{kind}:{name}".encode(), hashlib.sha256).hexdigest()[:_DIGITS]
+
+
+def pseudonymised(entries: Sequence[SlideEntry], key: bytes) -> list[SlideEntry]:
+    """The slides under pseudonyms, patients too. Every other column but `KEPT_COLUMNS` is left out."""
+    found = []
+    for entry in entries:
+        columns = {name: entry.columns[name] for name in KEPT_COLUMNS if name in entry.columns}
+        if entry.columns.get(_PATIENT):
+            columns[_PATIENT] = pseudonym(key, "patient", entry.columns[_PATIENT])
+        slide_id = pseudonym(key, "slide", entry.slide_id)
+        found.append(replace(entry, slide_id=slide_id, original_id=entry.slide_id, columns=columns))
+    return found

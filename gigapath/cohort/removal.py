@@ -10,11 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gigapath.cohort.privacy import PRIVATE, recorded_paths
-from gigapath.cohort.record import RUNS
+from gigapath.cohort.record import PRIVATE, RUNS, recorded_paths
 from gigapath.cohort.shards import FOLDER as SHARDS
-from gigapath.cohort.sheet import draw_contact_sheet
-from gigapath.cohort.status import SLIDES_CSV
+from gigapath.cohort.status import SLIDES_CSV, draw_contact_sheet
 from gigapath.file_names import folder_name, safe_name
 from gigapath.files import PARTIAL_SUFFIX, OutputError, write_text_atomic
 from gigapath.preprocessing.slide import slide_id_of
@@ -33,14 +31,9 @@ _TEXT_BYTES = 100_000_000
 
 @dataclass(frozen=True)
 class Removal:
-    """What was removed, or would be; names are relative to the output folder.
-
-    Attributes:
-        files: the slide's own files.
-        edited: files in which its rows and mentions were taken out.
-        redrawn: pictures that are drawn anew without it.
-        mentions: other files in the folder that name the slide; they are left to their owner.
-    """
+    """What was removed, or would be, by names relative to the output folder: the slide's own `files`; files `edited` to
+    take out its rows and mentions; pictures `redrawn` without it; other files that have `mentions` of it, which are
+    left to their owner."""
 
     files: tuple[str, ...]
     edited: tuple[str, ...]
@@ -52,14 +45,13 @@ class Removal:
 
 
 def remove_slide(out: Path, slide_id: str, *, dry_run: bool = False) -> Removal:
-    """Remove everything of a slide from an output folder.
-
-    No run may work on the folder meanwhile: it would make the slide's files anew.
+    """Remove everything of a slide from an output folder, on which no run may work meanwhile: it would make the slide
+    anew.
 
     Raises:
         FileNotFoundError: there is no such folder.
-        ValueError: the file's name instead of the slide's id, or the name from before it took a pseudonym: its
-            mentions would go and its results stay.
+        ValueError: the file's name instead of the slide's id, or the name from before it took a pseudonym: its mentions
+            would go and its results stay.
         OutputError: a file can't be removed or written.
     """
     safe_name(slide_id.replace("\\", "_"))  # a slide whose name is bad is listed with escapes

@@ -13,17 +13,13 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from gigapath.cohort.manifest import SlideEntry
-from gigapath.cohort.owner import Ownership
-from gigapath.cohort.privacy import without_paths
-from gigapath.cohort.record import RunRecord
-from gigapath.cohort.reuse import StageOptions, holds
-from gigapath.cohort.stage import Outcome, Stage
+from gigapath.cohort.record import RunRecord, without_paths
+from gigapath.cohort.stage import Outcome, Ownership, Stage, StageOptions, holds
 from gigapath.cohort.status import SLIDES_CSV, STATES, Status, read_status, slide_row, write_slides_csv, write_status
 from gigapath.features.gigapath_file import rows_file
 from gigapath.files import check_writable, sha256_of
 from gigapath.preprocessing.slide import SlideError
-from gigapath.progress import Plan, Progress
-from gigapath.signals import StopFlag, Stopped
+from gigapath.progress import Plan, Progress, StopFlag, Stopped
 from gigapath.tables import data_frame
 from gigapath.text import in_words, slides_in_words, table_lines, tiles_in_words
 
@@ -41,18 +37,10 @@ Process = Callable[[Sequence[SlideEntry]], SlideResults]
 
 @dataclass(frozen=True, repr=False)
 class RunResult:
-    """How a run ended.
-
-    Attributes:
-        out: the output folder.
-        run_id: names the run's record.
-        outcome: "done", "some slides failed", "stopped", or "planned" of a dry run.
-        note: one sentence on why the run ended before its last slide, where no signal ended it.
-        rows: one row per slide of this run, as in slides.csv.
-        counts: slides of this run by status.
-        seconds: wall time.
-        results: the folder of the last stage's results, where the verb has one.
-    """
+    """How a run ended: `outcome` is "done", "some slides failed", "stopped", or "planned" of a dry run; `rows` has one
+    row per slide of this run, as in slides.csv; `counts` its slides by status; `results` is the folder of the last
+    stage's results, where the verb has one; `note` says why the run ended before its last slide, where no signal ended
+    it."""
 
     out: Path
     run_id: str
@@ -97,23 +85,13 @@ class RunResult:
 
 @dataclass
 class CohortRun:
-    """One run of a verb over slides.
+    """One run of a verb over slides (`entries`, of the slides `cohort` that slides.csv lists where they are a share of
+    them).
 
-    Attributes:
-        out: the output folder.
-        verb: the command.
-        entries: the slides.
-        stages: the folders of the stages that a slide goes through, in order.
-        options: the resolved options, for the record.
-        command: the words of the command line after the verb.
-        watch: receives the news.
-        stop: tells that a signal came.
-        facts: what the run finds out, for the record.
-        keep_paths: whether `private/paths.csv` learns where the entries lie.
-        cohort: ids of all slides that slides.csv lists, where `entries` are a share of them.
-        max_failures: the run ends once more slides than this have failed, or None.
-        dry_run: plan, and neither work nor write.
-        made_with: what the results of the stages that the run writes are made with.
+    `stages` are the folders that a slide goes through, in order; `made_with` what the results there are made with;
+    `options` the resolved options and `command` the words of the command line, for the record, with the `facts` that
+    the run finds out; `keep_paths` says whether `private/` learns where the entries lie. The run ends once more slides
+    than `max_failures` have failed; a `dry_run` plans, and neither works nor writes.
     """
 
     out: Path
@@ -138,10 +116,7 @@ class CohortRun:
         """Bring slides through their stages; the run's record and slides.csv are left however it ends.
 
         Slides that failed by an error of input or output are tried once more when all others are through: a file server
-        that was away for a minute is back then. Whatever else a slide fails by can't change.
-
-        Args:
-            make_plan: says what is going to be done; called once the output folder has proved writable.
+        that was away for a minute is back then. `make_plan` is called once the output folder has proved writable.
 
         Raises:
             OutputError: the output folder can't be written, or the disk is full.
@@ -196,11 +171,8 @@ class CohortRun:
         return process
 
     def through(self, stages: Sequence[Stage], entry: SlideEntry) -> list[Status]:
-        """Bring a slide through stages, as far as it comes; the status of each that was not done before.
-
-        Raises:
-            Exception: as `attempt`.
-        """
+        """Bring a slide through stages, as far as it comes; the status of each that was not done before. Errors as
+        `attempt`."""
         statuses: list[Status] = []
         for stage in stages:
             if stage.done(entry) is None:
@@ -222,13 +194,9 @@ class CohortRun:
     ) -> Status:
         """Do one stage of one slide and write its status file; what goes wrong with the slide becomes its status.
 
-        Args:
-            stage: "tiles", "features" or "slides".
-
         Raises:
             Stopped: a signal came; the slide is marked as stopped.
-            OutputError: the disk takes nothing more.
-            ValueError: the encoder failed (EncoderError).
+            OutputError, ValueError: the disk takes nothing more; the encoder failed (EncoderError).
         """
         started = time.monotonic()
         before = read_status(folder, entry.slide_id)

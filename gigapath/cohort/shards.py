@@ -24,19 +24,11 @@ _COLUMNS = ("slide_id", "shard", "weight")
 def take_shard(
     out: Path, verb: str, entries: Sequence[SlideEntry], shard: tuple[int, int], *, tiles: Path, keep: bool = True
 ) -> list[SlideEntry]:
-    """The slides of one share, in their order.
+    """The slides of one share (I, N), in their order.
 
-    The cut is read from `out/shards/`, or made and written there by the first job that asks. It holds for these slides,
-    this verb and this N.
-
-    Args:
-        verb: the command; `embed` weighs slides by the tiles that `tile` has found meanwhile.
-        shard: (I, N).
-        keep: write the cut where there is none yet.
-
-    Raises:
-        OutputError: the cut can't be written.
-        ValueError: the cut that is there has been tampered with.
+    The cut is read from `out/shards/`, or made and (with `keep`) written there by the first job that asks. It holds for
+    these slides, this verb and this N; `embed` weighs slides by the tiles that `tile` has found meanwhile. OutputError
+    where it can't be written, ValueError where the one that is there has been tampered with.
     """
     number, count = shard
     ids = [entry.slide_id for entry in entries]

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from gigapath.files import small_json, write_json_atomic, write_text_atomic
+from gigapath.files import small_json, visible_files, write_json_atomic, write_text_atomic
 from gigapath.tables import csv_text
 from gigapath.text import without_name
 
@@ -35,16 +35,11 @@ _REFUSED = ("got a dark background", "got grey pixels")
 
 @dataclass(frozen=True)
 class Status:
-    """How a stage ended for one slide.
+    """How a stage ("tiles", "features" or "slides") ended for one slide: done | no_tissue | failed | stopped.
 
     Attributes:
-        slide_id: the slide.
-        stage: "tiles", "features" or "slides".
-        status: done | no_tissue | failed | stopped.
-        tiles: how many tiles the stage worked on.
-        seconds: wall time of the stage.
-        error: one sentence on what went wrong, or "".
-        warnings: sentences on what to look at.
+        tiles, seconds: how many tiles it worked on, and its wall time.
+        error, warnings: one sentence on what went wrong, or ""; sentences on what to look at.
         identity: everything that the numbers depend on; results are reused where it is equal.
         digest: a short name for the result's content, which the next stage records of this one.
         numerics_version: of the stage's numbers; 0 where its identity names none.
@@ -165,11 +160,7 @@ def changed(folders: Sequence[Path]) -> list[int]:
 
 
 def write_slides_csv(out: Path, stages: Sequence[Path], slide_ids: Iterable[str] = ()) -> list[dict[str, Any]]:
-    """Derive `slides.csv` from the status files of the stages' folders.
-
-    Returns:
-        the rows, by column.
-    """
+    """Derive `slides.csv` from the status files of the stages' folders; its rows, by column."""
     known = list(slide_ids)
     rows: list[dict[str, Any]] = []
 
@@ -183,6 +174,17 @@ def write_slides_csv(out: Path, stages: Sequence[Path], slide_ids: Iterable[str]
 
     derive(write, lambda: changed(stages))
     return rows
+
+
+def draw_contact_sheet(out: Path) -> bool:
+    """Draw `contact_sheet.jpg` of an output folder anew, suspects first; False where no slide is left to be shown."""
+    from gigapath.preprocessing.preview import contact_sheet  # OpenCV, which no other use of statuses needs
+
+    tiles = out / "tiles"
+    failed = {name for name, status in read_statuses(tiles).items() if status.status == "failed"}
+    shown = sorted({path.stem for path in visible_files(tiles, "*.h5")} - failed)
+    contact_sheet(out, shown, failed=len(failed))
+    return bool(shown)
 
 
 def slide_row(slide_id: str, stages: Sequence[Status | None]) -> dict[str, Any]:
@@ -218,13 +220,8 @@ def slide_row(slide_id: str, stages: Sequence[Status | None]) -> dict[str, Any]:
 
 
 def failures_by_kind(errors: Mapping[str, str]) -> dict[str, tuple[str, ...]]:
-    """Failed slides by what went wrong, the most frequent first.
-
-    Errors that differ in names and numbers alone are of one kind, for which the first slide's own sentence stands.
-
-    Args:
-        errors: slide -> its error.
-    """
+    """Failed slides (slide -> its error) by what went wrong, the most frequent first. Errors that differ in names and
+    numbers alone are of one kind, for which the first slide's own sentence stands."""
     kinds: dict[str, list[str]] = {}
     for slide_id in sorted(errors):
         kinds.setdefault(failure_kind(errors[slide_id], slide_id), []).append(slide_id)

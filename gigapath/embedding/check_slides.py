@@ -30,11 +30,7 @@ Float32Array = npt.NDArray[np.float32]
 
 @dataclass
 class SlideCheck:
-    """Compares files of tile embeddings with their slides; encoders are loaded once.
-
-    Attributes:
-        options: which slides, how many tiles, which encoder.
-    """
+    """Compares files of tile embeddings with their slides; encoders are loaded once."""
 
     options: CheckOptions
     _slides: dict[str, SlideEntry] | None = None
@@ -42,10 +38,7 @@ class SlideCheck:
 
     def check(self, report: FileReport) -> list[Finding]:
         """What the slide says about a file that was checked; nothing where it holds no tiles that could be compared.
-
-        Raises:
-            ValueError, OSError: the slides that are named can't be listed.
-        """
+        ValueError or OSError where the slides that are named can't be listed."""
         unusable = any(finding.name in _UNUSABLE for finding in report.findings)
         if report.kind != "tile embeddings" or unusable:
             return []
@@ -85,16 +78,8 @@ def _skipped(why: str) -> Finding:
 
 
 def compare_tiles(held: Contents, slide: Slide, encoder: TileEncoder, *, sample: int) -> list[Finding]:
-    """Embed some tiles of a file again.
-
-    Args:
-        held: the file's contents: ours, or another tool's with level-0 coordinates and a known step.
-        slide: its slide.
-        encoder: what made the embeddings.
-        sample: how many tiles, spread at random (always the same ones).
-
-    Raises:
-        ValueError: a tile can't be read.
+    """Embed `sample` tiles of a file again, spread at random (always the same ones), by what made its embeddings.
+    `held` is ours, or another tool's with level-0 coordinates and a known step. ValueError where a tile can't be read.
     """
     assert held.features is not None and held.coords is not None
     if held.frame != "level0" or held.step is None:

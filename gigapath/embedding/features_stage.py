@@ -11,9 +11,8 @@ from typing import Any
 import numpy as np
 
 from gigapath.cohort.manifest import SlideEntry
-from gigapath.cohort.reuse import StageOptions, digest
 from gigapath.cohort.run import CohortRun
-from gigapath.cohort.stage import Outcome, Stage
+from gigapath.cohort.stage import Outcome, Stage, StageOptions, digest
 from gigapath.cohort.status import Status, read_status
 from gigapath.devices import device_identity
 from gigapath.embedding.forward import DeviceProbe, PlainForward
@@ -48,7 +47,6 @@ class FeatureStage(Stage):
         batch_size: tiles of every batch that the encoder sees.
         workers: threads that read tiles.
         store: "float32" or "float16".
-        run: the run, for its news and its stop.
         probe: how the devices are used; None for the plain way, a slide at a time.
         streamed: the slides on their way, by id.
     """
@@ -206,14 +204,9 @@ class FeatureStage(Stage):
 class StreamedSlide:
     """A slide on its way through the stream, which finds out about it before its turn to be written comes.
 
-    Attributes:
-        entry: the slide.
-        statuses: of the stages before, where this run did them.
-        tiles: its tiles, where they are to be embedded.
-        kept: the rows of its tile embeddings that are safe already, and keeps more.
-        reading: what reads its tiles (`reader`) and makes them their size (`filter`), where they are to be embedded.
-        problem: what is wrong with it, for the stage to raise.
-        vectors: its vectors.
+    `statuses` are of the stages before, where this run did them; `tiles` those to be embedded; `kept` the rows that are
+    safe already, and keeps more; `reading` what reads its tiles (`reader`) and makes them their size (`filter`);
+    `problem` what is wrong with it, for the stage to raise.
     """
 
     __slots__ = ("_opened", "_stage", "_start", "entry", "kept", "problem", "reading", "statuses", "tiles", "vectors")
@@ -257,8 +250,8 @@ class StreamedSlide:
             self.problem = error
 
     def read(self, take: Take) -> None:
-        """Read the slide's tiles into the places that `take` gives, where they are to be embedded; called from the
-        reader's thread."""
+        """Read the slide's tiles into the places that `take` gives, where they are to be embedded; in the reader's
+        thread."""
         if self._opened is None or self.tiles is None or self.problem is not None:
             return
         transform = self._stage.encoder.transform
@@ -274,20 +267,14 @@ class StreamedSlide:
 
 @dataclass
 class EmbedJob:
-    """Brings slides through the stages, of which the tile embeddings' reads ahead.
-
-    Use it as a context manager: `announce` the slides, then `work` for each in that order; no thread is left.
-
-    Attributes:
-        run: the run.
-        features: the stage of tile embeddings, which knows that of the tiles.
-        slides: the slide encoder's stage, or None.
-    """
+    """Brings slides through the stages, of which the tile embeddings' reads ahead: `announce` them, then `work` for
+    each in that order. Use as a context manager; no thread is left. `slides` is None without a slide encoder;
+    `expected` says by slide how many tiles are thought to be embedded, corrected as they are tiled."""
 
     run: CohortRun
     features: FeatureStage
     slides: SlideStage | None
-    _expected: dict[str, int] = field(default_factory=dict)
+    expected: dict[str, int] = field(default_factory=dict)
 
     def __enter__(self) -> "EmbedJob":
         return self
@@ -331,26 +318,14 @@ class EmbedJob:
             return len(tiles.read(entry)) if status is None else status.tiles
         return 0
 
-    def expect(self, tiles: dict[str, int]) -> None:
-        """Take note of how many tiles each slide is thought to have; corrected slide by slide as they are tiled."""
-        self._expected = dict(tiles)
-
-    @property
-    def expected(self) -> dict[str, int]:
-        """By slide, how many tiles it is thought to have that are to be embedded."""
-        return dict(self._expected)
-
     def announce(self, entries: Sequence[SlideEntry]) -> None:
         """Say which slides are going to be worked on, in this order, so that they can be planned and read ahead."""
         for entry in entries:
             self.features.streamed[entry.slide_id] = StreamedSlide(self.features, entry)
 
     def work(self, entry: SlideEntry) -> list[Status]:
-        """Bring a slide through what is left to do; the status of each stage that was done.
-
-        Args:
-            entry: the next of the slides announced, or one that was not announced, once all of those are through.
-        """
+        """Bring a slide through what is left to do; the status of each stage that was done. It is the next of the
+        slides announced, or one that was not announced, once all of those are through."""
         streamed = self.features.streamed
         if not streamed:
             self.announce([entry])
@@ -365,9 +340,9 @@ class EmbedJob:
             slide.vectors.wait_prepared()
             statuses = slide.statuses
             tiles = len(slide.tiles) if slide.tiles is not None else max((s.tiles for s in statuses), default=None)
-            if tiles is not None and self._expected.get(entry.slide_id) != tiles:
-                self._expected[entry.slide_id] = tiles
-                self.run.watch.expect(sum(self._expected.values()))
+            if tiles is not None and self.expected.get(entry.slide_id) != tiles:
+                self.expected[entry.slide_id] = tiles
+                self.run.watch.expect(sum(self.expected.values()))
             if all(status.finished for status in statuses):
                 statuses += self.run.through([self.features], entry)
             if self.slides is not None and all(status.finished for status in statuses):

@@ -1,17 +1,15 @@
 """Batches through tile encoders: the ways that a device has, what goes wrong there, and what the devices can do.
 
 That is found out by a few made batches before the first slide: the batch's shape, which is a part of all numbers,
-whether batches may cross the borders of slides, and the rate.
-
-The plain way serves any device; on CUDA copies go beside the computing where that gives the plain way's bytes on this
-machine. B tiles of a batch, S the transform's `resize`, D width.
+whether batches may cross the borders of slides, and the rate. The plain way serves any device; on CUDA copies go beside
+the computing where that gives the plain way's bytes on this machine. B tiles of a batch, S the transform's `resize`, D
+width.
 """
 
 import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -39,19 +37,13 @@ class OutOfMemory(EncoderError):
     """The device's memory doesn't hold a batch."""
 
 
-def encode_padded(pixels: npt.NDArray[np.uint8], encoder: TileEncoder, batch_size: int) -> npt.NDArray[np.float32]:
-    """(n, T, T, 3) uint8 to (n, D) float32 through one batch of exactly `batch_size` tiles, padded and cut.
-
-    So the vector of a tile depends on nothing but the tile, whatever stands beside it.
-
-    Raises:
-        EncoderError: the encoder failed, for want of memory or otherwise.
-        ValueError: a vector is not finite.
-    """
+def encode_padded(pixels: npt.NDArray[np.uint8], encoder: TileEncoder, batch_size: int) -> Vectors:
+    """(n, T, T, 3) uint8 to (n, D) float32 through one batch of exactly `batch_size` tiles, padded and cut: the vector
+    of a tile depends on nothing but the tile. EncoderError, or ValueError where a vector is not finite."""
     batch = np.zeros((batch_size, *[encoder.transform.resize] * 2, 3), np.uint8)
     encoder.transform.fit(pixels, batch[: len(pixels)])
     with encoder_failures(encoder, batch_size):
-        vectors = encoder.forward(torch.from_numpy(batch).to(encoder.device)).cpu().numpy()
+        vectors = _encode(encoder, torch.from_numpy(batch))
     return encoder.checked(vectors[: len(pixels)])
 
 
@@ -73,33 +65,14 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-class Forward(Protocol):
-    """A way of sending batches through one encoder.
+class PlainForward:
+    """Copy, compute, copy back, one after the other; works on every device.
 
     Attributes:
         encoder: the encoder.
         in_flight: batches that may be on their way behind the one that is waited for.
         pinned: whether batches should lie in page-locked memory.
     """
-
-    encoder: TileEncoder
-    in_flight: int
-    pinned: bool
-
-    def start(self, pixels: Tensor) -> Callable[[], Vectors]:
-        """Begin with a batch.
-
-        Args:
-            pixels: uint8 (B, S, S, 3) in the host's memory, S the transform's `resize`; not to be touched before the
-                answer is there.
-
-        Returns:
-            Waits for float32 (B, D).
-        """
-
-
-class PlainForward:
-    """Copy, compute, copy back, one after the other; works on every device."""
 
     in_flight = 0
     pinned = False
@@ -108,18 +81,20 @@ class PlainForward:
         self.encoder = encoder
 
     def start(self, pixels: Tensor) -> Callable[[], Vectors]:
+        """Begin with a batch, uint8 (B, S, S, 3) in the host's memory, not to be touched before the answer is there;
+        what is returned waits for float32 (B, D)."""
         vectors = self.encoder.forward(pixels.to(self.encoder.device)).cpu().numpy()
         return lambda: vectors
 
 
-class CudaForward:
+class CudaForward(PlainForward):
     """The copy of the next batch travels on a stream of its own while this one is computed."""
 
     in_flight = 1
     pinned = True
 
     def __init__(self, encoder: TileEncoder) -> None:
-        self.encoder = encoder
+        super().__init__(encoder)
         self._copies = torch.cuda.Stream(encoder.device)  # type: ignore[no-untyped-call]
 
     def start(self, pixels: Tensor) -> Callable[[], Vectors]:
@@ -153,15 +128,10 @@ class CudaForward:
 
 
 def choose_forward(
-    encoder: TileEncoder, batch_size: int, fast: Callable[[TileEncoder], Forward] | None = None
-) -> tuple[Forward, str]:
-    """The quickest way that gives the plain way's bytes, and what to say of it in the record.
-
-    Args:
-        encoder: the encoder, on its device.
-        batch_size: B.
-        fast: makes the quicker way; by default CudaForward where the device is a CUDA one.
-    """
+    encoder: TileEncoder, batch_size: int, fast: Callable[[TileEncoder], PlainForward] | None = None
+) -> tuple[PlainForward, str]:
+    """The quickest way that gives the plain way's bytes, and what to say of it in the record; `fast` makes the quicker
+    way, by default CudaForward where the device is a CUDA one."""
     plain = PlainForward(encoder)
     fast = CudaForward if fast is None and encoder.device.type == "cuda" else fast
     if fast is None:
@@ -173,14 +143,14 @@ def choose_forward(
         waiting = [quick.start(batch.pin_memory() if quick.pinned else batch) for batch in batches]
         found = [wait() for wait in waiting]
     except RuntimeError as error:  # want of memory for two batches among them
-        return plain, f"plain: copies beside the computing failed ({str(error).strip().splitlines()[0]})"
-    if any(a.tobytes() != b.tobytes() for a, b in zip(expected, found, strict=True)):
+        return plain, f"plain: copies beside the computing failed ({first_line(error)})"
+    if not all(map(_equal, expected, found)):
         return plain, "plain: copies beside the computing gave other numbers on this device"
     return quick, "copies beside the computing, checked against the plain way"
 
 
 def made_batch(encoder: TileEncoder, batch_size: int, seed: int = 0) -> Tensor:
-    """A batch of made tiles, no two alike: uint8 (B, S, S, 3), S the transform's `resize`."""
+    """A batch of made tiles, no two alike: uint8 (B, S, S, 3)."""
     side = encoder.transform.resize
     pixels = np.random.default_rng(seed).integers(0, 256, (batch_size, side, side, 3), np.uint8)
     return torch.from_numpy(pixels)
@@ -188,16 +158,10 @@ def made_batch(encoder: TileEncoder, batch_size: int, seed: int = 0) -> Tensor:
 
 @dataclass(frozen=True)
 class DeviceProbe:
-    """How a stream is going to run.
+    """How a stream is going to run: a way for each device and what the ways are, whether batches are filled across the
+    slides' borders, and the rate of all devices together."""
 
-    Attributes:
-        forwards: one a device.
-        across: whether batches are filled across the slides' borders.
-        tiles_per_second: of all devices together.
-        ways: how batches travel, in words.
-    """
-
-    forwards: tuple[Forward, ...]
+    forwards: tuple[PlainForward, ...]
     across: bool
     tiles_per_second: float
     ways: tuple[str, ...]
@@ -208,7 +172,7 @@ def probe_devices(
     batch_size: int,
     *,
     several: bool,
-    fast: Callable[[TileEncoder], Forward] | None = None,
+    fast: Callable[[TileEncoder], PlainForward] | None = None,
 ) -> DeviceProbe:
     """Find out what the devices can do.
 
@@ -223,21 +187,26 @@ def probe_devices(
         ValueError: the devices give different numbers.
     """
     distinct = list({id(encoder): encoder for encoder in encoders}.values())
-    chosen, seconds, vectors = _try(distinct, batch_size, fast)
+    chosen: dict[int, tuple[PlainForward, str]] = {}
+    vectors, seconds = [], 0.0
+    for encoder in distinct:
+        with encoder_failures(encoder, batch_size):
+            chosen[id(encoder)] = choose_forward(encoder, batch_size, fast)
+            batch = made_batch(encoder, batch_size)
+            started = time.perf_counter()
+            vectors.append(_encode(encoder, batch))
+            seconds = max(seconds, time.perf_counter() - started)
     differing = [each.device for each, found in zip(distinct, vectors, strict=True) if not _equal(found, vectors[0])]
     if differing:
         raise ValueError(
             f"--devices: expected the same numbers of all, got others of {', '.join(map(str, differing))} than of "
             f"{distinct[0].device}. Give each kind of device a run and a folder of its own."
         )
-    batch = made_batch(distinct[0], batch_size)
-    across = several
+    across, started = several, time.perf_counter()
     if several:
-        started = time.perf_counter()
         across = all(places_are_equal(each, batch, vectors[0]) for each in distinct)
         seconds = min(seconds, (time.perf_counter() - started) / len(distinct))
     elif seconds < _BELIEVED_SECONDS:
-        started = time.perf_counter()
         _encode(distinct[0], batch)
         seconds = time.perf_counter() - started
     return DeviceProbe(
@@ -249,14 +218,10 @@ def probe_devices(
 
 
 def fitting_batch_size(encoders: Sequence[TileEncoder], batch_size: int) -> int:
-    """`batch_size`, halved until the memory of every device holds such a batch.
+    """`batch_size`, halved until the memory of every device holds such a batch; EncoderError where it holds none.
 
     Called before a run looks at what is done, and never later: a tile's last bits depend on the batch's shape, so a
     run keeps one, and the next run on the same machine must come to the same.
-
-    Raises:
-        OutOfMemory: a device doesn't hold a single tile.
-        EncoderError: an encoder failed otherwise.
     """
     for encoder in {id(each): each for each in encoders if each.device.type in _OUT_OF_MEMORY}.values():
         while True:
@@ -272,33 +237,14 @@ def fitting_batch_size(encoders: Sequence[TileEncoder], batch_size: int) -> int:
 
 
 def places_are_equal(encoder: TileEncoder, batch: Tensor, vectors: Vectors) -> bool:
-    """Whether a tile's vector is the same to the last bit wherever in a batch it stands.
+    """Whether a tile's vector is the same to the last bit wherever in a batch (B, S, S, 3) it stands; `vectors` (B, D)
+    are those of the batch.
 
     It holds where a matrix product sums every row in one order; a product that splits its sums by place would break
     it, and then each slide gets batches of its own.
-
-    Args:
-        encoder: the encoder.
-        batch: uint8 (B, S, S, 3).
-        vectors: (B, D), what the encoder gave for it.
     """
     step = len(batch) // 2 + 1
     return _equal(np.roll(_encode(encoder, batch.roll(step, 0)), -step, 0), vectors)
-
-
-def _try(
-    encoders: Sequence[TileEncoder], batch_size: int, fast: Callable[[TileEncoder], Forward] | None
-) -> tuple[dict[int, tuple[Forward, str]], float, list[Vectors]]:
-    """The way and the vectors of each encoder, and the seconds of a batch."""
-    chosen, vectors, seconds = {}, [], 0.0
-    for encoder in encoders:
-        with encoder_failures(encoder, batch_size):
-            chosen[id(encoder)] = choose_forward(encoder, batch_size, fast)
-            batch = made_batch(encoder, batch_size)
-            started = time.perf_counter()
-            vectors.append(_encode(encoder, batch))
-            seconds = max(seconds, time.perf_counter() - started)
-    return chosen, seconds, vectors
 
 
 def _encode(encoder: TileEncoder, batch: Tensor) -> Vectors:

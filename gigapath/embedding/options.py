@@ -4,28 +4,10 @@ told at once."""
 import re
 from dataclasses import dataclass
 
-from gigapath.features import parse_embedding
-from gigapath.features.recipes import RECIPES
+from gigapath.features.data import parse_embedding, recipe_of
 from gigapath.machine import available_cores
-from gigapath.options import DeviceOptions, EncoderOptions, Options, PitchOptions, option
+from gigapath.options import DeviceOptions, EncoderOptions, KeepOptions, PitchOptions, option
 from gigapath.preprocessing.fast import READERS
-
-
-@dataclass(frozen=True)
-class KeepOptions(Options):
-    """What a run does with the results that it finds."""
-
-    overwrite: str | None = option(
-        None, "do a stage again even where it is done", choices=("tiles", "features", "slides", "all")
-    )
-    allow_mixed: bool = option(False, "accept results of other precision, device or weights in the same folder")
-    only: str | None = option(None, "failed: leave out slides that did not fail before", choices=("failed",))
-    max_failures: int | None = option(None, "end the run once more slides than this failed", metavar="N", at_least=0)
-    dry_run: bool = option(False, "show the plan and write nothing")
-
-    def overwrites(self, stage: str) -> bool:
-        """Whether this stage is to be done again."""
-        return self.overwrite in (stage, "all")
 
 
 @dataclass(frozen=True)
@@ -136,10 +118,10 @@ class SlideEmbedOptions(EncoderOptions, PitchOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        pooling = parse_embedding(self.embedding).pooling
-        if self.per == "section" and (pooling == "tiles" or self.embedding in RECIPES):
+        pooling, recipe = parse_embedding(self.embedding).pooling, recipe_of(self.embedding)
+        if self.per == "section" and (pooling == "tiles" or recipe is not None):
             raise ValueError(f"--per section: expected one vector a section, got --embedding {self.embedding}.")
-        if self.embedding in RECIPES and not RECIPES[self.embedding].evaluated:
+        if recipe is not None and not recipe.evaluated:
             raise ValueError(
                 f"--embedding {self.embedding}: expected a tool that gives the same vector twice; this one leaves "
                 "dropout on. Take default:class for the vector that it means."
@@ -148,7 +130,7 @@ class SlideEmbedOptions(EncoderOptions, PitchOptions):
     @property
     def form(self) -> str:
         """What a result is: "slide", "section", the name of the vectors of tiles, or that of a tool."""
-        if self.embedding in RECIPES:
+        if recipe_of(self.embedding) is not None:
             return self.embedding
         name = parse_embedding(self.embedding)
         return str(name) if name.pooling == "tiles" and self.per == "slide" else self.per

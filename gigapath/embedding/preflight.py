@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from gigapath.cohort.manifest import SlideEntry, find_slides, id_problems
-from gigapath.cohort.privacy import without_paths
+from gigapath.cohort.record import without_paths
 from gigapath.cohort.run import RunResult
 from gigapath.cohort.status import FINISHED
 from gigapath.embedding.options import RunOptions
@@ -104,15 +104,8 @@ def _pieces(path: Path) -> str:
 
 
 def stratified(strata: Sequence[str], count: int) -> list[int]:
-    """Indices of `count` members, spread over the strata: each gets one, the largest first, then in proportion.
-
-    Args:
-        strata: the stratum of each member.
-        count: how many are wanted; fewer come where there are fewer.
-
-    Returns:
-        indices, ascending; within a stratum evenly spread over its members.
-    """
+    """Indices, ascending, of `count` members (fewer where there are fewer), spread over the strata: each gets one, the
+    largest first, then in proportion; within a stratum evenly over its members."""
     members: dict[str, list[int]] = {}
     for index, name in enumerate(strata):
         members.setdefault(name, []).append(index)
@@ -128,10 +121,8 @@ def stratified(strata: Sequence[str], count: int) -> list[int]:
 
 
 def missing_bytes(path: Path) -> int:
-    """How many bytes a TIFF lacks at its end, by the tiles and strips that it lists; 0 where it is whole, or no TIFF.
-
-    A directory that can't be read ends the search: what opens the slide says more about that.
-    """
+    """How many bytes a TIFF lacks at its end, by the tiles and strips that it lists; 0 where it is whole, or no TIFF. A
+    directory that can't be read ends the search: what opens the slide says more about that."""
     try:
         with open_tiff(path) as file:
             pages = [one for page in file.pages for one in (page, *(page.pages or ()))]  # levels in SubIFDs too
@@ -164,15 +155,13 @@ class Header:
     """What one slide's header says.
 
     Attributes:
-        slide_id: the slide.
-        bytes: size of its file.
+        bytes: size of its file, and `missing_bytes` what that lacks at its end, by its own directory.
         vendor: OpenSlide's word for the format, or "".
         scanner: the model, where it is given in a known form.
         mpp: microns per level-0 pixel that a run would take (x and y averaged), or None.
         mpp_problem: "missing", "implausible", or what contradicts the figure in words; "" where all is well.
         places: tiles that would fit, tissue or not.
         error: why the slide can't be opened or tiled, or "".
-        missing_bytes: what the file lacks at its end, by its own directory.
     """
 
     slide_id: str
@@ -188,17 +177,9 @@ class Header:
 
 @dataclass(frozen=True)
 class Survey:
-    """A cohort by its headers.
-
-    Attributes:
-        headers: one for each slide.
-        id_problems: sentences on ids that a run would refuse.
-        odd_ids: slide_id -> "a name" or "a date".
-        duplicates: ids of slides whose files are identical.
-        tissue_share: share of the places that became tiles in the pilot, or as is usual.
-        piloted: how many slides that share comes from; 0 for the usual one.
-        max_tiles: most tiles of a slide, or None.
-    """
+    """A cohort by its headers: `id_problems` are sentences on ids that a run would refuse, `odd_ids` slide_id -> "a
+    name" or "a date", `duplicates` ids of slides whose files are identical; `tissue_share` of the places became tiles
+    in the pilot of `piloted` slides, or does as is usual; `max_tiles` the most of a slide, or None."""
 
     headers: tuple[Header, ...]
     id_problems: tuple[str, ...]
@@ -252,14 +233,8 @@ class Survey:
 def survey(
     inputs: Sequence[str | Path], tiling: TileOptions, *, exclude: Path | None = None
 ) -> tuple[Survey, list[SlideEntry]]:
-    """Open every header, in parallel; no tile is read.
-
-    Returns:
-        what was found, and the slides.
-
-    Raises:
-        ValueError, FileNotFoundError: there is no slide, or a manifest is off; single slides are told in the result.
-    """
+    """Open every header, in parallel; no tile is read. What was found (what is wrong with single slides is part of it),
+    and the slides; ValueError or FileNotFoundError where there is none, or a manifest is off."""
     entries = find_slides(inputs, exclude=exclude, check_ids=False)
     with ThreadPoolExecutor(_THREADS_PER_CORE * available_cores(), thread_name_prefix="header") as pool:
         headers = tuple(pool.map(lambda entry: read_header(entry, tiling), entries))
@@ -320,19 +295,8 @@ def run_pilot(
     watch: Progress | None = None,
     command: Sequence[str] = (),
 ) -> tuple[Survey, RunResult]:
-    """Tile `count` slides up to their previews, spread over vendors, scales and sites; the survey counts by them then.
-
-    Args:
-        found: the cohort's headers.
-        entries: the slides, in the same order.
-        out: the output folder.
-        count: how many slides.
-        tiling: how they are cut.
-        watch: receives the news.
-        command: the words of the command line, for the record.
-
-    Returns:
-        the survey with the share of tissue found, and how the tiling ended.
+    """Tile `count` slides up to their previews, spread over vendors, scales and sites; the survey, which counts by the
+    share of tissue found then, and how the tiling ended.
 
     Raises:
         ValueError: no slide can be tiled, ids collide.

@@ -37,16 +37,9 @@ Array = npt.NDArray[Any]
 
 @dataclass(frozen=True)
 class Way:
-    """One way to compute a slide embedding, and how near it comes to the vectors.
-
-    Attributes:
-        name: of the named way that it is, or differs from by the fewest changes.
-        changes: what differs from that, such as {"pooling": "class"}.
-        recipe: the way itself.
-        cosine: with the vectors, averaged over slides.
-        distance: relative, averaged over slides.
-        precision: in which it comes nearest, a key of PRECISIONS.
-    """
+    """One way to compute a slide embedding, and how near it comes to the vectors: `name` is of the named way that it
+    is, or differs from by the fewest `changes` (such as {"pooling": "class"}); `cosine` and relative `distance` are
+    averaged over slides; `precision`, a key of PRECISIONS, is that in which it comes nearest."""
 
     name: str
     changes: Mapping[str, str]
@@ -62,15 +55,9 @@ class Way:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the vectors of a tool are.
-
-    Attributes:
-        slides: how many were compared.
-        named: the named ways, nearest first.
-        fits: the ways that agree with the vectors within rounding and have the fewest changes; several where they
-            cannot be told apart on these slides.
-        dropout: the named ways whose runs in training mode differ from the vectors no more than from each other.
-    """
+    """What the vectors of a tool are, on so many `slides`: the `named` ways, nearest first; those that `fits` within
+    rounding with the fewest changes (several where they cannot be told apart on these slides); with `dropout`, those
+    whose runs in training mode differ from the vectors no more than from each other."""
 
     slides: int
     named: Sequence[Way]
@@ -79,15 +66,10 @@ class Verdict:
 
 
 class Referee:
-    """Says how vectors of slides were computed; what several tools' vectors need is computed once."""
+    """Says how vectors of slides were computed from `tiles` (slide id -> tile embeddings in the order of their file,
+    with cells) by the encoder with the tools' weights; what several tools' vectors need is computed once."""
 
     def __init__(self, tiles: Mapping[str, TileEmbeddings], encoder: SlideEncoder) -> None:
-        """Take the tile embeddings.
-
-        Args:
-            tiles: slide id -> its tile embeddings in the order of their file, with cells.
-            encoder: the slide encoder with the weights that the tools had.
-        """
         self._tiles, self._encoder = tiles, encoder
         depth = 0 if encoder.model is None else encoder.model.depth
         states = ["default", *(f"state:{state}" for state in range(depth + 1))]
@@ -97,11 +79,8 @@ class Referee:
         self._computed: dict[tuple[str, str, bytes, bytes], Array] = {}
 
     def judge(self, vectors: Mapping[str, Array]) -> Verdict:
-        """Say how vectors, slide id -> (E,), were computed.
-
-        Raises:
-            ValueError: no slide in common, vectors of another width than the encoder's and the tile embeddings'.
-        """
+        """Say how vectors, slide id -> (E,), were computed; ValueError where no slide is in common, or their width is
+        neither the encoder's nor the tile embeddings'."""
         ids = sorted(set(vectors) & set(self._tiles))[:_SLIDES]
         if not ids:
             some = [", ".join(sorted(names)[:3]) for names in (vectors, self._tiles)]
@@ -241,14 +220,8 @@ def differences(one: Recipe, other: Recipe) -> dict[str, str]:
 
 
 def apart(one: Mapping[str, Array], other: Mapping[str, Array]) -> tuple[int, float, float]:
-    """How far apart two tools' vectors of the same slides are.
-
-    Returns:
-        slides in common, the mean and the smallest cosine.
-
-    Raises:
-        ValueError: no slide in common, or vectors of two widths.
-    """
+    """How far apart two tools' vectors are: slides in common, the mean and the smallest cosine; ValueError without
+    slides in common, or for vectors of two widths."""
     ids = sorted(set(one) & set(other))
     widths = {len(next(iter(vectors.values()))) for vectors in (one, other)}
     if not ids or len(widths) > 1:
@@ -291,12 +264,8 @@ def _training(model: torch.nn.Module) -> Iterator[None]:
 
 
 def compare_files(options: CheckOptions) -> dict[str, Any]:
-    """What the files of `--slide-embeddings` are, as plain JSON values.
-
-    Raises:
-        FileNotFoundError, ValueError: a file that can't be read, no slide in common, a slide encoder that is named and
-            can't be loaded.
-    """
+    """What the files of `--slide-embeddings` are, as plain JSON values; FileNotFoundError or ValueError for a file that
+    can't be read, no slide in common, a slide encoder that is named and can't be loaded."""
     tools = [read_slide_vectors(path) for path in options.slide_embeddings]
     referee, why_not = None, "no --features were given"
     if options.features is not None:

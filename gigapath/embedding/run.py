@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from gigapath.cohort.manifest import SlideEntry
-from gigapath.cohort.reuse import StageOptions, differences
 from gigapath.cohort.run import CohortRun, RunResult
+from gigapath.cohort.stage import StageOptions, differences
 from gigapath.devices import at_most_threads, device_identity, resolve_devices
 from gigapath.embedding.features_stage import EmbedJob, FeatureStage
 from gigapath.embedding.forward import DeviceProbe, fitting_batch_size, probe_devices
@@ -20,9 +20,8 @@ from gigapath.embedding.tiling import GivenTiles, TileStage, write_contact_sheet
 from gigapath.machine import available_cores
 from gigapath.options import to_dict
 from gigapath.preprocessing.tiling import TileOptions
-from gigapath.progress import Plan, Progress
+from gigapath.progress import Plan, Progress, StopFlag
 from gigapath.releases import RELEASES
-from gigapath.signals import StopFlag
 from gigapath.slide_encoder import WEIGHTS_FILE
 from gigapath.text import in_bytes, in_words, slides_in_words, tiles_in_words
 from gigapath.tile_encoder import TileEncoder, load_tile_encoder
@@ -122,14 +121,14 @@ def _prepare(
 
 def _over_ray(run: CohortRun, tiling: TileOptions, embedding: EmbedOptions, options: RunOptions) -> RunResult:
     """The run by Ray's workers, each with encoders of its own; the first one says what is to do, since it has them."""
-    from gigapath.cohort.ray_workers import RayWorkers  # where it is asked for
+    from gigapath.cohort.ray_tasks import RayTasks  # where it is asked for
     from gigapath.cohort.shards import largest_first
 
     if embedding.devices is not None or embedding.device not in ("auto", "cpu", "cuda"):
         raise ValueError(
             "--engine ray: expected --device auto, cpu or cuda, and no --devices: each worker has a device of its own."
         )
-    with RayWorkers(run, address=options.ray_address, cores=options.worker_cores, device=embedding.device) as workers:
+    with RayTasks(run, address=options.ray_address, cores=options.worker_cores, device=embedding.device) as workers:
         make_job = partial(
             _worker_job,
             cohort=tuple(run.entries),
@@ -147,20 +146,10 @@ def _over_ray(run: CohortRun, tiling: TileOptions, embedding: EmbedOptions, opti
 
 @dataclass(frozen=True)
 class WorkList:
-    """What the first of Ray's workers finds that a run has to do.
-
-    Attributes:
-        entries: the slides that the run is for.
-        todo: those of which something is left to do.
-        tiles: by slide of `todo`, about how many tiles are to be embedded.
-        tiles_folder: where the slides' tiles are.
-        plan: for whoever watches.
-        stages: the folders of the stages.
-        made_with: what their results are made with.
-        facts: for the run's record.
-        numerics: what the numbers depend on; all workers must come to the same.
-        batch_size: tiles of a batch, for all workers.
-    """
+    """What the first of Ray's workers finds that a run has to do: the slides that it is for (`entries`), those of which
+    something is left (`todo`), by slide about how many `tiles` are to be embedded and the folder where they are; the
+    plan, the stages' folders and what their results are made with, facts for the record, the `numerics` to which all
+    workers must come, and their batch size."""
 
     entries: tuple[SlideEntry, ...]
     todo: tuple[SlideEntry, ...]
@@ -183,11 +172,8 @@ def _worker_job(
     embedding: EmbedOptions,
     options: RunOptions,
 ) -> tuple[EmbedJob, WorkList]:
-    """The job of one of Ray's workers, and what the first one found.
-
-    Raises:
-        ValueError: it comes to other numbers than the first.
-    """
+    """The job of one of Ray's workers, and what the first one found; ValueError where it comes to other numbers than
+    the first."""
     if found is None:
         run.entries, run.cohort = cohort, sorted({entry.slide_id for entry in cohort})
         job, todo = _prepare(run, tiling, embedding, options)
@@ -195,7 +181,7 @@ def _worker_job(
         return job, WorkList(
             entries=tuple(run.entries),
             todo=tuple(todo),
-            tiles=job.expected,
+            tiles=dict(job.expected),
             tiles_folder=job.features.tiles.folder,
             plan=plan,
             stages=tuple(run.stages),
@@ -320,7 +306,7 @@ def _plan(job: EmbedJob, todo: Sequence[SlideEntry]) -> Plan:
     unknown = [entry for entry in todo if known[entry.slide_id] is None]
     total = estimate_tiles(counted, unknown, features.tiling)
     guess = (total - sum(counted)) // len(unknown) if unknown else 0
-    job.expect({slide_id: guess if count is None else count for slide_id, count in known.items()})
+    job.expected = {slide_id: guess if count is None else count for slide_id, count in known.items()}
     if total:
         features.probe = probe_devices(features.encoders, features.batch_size, several=len(todo) > 1)
         job.run.facts["batches"] = ", ".join(features.probe.ways)

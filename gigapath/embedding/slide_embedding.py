@@ -8,20 +8,18 @@ from gigapath.cohort.manifest import SlideEntry
 from gigapath.cohort.run import CohortRun, RunResult
 from gigapath.cohort.status import read_status
 from gigapath.devices import at_most_threads
-from gigapath.embedding.options import KeepOptions, SlideEmbedOptions
+from gigapath.embedding.options import SlideEmbedOptions
 from gigapath.embedding.slide_encoding import SlideEncoder, load_slide_encoder, usual_slide_encoder
 from gigapath.embedding.slide_stage import SlideStage, slides_folder
 from gigapath.embedding.slides import only_failed
-from gigapath.features import FeatureFileError
+from gigapath.features.data import FeatureFileError, recipe_of
 from gigapath.features.reading import FeatureFacts, encoder_hints, find_feature_files, look_at_features, slide_name
-from gigapath.features.recipes import RECIPES
 from gigapath.file_names import name_problem, one_line, plain_name, quoted_name
 from gigapath.files import real_path, sha256_of
 from gigapath.machine import available_cores
-from gigapath.options import to_dict
-from gigapath.progress import Plan, Progress
+from gigapath.options import KeepOptions, to_dict
+from gigapath.progress import Plan, Progress, StopFlag
 from gigapath.releases import RELEASES
-from gigapath.signals import StopFlag
 from gigapath.text import slides_in_words
 
 
@@ -118,13 +116,8 @@ class _FeatureFiles:
 
 
 def _slide_encoder(embedding: SlideEmbedOptions, first: Path, facts: FeatureFacts) -> SlideEncoder:
-    """The slide encoder that the options mean for these tile embeddings; one that was trained on others is refused.
-
-    Args:
-        embedding: which slide encoder.
-        first: a file of these tile embeddings.
-        facts: what it says of itself.
-    """
+    """The slide encoder that the options mean for these tile embeddings, of which a first file says `facts` of itself;
+    one that was trained on others is refused."""
     name, tile_encoder, width = embedding.slide_encoder, facts.encoder, facts.width
     if name is None:
         name = usual_slide_encoder(tile_encoder, random_weights=embedding.random_weights)
@@ -144,7 +137,7 @@ def _slide_encoder(embedding: SlideEmbedOptions, first: Path, facts: FeatureFact
         random_weights=embedding.random_weights and name in RELEASES,
     )
     slide_encoder.check_pair(tile_encoder, width)
-    recipe = RECIPES.get(embedding.form)
+    recipe = recipe_of(embedding.form)
     if slide_encoder.model is None and (recipe is not None or embedding.form.endswith(":tiles")):
         raise ValueError(f"--embedding {embedding.embedding}: expected a slide encoder with layers, got the mean.")
     if recipe is not None and embedding.precision == "auto":
@@ -153,12 +146,8 @@ def _slide_encoder(embedding: SlideEmbedOptions, first: Path, facts: FeatureFact
 
 
 def entries_of(inputs: Sequence[str | Path]) -> list[SlideEntry]:
-    """The files of tile embeddings that `inputs` name, one entry a slide.
-
-    Raises:
-        FileNotFoundError: an input doesn't exist.
-        ValueError: there is no such file in a folder, several encoders' folders, or two files of one slide.
-    """
+    """The files of tile embeddings that `inputs` name, one entry a slide; FileNotFoundError, or ValueError where a
+    folder has none, several encoders' folders are there, or two files of one slide."""
     entries: dict[str, SlideEntry] = {}
     for file in find_feature_files(inputs):
         slide_id, problem = slide_name(file), ""

@@ -21,7 +21,7 @@ from gigapath.features import TileEmbeddings, parse_embedding
 from gigapath.file_names import plain_name
 from gigapath.files import remembered_sha256
 from gigapath.longnet.attention import choose_kernel
-from gigapath.longnet.steps import between_steps
+from gigapath.longnet.linear import between_steps
 from gigapath.releases import RELEASES, check_encoder, release_of
 from gigapath.slide_encoder import WEIGHTS_FILE, LongNetViT, create_model
 from gigapath.weights import find_weights, load_state_dict, tell_architecture
@@ -36,17 +36,12 @@ _MEAN_ROWS = 1024
 
 @dataclass(frozen=True)
 class SlideEncoder:
-    """A slide encoder on its device, or the plain mean of the tiles (`model` None).
+    """A slide encoder on its device, in eval mode, or the plain mean of the tiles (`model` None).
 
-    Attributes:
-        name: short and fit for a folder's name; says so where the weights are random.
-        trained: whether its weights are trained ones.
-        weights_sha256: of the file of weights, or None where there is none.
-        tile_encoder: the tile encoder that it was trained with, or None where it takes any of the right width.
-        description: one line that says plainly what it is.
-        device: where it runs.
-        precision: "fp32", the type of autocast, or "half" for a model that is float16 itself.
-        model: the model, in eval mode.
+    `name` is short and fit for a folder's name, and says so where the weights are random (not `trained`);
+    `weights_sha256` is of the file of weights, or None; `tile_encoder` the one that it was trained with, None where it
+    takes any of the right width; `precision` "fp32", the type of autocast, or "half" for a model that is float16
+    itself.
     """
 
     name: str
@@ -59,15 +54,8 @@ class SlideEncoder:
     model: LongNetViT | None
 
     def check_pair(self, tile_encoder: str | None, embed_dim: int) -> None:
-        """Refuse tile embeddings of another encoder than the slide encoder was trained with.
-
-        Args:
-            tile_encoder: what the file names, or None where it names none; then only the width is checked.
-            embed_dim: D.
-
-        Raises:
-            ValueError: names both encoders.
-        """
+        """Refuse tile embeddings (of width D; where `tile_encoder` is None only that is checked) of another encoder
+        than the slide encoder was trained with: ValueError names both."""
         known = None if tile_encoder is None else release_of(tile_encoder)
         if self.tile_encoder is not None and known is not None and known != self.tile_encoder:
             raise ValueError(
@@ -117,12 +105,9 @@ class SlideEncoder:
         check: Callable[[], None] = lambda: None,
         progress: AfterLayer = lambda done, layers: None,
     ) -> dict[str, npt.NDArray[np.float32]]:
-        """The embeddings of a slide by name, from its tile embeddings as stored, N at least 1, in the order given.
-
-        Args:
-            tiles: the tile embeddings, with cells.
-            check: called within the layers, every few seconds at the least; it may raise to stop.
-            progress: called after each layer.
+        """The embeddings of a slide by name, from its tile embeddings as stored, with cells, N at least 1, in the order
+        given. `check` is called within the layers, every few seconds at the least, and may raise to stop; `progress`
+        after each.
 
         Raises:
             EncoderError: the encoder failed, for want of memory or otherwise.
@@ -150,16 +135,8 @@ class SlideEncoder:
         check: Callable[[], None] = lambda: None,
         progress: AfterLayer = lambda done, layers: None,
     ) -> npt.NDArray[np.float32]:
-        """One vector a tile, which knows the tiles around it: the tokens that the mean is taken of, before `norm`.
-
-        Args:
-            tiles: the tile embeddings, with cells, N at least 1.
-            name: a name of `gigapath.features.data` that ends with `:tiles`.
-            check: as for `embed`.
-            progress: as for `embed`.
-
-        Returns:
-            (N, E) float32; for all-states (N, (depth + 1) * E).
+        """One vector a tile, which knows the tiles around it: the tokens that the mean is taken of, before `norm`. (N,
+        E) float32 for a `name` of an embedding that ends with `:tiles`; for all-states (N, (depth + 1) * E).
 
         Raises:
             EncoderError: the encoder failed, for want of memory or otherwise.
@@ -252,9 +229,8 @@ def pooled_states(
         coords: (N, 2) (x, y) in pixels, of which `model.tile_size` make a cell.
         see_tokens: gets the number of each state, depth + 1 for the default output, and its tile tokens (N, E).
 
-    Returns:
-        states (depth + 1, 2, E) and the default output (2, E); of each pair the first is the mean over the tiles, the
-        second the class token.
+    Returns: states (depth + 1, 2, E) and the default output (2, E); of each pair the first is the mean over the tiles,
+    the second the class token.
     """
 
     def pool(tokens: Tensor) -> Tensor:  # (1, N + 1, E) -> (2, E)

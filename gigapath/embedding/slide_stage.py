@@ -11,11 +11,9 @@ from typing import Any, Protocol
 import numpy as np
 
 from gigapath.cohort.manifest import SlideEntry
-from gigapath.cohort.reuse import StageOptions, digest, section_name
 from gigapath.cohort.run import CohortRun
-from gigapath.cohort.stage import Outcome, Stage
+from gigapath.cohort.stage import Outcome, Stage, StageOptions, digest, section_name
 from gigapath.devices import device_identity
-from gigapath.embedding.options import KeepOptions
 from gigapath.embedding.slide_encoding import SlideEncoder, mean_of_rows
 from gigapath.features import (
     SLIDE_NUMERICS_VERSION,
@@ -26,11 +24,11 @@ from gigapath.features import (
     write_tile_vectors,
 )
 from gigapath.features.cells import tiles_as
-from gigapath.features.data import Array
+from gigapath.features.data import Array, recipe_of
 from gigapath.features.gigapath_file import open_ours
 from gigapath.features.h5 import check_undamaged, read_attrs
 from gigapath.features.reading import is_ours
-from gigapath.features.recipes import RECIPES
+from gigapath.options import KeepOptions
 
 # What a slide's file repeats of its tile embeddings.
 _CARRIED = ("encoder", "weights_sha256", "transform", "precision", "device", "batch_shape", "store", "mpp", "tile_size")
@@ -40,7 +38,7 @@ def slides_folder(out: Path, slide_encoder: str, tile_encoder: str, form: str = 
     """Where the embeddings of slides go, of their pieces (`form` "section"), one vector a tile (a name that ends with
     `:tiles`), or another tool's embedding (its name)."""
     pair = f"{slide_encoder}__{tile_encoder}"
-    if form in RECIPES:
+    if recipe_of(form) is not None:
         return out / f"as-{form}_{pair}"
     if form in ("slide", "section"):
         return out / (f"slides_{pair}" if form == "slide" else f"slides_{pair}__sections")
@@ -59,18 +57,12 @@ class Features(Protocol):
 
 @dataclass
 class SlideStage(Stage):
-    """From a slide's tile embeddings to its own: `slides_*/<id>.h5`.
+    """From a slide's tile embeddings (`features`) to its own: `slides_*/<id>.h5`, by a slide encoder or the mean.
 
-    Attributes:
-        folder: `slides_<slide encoder>__<tile encoder>`.
-        encoder: the slide encoder, or the mean.
-        features: the tile embeddings.
-        options: how the run goes about it.
-        run: the run, for its news and its stop.
-        tile_size_level0: what the user says of the step between tiles, for files of other tools.
-        tile_encoder: the tile encoder that all files must name, or None to ask nothing.
-        form: "slide" for one embedding a slide, "section" for one a connected piece of tissue, a name that ends with
-            `:tiles` for one vector a tile, or of RECIPES for a slide's embedding as that tool computes it.
+    `tile_size_level0` is what the user says of the step between tiles, for files of other tools; `tile_encoder` what
+    all files must name, or None to ask nothing; `form` "slide" for one embedding a slide, "section" for one a connected
+    piece of tissue, a name that ends with `:tiles` for one vector a tile, or a tool's for an embedding as that computes
+    it.
     """
 
     folder: Path
@@ -116,7 +108,7 @@ class SlideStage(Stage):
 
     def make(self, entry: SlideEntry, identity: Mapping[str, Any]) -> Outcome:
         features, named = self.features.digest(entry), digest(identity)
-        if self.form == "slide" or self.form in RECIPES:
+        if self.form == "slide" or recipe_of(self.form) is not None:
             return self._embed_slide(entry, features, named)
         tiles = self._read(self.features.path(entry))
         if self.form == "section":
@@ -189,7 +181,7 @@ class SlideStage(Stage):
             "trained": self.encoder.trained and described.get("trained") is not False,
             "features": features,
             "identity": named,
-            **({"recipe": self.form} if self.form in RECIPES else {}),
+            **({} if recipe_of(self.form) is None else {"recipe": self.form}),
         }
 
     def _facts(self, attrs: Mapping[str, Any]) -> dict[str, Any]:
@@ -221,7 +213,7 @@ class SlideStage(Stage):
 
     def _read(self, path: Path) -> TileEmbeddings:
         """The slide's tile embeddings, of the right encoder."""
-        recipe = RECIPES.get(self.form)
+        recipe = recipe_of(self.form)
         tiles = read_features(
             path,
             tile_size_level0=self.tile_size_level0,

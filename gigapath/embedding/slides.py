@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from gigapath.cohort.manifest import SlideEntry, find_slides
-from gigapath.cohort.privacy import KEPT_COLUMNS, pseudonymised, read_key, recorded_paths
+from gigapath.cohort.record import KEPT_COLUMNS, pseudonymised, read_key, recorded_paths
 from gigapath.cohort.status import read_status, read_statuses
 from gigapath.embedding.options import RunOptions, parse_shard
 from gigapath.preprocessing.grid import plan_grid
@@ -20,11 +20,8 @@ from gigapath.preprocessing.tissue import METHODS
 
 
 def open_entry(entry: SlideEntry, tiling: TileOptions, reader: str = "auto") -> Slide:
-    """Open a slide with the scale that the manifest or the options state, to be read as `open_slide` says.
-
-    Raises:
-        SlideError: it can't be opened, or has a `problem`.
-    """
+    """Open a slide with the scale that the manifest or the options state; SlideError where that can't be, or it has a
+    `problem`."""
     if entry.problem:
         raise SlideError(entry.problem)
     source = "manifest" if entry.mpp is not None else "--slide-mpp"
@@ -44,11 +41,8 @@ def options_for(entry: SlideEntry, tiling: TileOptions) -> TileOptions:
 
 
 def named(entries: list[SlideEntry], tiling: TileOptions, options: RunOptions) -> list[SlideEntry]:
-    """The slides under the names that this run gives them: pseudonyms with `--pseudonymise`.
-
-    Raises:
-        FileNotFoundError, ValueError: there is no key, or a poor one.
-    """
+    """The slides under the names that this run gives them, pseudonyms with `--pseudonymise`; FileNotFoundError or
+    ValueError where there is no key, or a poor one."""
     if options.pseudonymise is None:
         return entries
     key = read_key(options.pseudonymise)
@@ -60,12 +54,8 @@ def named(entries: list[SlideEntry], tiling: TileOptions, options: RunOptions) -
 def cohort_to_embed(
     slides: Sequence[str | Path], out: Path, tiles: str | None, tiling: TileOptions, options: RunOptions
 ) -> list[SlideEntry]:
-    """The slides of an embedding run: those named, else those that the tiling run of `tiles` recorded.
-
-    Raises:
-        ValueError: no slides, ids or pseudonyms that collide, classes without a mask.
-        FileNotFoundError: an input, the mask or the record of the tiling run doesn't exist.
-    """
+    """The slides of an embedding run: those named, else those that the tiling run of `tiles` recorded. ValueError where
+    there are none, ids or pseudonyms collide, classes come without a mask; FileNotFoundError."""
     entries = named(find_slides(slides, exclude=out), tiling, options) if slides else _recorded(tiles)
     check_names(entries, out)
     if tiles is None:
@@ -97,11 +87,8 @@ def _with_mask(entry: SlideEntry, folder: Path) -> SlideEntry:
 
 def check_names(entries: Iterable[SlideEntry], out: Path) -> None:
     """Refuse names other than those under which the folder has the same slides: each would be there twice, and once
-    under its own name where pseudonyms were wanted.
-
-    Raises:
-        ValueError: pseudonyms of another key, or of none where the folder has some, or the other way round.
-    """
+    under its own name where pseudonyms were wanted. ValueError for pseudonyms of another key, or of none where the
+    folder has some, or the other way round."""
     before = {entry.original_id or entry.slide_id: entry for entry in recorded_paths(out)}
     for entry in entries:
         earlier = before.get(entry.original_id or entry.slide_id, entry)
@@ -146,12 +133,8 @@ def only_failed(entries: Sequence[SlideEntry], stages: Sequence[Path]) -> list[S
 
 
 def check_tissue(entries: Iterable[SlideEntry], tiling: TileOptions) -> None:
-    """Refuse a `--tissue` that can serve no slide, before work starts: a slip there is no fault of the slides.
-
-    Raises:
-        FileNotFoundError: `--tissue` is neither a method nor a file or folder that exists.
-        ValueError: classes are asked for where no file could hold them.
-    """
+    """Refuse a `--tissue` that can serve no slide, before work starts: FileNotFoundError where it is neither a method
+    nor a file or folder that exists, ValueError for classes where no file could hold them."""
     if all(entry.mask is not None for entry in entries):
         return
     if tiling.tissue not in METHODS and not Path(tiling.tissue).exists():

@@ -18,19 +18,17 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Generic, Protocol, TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from gigapath.devices import at_most_threads
-from gigapath.embedding.forward import Forward, Vectors, encoder_failures
-from gigapath.preprocessing.reading import Take
+from gigapath.embedding.forward import PlainForward, Vectors, encoder_failures
+from gigapath.preprocessing.reading import Place
 from gigapath.tile_encoder import TileEncoder
 
-UInt8Array = npt.NDArray[np.uint8]
 Item = TypeVar("Item")
 
 # How often a waiting caller asks whether to go on, and takes what there is.
@@ -64,7 +62,7 @@ class _Channel(Generic[Item]):
         self._queue.put(item)
 
     def take(self, *, wait: bool = True) -> Item:
-        """The next item; raises queue.Empty where there is none and nobody may wait, _Closed at the stream's end."""
+        """The next item; queue.Empty where there is none and nobody may wait, _Closed at the stream's end."""
         item = self._queue.get(wait)
         if item is None or self._closing.is_set():
             self._queue.put(item)
@@ -97,15 +95,8 @@ class Part:
 
 @dataclass(eq=False)
 class Batch:
-    """A buffer, and what lies in it.
-
-    Attributes:
-        pixels: uint8 (B, S, S, 3).
-        parts: what its rows hold, in order.
-        count: rows that were handed out.
-        unfilled: of these, rows that a thread is still filling.
-        untaken: parts whose vectors the caller has not taken.
-    """
+    """A buffer (uint8 (B, S, S, 3)), and what its rows hold, in order: `count` of them were handed out, of which
+    `unfilled` are still being filled; `untaken` are parts whose vectors the caller has not taken."""
 
     pixels: Tensor
     parts: list[Part] = field(default_factory=list)
@@ -114,53 +105,14 @@ class Batch:
     untaken: int = 0
 
 
-@dataclass(slots=True)
-class Place:
-    """Rows of a batch for tiles of a slide that follow each other; whoever took it says when it is done with it.
-
-    Attributes:
-        first: index of the first tile.
-        pixels: uint8 (n, S, S, 3), to be filled.
-        filled: hears that the rows are filled, or of the problem because of which they never will be.
-    """
-
-    first: int
-    pixels: UInt8Array
-    filled: Callable[[BaseException | None], None]
-
-    def done(self, problem: BaseException | None = None) -> None:
-        """Its rows are filled; or they never will be: then the slide fails of `problem` and nobody gets them."""
-        self.filled(problem)
-
-
-class Source(Protocol):
-    """One slide, as the stream sees it."""
-
-    def prepare(self) -> None:
-        """What comes before reading; called from the planner's thread."""
-
-    def read(self, take: Take) -> None:
-        """Put the tiles into the places that `take` gives, as `fill_places` does; called from the reader's thread."""
-
-    def close(self) -> None:
-        """Let go of what was prepared; called after reading, or instead of it."""
-
-
 class SlideVectors:
     """The vectors of one slide on their way; made by `TileStream.submit`.
 
-    Attributes:
-        encoding_since: when (time.monotonic) the first batch with tiles of this slide went into an encoder, or None.
-
-    The others belong to the stream and its lock:
-        source: the slide.
-        prepared: whether it is prepared, or failed to be.
-        unprepared: what went wrong with that.
-        all_read: whether its last tile is in a batch.
-        problem: what went wrong first with reading or encoding it.
-        over: whether nothing more of it is wanted.
-        on_the_way: parts of batches that hold tiles of it and are not through an encoder.
-        ready: parts that are, and their vectors.
+    `encoding_since` is when (time.monotonic) the first batch with tiles of this slide went into an encoder, or None.
+    The others belong to the stream and its lock: whether it is `prepared`, or what went wrong with that (`unprepared`);
+    whether its last tile is in a batch (`all_read`); what went wrong first with reading or encoding (`problem`);
+    whether nothing more of it is wanted (`over`); its parts of batches that are `on_the_way` into an encoder, and those
+    that are `ready` with their vectors.
     """
 
     # A cohort's slides are all submitted at once: 171,189 of these should stay small.
@@ -169,7 +121,7 @@ class SlideVectors:
         *("encoding_since", "_stream"),
     )
 
-    def __init__(self, source: Source, stream: "TileStream") -> None:
+    def __init__(self, source: Any, stream: "TileStream") -> None:
         self.encoding_since: float | None = None
         self.source = source
         self.prepared = self.all_read = self.over = False
@@ -187,12 +139,8 @@ class SlideVectors:
                 raise self.unprepared
 
     def blocks(self) -> Generator[tuple[int, Vectors], None, None]:
-        """(index of the first tile, vectors (n, D)), each tile once; with several devices in any order.
-
-        Raises:
-            EncoderError: an encoder failed.
-            Exception: what went wrong with this slide; and what the stream's `check` raises.
-        """
+        """(index of the first tile, vectors (n, D)), each tile once; with several devices in any order. EncoderError
+        where an encoder failed, else what went wrong with this slide, and what the stream's `check` raises."""
         try:
             while True:
                 with self._stream.lock:
@@ -257,16 +205,11 @@ class TileStream:
         readers: threads by which a slide is read.
         cores: threads that torch computes with at the most, or None to leave that to torch.
         check: is called by a caller who waits; it may raise to stop.
-
-    Attributes:
-        busy: how busy each stage is.
-        lock: of all that slides and batches know of each other.
-        permits: one for each batch that may be encoded before the caller takes what was.
     """
 
     def __init__(
         self,
-        forwards: Sequence[Forward],
+        forwards: Sequence[PlainForward],
         batch_size: int,
         *,
         across: bool = True,
@@ -307,8 +250,12 @@ class TileStream:
         # A second Ctrl-C ends the process at once; its threads are daemons.
         self.close(wait=kind is None or not issubclass(kind, KeyboardInterrupt))
 
-    def submit(self, source: Source) -> SlideVectors:
-        """Append a slide; the stream begins with it when its turn comes. Take the slides' vectors in this order."""
+    def submit(self, source: Any) -> SlideVectors:
+        """Append a slide; the stream begins with it when its turn comes. Take the slides' vectors in this order.
+
+        Of the source, `prepare()` is called from the planner's thread, `read(take)` from the reader's (it puts the
+        tiles into the places that `take` gives, as `fill_places` does), and `close()` after that or instead of it.
+        """
         slide = SlideVectors(source, self)
         with self.lock:
             self._ahead += 1
@@ -333,11 +280,8 @@ class TileStream:
                     slide.source.close()
 
     def wait(self, holds: Callable[[], bool], after_a_while: Callable[[], bool] = lambda: False) -> None:
-        """Wait in the caller until `holds`, or after _CHECK_SECONDS `after_a_while`. The lock is held.
-
-        Raises:
-            Exception: what ended the stream, or what `check` raises.
-        """
+        """Wait in the caller, who holds the lock, until `holds`, or after _CHECK_SECONDS `after_a_while`. Raises what
+        ended the stream, or what `check` raises."""
         patience = time.monotonic() + _CHECK_SECONDS
         while True:
             if self._failure is not None:
@@ -416,16 +360,8 @@ class TileStream:
             slide.problem = slide.problem or problem
 
     def _take(self, slide: SlideVectors, first: int, left: int) -> Place | None:
-        """The next rows for a slide, waiting for a free buffer; called in the tiles' order, by one thread at a time.
-
-        Args:
-            slide: whose tiles they are for.
-            first: index of the first tile.
-            left: tiles from there to the slide's end; at most so many rows are given.
-
-        Returns:
-            The rows, or None where no more of the slide is wanted.
-        """
+        """The next rows for a slide's tiles from `first` on, at most `left`, waiting for a free buffer; None where no
+        more of the slide is wanted. Called in the tiles' order, by one thread at a time."""
         try:
             pixels = self._buffer() if self._filling is None and slide.wanted else None
         except _Closed:
@@ -483,7 +419,7 @@ class TileStream:
         while self._handed_out and not self._handed_out[0].unfilled:
             self._full.put(self._handed_out.popleft())
 
-    def _encode(self, forward: Forward) -> None:
+    def _encode(self, forward: PlainForward) -> None:
         running: deque[tuple[Batch, Callable[[], Vectors]]] = deque()
         while True:
             batch = self._next_batch(wait=not running)
@@ -532,15 +468,10 @@ Snapshot = tuple[float, dict[str, float]]
 
 
 class StageTimes:
-    """Seconds of work by stage, added up from several threads: the stage with the largest share is the one that the
-    others wait for."""
+    """Seconds of work by stage, added up from several threads (`workers` side by side in each): the stage with the
+    largest share is the one that the others wait for."""
 
     def __init__(self, workers: Mapping[str, int]) -> None:
-        """Nothing has been done yet.
-
-        Args:
-            workers: the stages, and how many work side by side in each: as many seconds a second it can be busy.
-        """
         self._workers = dict(workers)
         self._lock = threading.Lock()
         self._seconds = dict.fromkeys(workers, 0.0)

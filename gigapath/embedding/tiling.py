@@ -13,11 +13,9 @@ from typing import Any
 import numpy as np
 
 from gigapath.cohort.manifest import SlideEntry, find_slides
-from gigapath.cohort.reuse import StageOptions, digest
 from gigapath.cohort.run import CohortRun, RunResult
-from gigapath.cohort.sheet import draw_contact_sheet
-from gigapath.cohort.stage import Outcome, Stage
-from gigapath.cohort.status import Status, changed, derive, read_status
+from gigapath.cohort.stage import Outcome, Stage, StageOptions, digest
+from gigapath.cohort.status import Status, changed, derive, draw_contact_sheet, read_status
 from gigapath.embedding.options import RunOptions
 from gigapath.embedding.slides import (
     check_names,
@@ -37,8 +35,7 @@ from gigapath.preprocessing.preview import preview_picture, write_preview
 from gigapath.preprocessing.slide import SlideError
 from gigapath.preprocessing.tiling import TileOptions, TilePlan, plan_tiles
 from gigapath.preprocessing.tissue import METHODS
-from gigapath.progress import Plan, Progress
-from gigapath.signals import StopFlag
+from gigapath.progress import Plan, Progress, StopFlag
 from gigapath.text import in_words, slides_in_words, tiles_in_words
 
 # Options that decide whether a slide is accepted, not which tiles come of it.
@@ -110,10 +107,10 @@ def tile_cohort(
             return _plan(entries, todo, cohort, out, tiling, options)
 
         if options.over_ray:
-            from gigapath.cohort.ray_workers import RayWorkers  # where it is asked for
+            from gigapath.cohort.ray_tasks import RayTasks  # where it is asked for
             from gigapath.cohort.shards import largest_first
 
-            with RayWorkers(run, address=options.ray_address, cores=options.worker_cores, device="none") as workers:
+            with RayTasks(run, address=options.ray_address, cores=options.worker_cores, device="none") as workers:
                 reading = dataclasses.replace(options, workers=options.reading_threads(workers.cores))
                 workers.start(partial(_worker_job, tiling=tiling, options=reading))
                 todo = largest_first(todo, folder)
@@ -145,13 +142,7 @@ class _TileJob:
 
 @dataclasses.dataclass
 class TileStage(Stage):
-    """From a slide to its tiles: `tiles/<id>.h5`, with a preview.
-
-    Attributes:
-        out: the output folder.
-        tiling: how slides are cut.
-        options: how the run goes about it.
-    """
+    """From a slide to its tiles, cut as `tiling` says: `tiles/<id>.h5` in the output folder `out`, with a preview."""
 
     out: Path
     tiling: TileOptions
@@ -228,11 +219,7 @@ class GivenTiles:
     _held: dict[str, Tiles] = dataclasses.field(default_factory=dict)
 
     def read(self, entry: SlideEntry) -> Tiles:
-        """The slide's tiles, from their file.
-
-        Raises:
-            SlideError: there are none, or its last tiling came to nothing.
-        """
+        """The slide's tiles, from their file; SlideError where there are none, or its last tiling came to nothing."""
         held = self._held.get(entry.slide_id)
         if held is None:
             held = self._held[entry.slide_id] = self._read(entry)

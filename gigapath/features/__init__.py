@@ -3,7 +3,7 @@ tools', read into the same dataclasses. Names are looked up when they are used."
 
 from typing import TYPE_CHECKING
 
-from gigapath.lazy import lazy_names
+from gigapath import lazy_names
 
 if TYPE_CHECKING:
     from gigapath.features.data import (

@@ -16,12 +16,8 @@ _MOST_HEADER = 10_000  # as numpy has it: what parses a header is not made for m
 
 
 def read_npz(path: Path) -> dict[str, Array]:
-    """The arrays of an npz file, by name.
-
-    Raises:
-        FileNotFoundError, PermissionError: it can't be opened.
-        FeatureFileError: no npz file, a damaged one, one that holds objects, or claims more than it holds.
-    """
+    """The arrays of an npz file, by name; FileNotFoundError, PermissionError, or FeatureFileError where it is none, is
+    damaged, holds objects, or claims more than it holds."""
     try:
         with zipfile.ZipFile(path) as archive:
             for member in archive.infolist():
@@ -50,12 +46,8 @@ def read_npy(path: Path) -> Array:
 
 
 def read_tensor(path: Path | str) -> Array:
-    """The tensor of a `.pt` file as an array of its own floating type (bfloat16, which numpy lacks, as float32).
-
-    Raises:
-        FileNotFoundError: no such file.
-        FeatureFileError: not a file of one tensor of floats; one sentence that names it.
-    """
+    """The tensor of a `.pt` file as an array of its own floating type (bfloat16, which numpy lacks, as float32);
+    FileNotFoundError, or FeatureFileError where it is no file of one tensor of floats."""
     import torch  # takes seconds, which only `.pt` files need
 
     path = Path(path)

@@ -4,12 +4,14 @@ import dataclasses
 import json
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from gigapath.features.data import CELL, FRAMES, STEP_OPTION, Array, Attrs, FeatureFileError, TileEmbeddings
-from gigapath.features.recipes import Recipe
+
+if TYPE_CHECKING:
+    from gigapath.features.recipes import Recipe
 
 SLIDE2VEC_COORDINATES = ".coordinates.npz"
 SLIDEFLOW_INDEX = ".index.npz"
@@ -93,16 +95,9 @@ def row_major(cells: Array) -> Array | None:
     return np.argsort(keys, kind="stable")
 
 
-def tiles_as(tiles: TileEmbeddings, recipe: Recipe) -> TileEmbeddings:
-    """The tiles in the order and on the cells that a recipe gives them.
-
-    Args:
-        tiles: in the order of their file, with cells.
-        recipe: of RECIPES, or a changed one.
-
-    Raises:
-        ValueError: coordinates of another unit than the recipe needs, or beyond float16's range.
-    """
+def tiles_as(tiles: TileEmbeddings, recipe: "Recipe") -> TileEmbeddings:
+    """The tiles (in the order of their file, with cells) in the order and on the cells that a recipe gives them;
+    ValueError for coordinates of another unit than it needs, or beyond float16's range."""
     assert tiles.cells is not None
     size = as_number(tiles.attrs.get("patch_size_level0")) or as_number(tiles.attrs.get("tile_size_lv0"))
     size = size or tiles.tile_size_level0 or 0.0  # of a tile: where tiles overlap, the tools divide by it all the same

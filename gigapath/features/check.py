@@ -80,19 +80,9 @@ class Report:
 
 @dataclass
 class FileReport(Report):
-    """What was found about one file, with what its folder is compared by.
-
-    Attributes:
-        path: the file.
-        kind: "tile embeddings", "tiles", "tile coordinates", "slide embeddings", "vectors", or "" where it could not
-            be told.
-        tool: who wrote it.
-        slide_id: the slide.
-        tiles: how many tiles it holds, or None.
-        compared: what must be equal throughout a folder, by name; what the file does not say is left out.
-        digest: equal where two files hold the same embeddings; "" where there is nothing to compare.
-        findings: in the order of the checks.
-    """
+    """What was found about one file, with what its folder is compared by: `kind` as `Contents.kind` ("" where it could
+    not be told), `compared` what must be equal throughout a folder, by name, `digest` equal where two files hold the
+    same embeddings ("" where there is nothing to compare)."""
 
     kind: str = ""
     tool: str = ""
@@ -117,11 +107,8 @@ def share(count: int, total: int, what: str = "tiles") -> str:
 
 
 def files_to_check(paths: Sequence[str | Path]) -> list[Path]:
-    """The files that are named, and every feature file below the folders that are named, each once.
-
-    Raises:
-        FileNotFoundError: a path doesn't exist, or a folder holds no feature file.
-    """
+    """The files that are named, and every feature file below the folders that are named, each once; FileNotFoundError
+    where a path doesn't exist, or a folder holds none."""
     found: dict[Path, None] = {}
     for path in map(Path, paths):
         if not path.exists():
@@ -134,12 +121,8 @@ def files_to_check(paths: Sequence[str | Path]) -> list[Path]:
 
 
 def check_file(path: Path, *, tile_size_level0: float | None = None) -> FileReport:
-    """Check one file; whatever is wrong with it is in the report.
-
-    Args:
-        path: the file.
-        tile_size_level0: the distance between neighbouring tiles, where the file does not say.
-    """
+    """Check one file; whatever is wrong with it is in the report. `tile_size_level0` is the distance between
+    neighbouring tiles, where the file does not say."""
     try:
         if path.is_file() and is_damaged(path):  # nothing else that is said of it would mean anything
             return FileReport(path, findings=[Finding("checksum", DAMAGED, f"Its numbers are wrong. {MEND_DAMAGED}")])
@@ -222,12 +205,7 @@ def compared(held: Contents) -> dict[str, Any]:
 
 
 def check_folder(folder: Path, reports: Sequence[FileReport]) -> list[Finding]:
-    """Compare the files of one folder.
-
-    Args:
-        folder: the folder.
-        reports: one for each of its files.
-    """
+    """Compare the files of one folder, of which there is a report each."""
     findings = []
     by_kind: dict[str, list[FileReport]] = defaultdict(list)
     for report in reports:
@@ -296,11 +274,7 @@ def _is_section(report: FileReport) -> bool:
 
 
 def check_values(held: Contents) -> tuple[list[Finding], str]:
-    """Look at every embedding of a file.
-
-    Returns:
-        the findings, and a digest that is equal for equal embeddings in any order ("" where there are none).
-    """
+    """The findings on all embeddings of a file, and a digest that is equal for equal embeddings in any order, or ""."""
     if held.kind == "slide embeddings":
         return _check_vectors(held)
     features = held.features

@@ -7,13 +7,15 @@ N tiles of a slide, D width of an embedding, K quality measures. Coordinates are
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from gigapath.features.recipes import RECIPES
 from gigapath.file_names import safe_name
+
+if TYPE_CHECKING:
+    from gigapath.features.recipes import Recipe
 
 # Raised only when the numbers in the files change; reuse compares these, not the package's version. Each stage has one
 # of its own, so that no other is redone for its sake.
@@ -63,15 +65,11 @@ class EmbeddingName:
     one vector a tile, which knows the tiles around it. The mean over a slide's tiles, then the model's `norm`, is the
     slide's own vector with `mean`.
 
-    Attributes:
-        kind: one of KINDS.
-        pooling: "mean", "class" or "tiles"; "" for tile-mean.
-        state: I of `state:I`, else None.
     """
 
-    kind: str
-    pooling: str = "mean"
-    state: int | None = None
+    kind: str  # of KINDS
+    pooling: str = "mean"  # of POOLINGS; "" for tile-mean
+    state: int | None = None  # I of `state:I`
 
     def __str__(self) -> str:
         return ":".join(
@@ -79,9 +77,19 @@ class EmbeddingName:
         )
 
 
+def recipe_of(name: str) -> "Recipe | None":
+    """How another tool computes an embedding, where the name of one (or of what a run makes) is that tool's."""
+    if name.partition(":")[0] in (*KINDS, "slide", "section"):
+        return None
+    from gigapath.features.recipes import RECIPES  # seldom asked for
+
+    return RECIPES.get(name)
+
+
 def parse_embedding(name: str) -> EmbeddingName:
     """Read the name of an embedding; an unknown one raises ValueError with the names that exist."""
-    kind, *rest = (RECIPES[name].readout if name in RECIPES else name).split(":")
+    recipe = recipe_of(name)
+    kind, *rest = (name if recipe is None else recipe.readout).split(":")
     if kind == "tile-mean" and not rest:
         return EmbeddingName(kind, pooling="")
     if kind in KINDS and kind != "tile-mean":
@@ -90,6 +98,8 @@ def parse_embedding(name: str) -> EmbeddingName:
         numbered = state is not None and state.isascii() and state.isdigit()
         if not rest and pooling in POOLINGS and numbered == (kind == "state"):
             return EmbeddingName(kind, pooling, int(state) if state is not None else None)
+    from gigapath.features.recipes import RECIPES
+
     raise ValueError(
         f"embedding: expected default, state:I, last-state or all-states (with :mean, :class or :tiles), tile-mean, "
         f"{', '.join(RECIPES)}, got {name!r}."
@@ -259,23 +269,18 @@ class TileEmbeddings:
 class Contents:
     """All that a feature file of any tool holds, unjudged: what is wrong with it can be said of it. N tiles, D width.
 
+    Arrays are as stored, None where there are none; `coords` in the unit that `frame` (a key of FRAMES) names.
+
     Attributes:
-        path: the file.
         kind: "tile embeddings", "tiles", "tile coordinates", "slide embeddings" or "vectors" (embeddings whose
             coordinates are not at hand).
         tool: who wrote it, as `TileEmbeddings.source`.
         slide_id: as the file says, else its name without suffix.
-        features: (N, D) as stored, or None.
-        coords: (N, 2) as stored, in the unit that `frame` names, or None.
-        cells: (N, 2), section: (N,), qc: (N, K), as stored by us, or None.
-        tissue_fraction: (N,), or None.
         qc_names: what the columns of `qc` measure.
         vectors: the vectors of a slide's file by name.
-        frame: a key of FRAMES.
         step: the distance (x, y) between neighbouring tiles that the file states, or None.
         missing: what the file lacks (its step, its coordinates) and how to state it.
-        encoder: the tile encoder that the file names, or None.
-        slide_encoder: the slide encoder that a slide's file names, or None.
+        encoder, slide_encoder: the tile encoder that the file names, or None; of a slide's file the slide encoder.
         attrs: what the file says of itself, root and datasets together.
         complete: the mark of our files, None for other tools'.
     """
@@ -338,7 +343,7 @@ class SlideEmbeddings:
     def select(self, name: str) -> Array:
         """The embedding of that name (`EmbeddingName`) as (D,) float32; ValueError where this slide has no
         such one."""
-        wanted, recipe, made = parse_embedding(name), RECIPES.get(name), self.attrs.get("recipe")
+        wanted, recipe, made = parse_embedding(name), recipe_of(name), self.attrs.get("recipe")
         if made != name and (made is not None or (recipe is not None and not recipe.plain_places)):
             held = "the usual order and places of tiles" if made is None else f"those of {made}"
             raise ValueError(

@@ -34,17 +34,11 @@ _WARNINGS = (
 
 
 def describe(path: Path | str, *, tile_size_level0: float | None = None) -> dict[str, Any]:
-    """Say what a feature file is.
+    """Say what a feature file, ours or another tool's, is, as plain JSON values.
 
-    Args:
-        path: an `.h5`, `.npz` or `.pt` file, ours or another tool's.
-        tile_size_level0: as for `read_features`.
-
-    Returns:
-        plain JSON values: `file`, `kind` (as `Contents.kind`), `tool`, `slide_id`, `complete` (None where the tool has
-        no such mark), `warnings`, `attrs`; for tiles `tiles`, `frame`, `step`, `columns`, `rows`, `order`, `mpp`; for
-        embeddings `width`, `dtype`, `encoder`, `precision`, `numerics_version`, `weights_sha256`, and for slides
-        `embeddings` and `trained`.
+    `file`, `kind` (as `Contents.kind`), `tool`, `slide_id`, `complete` (None where the tool has no such mark),
+    `warnings`, `attrs`; for tiles `tiles`, `frame`, `step`, `columns`, `rows`, `order`, `mpp`; for embeddings `width`,
+    `dtype`, `encoder`, `precision`, `numerics_version`, `weights_sha256`, and for slides `embeddings` and `trained`.
 
     Raises:
         FileNotFoundError: no such file.

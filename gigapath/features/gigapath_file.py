@@ -295,12 +295,6 @@ class TileEmbeddingsWriter:
         write_attrs(self._h5.file, attrs)
 
     def write(self, start: int, block: Array) -> None:
-        """Store the embeddings of the tiles `start` to `start + len(block)`.
-
-        Args:
-            start: index of the first tile.
-            block: (n, D) floats.
-        """
         stop = start + len(block)
         who = f"embeddings of {self._tiles.slide_id}"
         if block.ndim != 2 or block.shape[1] != self._embed_dim or start < 0 or stop > len(self._tiles):
@@ -402,11 +396,8 @@ def write_tile_vectors(path: Path | str, tiles: TileEmbeddings, attrs: Attrs) ->
 
 
 def read_slide(path: Path | str) -> SlideEmbeddings:
-    """Read a file of `write_slide`.
-
-    Raises:
-        FeatureFileError: another kind of file, one that is not complete, or whose bytes have changed since.
-    """
+    """Read a file of `write_slide`; FeatureFileError for another kind of file, one that is not complete, or whose bytes
+    have changed since."""
     check_undamaged(Path(path))
     with open_ours(path, "slide") as file:
         attrs = read_attrs(file)

@@ -34,12 +34,8 @@ from gigapath.files import (
 
 @contextlib.contextmanager
 def open_h5(path: Path | str) -> Iterator[h5py.File]:
-    """Open an h5 file for reading; whatever HDF5 finds wrong with it, then or later, becomes one sentence.
-
-    Raises:
-        FileNotFoundError: no such file.
-        FeatureFileError: not an h5 file, one that is being written, or one that can't be read to the end.
-    """
+    """Open an h5 file for reading; whatever HDF5 finds wrong with it, then or later, becomes one sentence:
+    FeatureFileError where it is none, is being written, or can't be read to the end; FileNotFoundError."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file.")
@@ -134,16 +130,8 @@ def read_dataset(file: h5py.File, name: str, *, kinds: str = "iuf") -> Array:
 
 
 def find_dataset(file: h5py.File, name: str, *, kinds: str = "iuf") -> h5py.Dataset:
-    """A top-level dataset, safe to read.
-
-    Args:
-        file: as `open_h5` gives it.
-        name: of the dataset.
-        kinds: numpy's letters for the types that are taken.
-
-    Raises:
-        FeatureFileError: it is missing, of another type, or claims more than the file holds.
-    """
+    """A top-level dataset of a file that `open_h5` gave, safe to read, of numpy's `kinds` of types; FeatureFileError
+    where it is missing, of another type, or claims more than the file holds."""
     path = Path(file.filename)
     found = file.get(name)
     if not isinstance(found, h5py.Dataset):

@@ -44,12 +44,8 @@ Step = tuple[float, float]
 
 @dataclasses.dataclass(frozen=True)
 class Scale:
-    """What converting may need beyond the file, each None where it is not stated.
-
-    Attributes:
-        slide_mpp: microns per pixel of the slide's level 0.
-        coords_mpp: microns per pixel of the level that the coordinates count in, for the published files.
-    """
+    """What converting may need beyond the file, each None where it is not stated: microns per pixel of the slide's
+    level 0, and of the level that the coordinates count in, for the published files."""
 
     slide_mpp: float | None = None
     coords_mpp: float | None = None
@@ -59,17 +55,9 @@ class Scale:
 
 
 def read_h5(path: Path, file: h5py.File, coordinates: Path | None = None) -> Contents:
-    """An open h5 file of another tool.
-
-    Args:
-        path: of the file.
-        file: as `open_h5` gives it.
-        coordinates: the file of the same slide's coordinates, or a folder of such files, for tools that keep them
-            apart; None to look where the tool puts them.
-
-    Raises:
-        FeatureFileError: nothing that is known.
-    """
+    """An open h5 file of another tool; FeatureFileError where it is nothing that is known. `coordinates` is the file of
+    the same slide's coordinates, or a folder of such files, for tools that keep them apart; None to look where the tool
+    puts them."""
     root = read_attrs(file)
     name = "feats" if "feats" in file else "features"
     found = file.get(name)
@@ -161,16 +149,8 @@ def _beside(given: Path | None, usual: list[Path]) -> Path | None:
 
 
 def convert(found: TileEmbeddings, to: str, folder: Path | str, *, scale: Scale | None = None) -> list[Path]:
-    """Write the tile embeddings of one slide as another tool's files, each whole or not at all.
-
-    Args:
-        found: what `read_features` gave, with cells.
-        to: a key of FORMATS.
-        folder: the folder that takes the tool's own folders.
-        scale: what the file does not say.
-
-    Returns:
-        the files written, the embeddings first.
+    """Write the tile embeddings of one slide (read with cells) as another tool's files (`to`, a key of FORMATS), each
+    whole or not at all, into the tool's own folders below `folder`; the files written, the embeddings first.
 
     Raises:
         ValueError: an unknown format, or one that needs what neither the file nor `scale` says; it names the option.
@@ -216,11 +196,8 @@ def _step(found: TileEmbeddings) -> Step:
 
 
 def _whole_step(found: TileEmbeddings, coords: Array, step: Step, tool: str) -> int:
-    """The one whole number of level-0 pixels by which a tool divides coordinates: the mean of x and y, rounded.
-
-    Raises:
-        ValueError: dividing by it puts tiles in other cells.
-    """
+    """The one whole number of level-0 pixels by which a tool divides coordinates: the mean of x and y, rounded;
+    ValueError where dividing by it puts tiles in other cells."""
     whole = round(sum(step) / 2)
     try:
         cells = cells_of(coords, (whole, whole), who=found.slide_id)

@@ -58,14 +58,9 @@ _CHECK_ROWS = 4096
 
 
 def list_feature_files(folder: Path, *, leave_out: Sequence[str] = ()) -> list[Path]:
-    """Every file below a folder that may be a feature file of any kind, sorted.
-
-    Hidden files and folders, temporary files, maps, tables, slide2vec's coordinates and slideflow's are none.
-
-    Args:
-        folder: the folder.
-        leave_out: patterns of the names of folders that are not entered.
-    """
+    """Every file below a folder that may be a feature file of any kind, sorted; folders whose names match `leave_out`
+    are not entered. Hidden files and folders, temporary files, maps, tables, slide2vec's coordinates and slideflow's
+    are none."""
     found, seen = [], set[Path]()
     for place, folders, names in os.walk(folder, followlinks=True):
         folders[:] = [
@@ -99,11 +94,8 @@ def _is_map_or_table(path: Path) -> bool:
 def find_feature_files(inputs: Path | str | Iterable[Path | str]) -> list[Path]:
     """The files of tile embeddings that are named, and those below folders that are named, each once.
 
-    Of a run's folder, ours or another tool's, these are the files of its one encoder.
-
-    Raises:
-        FileNotFoundError: an input does not exist.
-        ValueError: there is none in a folder, or those of several encoders.
+    Of a run's folder, ours or another tool's, these are the files of its one encoder. FileNotFoundError where an input
+    does not exist, ValueError where a folder has none, or those of several encoders.
     """
     found: dict[Path, None] = {}
     for path in map(Path, [inputs] if isinstance(inputs, Path | str) else inputs):
@@ -146,16 +138,9 @@ def slide_name(path: Path) -> str:
 
 @dataclass(frozen=True)
 class FeatureFacts:
-    """What a file of tile embeddings says of itself.
-
-    Attributes:
-        tiles: N.
-        width: D.
-        encoder: the tile encoder that it names, or None.
-        attrs: all attributes together.
-        ends: the first and the last embeddings, which tell slides apart.
-        states_step: it says how far apart its tiles lie.
-    """
+    """What a file of `tiles` x `width` embeddings says of itself: the tile encoder that it names, or None; all
+    attributes; the first and the last embeddings (`ends`), which tell slides apart; whether it says how far apart its
+    tiles lie."""
 
     tiles: int
     width: int
@@ -182,12 +167,8 @@ def encoder_hints(path: Path, attrs: Attrs) -> list[str]:
 
 
 def look_at_features(path: Path) -> FeatureFacts:
-    """What a file says of itself; the embeddings of an h5 file are not read, but for a few.
-
-    Raises:
-        FileNotFoundError: no such file.
-        FeatureFileError: not a file of tile embeddings, one that is cut off or has no coordinates.
-    """
+    """What a file says of itself; the embeddings of an h5 file are not read, but for a few. FileNotFoundError, or
+    FeatureFileError where it is none of tile embeddings, is cut off or has no coordinates."""
     if path.suffix != ".h5":
         found = read_features(path, cells=False)
         return _facts(found.features.shape, found.encoder, found.attrs, found.features[:4], found.features[-4:])
@@ -267,12 +248,7 @@ def read_features(
 
 
 def read_contents(path: Path, *, tile_size_level0: float | None = None, coordinates: Path | None = None) -> Contents:
-    """Read a feature file of any kind and tool to its last byte, without judging it.
-
-    Args:
-        path: an `.h5`, `.npz` or `.pt` file.
-        tile_size_level0: the distance between neighbouring tiles, where the file does not say.
-        coordinates: as for `read_features`.
+    """Read a feature file of any kind and tool to its last byte, without judging it; arguments as `read_features`.
 
     Raises:
         FileNotFoundError: no such file.

@@ -26,13 +26,8 @@ _SAID = (
 
 @dataclass(frozen=True)
 class SlideVectors:
-    """Vectors of slides, of one tool.
-
-    Attributes:
-        path: the file or folder.
-        vectors: slide id -> (E,) float32.
-        said: what the files say of how they were made; of several, what the first one says.
-    """
+    """Vectors of slides, of one tool: slide id -> (E,) float32, and what the files say of how they were made (the
+    first, of several)."""
 
     path: Path
     vectors: Mapping[str, Array]
@@ -47,12 +42,8 @@ class SlideVectors:
 def read_slide_vectors(path: Path | str) -> SlideVectors:
     """Read a file of slide vectors or a folder of such files: ours (of our own files the default embedding, or that of
     the tool that they name), tables of `gigapath convert`, TRIDENT's, STAMP's (one file for all slides), slide2vec's,
-    and plain vectors (.npy, .pt, .npz).
-
-    Raises:
-        FileNotFoundError: no such file.
-        FeatureFileError: nothing that is known, vectors of several widths, values that are not finite.
-    """
+    and plain vectors (.npy, .pt, .npz). FileNotFoundError; FeatureFileError for nothing that is known, vectors of
+    several widths, values that are not finite."""
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"{path}: expected a file or folder of slide vectors, found none.")

@@ -38,12 +38,8 @@ TABLE_FORMATS = (".parquet", ".csv", ".npz")
 
 
 def find_slide_folder(folder: Path | str) -> Path:
-    """The folder of slide embeddings: `folder` itself, or the one `slides_*` folder of a run.
-
-    Raises:
-        FileNotFoundError: no such folder, or none with slide embeddings in it.
-        ValueError: several slide encoders; the message lists them.
-    """
+    """The folder of slide embeddings: `folder` itself, or the one `slides_*` folder of a run; FileNotFoundError, or
+    ValueError that lists several slide encoders."""
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder.")

@@ -12,7 +12,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import gigapath
-from gigapath.lazy import lazy_names
+from gigapath import lazy_names
 
 if TYPE_CHECKING:
     from gigapath.evaluation.labels import new_task

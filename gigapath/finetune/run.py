@@ -14,9 +14,8 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from gigapath.cohort.owner import Ownership
 from gigapath.cohort.record import versions
-from gigapath.cohort.reuse import differences
+from gigapath.cohort.stage import Ownership, differences
 from gigapath.devices import at_most_threads
 from gigapath.evaluation.calibration import (
     Calibration,

@@ -17,8 +17,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, UnidentifiedImageError
 
-from gigapath.cohort.owner import Ownership
-from gigapath.cohort.reuse import check_same, digest
+from gigapath.cohort.stage import Ownership, check_same, digest
 from gigapath.devices import device_identity
 from gigapath.features import NUMERICS_VERSION, FeatureFileError
 from gigapath.features.gigapath_file import KeptRows

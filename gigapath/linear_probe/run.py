@@ -11,8 +11,7 @@ import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gigapath.cohort.owner import Ownership
-from gigapath.cohort.reuse import check_same
+from gigapath.cohort.stage import Ownership, check_same
 from gigapath.files import atomic_file, write_text_atomic
 from gigapath.linear_probe.options import ProbeOptions, SlideProbeOptions, TileProbeOptions
 from gigapath.options import to_dict

@@ -19,8 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from gigapath.longnet.attention import attend, attend_backward, choose_kernel, side_by_side
 from gigapath.longnet.kernels import CudaVarlenKernel, Extra, Kernel, wide_dtype
-from gigapath.longnet.steps import next_step
-from gigapath.longnet.varlen import lay_out, varlen_attention
+from gigapath.longnet.linear import next_step
 
 # Output of one launch, in bytes: a kernel's answer exists beside the merged one for a moment.
 LARGEST_LAUNCH = {"cpu": 16 << 20, "other": 256 << 20}
@@ -261,6 +260,8 @@ def dilated_attention(
     q, k, v = side_by_side(q, k, v)
     kernel = kernel or choose_kernel(q)
     if isinstance(kernel, CudaVarlenKernel) and all(q.shape[1] % dilation == 0 for _, dilation in branches):
+        from gigapath.longnet.varlen import lay_out, varlen_attention  # on CUDA alone
+
         runs = tuple((tuple(_segment_runs(lengths, segment)), dilation) for segment, dilation in branches)
         return varlen_attention(q, k, v, lay_out(runs, q.shape[1], q.device, wide_dtype(q.dtype)), kernel)
     largest = LARGEST_LAUNCH["cpu" if q.device.type == "cpu" else "other"] // (q.shape[2] * q.element_size())

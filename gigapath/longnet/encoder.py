@@ -23,8 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from gigapath.longnet import dilated
 from gigapath.longnet.config import LongNetConfig
 from gigapath.longnet.dilated import dilated_attention
-from gigapath.longnet.linear import Linear, bfloat16_pays, gelu_in_float32
-from gigapath.longnet.steps import next_step
+from gigapath.longnet.linear import Linear, bfloat16_pays, gelu_in_float32, next_step
 
 Lengths = tuple[int, ...]
 

@@ -1,13 +1,16 @@
-"""The linear layer of the encoder, on the fastest product that the machine has.
+"""The linear layer of the encoder, on the fastest product that the machine has, and what happens between the steps of a
+long computation.
 
 In inference on a CPU in float32 oneDNN's product serves, which is some 10 % faster than the default one here and takes
 the GELU along while a block is still in cache. It is a private operation of torch's compiler: it is compared with the
 public one at first use, which serves wherever the private one is missing or wrong.
 """
 
+import contextlib
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from functools import cache, lru_cache
 from typing import Any, cast
 
@@ -15,12 +18,33 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gigapath.longnet.steps import next_step
-
 logger = logging.getLogger(__name__)
 
 # Rows of one step in inference on a CPU: a second or two of work. Each row's numbers are those of one large product.
 _STEP_ROWS = 1 << 16
+
+
+_between: ContextVar[Callable[[], None] | None] = ContextVar("between_steps", default=None)
+
+
+@contextlib.contextmanager
+def between_steps(check: Callable[[], None]) -> Iterator[None]:
+    """Within the block `check` is called between the steps of this thread's inference; it may raise to end it.
+
+    A step is one launch of an attention kernel, or one part of a linear layer's rows: seconds on a CPU at the most,
+    where a layer over 500,000 tiles takes minutes.
+    """
+    token = _between.set(check)
+    try:
+        yield
+    finally:
+        _between.reset(token)
+
+
+def next_step() -> None:
+    """Call what `between_steps` was given, if anything."""
+    if not torch.compiler.is_compiling() and (check := _between.get()) is not None:
+        check()
 
 
 class Linear(nn.Linear):

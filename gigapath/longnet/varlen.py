@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from gigapath.longnet.kernels import CudaVarlenKernel, Spans, wide_dtype
-from gigapath.longnet.steps import next_step
+from gigapath.longnet.linear import next_step
 
 # Of one branch, the equal segments at a regular step: (first token, step, how many, tokens of each, their window).
 Runs = tuple[tuple[int, int, int, int, int], ...]

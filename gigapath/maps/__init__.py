@@ -8,7 +8,7 @@ Names are looked up when they are used: the options alone need no torch.
 
 from typing import TYPE_CHECKING
 
-from gigapath.lazy import lazy_names
+from gigapath import lazy_names
 
 if TYPE_CHECKING:
     from gigapath.maps.attention import LayerAttention, Rollout, encoder_attention, rollout

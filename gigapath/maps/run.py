@@ -47,9 +47,8 @@ from PIL import Image
 
 import gigapath
 from gigapath.cohort.manifest import SlideEntry, find_slides
-from gigapath.cohort.owner import Ownership
-from gigapath.cohort.privacy import recorded_paths, without_paths
-from gigapath.cohort.reuse import differences
+from gigapath.cohort.record import recorded_paths, without_paths
+from gigapath.cohort.stage import Ownership, differences
 from gigapath.cohort.status import read_status
 from gigapath.devices import resolve_device
 from gigapath.embedding.slide_embedding import entries_of

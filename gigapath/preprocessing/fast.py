@@ -43,17 +43,9 @@ class BlockError(Exception):
 
 @dataclass(frozen=True, eq=False)
 class TiffLevel:
-    """One level as its compressed blocks.
-
-    Attributes:
-        size: of the level, as OpenSlide has it.
-        block: size of every block; the last column and row hang over the level.
-        columns: blocks from left to right.
-        rows: blocks from top to bottom.
-        offsets: (rows, columns) int64, where each block begins in the file.
-        lengths: (rows, columns) int64, its bytes; 0 where the file holds none.
-        decode: bytes of a block to its pixels, in the array given where there is one.
-    """
+    """One level as its compressed blocks: `size` as OpenSlide has it, `block` of every block (the last column and row
+    hang over the level), `offsets` and `lengths` (rows, columns) int64 of each block in the file, 0 where it holds
+    none; `decode` turns its bytes into pixels, in the array given where there is one."""
 
     size: tuple[int, int]
     block: tuple[int, int]
@@ -64,17 +56,8 @@ class TiffLevel:
     decode: Decode
 
     def read(self, file: int, row: int, column: int, out: UInt8Array | None = None) -> UInt8Array:
-        """Pixels (H, W, 3) of a whole block, in `out` where it is given.
-
-        Args:
-            file: descriptor of the open file.
-            row: of the block.
-            column: of the block.
-            out: (H, W, 3) contiguous.
-
-        Raises:
-            BlockError: the file ends before, or the decoder refuses.
-        """
+        """Pixels (H, W, 3) of a whole block, from the descriptor of the open file, in `out` (contiguous) where it is
+        given; BlockError where the file ends before, or the decoder refuses."""
         length = int(self.lengths[row, column])
         data = os.pread(file, length, int(self.offsets[row, column]))
         if len(data) != length:
@@ -98,16 +81,8 @@ def open_tiff(path: Path) -> Any:
 
 
 def tiff_levels(path: Path, vendor: str, level_dimensions: Sequence[tuple[int, int]]) -> dict[int, TiffLevel]:
-    """The levels of a slide that can be decoded from its file, by their index; none where the format is another one.
-
-    Args:
-        path: the slide.
-        vendor: OpenSlide's word for the format.
-        level_dimensions: sizes of the slide's levels.
-
-    Raises:
-        ImportError: tifffile, simplejpeg or imagecodecs is not installed.
-    """
+    """The levels of a slide that can be decoded from its file, by their index; none where the format (`vendor`,
+    OpenSlide's word for it) is another one. ImportError where tifffile, simplejpeg or imagecodecs is not installed."""
     if vendor not in SERVED:
         return {}
     import imagecodecs  # noqa: F401  told here, not at the first block
@@ -130,13 +105,8 @@ def tiff_levels(path: Path, vendor: str, level_dimensions: Sequence[tuple[int, i
 
 @dataclass(frozen=True)
 class TiffFacts:
-    """What OpenSlide leaves unsaid of a TIFF's levels, as far as it is known.
-
-    Attributes:
-        orientation: the first that isn't 1.
-        channels: of a pixel.
-        larger: size of a picture larger than the first, or None.
-    """
+    """What OpenSlide leaves unsaid of a TIFF's levels, as far as it is known: the first orientation that isn't 1, the
+    channels of a pixel, the size of a picture larger than the first."""
 
     orientation: int = 1
     channels: int = 3
@@ -278,20 +248,11 @@ class _Block:
 
 
 class Regions:
-    """Rectangles of a level, to be read in any order and from any thread; the order in which they are given is the
-    cheapest.
-
-    Attributes:
-        served: (N,) bool, rectangles that lie inside the level and whose blocks are all in the file.
-    """
+    """Rectangles `boxes` (N, 4) (x, y, width, height in pixels of a level) of an open file, to be read in any order and
+    from any thread; the order in which they are given is the cheapest. `served` (N,) are those that lie inside the
+    level and whose blocks are all in the file."""
 
     def __init__(self, file: int, level: TiffLevel, boxes: npt.NDArray[np.int64]) -> None:
-        """
-        Args:
-            file: descriptor of the open file, which must stay open.
-            level: the level.
-            boxes: (N, 4) int64 x, y, width, height in pixels of the level.
-        """
         self._file, self._level = file, level
         self._lock = threading.Lock()
         self._held: dict[tuple[int, int], _Block] = {}
@@ -385,7 +346,7 @@ Read = Callable[[int, int, int, int, int], UInt8Array]
 
 
 class FastReader:
-    """The levels of one open slide that need no OpenSlide."""
+    """The levels of one open slide that need no OpenSlide, whose pixels `read` (x, y, level, width, height) gives."""
 
     def __init__(
         self,
@@ -396,15 +357,6 @@ class FastReader:
         read: Read,
         reader: str,
     ) -> None:
-        """
-        Args:
-            path: the slide.
-            vendor: OpenSlide's word for the format.
-            level_dimensions: sizes of the levels.
-            level_downsamples: OpenSlide's downsamples.
-            read: (x, y, level, width, height) to OpenSlide's pixels, x and y in level-0 pixels; raises SlideError.
-            reader: one of READERS.
-        """
         self._reader = reader
         self._path, self._vendor, self._read = path, vendor, read
         self._level_dimensions, self._downsamples = level_dimensions, level_downsamples
@@ -430,12 +382,8 @@ class FastReader:
         return FAST_EQUAL if any(self._equal.values()) else OPENSLIDE
 
     def regions(self, level: int, places: npt.NDArray[np.int64]) -> Regions | None:
-        """Rectangles to read, or None where OpenSlide has to read them all.
-
-        Args:
-            level: the level.
-            places: (N, 4) int64 x and y of the top-left corner in level-0 pixels, width and height in the level's.
-        """
+        """Rectangles to read, or None where OpenSlide has to read them all: `places` (N, 4) int64 x and y of the
+        top-left corner in level-0 pixels, width and height in the level's."""
         found = self._level(level)
         if found is None or self._file is None or not len(places):
             return None
@@ -495,11 +443,8 @@ class FastReader:
 
 
 def blocks_to_check(lengths: npt.NDArray[np.int64]) -> list[tuple[int, int]]:
-    """(row, column) of the blocks to compare: the corners at the right and the bottom, the largest, and some between.
-
-    Args:
-        lengths: (rows, columns) bytes of each block; those of none are left out.
-    """
+    """(row, column) of the blocks to compare, of `lengths` (rows, columns) bytes: the corners at the right and the
+    bottom, the largest, and some between; those of none are left out."""
     rows, columns = lengths.shape
     flat = lengths.ravel()
     held = np.flatnonzero(flat)

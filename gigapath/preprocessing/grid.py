@@ -25,12 +25,10 @@ class Grid:
     Attributes:
         anchor: level-0 corner of tile (0, 0).
         pitch: whole level-0 pixels from a tile to the next.
-        level: the level that is read.
-        read_size: pixels of that level that make one tile; resampled where they are not tile_size.
+        level, read_size: the level that is read, and its pixels that make one tile; resampled where not tile_size.
         tile_size: side of a tile as an encoder gets it, in pixels.
         mpp: effective microns per pixel of a tile along x and y.
-        columns: whole tiles that fit from left to right.
-        rows: whole tiles that fit from top to bottom.
+        columns, rows: whole tiles that fit from left to right, and from top to bottom.
         upsampled: how much coarser the slide is than the target, or 1.0 where nothing is invented.
     """
 
@@ -57,17 +55,11 @@ def plan_grid(
     tolerance: float = 0.02,
     allow_upsampling: bool = False,
 ) -> Grid:
-    """The grid of whole tiles within the slide's bounds.
+    """The grid of whole tiles (`tile_size` pixels of `mpp` microns a side) within the slide's bounds.
 
-    A level within `tolerance` of `mpp` is used pixel for pixel. Else the tile is resampled from the coarsest level
-    that lacks at most half a pixel of its side. A slide coarser than that is upsampled, up to 1.3 times.
-
-    Args:
-        slide: the slide's size, scale and levels.
-        mpp: microns per pixel that a tile should have.
-        tile_size: side of a tile in pixels.
-        tolerance: share by which a level's scale may differ and still be used as it is.
-        allow_upsampling: upsample beyond 1.3 times too.
+    A level within a share of `tolerance` of `mpp` is used pixel for pixel. Else the tile is resampled from the coarsest
+    level that lacks at most half a pixel of its side. A slide coarser than that is upsampled, up to 1.3 times, or
+    beyond with `allow_upsampling`.
 
     Raises:
         SlideError: the slide is too coarse for `mpp`; a tile would take, or the grid would hold, absurdly many.

@@ -36,25 +36,16 @@ Ring = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Outline:
-    """One closed area.
-
-    Attributes:
-        rings: (n, 2) level-0 (x, y) each; the first is the border, the others are holes.
-        name: the class that was given to it, "" for none.
-    """
+    """One closed area: rings (n, 2) of level-0 (x, y), the border and then its holes; `name` is its class, or ""."""
 
     rings: tuple[Ring, ...]
     name: str
 
 
 def read_outlines(path: Path) -> list[Outline]:
-    """All areas of a GeoJSON file, plain or gzipped; missing cores, and what holds no area, are passed over.
-
-    Points, lines and rings of fewer than three different points hold none.
-
-    Raises:
-        ValueError: it is no GeoJSON, holds no area, or an outline in it is broken.
-    """
+    """All areas of a GeoJSON file, plain or gzipped; missing cores, and what holds no area (points, lines, rings of
+    fewer than three different points), are passed over. ValueError where it is no GeoJSON, holds no area, or an outline
+    is broken."""
     try:
         document = json.loads(_unpacked(path.read_bytes()))
     except (ValueError, EOFError, gzip.BadGzipFile, zlib.error, RecursionError) as error:
@@ -143,16 +134,9 @@ def _polygons(geometry: dict[str, Any]) -> Iterator[tuple[Ring, ...]]:
 def choose(
     outlines: Sequence[Outline], include: Sequence[str], exclude: Sequence[str]
 ) -> tuple[list[Outline], list[Outline]]:
-    """The outlines whose area counts, and those whose area is cut out of it.
-
-    Args:
-        outlines: of one file.
-        include: classes that count, in any case; all but the excluded ones when empty.
-        exclude: classes that are cut out; a file without them is complete as it is.
-
-    Raises:
-        ValueError: no outline has an included class, or all have an excluded one.
-    """
+    """The outlines of a file whose area counts (of the classes in `include`, in any case; all but the excluded ones
+    when empty), and those whose area is cut out of it. ValueError where none has an included class, or all have an
+    excluded one."""
     wanted, unwanted = ({name.casefold() for name in names} for names in (include, exclude))
     out = [outline for outline in outlines if outline.name.casefold() in unwanted]
     kept = [outline for outline in outlines if outline.name.casefold() not in unwanted]
@@ -169,14 +153,8 @@ def choose(
 def fill(
     outlines: Sequence[Outline], shape: tuple[int, int], origin_level0: tuple[float, float], scale: tuple[float, float]
 ) -> BoolImage:
-    """(h, w): pixels whose centre lies in one of the outlines.
-
-    Args:
-        outlines: level-0 coordinates.
-        shape: (h, w).
-        origin_level0: level-0 (x, y) of the corner of pixel (0, 0).
-        scale: level-0 pixels per pixel (x, y).
-    """
+    """(h, w) of `shape`: pixels whose centre lies in one of the outlines; `scale` is level-0 pixels per pixel (x, y),
+    `origin_level0` the corner of pixel (0, 0)."""
     height, width = shape
     entered = np.zeros((height, width + 1), np.int32)  # outlines entered at a pixel less those left, along its row
     for outline in outlines:

@@ -179,15 +179,8 @@ def _caption(mask: TissueMask, tiles: Tiles) -> list[str]:
 def _page(
     image: RGBImage, title: str, caption: Sequence[str], legend: Sequence[tuple[Colour, str, bool]], mpp: float
 ) -> RGBImage:
-    """The picture on white, and below it title, caption, legend and scale bar.
-
-    Args:
-        image: (h, w, 3).
-        title: the slide's id.
-        caption: lines below it.
-        legend: colour, words, and whether the sample is filled.
-        mpp: microns per pixel of the picture.
-    """
+    """The picture (h, w, 3) of `mpp` microns a pixel on white; below it title, caption lines, legend (colour, words,
+    whether the sample is filled) and scale bar."""
     height, width = image.shape[:2]
     page = Image.new("RGB", (max(width, LEAST_WIDTH), height + PANEL), (255, 255, 255))
     page.paste(Image.fromarray(image), ((page.width - width) // 2, 0))
@@ -252,15 +245,8 @@ LOW_FOCUS = 60.0  # cycles per millimetre, the median; sharp sections lie at 90 
 
 @dataclass(frozen=True)
 class Entry:
-    """One slide on the sheet.
-
-    Attributes:
-        slide_id: its name.
-        picture: the preview's file; a grey field where there is none.
-        tiles: how many.
-        area_mm2: of the tissue.
-        suspicions: why to look at it, worst first.
-    """
+    """One slide on the sheet: its preview's file (a grey field where there is none), tiles, area of tissue, and why to
+    look at it, worst first."""
 
     slide_id: str
     picture: Path
@@ -313,18 +299,10 @@ def _tissue_share(tiles: Tiles) -> float | None:
 
 
 def contact_sheet(out: Path, slide_ids: Sequence[str], *, failed: int = 0) -> list[Path]:
-    """Write `contact_sheet.jpg` (and `contact_sheet_2.jpg`, ...) of the slides tiled in an output folder.
+    """Write `contact_sheet.jpg` (and `contact_sheet_2.jpg`, ...) of the slides tiled in an output folder; its pages.
 
-    Suspects come first, those with more suspicions before the others; then by id. Slides without a tiles file are
-    left out: they failed, and the table of slides says why.
-
-    Args:
-        out: the run's folder, with `tiles/<id>.h5` and `previews/<id>.jpg`.
-        slide_ids: the slides.
-        failed: how many others failed, for the title.
-
-    Returns:
-        the pages.
+    Suspects come first, those with more suspicions before the others; then by id. Slides without a tiles file are left
+    out: they are among the `failed`, which the title counts, and the table of slides says why.
     """
     entries = []
     for slide_id in slide_ids:
@@ -357,12 +335,7 @@ def write_pages(path: Path, entries: Sequence[Entry], failed: int = 0) -> list[P
 
 
 def draw_page(entries: Sequence[Entry], head: str) -> NDArray[np.uint8]:
-    """One page, (H, W, 3) RGB.
-
-    Args:
-        entries: in the order of the page.
-        head: its title.
-    """
+    """One page of entries, (H, W, 3) RGB, with a title."""
     columns = min(COLUMNS, max(2, len(entries)))
     rows = math.ceil(len(entries) / columns)
     width, height = (CELL[0] + MARGIN) * columns + MARGIN, HEAD + (CELL[1] + MARGIN) * rows

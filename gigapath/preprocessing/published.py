@@ -32,15 +32,8 @@ def luminance_threshold(counts: NDArray[np.int64]) -> float:
 
 def otsu_centre(histogram: NDArray[np.floating], edges: NDArray[np.floating]) -> float:
     """Otsu's threshold as the published code has it: the centre of the last bin of the darker class, of equally good
-    ones the first.
-
-    Args:
-        histogram: (n,) counts of bins between the darkest and the brightest value.
-        edges: (n + 1,) of the bins.
-
-    Returns:
-        the threshold; the only value, under which nothing lies, where there is but one.
-    """
+    ones the first; where there is but one value that one, under which nothing lies. `histogram` (n,) counts bins
+    between the darkest and the brightest value, `edges` (n + 1,)."""
     filled = np.flatnonzero(histogram)
     if len(filled) == 1:
         return float((edges[0] + edges[-1]) / 2)
@@ -49,15 +42,8 @@ def otsu_centre(histogram: NDArray[np.floating], edges: NDArray[np.floating]) ->
 
 
 def share_below(tiles: NDArray[np.uint8], threshold: float) -> NDArray[np.float32]:
-    """Share of each tile's pixels whose luminance lies strictly below `threshold`.
-
-    Args:
-        tiles: (N, T, T, 3) RGB.
-        threshold: in grey levels.
-
-    Returns:
-        (N,), 0 to 1.
-    """
+    """(N,), 0 to 1: the share of each tile's pixels ((N, T, T, 3) RGB) whose luminance lies strictly below `threshold`,
+    in grey levels."""
     dark = _channel_sums(tiles) < sums_below(threshold)
     return np.asarray(dark.mean(axis=(1, 2), dtype=np.float64), np.float32)
 
@@ -76,12 +62,7 @@ def _channel_sums(image: NDArray[np.uint8]) -> NDArray[np.uint16]:
 
 
 def published_tissue(slide: Slide, overview: Overview) -> TissueMask:
-    """Threshold and tissue box of the whole lowest level; the mask is the overview's share of it, for the picture.
-
-    Args:
-        slide: the open slide.
-        overview: the frame of the mask.
-    """
+    """Threshold and tissue box of the whole lowest level; the mask is the overview's share of it, for the picture."""
     threshold, box = find_foreground(slide)
     mask = (_channel_sums(overview.image) < sums_below(threshold)) & (box is not None)
     return make_mask(
@@ -95,15 +76,8 @@ def published_tissue(slide: Slide, overview: Overview) -> TissueMask:
 
 
 def find_foreground(slide: Slide, threshold: float | None = None) -> tuple[float, tuple[int, int, int, int] | None]:
-    """Otsu's threshold over the whole lowest level, and the box around what lies below it.
-
-    Args:
-        slide: the open slide; it needs no mpp.
-        threshold: luminance, instead of Otsu's.
-
-    Returns:
-        the threshold, and level-0 (x, y, width, height) or None where nothing lies below it.
-    """
+    """Otsu's threshold (or the one given) over the whole lowest level, and the level-0 box (x, y, width, height) around
+    what lies below it, or None. The slide needs no mpp."""
     if threshold is None:
         counts = np.zeros(766, np.int64)
         for _, sums in _lowest_level(slide):
@@ -150,18 +124,10 @@ def cells_in_box(grid: Grid, box: tuple[int, int, int, int], margin: int = 0) ->
 
 
 def published_shares(slide: Slide, mask: TissueMask, grid: Grid, *, workers: int = 0) -> NDArray[np.float32]:
-    """Share of each tile's own pixels below the threshold; tiles that don't meet the tissue box have 0.
+    """(rows, columns) of the grid: the share of each tile's own pixels below the threshold of `published_tissue`; a
+    tile is kept where it exceeds 0.1. Tiles that don't meet the tissue box have 0.
 
     The tiles are read as an encoder would get them, a batch at a time: memory does not depend on the slide.
-
-    Args:
-        slide: the open slide.
-        mask: from `published_tissue`.
-        grid: the tiles.
-        workers: threads that read.
-
-    Returns:
-        (rows, columns) of the grid; a tile is kept where this exceeds 0.1.
     """
     shares = np.zeros((grid.rows, grid.columns), np.float32)
     if mask.box_level0 is None or mask.threshold is None:

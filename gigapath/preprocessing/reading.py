@@ -8,7 +8,7 @@ import contextlib
 import itertools
 import threading
 from collections.abc import Callable, Iterator
-from typing import Protocol
+from dataclasses import dataclass
 
 import cv2
 import numpy as np
@@ -20,20 +20,18 @@ from gigapath.read_ahead import read_ahead
 
 UInt8Array = npt.NDArray[np.uint8]
 
+# Batches that threads read while one is in the caller's hands; bounds memory.
+_BATCHES_AHEAD = 2
 
-class Place(Protocol):
-    """Room for tiles that follow each other.
 
-    Attributes:
-        first: index of the first of them.
-        pixels: uint8 (n, S, S, 3), to be filled.
-    """
+@dataclass(slots=True)
+class Place:
+    """Room for tiles that follow each other, the first of index `first`: `pixels`, uint8 (n, S, S, 3), are to be
+    filled. `done` hears that they are, or of the problem because of which they never will be."""
 
     first: int
     pixels: UInt8Array
-
-    def done(self, problem: BaseException | None = None) -> None:
-        """It is filled, or because of `problem` it never will be."""
+    done: Callable[[BaseException | None], None]
 
 
 Take = Callable[[int, int], Place | None]
@@ -42,7 +40,7 @@ Take = Callable[[int, int], Place | None]
 def fill_places(
     fill: Callable[[int, UInt8Array], object], take: Take, total: int, *, workers: int = 0, start: int = 0
 ) -> None:
-    """Fill one place after the other, until no tile is left or no more are wanted.
+    """Fill one place after the other, from tile `start` on, until no tile is left or no more are wanted.
 
     Each thread asks for a place by itself, so that none waits for another. When this returns or raises, no thread is
     left and every place is done; the first error in a thread is raised.
@@ -53,7 +51,6 @@ def fill_places(
             wait for room. None where no more are wanted. It is called in the tiles' order, by one thread at a time.
         total: tiles.
         workers: threads that fill, of which the caller is one.
-        start: index of the first tile to take a place for.
     """
     turn = threading.Lock()
     coming = start
@@ -94,10 +91,6 @@ def fill_places(
         raise problems[0]
 
 
-# Batches that threads read while one is in the caller's hands; bounds memory.
-_BATCHES_AHEAD = 2
-
-
 def filter_name(read_size: tuple[int, int], tile_size: int) -> str:
     """What `resample` does to tiles of `read_size` (w, h) pixels, for the record."""
     if read_size == (tile_size, tile_size):
@@ -119,37 +112,28 @@ def resample(pixels: UInt8Array, size: tuple[int, int]) -> UInt8Array:
     return out.astype(np.uint8, copy=False)
 
 
-def _places(tiles: Tiles, corners: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """Corners (N, 2) with what is read there: (N, 4) x and y in level-0 pixels, width and height in the level's."""
-    sizes = np.broadcast_to(np.array(tiles.read_size), corners.shape)
-    return np.concatenate([corners, sizes], axis=1).astype(np.int64)
-
-
 class TileReader:
-    """Pixels of a slide's tiles, cheapest in their order; may be used from several threads."""
+    """Pixels of a slide's tiles (of these indices, each once, cheapest in their order); may be used from several
+    threads while the slide is open."""
 
     def __init__(self, slide: Slide, tiles: Tiles, indices: range) -> None:
-        """
-        Args:
-            slide: the open slide; it must stay open.
-            tiles: which tiles, and how they are read.
-            indices: of the tiles that are going to be read, one by one.
-        """
         self._tiles, self._start = tiles, indices.start
-        self._size = tiles.tile_size, tiles.tile_size
         corners = tiles.coords_level0[indices.start : indices.stop]
-        self._read = slide.reads(tiles.level, _places(tiles, corners))
+        sizes = np.broadcast_to(np.array(tiles.read_size), corners.shape)
+        self._read = slide.reads(tiles.level, np.concatenate([corners, sizes], axis=1).astype(np.int64))
         self._scratch = threading.local()  # one array a thread for pixels that are resampled
 
     def fill(self, index: int, out: UInt8Array) -> None:
-        """Put the pixels of a tile into `out` (T, T, 3).
-
-        Raises:
-            SlideError: they can't be read; names the slide and the tile.
-        """
+        """Put the pixels of a tile into `out` (T, T, 3); SlideError names the slide and the tile where they can't be
+        read."""
         tiles = self._tiles
+        (width, height), space = tiles.read_size, out
+        if (width, height) != (tiles.tile_size, tiles.tile_size):
+            if not hasattr(self._scratch, "pixels"):
+                self._scratch.pixels = np.empty((height, width, 3), np.uint8)
+            space = self._scratch.pixels
         try:
-            pixels = self._read(index - self._start, self._space(out))
+            pixels = self._read(index - self._start, space)
         except SlideError as error:
             x, y = (int(value) for value in tiles.coords_level0[index])
             raise SlideError(
@@ -157,25 +141,11 @@ class TileReader:
                 "decoded. The file is damaged or cut short: copy it again."
             ) from error
         if pixels is not out:
-            out[...] = resample(pixels, self._size)
-
-    def _space(self, out: UInt8Array) -> UInt8Array:
-        """Where a tile's pixels of the level go: to their place where they stay as they are."""
-        width, height = self._tiles.read_size
-        if (width, height) == self._size:
-            return out
-        if not hasattr(self._scratch, "pixels"):
-            self._scratch.pixels = np.empty((height, width, 3), np.uint8)
-        space: UInt8Array = self._scratch.pixels
-        return space
+            out[...] = resample(pixels, (tiles.tile_size, tiles.tile_size))
 
 
 def read_tile(slide: Slide, tiles: Tiles, index: int) -> UInt8Array:
-    """Pixels (T, T, 3) of one tile.
-
-    Raises:
-        SlideError: they can't be read; names the slide and the tile.
-    """
+    """Pixels (T, T, 3) of one tile; SlideError names the slide and the tile where they can't be read."""
     out = np.empty((tiles.tile_size, tiles.tile_size, 3), np.uint8)
     TileReader(slide, tiles, range(index, index + 1)).fill(index, out)
     return out
@@ -199,14 +169,13 @@ def iter_tiles(
         raise ValueError(f"iter_tiles: expected a batch size of at least 1, got {batch_size!r}.")
     if workers < 0:
         raise ValueError(f"iter_tiles: expected workers of at least 0, got {workers!r}.")
-    firsts = range(start, len(tiles), batch_size)
     reader = TileReader(slide, tiles, range(start, len(tiles)))
     stop = threading.Event()
     failures: list[SlideError] = []  # the first is the cause: OpenSlide refuses every read after it
 
     def runs() -> Iterator[tuple[int, UInt8Array, range]]:
         """Runs of neighbours share the slide's compressed blocks, so each thread gets one run of a batch."""
-        for first in firsts:
+        for first in range(start, len(tiles), batch_size):
             rows = min(batch_size, len(tiles) - first)
             batch = np.empty((rows, tiles.tile_size, tiles.tile_size, 3), np.uint8)
             ends = np.linspace(0, rows, min(max(1, workers), rows) + 1).astype(int).tolist()
@@ -214,14 +183,13 @@ def iter_tiles(
 
     def fill(run: tuple[int, UInt8Array, range]) -> tuple[int, UInt8Array, range]:
         first, batch, rows = run
-        for row in rows:
-            if stop.is_set():
-                break
-            try:
-                reader.fill(first + row, batch[row])
-            except SlideError as error:
-                failures.append(error)
-                stop.set()
+        try:
+            for row in rows:
+                if not stop.is_set():
+                    reader.fill(first + row, batch[row])
+        except SlideError as error:
+            failures.append(error)
+            stop.set()
         return run
 
     here = (fill(run) for run in runs())
@@ -246,15 +214,14 @@ def read_into(
     workers: int = 0,
     start: int = 0,
 ) -> None:
-    """Read tiles straight into places that somebody else owns, such as the rows of batches.
+    """Read tiles straight into places that somebody else owns, such as the rows of batches, as `fill_places` does.
 
-    What doesn't fit is read into one tile's array a thread, which stays in the processor's cache. When this returns or
-    raises, no thread is left and every place is done.
+    What doesn't fit is read into one tile's array a thread, which stays in the processor's cache.
 
     Args:
         slide: the open slide; it must stay open while this runs.
         tiles: which tiles, and how they are read.
-        take: gives the places, as `fill_places` asks for them.
+        take: gives the places.
         fit: puts tiles (n, T, T, 3) into rows (n, S, S, 3), from any thread; None where T is S.
         workers: threads that read, of which the caller is one.
         start: index of the first tile to read.

@@ -22,17 +22,19 @@ import openslide
 from gigapath.preprocessing.fast import READERS, FastReader, tiff_facts
 from gigapath.preprocessing.header import (
     SCANNERS,
+    Mpp,
     SlideError,
     allowed,
+    check_scale,
     leading_levels,
     number,
     open_handle,
     scanned_area,
+    stated_mpp,
 )
-from gigapath.preprocessing.mpp import Mpp, check_scale, stated_mpp
+from gigapath.tables import composed
 
 __all__ = ["SLIDE_SUFFIXES", "Mpp", "Overview", "Slide", "SlideError", "open_slide", "slide_id_of"]
-from gigapath.tables import composed
 
 UInt8Array = npt.NDArray[np.uint8]
 
@@ -206,13 +208,8 @@ class Slide:
 
     @cached_property
     def mpp(self) -> Mpp:
-        """Microns per level-0 pixel: the override, else what the file states, else from the objective if allowed.
-
-        x and y within 2 % are averaged, else each keeps its own.
-
-        Raises:
-            SlideError: there is no figure, or it is implausible for brightfield.
-        """
+        """Microns per level-0 pixel: the override, else what the file states, else from the objective if allowed; x and
+        y within 2 % are averaged. SlideError where there is no figure, or it is implausible for brightfield."""
         if self._override is not None:
             return self._override
         if self.stated_mpp is not None:
@@ -233,20 +230,11 @@ class Slide:
         return mpp
 
     def read(self, x: int, y: int, level: int, width: int, height: int) -> UInt8Array:
-        """Pixels of one level, on white where the slide holds nothing.
+        """Pixels (height, width, 3) RGB of one level, on white where the slide holds nothing; x and y of the top left
+        in level-0 pixels, width and height in the level's.
 
         These are OpenSlide's pixels, to the bit: where x or y over the level's downsample is no whole number, as on
         levels that were rounded to 2.0005, OpenSlide shifts the picture by the rest, which blurs it a little.
-
-        Args:
-            x: left edge in level-0 pixels.
-            y: top edge in level-0 pixels.
-            level: the level that is read.
-            width: pixels of that level.
-            height: pixels of that level.
-
-        Returns:
-            (height, width, 3) RGB.
 
         Raises:
             SlideError: these pixels can't be decoded. OpenSlide then refuses every later read of this slide.
@@ -265,14 +253,10 @@ class Slide:
     def reads(self, level: int, places: npt.NDArray[np.int64]) -> Callable[[int, UInt8Array | None], UInt8Array]:
         """What `read` gives at many places of a level, each compressed block decoded once where that can be.
 
-        Args:
-            level: the level that is read.
-            places: (N, 4) int64 x and y in level-0 pixels, width and height in pixels of the level. Each is to be read
-                once; their order is the cheapest to read them in.
-
-        Returns:
-            A function from the index of a place, and an array (height, width, 3) to fill or None, to the pixels. It
-            raises SlideError, and may be called from any thread while the slide is open.
+        `places` (N, 4) int64 are x and y in level-0 pixels, width and height in pixels of the level, each to be read
+        once; their order is the cheapest. The function that is returned takes the index of a place, and an array
+        (height, width, 3) to fill or None; it raises SlideError, and may be called from any thread while the slide is
+        open.
         """
         regions = self.fast.regions(level, places)
 
@@ -289,11 +273,8 @@ class Slide:
         """The bounds at `mpp` microns a pixel, or at the slide's own scale where that is coarser.
 
         The coarsest level that is fine enough is read in blocks, each pixel once, and averaged over area: memory does
-        not depend on the level read. The last column and row may hang over the bounds by less than their own width.
-
-        Args:
-            mpp: microns per pixel of the overview.
-            workers: threads that read; 0 reads in the caller. The result is the same.
+        not depend on the level read, nor the result on `workers`. The last column and row may hang over the bounds by
+        less than their own width.
 
         Raises:
             SlideError: the pixels can't be decoded, or there are absurdly many of them and no coarse level.
@@ -391,11 +372,8 @@ class Slide:
         return max(mpp, own.x, own.y, max(width * own.x, height * own.y) / OVERVIEW_SIDE)
 
     def _averaged(self, level: int, size: tuple[int, int], step: tuple[int, int], workers: int) -> UInt8Array:
-        """The first `size` (w, h) pixels of the bounds at `level`, averaged over (x, y) steps of whole pixels.
-
-        Returns:
-            (ceil(h / step y), ceil(w / step x), 4): RGB on white, and alpha.
-        """
+        """The first `size` (w, h) pixels of the bounds at `level`, averaged over (x, y) steps of whole pixels: (ceil(h
+        / step y), ceil(w / step x), 4), RGB on white, and alpha."""
         left, top = self.bounds[:2]
         downsample = self.level_downsamples[level]
         out = np.empty((-(-size[1] // step[1]), -(-size[0] // step[0]), 4), np.uint8)

@@ -46,15 +46,8 @@ def extremes(image: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
 
 
 def by_bands(image: NDArray[np.uint8], values: Callable[[NDArray[np.uint8]], NDArray[T]]) -> NDArray[T]:
-    """`values` of each pixel of (h, w, 3), taken in bands of rows: what it needs on the way stays small.
-
-    Args:
-        image: (h, w, 3).
-        values: from (rows, w, 3) to (rows, w), each pixel by itself.
-
-    Returns:
-        (h, w).
-    """
+    """`values` (each pixel by itself, from (rows, w, 3) to (rows, w)) of an image (h, w, 3), taken in bands of rows:
+    what it needs on the way stays small."""
     return np.concatenate([values(image[rows]) for rows in bands(image.shape[:2])] or [values(image)])
 
 
@@ -72,15 +65,11 @@ def glass_pixels(image: NDArray[np.uint8]) -> BoolImage:
 
 
 def glass_colour(image: NDArray[np.uint8], counted: BoolImage) -> tuple[float, float, float] | None:
-    """RGB of the glass: the median of the brightest and least coloured of what looks like it, or None where nothing
-    does.
+    """RGB of the glass on `counted` pixels of a blurred image: the median of the brightest and least coloured of what
+    looks like it, or None where nothing does.
 
-    Pure white is measured only where hardly anything else is to be had: fields that were never scanned are filled
-    with it. Of the rest the brightest and least coloured count, since pale tissue looks like glass by itself.
-
-    Args:
-        image: (h, w, 3) RGB, blurred.
-        counted: (h, w), the pixels to measure on.
+    Pure white is measured only where hardly anything else is to be had: fields that were never scanned are filled with
+    it. Of the rest the brightest and least coloured count, since pale tissue looks like glass by itself.
     """
     glass = counted & glass_pixels(image)
     count = np.count_nonzero(glass)
@@ -110,15 +99,11 @@ def _median_colour(pixels: NDArray[np.uint8]) -> tuple[float, float, float]:
 
 
 def stain_image(image: NDArray[np.uint8], glass: tuple[float, float, float]) -> NDArray[np.uint8]:
-    """How much each pixel differs from glass by colour, or by darkness beyond a veil; (h, w), 0 to 255.
+    """How much each pixel differs from glass of that RGB by colour, or by darkness beyond a veil; (h, w), 0 to 255.
 
-    The image is balanced so that its glass is neutral; then the value is the spread of the three channels plus what
-    the brightest of them lacks to the glass beyond VEIL. Glass, pure white and the steps between stitched fields lie
-    near 0, pale tissue at 12 to 30, dense tissue at 60 to 150, black at 230.
-
-    Args:
-        image: (h, w, 3) RGB.
-        glass: RGB of the glass.
+    The image is balanced so that its glass is neutral; then the value is the spread of the three channels plus what the
+    brightest of them lacks to the glass beyond VEIL. Glass, pure white and the steps between stitched fields lie near
+    0, pale tissue at 12 to 30, dense tissue at 60 to 150, black at 230.
     """
     level = max(glass)
     balance = np.asarray([level / channel for channel in glass], np.float32)
@@ -164,12 +149,7 @@ LINING_UM = 200.0
 
 
 def pen_pixels(image: NDArray[np.uint8], mpp: float) -> BoolImage:
-    """Pen-coloured pixels, the faint edges of strokes, and the mixed pixels beside them.
-
-    Args:
-        image: (h, w, 3) RGB.
-        mpp: microns per pixel, for the width of the edges.
-    """
+    """Pen-coloured pixels, the faint edges of strokes (SKIRT_UM wide), and the mixed pixels beside them."""
     cold, warm = by_bands(image, _is_cold), by_bands(image, _is_warm)
     strokes: BoolImage = cold | warm
     if not strokes.any():
@@ -208,13 +188,8 @@ def saturation(image: NDArray[np.uint8]) -> NDArray[np.float32]:
 
 
 def on_tissue(pen: BoolImage, tissue: BoolImage, mpp: float) -> BoolImage:
-    """The pen pixels that lie on tissue: between tissue on both sides, or lining its margin.
-
-    Args:
-        pen: (h, w) pen-coloured pixels.
-        tissue: (h, w) tissue found without them.
-        mpp: microns per pixel.
-    """
+    """The pen pixels (h, w) that lie on tissue, which was found without them: between tissue on both sides, or lining
+    its margin."""
     if not pen.any() or not tissue.any():
         return np.zeros_like(pen)
     kept = pen & _closed(tissue, BRIDGE_UM / mpp)

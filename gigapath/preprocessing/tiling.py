@@ -68,16 +68,9 @@ class TileOptions(Options):
 
 @dataclass(frozen=True, eq=False)
 class TilePlan:
-    """The tiles of a slide and how they were found.
-
-    Attributes:
-        tiles: the tiles to read; none where the slide holds no tissue.
-        grid: where tiles could lie.
-        overview: the slide within its bounds at low power.
-        mask: its tissue.
-        dropped: places of the grid that became no tile, counted by reason; with the tiles they make up the grid.
-        warnings: sentences for a person, also in `tiles.attrs`.
-    """
+    """The tiles of a slide (none where it holds no tissue) and how they were found: the grid of places where they could
+    lie, the overview, its tissue; `dropped` places that became no tile, counted by reason (with the tiles they make up
+    the grid); warnings for a person, also in `tiles.attrs`."""
 
     tiles: Tiles
     grid: Grid
@@ -88,12 +81,8 @@ class TilePlan:
 
 
 def plan_tiles(slide: Slide, options: TileOptions, *, workers: int = 0) -> TilePlan:
-    """Find the tissue of a slide and the whole tiles on it, sorted by (y, x).
-
-    Args:
-        slide: an open slide.
-        options: see TileOptions; `slide_mpp` and `mpp_from_objective` took effect when the slide was opened.
-        workers: threads that read; the plan is the same.
+    """Find the tissue of a slide and the whole tiles on it, sorted by (y, x); the same with any number of `workers`.
+    `slide_mpp` and `mpp_from_objective` took effect when the slide was opened.
 
     Raises:
         SlideError: no or implausible mpp, too coarse for the target, dark background, grey, unreadable pixels.
@@ -176,14 +165,8 @@ def plan_tiles(slide: Slide, options: TileOptions, *, workers: int = 0) -> TileP
 def tissue_of(
     slide: Slide, overview: Overview, tissue: str, *, include: Sequence[str] = (), exclude: Sequence[str] = ()
 ) -> TissueMask:
-    """The tissue of a slide as `--tissue` says.
-
-    Args:
-        slide: the open slide.
-        overview: the slide at low power.
-        tissue: a method, or the path of a file, or of a folder that holds `<slide id>.<suffix>`.
-        include: classes of the file that count; all of them when empty.
-        exclude: classes of the file that are cut out.
+    """The tissue of a slide as `--tissue` says: a method, or the path of a file, or of a folder that holds `<slide
+    id>.<suffix>`; of its classes those in `include` count (all when empty), those in `exclude` are cut out.
 
     Raises:
         FileNotFoundError: no such file.
@@ -224,20 +207,11 @@ def count_dropped(
 
 
 def tile_qc(slide: Slide, overview: Overview, grid: Grid, cells: npt.NDArray[np.int32]) -> npt.NDArray[np.float32]:
-    """Measure every tile.
+    """Measure every tile (`cells` (N, 2), column and row): (N, K), columns as in QC_NAMES.
 
     `focus` is the mean spatial frequency of the tile at 4 microns a pixel, in cycles per millimetre, whatever the
     contrast: sharp sections lie at 90 to 140, blurred by 2 microns at 70, by 4 at 40; NaN where nothing can be judged.
     `white`, `black` and `pen` are shares of the tile's area, `saturation` its mean in 0 to 1, from the overview.
-
-    Args:
-        slide: the open slide.
-        overview: the slide at about 8 microns a pixel.
-        grid: the tiles.
-        cells: (N, 2) column and row of the tiles to measure.
-
-    Returns:
-        (N, K), columns as in QC_NAMES.
     """
     image, mpp = overview.image, overview.mpp
     maps: dict[str, Callable[[], npt.NDArray[Any]]] = {  # one at a time: each is as large as the overview
@@ -302,14 +276,9 @@ def _focus(slide: Slide, grid: Grid, rows: npt.NDArray[np.integer]) -> npt.NDArr
 
 
 def spread_evenly(cells: IntArray, count: int, seed: int) -> npt.NDArray[np.int64]:
-    """Choose `count` of the cells (N, 2), spread evenly over where they lie.
-
-    The cells are put in the order in which a Hilbert curve passes them, the order is cut into `count` equal runs, and
-    one cell is drawn from each.
-
-    Returns:
-        (count,) indices into `cells`, ascending.
-    """
+    """Indices (count,), ascending, of `count` of the cells (N, 2), spread evenly over where they lie: the cells are put
+    in the order in which a Hilbert curve passes them, the order is cut into `count` equal runs, and one is drawn from
+    each."""
     order = np.argsort(hilbert_index(cells), kind="stable")
     edges = np.arange(count + 1) * len(cells) // count
     drawn = np.random.default_rng(seed).random(count)

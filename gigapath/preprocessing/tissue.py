@@ -32,13 +32,9 @@ EVERYTHING, NOTHING = 0, 256
 
 
 def otsu_cuts(histogram: NDArray[Any]) -> NDArray[np.int64]:
-    """Otsu's threshold: the last bins of the lower class for which the variance between the classes is largest.
-
-    Between two far peaks every cut of the gap is equally good; all of them are given, ascending.
-
-    Args:
-        histogram: (n,) counts, at least two of them not 0.
-    """
+    """Otsu's threshold on a histogram (n,), at least two counts not 0: the last bins of the lower class for which the
+    variance between the classes is largest. Between two far peaks every cut of the gap is equally good; all are given,
+    ascending."""
     counts = histogram.astype(np.float64)
     below = np.cumsum(counts)[:-1]
     sums = np.cumsum(counts * np.arange(len(counts)))
@@ -50,17 +46,12 @@ def otsu_cuts(histogram: NDArray[Any]) -> NDArray[np.int64]:
 
 
 def palest_tissue(values: NDArray[np.uint8]) -> int:
-    """Tissue by Otsu's threshold, taken again on the paler class as long as the classes stand CONTRAST apart.
+    """The least of the stain values (n,) that is tissue; EVERYTHING or NOTHING where there are no two classes: Otsu's
+    threshold, taken again on the paler class as long as the classes stand CONTRAST apart.
 
     One threshold over dark and pale tissue would lie between those two. Going on until only glass is left finds the
-    palest tissue, whatever pigment, DAB or haemorrhage lies beside it. The glass's own scatter is flattened first,
-    lest its width outvote a needle biopsy.
-
-    Args:
-        values: (n,) stain.
-
-    Returns:
-        the least value that is tissue: EVERYTHING or NOTHING where there are no two classes.
+    palest tissue, whatever pigment, DAB or haemorrhage lies beside it. The glass's own scatter is flattened first, lest
+    its width outvote a needle biopsy.
     """
     if not values.size:
         return NOTHING
@@ -129,13 +120,12 @@ FRAME_DEPTH = 0.05  # of the side, at least 3 pixels
 
 @dataclass(frozen=True)
 class TissueMask:
-    """Tissue of one slide on its overview.
+    """Tissue of one slide on its overview, in whose frame (`origin_level0`, level-0 pixels per mask pixel `scale`) it
+    lies.
 
     Attributes:
         mask: (h, w), True = tissue.
         sections: (h, w), connected piece of tissue, counted from 1 in reading order; 0 = none.
-        origin_level0: level-0 (x, y) of the mask's corner.
-        scale: level-0 pixels per mask pixel (x, y).
         mpp: microns per mask pixel.
         method: the rule that made the mask.
         threshold: what the rule compared with, in its own unit; None where it compared nothing.
@@ -169,15 +159,8 @@ class TissueMask:
 
 
 def find_tissue(overview: Overview, method: str = "otsu") -> TissueMask:
-    """Find the tissue on an overview.
-
-    Args:
-        overview: the slide within its bounds.
-        method: "otsu", or "none": everything that was scanned counts as tissue.
-
-    Raises:
-        ValueError: another method.
-    """
+    """Find the tissue on an overview by "otsu", or "none": everything that was scanned counts. ValueError for another
+    method."""
     if method == "none":
         return make_mask(overview, overview.opaque.copy(), method=method, state="full")
     if method != "otsu":
@@ -265,13 +248,7 @@ def make_mask(
     background: tuple[int, int, int] | None = None,
     box_level0: tuple[int, int, int, int] | None = None,
 ) -> TissueMask:
-    """A TissueMask in the frame of `overview`, its pieces counted.
-
-    Args:
-        overview: gives the frame.
-        mask: (h, w), True = tissue.
-        method, state, threshold, dropped, background, box_level0: see TissueMask; areas without a pixel are not kept.
-    """
+    """A TissueMask in the frame of `overview`, its pieces counted; areas in `dropped` without a pixel are not kept."""
     return TissueMask(
         mask=mask,
         sections=_pieces(mask)[0],
@@ -345,25 +322,13 @@ def _pieces(mask: BoolImage, connectivity: int = 8) -> tuple[NDArray[np.int32], 
 
 
 def tile_fractions(mask: TissueMask, grid: Grid) -> NDArray[np.float32]:
-    """Share of each tile that is tissue, by area, exact for tiles that cut through mask pixels.
-
-    Returns:
-        (rows, columns) of the grid, 0 to 1; what a tile has outside the mask counts as no tissue.
-    """
+    """Share (rows, columns) of each tile that is tissue, 0 to 1 by area, exact for tiles that cut through mask pixels;
+    what a tile has outside the mask counts as no tissue."""
     return area_shares(mask.mask, mask, grid)
 
 
 def area_shares(values: NDArray[Any], mask: TissueMask, grid: Grid) -> NDArray[np.float32]:
-    """Mean over each tile's area of values on the overview.
-
-    Args:
-        values: (h, w) in the frame of `mask`; outside they count as 0.
-        mask: gives the frame.
-        grid: the tiles.
-
-    Returns:
-        (rows, columns).
-    """
+    """Mean (rows, columns) over each tile's area of values (h, w) in the frame of `mask`; outside they count as 0."""
     edges = [
         (grid.anchor[xy] + np.arange(count + 1) * grid.pitch[xy] - mask.origin_level0[xy]) / mask.scale[xy]
         for xy, count in ((0, grid.columns), (1, grid.rows))
@@ -372,16 +337,8 @@ def area_shares(values: NDArray[Any], mask: TissueMask, grid: Grid) -> NDArray[n
 
 
 def box_means(values: NDArray[Any], x: NDArray[np.floating], y: NDArray[np.floating]) -> NDArray[np.float32]:
-    """Mean over boxes that lie side by side, exact where they cut through pixels; outside, values count as 0.
-
-    Args:
-        values: (h, w).
-        x: (columns + 1,) edges of the boxes in pixels of `values`.
-        y: (rows + 1,) edges.
-
-    Returns:
-        (rows, columns).
-    """
+    """Mean over boxes that lie side by side, exact where they cut through pixels: `x` (columns + 1,) and `y` (rows +
+    1,) are their edges in pixels of `values` (h, w), which count as 0 outside; (rows, columns)."""
     # The running sums are 8 times as large as a mask.
     along = [np.diff(_integral(values[rows], x, axis=1)) for rows in stain.bands(values.shape[:2])]
     sums = np.diff(_integral(np.concatenate(along), y, axis=0), axis=0)
@@ -401,13 +358,8 @@ def _integral(values: NDArray[Any], edges: NDArray[np.floating], axis: int) -> N
 
 
 def tile_sections(mask: TissueMask, grid: Grid) -> NDArray[np.int32]:
-    """The connected piece that covers most of each tile's tissue; 0 where there is none.
-
-    A pixel of the mask counts for the tile that holds its centre; of equal pieces the first in reading order wins.
-
-    Returns:
-        (rows, columns) of the grid.
-    """
+    """The connected piece that covers most of each tile's tissue (rows, columns); 0 where there is none. A pixel of the
+    mask counts for the tile that holds its centre; of equal pieces the first in reading order wins."""
     cells = [
         np.floor(
             (mask.origin_level0[xy] + (np.arange(length) + 0.5) * mask.scale[xy] - grid.anchor[xy]) / grid.pitch[xy]

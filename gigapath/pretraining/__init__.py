@@ -7,7 +7,7 @@ model = create_model(str(result.weights), "gigapath_slide_enc12l768d", 1536)
 
 from typing import TYPE_CHECKING
 
-from gigapath.lazy import lazy_names
+from gigapath import lazy_names
 
 if TYPE_CHECKING:
     from gigapath.pretraining.options import CohortOptions, PretrainingOptions, SizeOptions, TaskOptions

@@ -12,9 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gigapath.cohort.owner import Ownership
 from gigapath.cohort.record import versions
-from gigapath.cohort.reuse import differences
+from gigapath.cohort.stage import Ownership, differences
 from gigapath.devices import at_most_threads, computing
 from gigapath.evaluation.plots import plotting_available
 from gigapath.files import read_json, sha256_of, write_bytes_atomic, write_json_atomic, write_text_atomic
@@ -30,10 +29,9 @@ from gigapath.pretraining.model import MaskedAutoencoder, build_autoencoder, los
 from gigapath.pretraining.options import CohortOptions, PretrainingOptions, SizeOptions, TaskOptions
 from gigapath.pretraining.outputs import Epoch, draw_reconstructions, model_card, write_curves
 from gigapath.pretraining.training import Training, steps_of
-from gigapath.progress import Progress
+from gigapath.progress import Progress, Stopped
 from gigapath.read_ahead import read_ahead
 from gigapath.releases import HUB_PREFIXES
-from gigapath.signals import Stopped
 from gigapath.slide_encoder import WEIGHTS_FILE
 from gigapath.tables import csv_text
 from gigapath.text import in_bytes, in_words

@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from gigapath.cohort.manifest import SlideEntry
-from gigapath.cohort.privacy import hide_paths, recorded_paths
-from gigapath.cohort.record import RUNS
+from gigapath.cohort.record import RUNS, hide_paths, recorded_paths
 from gigapath.cohort.status import STATES, Status, failures_by_kind, read_statuses, slide_row
 from gigapath.features import FeatureFileError, TileEmbeddings, Tiles, read_features, read_tiles
 from gigapath.features.h5 import open_h5, read_attrs

@@ -11,7 +11,7 @@ from typing import Any
 
 from PIL import Image
 
-from gigapath.cohort.privacy import hide_paths
+from gigapath.cohort.record import hide_paths
 from gigapath.files import write_bytes_atomic
 from gigapath.text import slides_in_words
 

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gigapath.cohort.privacy import hide_paths, redact
+from gigapath.cohort.record import hide_paths, redact
 from gigapath.evaluation.intervals import Estimate, Evaluation, plain
 from gigapath.evaluation.plots import Curves
 from gigapath.evaluation.results import (

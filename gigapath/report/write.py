@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import gigapath
-from gigapath.cohort.privacy import hide_paths
+from gigapath.cohort.record import hide_paths
 from gigapath.file_names import folder_name
 from gigapath.files import check_writable, write_text_atomic
 from gigapath.machine import available_cores

@@ -20,7 +20,7 @@ from gigapath.cohort.manifest import SlideEntry
 from gigapath.cohort.run import CohortRun
 from gigapath.devices import resolve_device, resolve_precision
 from gigapath.embedding.features_stage import EmbedJob, FeatureStage
-from gigapath.embedding.forward import DeviceProbe, Forward, choose_forward
+from gigapath.embedding.forward import DeviceProbe, PlainForward, choose_forward
 from gigapath.embedding.options import RunOptions
 from gigapath.embedding.run import default_batch_size
 from gigapath.embedding.slides import open_entry
@@ -120,7 +120,7 @@ def measure(options: EmbedBench) -> Iterator[dict[str, Any]]:
         yield _row("reader", READER_BAR, made, read, options.pairs, device)
 
 
-def _batches(pixels: np.ndarray, batch_size: int, forward: Forward) -> list[Tensor]:
+def _batches(pixels: np.ndarray, batch_size: int, forward: PlainForward) -> list[Tensor]:
     """The tiles in batches of one shape, where they would lie in a run."""
     found = []
     for first in range(0, len(pixels), batch_size):

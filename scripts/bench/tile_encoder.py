@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from gigapath.devices import resolve_device, resolve_precision
-from gigapath.embedding.forward import Forward, Vectors, choose_forward, made_batch
+from gigapath.embedding.forward import PlainForward, Vectors, choose_forward, made_batch
 from gigapath.options import Options, option
 from gigapath.tile_encoder import TileEncoder, load_tile_encoder
 from scripts.bench.protocol import Work, compare, product
@@ -85,7 +85,7 @@ def measure(options: TileEncoderBench) -> Iterator[dict[str, Any]]:
 class Sender:
     """Sends batches, and waits for answers only where more are on their way than may be."""
 
-    def __init__(self, forward: Forward) -> None:
+    def __init__(self, forward: PlainForward) -> None:
         self._forward = forward
         self._waiting: deque[Callable[[], Vectors]] = deque()
 
