@@ -71,8 +71,8 @@ def check(features: Features = (), /, *, describe: bool = False, as_json: Json =
             _print_findings(str(path), report.findings)
     folders = []
     for folder, inside in by_folder.items():
-        unmet = _check_statuses(folder, {report.path.name for report in inside})
-        folders.append(Report(folder, check_folder(folder, inside) + unmet))
+        folders.append(Report(folder, check_folder(folder, inside)))
+        _check_statuses(folders[-1], {report.path.name for report in inside})
     wrong = sum(report.wrong for report in reports), sum(folder.wrong for folder in folders)
     if as_json:
         print(reports_as_json(reports, folders))
@@ -89,10 +89,9 @@ def check(features: Features = (), /, *, describe: bool = False, as_json: Json =
     return EXIT_FAILED_SLIDES if any(wrong) else 0
 
 
-def _check_statuses(folder: Path, there: Collection[str]) -> list[Finding]:
+def _check_statuses(folder: Report, there: Collection[str]) -> None:
     """What the status files of our runs promise, against the names of the files that are there."""
-    findings = []
-    statuses = read_statuses(folder)
+    statuses = read_statuses(folder.path)
     lost = [
         slide_id
         for slide_id, status in statuses.items()
@@ -102,21 +101,21 @@ def _check_statuses(folder: Path, there: Collection[str]) -> list[Finding]:
     ]
     if lost:
         text = f"{len(lost)} slides are done by their status, but their files are missing: {some(lost)}."
-        findings.append(Finding("missing-file", text, "They take no part. Run the same command again."))
+        folder.add("missing-file", text, "They take no part. Run the same command again.")
     mixed = mixed_options(statuses.values())
     if mixed:
         text = f"its results are of different options: {'; '.join(mixed)}."
-        findings.append(Finding("mixed-options", text, "Make them alike with --overwrite, or keep a folder for each."))
+        folder.add("mixed-options", text, "Make them alike with --overwrite, or keep a folder for each.")
     unsummed = [name for name, status in statuses.items() if status.finished and not status.sha256]
     unsummed = [f"{name}.h5" for name in unsummed if f"{name}.h5" in there]
     if unsummed:
         text = f"{len(unsummed)} of its files have no checksum: {some(unsummed)}."
         advice = "Bytes that change in them may not be noticed; what is made from now on has one."
-        findings.append(Finding("no-checksum", text, advice, state=NOTE))
+        folder.add("no-checksum", text, advice, state=NOTE)
     refused = [slide_id for slide_id, status in statuses.items() if status.refused]
     if refused:
         text = f"{len(refused)} slides were refused, as no stained brightfield slides: {some(refused)}."
-        findings.append(Finding("refused", text, "They take no part.", state=NOTE))
+        folder.add("refused", text, "They take no part.", state=NOTE)
     open_ones = [
         f"{slide_id} ({status.status})"
         for slide_id, status in statuses.items()
@@ -124,8 +123,7 @@ def _check_statuses(folder: Path, there: Collection[str]) -> list[Finding]:
     ]
     if open_ones:
         text = f"{len(open_ones)} slides are not finished: {some(open_ones)}."
-        findings.append(Finding("unfinished", text, "They take no part, or with an earlier run's numbers."))
-    return findings
+        folder.add("unfinished", text, "They take no part, or with an earlier run's numbers.")
 
 
 def _print_findings(name: str, findings: list[Finding]) -> None:

@@ -6,7 +6,7 @@ A finding has a name that is the same in every release, and says what it does to
 import hashlib
 import json
 import re
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -77,12 +77,16 @@ class Report:
         """Whether something is wrong with it."""
         return any(finding.wrong for finding in self.findings)
 
+    def add(self, name: str, text: str, effect: str = "", *, state: str = WRONG) -> None:
+        """Add a finding."""
+        self.findings.append(Finding(name, text, effect, state=state))
+
 
 @dataclass
 class FileReport(Report):
     """What was found about one file, with what its folder is compared by: `kind` as `Contents.kind` ("" where it could
     not be told), `compared` what must be equal throughout a folder, by name, `digest` equal where two files hold the
-    same embeddings ("" where there is nothing to compare)."""
+    same embeddings in any order ("" where there is nothing to compare)."""
 
     kind: str = ""
     tool: str = ""
@@ -98,9 +102,9 @@ def some(names: list[str], limit: int = 3) -> str:
     return ", ".join(names[:limit]) + (f" and {more} more" if more > 0 else "")
 
 
-def share(count: int, total: int, what: str = "tiles") -> str:
-    """A part of a whole in words, such as "3 of 40 tiles"."""
-    return f"{count:,} of {total:,} {what}"
+def _share(marks: Any, total: int, what: str = "tiles") -> str:
+    """A part of a whole, marked or counted, in words such as "3 of 40 tiles"."""
+    return f"{int(np.sum(marks)):,} of {total:,} {what}"
 
 
 # ---------------------------------------------------------------------------------------------------- files and folders
@@ -123,38 +127,36 @@ def files_to_check(paths: Sequence[str | Path]) -> list[Path]:
 def check_file(path: Path, *, tile_size_level0: float | None = None) -> FileReport:
     """Check one file; whatever is wrong with it is in the report. `tile_size_level0` is the distance between
     neighbouring tiles, where the file does not say."""
+    report = FileReport(path)
     try:
-        if path.is_file() and is_damaged(path):  # nothing else that is said of it would mean anything
-            return FileReport(path, findings=[Finding("checksum", DAMAGED, f"Its numbers are wrong. {MEND_DAMAGED}")])
-        return check_contents(read_contents(path, tile_size_level0=tile_size_level0))
+        if not (path.is_file() and is_damaged(path)):
+            return check_contents(read_contents(path, tile_size_level0=tile_size_level0))
+        report.add("checksum", DAMAGED, f"Its numbers are wrong. {MEND_DAMAGED}")  # and whatever else is said of it
     except (ValueError, OSError) as error:
-        message = str(error).removeprefix(f"{path.name}: ")
-        return FileReport(path, findings=[Finding("unreadable", message, "Nothing can be taken from it.")])
+        report.add("unreadable", str(error).removeprefix(f"{path.name}: "), "Nothing can be taken from it.")
+    return report
 
 
 def check_contents(held: Contents) -> FileReport:
     """Check what a file holds."""
-    report = FileReport(held.path, kind=held.kind, tool=held.tool, slide_id=held.slide_id)
+    report = FileReport(held.path, kind=held.kind, tool=held.tool, slide_id=held.slide_id, compared=compared(held))
     rows = held.features if held.features is not None else held.coords
     report.tiles = None if rows is None or not rows.shape else len(rows)
-    report.compared = compared(held)
-    report.findings += _check_identity(held)
-    values, report.digest = check_values(held)
-    report.findings += values + check_places(held) + check_scale(held)
-    return report
-
-
-def _check_identity(held: Contents) -> list[Finding]:
-    findings = []
     if held.complete is False:
         text = "it was never finished: the mark `complete` is missing."
-        findings.append(Finding("incomplete", text, "Some of its tiles may be missing. Make it again."))
+        report.add("incomplete", text, "Some of its tiles may be missing. Make it again.")
     named = held.attrs.get("name") if held.tool == "trident" else held.slide_id
     stem = held.path.name.removesuffix(held.path.suffix)
     if isinstance(named, str) and named != stem and not stem.startswith((f"{named}.section-", f"{named}.patch")):
         text = f"it says that it is of slide {named!r}."
-        findings.append(Finding("name", text, "A label that is joined by the file's name goes to the wrong slide."))
-    return findings
+        report.add("name", text, "A label that is joined by the file's name goes to the wrong slide.")
+    if held.kind == "slide embeddings":
+        _check_vectors(report, held)
+    elif held.features is not None:
+        _check_values(report, held.features)
+    _check_places(report, held)
+    _check_scale(report, held)
+    return report
 
 
 def as_json(reports: Sequence[FileReport], folders: Sequence[Report]) -> str:
@@ -167,26 +169,23 @@ def as_json(reports: Sequence[FileReport], folders: Sequence[Report]) -> str:
                 "tool": report.tool or None,
                 "slide_id": report.slide_id or None,
                 "tiles": report.tiles,
-                "wrong": report.wrong,
-                "findings": _plain(report.findings),
+                **_plain(report),
             }
             for report in reports
         ],
-        "folders": [
-            {"folder": str(folder.path), "wrong": folder.wrong, "findings": _plain(folder.findings)}
-            for folder in folders
-        ],
+        "folders": [{"folder": str(folder.path), **_plain(folder)} for folder in folders],
         "files_wrong": sum(report.wrong for report in reports),
         "folders_wrong": sum(folder.wrong for folder in folders),
     }
     return json.dumps(document, indent=2, ensure_ascii=False)
 
 
-def _plain(findings: Sequence[Finding]) -> list[dict[str, Any]]:
-    return [
+def _plain(report: Report) -> dict[str, Any]:
+    findings = [
         {"name": finding.name, "wrong": finding.wrong, "text": finding.text, "effect": finding.advice}
-        for finding in findings
+        for finding in report.findings
     ]
+    return {"wrong": report.wrong, "findings": findings}
 
 
 def compared(held: Contents) -> dict[str, Any]:
@@ -206,34 +205,28 @@ def compared(held: Contents) -> dict[str, Any]:
 
 def check_folder(folder: Path, reports: Sequence[FileReport]) -> list[Finding]:
     """Compare the files of one folder, of which there is a report each."""
-    findings = []
-    by_kind: dict[str, list[FileReport]] = defaultdict(list)
-    for report in reports:
-        if report.kind:
-            by_kind[report.kind].append(report)
-    for alike in by_kind.values():
-        findings += _check_mixed(alike)
-        findings += _check_ids(alike)
+    together = Report(folder)
+    for kind in dict.fromkeys(report.kind for report in reports if report.kind):
+        alike = [report for report in reports if report.kind == kind]
+        _check_mixed(together, alike)
+        _check_ids(together, alike)
     left = sorted(path.name for path in folder.glob(f"*{PARTIAL_SUFFIX}"))
     if left:
         text = f"{len(left)} files are being written, or were left by a killed run: {some(left, 1)}."
-        findings.append(Finding("left-over", text, "No reader takes them.", state=NOTE))
-    return findings
+        together.add("left-over", text, "No reader takes them.", state=NOTE)
+    return together.findings
 
 
-def _check_mixed(reports: Sequence[FileReport]) -> list[Finding]:
-    findings = []
+def _check_mixed(folder: Report, reports: Sequence[FileReport]) -> None:
     for name in sorted({name for report in reports for name in report.compared}):
         groups: dict[str, list[str]] = defaultdict(list)
         for report in reports:
             groups[_shown(name, report.compared.get(name), reports)].append(report.path.name)
-        if len(groups) < 2:
-            continue
-        ordered = sorted(groups.items(), key=lambda item: len(item[1]))
-        said = "; ".join(f"{value}: {some(sorted(files))}" for value, files in ordered)
-        text = f"its files differ in {name} ({said})."
-        findings.append(Finding(f"mixed-{name.replace('_', '-')}", text, _EFFECTS.get(name, _OTHER)))
-    return findings
+        if len(groups) > 1:
+            ordered = sorted(groups.items(), key=lambda item: len(item[1]))
+            said = "; ".join(f"{value}: {some(sorted(files))}" for value, files in ordered)
+            effect = _EFFECTS.get(name, _OTHER)
+            folder.add(f"mixed-{name.replace('_', '-')}", f"its files differ in {name} ({said}).", effect)
 
 
 def _shown(name: str, value: Any, reports: Sequence[FileReport]) -> str:
@@ -245,47 +238,34 @@ def _shown(name: str, value: Any, reports: Sequence[FileReport]) -> str:
     return "not stated" if value is None else str(value)[:40]
 
 
-def _check_ids(reports: Sequence[FileReport]) -> list[Finding]:
-    findings = []
-    by_id: dict[str, list[FileReport]] = defaultdict(list)
-    by_digest: dict[str, list[FileReport]] = defaultdict(list)
+def _check_ids(folder: Report, reports: Sequence[FileReport]) -> None:
+    by_id: dict[str, list[str]] = defaultdict(list)
+    by_digest: dict[str, set[str]] = defaultdict(set)
     for report in reports:
-        by_id[report.slide_id].append(report)
+        by_id[report.slide_id].append(report.path.name)
         if report.digest:
-            by_digest[report.digest].append(report)
-    for slide_id, twins in by_id.items():
-        if len(twins) > 1 and not all(_is_section(report) for report in twins):
-            text = f"{len(twins)} files are of slide {slide_id!r}: {some([report.path.name for report in twins])}."
-            findings.append(Finding("two-files", text, "It counts twice, and may fall into two sets of a split."))
-    for twins in by_digest.values():
-        ids = sorted({report.slide_id for report in twins})
+            by_digest[report.digest].add(report.slide_id)
+    for slide_id, names in by_id.items():
+        if len(names) > 1 and not all(re.search(r"\.section-\d+\.h5$", name) for name in names):
+            text = f"{len(names)} files are of slide {slide_id!r}: {some(names)}."
+            folder.add("two-files", text, "It counts twice, and may fall into two sets of a split.")
+    for ids in by_digest.values():
         if len(ids) > 1:
-            text = f"{some(ids)} hold the same embeddings."
             effect = "One slide under two ids: in two sets of a split it leaks, in one it counts twice."
-            findings.append(Finding("equal-features", text, effect))
-    return findings
-
-
-def _is_section(report: FileReport) -> bool:
-    return re.search(r"\.section-\d+\.h5$", report.path.name) is not None
+            folder.add("equal-features", f"{some(sorted(ids))} hold the same embeddings.", effect)
 
 
 # ----------------------------------------------------------------------------------------------------------- embeddings
 
 
-def check_values(held: Contents) -> tuple[list[Finding], str]:
-    """The findings on all embeddings of a file, and a digest that is equal for equal embeddings in any order, or ""."""
-    if held.kind == "slide embeddings":
-        return _check_vectors(held)
-    features = held.features
-    if features is None:
-        return [], ""
+def _check_values(report: FileReport, features: Array) -> None:
+    """Look at every embedding of a file."""
     if features.ndim != 2 or features.dtype.kind != "f":
         text = f"expected embeddings (N, D) of floats, got {features.shape} of {features.dtype}."
-        return [Finding("shapes", text, "No reader can take them for embeddings of tiles.")], ""
+        return report.add("shapes", text, "No reader can take them for embeddings of tiles.")
     count = len(features)
     if count == 0:
-        return [Finding("no-tiles", "it has no tiles.", "The slide gets no embedding.", state=NOTE)], ""
+        return report.add("no-tiles", "it has no tiles.", "The slide gets no embedding.", state=NOTE)
     rows: list[bytes] = []
     infinite, zero = np.zeros(count, bool), np.zeros(count, bool)
     varies = np.zeros(features.shape[1], bool)
@@ -295,312 +275,240 @@ def check_values(held: Contents) -> tuple[list[Finding], str]:
         zero[start : start + _ROWS] = ~block.any(axis=1)
         varies |= (block != features[0]).any(axis=0)
         rows += [hashlib.blake2b(row.tobytes(), digest_size=16).digest() for row in block]
-    digest = hashlib.sha256(b"".join(sorted(rows))).hexdigest()
-    findings = []
+    report.digest = hashlib.sha256(b"".join(sorted(rows))).hexdigest()
     if infinite.any():
-        findings.append(
-            Finding(
-                "not-finite",
-                f"{share(int(infinite.sum()), count)} have NaN or infinity in their embedding, "
-                f"the first in row {int(np.argmax(infinite))}.",
-                "Attention carries one NaN to every tile: the slide embedding becomes NaN.",
-            )
-        )
+        text = f"{_share(infinite, count)} have NaN or infinity in their embedding, the first in row "
+        effect = "Attention carries one NaN to every tile: the slide embedding becomes NaN."
+        report.add("not-finite", f"{text}{int(np.argmax(infinite))}.", effect)
     if zero.any():
-        findings.append(
-            Finding(
-                "zero-rows",
-                f"{share(int(zero.sum()), count)} have an embedding of zeros alone, "
-                f"the first in row {int(np.argmax(zero))}.",
-                "Such rows were reserved and never written; the slide embedding takes them for tissue.",
-            )
+        text = f"{_share(zero, count)} have an embedding of zeros alone, the first in row {int(np.argmax(zero))}."
+        effect = "Such rows were reserved and never written; the slide embedding takes them for tissue."
+        report.add("zero-rows", text, effect)
+    distinct = len(set(rows))
+    if distinct == 1 and count > 1:
+        effect = (
+            "The encoder saw nothing of the tiles (random weights with a small layer scale do this): the slide "
+            "embedding says nothing about the slide."
         )
-    return [*findings, *_check_variety(rows, varies, count)], digest
+        return report.add("constant", f"all {count:,} tiles have the same embedding.", effect)
+    if count > distinct:
+        effect = "A batch written twice does this, and so do blank tiles: "
+        effect += "the slide embedding counts one place several times."
+        text = f"{_share(count - distinct, count)} repeat the embedding of another tile to the last bit."
+        report.add("duplicated-rows", text, effect, state=WRONG if count - distinct > _DUPLICATES * count else NOTE)
+    if np.sum(~varies) > _DEAD_COLUMNS * len(varies) and count >= _FEW_TILES:
+        text = f"{_share(~varies, len(varies), 'columns')} have one value for all tiles."
+        effect = "They add nothing to the slide embedding; an encoder that was cut off or padded does this."
+        report.add("dead-columns", text, effect, state=NOTE)
 
 
-def _check_variety(rows: list[bytes], varies: Array, count: int) -> list[Finding]:
-    alike = Counter(rows)
-    if len(alike) == 1 and count > 1:
-        return [
-            Finding(
-                "constant",
-                f"all {count:,} tiles have the same embedding.",
-                "The encoder saw nothing of the tiles (random weights with a small layer scale do this): the slide "
-                "embedding says nothing about the slide.",
-            )
-        ]
-    findings = []
-    repeated = count - len(alike)
-    if repeated:
-        findings.append(
-            Finding(
-                "duplicated-rows",
-                f"{share(repeated, count)} repeat the embedding of another tile to the last bit.",
-                "A batch written twice does this, and so do blank tiles: the slide embedding counts one place several "
-                "times.",
-                state=WRONG if repeated > _DUPLICATES * count else NOTE,
-            )
-        )
-    still = int((~varies).sum())
-    if still > _DEAD_COLUMNS * len(varies) and count >= _FEW_TILES:
-        findings.append(
-            Finding(
-                "dead-columns",
-                f"{share(still, len(varies), 'columns')} have one value for all tiles.",
-                "They add nothing to the slide embedding; an encoder that was cut off or padded does this.",
-                state=NOTE,
-            )
-        )
-    return findings
-
-
-def _check_vectors(held: Contents) -> tuple[list[Finding], str]:
+def _check_vectors(report: FileReport, held: Contents) -> None:
     """A slide's file: each matrix finite, the states as many as the poolings say, one width."""
     if not held.vectors:
-        return [Finding("shapes", "it holds no embedding of the slide.", "There is nothing to use.")], ""
-    findings = []
+        return report.add("shapes", "it holds no embedding of the slide.", "There is nothing to use.")
     for name, value in held.vectors.items():
         if value.ndim != 2 or value.dtype.kind != "f" or 0 in value.shape:
-            findings.append(Finding("shapes", f"expected {name} (rows, D) of floats, got {value.shape}."))
+            report.add("shapes", f"expected {name} (rows, D) of floats, got {value.shape}.")
         elif not np.isfinite(value).all():
-            findings.append(Finding("not-finite", f"its {name} holds NaN or infinity.", "Nothing can be fitted on it."))
+            report.add("not-finite", f"its {name} holds NaN or infinity.", "Nothing can be fitted on it.")
         elif not value.any(axis=1).all():
-            findings.append(Finding("zero-rows", f"its {name} has rows of zeros alone.", "They were never written."))
+            report.add("zero-rows", f"its {name} has rows of zeros alone.", "They were never written.")
     shapes = {name: value.shape for name, value in held.vectors.items() if name != "tile_mean"}
     states = {shape for name, shape in shapes.items() if name.startswith("states_")}
-    widths = {shape[-1] for shape in shapes.values() if shape}
-    if len(states) > 1 or len(widths) > 1:
-        findings.append(Finding("shapes", f"its states and its default output do not fit together: {shapes}."))
+    if len(states) > 1 or len({shape[-1] for shape in shapes.values() if shape}) > 1:
+        report.add("shapes", f"its states and its default output do not fit together: {shapes}.")
     first = held.vectors.get("tile_mean", next(iter(held.vectors.values())))
-    return findings, hashlib.sha256(np.ascontiguousarray(first).tobytes()).hexdigest()
+    report.digest = hashlib.sha256(np.ascontiguousarray(first).tobytes()).hexdigest()
 
 
 # -------------------------------------------------------------------------------------------------- where the tiles lie
 
 
-def check_places(held: Contents) -> list[Finding]:
+def _check_places(report: FileReport, held: Contents) -> None:
     """Look at every coordinate of a file."""
     coords = held.coords
     if coords is None:
-        return []
+        return
     if coords.ndim == 0 or (held.features is not None and held.features.ndim == 0):
-        return [Finding("shapes", "it holds single numbers where embeddings and coordinates should be.")]
+        return report.add("shapes", "it holds single numbers where embeddings and coordinates should be.")
     count = len(coords) if held.features is None else len(held.features)
+    unknown = "Which tile lies where can't be told."
     if coords.shape != (count, 2) or coords.dtype.kind not in "iuf":
-        text = f"expected coords {(count, 2)}, got {coords.shape} of {coords.dtype}."
-        return [Finding("shapes", text, "Which tile lies where can't be told.")]
+        return report.add("shapes", f"expected coords {(count, 2)}, got {coords.shape} of {coords.dtype}.", unknown)
     if held.cells is not None and (held.cells.shape != coords.shape or held.cells.dtype.kind not in "iu"):
         text = f"expected whole cells {coords.shape}, got {held.cells.shape} of {held.cells.dtype}."
-        return [Finding("shapes", text, "Which tile lies where can't be told.")]
+        return report.add("shapes", text, unknown)
     if count == 0:
-        return []
-    finite = np.isfinite(coords.astype(np.float64)).all(axis=1)
-    if not finite.all():
-        text = (
-            f"{share(int((~finite).sum()), count)} have coordinates that are not finite, the first in row "
-            f"{int(np.argmin(finite))}."
-        )
-        return [Finding("coords-not-finite", text, "They have no place: the slide encoder refuses the file.")]
+        return
     places = coords.astype(np.float64)
-    findings = _check_inside(held, places)
+    finite = np.isfinite(places).all(axis=1)
+    if not finite.all():
+        text = f"{_share(~finite, count)} have coordinates that are not finite, the first in row "
+        effect = "They have no place: the slide encoder refuses the file."
+        return report.add("coords-not-finite", f"{text}{int(np.argmin(finite))}.", effect)
     if coords.dtype == np.float16:
         text = "its coordinates are in half precision, which holds no odd pixel above 2048 and nothing above 65504."
-        effect = "Tiles move by up to 16 pixels, and neighbours fall on one cell."
-        findings.insert(0, Finding("coords-type", text, effect))
-    pitch = _pitch(held)
+        report.add("coords-type", text, "Tiles move by up to 16 pixels, and neighbours fall on one cell.")
+    _check_inside(report, held, places)
+    pitch = held.step
+    if pitch is None and held.tool == "published":  # whose code divides by this
+        pitch = float(CELL), float(CELL)
     if pitch is None:
         seen = observed_step(places)
         hint = "" if seen is None else f"; the closest lie {seen:g} apart"
         text = f"it does not say how far apart its tiles lie{hint}. State it with --tile-size-level0."
-        findings.append(Finding("no-step", text, "Without it no tile has a cell.", state=NOTE))
-        return findings
-    off = _off_grid(places, pitch)
+        return report.add("no-step", text, "Without it no tile has a cell.", state=NOTE)
+    steps = (places - places.min(axis=0)) / pitch  # a pixel is rounding
+    off = (np.abs(steps - np.rint(steps)) * pitch > np.maximum(1.0, 1e-3 * np.asarray(pitch))).any(axis=1)
+    clam = held.tool == "clam"
     # A few tiles off the grid are those tiles' fault, many are the distance's; CLAM starts a grid at each contour.
-    spaced = _check_spacing(held, places, pitch) if not off.any() or (off.mean() > 0.5 and held.tool != "clam") else []
-    if off.any() and not spaced:
-        findings.append(_grid_finding(held, off, pitch))
-    findings += spaced
-    findings += _check_cells(held, places, pitch, on_grid=not off.any())
+    spaced = _wrong_spacing(held, places, pitch) if not off.any() or (off.mean() > 0.5 and not clam) else None
+    if spaced is not None:
+        report.add(*spaced)
+    elif off.any():
+        unit = FRAMES.get(held.frame, held.frame)
+        text = f"{_share(off, len(off))} do not lie on one grid of {pitch[0]:g} x {pitch[1]:g} {unit} with the "
+        text += "others (CLAM starts one at each contour)." if clam else "others."
+        effect = "Each goes to the nearest cell: up to half a cell off, and two may meet in one."
+        report.add("off-grid", text, effect, state=NOTE if clam else WRONG)
+    _check_cells(report, held, places, pitch, on_grid=not off.any())
     fractions = held.tissue_fraction
     if fractions is not None and (fractions.shape != (count,) or (fractions < 0).any() or (fractions > 1).any()):
-        findings.append(Finding("tissue-fraction", "its tissue fractions are not one number of 0 to 1 a tile."))
-    return findings
+        report.add("tissue-fraction", "its tissue fractions are not one number of 0 to 1 a tile.")
 
 
-def _pitch(held: Contents) -> tuple[float, float] | None:
-    """What the file's coordinates are divided by: as it states, else as the published code does."""
-    if held.step is None and held.tool == "published":
-        return float(CELL), float(CELL)
-    return held.step
-
-
-def _check_inside(held: Contents, places: Array) -> list[Finding]:
+def _check_inside(report: FileReport, held: Contents, places: Array) -> None:
     facts = all_facts(held.attrs)
     size = facts.get("slide_size") or (facts.get("level0_width"), facts.get("level0_height"))
     negative = (places < 0).any(axis=1)
     if negative.any():
         row = int(np.argmax(negative))
-        text = (
-            f"{share(int(negative.sum()), len(places))} lie left of or above the slide, the first in row {row} "
-            f"at {places[row].tolist()}."
-        )
-        return [Finding("outside-slide", text, _MOVED)]
+        text = f"{_share(negative, len(places))} lie left of or above the slide, the first in row {row} at "
+        return report.add("outside-slide", f"{text}{places[row].tolist()}.", _MOVED)
     known = isinstance(size, tuple | list) and len(size) == 2 and all(isinstance(side, int | float) for side in size)
     if held.frame != "level0" or not known:
-        return []
+        return
     # Our tiles lie inside whole; other tools let the last ones hang over.
     room = np.asarray(held.step if held.tool == "gigapath" and held.step else (1, 1), dtype=np.float64)
     beyond = (places + room > np.asarray(size, dtype=np.float64)).any(axis=1)
-    if not beyond.any():
-        return []
-    row = int(np.argmax(beyond))
-    swapped = not (places[:, ::-1] + room > np.asarray(size, dtype=np.float64)).any()
-    hint = " With x and y exchanged all would lie inside." if swapped else ""
-    text = (
-        f"{share(int(beyond.sum()), len(places))} lie beyond the slide of {size[0]:g} x {size[1]:g} pixels, the first "
-        f"in row {row} at {places[row].tolist()}.{hint}"
-    )
-    return [Finding("outside-slide", text, _MOVED)]
+    if beyond.any():
+        row = int(np.argmax(beyond))
+        swapped = not (places[:, ::-1] + room > np.asarray(size, dtype=np.float64)).any()
+        hint = " With x and y exchanged all would lie inside." if swapped else ""
+        text = (
+            f"{_share(beyond, len(places))} lie beyond the slide of {size[0]:g} x {size[1]:g} pixels, the first in row "
+            f"{row} at {places[row].tolist()}.{hint}"
+        )
+        report.add("outside-slide", text, _MOVED)
 
 
-def _check_spacing(held: Contents, places: Array, pitch: tuple[float, float]) -> list[Finding]:
-    """Whether the tiles lie as far apart as the file, or the tool that would read it, takes them to lie."""
+def _wrong_spacing(held: Contents, places: Array, pitch: tuple[float, float]) -> tuple[str, str, str] | None:
+    """The finding where tiles lie at another distance than the file, or the tool that would read it, takes them to."""
     gaps = [np.diff(np.unique(places[:, axis])) for axis in (0, 1)]
     both = np.concatenate([gap[gap > 1] / pitch[axis] for axis, gap in enumerate(gaps)])  # less is rounding
     if len(both) < _FEW_GAPS:
-        return []
+        return None
     cells = np.rint(both)
     if (np.abs(both - cells) < 0.02).all() and (cells >= 1).all():
         apart = float(np.gcd.reduce(cells.astype(np.int64)))
     else:
         apart = float(both.min())
     if abs(apart - 1) < 0.02:
-        return []
+        return None
     seen = f"its closest tiles lie {apart * pitch[0]:g} apart, taken as {pitch[0]:g}"
     if apart < 1.5:
-        way = "overlap" if apart < 1 else "leave gaps"
-        text = f"{seen}: its tiles {way}, or the distance is wrong."
-        effect = "Neighbours share a cell or skip one: positions drift by a cell every few tiles."
-        return [Finding("pitch", text, effect)]
-    stated = held.step is not None
+        text = f"{seen}: its tiles {'overlap' if apart < 1 else 'leave gaps'}, or the distance is wrong."
+        return "pitch", text, "Neighbours share a cell or skip one: positions drift by a cell every few tiles."
     power = "" if held.frame == "um" else f"level 0 of a {20 * apart:g}x slide used with tile size {pitch[0]:g}"
-    looks = f"coordinates look like {power}: " if power and not stated else f"{seen}: "
+    looks = f"coordinates look like {power}: " if power and held.step is None else f"{seen}: "
     number = {2.0: "two", 3.0: "three", 4.0: "four"}.get(apart, f"{apart:.3g}")
-    text = f"{looks}neighbours are {number} cells apart."
     effect = (
         "The slide encoder takes neighbours for strangers: on random weights the cosine with the right embedding was "
         "0.58 at two cells. State the distance with --tile-size-level0, or convert the file."
     )
-    return [Finding("neighbours", text, effect)]
+    return "neighbours", f"{looks}neighbours are {number} cells apart.", effect
 
 
-def _off_grid(places: Array, pitch: tuple[float, float]) -> Array:
-    """(N,) bool: tiles that are not a whole number of steps from the first column and row; a pixel is rounding."""
-    steps = (places - places.min(axis=0)) / pitch
-    return np.asarray((np.abs(steps - np.rint(steps)) * pitch > np.maximum(1.0, 1e-3 * np.asarray(pitch))).any(axis=1))
-
-
-def _grid_finding(held: Contents, off: Array, pitch: tuple[float, float]) -> Finding:
-    clam = held.tool == "clam"
-    unit = FRAMES.get(held.frame, held.frame)
-    text = f"{share(int(off.sum()), len(off))} do not lie on one grid of {pitch[0]:g} x {pitch[1]:g} {unit} with the "
-    text += "others (CLAM starts one at each contour)." if clam else "others."
-    effect = "Each goes to the nearest cell: up to half a cell off, and two may meet in one."
-    return Finding("off-grid", text, effect, state=NOTE if clam else WRONG)
-
-
-def _check_cells(held: Contents, places: Array, pitch: tuple[float, float], *, on_grid: bool) -> list[Finding]:
-    findings = []
-    origin = places.min(axis=0)
+def _check_cells(
+    report: FileReport, held: Contents, places: Array, pitch: tuple[float, float], *, on_grid: bool
+) -> None:
+    origin, count = places.min(axis=0), len(places)
     first = first_cell(origin, np.asarray(pitch))
     cells = np.rint((places - origin) / pitch) + first if on_grid else np.floor(places / pitch + 0.5)
     if held.cells is not None:
         stored = held.cells.astype(np.int64)
         moved = (stored - stored[0] != np.rint((places - places[0]) / pitch)).any(axis=1)
         if moved.any():
-            text = f"{share(int(moved.sum()), len(places))} have a cell that is not where their coordinates lie."
-            findings.append(Finding("cells", text, _MOVED))
+            text = f"{_share(moved, count)} have a cell that is not where their coordinates lie."
+            report.add("cells", text, _MOVED)
         cells = held.cells.astype(np.float64)
     if np.abs(cells).max() >= 2**31:
-        return [*findings, Finding("beyond-grid", "its coordinates are absurdly far out.", "No cell is that far.")]
+        return report.add("beyond-grid", "its coordinates are absurdly far out.", "No cell is that far.")
     whole = cells.astype(np.int64)
     unique = len(np.unique(whole, axis=0))
-    if unique < len(whole):
-        text = f"{share(len(whole) - unique, len(whole))} share a cell with another one at a step of {pitch[0]:g}."
+    if unique < count:
+        text = f"{_share(count - unique, count)} share a cell with another one at a step of {pitch[0]:g}."
         effect = "Two tiles of one position: the slide encoder can't tell them apart, and readers refuse the file."
-        findings.append(Finding("cells-shared", text, effect))
+        report.add("cells-shared", text, effect)
     low, high = int(whole.min()), int(whole.max())
     if low < -1 or high >= GRID:
         text = f"its cells run from {low} to {high}, beyond the slide encoder's 0 to {GRID - 1}."
-        findings.append(Finding("beyond-grid", text, "The slide encoder refuses it; the published one wraps around."))
-    return [*findings, *_check_order(held, whole)]
-
-
-def _check_order(held: Contents, cells: Array) -> list[Finding]:
-    if len(np.unique(cells, axis=0)) < len(cells) or row_major(cells) is None:
-        return []
-    by_column = row_major(cells[:, ::-1]) is None
-    stored = "column by column" if by_column else "neither by row nor by column"
-    ours = held.tool == "gigapath"
-    effect = "The slide encoder was trained row by row, and its result depends on the order. "
-    effect += "Our readers refuse such a file." if ours else "Ours sorts the tiles first; other readers do not."
-    return [Finding("order", f"its tiles are stored {stored}.", effect, state=WRONG if ours else NOTE)]
+        report.add("beyond-grid", text, "The slide encoder refuses it; the published one wraps around.")
+    if unique == count and row_major(whole) is not None:
+        stored_by = "neither by row nor by column" if row_major(whole[:, ::-1]) is not None else "column by column"
+        ours = held.tool == "gigapath"
+        effect = "The slide encoder was trained row by row, and its result depends on the order. "
+        effect += "Our readers refuse such a file." if ours else "Ours sorts the tiles first; other readers do not."
+        report.add("order", f"its tiles are stored {stored_by}.", effect, state=WRONG if ours else NOTE)
 
 
 # ------------------------------------------------------------------------------------------------------- size and scale
 
 
-def check_scale(held: Contents) -> list[Finding]:
+def _check_scale(report: FileReport, held: Contents) -> None:
     """Look at what a file says of its encoder, its tiles' size, their scale and their distance."""
     if held.kind == "slide embeddings" and held.attrs.get("trained") is False:
         text = "the slide encoder's weights are random: its vectors mean nothing."
-        return [Finding("untrained", text, "They are for trying things.", state=NOTE)]
-    if held.kind not in ("tile embeddings", "tiles"):
-        return []
-    findings = _check_encoder(held) if held.kind == "tile embeddings" else []
-    return findings + _check_distance(held)
+        report.add("untrained", text, "They are for trying things.", state=NOTE)
+    elif held.kind in ("tile embeddings", "tiles"):
+        if held.kind == "tile embeddings":
+            _check_encoder(report, held)
+        _check_distance(report, held)
 
 
-def _check_encoder(held: Contents) -> list[Finding]:
+def _check_encoder(report: FileReport, held: Contents) -> None:
     if held.encoder is None:
-        text = "it does not name its tile encoder."
         effect = "GigaPath, UNI2-h and H-optimus are all 1536 wide: of another one the slide encoder makes noise."
-        return [Finding("no-encoder", text, effect, state=NOTE)]
-    findings = []
+        return report.add("no-encoder", "it does not name its tile encoder.", effect, state=NOTE)
     if held.attrs.get("trained") is False:
         text = f"its tile encoder {held.encoder} has random weights."
-        findings.append(Finding("untrained", text, "The embeddings are for trying things.", state=NOTE))
+        report.add("untrained", text, "The embeddings are for trying things.", state=NOTE)
     release = RELEASES.get(release_of(held.encoder.removesuffix("-random")))
     if release is None:
-        return findings
+        return
     width = None if held.features is None or held.features.ndim != 2 else held.features.shape[1]
     if width not in (None, release.tile_dim):
         text = f"it names {held.encoder}, whose embeddings have {release.tile_dim} values; these have {width}."
-        findings.append(Finding("width", text, "They are another encoder's: the slide encoder refuses them."))
-    pixels, mpp = tile_pixels(held.attrs, held.tool), _stated_mpp(held)
+        report.add("width", text, "They are another encoder's: the slide encoder refuses them.")
+    pixels, mpp = tile_pixels(held.attrs, held.tool), tile_mpp(held.attrs)
+    power = _positive(all_facts(held.attrs).get("target_magnification"))
+    if mpp is None and power is not None:  # the magnification is all the file says
+        mpp = 10 / power
     if pixels is not None and pixels != _TILE_SIZE:
         text = f"its tiles are {pixels} pixels wide, where {held.encoder} was trained on {_TILE_SIZE}."
         effect = "Each embedding sees another piece of tissue than in training, and neighbours lie at another distance."
-        findings.append(Finding("tile-size", text, effect))
+        report.add("tile-size", text, effect)
     if mpp is not None and abs(mpp - _MPP) > _SCALE * _MPP:
         text = f"its tiles have {mpp:.4g} microns a pixel, where {held.encoder} was trained on {_MPP}."
         effect = "Cells look larger or smaller than in training: the embeddings drift, and so does the slide embedding."
-        findings.append(Finding("mpp", text, effect))
-    return findings
+        report.add("mpp", text, effect)
 
 
-def _stated_mpp(held: Contents) -> float | None:
-    """Microns per pixel of a tile; by the magnification where that is all the file says."""
-    mpp = tile_mpp(held.attrs)
-    power = _positive(all_facts(held.attrs).get("target_magnification"))
-    return 10 / power if mpp is None and power is not None else mpp
-
-
-def _check_distance(held: Contents) -> list[Finding]:
+def _check_distance(report: FileReport, held: Contents) -> None:
     """Whether the pitch is what tile size and scale make of it."""
     facts, pixels, mpp = all_facts(held.attrs), tile_pixels(held.attrs, held.tool), tile_mpp(held.attrs)
     if held.step is None or held.frame != "level0" or pixels is None:
-        return []
+        return
     level0 = as_pair(facts.get("mpp_level0")) or as_pair(facts.get("native_mpp"))
     source, target = (_positive(facts.get(f"{name}_magnification")) for name in ("level0", "target"))
     tolerance = _SAME
@@ -611,13 +519,13 @@ def _check_distance(held: Contents) -> list[Finding]:
         expected, tolerance = np.full(2, pixels * source / target), _SAME_BY_POWER
         by = f"{pixels} pixels at {target:g}x on a slide of {source:g}x"
     else:
-        return []
+        return
     step = np.asarray(held.step)
-    if not np.isfinite(expected).all() or (np.abs(step - expected) <= tolerance * expected).all():
-        return []
-    text = f"its tiles lie {step[0]:g} level-0 pixels apart, where {by} make {expected[0]:.4g}."
-    effect = "Tiles overlap or leave gaps, or the scale is wrong: the encoder saw another magnification than is stated."
-    return [Finding("distance", text, effect)]
+    if np.isfinite(expected).all() and not (np.abs(step - expected) <= tolerance * expected).all():
+        text = f"its tiles lie {step[0]:g} level-0 pixels apart, where {by} make {expected[0]:.4g}."
+        effect = "Tiles overlap or leave gaps, or the scale is wrong: "
+        effect += "the encoder saw another magnification than is stated."
+        report.add("distance", text, effect)
 
 
 def _positive(value: Any) -> float | None:
