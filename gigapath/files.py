@@ -28,7 +28,7 @@ PARTIAL_SUFFIX = ".partial"
 # A partial file of another machine is taken for abandoned after this long without a write.
 ABANDONED_SECONDS = 24 * 3600.0
 
-_MEND = {
+_REMEDIES = {
     errno.ENOSPC: "the disk is full. Free some space and run the same command again: finished files are kept",
     errno.EDQUOT: "the disk quota is used up. Free some space and run the same command again: finished files are kept",
     errno.EFBIG: "it would grow past the largest file allowed here. Raise the limit (`ulimit -f`) or write elsewhere",
@@ -87,7 +87,7 @@ def _taken(folder: Path, error: OSError) -> OutputError | None:
 
 
 def _reason(error: OSError) -> str:
-    known = _MEND.get(error.errno) if error.errno is not None else None
+    known = _REMEDIES.get(error.errno) if error.errno is not None else None
     return known or f"{error.strerror or error}. Check the output folder"
 
 

@@ -287,9 +287,11 @@ def hub_error(error: Exception, repo: str, filename: str, folder: Path) -> OSErr
         without = f" To try things without these weights: {instead}."
     response = _response_of(error)
     status = getattr(response, "status_code", None)
-    said = " ".join(str(getattr(response, "headers", {}).get("X-Error-Message", "")).split())
-    if status == 401 and "invalid" in said.lower():
-        return PermissionError(f"{who}: the hub does not know the token ({said}). Set HF_TOKEN to a valid read token.")
+    answer = " ".join(str(getattr(response, "headers", {}).get("X-Error-Message", "")).split())
+    if status == 401 and "invalid" in answer.lower():
+        return PermissionError(
+            f"{who}: the hub does not know the token ({answer}). Set HF_TOKEN to a valid read token."
+        )
     if isinstance(error, hub.GatedRepoError) or status == 403 or (status == 401 and release):
         have = (
             "the account of your token has no access to this gated repository"

@@ -158,7 +158,7 @@ def run_inference_with_tile_encoder(
     Returns:
         `tile_embeds` (N, D) and `coords` (N, 2) float32, on the CPU.
     """
-    device, autocast = _settle(tile_encoder)
+    device, autocast = _device_and_autocast(tile_encoder)
     dataset = TileEncodingDataset(image_paths, transform=load_tile_encoder_transforms())
     embeddings, coords = [], []
     for batch in DataLoader(dataset, batch_size=batch_size, shuffle=False):
@@ -190,14 +190,14 @@ def run_inference_with_slide_encoder(
     """
     if tile_embeds.ndim == 2:
         tile_embeds, coords = tile_embeds[None], coords[None]
-    device, autocast = _settle(slide_encoder_model)
+    device, autocast = _device_and_autocast(slide_encoder_model)
     with autocast:
         states = slide_encoder_model(tile_embeds.to(device), coords.to(device), all_layer_embed=True)
     named = {f"layer_{i}_embed": state.cpu() for i, state in enumerate(states)}
     return {**named, "last_layer_embed": states[-1].cpu()}
 
 
-def _settle(model: nn.Module) -> tuple[torch.device, contextlib.AbstractContextManager[Any]]:
+def _device_and_autocast(model: nn.Module) -> tuple[torch.device, contextlib.AbstractContextManager[Any]]:
     """The model's device after a move to CUDA where there is one, and the published precision there: fp16 autocast."""
     if torch.cuda.is_available():
         model.cuda()

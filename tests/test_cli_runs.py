@@ -59,7 +59,7 @@ def test_a_terminal_gets_a_bar_with_rate_and_time_left(
     slides: Path, tmp_path: Path, tiny: None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
-    monkeypatch.setattr("gigapath.embedding.features_stage._TELL_SECONDS", 0.0)
+    monkeypatch.setattr("gigapath.embedding.features_stage._REPORT_SECONDS", 0.0)
     assert embed(slides, tmp_path) == 0
     captured = capsys.readouterr()
     assert "tiles/s" in captured.err

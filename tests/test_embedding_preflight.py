@@ -13,7 +13,7 @@ from made_slides import paint_tissue, write_pyramid
 
 from gigapath.cli.main import main
 from gigapath.cohort.manifest import SlideEntry
-from gigapath.embedding.preflight import identical_files, missing_bytes, odd_id, stratified, survey
+from gigapath.embedding.preflight import identical_files, missing_bytes, odd_id, read_headers, stratified
 from gigapath.preprocessing.slide import Slide
 from gigapath.preprocessing.tiling import TileOptions
 
@@ -44,7 +44,7 @@ def cohort(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_survey_tells_what_the_headers_say(cohort: Path) -> None:
-    found, entries = survey([cohort], TileOptions(tile_size=64))
+    found, entries = read_headers([cohort], TileOptions(tile_size=64))
     headers = {header.slide_id: header for header in found.headers}
     assert len(entries) == 9
     assert found.native_mpp() == {0.25: 1, 0.4: 1, 0.5: 2, 0.55: 1}
@@ -72,7 +72,7 @@ def test_survey_tells_what_the_headers_say(cohort: Path) -> None:
 def test_survey_says_what_is_missing_in_words_and_waits_for_no_pipe(cohort: Path, tmp_path: Path) -> None:
     for name in ("one", "two"):
         os.mkfifo(tmp_path / f"{name}.tif")
-    found, entries = survey([cohort, tmp_path], TileOptions(tile_size=64))
+    found, entries = read_headers([cohort, tmp_path], TileOptions(tile_size=64))
     errors = {header.slide_id: header.error for header in found.headers}
     assert errors["gone"] == "expected a slide file, got none of the name 'gone'."
     assert errors["one"].startswith("expected a slide file, got a pipe")
@@ -84,7 +84,7 @@ def test_survey_reads_no_pixel(cohort: Path, monkeypatch: pytest.MonkeyPatch) ->
         raise AssertionError("pixels were read")
 
     monkeypatch.setattr(Slide, "_read_rgba", refuse)
-    assert survey([cohort], TileOptions(tile_size=64))[0].refused == 4
+    assert read_headers([cohort], TileOptions(tile_size=64))[0].refused == 4
 
 
 def test_survey_lists_every_collision_of_ids(cohort: Path, tmp_path: Path) -> None:
@@ -92,7 +92,7 @@ def test_survey_lists_every_collision_of_ids(cohort: Path, tmp_path: Path) -> No
         (tmp_path / name).mkdir()
         for slide in ("half.tif", "apart.tif"):
             shutil.copy(cohort.parent / slide, tmp_path / name / slide)
-    found, _ = survey([tmp_path], TileOptions())
+    found, _ = read_headers([tmp_path], TileOptions())
     assert len(found.id_problems) == 2
     assert all("two slides have the id" in problem for problem in found.id_problems)
 

@@ -212,11 +212,11 @@ def test_check_without_weights_says_what_the_file_says(files: Path, capsys: pyte
 
 def test_vectors_are_read_from_every_tools_files(files: Path, tmp_path: Path) -> None:
     folder = read_slide_vectors(files / "slide_features_gigapath")
-    assert sorted(folder.vectors) == ["s00", "s01", "s02"] and folder.said["tool"] == "trident"
-    assert read_slide_vectors(files / "gigapath-slide.h5").said["precision"] == "torch.float16"
+    assert sorted(folder.vectors) == ["s00", "s01", "s02"] and folder.stated["tool"] == "trident"
+    assert read_slide_vectors(files / "gigapath-slide.h5").stated["precision"] == "torch.float16"
     np.savez(tmp_path / "one.npz", features=np.ones(5, np.float32))
     (tmp_path / "one.meta.json").write_text(json.dumps({"encoder_name": "gigapath-slide", "feature_dim": 5}))
-    assert read_slide_vectors(tmp_path / "one.npz").said == {"tool": "slide2vec", "encoder_name": "gigapath-slide"}
+    assert read_slide_vectors(tmp_path / "one.npz").stated == {"tool": "slide2vec", "encoder_name": "gigapath-slide"}
     np.save(tmp_path / "two.npy", np.ones((1, 5)))
     torch.save(torch.ones(5), tmp_path / "three.pt")
     for name in ("two.npy", "three.pt"):
@@ -225,7 +225,7 @@ def test_vectors_are_read_from_every_tools_files(files: Path, tmp_path: Path) ->
         "slide_id,embedding,trained,e0,e1\na,default:mean,True,1,2\nb,default:mean,True,3,4\n"
     )
     table = read_slide_vectors(tmp_path / "t.csv")
-    assert table.vectors["b"].tolist() == [3, 4] and table.said["embedding"] == "default:mean"
+    assert table.vectors["b"].tolist() == [3, 4] and table.stated["embedding"] == "default:mean"
     np.save(tmp_path / "tiles.npy", np.ones((3, 5)))
     np.save(tmp_path / "nan.npy", np.full(5, np.nan))
     for name in ("tiles.npy", "nan.npy", "absent.npy"):

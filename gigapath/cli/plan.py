@@ -8,7 +8,7 @@ from pathlib import Path
 from gigapath.cli.arguments import EXIT_FAILED_SLIDES, Folder, Json, Slides, Words, verb
 from gigapath.cli.progress import Terminal
 from gigapath.cohort.status import failure_lines, failures_by_kind
-from gigapath.embedding.preflight import Survey, SurveyOptions, run_pilot, survey
+from gigapath.embedding.preflight import CohortHeaders, PlanOptions, read_headers, run_pilot
 from gigapath.preprocessing.tiling import TileOptions
 from gigapath.releases import RELEASES
 from gigapath.text import in_bytes, in_words, rounded, slides_in_words
@@ -24,7 +24,7 @@ def plan(
     *,
     out: Folder | None = None,
     as_json: Json = False,
-    plan: SurveyOptions,
+    plan: PlanOptions,
     tiles: TileOptions,
     words: Words = (),
 ) -> int:
@@ -36,7 +36,7 @@ def plan(
     if plan.pilot is not None and out is None:
         raise ValueError("--pilot: expected --out DIR beside it, where tiles and previews go.")
     folder = None if out is None else Path(out)
-    found, entries = survey(slides, tiles, exclude=folder)
+    found, entries = read_headers(slides, tiles, exclude=folder)
     failed = False
     if plan.pilot is not None and folder is not None:
         with Terminal("slide", machine=True, document=False) as watch:
@@ -61,8 +61,8 @@ def plan(
     return EXIT_FAILED_SLIDES if failed or found.refused or found.id_problems else 0
 
 
-def lines(found: Survey, rate: float | None, seconds: float | None, source: str) -> Iterable[str]:
-    """The survey for a person."""
+def lines(found: CohortHeaders, rate: float | None, seconds: float | None, source: str) -> Iterable[str]:
+    """The headers for a person."""
     headers = found.headers
     yield f"{slides_in_words(len(headers))}, {in_bytes(sum(header.bytes for header in headers))}"
     yield from _counted("formats", Counter(header.vendor or "unknown" for header in headers))

@@ -104,12 +104,12 @@ def _found(file: Path) -> SlideEntry:
     return _named(SlideEntry(slide_id_of(file), file), "Rename the file, or give it a slide_id in a manifest.")
 
 
-def _named(entry: SlideEntry, mend: str) -> SlideEntry:
+def _named(entry: SlideEntry, remedy: str) -> SlideEntry:
     """The entry as it is, or with its problem where its id can't be a file name."""
     wanted = name_problem(entry.slide_id)
     if wanted is None:
         return entry
-    problem = entry.problem or f"slide id: expected {wanted}. {mend}"
+    problem = entry.problem or f"slide id: expected {wanted}. {remedy}"
     return replace(entry, slide_id=quoted_name(entry.slide_id), problem=problem)
 
 

@@ -98,15 +98,11 @@ class _Task:
 class RayTasks:
     """The tasks of a run; use as a context manager, `start`, then give `process` to `CohortRun.over_slides`.
 
-    Args:
-        run: the run.
-        address: HOST:PORT, "auto" for the cluster that this machine belongs to, "local" for processes of this machine,
-            or None for $RAY_ADDRESS, and where that is not set the same as "local".
-        cores: of each worker, or None for the machines' own measure.
-        device: "auto", "cpu" or "cuda"; "none" where the work needs no encoder. Then the kind of each worker's device.
-
-    Attributes:
-        expected: by slide, about how many tiles are to be embedded; corrected as slides come.
+    `address` is HOST:PORT, "auto" for the cluster that this machine belongs to, "local" for processes of this machine,
+    or None for $RAY_ADDRESS, and where that is not set the same as "local"; `cores` those of each worker, or None for
+    the machines' own measure; `device` "auto", "cpu" or "cuda", "none" where the work needs no encoder, and then the
+    kind of each worker's device. `expected`: by slide, about how many tiles are to be embedded; corrected as slides
+    come.
     """
 
     def __init__(self, run: CohortRun, *, address: str | None, cores: int | None, device: str) -> None:
@@ -166,14 +162,9 @@ class RayTasks:
         return replace(plan, lines=(*plan.lines, line))
 
     def start(self, make_job: MakeJob) -> Any:
-        """Build the first job, somewhere; what it found, which every other worker is given.
-
-        Raises:
-            OutputError: the output folder can't be written.
-            KeyboardInterrupt: a signal came before there was anything to stop.
-            OSError: no worker could start.
-            Exception: what `make_job` raised.
-        """
+        """Build the first job, somewhere; what it found, which every other worker is given. OutputError where the
+        output folder can't be written, KeyboardInterrupt where a signal came before there was anything to stop, OSError
+        where no worker could start; and what `make_job` raised."""
         check_writable(self._run.out)
         self._make_job = make_job
         task = self._add([])
@@ -190,10 +181,8 @@ class RayTasks:
         return self._found
 
     def process(self, entries: Sequence[SlideEntry]) -> SlideResults:
-        """Bring slides through, in about their order; each with its statuses as it ends.
-
-        What a lost worker had in work is done elsewhere, each slide by itself from then on, since it may be what ended
-        the worker.
+        """Bring slides through, in about their order; each with its statuses as it ends. What a lost worker had in work
+        is done elsewhere, each slide by itself from then on, since it may be what ended the worker.
 
         Raises:
             Stopped: a signal came; what was in work is marked as stopped.

@@ -31,7 +31,7 @@ from gigapath.preprocessing.tiling import TileOptions
 from gigapath.tile_encoder import TileEncoder
 
 # How often a run tells how busy its stages are.
-_TELL_SECONDS = 1.0
+_REPORT_SECONDS = 1.0
 
 
 @dataclass
@@ -64,7 +64,7 @@ class FeatureStage(Stage):
     streamed: "dict[str, StreamedSlide]" = field(default_factory=dict)
     name = "features"
     _stream: TileStream | None = None
-    _told: Snapshot = (0.0, {})
+    _reported: Snapshot = (0.0, {})
 
     @property
     def encoder(self) -> TileEncoder:
@@ -172,7 +172,7 @@ class FeatureStage(Stage):
             for first, block in blocks:
                 writer.write(first, block)
                 self.run.watch.tiles(len(block))
-                self._tell(stream)
+                self._report_busy(stream)
             writer.amend(slide.reading)
             since = time.perf_counter()
         stream.busy.add("write", time.perf_counter() - since)  # to flush and verify
@@ -192,12 +192,12 @@ class FeatureStage(Stage):
             since=vectors.encoding_since,
         )
 
-    def _tell(self, stream: TileStream) -> None:
+    def _report_busy(self, stream: TileStream) -> None:
         """Tell whoever watches how busy the stages were of late."""
-        if time.perf_counter() - self._told[0] < _TELL_SECONDS:
+        if time.perf_counter() - self._reported[0] < _REPORT_SECONDS:
             return
-        shares = stream.busy.shares(self._told if self._told[1] else None)
-        self._told = stream.busy.snapshot()
+        shares = stream.busy.shares(self._reported if self._reported[1] else None)
+        self._reported = stream.busy.snapshot()
         self.run.watch.busy(shares)
 
 

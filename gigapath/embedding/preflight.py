@@ -1,4 +1,4 @@
-"""`survey`: what a cohort is made of and what it will cost, from the slides' headers alone; `run_pilot` tiles a few.
+"""`read_headers`: what a cohort is made of and will cost, from the slides' headers alone; `run_pilot` tiles a few.
 
 Also what is odd about a list of slides before any is opened (the same file twice, ids that may name people), and
 whether a TIFF file is as long as its own directories say (no tile is read).
@@ -138,7 +138,7 @@ _THREADS_PER_CORE = 4
 
 
 @dataclass(frozen=True)
-class SurveyOptions(DeviceOptions):
+class PlanOptions(DeviceOptions):
     """What is wanted beside the headers."""
 
     tiles_per_second: float | None = option(
@@ -176,7 +176,7 @@ class Header:
 
 
 @dataclass(frozen=True)
-class Survey:
+class CohortHeaders:
     """A cohort by its headers: `id_problems` are sentences on ids that a run would refuse, `odd_ids` slide_id -> "a
     name" or "a date", `duplicates` ids of slides whose files are identical; `tissue_share` of the places became tiles
     in the pilot of `piloted` slides, or does as is usual; `max_tiles` the most of a slide, or None."""
@@ -230,9 +230,9 @@ class Survey:
         return dict(sorted(counts.items()))
 
 
-def survey(
+def read_headers(
     inputs: Sequence[str | Path], tiling: TileOptions, *, exclude: Path | None = None
-) -> tuple[Survey, list[SlideEntry]]:
+) -> tuple[CohortHeaders, list[SlideEntry]]:
     """Open every header, in parallel; no tile is read. What was found (what is wrong with single slides is part of it),
     and the slides; ValueError or FileNotFoundError where there is none, or a manifest is off."""
     entries = find_slides(inputs, exclude=exclude, check_ids=False)
@@ -240,7 +240,7 @@ def survey(
         headers = tuple(pool.map(lambda entry: read_header(entry, tiling), entries))
     odd = {entry.slide_id: kind for entry in entries if (kind := odd_id(entry.slide_id))}
     problems, duplicates = tuple(id_problems(entries)), tuple(identical_files(entries))
-    return Survey(headers, problems, odd, duplicates, max_tiles=tiling.max_tiles), entries
+    return CohortHeaders(headers, problems, odd, duplicates, max_tiles=tiling.max_tiles), entries
 
 
 def read_header(entry: SlideEntry, tiling: TileOptions) -> Header:
@@ -286,7 +286,7 @@ def _contradiction(slide: Slide) -> str:
 
 
 def run_pilot(
-    found: Survey,
+    found: CohortHeaders,
     entries: Sequence[SlideEntry],
     out: Path,
     count: int,
@@ -294,8 +294,8 @@ def run_pilot(
     *,
     watch: Progress | None = None,
     command: Sequence[str] = (),
-) -> tuple[Survey, RunResult]:
-    """Tile `count` slides up to their previews, spread over vendors, scales and sites; the survey, which counts by the
+) -> tuple[CohortHeaders, RunResult]:
+    """Tile `count` slides up to their previews, spread over vendors, scales and sites; the headers, which count by the
     share of tissue found then, and how the tiling ended.
 
     Raises:

@@ -289,7 +289,7 @@ def compare_files(options: CheckOptions) -> dict[str, Any]:
     found: list[dict[str, Any]] = []
     for tool in tools:
         facts: dict[str, Any] = {"file": tool.path.name, "slides": len(tool.vectors), "width": tool.width}
-        facts |= {"says": {name: str(value) for name, value in tool.said.items()}, "none_of_these": False}
+        facts |= {"says": {name: str(value) for name, value in tool.stated.items()}, "none_of_these": False}
         if referee is None:
             facts["not_compared"] = why_not
         else:
@@ -312,8 +312,8 @@ def in_words(found: Mapping[str, Any]) -> list[str]:
     """What `compare_files` found as sentences, one a line."""
     lines = []
     for tool in found["tools"]:
-        said = ", ".join(f"{name} {value}" for name, value in tool["says"].items()) or "nothing"
-        lines.append(f"{tool['file']}: {tool['slides']} vectors of {tool['width']} values; of itself it says: {said}.")
+        own = ", ".join(f"{name} {value}" for name, value in tool["says"].items()) or "nothing"
+        lines.append(f"{tool['file']}: {tool['slides']} vectors of {tool['width']} values; of itself it says: {own}.")
         if "not_compared" in tool:
             lines.append(f"  Not compared: {tool['not_compared']}. Give --features, and --slide-encoder.")
             continue

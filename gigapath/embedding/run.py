@@ -48,21 +48,12 @@ def run_embed(
     watch: Progress | None = None,
     command: Sequence[str] = (),
 ) -> RunResult:
-    """Embed slides: tiles where they are missing, `features_*/<id>.h5`, `slides_*/<id>.h5`, slides.csv.
-
-    Args:
-        slides: slide files, folders of them, manifests; may be empty where `embedding.tiles` names a folder whose run
-            recorded where its slides lie.
-        out: the output folder; what is done there with the same settings is skipped, stage by stage.
-        tiling: how slides are cut.
-        embedding: which encoders.
-        options: how the run goes about it.
-        watch: receives the news.
-        command: the words of the command line, for the record.
+    """Embed slides: tiles where they are missing, `features_*/<id>.h5`, `slides_*/<id>.h5`, slides.csv. Arguments as
+    `run_tile`; `slides` may be empty where `embedding.tiles` names a folder whose run recorded where its slides lie.
 
     Raises:
-        ValueError: no slides, ids that collide, unknown encoders, encoders that are no pair, mixed numerics, tiles
-            that were made with other options, an encoder that fails.
+        ValueError: no slides, ids that collide, unknown encoders, encoders that are no pair, mixed numerics, tiles that
+            were made with other options, an encoder that fails.
         FileNotFoundError, PermissionError, ConnectionError: an input or the weights are not to be had.
         OutputError: the output folder can't be written, or is full.
     """

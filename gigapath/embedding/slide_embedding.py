@@ -32,22 +32,13 @@ def run_slide_embed(
     watch: Progress | None = None,
     command: Sequence[str] = (),
 ) -> RunResult:
-    """Embed slides from their tile embeddings: `slides_*/<id>.h5`, slides.csv; with `per="section"` one file a piece of
-    tissue in `slides_*__sections`, with an `embedding` that ends with `:tiles` one vector a tile in `contextual_*`,
-    with another tool's name a slide's embedding as that tool computes it in `as-*`.
+    """Embed slides from their tile embeddings (files, or folders of them: a run's, or any of another tool):
+    `slides_*/<id>.h5`, slides.csv; with `per="section"` one file a piece of tissue in `slides_*__sections`, with an
+    `embedding` that ends with `:tiles` one vector a tile in `contextual_*`, with another tool's name a slide's
+    embedding as that tool computes it in `as-*`.
 
-    Args:
-        features: files of tile embeddings, or folders of them: a run's folder, or any of another tool.
-        out: the output folder; by default that of the run which made the features.
-        embedding: which slide encoder.
-        options: how the run goes about it.
-        watch: receives the news.
-        command: the words of the command line, for the record.
-
-    Raises:
-        ValueError: no features, ids that collide, unknown encoder, mixed numerics, an encoder that fails.
-        FileNotFoundError, PermissionError, ConnectionError: an input or the weights are not to be had.
-        OutputError: the output folder can't be written, or is full.
+    `out` is by default the folder of the run which made the features; the other arguments and errors are as of
+    `run_embed`.
     """
     embedding, options, watch = embedding or SlideEmbedOptions(), options or KeepOptions(), watch or Progress()
     with StopFlag(watch.stopping) as stop, at_most_threads(available_cores()):

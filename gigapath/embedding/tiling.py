@@ -63,8 +63,7 @@ def run_tile(
 
     Raises:
         ValueError: no slides, ids that collide, classes without a mask, a folder of mixed numerics.
-        FileNotFoundError: an input or the mask doesn't exist.
-        OutputError: the output folder can't be written.
+        FileNotFoundError, OutputError: an input or the mask doesn't exist; the output folder can't be written.
     """
     out, tiling, options, watch = Path(out), tiling or TileOptions(), options or RunOptions(), watch or Progress()
     cohort = named(find_slides(slides, exclude=out), tiling, options)

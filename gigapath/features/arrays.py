@@ -1,18 +1,15 @@
 """Arrays from numpy's and torch's files, without running what they hold and without believing what they claim of their
 size."""
 
-import ast
+import math
 import zipfile
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO
 
 import numpy as np
 
 from gigapath.features.data import Array, FeatureFileError
 from gigapath.features.h5 import ANY_FILE, MOST_PACKED_NUMBERS
-
-_MAGIC = b"\x93NUMPY"
-_MOST_HEADER = 10_000  # as numpy has it: what parses a header is not made for more
 
 
 def read_npz(path: Path) -> dict[str, Array]:
@@ -24,7 +21,7 @@ def read_npz(path: Path) -> dict[str, Array]:
                 if member.file_size > max(ANY_FILE, member.compress_size * MOST_PACKED_NUMBERS):
                     raise ValueError(f"{member.compress_size:,} bytes claim {member.file_size:,} in memory")
                 with archive.open(member) as content:
-                    _check_size(content, member.file_size)  # type: ignore[arg-type]
+                    _check_size(content, member.file_size)
         with np.load(path, allow_pickle=False) as held:
             return {name: held[name] for name in held.files}
     except (FileNotFoundError, PermissionError):
@@ -68,23 +65,16 @@ def read_tensor(path: Path | str) -> Array:
     return np.asarray((held.float() if held.dtype == torch.bfloat16 else held).numpy())
 
 
-def _check_size(content: BinaryIO, size: int) -> None:
+def _check_size(content: IO[bytes], size: int) -> None:
     """Raise ValueError where an array's header claims more bytes than `size`: numpy reserves them before it reads."""
-    start = content.read(12)
-    if start[:6] != _MAGIC:
-        return  # no array: numpy says so, or hands its bytes over
-    wide = start[6] > 1
-    length = int.from_bytes(start[8:12] if wide else start[8:10], "little")
-    if length > min(size, _MOST_HEADER):
-        raise ValueError(f"a header of {length:,} bytes")
-    header = (b"" if wide else start[10:]) + content.read(length - (0 if wide else 2))
-    described = ast.literal_eval(header.decode("latin-1").strip())
-    dtype = np.dtype(described["descr"])
-    count = 1
-    for side in described["shape"]:
-        count *= int(side)
-    if count * max(1, dtype.itemsize) > size:
-        raise ValueError(f"an array of {described['shape']} does not fit into its {size:,} bytes")
+    try:
+        version = np.lib.format.read_magic(content)
+    except ValueError:  # no array: numpy says so, or hands its bytes over
+        return
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, _, dtype = read(content)
+    if math.prod(shape) * max(1, dtype.itemsize) > size:
+        raise ValueError(f"an array of {shape} does not fit into its {size:,} bytes")
 
 
 def _refusal(path: Path, kind: str, error: Exception) -> FeatureFileError:

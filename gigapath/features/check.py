@@ -25,7 +25,7 @@ from gigapath.features.cells import (
     tile_pixels,
 )
 from gigapath.features.data import CELL, FRAMES, GRID, Array, Contents
-from gigapath.features.h5 import DAMAGED, MEND_DAMAGED, is_damaged
+from gigapath.features.h5 import DAMAGED, REMAKE_DAMAGED, is_damaged
 from gigapath.features.reading import SUFFIXES, list_feature_files, read_contents
 from gigapath.features.tables import SAME_THROUGHOUT
 from gigapath.files import PARTIAL_SUFFIX
@@ -131,7 +131,7 @@ def check_file(path: Path, *, tile_size_level0: float | None = None) -> FileRepo
     try:
         if not (path.is_file() and is_damaged(path)):
             return check_contents(read_contents(path, tile_size_level0=tile_size_level0))
-        report.add("checksum", DAMAGED, f"Its numbers are wrong. {MEND_DAMAGED}")  # and whatever else is said of it
+        report.add("checksum", DAMAGED, f"Its numbers are wrong. {REMAKE_DAMAGED}")  # and whatever else is said of it
     except (ValueError, OSError) as error:
         report.add("unreadable", str(error).removeprefix(f"{path.name}: "), "Nothing can be taken from it.")
     return report
@@ -224,9 +224,9 @@ def _check_mixed(folder: Report, reports: Sequence[FileReport]) -> None:
             groups[_shown(name, report.compared.get(name), reports)].append(report.path.name)
         if len(groups) > 1:
             ordered = sorted(groups.items(), key=lambda item: len(item[1]))
-            said = "; ".join(f"{value}: {some(sorted(files))}" for value, files in ordered)
+            values = "; ".join(f"{value}: {some(sorted(files))}" for value, files in ordered)
             effect = _EFFECTS.get(name, _OTHER)
-            folder.add(f"mixed-{name.replace('_', '-')}", f"its files differ in {name} ({said}).", effect)
+            folder.add(f"mixed-{name.replace('_', '-')}", f"its files differ in {name} ({values}).", effect)
 
 
 def _shown(name: str, value: Any, reports: Sequence[FileReport]) -> str:

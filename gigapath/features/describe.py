@@ -134,8 +134,8 @@ def _of_the_encoder(known: dict[str, Any]) -> str:
     if "slide_encoder" in known:
         trained = {True: "trained", False: "untrained"}.get(known.get("trained", ""), "not said whether trained")
         plain = known["slide_encoder"] == "mean"
-        said = "none, the mean of the tiles" if plain else f"{known['slide_encoder']}, {trained}"
-        parts.append(f"slide encoder: {said}")
+        name = "none, the mean of the tiles" if plain else f"{known['slide_encoder']}, {trained}"
+        parts.append(f"slide encoder: {name}")
     parts.append(f"precision {known.get('precision', 'not stated')}")
     return "; ".join(parts) + "."
 

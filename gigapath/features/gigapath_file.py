@@ -96,15 +96,9 @@ def read_tiles(path: Path | str) -> Tiles:
 
 @dataclass
 class KeptRows:
-    """The kept rows of one file in the making. Rows are the first ones of the whole, without a gap.
-
-    Attributes:
-        path: the file in the making.
-        identity: everything that the rows depend on, in at most 32 letters; rows of another identity count for nothing.
-        shape: (N, D) of the whole.
-        dtype: of the rows as stored.
-        step: rows are kept in whole multiples of this, but for the last ones of the whole.
-    """
+    """The kept rows of one file in the making, the first ones of the whole (`shape` (N, D)), without a gap, in whole
+    multiples of `step` but for the last. Rows of another `identity` (everything that they depend on, in at most 32
+    letters) count for nothing."""
 
     path: Path
     identity: str
@@ -138,10 +132,10 @@ class KeptRows:
         """
         self._count = self._crc = 0
         with contextlib.suppress(OSError), os.fdopen(open_own(self.file, os.O_RDONLY), "rb") as file:
-            said = self._read_header(file.read(_START))
-            if said is None:
+            header = self._read_header(file.read(_START))
+            if header is None:
                 return
-            count, checksum = said
+            count, checksum = header
             step = max(1, _BLOCK_BYTES // self._row_bytes)
             crc = 0
             for first in range(0, count, step):
@@ -226,21 +220,12 @@ class TileEmbeddingsWriter:
 
     Memory does not grow with the slide; a killed process leaves a `.partial` and nothing else. With `kept`, rows of a
     slide that takes long are made safe every half minute and when the writer is left by an error: a later writer of
-    equal identity begins with them (`kept.find()` tells how many), and its file is the same to the last byte.
+    equal identity begins with them (`kept.find()` tells how many), and its file is the same to the last byte. `attrs`
+    are the encoder's part of the root attributes (`encoder`, `weights_sha256`, `transform`, ...), beside those of
+    `tiles`.
 
-    ```python
-    with TileEmbeddingsWriter(path, tiles, embed_dim=1536, attrs={"encoder": "gigapath", ...}) as writer:
-        writer.write(0, block)  # (n, D), any order, each tile once
-    ```
-
-    Args:
-        path: where the file goes.
-        tiles: the tiles that the embeddings belong to, in their order.
-        embed_dim: D.
-        dtype: "float32", or "float16" for half the size.
-        attrs: the encoder's part of the root attributes (`encoder`, `weights_sha256`, `transform`, `precision`,
-            `batch_shape`, `device`, ...), beside those of `tiles`.
-        kept: the rows that are safe already, or None to keep none.
+        with TileEmbeddingsWriter(path, tiles, embed_dim=1536, attrs={"encoder": "gigapath", ...}) as writer:
+            writer.write(0, block)  # (n, D), any order, each tile once
 
     Raises:
         gigapath.files.OutputError: the disk is full, read-only, ...
@@ -295,6 +280,7 @@ class TileEmbeddingsWriter:
         write_attrs(self._h5.file, attrs)
 
     def write(self, start: int, block: Array) -> None:
+        """Add the embeddings (n, D) of the tiles from `start` on."""
         stop = start + len(block)
         who = f"embeddings of {self._tiles.slide_id}"
         if block.ndim != 2 or block.shape[1] != self._embed_dim or start < 0 or stop > len(self._tiles):
@@ -338,7 +324,7 @@ class TileEmbeddingsWriter:
         self._kept.commit()
         self._kept_at = time.monotonic()
 
-    def _settle_kept(self, error: BaseException | None) -> None:
+    def _close_kept(self, error: BaseException | None) -> None:
         """Keep the rows of a slide that was left half done, where they are worth it; else none are left."""
         if self._kept is None:
             return
@@ -356,14 +342,14 @@ class TileEmbeddingsWriter:
                 f"embeddings of {self._tiles.slide_id}: expected {len(self._tiles)} tiles, "
                 f"got {int(self._written.sum())}; nothing was kept."
             )
-            self._settle_kept(error)
+            self._close_kept(error)
             self._h5.__exit__(ValueError, error, None)
             raise error
         if error is not None:
-            self._settle_kept(error)
+            self._close_kept(error)
         self._h5.__exit__(kind, error, traceback)
         if error is None:
-            self._settle_kept(None)
+            self._close_kept(None)
 
 
 def write_slide(path: Path | str, embeddings: SlideEmbeddings) -> None:

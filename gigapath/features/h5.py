@@ -295,15 +295,13 @@ class _Disk:
 
 
 class H5Writer:
-    """An h5 file being made: `with H5Writer(path) as writer`, fill `writer.file`, and it takes its name on exit.
+    """An h5 file being made: `with H5Writer(path) as writer`, fill `writer.file`, and it takes its name on exit;
+    OutputError where the disk is full, read-only, ...
 
     `complete = True` is written at the root after everything else; then the file is flushed, opened again and its
     datasets compared with what was made, and renamed. On any error nothing of it is left, and a file that had the name
     before stays. `check` raises where the disk has failed since; call it after a large write. A checksum that is
     recorded under this name is withdrawn first: a kill before the new one is recorded leaves none, never a wrong one.
-
-    Raises:
-        gigapath.files.OutputError: the disk is full, read-only, ...
     """
 
     file: h5py.File
@@ -403,11 +401,11 @@ def is_damaged(path: Path) -> bool:
 def check_undamaged(path: Path) -> None:
     """Raise FeatureFileError where a file's bytes are others than when it was made."""
     if path.is_file() and is_damaged(path):
-        raise FeatureFileError(f"{path.name}: {DAMAGED} {MEND_DAMAGED}")
+        raise FeatureFileError(f"{path.name}: {DAMAGED} {REMAKE_DAMAGED}")
 
 
 DAMAGED = "its bytes have changed since it was made: its SHA-256 is not the one that its run recorded."
-MEND_DAMAGED = "Delete the file, and run the command that made it again."
+REMAKE_DAMAGED = "Delete the file, and run the command that made it again."
 
 
 def _record_of(path: Path) -> tuple[Path, dict[str, Any]] | None:

@@ -483,11 +483,11 @@ def _slide2vec_coordinates(path: Path, sidecar: Any) -> list[Path]:
     root = next((parent.parent for parent in (folder, *folder.parents) if parent.name == _EMBEDDINGS), folder.parent)
     inside = folder.relative_to(root).parts[1:] if folder.is_relative_to(root) else ()
     usual = [root.joinpath("tiles", *inside, f"{path.stem}{SLIDE2VEC_COORDINATES}")]
-    said = sidecar.get("coordinates_npz_path") if isinstance(sidecar, dict) else None
-    if isinstance(said, str) and said.endswith(".npz"):
-        parts = PureWindowsPath(said).parts  # takes both kinds of slashes
+    stated = sidecar.get("coordinates_npz_path") if isinstance(sidecar, dict) else None
+    if isinstance(stated, str) and stated.endswith(".npz"):
+        parts = PureWindowsPath(stated).parts  # takes both kinds of slashes
         after = [at for at, part in enumerate(parts) if part == "tiles"]
-        usual = [root.joinpath(*parts[after[-1] :])] * bool(after) + usual + [Path(said)]
+        usual = [root.joinpath(*parts[after[-1] :])] * bool(after) + usual + [Path(stated)]
     return usual
 
 

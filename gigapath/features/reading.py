@@ -161,8 +161,8 @@ def encoder_hints(path: Path, attrs: Attrs) -> list[str]:
     folder = path.absolute().parent
     beside = [file for place in (folder, folder.parent) for file in visible_files(place, "*.json")[:_FEW_FILES]]
     for file in beside:
-        said = flat_json(small_json(file))
-        found += [f"{name} {said[name]!r}"[:100] for name in said if _ENCODER.search(name)]
+        stated = flat_json(small_json(file))
+        found += [f"{name} {stated[name]!r}"[:100] for name in stated if _ENCODER.search(name)]
     return [*list(dict.fromkeys(found))[:_FEW_FILES], f"folder {folder.parent.name}/{folder.name}"]
 
 

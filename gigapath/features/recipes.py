@@ -26,19 +26,13 @@ PRECISIONS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """How one tool gets from tile embeddings to a slide embedding.
+    """How one tool (and the version that was read) gets from tile embeddings to a slide embedding.
 
-    Attributes:
-        tool: the tool and the version that was read.
-        readout: the embedding that it takes, by the name that `parse_embedding` knows (state and pooling).
-        order: of the tiles, one of ORDERS.
-        places: of the tiles, a key of PLACES.
-        half_places: whether coordinates go through float16.
-        precision: on a CPU and on CUDA, keys of PRECISIONS.
-        evaluated: whether the model is in eval mode; without, dropout makes every run another.
-        own_order: the order of the tiles in the tool's own files.
-        tiles: the tool's tiles by default: pixels, scale and what reaches the tile encoder.
-        remedy: how to get the mean-pooled default output at the right places from it.
+    `readout` is the embedding that it takes, by the name that `parse_embedding` knows; `order` of the tiles, of ORDERS,
+    and `places`, of PLACES; with `half_places` coordinates go through float16; `precision` on a CPU and on CUDA, of
+    PRECISIONS; a model that is not `evaluated` is left in training mode: dropout makes every run another. `own_order`
+    is that of the tool's own files, `tiles` its tiles by default (pixels, scale, what reaches the encoder), `remedy`
+    how to get the mean-pooled default output at the right places from it.
     """
 
     tool: str

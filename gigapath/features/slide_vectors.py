@@ -18,7 +18,7 @@ from gigapath.files import small_json, visible_files
 
 _SUFFIXES = (".h5", ".pt", ".npz", ".npy")
 # What a file may say of how its vectors were made.
-_SAID = (
+_STATED = (
     *("tool", "recipe", "embedding", "encoder", "slide_encoder", "encoder_name", "slide_precision", "precision"),
     *("trained", "version", "package_version", "feat_type", "aggregation_revision"),
 )
@@ -31,7 +31,7 @@ class SlideVectors:
 
     path: Path
     vectors: Mapping[str, Array]
-    said: Mapping[str, Any]
+    stated: Mapping[str, Any]
 
     @property
     def width(self) -> int:
@@ -50,10 +50,10 @@ def read_slide_vectors(path: Path | str) -> SlideVectors:
     files = visible_files(path, "*") if path.is_dir() else [path]
     files = [file for file in files if file.suffix in _SUFFIXES] if path.is_dir() else files
     found: dict[str, Array] = {}
-    said: dict[str, Any] = {}
+    stated: dict[str, Any] = {}
     for file in files:
         vectors, attrs = _read(file)
-        said = said or {name: attrs[name] for name in _SAID if attrs.get(name) not in (None, "")}
+        stated = stated or {name: attrs[name] for name in _STATED if attrs.get(name) not in (None, "")}
         for slide_id, vector in vectors.items():
             found[slide_id] = np.asarray(vector, dtype=np.float32).reshape(-1)
     if not found or len({len(vector) for vector in found.values()}) > 1:
@@ -61,7 +61,7 @@ def read_slide_vectors(path: Path | str) -> SlideVectors:
     broken = next((slide_id for slide_id, vector in found.items() if not np.isfinite(vector).all()), None)
     if broken is not None:
         raise FeatureFileError(f"{path}: expected finite values, got NaN or infinity in the vector of {broken!r}.")
-    return SlideVectors(path, found, said)
+    return SlideVectors(path, found, stated)
 
 
 def _read(path: Path) -> tuple[dict[str, Array], dict[str, Any]]:
@@ -77,20 +77,20 @@ def _read(path: Path) -> tuple[dict[str, Array], dict[str, Any]]:
                 f"{path.name}: expected the columns slide_id, e0, e1, ..., as a table of `gigapath convert` has."
             )
         table = {row["slide_id"]: np.array([row[name] for name in columns], dtype=np.float32) for row in rows}
-        return table, {"tool": "gigapath", **{name: value for name, value in rows[0].items() if name in _SAID}}
+        return table, {"tool": "gigapath", **{name: value for name, value in rows[0].items() if name in _STATED}}
     sidecar = flat_json(small_json(path.with_name(f"{path.stem}.meta.json")) or {})
-    said = {"tool": "slide2vec", **sidecar} if sidecar else {}
+    stated = {"tool": "slide2vec", **sidecar} if sidecar else {}
     if path.suffix == ".npy":
-        return _one(path, read_npy(path)), said
+        return _one(path, read_npy(path)), stated
     if path.suffix == ".pt":
-        return _one(path, read_tensor(path)), said
+        return _one(path, read_tensor(path)), stated
     held = read_npz(path)
     if {"slide_ids", "vectors"} <= set(held):
         attrs = json.loads(str(held["attrs"])) if "attrs" in held else {}
         return dict(zip(map(str, held["slide_ids"]), held["vectors"], strict=True)), {"tool": "gigapath", **attrs}
     if "features" in held:
-        return _one(path, held["features"]), said
-    return {name: vector for name, vector in held.items() if vector.ndim == 1}, said
+        return _one(path, held["features"]), stated
+    return {name: vector for name, vector in held.items() if vector.ndim == 1}, stated
 
 
 def _read_h5(path: Path) -> tuple[dict[str, Array], dict[str, Any]]:
