@@ -181,7 +181,9 @@ def paired_difference(
         drawn = _replicate_scores(scorers, first, replicates, seed)
         return _estimates(scorers[0].names, values, drawn[0] - drawn[1])
     units = _Units(first)
-    half = units.half_widths(lambda weights: scorers[0](weights) - scorers[1](weights))
+    # Where leaving anyone out changes nothing: as wide as what that many patients without a single discordance allow.
+    flat = Z**2 / (units.count / 2 + Z**2) if first.of_classes else math.nan
+    half = units.half_widths(lambda weights: scorers[0](weights) - scorers[1](weights), flat)
     return {
         name: Estimate(values[name], values[name] - width, values[name] + width, 0, units.p(values[name], width))
         for name, width in zip(values, half.tolist(), strict=True)
@@ -218,7 +220,7 @@ class _Units:
         self.count = sum(len(stratum) for stratum in self.strata)
         self.folds = len(np.unique(np.asarray(predictions.folds)))
         self.repeats = int(predictions.repeats.max()) + 1
-        self.names = predictions.class_names
+        self.names, self.classes = predictions.class_names, predictions.of_classes
         flags = truth == 1 if truth.ndim == 2 else truth[:, None] == np.arange(len(self.names))
         if not predictions.of_classes:
             self.names = ("with an event", "censored") if predictions.times else ("in all",)
@@ -233,9 +235,9 @@ class _Units:
     def df(self) -> int:
         return max(1, min(len(stratum) for stratum in self.strata) - 1)
 
-    def half_widths(self, scores: Callable[[FloatArray], FloatArray]) -> FloatArray:
-        """By the jackknife, (scores,): t times the root of the inflated variance; where that is flat a floor, since a
-        width of zero would say that nothing is uncertain; NaN where it can't be told."""
+    def half_widths(self, scores: Callable[[FloatArray], FloatArray], flat: float) -> FloatArray:
+        """By the jackknife, (scores,): t times the root of the inflated variance; `flat` where that is 0, since a width
+        of zero would say that nothing is uncertain; NaN where it can't be told."""
         from scipy.stats import t
 
         left_out = []
@@ -248,7 +250,7 @@ class _Units:
             here = every[stratum]
             variance += (len(stratum) - 1) / len(stratum) * ((here - here.mean(axis=0)) ** 2).sum(axis=0)
         half = t.ppf((1 + LEVEL) / 2, self.df) * np.sqrt(JACKKNIFE_INFLATION * variance)
-        half = np.where(half < ROUNDING, Z**2 / (self.count / 2 + Z**2), half)
+        half = np.where(half < ROUNDING, flat, half)
         return np.where(np.isnan(variance) | (not self.estimable), np.nan, half)
 
     def p(self, value: float, half: float) -> float:
@@ -261,7 +263,7 @@ class _Units:
         self, scorer: Scorer, values: Mapping[str, float], names: Sequence[str]
     ) -> dict[str, tuple[float, float]]:
         """name -> limits of scores for which there is no closed form."""
-        half = dict(zip(scorer.names, self.half_widths(scorer).tolist(), strict=True))
+        half = dict(zip(scorer.names, self.half_widths(scorer, math.nan).tolist(), strict=True))
         return {name: (values[name] - half[name], values[name] + half[name]) for name in names}
 
     def covers(self, unit: str, uncalibrated: Sequence[str]) -> str:
@@ -269,10 +271,11 @@ class _Units:
         folds = round(self.folds / self.repeats)
         counts = ", ".join(f"{count:,} {name}" for count, name in zip(self.of_class, self.names, strict=True))
         marked = ", ".join(SCORE_WORDS.get(name, name) for name in uncalibrated)
+        mix = " of this class mix" if self.classes else ""
         return (
             f"{LEVEL:.0%}, over {self.count:,} {unit} ({counts}), of the mean performance of the procedure, fitted on "
-            f"{folds - 1}/{folds} of so many, on new {unit} of this class mix ({folds} folds, repeated "
-            f"{self.repeats} times)" + (f"; coverage not measured (uncalibrated): {marked}" if marked else "")
+            f"{folds - 1}/{folds} of so many, on new {unit}{mix} ({folds} folds, repeated {self.repeats} "
+            "times)" + (f"; coverage not measured (uncalibrated): {marked}" if marked else "")
         )
 
     def notes(self, unit: str, estimates: Mapping[str, Estimate]) -> list[str]:
@@ -281,7 +284,9 @@ class _Units:
         if not lacking:
             return []
         words = ", ".join(SCORE_WORDS.get(name, name) for name in lacking)
-        return [f"intervals not estimable for {words}: fewer than two {unit}, in all or of a class"]
+        return [
+            f"intervals not estimable for {words}: fewer than two {unit}, in all or of a class, or the same without any"
+        ]
 
 
 def closed_limits(predictions: Predictions, values: Mapping[str, float]) -> dict[str, tuple[float, float]]:
