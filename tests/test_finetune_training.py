@@ -91,6 +91,44 @@ def test_one_step_is_the_step_that_the_recipe_describes(tmp_path) -> None:
         assert (parameter - expected[name]).abs().max() < 1e-12, name
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("head", ["linear", "abmil", "abmil-tiles"])
+def test_batches_that_are_packed_ahead_give_the_same_gradients_to_the_bit(head: str, precision: str) -> None:
+    bags, truth = bags_of(6)
+    trainer = replace(trainer_of(bags, truth, batch_size=3), precision=precision)
+    model, rows = narrow(head=head, dropout=0.1).train(), np.array([4, 0, 3])
+    dtype = trainer.input_dtype(model, 0)
+    assert model.training and dtype == (torch.bfloat16 if precision == "bf16" else torch.float32)
+    packed, same_rows = trainer.read(rows, 0, dtype)
+    drawn = [trainer._drawn(bags[row], int(row), 0) for row in rows]
+    assert packed.features.dtype == dtype and packed.lengths == [len(bag) for bag in drawn]
+    found = []
+    for batch in ((packed, same_rows), (drawn, rows)):
+        model.zero_grad(set_to_none=True)
+        torch.manual_seed(1)
+        loss = trainer.loss_of(model, batch)
+        loss.backward()
+        found.append([loss.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)])
+    assert len(found[0]) > 3 and all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_a_model_that_half_embeddings_would_change_gets_float32() -> None:
+    class Reads(torch.nn.Module):
+        """Uses its input beside the product that autocast converts it for."""
+
+        def __init__(self, inner: torch.nn.Module) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def forward_packed(self, images, coords, lengths):
+            return self.inner.forward_packed(images, coords, lengths) + images.float().sum()
+
+    bags, truth = bags_of(3)
+    trainer = replace(trainer_of(bags, truth), precision="bf16")
+    assert trainer.input_dtype(Reads(narrow()), 0) == torch.float32
+    assert replace(trainer, dtype=torch.float64).input_dtype(narrow(torch.float64), 0) == torch.float64
+
+
 def test_rates_warm_up_and_fall_along_half_a_cosine() -> None:
     parameter = torch.nn.Parameter(torch.zeros(2))
     optimizer = torch.optim.AdamW([{"params": [parameter], "lr_scale": 0.5}])

@@ -5,7 +5,7 @@ Each offers `forward_packed(features (T, D), coords (T, 2), lengths) -> logits (
 """
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -216,10 +216,25 @@ def cache_states(
     return cached
 
 
+class Packed(NamedTuple):
+    """Bags one after another in the host's memory: features (T, D), coords (T, 2), and the tiles of each."""
+
+    features: Tensor
+    coords: Tensor
+    lengths: list[int]
+
+
+def pack_on_host(bags: Sequence[Bag], dtype: torch.dtype = torch.float32, *, pinned: bool = False) -> Packed:
+    """Bags one after another; `pinned` in memory that a GPU copies from by itself."""
+    features = torch.from_numpy(np.concatenate([bag.features for bag in bags])).to(dtype)
+    coords = torch.from_numpy(np.concatenate([bag.coords for bag in bags]))
+    return Packed(features.pin_memory() if pinned else features, coords, [len(bag) for bag in bags])
+
+
 def pack(
-    bags: Sequence[Bag], device: torch.device, dtype: torch.dtype = torch.float32
+    bags: Sequence[Bag] | Packed, device: torch.device, dtype: torch.dtype = torch.float32
 ) -> tuple[Tensor, Tensor, list[int]]:
-    """(features (T, D) on the device, coords (T, 2) in the host's memory, lengths) of bags one after another."""
-    features = torch.cat([torch.from_numpy(np.ascontiguousarray(bag.features)) for bag in bags])
-    coords = torch.cat([torch.from_numpy(np.ascontiguousarray(bag.coords)) for bag in bags])
-    return send(features.to(dtype), device), coords, [len(bag) for bag in bags]
+    """(features (T, D) on the device, coords (T, 2) in the host's memory, lengths) of bags one after another; those
+    that are packed keep their dtype."""
+    packed = bags if isinstance(bags, Packed) else pack_on_host(bags, dtype)
+    return send(packed.features, device), packed.coords, packed.lengths

@@ -19,13 +19,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gigapath.devices import computing, send
+from gigapath.devices import AUTOCAST_TYPES, computing, send
 from gigapath.evaluation.splits import Fold
 from gigapath.evaluation.survival import cox_loss, discrete_loss
 from gigapath.evaluation.task import Task
 from gigapath.finetune import checkpoints
 from gigapath.finetune.data import Bag, Bags
-from gigapath.finetune.heads import pack
+from gigapath.finetune.heads import Packed, pack, pack_on_host
 from gigapath.finetune.loop import Loop, Step, cosine_rate
 from gigapath.finetune.options import TrainingOptions
 from gigapath.finetune.processes import Processes
@@ -36,6 +36,7 @@ MEAN, ATTENTION, RANDOM = "tile mean + linear", "ABMIL on tiles", "from random w
 
 IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float64]
+Batch = tuple[Sequence[Bag] | Packed, IntArray]  # slides, and their rows
 
 
 @dataclass(frozen=True)
@@ -167,6 +168,7 @@ class Trainer:
             chunks = [step[first : first + options.batch_size] for first in range(0, len(step), options.batch_size)]
             mine = chunks[processes.rank :: processes.world]
             steps.append(Step(mine, len(step), epoch + start / len(order)))
+        dtype = self.input_dtype(model, int(fold.train[0]))
         model.train()
         what = f"fold {fold.number}, epoch {epoch + 1} of {options.epochs}"
         taken = self.loop.run(
@@ -175,7 +177,7 @@ class Trainer:
             scaler,
             steps,
             what=what,
-            read=partial(self.read, epoch=epoch),
+            read=partial(self.read, epoch=epoch, dtype=dtype),
             loss_of=self.loss_of,
             set_rate=partial(set_rates, optimizer, options, self.window),
             whole=self.loss_of_risk_set if self.task.loss == "cox" else None,
@@ -186,9 +188,27 @@ class Trainer:
         waiting = taken.waited / seconds
         return Epoch(epoch + 1, taken.loss / slides, val, taken.learning_rate, seconds, waiting, slides / seconds)
 
-    def read(self, rows: IntArray, epoch: int) -> tuple[list[Bag], IntArray]:
-        """The batch of a chunk's rows; called by threads, ahead of time."""
-        return [self._drawn(self.bags[int(row)], int(row), epoch) for row in rows], rows
+    def read(self, rows: IntArray, epoch: int, dtype: torch.dtype) -> tuple[Packed, IntArray]:
+        """The batch of a chunk's rows, ready for the device; called by threads, ahead of time."""
+        bags = [self._drawn(self.bags[int(row)], int(row), epoch) for row in rows]
+        return pack_on_host(bags, dtype, pinned=self.processes.device.type == "cuda"), rows
+
+    def input_dtype(self, model: nn.Module, row: int) -> torch.dtype:
+        """What tile embeddings travel in: half precision where the model, on drawn ones at some tiles of a slide, has
+        the same outputs then to the bit, as one has that begins with a product under autocast; else `dtype`."""
+        half = AUTOCAST_TYPES.get(self.precision)
+        if half is None or self.dtype != torch.float32:
+            return self.dtype
+        bag = self.bags[row]
+        some = bag.take(np.arange(min(len(bag), 64)))
+        drawn = np.random.default_rng(0).standard_normal(some.features.shape, np.float32)
+        some = replace(some, features=drawn)
+        was = model.training
+        model.eval()
+        with torch.no_grad():
+            whole, halved = (self._forward(model, pack_on_host([some], dtype)) for dtype in (self.dtype, half))
+        model.train(was)
+        return half if torch.equal(whole, halved) else self.dtype
 
     def _drawn(self, bag: Bag, row: int, epoch: int) -> Bag:
         """The tiles that training sees of a slide: shuffled, and at most `max_tiles` of them, drawn for this epoch."""
@@ -198,13 +218,11 @@ class Trainer:
         drawn = np.random.default_rng([self.options.seed, 2, epoch, row]).permutation(len(bag))[: self.task.max_tiles]
         return bag.take(drawn if shuffle else np.sort(drawn))
 
-    def loss_of(self, model: nn.Module, batch: tuple[Sequence[Bag], IntArray]) -> Tensor:
+    def loss_of(self, model: nn.Module, batch: Batch) -> Tensor:
         """The loss summed over the slides of a batch: bags, and their rows."""
         return task_loss(self._forward(model, batch[0]), self.truth[batch[1]], self.task, self.scale)
 
-    def loss_of_risk_set(
-        self, model: nn.Module, batches: Sequence[tuple[Sequence[Bag], IntArray]]
-    ) -> Callable[[nn.Module, tuple[Sequence[Bag], IntArray]], Tensor]:
+    def loss_of_risk_set(self, model: nn.Module, batches: Sequence[Batch]) -> Callable[[nn.Module, Batch], Tensor]:
         """The loss of batches by Cox: all slides of the step, over all passes and processes, are one risk set.
 
         A first pass without gradients gives every slide's risk, and with them the loss and its slope in each risk; in
@@ -226,7 +244,7 @@ class Trainer:
         before = sum(len(logits) for share in every[: self.processes.rank] for logits, _ in share)
         mean, turn = float(loss.detach()) / len(risks), iter(seeds)
 
-        def loss_of(model: nn.Module, batch: tuple[Sequence[Bag], IntArray]) -> Tensor:
+        def loss_of(model: nn.Module, batch: Batch) -> Tensor:
             nonlocal before
             torch.manual_seed(next(turn))
             logits = self._forward(model, batch[0])
@@ -236,7 +254,7 @@ class Trainer:
 
         return loss_of
 
-    def _forward(self, model: nn.Module, bags: Sequence[Bag]) -> Tensor:
+    def _forward(self, model: nn.Module, bags: Sequence[Bag] | Packed) -> Tensor:
         """Outputs (B, outputs) of bags, in float32 or float64."""
         with computing(self.precision, self.processes.device):
             logits: Tensor = model.forward_packed(*pack(bags, self.processes.device, self.dtype))  # type: ignore[operator]

@@ -131,7 +131,7 @@ def steps(
         trainer.loop.scaler(),
         [Step(chunks, sum(map(len, chunks)), 0.0)] * count,
         what="made slides",
-        read=partial(trainer.read, epoch=0),
+        read=partial(trainer.read, epoch=0, dtype=trainer.input_dtype(model, 0)),
         loss_of=trainer.loss_of,
         set_rate=lambda epochs_done: 0.0,
     )
