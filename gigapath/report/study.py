@@ -1,10 +1,11 @@
 """What the parts of a study found, in one place: tables, a plot, the items of TRIPOD+AI that its files can fill."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import gigapath
+from gigapath.cohort.record import hide_paths
 from gigapath.evaluation.compare import compare, holm
 from gigapath.evaluation.intervals import plain
 from gigapath.evaluation.labels import SITE_COLUMNS, first_column
@@ -29,6 +30,7 @@ from gigapath.tables import csv_text, read_table
 from gigapath.text import table_lines
 
 _COMPARED = ("first", "second", "score", "value", "low", "high", "p", "p_holm", "power")
+_OUTPUTS = {"survival": "a risk, and the probability of no event at each horizon", "regression": "an amount"}
 _POWER_FOR = 0.1  # difference whose power is told
 
 
@@ -65,7 +67,7 @@ def write_study(folder: Path, about: Mapping[str, Any], labels: Path) -> list[st
     }
     notes = [note for found in parts.values() for note in found.notes]
     notes += [f"{name}: {note}" for name, each in tests.items() for note in each.notes if note.startswith(LOCKED)]
-    compared = _compared(folder, about["compare"], primary)
+    compared = _compared(folder, about["compare"], primary, notes.append)
     everything = {**models, **controls, **tests}
     checklist = tripod_lines(_filled(about, parts, models, tests, labels))
     intervals = {
@@ -113,6 +115,7 @@ def write_study(folder: Path, about: Mapping[str, Any], labels: Path) -> list[st
     ]
     lines += table_lines([header, *cells]) if cells else []
     filled = sum(line.startswith("- [x]") for line in checklist)
+    lines += [f"note: {note}" for note in notes if note not in {n for found in parts.values() for n in found.notes}]
     return [*lines, *stratum_lines(models), f"TRIPOD+AI: {filled} of {len(checklist)} items are filled in tripod.md"]
 
 
@@ -126,11 +129,20 @@ def _main(found: Results) -> Scores:
     return found.scores[_name_of(found)]
 
 
-def _compared(folder: Path, pairs: Sequence[Sequence[str]], primary: str) -> list[dict[str, Any]]:
-    """The first model's primary score minus the second's, as `gigapath compare` has it; Holm over all pairs."""
+def _compared(
+    folder: Path, pairs: Sequence[Sequence[str]], primary: str, note: Callable[[str], None]
+) -> list[dict[str, Any]]:
+    """The first model's primary score minus the second's, as `gigapath compare` has it; Holm over all pairs. `note`
+    gets a sentence on a pair that can't be compared."""
     rows: list[dict[str, Any]] = []
     for first, second in pairs:
-        found = compare([folder / "models" / name for name in (second, first)], difference=_POWER_FOR, score=primary)
+        try:
+            found = compare(
+                [folder / "models" / name for name in (second, first)], difference=_POWER_FOR, score=primary
+            )
+        except ValueError as error:
+            note(f"{first} and {second} are not compared: {hide_paths(str(error))}")
+            continue
         ((name, of),) = found.differences.items()
         each, power = of[primary], found.powers[name][primary]
         row: dict[str, Any] = {"first": first, "second": second, "score": primary, "p": each.p, "power": power}
@@ -152,7 +164,7 @@ def _filled(
     slides, unit, splits = f"{len(table):,} slides", first.unit, about["splits"]
     site_column = first_column(table, SITE_COLUMNS)
     sites = sorted(set(table.columns[site_column])) if site_column else []
-    several = len(first.by_site) > 1
+    several, setting = len(first.by_site) > 1, next(iter(parts.values())).task.get("setting", "classes")
     tuned = [name for name, model in about["models"].items() if "finetune" in model]
 
     def shares(of: Scores) -> str:
@@ -174,7 +186,8 @@ def _filled(
         "5a": f"{slides} in {labels.name}; whom they represent is for the authors to say",
         "6a": f"{len(sites):,} sites ({', '.join(site or 'not known' for site in sites)})" if sites else "",
         "7": "slides enter as embeddings; gigapath report --methods on their run says how these were made",
-        "8a": f"classes {', '.join(first.headline.prevalence)}; how they were assessed is for the authors to say",
+        "8a": f"{setting.replace('_', ' ')}: {', '.join(first.headline.prevalence)}; how it was assessed is for the "
+        "authors to say",
         "9b": "embeddings of the whole slide, or of all its tiles; nothing else",
         "10": f"{first.headline.units:,} {unit}; the program calculated no size",
         "11": "; ".join(dict.fromkeys(missing)) or "every listed slide has a label and features",
@@ -185,7 +198,7 @@ def _filled(
         "12e": f"{measures}; {first.headline.covers}",
         "12g": "each fold's frozen model on slides that did not train it",
         "13": f"class shares {shares(first)}; folds have even shares of each" if isinstance(splits, int) else "",
-        "15": "a probability of each class; thresholds, where fitted, stand with each fold's head",
+        "15": _OUTPUTS.get(setting, "a probability of each class; thresholds, where fitted, stand with each head"),
         "16": "; ".join(f"{name}: {each.headline.units:,} {each.unit}, {shares(each)}" for name, each in tests.items()),
         "18f": f"gigapath {gigapath.__version__}; the study file is kept in study.json",
         "20a": f"{slides} listed, {first.headline.units:,} {unit} scored; {shares(first)}",
