@@ -115,10 +115,8 @@ class SlideEncoder:
         """
         if self.model is None:
             return {"tile_mean": mean_of_rows(tiles.features)[None]}
-        features = torch.from_numpy(np.ascontiguousarray(tiles.features))
-        coords = torch.from_numpy(tiles.encoder_coords())
         with self._failures(len(tiles)):
-            pooled = self._states(self.model, features, coords, check, progress)
+            pooled = self._states(self.model, tiles, check, progress)
             mean = {"tile_mean": mean_of_rows(tiles.features)[None]}  # while a GPU computes
             found = torch.cat(list(pooled.values())).cpu().numpy()
         ends = np.cumsum([len(value) for value in pooled.values()])
@@ -159,10 +157,8 @@ class SlideEncoder:
             if state in states:
                 kept.append(tokens.float().cpu().numpy())
 
-        features = torch.from_numpy(np.ascontiguousarray(tiles.features))
-        coords = torch.from_numpy(tiles.encoder_coords())
         with self._failures(len(tiles)):
-            self._states(self.model, features, coords, check, progress, keep)
+            self._states(self.model, tiles, check, progress, keep)
         for value in kept:
             self._check_finite(tiles, value)
         return kept[0] if len(kept) == 1 else np.concatenate(kept, axis=1)
@@ -190,8 +186,7 @@ class SlideEncoder:
     def _states(
         self,
         model: LongNetViT,
-        features: Tensor,
-        coords: Tensor,
+        tiles: TileEmbeddings,
         check: Callable[[], None],
         progress: AfterLayer,
         keep_tokens: Callable[[int, Tensor], None] = lambda state, tokens: None,
@@ -204,6 +199,8 @@ class SlideEncoder:
             if 1 <= state <= model.depth:
                 progress(state, model.depth)
 
+        features = torch.from_numpy(np.ascontiguousarray(tiles.features))
+        coords = torch.from_numpy(tiles.encoder_coords())
         with torch.inference_mode(), computing(self.precision, self.device), between_steps(check):
             states, default = pooled_states(model, send(features, self.device), coords, see_tokens)
         pooled = {

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from gigapath.features import Tiles
 from gigapath.preprocessing.slide import Slide, SlideError
 
 UPSAMPLING_LIMIT = 1.3
@@ -45,6 +46,24 @@ class Grid:
     def corners(self, cells: npt.NDArray[np.integer]) -> npt.NDArray[np.int64]:
         """Level-0 corners (N, 2) of the cells (N, 2), both (x, y)."""
         return np.asarray(self.anchor, np.int64) + cells.astype(np.int64) * np.asarray(self.pitch, np.int64)
+
+    def tiles(self, slide_id: str, cells: npt.NDArray[np.integer]) -> Tiles:
+        """The tiles on the cells (N, 2) of a slide's grid, of which nothing more is known yet."""
+        unknown = np.zeros(len(cells), np.float32)
+        return Tiles(
+            slide_id=slide_id,
+            coords_level0=self.corners(cells),
+            cells=cells,
+            tissue_fraction=unknown,
+            section=unknown,
+            qc=unknown[:, None][:, :0],
+            qc_names=(),
+            level=self.level,
+            read_size=self.read_size,
+            tile_size=self.tile_size,
+            tile_size_level0=self.pitch,
+            mpp=(self.mpp[0] + self.mpp[1]) / 2,
+        )
 
 
 def plan_grid(

@@ -11,7 +11,6 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from gigapath.features import Tiles
 from gigapath.preprocessing.grid import Grid
 from gigapath.preprocessing.reading import iter_tiles
 from gigapath.preprocessing.slide import Overview, Slide
@@ -133,21 +132,7 @@ def published_shares(slide: Slide, mask: TissueMask, grid: Grid, *, workers: int
     if mask.box_level0 is None or mask.threshold is None:
         return shares
     cells = cells_in_box(grid, mask.box_level0)
-    none = np.zeros(len(cells), np.float32)
-    tiles = Tiles(
-        slide_id=slide.slide_id,
-        coords_level0=grid.corners(cells),
-        cells=cells,
-        tissue_fraction=none,
-        section=none,
-        qc=np.zeros((len(cells), 0), np.float32),
-        qc_names=(),
-        level=grid.level,
-        read_size=grid.read_size,
-        tile_size=grid.tile_size,
-        tile_size_level0=grid.pitch,
-        mpp=sum(grid.mpp) / 2,
-    )
+    tiles = grid.tiles(slide.slide_id, cells)
     for first, pixels in iter_tiles(slide, tiles, batch_size=BATCH, workers=workers):
         rows, columns = cells[first : first + len(pixels), 1], cells[first : first + len(pixels), 0]
         shares[rows, columns] = share_below(pixels, mask.threshold)

@@ -8,7 +8,6 @@ import itertools
 import math
 import threading
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -32,6 +31,7 @@ from gigapath.preprocessing.header import (
     scanned_area,
     stated_mpp,
 )
+from gigapath.read_ahead import read_ahead
 from gigapath.tables import composed
 
 __all__ = ["SLIDE_SUFFIXES", "Mpp", "Overview", "Slide", "SlideError", "open_slide", "slide_id_of"]
@@ -403,17 +403,9 @@ class Slide:
             i, j = x // step[0], y // step[1]
             out[j : j + len(mean), i : i + mean.shape[1]] = mean
 
-        if workers == 0 or len(corners) == 1:
-            for index in range(len(corners)):
-                fill(index)
-        else:
-            with ThreadPoolExecutor(workers, thread_name_prefix="overview") as pool:
-                try:
-                    for job in [pool.submit(fill, index) for index in range(len(corners))]:
-                        job.result()
-                except BaseException:
-                    pool.shutdown(wait=True, cancel_futures=True)
-                    raise
+        blocks, several = range(len(corners)), workers and len(corners) > 1
+        for _ in read_ahead(fill, blocks, threads=workers, ahead=4 * workers) if several else map(fill, blocks):
+            pass
         return out
 
     def _read_rgba(self, x: int, y: int, level: int, width: int, height: int) -> UInt8Array:

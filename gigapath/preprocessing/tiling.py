@@ -1,6 +1,7 @@
 """Plan the tiles of a slide: where tissue is, on a grid of whole tiles. Reads coarse levels and no tile, but for the
 published rule, which judges each tile by its own pixels."""
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ from gigapath.preprocessing.tissue import (
     find_tissue,
     has_dark_background,
     is_grey,
+    tile_edges,
     tile_fractions,
     tile_sections,
 )
@@ -130,19 +132,12 @@ def plan_tiles(slide: Slide, options: TileOptions, *, workers: int = 0) -> TileP
         cells = cells[chosen]
     warnings = (*_warnings(slide, grid, options, dark), *_without_tiles(mask, options, grid, len(cells)))
     at = cells[:, 1], cells[:, 0]
-    tiles = Tiles(
-        slide_id=slide.slide_id,
-        coords_level0=grid.corners(cells),
-        cells=cells,
+    tiles = dataclasses.replace(
+        grid.tiles(slide.slide_id, cells),
         tissue_fraction=fractions[at],
         section=sections[at],
         qc=tile_qc(slide, overview, grid, cells),
         qc_names=QC_NAMES,
-        level=grid.level,
-        read_size=grid.read_size,
-        tile_size=grid.tile_size,
-        tile_size_level0=grid.pitch,
-        mpp=(grid.mpp[0] + grid.mpp[1]) / 2,
         attrs={
             **_slide_facts(slide),
             **_grid_facts(slide, grid, options),
@@ -221,11 +216,8 @@ def tile_qc(slide: Slide, overview: Overview, grid: Grid, cells: npt.NDArray[np.
         "saturation": lambda: stain.by_bands(image, stain.saturation),
     }
     columns, rows = cells[:, 0], cells[:, 1]
-    edges = [
-        (grid.anchor[xy] + np.arange(count + 1) * grid.pitch[xy] - overview.origin_level0[xy]) / overview.scale[xy]
-        for xy, count in ((0, grid.columns), (1, grid.rows))
-    ]
-    found = {name: box_means(values(), edges[0], edges[1])[rows, columns] for name, values in maps.items()}
+    edges = tile_edges(overview, grid)
+    found = {name: box_means(values(), *edges)[rows, columns] for name, values in maps.items()}
     found["focus"] = _focus(slide, grid, np.unique(rows))[rows, columns]
     return np.stack([found[name] for name in QC_NAMES], axis=1).astype(np.float32)
 

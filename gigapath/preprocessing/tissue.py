@@ -329,11 +329,16 @@ def tile_fractions(mask: TissueMask, grid: Grid) -> NDArray[np.float32]:
 
 def area_shares(values: NDArray[Any], mask: TissueMask, grid: Grid) -> NDArray[np.float32]:
     """Mean (rows, columns) over each tile's area of values (h, w) in the frame of `mask`; outside they count as 0."""
-    edges = [
-        (grid.anchor[xy] + np.arange(count + 1) * grid.pitch[xy] - mask.origin_level0[xy]) / mask.scale[xy]
+    return box_means(values, *tile_edges(mask, grid))
+
+
+def tile_edges(frame: TissueMask | Overview, grid: Grid) -> tuple[NDArray[np.floating], NDArray[np.floating]]:
+    """Where the grid's columns (columns + 1,) and rows (rows + 1,) begin and end, in pixels of the frame."""
+    x, y = (
+        (grid.anchor[xy] + np.arange(count + 1) * grid.pitch[xy] - frame.origin_level0[xy]) / frame.scale[xy]
         for xy, count in ((0, grid.columns), (1, grid.rows))
-    ]
-    return box_means(values, edges[0], edges[1])
+    )
+    return x, y
 
 
 def box_means(values: NDArray[Any], x: NDArray[np.floating], y: NDArray[np.floating]) -> NDArray[np.float32]:
