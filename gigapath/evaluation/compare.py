@@ -203,7 +203,9 @@ def _read(folder: Path) -> _Run:
     results, name = read_results(folder / RESULTS), folder.resolve().name
     models: dict[str, list[tuple[dict[str, FloatArray], FloatArray]]] = {}
     slides: list[dict[str, tuple[str, str]]] = []
-    classes = results.task["classes"]
+    classes, setting = results.task["classes"], results.task.get("setting")
+    if setting in ("survival", "regression"):
+        raise ValueError(f"{folder}: expected a task of classes, got one of {setting}. Its leads are in summary.csv.")
 
     def take(model: str, table: Table, rows: Iterable[int], scale: Any, patient: str | None) -> None:
         rows, cells = list(rows), table.columns
