@@ -16,7 +16,7 @@ from gigapath.evaluation.intervals import Estimate, degrees_of_freedom, evaluate
 from gigapath.evaluation.labels import shown
 from gigapath.evaluation.plots import draw_intervals, plotting_available
 from gigapath.evaluation.results import FINE_TUNING, RESULTS, SLIDE_PROBE, TERMS, Results, read_results
-from gigapath.evaluation.scores import SCORE_WORDS, FloatArray, Predictions, average_by_group, rank_by
+from gigapath.evaluation.scores import FloatArray, Predictions, average_by_group, rank_by, score_words
 from gigapath.files import write_bytes_atomic, write_json_atomic, write_text_atomic
 from gigapath.tables import Table, csv_text, read_table
 from gigapath.text import table_lines
@@ -81,7 +81,7 @@ class Comparison:
         table = [
             [
                 f"{row['model']} - {row['minus']}",
-                SCORE_WORDS.get(row["score"], row["score"]),
+                score_words(row["score"]),
                 f"{self.differences[row['model']][row['score']]:+.4f}",
                 *("" if math.isnan(row[end]) else f"{row[end]:.3f}" for end in ("p", "p_holm", "power")),
             ]
@@ -144,7 +144,7 @@ def compare(
     powers = {name: {each: power(difference, pair[each], df) for each in pair} for name, pair in differences.items()}
     weak = [powers[name][score] for name in others if powers[name][score] < 0.8]
     if weak:
-        words = SCORE_WORDS.get(score, score)
+        words = score_words(score)
         notes.append(
             f"a true difference of {difference:g} in {words} would be found in {min(weak):.0%} of such studies: that "
             "none was found says little"
@@ -181,7 +181,7 @@ def write_comparison(folder: Path, found: Comparison, score: str = "auroc") -> l
             f"{name} - {found.first}": (each[score].value, each[score].low, each[score].high)
             for name, each in found.differences.items()
         }
-        label = f"difference in {SCORE_WORDS.get(score, score)}, 95 % interval"
+        label = f"difference in {score_words(score)}, 95 % interval"
         picture = draw_intervals(drawn, x_label=label, title="Paired differences", zero=True)
         write_bytes_atomic(folder / "differences.png", picture)
         written.append("differences.png")

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from gigapath.evaluation.scores import SCORE_WORDS, FloatArray, IntArray, Predictions, Scorer, confusion_matrix
+from gigapath.evaluation.scores import FloatArray, IntArray, Predictions, Scorer, confusion_matrix, score_words
 
 REPLICATES = 2000
 LEVEL = 0.95
@@ -270,7 +270,7 @@ class _Units:
         """What is estimated, on how many patients, and which intervals nobody measured."""
         folds = round(self.folds / self.repeats)
         counts = ", ".join(f"{count:,} {name}" for count, name in zip(self.of_class, self.names, strict=True))
-        marked = ", ".join(SCORE_WORDS.get(name, name) for name in uncalibrated)
+        marked = ", ".join(score_words(name) for name in uncalibrated)
         mix = " of this class mix" if self.classes else ""
         return (
             f"{LEVEL:.0%}, over {self.count:,} {unit} ({counts}), of the mean performance of the procedure, fitted on "
@@ -283,7 +283,7 @@ class _Units:
         lacking = [name for name, each in estimates.items() if not math.isnan(each.value) and math.isnan(each.low)]
         if not lacking:
             return []
-        words = ", ".join(SCORE_WORDS.get(name, name) for name in lacking)
+        words = ", ".join(score_words(name) for name in lacking)
         return [
             f"intervals not estimable for {words}: fewer than two {unit}, in all or of a class, or the same without any"
         ]

@@ -18,7 +18,7 @@ import numpy.typing as npt
 from gigapath.evaluation.calibration import Calibration, at_thresholds, calibration_slope
 from gigapath.evaluation.intervals import Estimate, Evaluation, evaluate, paired_difference, plain
 from gigapath.evaluation.plots import draw_confusion, plotting_available, write_events
-from gigapath.evaluation.scores import SCORE_WORDS, FloatArray, Predictions, average_by_group, confusion_matrix
+from gigapath.evaluation.scores import FloatArray, Predictions, average_by_group, confusion_matrix, score_words
 from gigapath.evaluation.task import Task
 from gigapath.files import write_bytes_atomic, write_json_atomic
 from gigapath.tables import csv_text
@@ -345,7 +345,7 @@ def score_lines(scores: Mapping[str, Scores], more: Mapping[str, Mapping[str, st
         for found in scores.values():
             deviation = found.headline.sd_over_folds(name)
             cells.append(str(found[name]) + ("" if math.isnan(deviation) else f" +- {deviation:.4f}"))
-        table.append([SCORE_WORDS.get(name, name), *cells, *(column[name] for column in (more or {}).values())])
+        table.append([score_words(name), *cells, *(column[name] for column in (more or {}).values())])
     folds = ["+-: standard deviation over folds"] if first.by_fold else []
     return [*table_lines(table), *folds, f"intervals: {first.covers}"]
 
@@ -357,7 +357,7 @@ def stratum_lines(scores: Mapping[str, Scores]) -> list[str]:
     for stratum, by in found.strata.items():
         names = [name for name in next(iter(by.values())).estimates if ":" not in name]
         shown = ([name for name in STRATUM_SCORES if name in names] or names)[:3]
-        rows = [[f"{model} by {stratum}", found.unit, *(SCORE_WORDS.get(name, name) for name in shown)]]
+        rows = [[f"{model} by {stratum}", found.unit, *(score_words(name) for name in shown)]]
         rows += [[each, f"{one.units:,}", *(str(one[name]) for name in shown)] for each, one in by.items()]
         lines += table_lines(rows)
     return lines

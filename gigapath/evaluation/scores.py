@@ -42,7 +42,15 @@ SCORE_WORDS = {
     "mae": "mean absolute error",
     "pearson": "Pearson correlation",
     "spearman": "Spearman correlation",
+    "auroc_at": "AUROC at",
+    "observed_over_expected_at": "observed over expected at",
 }
+
+
+def score_words(name: str) -> str:
+    """What a score is called where people read it; a horizon is the last part of its name."""
+    stem, _, horizon = name.rpartition("_")
+    return SCORE_WORDS.get(name) or (f"{SCORE_WORDS[stem]} {horizon}" if stem in SCORE_WORDS else name)
 
 
 @dataclass(frozen=True)

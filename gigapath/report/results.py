@@ -38,7 +38,7 @@ from gigapath.evaluation.results import (
 )
 from gigapath.evaluation.results import Results as Found
 from gigapath.evaluation.robustness import ROBUSTNESS
-from gigapath.evaluation.scores import SCORE_WORDS
+from gigapath.evaluation.scores import SCORE_WORDS, score_words
 from gigapath.files import read_json
 
 Block = dict[str, Any]
@@ -190,7 +190,7 @@ def _differences(folder: Path, name: str) -> Results:
     columns: dict[str, dict[str, Estimate]] = {}
     tests = []
     for row in held["differences"]:
-        pair, score = f"{row['model']} - {row['minus']}", SCORE_WORDS.get(row["score"], row["score"])
+        pair, score = f"{row['model']} - {row['minus']}", score_words(row["score"])
         columns.setdefault(pair, {})[row["score"]] = Estimate.from_dict({**row, "undefined": 0})
         numbers = (("p", row["p"]), ("by Holm", row["p_holm"]), (f"power for {held['difference']:g}", row["power"]))
         tests.append(f"{pair}, {score}: " + ", ".join(f"{what} {of:.3f}" for what, of in numbers if of is not None))
@@ -286,7 +286,7 @@ def _options_of_finetune(folder: Path) -> Any:
 
 def _named(table: Block) -> Block:
     """The table with the scores' names for people."""
-    return {**table, "rows": [[SCORE_WORDS.get(name, name), *cells] for name, *cells in table["rows"]]}
+    return {**table, "rows": [[score_words(name), *cells] for name, *cells in table["rows"]]}
 
 
 def _table(columns: Mapping[str, Mapping[str, Estimate]]) -> Block:

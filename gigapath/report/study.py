@@ -24,7 +24,7 @@ from gigapath.evaluation.results import (
     summary_csv,
     write_results,
 )
-from gigapath.evaluation.scores import SCORE_WORDS
+from gigapath.evaluation.scores import SCORE_WORDS, score_words
 from gigapath.report.tripod import tripod_lines
 from gigapath.tables import csv_text, read_table
 from gigapath.text import table_lines
@@ -176,7 +176,7 @@ def _filled(
     missing = [note for found in parts.values() for note in found.notes if "left out" in note or "no features" in note]
     compared = "; ".join(" against ".join(pair) for pair in about["compare"])
     drawn = f"{splits} folds" if isinstance(splits, int) else f"{splits}"
-    measures = ", ".join(SCORE_WORDS.get(name, name) for name in first.headline.estimates if ":" not in name)
+    measures = ", ".join(score_words(name) for name in first.headline.estimates if ":" not in name)
     made = [
         f"{name}: {'linear probe of ' + _name_of(found) if name not in tuned else 'fine-tuning, ' + _name_of(found)}"
         for name, found in parts.items()
