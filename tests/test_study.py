@@ -148,13 +148,14 @@ def test_a_study_that_was_stopped_goes_on_and_gives_the_same(
         ),
         ({"models": {"mean": {"probe": {"embedding": "tile-mean", "seed": 2}}}}, "seed is the same for all models"),
         ({"outside": {"elsewhere": {"labels": "there/labels.csv"}}}, "expected labels and features"),
+        ({"outside": {"elsewhere": {"labels": "nowhere.csv", "features": "x"}}}, "nowhere.csv does not exist"),
         ([], "expected keys and values"),
     ],
 )
 def test_a_study_file_is_checked_before_anything_runs(
     made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], change: Any, said: str
 ) -> None:
-    file = tmp_path / "study.yaml"
+    file = made / "other.yaml"
     file.write_text(yaml.safe_dump({**STUDY, **change} if isinstance(change, dict) else change))
     assert main(["study", str(file), "--out", str(tmp_path / "out")]) == 1
     error = capsys.readouterr().err

@@ -189,11 +189,16 @@ def read_study(path: Path) -> Study:
     for name, test in planned["outside"].items():
         if len(_known(test, f"{who}, outside, {name}", ("labels", "features"))) != 2:
             raise ValueError(f"{who}, outside, {name}: expected labels and features.")
+    at = _paths_of(path)
+    for place in (planned, *planned["outside"].values()):
+        for name in (str(place[key]) for key in ("labels", "embeddings", "features") if place.get(key)):
+            if not Path(at(name)).exists():
+                raise FileNotFoundError(f"{who}: {name} does not exist. Paths are relative to the study file's folder.")
     from gigapath.cli.main import app, in_one_line
     from gigapath.evaluation.scores import SCORE_WORDS
 
     _known({planned["primary"]: None}, f"{who}, primary", SCORE_WORDS)
-    for part, words in _parts(planned, _paths_of(path)).items():
+    for part, words in _parts(planned, at).items():
         try:
             app.parse_args([*words, "--out", "OUT"], print_error=False, exit_on_error=False)
         except (CycloptsError, ValueError) as error:
