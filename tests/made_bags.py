@@ -7,17 +7,28 @@ from gigapath.finetune.data import Bag
 SIDE = 8  # cells on a side of a bag's square
 
 
-def arrangement_bag(label: int, random: np.random.Generator, *, width: int = 16, permuted: bool = False) -> Bag:
+def arrangement_bag(
+    label: int,
+    random: np.random.Generator,
+    *,
+    width: int = 16,
+    permuted: bool = False,
+    side: int = SIDE,
+    axis: int = 0,
+    column: int = 0,
+    strength: float = 2.0,
+) -> Bag:
     """Two kinds of tiles on one square: class 0 has the first kind on the left, class 1 on the right.
 
     Both classes hold the same numbers of each kind on the same cells; only who sits where differs. `permuted` shuffles
-    the coordinates within the bag, which leaves nothing to learn. The order of the tiles is drawn.
+    the coordinates within the bag, which leaves nothing to learn. The order of the tiles is drawn. With `axis` 1 the
+    halves are above and below; the kinds differ by twice `strength` in one `column` of the features.
     """
-    places = np.stack(np.meshgrid(np.arange(SIDE), np.arange(SIDE)), axis=-1).reshape(-1, 2)  # (column, row)
-    left = places[:, 0] < SIDE // 2
+    places = np.stack(np.meshgrid(np.arange(side), np.arange(side)), axis=-1).reshape(-1, 2)  # (column, row)
+    left = places[:, axis] < side // 2
     kind = left if label == 0 else ~left
     features = random.standard_normal((len(places), width)).astype(np.float32)
-    features[:, 0] += np.where(kind, 2.0, -2.0)
+    features[:, column] += np.where(kind, strength, -strength)
     order = random.permutation(len(places))
     bag = Bag(features[order], (places[order] + 20).astype(np.int64) * 256)
     return Bag(bag.features, bag.coords[random.permutation(len(places))]) if permuted else bag

@@ -14,9 +14,9 @@ from gigapath.evaluation.calibration import probabilities
 from gigapath.evaluation.intervals import evaluate
 from gigapath.evaluation.scores import Predictions
 from gigapath.evaluation.splits import Fold
-from gigapath.finetune import ModelOptions, Task, TrainingOptions, training
+from gigapath.finetune import ModelOptions, Task, TrainingOptions, adapters, training
 from gigapath.finetune.data import Bag
-from gigapath.finetune.heads import build_head
+from gigapath.finetune.heads import build_head, pack
 from gigapath.finetune.processes import Processes
 from gigapath.finetune.training import Trainer
 from gigapath.linear_probe.table import read_table
@@ -85,3 +85,44 @@ def test_tumour_in_bags_of_real_tiles_is_found(tmp_path, shared, capsys) -> None
     with capsys.disabled():
         print("\n" + ", ".join(f"{name} {score:.3f}" for name, score in scores.items()))
     assert min(scores.values()) > 0.9, scores
+
+
+@pytest.mark.slow
+def test_adapters_learn_another_task_as_the_whole_encoder_does_and_a_frozen_one_does_not(tmp_path, capsys) -> None:
+    """A base that has learned left against right in one column; then above against below in another, more faintly."""
+    pytest.importorskip("peft")
+    recipe = TrainingOptions(epochs=8, batch_size=16, gradient_accumulation=1, base_lr=0.032, layer_decay=1.0)
+    model = ModelOptions(model_arch=NARROW, feat_layer="3", dropout=0.0, global_pool=True)
+
+    def cohort(count: int, seed: int, **planted) -> tuple[list[Bag], np.ndarray]:
+        random, truth = np.random.default_rng(seed), np.arange(count) % 2
+        return [arrangement_bag(int(label), random, side=6, **planted) for label in truth], truth
+
+    def learned(start, bags, truth, train, adapt, base_lr):
+        torch.manual_seed(0)
+        options = replace(model, adapt=adapt)
+        head = build_head(options, pretrained="", input_dim=16, n_classes=2)
+        if start is not None:
+            head.slide_encoder.load_state_dict(start)
+        if adapt == "lora":
+            adapters.adapt(head.slide_encoder, options)
+        rows = np.arange(len(bags))
+        trainer = Trainer(TASK, bags, truth, replace(recipe, base_lr=base_lr), "fp32", CPU)
+        trainer.train(head, Fold(0, rows[:train], rows[:0], rows[train:]), tmp_path / f"{start is None}-{adapt}", {})
+        if adapt == "lora":
+            adapters.merge(head)
+        head.eval()
+        with torch.no_grad():
+            parts = [bags[first : first + 100] for first in range(train, len(bags), 100)]
+            logits = torch.cat([head.forward_packed(*pack(part, CPU.device)) for part in parts])
+        return head, auroc(truth[train:], probabilities(logits.double().numpy(), TASK))
+
+    base, first = learned(None, *cohort(500, 1), 300, "full", 0.032)
+    other = cohort(320 + 2000, 2, axis=1, column=1, strength=0.8)
+    start = {name: tensor.clone() for name, tensor in base.slide_encoder.state_dict().items()}
+    rates = {"head": 0.32, "lora": 0.096, "full": 0.032}
+    scores = {adapt: learned(start, *other, 320, adapt, rate)[1] for adapt, rate in rates.items()}
+    with capsys.disabled():
+        print(f"\nthe base on its own task {first:.3f}; on the other " + str(scores))
+    assert first > 0.95
+    assert scores["lora"] > scores["full"] - 0.03 and scores["head"] < min(scores["full"], scores["lora"]) - 0.1, scores
