@@ -6,8 +6,10 @@ D width.
 """
 
 import contextlib
+import dataclasses
+import io
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +26,7 @@ from torch import Tensor, nn
 from gigapath import standin
 from gigapath.devices import AUTOCAST_TYPES, computing, resolve_device, resolve_precision
 from gigapath.file_names import plain_name
-from gigapath.files import remembered_sha256
+from gigapath.files import remembered_sha256, small_json, write_bytes_atomic, write_json_atomic
 from gigapath.releases import HUB_PREFIXES, RELEASES, TILE_FILE, Release, check_encoder
 from gigapath.tile_architectures import (
     SIZES,
@@ -44,6 +46,7 @@ __all__ = [
     "gigapath_tile_enc_dinov2s",
     "gigapath_tile_enc_vitg",
     "load_tile_encoder",
+    "save_tile_encoder",
 ]
 
 
@@ -54,6 +57,7 @@ def __dir__() -> list[str]:
 
 # A seed of its own for random weights, so that two runs agree and the caller's generator is left alone.
 _RANDOM_SEED = 0
+CONFIG_FILE = "tile_encoder.json"  # beside tuned weights: what they are of; config.json is timm's
 
 
 @dataclass(frozen=True)
@@ -257,6 +261,32 @@ def hold_half(encoder: TileEncoder) -> bool:
     return False
 
 
+def save_tile_encoder(folder: Path, encoder: TileEncoder, name: str, model: nn.Module, how: str) -> None:
+    """Write tuned weights of a tile encoder into a folder that `load_tile_encoder` reads.
+
+    Args:
+        encoder: the one that was tuned.
+        name: by which that was loaded.
+        model: the tuned model, of the same architecture.
+        how: a word for the name of what is saved, such as "lora".
+    """
+    buffer = io.BytesIO()
+    torch.save({key: tensor.detach().cpu() for key, tensor in model.state_dict().items()}, buffer)
+    write_bytes_atomic(folder / TILE_FILE, buffer.getvalue())
+    facts: Any = encoder.model.pretrained_cfg
+    write_json_atomic(
+        folder / CONFIG_FILE,
+        {
+            "architecture": name.removeprefix("timm:") if name.startswith("timm:") else facts["architecture"],
+            "tuned_from": encoder.name,
+            "tuned_from_sha256": encoder.weights_sha256,
+            "trained_on": encoder.trained_on,
+            "how": how,
+            "transform": dataclasses.asdict(encoder.transform),
+        },
+    )
+
+
 # What each kind of name leads to: the fields of a TileEncoder that depend on it.
 
 
@@ -291,6 +321,8 @@ def _file_encoder(name: str, random_weights: bool) -> dict[str, Any]:
     check_encoder("tile", name)
     path = find_weights(name, TILE_FILE)
     state = load_state_dict(path)
+    if path.with_name(CONFIG_FILE).is_file():
+        return _tuned_encoder(path, state)
     arch = tell_architecture(state, "tile", path)
     model, sha256 = loaded(arch, state, {}), remembered_sha256(path)
     release = next((release for release in RELEASES.values() if release.tile_sha256 == sha256), None)
@@ -298,6 +330,29 @@ def _file_encoder(name: str, random_weights: bool) -> dict[str, Any]:
         return _parts(release.name, model, sha256, f"{release.repo}'s tile encoder ({arch}), from a local file")
     short = plain_name(path.stem)
     return _parts(f"{short}-{sha256[:8]}", model, sha256, f"a checkpoint of {arch} with sha256 {sha256}")
+
+
+def _tuned_encoder(path: Path, state: Mapping[str, Tensor]) -> dict[str, Any]:
+    """What `save_tile_encoder` wrote; ValueError where its description is none."""
+    held = small_json(path.with_name(CONFIG_FILE))
+    try:
+        arch, base, sha256 = str(held["architecture"]), str(held["tuned_from"]), remembered_sha256(path)
+        values: dict[str, Any] = {
+            key: tuple(each) if isinstance(each, list) else each for key, each in held["transform"].items()
+        }
+        transform, how, on = TileTransform(**values), str(held["how"]), str(held["trained_on"])
+        model: Any
+        if arch in SIZES:
+            model = loaded(arch, state, {})
+        else:
+            model = timm.create_model(arch, pretrained=False, num_classes=0)
+            assign_weights(path.name, model, state)
+            model.pretrained_cfg = {**model.pretrained_cfg, "architecture": arch}
+    except (KeyError, TypeError, AttributeError, RuntimeError) as error:
+        raise ValueError(f"{CONFIG_FILE}: expected what finetune --tiles wrote, got something else.") from error
+    name = f"{plain_name(base)}-{plain_name(how)}-{sha256[:8]}"
+    described = f"{base}, tuned on tiles ({how}), with sha256 {sha256}"
+    return _parts(name, model, sha256, described) | {"transform": transform, "trained_on": on}
 
 
 def _timm_encoder(name: str, random_weights: bool) -> dict[str, Any]:

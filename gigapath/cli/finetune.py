@@ -49,9 +49,11 @@ def init_task(
 @verb
 def finetune(
     *,
-    task: Annotated[str, Parameter(metavar="TASK")],
-    features: Folder,
-    labels: Csv,
+    task: Annotated[str | None, Parameter(metavar="TASK")] = None,
+    features: Folder | None = None,
+    labels: Csv | None = None,
+    tiles: Annotated[str | None, Parameter(metavar="FOLDER_OR_ZIP_OR_H5")] = None,
+    tile_encoder: Name = "gigapath",
     splits: Folder | None = None,
     pretrained: Annotated[str, Parameter(metavar="WEIGHTS")] = "hf_hub:prov-gigapath/prov-gigapath",
     out: Folder,
@@ -67,13 +69,23 @@ def finetune(
     Args:
         task: panda, mutation_5_gene, or a YAML file (gigapath init-task)
         features: folder with a feature file a slide
-        labels: a row a slide
+        labels: a row a slide (with --tiles a row a tile, where the tiles don't say their labels)
+        tiles: tune a tile encoder on labelled tiles, as embed-tiles takes them, in place of a slide encoder
+        tile_encoder: of --tiles: gigapath, gigapath-flash, standin, timm:NAME or a checkpoint
         splits: folder with train_0.csv, val_0.csv, test_0.csv, ... (default: folds drawn here)
         pretrained: slide encoder: hf_hub:REPO, a file, or '' for random weights
         out: output folder; a run that it holds goes on
         controls: train controls too, and put all in one table
         dry_run: show the plan and write nothing
     """
+    if tiles is not None:
+        if features is not None or task is not None:
+            raise ValueError("--tiles: expected neither --features nor --task beside it. Leave them out.")
+        join, split = labels_and_features, folds
+        return _tune_on_tiles(tiles, tile_encoder, labels, out, dry_run, join, split, model, training)
+    if task is None or features is None or labels is None:
+        lacking = "task" if task is None else "features" if features is None else "labels"
+        raise ValueError(f"--{lacking}: expected --task, --features and --labels for slides, or --tiles. Name it.")
     from gigapath.finetune.data import Inputs, Settings, check_folder, prepare
     from gigapath.progress import StopFlag
 
@@ -87,6 +99,43 @@ def finetune(
     with Terminal() as watch, StopFlag(watch.stopping) as stop:
         fine_tune(inputs, out, settings, cohort=cohort, dry_run=dry_run, watch=watch, check_stop=stop.check)
     print("Dry run: nothing was written." if dry_run else f"Results: {out}")
+    return 0
+
+
+def _tune_on_tiles(
+    tiles: str,
+    tile_encoder: str,
+    labels: str | None,
+    out: str,
+    dry_run: bool,
+    join: JoinOptions,
+    split: SplitOptions,
+    model: ModelOptions,
+    training: TrainingOptions,
+) -> int:
+    if dry_run:
+        raise ValueError("--dry-run: expected a run on slides, got --tiles, which has no plan to show. Leave it out.")
+    model.check_adapters(tile_encoder)
+    from gigapath.cli.progress import Terminal
+    from gigapath.finetune.tiles import ENCODER, finetune_tiles
+    from gigapath.linear_probe.options import ProbeOptions
+    from gigapath.progress import StopFlag
+
+    probe = ProbeOptions(allow_missing=join.allow_missing, allow_leakage=split.allow_leakage)
+    with Terminal("tile") as watch, StopFlag(watch.stopping) as stop:
+        found = finetune_tiles(
+            tiles,
+            out,
+            tile_encoder=tile_encoder,
+            labels=labels,
+            model=model,
+            training=training,
+            probe=probe,
+            watch=watch,
+            check_stop=stop.check,
+        )
+    print(found)
+    print(f"next: gigapath embed SLIDES --tile-encoder {out}/{ENCODER} --out DIR, then gigapath predict {out} DIR")
     return 0
 
 

@@ -29,6 +29,7 @@ log = logging.getLogger(__name__)
 RESULTS = "results.json"
 FORMAT = 2
 TILE_PROBE, SLIDE_PROBE = "probe of tiles", "probe of slides"
+TILE_TUNING = "fine-tuning of a tile encoder"
 FINE_TUNING, FOLD, EVALUATION = "fine-tuning", "fold of fine-tuning", "evaluation of a fitted head"
 STUDY = "study"
 CHANCE, SITE_ALONE = "chance", "site alone"
@@ -194,7 +195,7 @@ class Results:
     """What a run found, as `results.json` holds it.
 
     Attributes:
-        kind: `TILE_PROBE`, `SLIDE_PROBE`, `FINE_TUNING`, `FOLD`, `EVALUATION` or `STUDY`.
+        kind: `TILE_PROBE`, `TILE_TUNING`, `SLIDE_PROBE`, `FINE_TUNING`, `FOLD`, `EVALUATION` or `STUDY`.
         task: name, setting and `classes`.
         scores: model -> its scores on the test set, first the one that the run is about, or what others are compared
             with.

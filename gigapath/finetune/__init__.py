@@ -2,6 +2,7 @@
 
 result = finetune(Inputs("panda", "h5_files", "PANDA.csv", "splits"), "outputs/panda")
 predict("outputs/panda/fold_0", ["slide.h5"])
+finetune_tiles("tiles.zip", "outputs/tiles", tile_encoder="gigapath-flash", model=ModelOptions(adapt="lora"))
 
 `gigapath.finetune(features, task=..., labels=..., out=..., epochs=5)` takes the options as keywords. Names are looked
 up when they are used: the options alone need no torch.
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from gigapath.finetune.fitted import FittedHead, evaluate_head, load_head, predict
     from gigapath.finetune.options import JoinOptions, ModelOptions, SplitOptions, TrainingOptions
     from gigapath.finetune.run import RunResult, finetune
+    from gigapath.finetune.tiles import TileTuning, finetune_tiles
 
 __all__ = [
     "FittedHead",
@@ -31,9 +33,11 @@ __all__ = [
     "Settings",
     "SplitOptions",
     "Task",
+    "TileTuning",
     "TrainingOptions",
     "evaluate_head",
     "finetune",
+    "finetune_tiles",
     "load_head",
     "load_task",
     "new_task",
@@ -47,6 +51,7 @@ __getattr__, __dir__ = lazy_names(
         "fitted": ("FittedHead", "evaluate_head", "load_head", "predict"),
         "options": ("JoinOptions", "ModelOptions", "SplitOptions", "TrainingOptions"),
         "run": ("RunResult", "finetune"),
+        "tiles": ("TileTuning", "finetune_tiles"),
         "gigapath.evaluation.labels": ("new_task",),
         "gigapath.evaluation.task": ("Task", "load_task"),
     },

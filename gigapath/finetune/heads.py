@@ -52,7 +52,9 @@ class GatedAttention(nn.Module):
         return [torch.softmax(part, dim=0) for part in torch.split(scores, list(lengths))]
 
 
-class _OneRate(nn.Module):
+class OneRate(nn.Module):
+    """A model whose parameters all have one rate."""
+
     def parameter_groups(
         self, learning_rate: float, weight_decay: float, layer_decay: float, *, published: bool = False
     ) -> Groups:
@@ -65,7 +67,7 @@ class _OneRate(nn.Module):
         return groups
 
 
-class TileAttention(_OneRate):
+class TileAttention(OneRate):
     """ABMIL on tile embeddings, without a slide encoder."""
 
     def __init__(self, input_dim: int, n_classes: int) -> None:
@@ -112,7 +114,7 @@ def _tokens(tokens: Tensor, lengths: Sequence[int]) -> Tensor:
     return tokens
 
 
-class VectorHead(_OneRate):
+class VectorHead(OneRate):
     """One linear layer on one vector a slide."""
 
     def __init__(self, width: int, n_classes: int, *, grades: bool = False) -> None:

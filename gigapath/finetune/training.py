@@ -77,6 +77,7 @@ class Trainer:
         check_stop: called between windows; raises to end the run.
         watch: receives the news.
         dtype: of the computation where precision is fp32; float64 for tests.
+        together: slides of one pass without gradients; what stands for a slide may be a tile image.
     """
 
     task: Task
@@ -89,6 +90,7 @@ class Trainer:
     check_stop: Callable[[], None] = lambda: None
     watch: Progress = field(default_factory=Progress)
     dtype: torch.dtype = torch.float32
+    together: int = 1
 
     def train(self, model: nn.Module, fold: Fold, folder: Path, tag: dict[str, Any]) -> list[Epoch]:
         """Train, from the last finished epoch in `folder` if there is one; the model ends with the chosen weights."""
@@ -268,13 +270,14 @@ class Trainer:
         model.eval()
         processes = self.processes
         mine = [int(row) for row in rows[processes.rank :: processes.world]]
-        found = []
+        parts = [mine[first : first + self.together] for first in range(0, len(mine), self.together)]
+        found: list[FloatArray] = []
         with torch.no_grad():
-            for bag in read_ahead(self.bags.__getitem__, mine, threads=self.options.workers):
+            for bags in read_ahead(lambda part: [self.bags[row] for row in part], parts, threads=self.options.workers):
                 self.check_stop()
                 with computing(self.precision, processes.device):
-                    logits = model.forward_packed(*pack([bag], processes.device, self.dtype))  # type: ignore[operator]
-                found.append(logits[0].double().cpu().numpy())
+                    logits = model.forward_packed(*pack(bags, processes.device, self.dtype))  # type: ignore[operator]
+                found.extend(logits.double().cpu().numpy())
         out = np.empty((len(rows), len(self.task.classes) if self.task.of_classes else self.task.outputs))
         for rank, share in enumerate(processes.gather(found)):
             if len(share):

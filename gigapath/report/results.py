@@ -33,6 +33,7 @@ from gigapath.evaluation.results import (
     SLIDE_PROBE,
     STUDY,
     TILE_PROBE,
+    TILE_TUNING,
     Scores,
     read_results,
 )
@@ -50,6 +51,7 @@ LEFT_ROWS = 1000
 _TITLES = {
     STUDY: "Study",
     TILE_PROBE: "Linear probe of tiles",
+    TILE_TUNING: "Fine-tuning of a tile encoder",
     SLIDE_PROBE: "Probe of slide embeddings",
     FOLD: "Fold of a fine-tuning",
     EVALUATION: "Evaluation of a fitted head",
@@ -117,7 +119,7 @@ def _results(folder: Path, name: str, found: Found) -> Results:
     elif found.kind == SLIDE_PROBE:
         rows = _mean_over_fits(rows)
         note = "Probabilities are means over the fits that did not train on the slide."
-    elif found.kind == TILE_PROBE:
+    elif found.kind in (TILE_PROBE, TILE_TUNING):
         what = "tiles"
         rows = [row for row in rows if row.get("split") == "test"] or rows
     if rows:
@@ -259,7 +261,8 @@ def _scores_of(found: Found) -> Iterator[Block]:
         for stratum, by in {} if model in (CHANCE, SITE_ALONE) else each.strata.items():
             yield {"kind": "group", "title": f"Scores by {stratum}: {model}", "blocks": [_scores("", by)]}
     classes = [str(each) for each in found.task.get("classes") or ()]
-    if found.kind in (TILE_PROBE, FOLD, EVALUATION) and first.confusion and len(first.confusion) == len(classes):
+    single = found.kind in (TILE_PROBE, TILE_TUNING, FOLD, EVALUATION)
+    if single and first.confusion and len(first.confusion) == len(classes):
         title = f"Confusion matrix, {list(first.by_unit)[-1]}"
         yield {"kind": "confusion", "title": title, "classes": classes, "counts": first.confusion}
     if found.curves:

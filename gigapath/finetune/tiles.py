@@ -1,0 +1,232 @@
+"""Fine-tuning a tile encoder on labelled tile images: adapters, its last blocks or all of it, from a linear probe on.
+
+First a linear layer is fitted on the frozen encoder's embeddings: what the tuned encoder is compared with, and what its
+head starts from, so that the first steps don't undo what the encoder knows (Kumar et al. 2022). One "slide" of the
+recipe is one tile here. Legend: B tiles of a pass, S pixels of a tile's side as resized, C classes.
+"""
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from gigapath.cohort.stage import Ownership
+from gigapath.devices import at_most_threads
+from gigapath.evaluation.calibration import probabilities
+from gigapath.evaluation.results import (
+    TILE_TUNING,
+    Results,
+    Scores,
+    confusion_picture,
+    predictions_csv,
+    score,
+    score_lines,
+    summary_csv,
+    write_results,
+)
+from gigapath.evaluation.splits import Fold
+from gigapath.evaluation.task import Task
+from gigapath.finetune import adapters
+from gigapath.finetune.data import Bag, check_folder
+from gigapath.finetune.heads import OneRate
+from gigapath.finetune.options import ModelOptions, TrainingOptions
+from gigapath.finetune.processes import join_processes, training_precision
+from gigapath.finetune.training import Trainer
+from gigapath.linear_probe.data import load_data
+from gigapath.linear_probe.embed_tiles import TileSet, embed_tiles, open_tile_set
+from gigapath.linear_probe.heads import choose_penalty
+from gigapath.linear_probe.options import ProbeOptions
+from gigapath.linear_probe.table import TEST, TRAIN, VALIDATION
+from gigapath.linear_probe.tile_heads import TileHead, save_tile_head
+from gigapath.linear_probe.tiles import predictions_of
+from gigapath.machine import available_cores
+from gigapath.options import to_dict
+from gigapath.progress import Progress
+from gigapath.tile_encoder import load_tile_encoder, save_tile_encoder
+from gigapath.tile_transform import TileTransform
+
+TUNED, FROZEN = "fine-tuned", "frozen probe"
+ENCODER = "tile_encoder"  # the folder of the tuned encoder
+EMBEDDED = "frozen.h5"
+TOGETHER = 32  # tiles of a pass without gradients, and of a batch of the frozen encoder
+_MODEL = ("adapt", "lora_rank", "lora_alpha", "lora_dropout", "last_blocks")
+_NO_CHANGE = ("workers", "device", "replicates", "allow_low_memory")
+
+
+class TileClassifier(OneRate):
+    """A tile encoder and a linear layer; training turns and mirrors the tiles of a pass, as tissue has no up."""
+
+    def __init__(self, encoder: nn.Module, transform: TileTransform, width: int, classes: int) -> None:
+        super().__init__()
+        self.encoder, self.transform = encoder, transform
+        self.classifier = nn.Linear(width, classes)
+
+    def train(self, mode: bool = True) -> "TileClassifier":
+        """Training mode; batch norms keep the statistics that the encoder came with, whatever a pass holds."""
+        super().train(mode)
+        for module in self.encoder.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.eval()
+        return self
+
+    def forward_packed(self, pixels: Tensor, coords: Tensor, lengths: Sequence[int]) -> Tensor:
+        """Logits (B, C) of pixels (B, S, S, 3) from 0 to 255; the coordinates play no part."""
+        if self.training:
+            turns, mirrored = (int(torch.randint(most, ())) for most in (4, 2))
+            pixels = torch.rot90(pixels, turns, (1, 2))
+            pixels = pixels.flip(1) if mirrored else pixels
+        vectors: Tensor = self.encoder(self.transform.normalise(pixels))
+        logits: Tensor = self.classifier(vectors.float())
+        return logits
+
+
+@dataclass(frozen=True)
+class TileBags:
+    """The tiles of the table's rows, resized, as bags of one."""
+
+    tiles: TileSet
+    places: Sequence[int]
+    transform: TileTransform
+
+    def __getitem__(self, row: int) -> Bag:
+        pixels = self.transform.fit(np.stack(self.tiles.read([self.places[row]])))
+        return Bag(pixels, np.zeros((1, 2), np.int64))
+
+
+@dataclass(frozen=True, repr=False)
+class TileTuning:
+    """What came of it: scores on the test tiles of "fine-tuned" and "frozen probe"; prints as their table."""
+
+    scores: dict[str, Scores]
+    lines: list[str]
+    out: Path
+
+    def __repr__(self) -> str:
+        return "\n".join([*self.lines, f"written to {self.out}"])
+
+
+def finetune_tiles(
+    tiles: Path | str,
+    out: Path | str,
+    *,
+    tile_encoder: str = "gigapath",
+    labels: Path | str | None = None,
+    model: ModelOptions | None = None,
+    training: TrainingOptions | None = None,
+    probe: ProbeOptions | None = None,
+    watch: Progress | None = None,
+    check_stop: Callable[[], None] = lambda: None,
+) -> TileTuning:
+    """Tune a tile encoder on labelled tiles, or go on with the run that `out` holds.
+
+    `OUT/tile_encoder` then holds the encoder, which `gigapath embed --tile-encoder` takes, and OUT the head, which
+    `gigapath predict` takes.
+
+    Args:
+        tiles: as for `gigapath embed-tiles`: folders by split and class, a zip or folder with a CSV, PCam's HDF5 files.
+        tile_encoder: a name as `load_tile_encoder` takes it.
+        labels: CSV (input or file, label, split); not needed where the tiles say them.
+        model: what is trained; what concerns slides has no effect.
+        training: the recipe, in tiles. Without a batch size the tiles of a step are one pass.
+        probe: columns of the labels, what to allow.
+        check_stop: called between steps; raises to end the run, which can go on later.
+
+    Raises:
+        ValueError, FileNotFoundError: one sentence on what is wrong.
+    """
+    model, training, probe = model or ModelOptions(), training or TrainingOptions(), probe or ProbeOptions()
+    out, watch = Path(out), watch or Progress()
+    check_folder(out)
+    model.check_adapters(tile_encoder)
+    if model.adapt == "head":
+        raise ValueError("--adapt head: expected lora, last or full; gigapath probe fits a head on a frozen encoder.")
+    processes = join_processes(training.device)
+    if processes.world > 1:
+        raise ValueError(f"--tiles: expected one process, got {processes.world}. Leave the launcher out.")
+    if training.batch_size == 1:
+        training = replace(training, batch_size=training.gradient_accumulation, gradient_accumulation=1)
+    tile_set, encoder = open_tile_set(tiles), load_tile_encoder(tile_encoder, device=training.device, precision="auto")
+    given = {key: value for key, value in to_dict(training).items() if key not in _NO_CHANGE}
+    chosen = {key: value for key, value in to_dict(model).items() if key in _MODEL}
+    precision = training_precision(training.precision, processes.device)
+    tag: dict[str, Any] = {"encoder": encoder.name, "model": chosen, "training": given, "precision": precision}
+    with Ownership({out: tag}), at_most_threads(available_cores()):
+        watch.line(f"{len(tile_set):,} tiles, {encoder.description}")
+        table = out / EMBEDDED
+        embed_tiles(tile_set, encoder, table, batch_size=TOGETHER, watch=watch, check_stop=check_stop)
+        data = load_data(table, labels, probe, watch=watch)
+        features, truth = torch.from_numpy(data.features), torch.from_numpy(data.labels)
+        rows = {split: torch.from_numpy(found) for split, found in data.rows.items()}
+        start, choice = choose_penalty(features, truth, rows[TRAIN], rows[VALIDATION], len(data.classes))
+        frozen = start.probabilities(features, rows[TEST])
+
+        torch.manual_seed(training.seed)
+        tuned = TileClassifier(
+            copy.deepcopy(encoder.model).requires_grad_(True), encoder.transform, encoder.embed_dim, len(data.classes)
+        )
+        tuned.classifier.load_state_dict({"weight": start.weight, "bias": start.bias})
+        adapters.adapt(tuned.encoder, model)
+        tuned.to(processes.device)
+        sizes = [sum(p.numel() for p in tuned.parameters() if p.requires_grad or whole) for whole in (False, True)]
+        watch.line(f"parameters trained: {sizes[0]:,} of {sizes[1]:,} ({sizes[0] / sizes[1]:.1%})")
+        place = {name: index for index, name in enumerate(tile_set.names)}
+        bags = TileBags(tile_set, [place[name] for name in data.names], encoder.transform)
+        task = Task("tiles", "binary" if len(data.classes) == 2 else "multi_class", data.classes)
+        trainer = Trainer(
+            task,
+            bags,
+            data.labels,
+            training,
+            precision,
+            processes,
+            check_stop=check_stop,
+            watch=watch,
+            together=TOGETHER,
+        )
+        fold = Fold(0, data.rows[TRAIN], data.rows[VALIDATION], data.rows[TEST])
+        tag |= {"tiles": tile_set.identity, "classes": list(data.classes)}
+        history = trainer.train(tuned, fold, out, tag)
+        if model.adapt == "lora":
+            adapters.merge(tuned)
+        shares = probabilities(trainer.logits(tuned, fold.test), task)
+
+        save_tile_encoder(out / ENCODER, encoder, tile_encoder, tuned.encoder, model.adapt)
+        saved = load_tile_encoder(str(out / ENCODER))
+        layer = tuned.classifier
+        weight, bias = (each.detach().float().cpu().numpy() for each in (layer.weight, layer.bias))
+        made = {"encoder": saved.name, "weights_sha256": saved.weights_sha256}
+        save_tile_head(out, TileHead(weight, bias, data.classes, made))
+        scored = partial(score, unit="tiles", replicates=training.replicates, seed=training.seed)
+        control = predictions_of(data, TEST, frozen)
+        scores = {
+            TUNED: scored(predictions_of(data, TEST, shares), against={FROZEN: control}),
+            FROZEN: scored(control),
+        }
+        details = {
+            "chosen": {"what": f"{training.select} epoch; penalty of the frozen probe {choice.value:g}, on validation"},
+            "history": [vars(epoch) for epoch in history],
+            "data": data.facts,
+            "options": {**chosen, **given},
+        }
+        columns = {
+            "name": [data.names[row] for row in fold.test],
+            "label": [data.classes[label] for label in data.labels[fold.test]],
+            "predicted": [data.classes[index] for index in shares.argmax(axis=1)],
+        }
+        notes = (*data.warnings, *scores[TUNED].notes)
+        write_results(
+            out,
+            Results(TILE_TUNING, task.described(), scores, details=details, notes=notes),
+            texts={
+                "summary.csv": summary_csv(scores),
+                "predictions.csv": predictions_csv(columns, shares, data.classes),
+            },
+            pictures={"confusion.png": lambda: confusion_picture(scores[TUNED], data.classes, "test tiles")},
+        )
+    return TileTuning(scores, [*score_lines(scores), *(f"note: {note}" for note in notes)], out)
