@@ -10,16 +10,10 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class RemoteFile:
-    """One file of a download.
-
-    Attributes:
-        file: its path under the folder that the user names.
-        source: where it is: `https://...`, or `hf_hub:REPO[@REVISION]` (a dataset's REPO starts with `datasets/`; the
-            file's name there is the last part of `file`).
-        size: bytes, or None where it is not known.
-        digest: `sha256:...`, `git:...` (a git blob id) or `md5:...`, or None where none is published.
-        optional: the download goes on without it.
-    """
+    """One file of a download: its path under the folder that the user names; its source, `https://...` or
+    `hf_hub:REPO[@REVISION]` (a dataset's REPO starts with `datasets/`; the file's name there is the last part of
+    `file`); bytes; `sha256:...`, `git:...` (a git blob id) or `md5:...`; None where not known. The download goes on
+    without an optional one."""
 
     file: str
     source: str

@@ -18,15 +18,9 @@ RGB = tuple[float, float, float]
 
 @dataclass(frozen=True)
 class TileTransform:
-    """Resize the shorter side, cut the centre, scale to [0, 1], normalise per channel.
-
-    Attributes:
-        resize: pixels of the shorter side after resizing.
-        crop: pixels of the square that is cut out of the centre.
-        mean: of each channel, on the scale [0, 1].
-        std: of each channel, on the scale [0, 1].
-        interpolation: a filter of Pillow: "bicubic", "bilinear", "lanczos", "nearest", "box" or "hamming".
-    """
+    """Resize the shorter side to `resize` pixels by a filter of Pillow ("bicubic", "bilinear", "lanczos", "nearest",
+    "box" or "hamming"), cut a square of `crop` out of the centre, scale to [0, 1], normalise per channel by `mean` and
+    `std` on that scale."""
 
     resize: int
     crop: int
@@ -56,15 +50,8 @@ class TileTransform:
         )
 
     def batch(self, tiles: npt.NDArray[np.uint8], device: torch.device | str = "cpu") -> Tensor:
-        """Transform a batch of square tiles: the numbers of `compose`, bit for bit, on any device.
-
-        Args:
-            tiles: uint8 (B, T, T, 3), RGB.
-            device: where the numbers are computed; the pixels travel as uint8.
-
-        Returns:
-            float32 (B, 3, crop, crop), channels last in memory.
-        """
+        """Transform a batch of square tiles, uint8 (B, T, T, 3) RGB: the numbers of `compose`, bit for bit, on any
+        device (the pixels travel as uint8); float32 (B, 3, crop, crop), channels last in memory."""
         return self.normalise(torch.from_numpy(self.fit(tiles)).to(device))
 
     def fits(self, tile_size: int) -> bool:
@@ -72,16 +59,9 @@ class TileTransform:
         return tile_size == self.resize
 
     def fit(self, tiles: npt.NDArray[np.uint8], out: npt.NDArray[np.uint8] | None = None) -> npt.NDArray[np.uint8]:
-        """The transform's first part, in bytes, on the host: resize. Tiles that fit stay as they are; others go through
-        Pillow one by one.
-
-        Args:
-            tiles: uint8 (B, T, T, 3), RGB.
-            out: where to put them, uint8 (B, resize, resize, 3), or None for an array of its own.
-
-        Returns:
-            uint8 (B, resize, resize, 3).
-        """
+        """The transform's first part, in bytes, on the host: uint8 (B, T, T, 3) RGB to (B, resize, resize, 3), in `out`
+        where it is given, else an array of its own. Tiles that fit stay as they are; others go through Pillow one by
+        one."""
         if tiles.dtype != np.uint8 or tiles.ndim != 4 or tiles.shape[1] != tiles.shape[2] or tiles.shape[3] != 3:
             raise ValueError(f"TileTransform: expected uint8 tiles (B, T, T, 3), got {tiles.dtype} {tiles.shape}.")
         resized = tiles if self.fits(tiles.shape[1]) else self._resized(tiles)
@@ -91,14 +71,8 @@ class TileTransform:
         return out
 
     def normalise(self, pixels: Tensor) -> Tensor:
-        """The other parts, where the pixels are: cut the centre, scale to [0, 1] and normalise per channel.
-
-        Args:
-            pixels: uint8 (B, resize, resize, 3).
-
-        Returns:
-            float32 (B, 3, crop, crop), channels last in memory.
-        """
+        """The other parts, where the pixels are: cut the centre of uint8 (B, resize, resize, 3), scale to [0, 1] and
+        normalise per channel; float32 (B, 3, crop, crop), channels last in memory."""
         start = round((self.resize - self.crop) / 2)
         inner = pixels[:, start : start + self.crop, start : start + self.crop]
         whole, mean, std = _constants(self.mean, self.std, pixels.device)

@@ -56,16 +56,9 @@ def find_weights(
     cache_dir: str | Path | None = None,
     strict: bool = False,
 ) -> Path:
-    """Turn what a caller says of weights into a local file.
-
-    Args:
-        pretrained: the name of a release, `hf_hub:REPO` (or `hf_hub:REPO@REVISION`), a file, or a folder that holds
-            `filename`.
-        filename: the file's name in the repository or folder, e.g. "slide_encoder.pth".
-        local_dir: for the hub, a folder to put the file in; None for the hub's own cache.
-        cache_dir: another folder for the hub's cache.
-        strict: for a released repository, whether a sha256 other than the recorded one is an error rather than a
-            RuntimeWarning. The command line is strict; `create_model` warns.
+    """Turn what a caller says of weights into a local file: the name of a release, `hf_hub:REPO` (or
+    `hf_hub:REPO@REVISION`), a file, or a folder that holds `filename` (such as "slide_encoder.pth"). `local_dir`,
+    `cache_dir` and `strict` are as for `gigapath.hub.hub_file`: the command line is strict, `create_model` warns.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -91,14 +84,11 @@ def find_weights(
 
 
 def load_state_dict(path: str | Path) -> dict[str, Tensor]:
-    """Read a checkpoint: `{"model": state_dict}`, a bare state dict, or safetensors.
+    """Read a checkpoint: `{"model": state_dict}`, a bare state dict, or safetensors; FileNotFoundError, or ValueError
+    where it holds pickled code, is cut off, or is none.
 
-    The tensors are on the CPU and mapped from the file where its format allows it, so that they cost memory only
-    once they are used, and are shared between processes.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file holds pickled code, is cut off, or is no checkpoint.
+    The tensors are on the CPU and mapped from the file where its format allows it, so that they cost memory only once
+    they are used, and are shared between processes.
     """
     path = Path(path)
     if not path.is_file():

@@ -15,20 +15,18 @@ _ATTRS = ("mpp", "tile_size", "level", "tissue_method")  # of a file of tile emb
 
 
 def to_anndata(source: Any, *, embedding: str = "default", allow_mixed: bool = False) -> Any:
-    """Bring a slide's tiles, or a cohort's slides, into an AnnData.
+    """Bring a slide's tiles, or a cohort's slides, into an AnnData; `write_h5ad` and `write_zarr` of the result write
+    it.
 
     Tiles: X (N, D) float32; obs has `slide_id`, the top-left `x`, `y`, `array_row`, `array_col` (cells), and what the
     file holds of `tissue_fraction`, `section` and quality; obsm["spatial"] (N, 2) float64 are the tiles' centers (x, y)
     in level-0 pixels (`uns["gigapath"]["unit"]` says so, or which other unit the file has); `uns["spatial"]` gives
     squidpy the tiles' size. Slides: X (S, D) float32; obs has the columns of slides.csv, the manifest's among them.
 
-    `write_h5ad` and `write_zarr` of the result write it.
-
     Args:
         source: tiles: a feature file, `TileEmbeddings`, or what `gigapath.read_features(folder)` gives, for the tiles
             of all its slides; slides: the output folder of a run, one of its `slides_*` folders, or the run's result.
-        embedding: of slides, as for `gigapath.read_slides`.
-        allow_mixed: as for `gigapath.read_slides`.
+        embedding: of slides, as for `gigapath.read_slides`, and so is `allow_mixed`.
 
     Raises:
         ImportError: anndata is not installed.

@@ -132,8 +132,8 @@ class Slide:
         slide_id: its name in every output.
         vendor: OpenSlide's word for the format, "plain-image" for JPEG and PNG.
         dimensions: (W, H) of level 0.
-        level_dimensions: (w, h) of each level, finest first, up to the first that doesn't show the whole slide.
-        level_downsamples: OpenSlide's downsample of each level.
+        level_dimensions, level_downsamples: (w, h) and OpenSlide's downsample of each level, finest first, up to the
+            first that doesn't show the whole slide.
         misfits: (w, h) of the levels that are never read: padded, cropped or another picture, and those after it.
         bounds: (x, y, w, h) in level-0 pixels of what was scanned; the whole slide where the file names no bounds.
         properties: the allow-listed header entries; nothing else of the header leaves this class.

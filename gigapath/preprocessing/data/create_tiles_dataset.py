@@ -42,12 +42,8 @@ Box = tuple[int, int, int, int]  # level-0 x, y, width, height
 
 
 def save_image(array_chw: NDArray[Any], path: Path | str) -> Image.Image:
-    """Save an image and return it.
-
-    Args:
-        array_chw: (C, H, W) with one, three or four channels, values 0 to 255.
-        path: where it goes; the suffix says the format.
-    """
+    """Save an image (C, H, W) with one, three or four channels, values 0 to 255, and return it; the suffix of the path
+    says the format."""
     path = Path(path)
     if array_chw.ndim != 3 or array_chw.shape[0] not in (1, 3, 4):
         raise ValueError(f"save_image: expected (C, H, W) with 1, 3 or 4 channels, got {array_chw.shape}.")
@@ -65,17 +61,12 @@ def save_image(array_chw: NDArray[Any], path: Path | str) -> Image.Image:
 def generate_tiles(
     slide_image: NDArray[Any], tile_size: int, foreground_threshold: float | None, occupancy_threshold: float
 ) -> tuple[NDArray[Any], NDArray[np.int64], NDArray[np.float32], int]:
-    """Cut an image, padded white to whole tiles, and keep the tiles with enough foreground.
-
-    Args:
-        slide_image: (C, H, W).
-        tile_size: T, side of a tile in pixels.
-        foreground_threshold: luminance strictly below which a pixel is foreground; Otsu's when None.
-        occupancy_threshold: a tile is kept when its share of foreground exceeds this.
+    """Cut an image (C, H, W), padded white to whole tiles of T pixels, and keep those whose share of foreground
+    (luminance strictly below a threshold, Otsu's when None) exceeds `occupancy_threshold`.
 
     Returns:
         tiles (N, C, T, T); their corners (N, 2) as (x, y) in the image, negative where one begins in the padding;
-        shares of foreground (N,); how many tiles were not kept.
+            shares of foreground (N,); how many tiles were not kept.
     """
     if foreground_threshold is None:  # of the image itself: the padding is no class of its own
         foreground_threshold = segment_foreground(slide_image)[1]
