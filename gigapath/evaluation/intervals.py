@@ -25,6 +25,8 @@ LEVEL = 0.95
 Z = 1.959963984540054  # its normal quantile
 # By how much cross-validated scores vary more than those of one model on as many patients.
 AUROC_INFLATION, AUPRC_INFLATION, SHARE_INFLATION, KAPPA_INFLATION, JACKKNIFE_INFLATION = 1.75, 1.1, 1.35, 1.5, 2.0
+# Patients that are right by chance alone join the table of kappa, so that one of a single answer has a variance too.
+KAPPA_PATIENTS = 3
 ROUNDING = 1e-12  # an interval narrower than this has no width
 BLOCK_ENTRIES = 2_000_000  # weights held at once: 16 MB, and a few times that while a curve is summed
 
@@ -365,12 +367,11 @@ def kappa_limits(table: FloatArray, count: int) -> tuple[float, float]:
     """Quadratic-weighted kappa's interval by its large-sample variance, on the scale of atanh.
 
     Args:
-        table: (C, C) shares of the patients, row = true class; one patient's worth that is right by chance alone is
-            added, so that a perfect table has a variance too.
+        table: (C, C) shares of the patients, row = true class.
     """
     classes = len(table)
     row = table.sum(axis=1)
-    table = (count * table + row[:, None] / classes) / (count + 1)
+    table = (count * table + KAPPA_PATIENTS * row[:, None] / classes) / (count + KAPPA_PATIENTS)
     row, column = table.sum(axis=1), table.sum(axis=0)
     steps = np.arange(classes)
     weight = 1 - (steps[:, None] - steps) ** 2 / max(1, (classes - 1) ** 2)
