@@ -133,6 +133,22 @@ def _true_float32() -> Iterator[None]:
             place.fp32_precision = before
 
 
+@contextlib.contextmanager
+def deterministic(enabled: bool) -> Iterator[None]:
+    """Let torch take operations alone that give the same bits at each call on one device, and raise RuntimeError where
+    it has none; without `enabled` nothing changes. The switch belongs to the process."""
+    if not enabled:
+        yield
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it at its first product
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
 def device_identity(device: torch.device) -> str:
     """What numbers depend on of a device: its kind, and of a GPU the model and its compute capability too."""
     if device.type != "cuda":

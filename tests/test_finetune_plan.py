@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from gigapath.devices import deterministic
 from gigapath.evaluation.splits import Fold
 from gigapath.finetune import plan
 from gigapath.finetune.options import TrainingOptions
@@ -86,6 +87,45 @@ def test_a_disturbed_clock_gives_no_negative_time(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(plan, "measure_pass", lambda loss_of, model, device: (8.0, 2.0 if loss_of() == FEW else 1.0))
     cost = measure_cost(lambda n: n, float, nn.Identity(), CPU)  # type: ignore[arg-type,return-value]
     assert cost == Cost(8.0, 0.0, 0.0, 1.0 / MANY)
+
+
+class Adds(torch.nn.Module):
+    """Adds something of its own to each pass, as sums in changing order do."""
+
+    def __init__(self, more: float) -> None:
+        super().__init__()
+        self.layer, self.more, self.calls = nn.Sequential(nn.Linear(3, 2), nn.Dropout(0.5)), more, 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        if self.more < 0 and self.calls > 1:
+            raise RuntimeError("an_operation does not have a deterministic implementation")
+        return self.layer(x) * (1 + self.more * self.calls)
+
+
+@pytest.mark.parametrize("more", [0.0, 1e-6, -1.0])
+def test_only_what_repeats_itself_is_deterministic(more: float) -> None:
+    model = Adds(more)
+    state = torch.get_rng_state()
+
+    def check() -> None:
+        plan.check_deterministic(lambda: model(torch.ones(40, 3)).sum(), model, CPU)
+
+    if more:
+        with pytest.raises(ValueError, match="--deterministic"):
+            check()
+    else:
+        check()
+    assert torch.equal(torch.get_rng_state(), state) and model.calls == 2
+
+
+def test_the_switch_is_put_back_whatever_happens() -> None:
+    with deterministic(False):
+        assert not torch.are_deterministic_algorithms_enabled()
+    with pytest.raises(KeyError), deterministic(True):
+        assert torch.are_deterministic_algorithms_enabled()
+        raise KeyError
+    assert not torch.are_deterministic_algorithms_enabled()
 
 
 def test_autocast_keeps_its_weights_once() -> None:

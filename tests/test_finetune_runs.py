@@ -146,6 +146,29 @@ def test_plan_refuses_a_slide_that_does_not_fit_and_says_what_would(tmp_path, mo
     assert not (tmp_path / "out").exists()
 
 
+def test_a_deterministic_run_is_one_from_its_plan_to_its_end(tmp_path, monkeypatch) -> None:
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    inputs, recipe = nine_slides(tmp_path, tiles=20), {"epochs": 1, "deterministic": True}
+    seen: list[bool] = []
+
+    def look() -> None:
+        seen.append(torch.are_deterministic_algorithms_enabled())
+
+    for out in ("one", "two"):
+        finetune(inputs, tmp_path / out, settings(**recipe), check_stop=look)
+    assert seen and all(seen) and not torch.are_deterministic_algorithms_enabled()
+    heads = [(tmp_path / out / "fold_0" / "head.safetensors").read_bytes() for out in ("one", "two")]
+    assert heads[0] == heads[1]
+    monkeypatch.setattr("gigapath.finetune.plan.check_deterministic", refuse)
+    with pytest.raises(ValueError, match="--deterministic"):
+        finetune(inputs, tmp_path / "three", settings(**recipe))
+    assert not (tmp_path / "three").exists() and not torch.are_deterministic_algorithms_enabled()
+
+
+def refuse(*_: object) -> None:
+    raise ValueError("--deterministic: expected training to repeat itself.")
+
+
 def test_predict_gives_what_the_run_said(fitted, tmp_path, capsys) -> None:
     with (fitted / "out" / "fold_0" / "predictions.csv").open() as file:
         said = {row["slide_id"]: row for row in csv.DictReader(file)}

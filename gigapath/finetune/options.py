@@ -119,6 +119,7 @@ class TrainingOptions(DeviceOptions, BootstrapOptions):
     precision: str = option(
         "auto", "auto = bf16 on CUDA where it exists, else fp16 with scaling; fp32 on a CPU", choices=PRECISIONS
     )
+    deterministic: bool = option(False, "the same bits of each repeated run on a GPU, or an error; slower")
     allow_low_memory: bool = option(False, "go on where the plan says that the largest slide won't fit")
     workers: int = option(2, "threads that read ahead", at_least=1)
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from gigapath.devices import computing
+from gigapath.devices import computing, is_out_of_memory
 from gigapath.evaluation.splits import Fold
 from gigapath.features.data import CELL
 from gigapath.finetune.data import Bag
@@ -100,10 +100,15 @@ def make_plan(
 
     Args:
         max_tiles: at most this many are taken in training.
+
+    Raises:
+        ValueError: `deterministic`, and two equal passes differ.
     """
     counts = np.asarray(tiles)
     capped = np.minimum(counts, max_tiles)
     made = partial(_loss_of_made, model, input_dim, precision, processes.device)
+    if options.deterministic:
+        check_deterministic(partial(made, PROBED_TILES["cpu"][1]), model, processes.device)
     ways = 1 if cached else 3  # a backward pass takes twice a forward pass
     cost = measure_cost(made, lambda n: ways * operations(model, n), model, processes.device)
     work = {int(count): operations(model, int(count)) for count in np.unique(np.concatenate([counts, capped]))}
@@ -227,6 +232,34 @@ def measure_pass(loss_of: Callable[[], torch.Tensor], model: nn.Module, device: 
     model.zero_grad(set_to_none=True)
     torch.set_rng_state(state)
     return float(sum(size for place, size in kept.items() if place not in weights)), seconds
+
+
+def check_deterministic(loss_of: Callable[[], torch.Tensor], model: nn.Module, device: torch.device) -> None:
+    """Raise ValueError where two equal passes in training give other gradients; no state is changed.
+
+    Args:
+        loss_of: makes the loss, of shape ().
+        model: what it runs through.
+        device: where.
+    """
+    found, why = [], "two equal passes gave other gradients"
+    try:
+        for _ in range(2):
+            with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+                torch.manual_seed(0)
+                model.train()
+                loss_of().backward()  # type: ignore[no-untyped-call]
+            found.append([p.grad for p in model.parameters() if p.grad is not None])
+            model.zero_grad(set_to_none=True)
+    except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise
+        why = str(error).strip().splitlines()[0]
+    if len(found) < 2 or not all(map(torch.equal, *found)):
+        raise ValueError(
+            f"--deterministic: expected training on {device} to repeat itself to the bit, but {why}. Take another "
+            "--precision or --device, or leave it out."
+        )
 
 
 def made_bag(tiles: int, width: int) -> Bag:

@@ -16,7 +16,7 @@ from torch import nn
 
 from gigapath.cohort.record import versions
 from gigapath.cohort.stage import Ownership, differences
-from gigapath.devices import at_most_threads
+from gigapath.devices import at_most_threads, deterministic
 from gigapath.evaluation.calibration import (
     Calibration,
     default_calibration,
@@ -136,7 +136,7 @@ def finetune(
     watch = watch if watch is not None and processes.rank == 0 else Progress()
     run = _Run(inputs, settings, cohort, out, processes, precision, watch, check_stop, dry_run)
     owned = {out: run.identity()} if processes.rank == 0 and not dry_run else {}
-    with Ownership(owned), at_most_threads(available_cores()):
+    with Ownership(owned), at_most_threads(available_cores()), deterministic(settings.training.deterministic):
         return run()
 
 
