@@ -7,13 +7,13 @@ import sys
 import numpy as np
 import pytest
 from feature_files import write_clam, write_published, write_stamp, write_trident
-from made_cohort import made_bag, write_csv, write_slide, write_task
+from made_cohort import made_bag, write_cohort, write_csv, write_slide, write_task
 
 from gigapath.evaluation.labels import join_labels, new_task, read_labels
 from gigapath.evaluation.splits import audit, check_classes, draw_folds, keep_manifest, read_splits
 from gigapath.evaluation.task import load_task
 from gigapath.features import FeatureFileError
-from gigapath.finetune.data import FileBags, look_at_all
+from gigapath.finetune.data import FileBags, Inputs, Settings, look_at_all, prepare
 from gigapath.finetune.options import JoinOptions
 
 MUTATION_HEADER = ["id", "file_name", "slide_id", "case_id", "EGFR", "KRAS", "TP53", "FAT1", "LRP1B", "pat_id"]
@@ -268,3 +268,18 @@ def test_options_need_no_torch() -> None:
     code = "import sys, gigapath.finetune.options, gigapath.evaluation.task; print('torch' in sys.modules)"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert out.strip() == "False"
+
+
+def test_scanners_are_those_of_the_table_then_of_the_run_then_of_the_files(tmp_path) -> None:
+    features, labels = write_cohort(tmp_path / "c", [n % 2 for n in range(24)], scanner="of the file")
+    inputs = Inputs(str(write_task(tmp_path / "t.yaml", classes=2)), str(features), str(labels))
+
+    def scanners() -> tuple[str, ...]:
+        return prepare(inputs, Settings()).joined.labels.strata["scanner"]
+
+    assert set(scanners()) == {"of the file"}
+    write_csv(tmp_path / "c" / "slides.csv", ["slide_id", "scanner"], [["slide-003", "of the run"]])
+    assert scanners()[3] == "of the run" and set(scanners()) == {"of the run", ""}
+    header, *lines = labels.read_text().splitlines()
+    labels.write_text("\n".join([header + ",scanner", *(line + ",of the table" for line in lines)]))
+    assert set(scanners()) == {"of the table"}

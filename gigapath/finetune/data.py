@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from gigapath.evaluation.labels import Joined, join_labels, read_labels, shown
+from gigapath.evaluation.labels import Joined, Labels, join_labels, read_labels, shown
 from gigapath.evaluation.splits import Fold, audit, check_classes, draw_folds, read_splits
 from gigapath.evaluation.task import Task, load_task
 from gigapath.features import FeatureFileError, read_features
@@ -56,6 +56,7 @@ class FileFacts:
         made: what must agree between files: encoder, weights_sha256, mpp, numerics_version; None = not stated.
         fingerprint: equal where two files hold the same embeddings.
         states_step: the file says how far apart its tiles lie.
+        scanner: of the slide, "" where the file does not say it.
     """
 
     tiles: int
@@ -63,6 +64,7 @@ class FileFacts:
     made: dict[str, Any]
     fingerprint: str
     states_step: bool
+    scanner: str = ""
 
 
 def look_at(path: Path) -> FileFacts:
@@ -77,7 +79,15 @@ def look_at(path: Path) -> FileFacts:
         **{name: found.attrs.get(name) for name in ("weights_sha256", "mpp", "numerics_version")},
     }
     content = f"{found.tiles} {found.width}".encode() + np.ascontiguousarray(found.ends).tobytes()
-    return FileFacts(found.tiles, found.width, made, hashlib.sha256(content).hexdigest(), found.states_step)
+    scanner = str(found.attrs.get("scanner") or "")
+    return FileFacts(found.tiles, found.width, made, hashlib.sha256(content).hexdigest(), found.states_step, scanner)
+
+
+def with_scanners(labels: Labels, facts: Sequence[FileFacts]) -> Labels:
+    """Labels with the scanners that the slides' files say, where neither the table nor the run says them."""
+    if "scanner" in labels.strata or not any(fact.scanner for fact in facts):
+        return labels
+    return replace(labels, strata={**labels.strata, "scanner": tuple(fact.scanner for fact in facts)})
 
 
 def look_at_all(
@@ -252,6 +262,7 @@ def prepare(inputs: Inputs, settings: Settings) -> Cohort:
         for fold in folds
     ]
     facts = look_at_all(joined.files, settings.join, workers=settings.training.workers)
+    joined = replace(joined, labels=with_scanners(joined.labels, facts))
     notes += audit(
         folds,
         joined.labels.slide_ids,

@@ -38,7 +38,7 @@ from gigapath.features import FeatureFileError
 from gigapath.features.reading import SUFFIXES, find_feature_files
 from gigapath.files import sha256_of, write_json_atomic, write_text_atomic
 from gigapath.finetune import checkpoints
-from gigapath.finetune.data import Bags, FileBags, FileFacts, check_folder, check_made, look_at_all
+from gigapath.finetune.data import Bags, FileBags, FileFacts, check_folder, check_made, look_at_all, with_scanners
 from gigapath.finetune.heads import head_of_task, pack
 from gigapath.finetune.options import JoinOptions, ModelOptions
 from gigapath.machine import available_cores
@@ -279,7 +279,7 @@ def evaluate_head(
     test_set.evaluations()
     bags = FileBags(joined.files, facts, join.tile_size_level0)
     shares = head.predict(bags, range(len(joined.files)), resolve_device(device))
-    labels_of, task = joined.labels, head.task
+    labels_of, task = with_scanners(joined.labels, facts), head.task
     predictions = predictions_of(labels_of, shares, task)
     found = score_slides(labels_of, predictions, task, head.calibration, replicates=replicates, seed=seed)
     name = Path(checkpoint).name
