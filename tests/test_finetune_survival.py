@@ -234,9 +234,10 @@ def test_commands_of_the_guide_run_one_after_the_other(tmp_path: Path, monkeypat
     small = ["--head", "abmil-tiles", "--pretrained", "", "--epochs", "1", "--folds", "3", "--device", "cpu"]
     for _, verb, *words in commands:
         given = [word for word in words if word != "--controls"]  # another test's
-        more = {"finetune": [*small, "--replicates", "10"], "predict": ["--replicates", "10"]}.get(verb, [])
-        assert main([verb, *given, *more]) == 0, words
-    assert len(commands) == 8 and Path("risks.csv").is_file()
+        few = ["--replicates", "10"]
+        more = {"finetune": [*small, *few], "predict": few, "probe": ["--folds", "3", "--repeats", "1", *few]}
+        assert main([verb, *given, *more.get(verb, [])]) == 0, words
+    assert len(commands) == 10 and Path("probed/survival.png").is_file() and Path("risks.csv").is_file()
     (run,) = collect_results(Path("survival"))
     assert [block["kind"] for block in run.blocks].count("picture") == 1
     assert "integrated_brier" in read_results(Path("tested/results.json")).scores["frozen head"].headline.estimates

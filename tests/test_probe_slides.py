@@ -14,7 +14,9 @@ import torch
 from sklearn.metrics import roc_auc_score
 
 from gigapath.cli.main import main
+from gigapath.evaluation.results import read_results
 from gigapath.evaluation.robustness import robustness_index
+from gigapath.evaluation.task import Task
 from gigapath.features import SlideEmbeddings, read_slide, read_slides, write_slide
 from gigapath.linear_probe import fits as fits_module
 from gigapath.linear_probe.data import rows_of_table
@@ -393,3 +395,77 @@ def test_a_run_without_the_name_of_an_embedding_says_how_to_probe_its_slides(
 def test_labels_between_semicolons_say_so() -> None:
     with pytest.raises(ValueError, match="between semicolons: save it with commas"):
         rows_of_table(parse_table(b"slide_id;label\na;0\n", "labels.csv"), label="label", split=None, group=None)
+
+
+def write_targets(table: Path) -> Path:
+    """The labels with a follow-up and an amount of each patient, which hang on the label that `default` knows."""
+    generator = np.random.default_rng(5)
+    with table.open() as file:
+        rows = list(csv.DictReader(file))
+    of_patient: dict[str, dict[str, str]] = {}
+    for row in rows:
+        score = 4.0 * (row["label"] == "mutant") - 2.0
+        time, end = generator.exponential(10 * np.exp(-score)), generator.uniform(0, 100)
+        amount = 2 * score + generator.normal()
+        target = {"days": f"{min(time, end):.3f}", "dead": str(int(time <= end)), "amount": f"{amount:.3f}"}
+        row.update(of_patient.setdefault(row["patient_id"], target))
+    write_rows(table, rows)
+    return table
+
+
+@pytest.mark.parametrize(
+    ("how", "name", "picture"),
+    [
+        (["--survival", "days", "dead"], "harrell_c", "survival.png"),
+        (["--regression", "amount"], "r2", "scatter.png"),
+    ],
+)
+def test_a_task_of_times_or_amounts_is_probed(tmp_path: Path, how: list[str], name: str, picture: str) -> None:
+    folder, table = write_run(tmp_path / "run", patients=100)
+    write_targets(table)
+    task, out = tmp_path / "task.yaml", tmp_path / "out"
+    assert main(["init-task", str(table), *how, "--to", str(task)]) == 0
+    given = ["--labels", str(table), "--embedding", "default", "--task", str(task), "--folds", "3", "--repeats", "2"]
+    assert main(["probe", str(folder), *given, "--replicates", "10", "--out", str(out)]) == 0
+    found = read_results(out / "results.json")
+    assert list(found.scores) == ["tile-mean", "default", "site alone"]
+    default, mean = found.scores["default"], found.scores["tile-mean"]
+    assert default.unit == "patients" and default.headline.units == 100
+    assert default[name].value > (0.65 if name == "harrell_c" else 0.5)
+    assert default[name].value > mean[name].value + 0.1
+    lead = default.leads["tile-mean"][name]
+    assert lead.low < lead.value == pytest.approx(default[name].value - mean[name].value)
+    assert default[name].low < default[name].value < default[name].high and name in default.headline.uncalibrated
+    assert (out / picture).read_bytes().startswith(b"\x89PNG")
+    with (out / "predictions.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 2 * 2 * 2 * 100  # slides a patient, repeats, embeddings
+    assert {"predicted", "fold", "value" if name == "r2" else "risk"} <= set(rows[0])
+    (shown,) = collect_results(out)
+    assert sum(block["kind"] == "picture" for block in shown.blocks) == 1
+
+
+def test_a_task_of_classes_is_no_task_of_a_probe(copied: tuple[Path, Path], tmp_path: Path) -> None:
+    folder, table = copied
+    assert main(["init-task", str(table), "--to", str(tmp_path / "task.yaml")]) == 0
+    options = dataclasses.replace(QUICK, task=str(tmp_path / "task.yaml"))
+    with pytest.raises(ValueError, match="--task: expected a task of survival or regression"):
+        probe_slides(folder, table, ProbeOptions(), options)
+
+
+def test_ridge_regression_of_a_probe_equals_scikit_learn() -> None:
+    from sklearn.linear_model import Ridge
+
+    from gigapath.linear_probe.targets import _Fit
+
+    generator = np.random.default_rng(0)
+    x = generator.normal(size=(60, 12))
+    y = x[:, 0] + generator.normal(size=60)
+    rows = np.arange(40)
+    task = Task("made", "regression", ("y",), label_column="y", loss="mse")
+    fit = _Fit(task, x, y, rows)
+    said = fit.logits(0.1).numpy()[:, 0] * fit.scale[1] + fit.scale[0]
+    z = (x - x[rows].mean(axis=0)) / x[rows].std(axis=0)
+    target = (y[rows] - y[rows].mean()) / y[rows].std()
+    expected = Ridge(alpha=0.05 * 40).fit(z[rows], target).predict(z) * y[rows].std() + y[rows].mean()
+    np.testing.assert_allclose(said, expected, atol=1e-5)

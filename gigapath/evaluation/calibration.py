@@ -4,13 +4,23 @@ score and ECE are among the scores."""
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
 from gigapath.evaluation.scores import FloatArray, IntArray, Predictions
-from gigapath.evaluation.survival import baseline_hazard, discrete_survival, interval_edges
+from gigapath.evaluation.survival import (
+    baseline_hazard,
+    cox_loss,
+    discrete_loss,
+    discrete_survival,
+    interval_edges,
+)
 from gigapath.evaluation.task import Task
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _MOST_RISK = 500.0  # whose exponential is finite
 FLAT = 1e-7  # curvature of the mean log loss below which it falls for ever: the classes are separated
@@ -105,6 +115,28 @@ def target_scale(task: Task, truth: FloatArray) -> tuple[float, ...]:
     if task.loss == "discrete":
         return tuple(interval_edges(truth[:, 0], truth[:, 1] == 1, task.outputs))
     return ()
+
+
+def target_loss(logits: "Tensor", truth: npt.NDArray[np.floating], task: Task, scale: tuple[float, ...]) -> "Tensor":
+    """The loss of times or amounts summed over slides; by Cox they are one risk set.
+
+    Args:
+        logits: (B, outputs) of the slides.
+        truth: (B, 2) time and event, or (B,) amounts.
+        scale: of `target_scale`.
+    """
+    import torch
+    import torch.nn.functional as F
+
+    from gigapath.devices import send
+
+    target = send(torch.as_tensor(truth, dtype=logits.dtype), logits.device)
+    if task.setting == "regression":
+        measure = F.huber_loss if task.loss == "huber" else F.mse_loss
+        return measure(logits[:, 0], (target - scale[0]) / scale[1], reduction="sum")
+    if task.loss == "discrete":
+        return discrete_loss(logits, target[:, 0], target[:, 1], scale)
+    return cox_loss(logits[:, 0], target[:, 0], target[:, 1])
 
 
 def fit_scale(task: Task, scale: tuple[float, ...], logits: FloatArray, truth: FloatArray) -> Calibration:

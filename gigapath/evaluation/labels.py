@@ -74,12 +74,8 @@ class Labels:
 
     @property
     def kinds(self) -> IntArray:
-        """(S,) or (S, C) what folds get even shares of: the classes, events, or quarters of the amounts."""
-        if self.truth.dtype.kind != "f":
-            return self.truth
-        if self.truth.ndim == 2:
-            return self.truth[:, 1].astype(np.int64)
-        return np.searchsorted(np.quantile(self.truth, [0.25, 0.5, 0.75]), self.truth).astype(np.int64)
+        """`kinds_of` these slides."""
+        return kinds_of(self.truth)
 
     def take(self, rows: Sequence[int] | IntArray) -> "Labels":
         """Some of the slides, in the order given; the digest stays that of the whole CSV."""
@@ -96,6 +92,15 @@ class Labels:
             sites=self.sites and chosen(self.sites),
             strata={name: chosen(column) for name, column in self.strata.items()},
         )
+
+
+def kinds_of(truth: npt.NDArray[Any]) -> IntArray:
+    """(S,) or (S, C) what folds get even shares of: the classes, events, or quarters of the amounts."""
+    if truth.dtype.kind != "f":
+        return truth
+    if truth.ndim == 2:
+        return truth[:, 1].astype(np.int64)
+    return np.searchsorted(np.quantile(truth, [0.25, 0.5, 0.75]), truth).astype(np.int64)
 
 
 def canonical_label(label: str) -> str:

@@ -17,8 +17,9 @@ import numpy.typing as npt
 
 from gigapath.evaluation.calibration import Calibration, at_thresholds, calibration_slope
 from gigapath.evaluation.intervals import Estimate, Evaluation, evaluate, paired_difference, plain
-from gigapath.evaluation.plots import draw_confusion, plotting_available, write_events
+from gigapath.evaluation.plots import draw_confusion, draw_scatter, draw_survival, plotting_available, write_events
 from gigapath.evaluation.scores import FloatArray, Predictions, average_by_group, confusion_matrix, score_words
+from gigapath.evaluation.survival import risk_groups
 from gigapath.evaluation.task import Task
 from gigapath.files import write_bytes_atomic, write_json_atomic
 from gigapath.tables import csv_text
@@ -302,6 +303,62 @@ def predictions_csv(
     numbers = ([f"{share:.6g}" for share in row] for row in shares)
     header = [*columns, *(f"{prefix}{name}" for name in classes)]
     return csv_text([header, *([*row, *more] for row, more in zip(rows, numbers, strict=True))])
+
+
+def truth_columns(truth: npt.NDArray[Any], task: Task) -> dict[str, list[str]]:
+    """Column -> (S,) cells of the truth: time and event, or the label."""
+    if task.setting == "survival":
+        times, events = truth.T
+        return {"time": [f"{each:.10g}" for each in times], "event": [f"{each:.0f}" for each in events]}
+    if task.setting == "regression":
+        return {"label": [f"{each:.10g}" for each in truth]}
+    names = np.asarray(task.classes)
+    return {"label": [";".join(names[np.flatnonzero(row)]) if task.multi_label else str(names[row]) for row in truth]}
+
+
+def numbers_of(shares: npt.NDArray[np.float64], task: Task) -> dict[str, npt.NDArray[np.float64]]:
+    """Column -> (S,) of `calibration.outputs`: probabilities, the amount, or the risk and survival at the horizons."""
+    if task.setting == "regression":
+        return {"value": shares[:, 0]}
+    if task.setting == "survival":
+        at = {f"survival_at_{each:g}": shares[:, 1 + task.times.index(each)] for each in task.horizons}
+        return {"risk": shares[:, 0], **at}
+    return {f"p_{name}": column for name, column in zip(task.classes, shares.T, strict=True)}
+
+
+def groups_of(found: Scores, task: Task) -> dict[str, Any]:
+    """Of survival the Kaplan-Meier curves of slides above and below the median risk of training, in the unit of the
+    headline, with the log-rank test; else nothing."""
+    if task.setting != "survival" or found.predictions is None:
+        return {}
+    rows = _first_repeat(found.predictions)
+    rows = average_by_group(rows) if found.unit == "patients" else rows
+    return {"groups": plain(risk_groups(np.asarray(rows.truth), np.asarray(rows.probabilities)[:, 0]))}
+
+
+def pictures_of(found: Scores, task: Task, what: str) -> dict[str, Callable[[], bytes]]:
+    """The picture of the confusion matrix, none with several labels; of survival the curves of the risk groups, of
+    regression what is predicted against the truth."""
+    title = f"{task.name}, {what}"
+    if task.multi_label or found.predictions is None:
+        return {}
+    rows = _first_repeat(found.predictions)
+    if task.of_classes:
+        return {"confusion.png": lambda: confusion_picture(found, task.classes, title)}
+    if task.setting == "survival":
+        return {"survival.png": lambda: draw_survival(groups_of(found, task)["groups"], f"{title}, {found.unit}")}
+    said = np.asarray(rows.probabilities)[:, 0]
+    return {"scatter.png": lambda: draw_scatter(np.asarray(rows.truth), said, name=task.classes[0], title=title)}
+
+
+def _first_repeat(predictions: Predictions) -> Predictions:
+    """Each slide once."""
+    return predictions.rows(predictions.repeats == 0)
+
+
+def numbers_csv(columns: Mapping[str, Iterable[object]], numbers: Mapping[str, FloatArray]) -> str:
+    """Some columns, then those of `numbers_of`."""
+    return predictions_csv(columns, np.stack([*numbers.values()], axis=1), [*numbers], prefix="")
 
 
 def summary_csv(scores: Mapping[str, Scores]) -> str:

@@ -16,23 +16,23 @@ from torch import nn
 
 from gigapath.devices import AUTOCAST_TYPES, at_most_threads, computing, resolve_device
 from gigapath.evaluation.calibration import Calibration, decisions, outputs, scale_count, threshold_count
-from gigapath.evaluation.intervals import plain
 from gigapath.evaluation.labels import Labels, bare_name, join_labels, read_labels, shown
 from gigapath.evaluation.locks import TestSet, in_words
-from gigapath.evaluation.plots import draw_scatter, draw_survival
 from gigapath.evaluation.results import (
     EVALUATION,
     TERMS,
     Results,
     Scores,
-    confusion_picture,
-    predictions_csv,
+    groups_of,
+    numbers_csv,
+    numbers_of,
+    pictures_of,
     score,
+    truth_columns,
     write_results,
 )
-from gigapath.evaluation.scores import Predictions, average_by_group
+from gigapath.evaluation.scores import Predictions
 from gigapath.evaluation.splits import TABLE
-from gigapath.evaluation.survival import risk_groups
 from gigapath.evaluation.task import Task, task_from
 from gigapath.features import FeatureFileError
 from gigapath.features.reading import SUFFIXES, find_feature_files
@@ -222,7 +222,7 @@ def predict(
     columns = numbers_of(shares, task)
     if out is not None:
         shown: dict[str, Sequence[str]] = {"slide_id": ids, "predicted": predicted}
-        write_text_atomic(out, _csv(shown, columns))
+        write_text_atomic(out, numbers_csv(shown, columns))
     rows = []
     for row, (slide_id, what) in enumerate(zip(ids, predicted, strict=True)):
         numbers = {name: float(column[row]) for name, column in columns.items()}
@@ -329,59 +329,11 @@ def score_slides(
 
 def slides_csv(labels: Labels, shares: npt.NDArray[np.float64], task: Task, how: Calibration) -> str:
     """One row a slide: id, patient and site where known, truth, what is predicted, probabilities or risks."""
-    names = np.asarray(task.classes)
-    truth: dict[str, Sequence[str]] = {}
-    if task.setting == "survival":
-        times, events = labels.truth.T
-        truth = {"time": [f"{each:.10g}" for each in times], "event": [f"{each:.0f}" for each in events]}
-    elif task.setting == "regression":
-        truth = {"label": [f"{each:.10g}" for each in labels.truth]}
-    elif task.multi_label:
-        truth = {"label": [";".join(names[np.flatnonzero(row)]) for row in labels.truth]}
-    else:
-        truth = {"label": [str(names[row]) for row in labels.truth]}
     columns: dict[str, Sequence[str]] = {"slide_id": labels.slide_ids}
     columns |= {"patient_id": labels.patients} if labels.patients else {}
     columns |= {"site": labels.sites} if labels.sites else {}
-    columns |= truth | {"predicted": decisions(shares, task, how)}
-    return _csv(columns, numbers_of(shares, task))
-
-
-def _csv(columns: dict[str, Sequence[str]], numbers: dict[str, npt.NDArray[np.float64]]) -> str:
-    return predictions_csv(columns, np.stack([*numbers.values()], axis=1), [*numbers], prefix="")
-
-
-def numbers_of(shares: npt.NDArray[np.float64], task: Task) -> dict[str, npt.NDArray[np.float64]]:
-    """Column -> (S,) of `calibration.outputs`: probabilities, the amount, or the risk and survival at the horizons."""
-    if task.setting == "regression":
-        return {"value": shares[:, 0]}
-    if task.setting == "survival":
-        at = {f"survival_at_{each:g}": shares[:, 1 + task.times.index(each)] for each in task.horizons}
-        return {"risk": shares[:, 0], **at}
-    return {f"p_{name}": column for name, column in zip(task.classes, shares.T, strict=True)}
-
-
-def groups_of(found: Scores, task: Task) -> dict[str, Any]:
-    """Of survival the Kaplan-Meier curves of slides above and below the median risk of training, in the unit of the
-    headline, with the log-rank test; else nothing."""
-    if task.setting != "survival" or found.predictions is None:
-        return {}
-    rows = average_by_group(found.predictions) if found.unit == "patients" else found.predictions
-    return {"groups": plain(risk_groups(np.asarray(rows.truth), np.asarray(rows.probabilities)[:, 0]))}
-
-
-def pictures_of(found: Scores, task: Task, what: str) -> dict[str, Callable[[], bytes]]:
-    """The picture of the confusion matrix, none with several labels; of survival the curves of the risk groups, of
-    regression what is predicted against the truth."""
-    title, rows = f"{task.name}, {what}", found.predictions
-    if task.multi_label or rows is None:
-        return {}
-    if task.of_classes:
-        return {"confusion.png": lambda: confusion_picture(found, task.classes, title)}
-    if task.setting == "survival":
-        return {"survival.png": lambda: draw_survival(groups_of(found, task)["groups"], f"{title}, {found.unit}")}
-    said = np.asarray(rows.probabilities)[:, 0]
-    return {"scatter.png": lambda: draw_scatter(np.asarray(rows.truth), said, name=task.classes[0], title=title)}
+    columns |= truth_columns(labels.truth, task) | {"predicted": decisions(shares, task, how)}
+    return numbers_csv(columns, numbers_of(shares, task))
 
 
 def _refuse_seen(checkpoint: Path, slide_ids: Sequence[str]) -> None:

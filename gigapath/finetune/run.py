@@ -33,6 +33,8 @@ from gigapath.evaluation.results import (
     SITE_ALONE,
     Results,
     Scores,
+    groups_of,
+    pictures_of,
     score_lines,
     stratum_lines,
     summary_csv,
@@ -47,8 +49,6 @@ from gigapath.finetune.checkpoints import MEND
 from gigapath.finetune.data import Cohort, FileBags, Inputs, Settings, check_folder, prepare, vector_bags
 from gigapath.finetune.fitted import (
     FittedHead,
-    groups_of,
-    pictures_of,
     predictions_of,
     save_head,
     score_slides,

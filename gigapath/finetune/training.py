@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gigapath.devices import AUTOCAST_TYPES, computing, send
+from gigapath.evaluation.calibration import target_loss
 from gigapath.evaluation.splits import Fold
-from gigapath.evaluation.survival import cox_loss, discrete_loss
 from gigapath.evaluation.task import Task
 from gigapath.finetune import checkpoints
 from gigapath.finetune.data import Bag, Bags
@@ -309,13 +309,7 @@ def task_loss(logits: Tensor, truth: npt.NDArray[Any], task: Task, scale: tuple[
     """
     if task.of_classes:
         return summed_loss(logits, send(torch.as_tensor(truth), logits.device))
-    target = send(torch.as_tensor(truth, dtype=logits.dtype), logits.device)
-    if task.setting == "regression":
-        measure = F.huber_loss if task.loss == "huber" else F.mse_loss
-        return measure(logits[:, 0], (target - scale[0]) / scale[1], reduction="sum")
-    if task.loss == "discrete":
-        return discrete_loss(logits, target[:, 0], target[:, 1], scale)
-    return cox_loss(logits[:, 0], target[:, 0], target[:, 1])
+    return target_loss(logits, truth, task, scale)
 
 
 def set_rates(optimizer: torch.optim.Optimizer, options: TrainingOptions, slides: int, epochs_done: float) -> float:

@@ -114,7 +114,7 @@ class _Fits:
         x = torch.zeros(shape, dtype=torch.float64, device=stack.device)
         weight = torch.zeros(*shape[:3], 1, dtype=torch.float64, device=stack.device)
         for number, train in enumerate(rows):
-            coordinates = _principal(stack, torch.from_numpy(train).to(stack.device))
+            coordinates = principal_axes(stack, torch.from_numpy(train).to(stack.device))
             x[number, :, :, : coordinates.shape[2]] = coordinates
             weight[number, :, train] = 1 / len(train)
         x[:, :, :, -1] = 1
@@ -135,7 +135,7 @@ class _Fits:
         return np.asarray((x @ fitted).softmax(dim=2).cpu().numpy())
 
 
-def _principal(stack: Tensor, train: Tensor) -> Tensor:
+def principal_axes(stack: Tensor, train: Tensor) -> Tensor:
     """All slides (E, S, R) standardised by the training slides, along the principal axes of these."""
     known = stack[:, train]
     mean, deviation = known.mean(dim=1, keepdim=True), known.std(dim=1, correction=0, keepdim=True)

@@ -66,6 +66,9 @@ class SlideProbeOptions(IdOptions):
         "probe slides instead of tiles: names of slide embeddings, with commas; tile-mean comes beside",
         metavar="NAMES",
     )
+    task: str | None = option(
+        None, "task file of survival or regression (gigapath init-task), instead of --label", metavar="YAML"
+    )
     folds: int | Literal["leave-site-out"] = option(
         5,
         "folds, stratified by label and grouped by --group; or leave-site-out = one a site, drawn once",

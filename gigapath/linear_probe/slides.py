@@ -1,4 +1,5 @@
-"""Slide-level probes: logistic regression on slide embeddings, with the plain mean of the tiles always beside.
+"""Slide-level probes: logistic regression on slide embeddings (of a task Cox with ridge, or ridge regression), with
+the plain mean of the tiles always beside.
 
 Every embedding sees the same folds, and what is compared is compared on the same patients. The penalty is chosen
 inside the training folds, so that no test slide has a say in anything.
@@ -8,7 +9,7 @@ Legend: S slides, D width, C classes, K folds, R repeats.
 
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import numpy.typing as npt
 import torch
 
 import gigapath
+from gigapath.evaluation.calibration import decisions, default_calibration
 from gigapath.evaluation.intervals import plain
 from gigapath.evaluation.labels import (
     ID_COLUMNS,
@@ -26,7 +28,9 @@ from gigapath.evaluation.labels import (
     class_notes,
     first_column,
     id_maker,
+    kinds_of,
     patients_of,
+    read_labels,
     strata_of,
     strata_of_run,
 )
@@ -37,28 +41,35 @@ from gigapath.evaluation.results import (
     SLIDE_PROBE,
     Results,
     Scores,
+    groups_of,
+    numbers_csv,
+    numbers_of,
+    pictures_of,
     predictions_csv,
     score,
     stratum_lines,
     summary_csv,
+    truth_columns,
     write_results,
 )
 from gigapath.evaluation.robustness import ROBUSTNESS, robustness_index
 from gigapath.evaluation.scores import (
-    SCORE_WORDS,
     Predictions,
     prior_probabilities,
     rank_by,
     scale_of,
+    score_words,
     site_probabilities,
 )
 from gigapath.evaluation.splits import Fold, audit, check_classes, draw_parts, site_parts
+from gigapath.evaluation.task import Task, load_task
 from gigapath.features import read_slides
 from gigapath.linear_probe.data import class_names, left_over, named_column, splits_of_column
 from gigapath.linear_probe.fits import INNER_FOLDS, fit_folds
 from gigapath.linear_probe.heads import one_thread
 from gigapath.linear_probe.options import ProbeOptions, SlideProbeOptions
 from gigapath.linear_probe.table import TEST
+from gigapath.linear_probe.targets import fit_targets
 from gigapath.options import IdOptions, to_dict
 from gigapath.tables import data_frame, read_table
 from gigapath.text import table_lines
@@ -77,17 +88,18 @@ class SlideData:
 
     Args:
         vectors: name of the embedding -> (S, D).
-        labels: (S,) class index.
+        labels: (S,) class index; of a task (S, 2) time and event, or (S,) amounts.
         groups: (S,) patients; slides themselves where no column says them.
         group_column: what the groups are called, or None where slides stand for themselves.
         sites: (S,) or None.
         test: (S,) bool, the slides of the given test split; None for folds.
         strata: "scanner", "stain" -> (S,) what each slide has, "" = not known; those that are known.
+        task: of times or amounts; None for classes.
     """
 
     ids: tuple[str, ...]
     vectors: dict[str, FloatArray]
-    labels: IntArray
+    labels: npt.NDArray[Any]
     classes: tuple[str, ...]
     groups: TextArray
     group_column: str | None
@@ -96,6 +108,12 @@ class SlideData:
     strata: dict[str, tuple[str, ...]] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
+    task: Task | None = None
+
+    @property
+    def kinds(self) -> IntArray:
+        """`kinds_of` the labels."""
+        return kinds_of(self.labels)
 
 
 def load_slides(
@@ -104,18 +122,20 @@ def load_slides(
     names: list[str],
     options: ProbeOptions,
     ids_meet: IdOptions = IdOptions(),  # noqa: B008 - frozen
+    task: Task | None = None,
 ) -> SlideData:
     """Read slide embeddings and the CSV, join them by slide id, and check that a probe of them means something.
 
     Args:
         labels: CSV with `slide_id` (or `input`, `file`, `name`), the label's column, and the patient's.
+        task: of times or amounts, instead of classes.
 
     Raises:
         FileNotFoundError, ValueError: one sentence on what is wrong.
     """
     listed = read_table(labels)
     written_ids = listed.filled(named_column(listed, None, ID_COLUMNS, "--labels"))
-    all_labels = listed.filled(named_column(listed, options.label, (), "--label"))
+    all_labels = [] if task else listed.filled(named_column(listed, options.label, (), "--label"))
     for column, option in ((options.group, "--group"), (options.split, "--split")):
         if column is not None:
             named_column(listed, column, (), option)
@@ -141,10 +161,18 @@ def load_slides(
     kept = [index for index, key in enumerate(keys) if key in row_of_key]
     rows = [row_of_key[keys[index]] for index in kept]
     slide_ids = tuple(ids[index] for index in kept)
-    written_labels = [all_labels[row] for row in rows]
-    index_of_label, classes = class_names(written_labels, options.positive)
-    if len(classes) < 2:
-        raise ValueError(f"{listed.source}: expected slides of two classes, got {', '.join(classes) or 'no slides'}.")
+    if task is not None:
+        truth, classes = read_labels(labels, task, id_rule=ids_meet.id_rule).truth[rows], task.classes
+        events = int(truth[:, 1].sum()) if task.setting == "survival" else len(truth)
+        counts = {"with an event": events, "censored": len(truth) - events} if truth.ndim == 2 else {classes[0]: events}
+    else:
+        written_labels = [all_labels[row] for row in rows]
+        index_of_label, classes = class_names(written_labels, options.positive)
+        if len(classes) < 2:
+            got = ", ".join(classes) or "no slides"
+            raise ValueError(f"{listed.source}: expected slides of two classes, got {got}.")
+        truth = np.array([index_of_label[label] for label in written_labels], dtype=np.int64)
+        counts = dict(zip(classes, np.bincount(truth).tolist(), strict=True))
     # Without patients the names as the CSV writes them, as in fine-tuning: their order has a say in the draw of folds.
     groups = np.array([(patients or written_ids)[row] for row in rows])
     if patients is None:
@@ -158,12 +186,12 @@ def load_slides(
             raise ValueError(f"{listed.source}: the column {options.split} leaves no slide to {lacking_set}.")
         notes.append("slides of train and val train together: the penalty is chosen by folds inside them")
     site_column = first_column(listed, SITE_COLUMNS)
-    labels_of_slides = np.array([index_of_label[label] for label in written_labels], dtype=np.int64)
-    notes += class_notes(classes, labels_of_slides, groups.tolist(), "slide" if patients is None else "patient")
+    if task is None:
+        notes += class_notes(classes, truth, groups.tolist(), "slide" if patients is None else "patient")
     return SlideData(
         ids=slide_ids,
         vectors={name: found[kept] for name, found in vectors.items()},
-        labels=labels_of_slides,
+        labels=truth,
         classes=classes,
         groups=groups,
         group_column=group_column,
@@ -176,12 +204,13 @@ def load_slides(
             "groups": len(set(groups.tolist())),
             "group_column": group_column,
             "site_column": site_column,
-            "slides_of_class": dict(zip(classes, np.bincount(labels_of_slides).tolist(), strict=True)),
+            "slides_of_class": counts,
             "labels": labels.name,
             "labels_without_embedding": len(unembedded),
             "embeddings_without_label": len(unlabelled),
         },
         warnings=tuple(notes),
+        task=task,
     )
 
 
@@ -217,17 +246,23 @@ class SlideProbe:
         """The table of scores, and what is to be noted."""
         return "\n".join(self._lines())
 
+    @property
+    def shown(self) -> tuple[str, ...]:
+        """The scores of the printed table; the first is drawn."""
+        return SHOWN if self.data.task is None else tuple(self.scores[BASELINE].headline.estimates)[:4]
+
     def _lines(self) -> Iterator[str]:
         data = self.data
         groups = f" of {data.facts['groups']:,} groups ({data.group_column})" if data.group_column else ""
         counts = ", ".join(f"{count:,} {name}" for name, count in data.facts["slides_of_class"].items())
         positive = f" (positive: {data.classes[1]})" if len(data.classes) == 2 else ""
         yield f"{data.facts['slides']:,} slides{groups}: {counts}{positive}"
-        rows = [["embedding", "width", *(SCORE_WORDS[name] for name in SHOWN), f"AUROC against {BASELINE}"]]
+        shown, words = self.shown, [score_words(name) for name in self.shown]
+        rows = [["embedding", "width", *words, f"{words[0]} against {BASELINE}"]]
         robust = [["robustness index", "value", "neighbors", "of random neighbors"]]
         for name, found in self.scores.items():
-            lead = f"{found.leads[BASELINE]['auroc']:+.4f}" if found.leads else ""
-            rows.append([name, str(found.facts.get("width", "")), *(str(found[each]) for each in SHOWN), lead])
+            lead = f"{found.leads[BASELINE][shown[0]]:+.4f}" if found.leads else ""
+            rows.append([name, str(found.facts.get("width", "")), *(str(found[each]) for each in shown), lead])
             if each := found.facts.get(ROBUSTNESS):
                 values = ("not defined" if each[key] is None else f"{each[key]:.4f}" for key in ("index", "at_random"))
                 robust.append([name, next(values), str(each["k"]), next(values)])
@@ -244,17 +279,19 @@ class SlideProbe:
     @property
     def results(self) -> Results:
         """What `results.json` holds."""
-        classes = self.data.classes
+        classes, task = self.data.classes, self.data.task
+        of_classes = {
+            "classes": list(classes),
+            **({"positive_class": classes[1]} if len(classes) == 2 else {}),
+            "auprc_baseline": "the prevalence",
+        }
+        by = "cross-entropy" if task is None else f"their loss ({task.loss})"
         return Results(
             SLIDE_PROBE,
-            {
-                "classes": list(classes),
-                **({"positive_class": classes[1]} if len(classes) == 2 else {}),
-                "auprc_baseline": "the prevalence",
-            },
+            of_classes if task is None else task.described(),
             self.scores,
             details={
-                "chosen": {"what": "penalty", "on": "folds inside the training slides of each fit, by cross-entropy"},
+                "chosen": {"what": "penalty", "on": f"folds inside the training slides of each fit, by {by}"},
                 "differences": f"each embedding minus {BASELINE}, on the same patients and folds",
                 "data": self.data.facts,
                 "options": self.options,
@@ -280,7 +317,10 @@ def probe_slides(
         raise ValueError("--labels: expected a CSV with slide_id and the label. Slide embeddings carry no labels.")
     names = [name.strip() for name in (slide_options.embedding or "").split(",") if name.strip()]
     wanted = [BASELINE, *(name for name in names if name != BASELINE)]
-    data = load_slides(folder, Path(labels), wanted, options, slide_options)
+    task = None if slide_options.task is None else load_task(slide_options.task)
+    if task is not None and task.of_classes:
+        raise ValueError(f"--task: expected a task of survival or regression, got {task.setting}. Name its --label.")
+    data = load_slides(folder, Path(labels), wanted, options, slide_options, task)
     notes = list(data.warnings)
     drawn = _folds(data, options, slide_options)
     notes += audit(
@@ -291,12 +331,12 @@ def probe_slides(
         drawn=data.test is None,
         allow_leakage=options.allow_leakage,
     )
-    notes += check_classes([fold for fold in drawn if fold.site], data.labels, data.classes)
+    notes += check_classes([fold for fold in drawn if fold.site or task], data.labels, data.classes)
     rows = np.concatenate([fold.test for fold in drawn])
     patients = data.group_column is not None
     sites = None if data.sites is None else data.sites[rows]
     classes = len(data.classes)
-    for fold in drawn:
+    for fold in drawn if task is None else ():
         _refuse_rare_classes(
             data.labels[fold.train],
             data.groups[fold.train],
@@ -304,19 +344,30 @@ def probe_slides(
             data.classes,
             f"fewer than the {INNER_FOLDS} folds by which the penalty is chosen among the training slides. Add slides",
         )
-    held = partial(held_out, drawn, data.labels, data.groups, data.classes)
+    held = partial(held_out, drawn, data.labels, data.groups, data.classes, task=task)
     found: dict[str, Predictions] = {}
     facts: dict[str, dict[str, Any]] = {}
     trains = [fold.train for fold in drawn]
+    places = data.sites
     with one_thread(torch.device("cpu")):
         for name, vectors in data.vectors.items():
+            if task is not None:
+                said, chosen = fit_targets(task, vectors, data.labels, data.kinds, data.groups, trains, options.seed)
+                found[name] = held(said)[0]
+                facts[name] = {"width": vectors.shape[1], "penalties": chosen}
+                continue
             shares, penalties = fit_folds(vectors, data.labels, data.groups, trains, options.seed)
             found[name], scales = held(shares)
             facts[name] = {"width": vectors.shape[1], "penalties": penalties.tolist()}
             if data.test is None:
                 facts[name]["scales"] = [scale.tolist() for scale in scales]
-    found[CHANCE] = held([prior_probabilities(data.labels[train], len(data.ids), classes) for train in trains])[0]
-    if (places := data.sites) is not None:
+        if task is not None and places is not None:
+            flags = (places[:, None] == np.unique(places)).astype(np.float64)
+            said, _ = fit_targets(task, flags, data.labels, data.kinds, data.groups, trains, options.seed)
+            found[SITE_ALONE] = held(said)[0]
+    if task is None:
+        found[CHANCE] = held([prior_probabilities(data.labels[train], len(data.ids), classes) for train in trains])[0]
+    if task is None and places is not None:
         alone = [site_probabilities(data.labels[train], places[train], places, classes) for train in trains]
         found[SITE_ALONE] = held(alone)[0]
         for name, vectors in data.vectors.items():
@@ -337,6 +388,8 @@ def held_out(
     groups: TextArray,
     class_names: tuple[str, ...],
     shares: Sequence[FloatArray] | FloatArray,
+    *,
+    task: Task | None = None,
 ) -> tuple[Predictions, list[FloatArray]]:
     """What fits say of the slides that they did not train on, fold after fold, and each fit's own scale, on which rows
     of several are ranked.
@@ -346,7 +399,8 @@ def held_out(
         groups: (S,) patients.
         shares: of each fit the probabilities (S, C) of all slides.
     """
-    scales = [scale_of(each[fold.train], labels[fold.train]) for each, fold in zip(shares, drawn, strict=True)]
+    pairs = list(zip(shares, drawn, strict=True))
+    scales = [] if task else [scale_of(each[fold.train], labels[fold.train]) for each, fold in pairs]
     tested = [each[fold.test] for each, fold in zip(shares, drawn, strict=True)]
     rows = np.concatenate([fold.test for fold in drawn])
     folds = np.repeat([fold.number for fold in drawn], [len(fold.test) for fold in drawn])
@@ -356,7 +410,9 @@ def held_out(
         class_names,
         groups=groups[rows],
         folds=folds if len(drawn) > 1 else None,
-        ranking=np.concatenate([rank_by(*each) for each in zip(tested, scales, strict=True)]),
+        ranking=None if task else np.concatenate([rank_by(*each) for each in zip(tested, scales, strict=True)]),
+        times=task.times if task else (),
+        horizons=task.horizons if task else (),
     )
     return predictions, scales
 
@@ -375,8 +431,10 @@ def _folds(data: SlideData, options: ProbeOptions, slide_options: SlideProbeOpti
             Fold(number, np.flatnonzero(part != number), nobody, np.flatnonzero(part == number), site)
             for number, site in enumerate(names)
         ]
-    _refuse_rare_classes(data.labels, data.groups, parts, data.classes, f"fewer than {parts} folds. Take fewer folds")
-    return repeated_folds(data.labels, data.groups, parts, slide_options.repeats, seed=options.seed)
+    if data.task is None:
+        too_few = f"fewer than {parts} folds. Take fewer folds"
+        _refuse_rare_classes(data.labels, data.groups, parts, data.classes, too_few)
+    return repeated_folds(data.kinds, data.groups, parts, slide_options.repeats, seed=options.seed)
 
 
 def repeated_folds(labels: IntArray, groups: TextArray, parts: int, repeats: int, *, seed: int) -> list[Fold]:
@@ -404,12 +462,13 @@ def _refuse_rare_classes(labels: IntArray, groups: TextArray, folds: int, classe
 
 def write_slide_report(out: Path, probe: SlideProbe) -> list[str]:
     """Write all files of a probe of slides into a folder; returns their names."""
-    return write_results(
-        out,
-        probe.results,
-        texts={"summary.csv": summary_csv(probe.scores), "predictions.csv": _predictions(probe)},
-        pictures={"comparison.png": lambda: _comparison(probe)},
-    )
+    results, pictures = probe.results, {"comparison.png": lambda: _comparison(probe)}
+    if (task := probe.data.task) is not None:
+        name = [each for each, found in probe.scores.items() if "width" in found.facts][-1]
+        results = replace(results, details={**results.details, **groups_of(probe.scores[name], task)})
+        pictures |= pictures_of(probe.scores[name], task, f"{name}, first repeat")
+    texts = {"summary.csv": summary_csv(probe.scores), "predictions.csv": _predictions(probe)}
+    return write_results(out, results, texts=texts, pictures=pictures)
 
 
 def _predictions(probe: SlideProbe) -> str:
@@ -423,9 +482,13 @@ def _predictions(probe: SlideProbe) -> str:
         **({data.group_column: data.groups[rows].tolist() * many} if data.group_column else {}),
         "embedding": [name for name in predicted for _ in rows],
         "fold": [int(fold) for each in predicted.values() if each is not None for fold in _folds_of(each)],
-        "label": [data.classes[label] for label in data.labels[rows]] * many,
-        "predicted": [data.classes[index] for index in probabilities.argmax(axis=1)],
     }
+    if data.task is not None:
+        true = {name: column * many for name, column in truth_columns(data.labels[rows], data.task).items()}
+        columns |= true | {"predicted": decisions(probabilities, data.task, default_calibration(data.task))}
+        return numbers_csv(columns, numbers_of(probabilities, data.task))
+    columns["label"] = [data.classes[label] for label in data.labels[rows]] * many
+    columns["predicted"] = [data.classes[index] for index in probabilities.argmax(axis=1)]
     return predictions_csv(columns, probabilities, data.classes)
 
 
@@ -434,10 +497,11 @@ def _folds_of(predictions: Predictions) -> IntArray:
 
 
 def _comparison(probe: SlideProbe) -> bytes:
-    auroc = {name: found["auroc"] for name, found in probe.scores.items()}
+    drawn = {name: found[probe.shown[0]] for name, found in probe.scores.items()}
     units = probe.scores[BASELINE].headline.units
+    unit = "patients" if probe.data.group_column else "slides"
     return draw_intervals(
-        {name: (each.value, each.low, each.high) for name, each in auroc.items()},
-        x_label=f"AUROC with 95 % interval over {units:,} {'patients' if probe.data.group_column else 'slides'}",
+        {name: (each.value, each.low, each.high) for name, each in drawn.items()},
+        x_label=f"{score_words(probe.shown[0])} with 95 % interval over {units:,} {unit}",
         title="Slide embeddings compared by linear probes",
     )
