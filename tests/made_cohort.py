@@ -55,13 +55,16 @@ def write_cohort(
     patients: Sequence[str] | None = None,
     seed: int = 0,
     tiles: int = 12,
+    width: int = 8,
     **root,
 ) -> tuple[Path, Path]:
     """(features folder, labels CSV) of slides named slide-000, slide-001, ... with a column `site`."""
     random = np.random.default_rng(seed)
     names = [f"slide-{number:03d}" for number in range(len(labels))]
     for name, label in zip(names, labels, strict=True):
-        write_slide(folder / "features" / f"{name}.h5", *made_bag(label, random, tiles=tiles + int(label)), **root)
+        write_slide(
+            folder / "features" / f"{name}.h5", *made_bag(label, random, tiles=tiles + int(label), width=width), **root
+        )
     header = ["slide_id", "label", "site", *(["patient_id"] if patients else [])]
     rows = [
         [name, label, "ab"[number % 2], *([patients[number]] if patients else [])]

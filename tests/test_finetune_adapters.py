@@ -160,3 +160,26 @@ def test_what_cannot_be_adapted_is_told_before_the_run(tmp_path, monkeypatch, ca
     with pytest.raises(ImportError, match=r"gigapath\[lora\]"):
         finetune(inputs, tmp_path / "out", settings())
     assert not (tmp_path / "out").exists()
+
+
+@NEEDS_PEFT
+def test_features_of_any_width_train_a_longnet_from_scratch_and_from_a_checkpoint(tmp_path, capsys) -> None:
+    """The width comes from the files; what was trained on features of an encoder goes on as `--pretrained`, which
+    takes those of no other width."""
+    features, labels = write_cohort(tmp_path, [n % 2 for n in range(18)], width=13)
+    task = write_task(tmp_path / "t.yaml", classes=2)
+    words = ["finetune", "--task", str(task), "--features", str(features), "--labels", str(labels), "--feat-layer", "2"]
+    words += ["--folds", "3", "--epochs", "1", "--gradient-accumulation", "4", "--replicates", "0", "--device", "cpu"]
+    words += ["--model-arch", "gigapath_slide_enc2l32d", "--out"]
+    assert main([*words, str(tmp_path / "scratch"), "--pretrained", ""]) == 0
+    torch.manual_seed(1)
+    create_model("", "gigapath_slide_enc2l32d", 13).save_pretrained(tmp_path / "own")
+    pretrained = ["--pretrained", str(tmp_path / "own")]
+    assert main([*words, str(tmp_path / "tuned"), *pretrained, "--adapt", "lora", "--lora-rank", "2"]) == 0
+    tuned = LongNetViT.from_pretrained(tmp_path / "tuned" / "fold_0" / "slide_encoder")
+    assert tuned.in_chans == 13 and load_head(tmp_path / "scratch" / "fold_0").input_dim == 13
+    other, _ = write_cohort(tmp_path / "other", [n % 2 for n in range(18)])
+    words[words.index(str(features))] = str(other)
+    capsys.readouterr()
+    assert main([*words, str(tmp_path / "refused"), *pretrained]) == 1
+    assert "--features: expected embeddings of width 13" in capsys.readouterr().err
