@@ -145,7 +145,9 @@ def _study(found: Found) -> Iterator[Block]:
         rows = [
             [
                 f"{row['first']} - {row['second']}",
-                None if row["value"] is None else {end: row[end] for end in ("value", "low", "high")},
+                None
+                if row["value"] is None
+                else {"signed": True} | {end: row[end] for end in ("value", "low", "high")},
                 *(None if row[end] is None else {"value": row[end], "low": None, "high": None} for end in ends),
             ]
             for row in compared

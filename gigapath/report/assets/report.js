@@ -491,7 +491,7 @@
     scores: (block) => [
       el("div", { class: "scroll" }, el("table", { class: block.columns.length > 3 ? "dense" : null },
         el("thead", {}, el("tr", {}, el("th", { scope: "col" }, "score"), block.columns.map((name) => el("th", { scope: "col", class: "number" }, name)))),
-        el("tbody", {}, block.rows.map(([name, ...cells]) => el("tr", {}, el("th", { scope: "row" }, name), cells.map((cell) => scoreCell(cell, block.signed))))))),
+        el("tbody", {}, block.rows.map(([name, ...cells]) => el("tr", {}, el("th", { scope: "row" }, name), cells.map((cell) => scoreCell(cell, block.signed || cell?.signed))))))),
       block.intervals ? el("p", { class: "note" }, `Intervals: ${block.intervals}`.replace("Intervals: ±", "±")) : null,
     ],
     confusion: (block) => [
