@@ -109,9 +109,9 @@ def waiting(device: str, small: bool) -> Rows:
     step = finetuning.steps(model, trainer, [np.arange(len(trainer.truth))], 1)
     answers = []
     works: tuple[tuple[str, Callable[[], object], int], ...] = (
-        ("one slide, from its stored embeddings to its vectors", lambda: slide_encoder.embed(tiles), 8),
+        ("one slide, from its stored embeddings to its vectors", lambda: slide_encoder.embed(tiles), 1),
         (f"one batch of tiles ({way})", lambda: answers.append(forward.start(batch)), 0),
-        ("one training step", step, 2),
+        ("one training step", step, 1),
     )
     for what, call, most in works:
         call()
@@ -282,7 +282,8 @@ def check(device: str, small: bool, longest: float = LONGEST) -> list[Row]:
     rows: list[Row] = []
     started = time.monotonic()
     for name, (_, budget) in PARTS.items():
-        seconds = min(budget, longest - (time.monotonic() - started))
+        # Toy sizes try the parts, on however busy a machine.
+        seconds = 20 * budget if small else min(budget, longest - (time.monotonic() - started))
         command = [sys.executable, "-m", "scripts.bench.gpu_check", "--part", name, "--device", device]
         begun = time.monotonic()
         rows += run_in_time(name, [*command, *(["--small"] if small else [])], seconds)
