@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -129,6 +130,26 @@ def _untrained(create):
         return model
 
     return build
+
+
+@needs_standin
+def test_what_is_tuned_is_the_encoder_in_full_precision(tmp_path, tiles, monkeypatch) -> None:
+    """On a GPU the frozen encoder holds its weights in half precision."""
+
+    def load(name: str, *, precision: str = "fp32", **options):
+        found = load_tile_encoder(name, **options)
+        if precision != "fp32":
+            for parameter in found.model.parameters():
+                parameter.data = parameter.data.half().float()
+        return found
+
+    monkeypatch.setattr("gigapath.finetune.tiles.load_tile_encoder", load)
+    still = replace(QUICK, epochs=1, base_lr=1e-12, min_lr=0.0)
+    model = ModelOptions(adapt="last", last_blocks=1)
+    finetune_tiles(tiles, tmp_path / "out", tile_encoder="standin", model=model, training=still)
+    before = load_tile_encoder("standin").model.state_dict()
+    after = load_tile_encoder(str(tmp_path / "out" / ENCODER)).model.state_dict()
+    assert max(float((after[name] - before[name]).abs().max()) for name in before) < 1e-9
 
 
 def test_training_keeps_the_statistics_of_the_encoder_and_turns_tiles() -> None:

@@ -5,7 +5,6 @@ head starts from, so that the first steps don't undo what the encoder knows (Kum
 recipe is one tile here. Legend: B tiles of a pass, S pixels of a tile's side as resized, C classes.
 """
 
-import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -167,9 +166,9 @@ def finetune_tiles(
         frozen = start.probabilities(features, rows[TEST])
 
         torch.manual_seed(training.seed)
-        tuned = TileClassifier(
-            copy.deepcopy(encoder.model).requires_grad_(True), encoder.transform, encoder.embed_dim, len(data.classes)
-        )
+        # The frozen one may hold its weights in half precision.
+        whole = load_tile_encoder(tile_encoder, device=training.device, precision="fp32").model.requires_grad_(True)
+        tuned = TileClassifier(whole, encoder.transform, encoder.embed_dim, len(data.classes))
         tuned.classifier.load_state_dict({"weight": start.weight, "bias": start.bias})
         adapters.adapt(tuned.encoder, model)
         tuned.to(processes.device)
