@@ -78,6 +78,13 @@ class Stage:
             return None
         return finished(self.folder, entry.slide_id, identity, allow_mixed=self.options.allow_mixed)
 
+    def _made_with(
+        self, shared: Mapping[str, Any], own: Mapping[str, Any], cohort: Collection[str], **more: Any
+    ) -> "StageOptions":
+        """What the results of a run in the stage's folder are made with, by the stage's options."""
+        overwrite, allow_mixed = self.options.overwrites(self.name), self.options.allow_mixed
+        return StageOptions(self.folder, shared, own, cohort, overwrite, allow_mixed, **more)
+
     def digest(self, entry: SlideEntry) -> str:
         """Names a slide's result, for the identity of the stage that follows; ValueError where there is none."""
         status = read_status(self.folder, entry.slide_id)

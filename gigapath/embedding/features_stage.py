@@ -99,15 +99,7 @@ class FeatureStage(Stage):
             for entry in entries:
                 with contextlib.suppress(ValueError, OSError):  # the stage itself says what is wrong with them
                     own[entry.slide_id] = self.identity(entry)
-        return StageOptions(
-            folder=self.folder,
-            shared=shared,
-            own=own,
-            cohort=cohort,
-            overwrite=self.options.overwrites("features"),
-            allow_mixed=self.options.allow_mixed,
-            given=given,
-        )
+        return self._made_with(shared, own, cohort, given=given)
 
     def kept_rows(self, entry: SlideEntry, tiles: Tiles) -> KeptRows | None:
         """The rows of a slide that an earlier run has made safe, in whole batches; None where all are to be made again.

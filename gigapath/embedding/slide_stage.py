@@ -97,14 +97,8 @@ class SlideStage(Stage):
 
     def made_with(self, entries: Sequence[SlideEntry], cohort: Collection[str]) -> StageOptions:
         """What the results of a run over these slides are made with."""
-        return StageOptions(
-            folder=self.folder,
-            shared=self._chosen(),
-            own=dict.fromkeys((entry.slide_id for entry in entries), self._chosen()),
-            cohort=cohort,
-            overwrite=self.options.overwrites("slides"),
-            allow_mixed=self.options.allow_mixed,
-        )
+        own = dict.fromkeys((entry.slide_id for entry in entries), self._chosen())
+        return self._made_with(self._chosen(), own, cohort)
 
     def make(self, entry: SlideEntry, identity: Mapping[str, Any]) -> Outcome:
         features, named = self.features.digest(entry), digest(identity)

@@ -194,15 +194,9 @@ class TileStage(Stage):
         for entry in entries:
             with contextlib.suppress(OSError):
                 own[entry.slide_id] = self.identity(entry)
-        return StageOptions(
-            folder=self.folder,
-            shared={**to_dict(self.tiling), "numerics_version": TILES_NUMERICS_VERSION},
-            own=own,
-            cohort=cohort,
-            overwrite=self.options.overwrites("tiles"),
-            allow_mixed=self.options.allow_mixed,
-            instead=f"; embed --tiles {self.folder.parent} takes the tiles as they are",
-        )
+        shared = {**to_dict(self.tiling), "numerics_version": TILES_NUMERICS_VERSION}
+        instead = f"; embed --tiles {self.folder.parent} takes the tiles as they are"
+        return self._made_with(shared, own, cohort, instead=instead)
 
 
 # Slides that are planned, read and encoded at once, and one more.
