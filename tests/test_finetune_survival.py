@@ -208,6 +208,11 @@ def test_a_run_of_each_setting_leaves_scores_predictions_pictures_and_a_head(
             assert cell == row[name] or float(cell) == pytest.approx(float(row[name]), abs=1e-4), name
     assert main(["predict", "tuned/fold_0", "features", *files[2:], "--out", "t", "--allow-leakage"]) == 0
     assert named in read_results(Path("t/results.json")).scores["frozen head"].headline.estimates
+    mapped = ["map", "features/slide-000.h5", "--kind", "gradient", "--checkpoint", "tuned/fold_0", "--out", "maps"]
+    assert main([*mapped, "--device", "cpu"]) == 0
+    if not task.of_classes:  # a risk or an amount is no class among others
+        said = json.loads(Path(f"maps/slide-000/gradient_{task.classes[0]}.json").read_text())
+        assert said["target"] == task.classes[0] and "class" not in said["title"] + said["check"]
     held = json.loads(Path("tuned/fold_0/head.json").read_text())
     if not task.of_classes:
         Path("tuned/fold_0/head.json").write_text(json.dumps({**held, "scale": held["scale"][1:]}))

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from gigapath.evaluation.task import Task
@@ -31,7 +32,12 @@ ORDERED_TILES = 4096
 
 
 def class_scores(logits: Tensor, target: int, task: Task) -> Tensor:
-    """(B,) score of a class from logits (B, C)."""
+    """(B,) score of a class from logits (B, C); of survival the risk, of regression the amount in standard deviations
+    of training."""
+    if not task.of_classes:
+        if task.loss != "discrete":
+            return logits[:, 0]
+        return -torch.exp(-torch.cumsum(F.softplus(logits), dim=1)).mean(dim=1)
     if task.multi_label or logits.shape[1] == 1:
         return logits[:, target]
     others = torch.cat([logits[:, :target], logits[:, target + 1 :]], dim=1)
@@ -39,7 +45,8 @@ def class_scores(logits: Tensor, target: int, task: Task) -> Tensor:
 
 
 def choose_target(head: FittedHead, name: str | None, bag: Bag, device: torch.device) -> int:
-    """The class that a name means; without one the second of two, else the one that the head predicts for the bag."""
+    """The class that a name means; without one the second of two, else the one that the head predicts for the bag; 0
+    of a risk or an amount."""
     if name is not None:
         return check_target(head.task, name)
     if len(head.task.classes) == 2 and not head.task.multi_label:
@@ -48,7 +55,9 @@ def choose_target(head: FittedHead, name: str | None, bag: Bag, device: torch.de
 
 
 def predicted_class(head: FittedHead, bag: Bag, device: torch.device) -> int:
-    """The class with the highest logit for the bag."""
+    """The class with the highest logit for the bag; 0 of a risk or an amount."""
+    if not head.task.of_classes:
+        return 0
     with torch.no_grad():
         return int(_logits(head, [bag], device)[0].argmax())
 

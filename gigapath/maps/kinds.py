@@ -289,7 +289,11 @@ def _explained(
     """A head's map, with the curve that tells whether its ranking of the tiles holds."""
     head, curves = _head(shared), None
     of_class = head.task.classes[target]
-    score = f"logit of {of_class}" if head.task.multi_label else f"log-odds of class {of_class} against the others"
+    score = f"log-odds of class {of_class} against the others"
+    if not head.task.of_classes:
+        score = of_class if head.task.setting == "survival" else f"{of_class}, in standard deviations of training"
+    elif head.task.multi_label:
+        score = f"logit of {of_class}"
     if np.isfinite(scores).all():
         curves = deletion_and_insertion(head, bag, scores, target, shared.device, seed=shared.options.seed)
     side = facts.get("square_cells", 1)
@@ -298,7 +302,7 @@ def _explained(
     return Made(
         values=scores if drawn is None else drawn,
         name=(_part(of_class),) if name is None else name,
-        words={"squares": squares},
+        words={"squares": squares, "what": f"class {of_class}" if head.task.of_classes else f"the {of_class}"},
         facts={"target": of_class, "check": check, "score": score, **facts},
         arrays={"scores": scores},
         curve=None if curves is None else curves.to_dict(),
@@ -399,7 +403,7 @@ KINDS = {
         _of_head,
         "diverging",
         "gradient x input, {score}",
-        "contribution of each tile to class {target} by gradient x input",
+        "contribution of each tile to {what} by gradient x input",
         "none; sum over the embedding of value times gradient",
     ),
     "occlusion": Kind(
@@ -407,7 +411,7 @@ KINDS = {
         _of_head,
         "diverging",
         "score lost without the tile, {score}",
-        "contribution of each tile to class {target} by occlusion, left out {squares}",
+        "contribution of each tile to {what} by occlusion, left out {squares}",
         "none; tiles left out {squares}",
     ),
     "classes": Kind(
