@@ -7,6 +7,7 @@ import shlex
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -149,6 +150,39 @@ def test_dropout_is_drawn_alike_in_both_passes_of_cox() -> None:
     found = torch.autograd.grad(sum(losses), model.classifier[1].weight)[0]
     torch.testing.assert_close(found, expected)
     assert float(sum(losses).detach()) == pytest.approx(float(whole.detach()))
+
+
+class Shared(Processes):
+    """A process whose others have said what they gathered."""
+
+    def gather(self, value: Any) -> list[Any]:
+        SAID[self.rank] = value
+        return [SAID.get(rank, value) for rank in range(2)]
+
+
+SAID: dict[int, Any] = {}
+
+
+def test_the_risk_set_of_cox_spans_processes() -> None:
+    random = np.random.default_rng(2)
+    vectors, truth = random.standard_normal((7, 6)).astype(np.float32), made_survival(np.zeros(7), 4)
+    model, bags = VectorHead(6, 1).double(), vector_bags(vectors)
+    weight = model.classifier[0].weight
+    logits = model.forward_packed(torch.from_numpy(vectors).double(), torch.zeros(0), [1] * 7)
+    whole = task_loss(logits, truth, COX)
+    expected = torch.autograd.grad(whole, weight)[0]
+    shares, total, losses = ([0, 2, 4, 6], [1, 3, 5]), torch.zeros_like(weight), 0.0
+    for again in range(2):  # the first round only fills in what each process says
+        for rank, rows in enumerate(shares):
+            processes = Shared(torch.device("cpu"), rank, 2)
+            trainer = Trainer(COX, bags, truth, TrainingOptions(), "fp32", processes, dtype=torch.float64)
+            batch = ([bags[row] for row in rows], np.array(rows))
+            loss = trainer.loss_of_risk_set(model, [batch])(model, batch)
+            if again:
+                total += torch.autograd.grad(loss, weight)[0]
+                losses += float(loss.detach())
+    torch.testing.assert_close(total, expected)
+    assert losses == pytest.approx(float(whole.detach()))
 
 
 def write_cohort(folder: Path, count: int = 24) -> None:
