@@ -23,7 +23,6 @@ from gigapath.text import table_lines
 
 DIFFERENCES = "differences.json"
 SCORES = ("auroc", "auprc", "accuracy", "balanced_accuracy", "kappa_quadratic")
-_CELLS = ("value", "low", "high", "p", "p_holm", "power")
 
 
 @dataclass(frozen=True)
@@ -170,11 +169,10 @@ def holm(values: Sequence[float]) -> list[float]:
 def write_comparison(folder: Path, found: Comparison, score: str = "auroc") -> list[str]:
     """Write the table as CSV and JSON, and the differences in one score as a picture where matplotlib is installed."""
     rows = found.rows()
-    table = [
-        [*rows[0]],
-        *([*(str(row[key]) for key in list(row)[:3]), *(_cell(row[key]) for key in _CELLS)] for row in rows),
+    cells = [
+        [each if isinstance(each, str) else f"{each:.6g}".replace("nan", "") for each in row.values()] for row in rows
     ]
-    write_text_atomic(folder / "differences.csv", csv_text(table))
+    write_text_atomic(folder / "differences.csv", csv_text([[*rows[0]], *cells]))
     written = ["differences.csv"]
     if plotting_available():
         drawn = {
@@ -193,14 +191,10 @@ def write_comparison(folder: Path, found: Comparison, score: str = "auroc") -> l
     return [*written, DIFFERENCES]
 
 
-def _cell(value: float) -> str:
-    return "" if math.isnan(value) else f"{value:.6g}"
-
-
 def _read(folder: Path) -> _Run:
     if not (folder / RESULTS).is_file():
         raise FileNotFoundError(f"{folder}: expected the folder of a probe or a fine-tuning, found no {RESULTS} in it.")
-    results, name = read_results(folder / RESULTS), folder.resolve().name
+    results = read_results(folder / RESULTS)
     models: dict[str, list[tuple[dict[str, FloatArray], FloatArray]]] = {}
     slides: list[dict[str, tuple[str, str]]] = []
     classes, setting = results.task["classes"], results.task.get("setting")
@@ -233,8 +227,8 @@ def _read(folder: Path) -> _Run:
             for place in [each for fold in folds for each in (fold, *sorted(fold.glob("controls/*/")))]:
                 held, table = read_results(place / RESULTS), read_table(place / "predictions.csv")
                 known = "patient_id" in table.columns
-                patient = "patient_id" if known else None
-                take(next(iter(held.scores)), table, range(len(table)), held.details["scale"], patient)
+                scale, patient = held.details["scale"], "patient_id" if known else None
+                take(next(iter(held.scores)), table, range(len(table)), scale, patient)
         else:
             raise KeyError(results.kind)
     except KeyError as error:
@@ -242,7 +236,7 @@ def _read(folder: Path) -> _Run:
             f"{folder}: expected a probe of slides or a fine-tuning over several folds, by this version; {error} is "
             "missing or something else. Run it again, with folds."
         ) from error
-    return _Run(name, results, slides, models, known)
+    return _Run(folder.resolve().name, results, slides, models, known)
 
 
 def _check_alike(one: _Run, other: _Run) -> None:
