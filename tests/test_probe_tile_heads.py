@@ -11,7 +11,7 @@ from feature_files import make_tiles, write_gigapath
 from gigapath.cli.main import main
 from gigapath.finetune import load_head
 from gigapath.linear_probe.table import EmbeddingTable, write_table
-from gigapath.linear_probe.tile_heads import load_tile_head
+from gigapath.linear_probe.tile_heads import TileHead, load_tile_head, save_tile_head
 
 CLASSES = ("blood", "fat", "tumour")
 WIDTH, MADE = 6, {"encoder": "made", "weights_sha256": "ab" * 32}
@@ -108,3 +108,9 @@ def test_what_the_head_cannot_be_applied_to_is_one_sentence(
     (tmp_path / "copy" / "head.json").write_bytes((probed / "probe" / "head.json").read_bytes())
     with pytest.raises(ValueError, match="damaged"):
         load_tile_head(tmp_path / "copy")
+    for weight in (np.zeros(8), np.zeros((3, 8)), np.full((2, 8), np.nan)):
+        wrong = TileHead(weight.astype(np.float32), np.zeros(2, np.float32), ("a", "b"), {})
+        (tmp_path / "wrong").mkdir(exist_ok=True)
+        save_tile_head(tmp_path / "wrong", wrong)
+        with pytest.raises(ValueError, match="damaged"):
+            load_tile_head(tmp_path / "wrong")

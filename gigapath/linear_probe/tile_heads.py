@@ -110,9 +110,14 @@ def load_tile_head(path: Path | str) -> TileHead:
             raise KeyError(tensors.name)
         found = safetensors.numpy.load_file(tensors)
         classes = tuple(map(str, held["classes"]))
-        if found["weight"].shape[0] != len(classes):
-            raise KeyError("classes")
-        return TileHead(found["weight"], found["bias"], classes, dict(held["features"]), held["sha256"])
+        weight, bias = (np.asarray(found[name], np.float32) for name in ("weight", "bias"))
+        if (
+            weight.ndim != 2
+            or not len(classes) == len(weight) == bias.size
+            or not np.isfinite(weight.sum() + bias.sum())
+        ):
+            raise KeyError("weight")
+        return TileHead(weight, bias.ravel(), classes, dict(held["features"]), held["sha256"])
     except (KeyError, TypeError, ValueError, safetensors.SafetensorError) as error:
         raise ValueError(f"{file}: expected a head of tiles with its tensors, got a damaged one. Copy both.") from error
 
