@@ -29,6 +29,7 @@ from gigapath.text import slides_in_words
 
 if TYPE_CHECKING:
     from gigapath import finetune as finetuning
+    from gigapath.finetune.tiles import TileTuning
     from gigapath.linear_probe.slides import SlideProbe
     from gigapath.linear_probe.tiles import TileProbe
     from gigapath.pretraining import Pretrained
@@ -180,10 +181,12 @@ def probe(
 
 @as_keywords(join=JoinOptions, split=SplitOptions, model=ModelOptions, training=TrainingOptions)
 def finetune(
-    features: Places,
+    features: Places = (),
     *,
-    task: Place,
-    labels: Place,
+    task: Place | None = None,
+    labels: Place | None = None,
+    tiles: Place | None = None,
+    tile_encoder: str = "gigapath",
     out: Place,
     splits: Place | None = None,
     pretrained: Place = "hf_hub:prov-gigapath/prov-gigapath",
@@ -194,13 +197,15 @@ def finetune(
     split: SplitOptions,
     model: ModelOptions,
     training: TrainingOptions,
-) -> "finetuning.RunResult":
-    """Fine-tune the slide encoder on labelled slides, as `gigapath finetune`.
+) -> "finetuning.RunResult | TileTuning":
+    """Fine-tune the slide encoder on labelled slides, or a tile encoder on labelled tiles, as `gigapath finetune`.
 
     Args:
         features: files of tile embeddings or folders of them; one or many.
         task: panda, mutation_5_gene, or a YAML file (`gigapath.finetune.new_task` writes one).
-        labels: CSV with a row a slide.
+        labels: CSV with a row a slide; with `tiles` a row a tile, where the tiles don't say their labels.
+        tiles: labelled tile images to tune a tile encoder on, in place of features and task.
+        tile_encoder: of `tiles`, as `gigapath.tile_encoder.load_tile_encoder` takes it.
         out: the output folder; a run that it holds goes on.
         splits: folder with train_0.csv, val_0.csv, test_0.csv, ...; by default folds are drawn.
         pretrained: slide encoder: hf_hub:REPO, a release's name, a file, or "" for random weights.
@@ -217,6 +222,26 @@ def finetune(
     """
     from gigapath import finetune as room
 
+    if tiles is not None:
+        if features or task is not None or dry_run:
+            raise ValueError("tiles: expected neither features, task nor dry_run beside it. Leave them out.")
+        from gigapath.finetune.tiles import finetune_tiles
+
+        probing = ProbeOptions(allow_missing=join.allow_missing, allow_leakage=split.allow_leakage)
+        with _stoppable(quiet, "tile") as (watch, check_stop):
+            return finetune_tiles(
+                os.fspath(tiles),
+                os.fspath(out),
+                tile_encoder=tile_encoder,
+                labels=None if labels is None else os.fspath(labels),
+                model=model,
+                training=training,
+                probe=probing,
+                watch=watch,
+                check_stop=check_stop,
+            )
+    if task is None or labels is None or not features:
+        raise ValueError("finetune: expected features, task and labels for slides, or tiles. Name them.")
     files = [os.fspath(path) for path in _paths(features)]
     inputs = room.Inputs(
         os.fspath(task), files, os.fspath(labels), None if splits is None else os.fspath(splits), os.fspath(pretrained)
@@ -331,12 +356,12 @@ def _watch(quiet: bool, unit: str = "slide") -> AbstractContextManager[Progress]
 
 
 @contextmanager
-def _stoppable(quiet: bool) -> Iterator[tuple[Progress, Callable[[], None]]]:
+def _stoppable(quiet: bool, unit: str = "slide") -> Iterator[tuple[Progress, Callable[[], None]]]:
     """(what shows the news, what ends the work once a signal came) of training, which its checkpoint lets go on."""
     from gigapath.progress import StopFlag, Stopped
 
     try:
-        with _watch(quiet) as watch, StopFlag(watch.stopping) as stop:
+        with _watch(quiet, unit) as watch, StopFlag(watch.stopping) as stop:
             yield watch, stop.check
     except Stopped as stopped:
         raise KeyboardInterrupt(f"stopped by {stopped}; the same call goes on from the last checkpoint") from None

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from weights_recipe import fill
 
+import gigapath
 from gigapath import tile_architectures, tile_encoder
 from gigapath.cli.main import main
 from gigapath.evaluation.results import read_results
@@ -19,6 +20,7 @@ from gigapath.finetune import ModelOptions, TrainingOptions
 from gigapath.finetune.tiles import ENCODER, FROZEN, TUNED, TileClassifier, finetune_tiles
 from gigapath.linear_probe.table import read_table
 from gigapath.linear_probe.tile_heads import load_tile_head
+from gigapath.options import to_dict
 from gigapath.tile_encoder import load_tile_encoder
 from gigapath.tile_transform import TileTransform
 
@@ -79,7 +81,9 @@ def test_a_run_that_was_killed_ends_at_the_same_bytes(tmp_path, tiles) -> None:
         pass
 
     model = ModelOptions(adapt="last", last_blocks=1)
-    finetune_tiles(tiles, tmp_path / "whole", tile_encoder="standin", model=model, training=QUICK)
+    options = {**to_dict(model), **to_dict(QUICK)}
+    found = gigapath.finetune(tiles=tiles, out=tmp_path / "whole", tile_encoder="standin", quiet=True, **options)
+    assert set(found.to_frame()["model"]) == {TUNED, FROZEN}
     calls = 0
 
     def kill() -> None:

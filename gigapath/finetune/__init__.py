@@ -61,8 +61,8 @@ __getattr__, __dir__ = lazy_names(
 class _CallableRoom(ModuleType):
     """This room has the name of a verb, which the front door calls."""
 
-    def __call__(self, *args: Any, **options: Any) -> "RunResult":
-        found: RunResult = gigapath.api.finetune(*args, **options)
+    def __call__(self, *args: Any, **options: Any) -> "RunResult | TileTuning":
+        found: RunResult | TileTuning = gigapath.api.finetune(*args, **options)
         return found
 
 

@@ -47,6 +47,7 @@ from gigapath.linear_probe.tiles import predictions_of
 from gigapath.machine import available_cores
 from gigapath.options import to_dict
 from gigapath.progress import Progress
+from gigapath.tables import data_frame
 from gigapath.tile_encoder import load_tile_encoder, save_tile_encoder
 from gigapath.tile_transform import TileTransform
 
@@ -108,6 +109,10 @@ class TileTuning:
 
     def __repr__(self) -> str:
         return "\n".join([*self.lines, f"written to {self.out}"])
+
+    def to_frame(self) -> Any:
+        """A `pandas.DataFrame` with a row a model and score: value, interval, leads."""
+        return data_frame(summary_csv(self.scores))
 
 
 def finetune_tiles(
