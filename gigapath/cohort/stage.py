@@ -19,15 +19,17 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from gigapath.cohort.manifest import SlideEntry
 from gigapath.cohort.status import Status, read_status, read_statuses
 from gigapath.features import FeatureFileError
 from gigapath.features.h5 import is_complete, open_h5, read_attr
 from gigapath.files import is_running_here, open_own, output_error, writer_name
 from gigapath.options import KeepOptions
 from gigapath.text import slides_in_words
+
+if TYPE_CHECKING:
+    from gigapath.cohort.manifest import SlideEntry
 
 
 @dataclass(frozen=True)
@@ -55,20 +57,20 @@ class Stage:
     folder: Path
     options: KeepOptions
 
-    def identity(self, entry: SlideEntry) -> dict[str, Any]:
+    def identity(self, entry: "SlideEntry") -> dict[str, Any]:
         """Everything that a slide's result depends on: options, encoders, what the stage before it made. OSError or
         ValueError where it can't be found out; `make` fails of the same."""
         raise NotImplementedError
 
-    def make(self, entry: SlideEntry, identity: Mapping[str, Any]) -> Outcome:
+    def make(self, entry: "SlideEntry", identity: Mapping[str, Any]) -> Outcome:
         """Make a slide's result of this identity and write it; an error is the slide's, unless it `stops_run`."""
         raise NotImplementedError
 
-    def path(self, entry: SlideEntry) -> Path:
+    def path(self, entry: "SlideEntry") -> Path:
         """Where a slide's result lies."""
         return self.folder / f"{entry.slide_id}.h5"
 
-    def done(self, entry: SlideEntry) -> Status | None:
+    def done(self, entry: "SlideEntry") -> Status | None:
         """The status of a result that is there and equals what this run would make, or None."""
         if self.options.overwrites(self.name):
             return None
@@ -85,7 +87,7 @@ class Stage:
         overwrite, allow_mixed = self.options.overwrites(self.name), self.options.allow_mixed
         return StageOptions(self.folder, shared, own, cohort, overwrite, allow_mixed, **more)
 
-    def digest(self, entry: SlideEntry) -> str:
+    def digest(self, entry: "SlideEntry") -> str:
         """Names a slide's result, for the identity of the stage that follows; ValueError where there is none."""
         status = read_status(self.folder, entry.slide_id)
         if status is None or not status.finished:

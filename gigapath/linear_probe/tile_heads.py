@@ -16,8 +16,7 @@ import safetensors
 import safetensors.numpy
 
 from gigapath.evaluation.results import TERMS, predictions_csv
-from gigapath.features import FeatureFileError, TileEmbeddings, read_features
-from gigapath.features.reading import SUFFIXES, find_feature_files, slide_name
+from gigapath.features.data import FeatureFileError, TileEmbeddings
 from gigapath.files import sha256_of, write_bytes_atomic, write_json_atomic, write_text_atomic
 
 HEAD, TENSORS = "head.json", "head.safetensors"
@@ -151,6 +150,8 @@ def count_tiles(
     Args:
         out: a CSV to write, or None.
     """
+    from gigapath.features.reading import SUFFIXES, find_feature_files, read_features, slide_name  # no need of a probe
+
     head = load_tile_head(checkpoint)
     rows, shares, failed = [], [], {}
     for path in find_feature_files(features):
