@@ -453,6 +453,23 @@ def test_frozen_encoder_is_cached_and_its_head_applies_to_tiles(tmp_path) -> Non
         if row["slide_id"] in said:
             assert row["p_1"] == pytest.approx(said[row["slide_id"]], abs=1e-5)
 
+    # As a version before adapters recorded it: the run goes on, and its head is read.
+    for name, key in (("finetune.json", "identity"), ("fold_0/checkpoint.json", "tag"), ("fold_0/head.json", "")):
+        held = json.loads((tmp_path / "out" / name).read_text())
+        record = held[key] if key else held
+        record["model"] = {
+            option: value
+            for option, value in record["model"].items()
+            if option not in ("adapt", "last_blocks") and not option.startswith("lora")
+        } | {"freeze": True}
+        record.get("training", {}).pop("deterministic", None)
+        (tmp_path / "out" / name).write_text(json.dumps(held))
+    again = predict(tmp_path / "out" / "fold_0", [features], device="cpu")
+    assert again.rows == found.rows
+    trained = (tmp_path / "out" / "fold_0" / "head.safetensors").read_bytes()
+    finetune(inputs, tmp_path / "out", frozen)
+    assert (tmp_path / "out" / "fold_0" / "head.safetensors").read_bytes() == trained
+
 
 @pytest.mark.usefixtures("summary_writer")
 def test_tensorboard_gets_every_epoch_where_it_is_installed(tmp_path) -> None:

@@ -1,8 +1,10 @@
 """Options of fine-tuning: data, model, training; the defaults are the published recipe."""
 
+import contextlib
 import importlib.util
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from gigapath.options import (
     LEAVE_SITE_OUT,
@@ -11,7 +13,9 @@ from gigapath.options import (
     IdOptions,
     Options,
     PitchOptions,
+    from_dict,
     option,
+    to_dict,
 )
 
 HEADS = ("linear", "abmil", "abmil-tiles")
@@ -126,3 +130,20 @@ class TrainingOptions(DeviceOptions, BootstrapOptions):
     def learning_rate(self, slides: int) -> float:
         """The rate of a step over this many slides."""
         return self.base_lr * slides / 256
+
+
+def completed(record: Any, now: Mapping[str, Any]) -> dict[str, Any]:
+    """What an earlier version recorded of a run, for comparison with what this one records: options that it did not
+    have stood at their defaults, former spellings become today's.
+
+    Args:
+        record: as it was read; anything.
+        now: with the options of this run under "model" and "training".
+    """
+    found = dict(record) if isinstance(record, Mapping) else {}
+    for name, kind in (("model", ModelOptions), ("training", TrainingOptions)):
+        if isinstance(found.get(name), Mapping) and name in now:
+            with contextlib.suppress(ValueError, TypeError):  # unknown to this version: it differs
+                values = to_dict(from_dict(kind, found[name]))
+                found[name] = {key: value for key, value in values.items() if key in now[name]}
+    return found

@@ -55,7 +55,7 @@ from gigapath.finetune.fitted import (
     slides_csv,
 )
 from gigapath.finetune.heads import CumulativeLogits, VectorHead, cache_states, head_of_task
-from gigapath.finetune.options import ModelOptions, TrainingOptions
+from gigapath.finetune.options import ModelOptions, TrainingOptions, completed
 from gigapath.finetune.plan import Plan, make_plan
 from gigapath.finetune.processes import Processes, join_processes, training_precision
 from gigapath.finetune.training import (
@@ -268,8 +268,8 @@ class _Run:
         path = self.out / RUN
         if not path.is_file():
             return
-        kept, now = read_json(path, keys=("identity",), mend=MEND)["identity"], self.identity()
-        kept = kept if isinstance(kept, dict) else {}
+        now = self.identity()
+        kept = completed(read_json(path, keys=("identity",), mend=MEND)["identity"], now)
         differing = [key for key in now if kept.get(key) != now[key]]
         if differing:
             changed = []

@@ -27,7 +27,7 @@ from gigapath.finetune import checkpoints
 from gigapath.finetune.data import Bag, Bags
 from gigapath.finetune.heads import Packed, pack, pack_on_host
 from gigapath.finetune.loop import Loop, Step, cosine_rate
-from gigapath.finetune.options import TrainingOptions
+from gigapath.finetune.options import TrainingOptions, completed
 from gigapath.finetune.processes import Processes
 from gigapath.progress import Progress
 from gigapath.read_ahead import read_ahead
@@ -108,7 +108,7 @@ class Trainer:
         kept = checkpoints.load_checkpoint(folder)
         if kept is not None:
             facts, tensors = kept
-            if facts["tag"] != tag:
+            if completed(facts["tag"], tag) != tag:
                 raise ValueError(f"{folder}: its checkpoint is of another run. Choose another --out.")
             try:
                 history = [Epoch(**entry) for entry in facts["history"]]
