@@ -290,6 +290,14 @@ def write_results(
     return [*names, RESULTS]
 
 
+@dataclass(frozen=True)
+class Predicted:
+    """What a head says of slides: a row a slide, and the reasons why others have none."""
+
+    rows: list[dict[str, Any]]
+    failed: dict[str, str]
+
+
 def predictions_csv(
     columns: Mapping[str, Iterable[object]], shares: FloatArray, classes: Sequence[str], *, prefix: str = "p_"
 ) -> str:

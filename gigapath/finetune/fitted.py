@@ -21,6 +21,7 @@ from gigapath.evaluation.locks import TestSet, in_words
 from gigapath.evaluation.results import (
     EVALUATION,
     TERMS,
+    Predicted,
     Results,
     Scores,
     groups_of,
@@ -178,14 +179,6 @@ def load_head(path: Path | str) -> FittedHead:
         raise ValueError(f"{file}: expected the JSON of a fitted head, got a damaged one. Copy it anew.") from error
     made = held["features"]
     return FittedHead(model, task, options, held["input_dim"], made, calibration, held["precision"], held["sha256"])
-
-
-@dataclass(frozen=True)
-class Predicted:
-    """Predictions for some slides, and the reasons why others have none."""
-
-    rows: list[dict[str, Any]]
-    failed: dict[str, str]
 
 
 def predict(

@@ -15,7 +15,7 @@ import numpy.typing as npt
 import safetensors
 import safetensors.numpy
 
-from gigapath.evaluation.results import TERMS, predictions_csv
+from gigapath.evaluation.results import TERMS, Predicted, predictions_csv
 from gigapath.features.data import FeatureFileError, TileEmbeddings
 from gigapath.files import sha256_of, write_bytes_atomic, write_json_atomic, write_text_atomic
 
@@ -126,14 +126,6 @@ def _json_of(path: Path | str) -> Path:
     return (path.parent if path.name in (HEAD, TENSORS) else path) / HEAD
 
 
-@dataclass(frozen=True)
-class TileCounts:
-    """What a head of tiles says of slides: a row a slide, and the reasons why others have none."""
-
-    rows: list[dict[str, Any]]
-    failed: dict[str, str]
-
-
 def count_tiles(
     checkpoint: Path | str,
     features: Sequence[Path | str],
@@ -141,7 +133,7 @@ def count_tiles(
     tile_size_level0: float | None = None,
     out: Path | str | None = None,
     on_failed: Callable[[str], None] = lambda reason: None,
-) -> TileCounts:
+) -> Predicted:
     """Apply a head of tiles to feature files; a file that can't be read is recorded and the others go on.
 
     A row holds `slide_id`, `tiles`, `predicted` (the class of most tiles), `n_CLASS` (tiles whose most probable class
@@ -181,4 +173,4 @@ def count_tiles(
         write_text_atomic(out, predictions_csv(columns, np.stack(shares) if rows else np.zeros((0, 1)), head.classes))
     for row, means in zip(rows, shares, strict=True):
         row |= {f"p_{name}": float(share) for name, share in zip(head.classes, means, strict=True)}
-    return TileCounts(rows, failed)
+    return Predicted(rows, failed)
