@@ -300,6 +300,17 @@ def test_intervals_over_folds_count_patients_and_say_what_they_are_of() -> None:
     assert evaluate(few) == evaluate(few, replicates=7, seed=3)  # nothing is drawn
 
 
+def test_no_interval_reaches_beyond_what_a_score_can_be() -> None:
+    truth = np.arange(12) % 2
+    said = np.where(np.arange(12) == 3, 0.4, np.where(truth == 1, 0.9, 0.1))
+    amounts = truth + 0.3 * np.sin(np.arange(12.0))
+    found = evaluate(Predictions(truth, np.stack([1 - said, said], axis=1), ("a", "b"), folds=np.zeros(12)))
+    assert found["f1_weighted"].high == 1.0 and found["brier"].low == 0.0
+    assert all(0 <= each.low <= each.value <= each.high <= 1 for each in found.estimates.values())
+    found = evaluate(Predictions(amounts, said[:, None], ("amount",), folds=np.zeros(12)))
+    assert found["r2"].high == 1.0 == found["pearson"].high and found["mae"].low >= 0
+
+
 def test_macro_intervals_are_means_of_those_of_one_class_against_the_rest() -> None:
     found = evaluate(cross_validated(60, 3))
     for curve in ("auroc", "auprc"):

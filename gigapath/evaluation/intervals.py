@@ -18,7 +18,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from gigapath.evaluation.scores import FloatArray, IntArray, Predictions, Scorer, confusion_matrix, score_words
+from gigapath.evaluation.scores import (
+    FloatArray,
+    IntArray,
+    Predictions,
+    Scorer,
+    confusion_matrix,
+    score_range,
+    score_words,
+)
 
 REPLICATES = 2000
 LEVEL = 0.95
@@ -264,9 +272,10 @@ class _Units:
     def limits_by_jackknife(
         self, scorer: Scorer, values: Mapping[str, float], names: Sequence[str]
     ) -> dict[str, tuple[float, float]]:
-        """name -> limits of scores for which there is no closed form."""
+        """name -> limits of scores for which there is no closed form, cut where no score lies."""
         half = dict(zip(scorer.names, self.half_widths(scorer, math.nan).tolist(), strict=True))
-        return {name: (values[name] - half[name], values[name] + half[name]) for name in names}
+        both = {name: (values[name] - half[name], values[name] + half[name]) for name in names}
+        return {name: tuple(np.clip(limits, *score_range(name)).tolist()) for name, limits in both.items()}
 
     def covers(self, unit: str, uncalibrated: Sequence[str]) -> str:
         """What is estimated, on how many patients, and which intervals nobody measured."""

@@ -4,6 +4,7 @@ Legend: N rows, C classes (or labels of a multi-label task), R replicates, T thr
 was drawn; the plain score is the one with all weights 1.
 """
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -45,6 +46,17 @@ SCORE_WORDS = {
     "auroc_at": "AUROC at",
     "observed_over_expected_at": "observed over expected at",
 }
+
+
+def score_range(name: str) -> tuple[float, float]:
+    """The least and the greatest value that a score can have; for several classes Brier's score reaches 2."""
+    ranges = {
+        "brier": (0.0, 2.0),
+        "r2": (-math.inf, 1.0),
+        "mae": (0.0, math.inf),
+        **dict.fromkeys(("kappa_quadratic", "pearson", "spearman"), (-1.0, 1.0)),
+    }
+    return (0.0, math.inf) if name.startswith("observed_over_expected") else ranges.get(name, (0.0, 1.0))
 
 
 def score_words(name: str) -> str:
