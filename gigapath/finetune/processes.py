@@ -1,5 +1,6 @@
 """The processes of a run and their device: one, or those of `accelerate launch` and `torchrun`."""
 
+import atexit
 import contextlib
 import os
 from collections.abc import Iterable, Iterator
@@ -84,6 +85,8 @@ def join_processes(device: str) -> Processes:
             "several processes: accelerate is not installed. Install it: pip install 'gigapath[train]'."
         ) from error
     state = PartialState(cpu=device == "cpu")
+    # Left to the interpreter's end, the connections' threads can outlive what they use, and abort the process.
+    atexit.register(dist.destroy_process_group)
     return Processes(state.device, state.process_index, state.num_processes)
 
 
