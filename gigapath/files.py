@@ -13,6 +13,7 @@ import logging
 import os
 import re
 import secrets
+import shutil
 import socket
 import stat
 import time
@@ -249,6 +250,27 @@ def discard(temporary: Path) -> None:
 
 def _temporary_name(name: str) -> str:
     return f"{name}.{writer_name()}-{secrets.token_hex(3)}{PARTIAL_SUFFIX}"
+
+
+@contextlib.contextmanager
+def own_folder(folder: Path, what: str) -> Iterator[Path]:
+    """A hidden folder in another, for what is made there before it takes its place; gone at the end, and with it those
+    that killed processes of this machine left."""
+    for left in folder.glob(f".{what}-*"):
+        if is_running_here(left.name.removeprefix(f".{what}-").rpartition("-")[0]) is False:
+            shutil.rmtree(left, ignore_errors=True)
+    own, new = folder / f".{what}-{writer_name()}-{secrets.token_hex(3)}", not folder.exists()
+    try:
+        own.mkdir(parents=True)
+    except OSError as error:
+        raise output_error(folder, error) from error
+    try:
+        yield own
+    finally:
+        shutil.rmtree(own, ignore_errors=True)
+        if new:
+            with contextlib.suppress(OSError):  # it holds something now
+                folder.rmdir()
 
 
 def writer_name() -> str:

@@ -29,6 +29,7 @@ from gigapath.cli.main import main
 from gigapath.features import SlideEmbeddings, TileEmbeddings, TileEmbeddingsWriter, read_features, write_slide
 from gigapath.features.describe import describe
 from gigapath.features.other_tools import FORMATS, Scale, convert
+from gigapath.files import writer_name
 
 FEATURES = make_features()
 ORDER = shuffled(len(CELLS))
@@ -43,6 +44,32 @@ def write_ours(folder: Path, **changes: Any) -> Path:
 
 def read_back(path: Path, tool: str) -> TileEmbeddings:
     return read_features(path, tile_size_level0=256 if tool == "published" else None)
+
+
+@pytest.mark.parametrize("tool", OTHERS)
+def test_files_of_other_content_are_written_over_only_when_told_to(
+    tool: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ours, out = write_ours(tmp_path), tmp_path / tool
+    words = ["convert", str(ours), "--to", tool, "--out", str(out), "--slide-mpp", "0.25"]
+    assert main(words) == 0
+    before = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in out.rglob("*.*")}
+    assert main(words) == 0, "the same again is no matter"
+    assert {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in out.rglob("*.*")} == before
+    write_gigapath(ours, FEATURES[::-1], make_tiles(), attrs={"encoder": "gigapath", "mpp_level0": (0.25, 0.25)})
+    capsys.readouterr()
+    assert main(words) == 3
+    assert "--overwrite" in capsys.readouterr().err
+    assert {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in out.rglob("*.*")} == before
+    left = out / f".converting-{'0' * 8}-1-abcdef"  # of a process of another machine, which may be at work
+    gone = out / f".converting-{writer_name().rpartition('-')[0]}-{2**22 + 1}-abcdef"
+    for folder in (left, gone):
+        folder.mkdir()
+    assert main([*words, "--overwrite"]) == 0
+    assert left.is_dir() and not gone.exists()
+    left.rmdir()
+    after = {path: path.read_bytes() for path in out.rglob("*.*")}
+    assert after.keys() == before.keys() and any(after[path] != before[path][0] for path in after)
 
 
 @pytest.mark.parametrize("tool", OTHERS)
@@ -149,7 +176,7 @@ HS2P_KEYS = {
 
 
 def test_slide2vec_gets_the_tiling_that_hs2p_asks_for(tmp_path: Path) -> None:
-    embeddings, places = convert(read_features(write_ours(tmp_path)), "slide2vec", tmp_path / "out")
+    embeddings, places, *_ = convert(read_features(write_ours(tmp_path)), "slide2vec", tmp_path / "out")
     meta = json.loads(places.with_name("slide-1.coordinates.meta.json").read_text())
     assert {group: set(values) for group, values in meta.items()} == {
         group: set(keys.split()) for group, keys in HS2P_KEYS.items()
@@ -177,7 +204,7 @@ def test_hs2p_loads_what_we_write(count: int, tmp_path: Path) -> None:
     """hs2p brings an OpenCV and wandb of its own: it stands in its own environment, whose Python HS2P_PYTHON names."""
     tiles = make_tiles(cells=CELLS[:count])
     path = write_gigapath(tmp_path / "slide-1.h5", FEATURES[:count], tiles, attrs={"mpp_level0": (0.25, 0.25)})
-    _, places = convert(read_features(path), "slide2vec", tmp_path / "out")
+    _, places, *_ = convert(read_features(path), "slide2vec", tmp_path / "out")
     code = """
 import sys
 from hs2p import load_tiling_result

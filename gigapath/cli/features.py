@@ -189,7 +189,6 @@ class TableOptions(Options):
         metavar="NAME",
     )
     allow_mixed: bool = option(False, "take slides of different numerics together")
-    overwrite: bool = option(False, "write over a table of another embedding")
 
 
 def _check_target(_: type, to: str) -> None:
@@ -207,6 +206,7 @@ def convert(
     *,
     to: Annotated[str, Parameter(metavar="TOOL|FILE", validator=_check_target)],
     out: Folder | None = None,
+    overwrite: bool = False,
     files: ConvertOptions,
     table: TableOptions,
 ) -> int:
@@ -216,11 +216,12 @@ def convert(
         to: whose files to write: gigapath (ours), trident, clam, stamp, slide2vec or published; or the table to write,
             a file ending in .parquet, .csv or .npz
         out: the folder that takes the tool's own folders
+        overwrite: write over files of other content, or a table of another embedding
     """
     if to not in FORMATS:
         if len(results) > 1 or out or files != ConvertOptions():
             raise ValueError(f"--to {to}: expected one folder of slide vectors and no options of files, for a table.")
-        return _write_table(results[0], to, table)
+        return _write_table(results[0], to, table, overwrite)
     if out is None or table != TableOptions():
         raise ValueError(f"--to {to}: expected --out DIR and no options of tables, for files of tile embeddings.")
     if files.coordinates is not None and not Path(files.coordinates).exists():
@@ -233,7 +234,7 @@ def convert(
             found = read_features(path, tile_size_level0=files.tile_size_level0, coordinates=files.coordinates)
             if found.slide_id in done:
                 raise ValueError(f"{path}: a second file of slide {found.slide_id!r}. Convert it into another folder.")
-            written = convert_file(found, to, out, scale=scale)
+            written = convert_file(found, to, out, scale=scale, overwrite=overwrite)
         except (ValueError, FileNotFoundError) as error:
             print(f"gigapath convert: {error}", file=sys.stderr)
             failed += 1
@@ -244,9 +245,9 @@ def convert(
     return EXIT_FAILED_SLIDES if failed else 0
 
 
-def _write_table(folder: str, to: str, table: TableOptions) -> int:
+def _write_table(folder: str, to: str, table: TableOptions, overwrite: bool) -> int:
     """Write the table and say what is in it."""
-    slides, width = export_table(folder, to, **to_dict(table))
+    slides, width = export_table(folder, to, overwrite=overwrite, **to_dict(table))
     print(f"{slides_in_words(slides)}, {width} values each ({table.embedding}), written to {to}.")
     if missing := left_out(find_slide_folder(folder).resolve()):
         are = "has" if missing == 1 else "have"

@@ -8,6 +8,7 @@ in REFUSED. What a tool's file needs and the source does not say (the slide's mp
 
 import contextlib
 import dataclasses
+import filecmp
 import io
 from collections.abc import Callable, Mapping
 from pathlib import Path, PureWindowsPath
@@ -34,7 +35,7 @@ from gigapath.features.data import CELL, STEP_OPTION, Array, Attrs, Contents, Fe
 from gigapath.features.gigapath_file import nominal_magnification, write_root
 from gigapath.features.h5 import H5Writer, open_h5, read_attrs, read_dataset, write_attrs
 from gigapath.file_names import safe_name
-from gigapath.files import small_json, write_bytes_atomic, write_json_atomic
+from gigapath.files import own_folder, publish, small_json, write_bytes_atomic, write_json_atomic
 
 # `numerics_version` of embeddings that another tool computed: never equal to one of ours.
 FOREIGN_NUMERICS = 0
@@ -148,19 +149,41 @@ def _beside(given: Path | None, usual: list[Path]) -> Path | None:
 # --------------------------------------------------------------------------------------------- what all writers ask for
 
 
-def convert(found: TileEmbeddings, to: str, folder: Path | str, *, scale: Scale | None = None) -> list[Path]:
+def convert(
+    found: TileEmbeddings, to: str, folder: Path | str, *, scale: Scale | None = None, overwrite: bool = False
+) -> list[Path]:
     """Write the tile embeddings of one slide (read with cells) as another tool's files (`to`, a key of FORMATS), each
     whole or not at all, into the tool's own folders below `folder`; the files written, the embeddings first.
 
     Raises:
-        ValueError: an unknown format, or one that needs what neither the file nor `scale` says; it names the option.
+        ValueError: an unknown format, or one that needs what neither the file nor `scale` says; it names the option. A
+            file of that name is there with other content, and `overwrite` is False.
     """
     if to not in FORMATS:
         raise ValueError(f"--to: expected one of {', '.join(FORMATS)}, got {to!r}.")
     if found.cells is None:
         raise ValueError(f"{found.slide_id}: expected tiles with cells; read the file with them.")
     safe_name(found.slide_id)
-    return FORMATS[to](found, Path(folder), scale or Scale())
+    # All of a slide is made beside its place, and compared with what is there before anything is moved.
+    with own_folder(Path(folder), "converting") as made_in:
+        made = FORMATS[to](found, made_in, scale or Scale())
+        targets = [Path(folder) / path.relative_to(made_in) for path in made]
+        pairs = list(zip(made, targets, strict=True))
+        new = [(path, target) for path, target in pairs if not _equal(path, target)]
+        taken = [target for _, target in new if target.exists()]
+        if taken and not overwrite:
+            raise ValueError(
+                f"{found.slide_id}: {taken[0].relative_to(folder)} is there with other content. Convert into another "
+                "folder, or put this in its place with --overwrite."
+            )
+        for path, target in reversed(new):  # the embeddings last
+            target.parent.mkdir(parents=True, exist_ok=True)
+            publish(path, target)
+    return targets
+
+
+def _equal(one: Path, other: Path) -> bool:
+    return other.is_file() and filecmp.cmp(one, other, shallow=False)
 
 
 def coords_at_level0(found: TileEmbeddings, scale: Scale) -> tuple[Array, Step]:
@@ -542,10 +565,12 @@ def _write_slide2vec(found: TileEmbeddings, folder: Path, scale: Scale) -> list[
         y=coords[:, 1],
         tissue_fractions=np.asarray(fractions, np.float32),
     )
-    write_json_atomic(places.with_name(f"{found.slide_id}.coordinates.meta.json"), tiling)
-    write_json_atomic(embeddings.with_name(f"{found.slide_id}.meta.json"), meta)
+    of_places = places.with_name(f"{found.slide_id}.coordinates.meta.json")
+    of_embeddings = embeddings.with_name(f"{found.slide_id}.meta.json")
+    write_json_atomic(of_places, tiling)
+    write_json_atomic(of_embeddings, meta)
     _write_npz(embeddings, features=found.features[order], tile_index=index)
-    return [embeddings, places]
+    return [embeddings, places, of_embeddings, of_places]
 
 
 # The keys of hs2p's groups that say how it found tissue and filtered tiles: all must be there, none is known here.
