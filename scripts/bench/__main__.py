@@ -21,6 +21,7 @@ KINDS = {
     "slide-encoder": ("scripts.bench.slide_encoder", "SlideEncoderBench", "the slide encoder against a plain product"),
     "pretraining": ("scripts.bench.pretraining", "PretrainingBench", "a step against a plain product; use downstream"),
     "coverage": ("scripts.bench.coverage", "CoverageBench", "how often intervals over folds hold the truth"),
+    "target-coverage": ("scripts.bench.target_coverage", "TargetCoverageBench", "the same of survival and regression"),
     "finetuning": ("scripts.bench.finetuning", "FinetuningBench", "a training step against a plain product"),
 }
 
