@@ -363,6 +363,30 @@ def test_single_file_is_for_few_slides(
     assert "--single-file: expected at most 3 slides, got 7. Leave it out" in said and said.count("\n") == 1
 
 
+def test_a_page_made_from_other_folders_is_kept_unless_overwritten(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other, page = tmp_path / "other", tmp_path / "page" / "report.html"
+    shutil.copytree(run, other, ignore=shutil.ignore_patterns("report*"))
+
+    def report(folder: Path, *words: str) -> int:
+        return main(["report", str(folder), "--to", str(page.parent), "--side", "256", "--workers", "0", *words])
+
+    assert report(run) == report(run) == 0  # the same one is drawn anew
+    first = page.read_bytes()
+    assert report(other) == 1 and "--overwrite" in capsys.readouterr().err and page.read_bytes() == first
+    assert report(other, "--overwrite") == 0 and page.read_bytes() != first
+    assert report(run) == 1
+    page.write_text("<html>the user's own</html>")
+    assert report(run) == 1 and page.read_text() == "<html>the user's own</html>"
+    for folder in (run, other):  # a page of an earlier version, in the folder of the run that it is of
+        older = re.sub('<meta name="gigapath-report".*?>', "", (run / "report.html").read_text())
+        (folder / "report.html").write_text(older)
+        assert main(["report", str(folder), "--workers", "0"]) == 0
+    shutil.move(other, tmp_path / "moved")
+    assert main(["report", str(tmp_path / "moved"), "--workers", "0"]) == 0
+
+
 def test_folders_that_are_none_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["report", str(tmp_path / "no")]) == 1
     assert "no such folder" in capsys.readouterr().err

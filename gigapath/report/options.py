@@ -33,6 +33,7 @@ class ReportOptions(Options):
         "20 slides or more than 5,000",
         choices=("auto", "umap", "tsne", "pca"),
     )
+    overwrite: bool = option(False, "write over a page that was made from other folders")
     workers: int | None = option(None, "threads that read slides (default: one per core)", at_least=0)
 
     def __post_init__(self) -> None:

@@ -12,6 +12,7 @@ import html
 import importlib.resources
 import json
 import mimetypes
+import os
 import re
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -37,6 +38,8 @@ from gigapath.report.results import Results, collect_results
 PAGE, FILES = "report.html", "report_files"
 SCRIPTS = ("openseadragon/openseadragon.min.js", "report.js")
 _PLACE = re.compile(r"\{\{(\w+)\}\}")
+_INPUTS = re.compile(r'<meta name="gigapath-report" content="(\w*)">')
+_OLDER = 'Content-Security-Policy" content="default-src &#x27;none&#x27;'  # a page of a version that names no inputs
 TERMS = (
     "For research use only. Not for clinical care, diagnosis or any clinical decision.",
     "Embeddings, maps and scores fall under the terms of the weights that made them; those of Prov-GigaPath are their "
@@ -85,7 +88,8 @@ def write_report(
 
     Raises:
         FileNotFoundError: no such folder.
-        ValueError: a folder that holds neither slides nor results, too many slides for one file.
+        ValueError: a folder that holds neither slides nor results, too many slides for one file, a page made from
+            other folders.
         OutputError: the report can't be written.
     """
     options = options or ReportOptions()
@@ -108,6 +112,9 @@ def write_report(
             f"to {FILES}/ beside the page."
         )
     target = Path(to) if to is not None else folder
+    inputs = _digest_of_inputs(target, folder, home)
+    if not options.overwrite:
+        _check_same_inputs(target / PAGE, inputs, its_own=target.resolve() == folder.resolve())
     check_writable(target)
     notes: list[str] = []
     data = _about(options, results, read_runs(folder) if cohort is None else cohort.runs)
@@ -125,7 +132,7 @@ def write_report(
         if options.single_file:
             data["files"] = _contents(files, media)
     data["notes"] = [hide_paths(note) for note in notes]
-    write_text_atomic(target / PAGE, render(options.title, data))
+    write_text_atomic(target / PAGE, render(options.title, inputs, data))
     shown = {} if options.single_file else {entry["folder"]: set(_names(entry)) for entry in media}
     remove_unshown(target / FILES, shown)
     bare = tuple(
@@ -134,6 +141,28 @@ def write_report(
         if "thumbnail" not in entry
     )
     return Report(target / PAGE, count, bare, tuple(notes))
+
+
+def _digest_of_inputs(target: Path, *folders: Path) -> str:
+    """What a page is known by to be made from the same folders: their places beside it, which move with them."""
+    places = [os.path.relpath(folder.resolve(), target.resolve()) for folder in folders]
+    return hashlib.sha256("\n".join(places).encode()).hexdigest()[:32]
+
+
+def _check_same_inputs(page: Path, inputs: str, *, its_own: bool) -> None:
+    """Refuse to write over a file that is no page of these inputs."""
+    if not page.exists():
+        return
+    with page.open(encoding="utf-8", errors="replace") as file:
+        head = file.read(4096)
+    stated = _INPUTS.search(head)
+    if (its_own and _OLDER in head) if stated is None else stated[1] == inputs:
+        return
+    what = "no page of gigapath report" if stated is None and _OLDER not in head else "made from other folders"
+    raise ValueError(
+        f"{page.name}: expected none there, or one of the same folders, got one that is {what}. Choose "
+        "another --to, or --overwrite it."
+    )
 
 
 def _pictures(
@@ -267,11 +296,12 @@ def _names(value: Any) -> Iterator[str]:
             yield from _names(item)
 
 
-def render(title: str, data: Mapping[str, Any]) -> str:
+def render(title: str, inputs: str, data: Mapping[str, Any]) -> str:
     """The whole page.
 
     Args:
         title: of the page.
+        inputs: digest of the folders that it is made from.
         data: plain JSON values, what `report.js` shows.
     """
     scripts = [script_text(read_asset(name)) for name in SCRIPTS]
@@ -288,11 +318,12 @@ def render(title: str, data: Mapping[str, Any]) -> str:
     )
     parts = {
         "title": html.escape(title),
+        "inputs": inputs,
         "policy": html.escape(policy, quote=True),
         "style": read_asset("report.css"),
         # Slides of a cohort say much the same of themselves: twenty thousand are 40 MB plain, a few compressed.
         "data": base64.b64encode(gzip.compress(text.encode(), mtime=0)).decode(),
-        "viewer_licence": html.escape(read_asset("openseadragon/LICENSE.txt").strip()),
+        "viewer_license": html.escape(read_asset("openseadragon/LICENSE.txt").strip()),
         "scripts": "\n".join(f"<script>{script}</script>" for script in scripts),
     }
     return _PLACE.sub(lambda match: parts[match[1]], read_asset("report.html"))
