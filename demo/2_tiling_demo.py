@@ -31,7 +31,7 @@ def main(argv=None):
         raise SystemExit(f"{row['slide_id']}: {row['status']}. {row.get('reason') or ''}")
     tiles = read_tiles(out / "tiles" / f"{row['slide_id']}.h5")
     print(f"{tiles.slide_id}: {len(tiles)} tiles of {tiles.tile_size} px at {tiles.mpp:.4f} microns a pixel")
-    print(f"  tissue by {tiles.attrs['tissue_method']}, {tiles.attrs['tissue_area_mm2']:.2f} sq mm; left out:")
+    print(f"  tissue by {tiles.attrs['tissue_method']}, {tiles.attrs['tissue_area_mm2']:.2f} mm²; left out:")
     for reason, count in json.loads(tiles.attrs["dropped"]).items():
         print(f"    {reason}: {count}")
     print("  first tiles: (x, y) in level-0 pixels, cell (column, row), share of tissue")

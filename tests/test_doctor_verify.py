@@ -113,13 +113,13 @@ def test_verify_skips_what_is_not_at_hand(release: Path) -> None:
 
 def test_verify_names_a_crop_without_resize(release: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def batch(self: TileTransform, tiles: Any, device: Any = "cpu") -> Any:
-        return torch.from_numpy(np.stack([forms_of(tile)["a centre crop without the resize"] for tile in tiles]))
+        return torch.from_numpy(np.stack([forms_of(tile)["a center crop without the resize"] for tile in tiles]))
 
     monkeypatch.setattr(TileTransform, "batch", batch)
     status, report = verify(release)
     assert status == 1
     said = "\n".join(failures(report))
-    assert f"tile transform: expected {RIGHT}, got a centre crop without the resize on a tile of 128 px." in said
+    assert f"tile transform: expected {RIGHT}, got a center crop without the resize on a tile of 128 px." in said
     assert "the transform is at fault, not the weights" in said
 
 
@@ -141,7 +141,7 @@ def test_verify_names_bilinear_for_bicubic(release: Path, monkeypatch: pytest.Mo
     )
 
 
-@pytest.mark.parametrize("form", ["a centre crop without the resize", "a bilinear resize for the bicubic one"])
+@pytest.mark.parametrize("form", ["a center crop without the resize", "a bilinear resize for the bicubic one"])
 def test_verify_names_the_form_of_another_vector(form: str, release: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     encoder = load_tile_encoder(str(release / "pytorch_model.bin"))
     tile = np.asarray(Image.open(release / "images" / "prov_normal_000_1.png"))

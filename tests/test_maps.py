@@ -16,7 +16,7 @@ from gigapath.cohort.status import Status, write_status
 from gigapath.features import Tiles, read_features
 from gigapath.files import sha256_of
 from gigapath.maps import (
-    Colours,
+    Colors,
     MapOptions,
     Place,
     TileMap,
@@ -224,10 +224,10 @@ def test_the_legend_of_a_picture_holds_only_clusters_that_are_there() -> None:
     place = Place(slide_id="a$b$c", cells=np.array([[0, 0], [1, 0], [0, 1]], np.int32))
     facts = {"model": "a head on an encoder", "normalisation": "none", "check": "the ranking holds"}
     names = tuple(f"cluster {number}" for number in range(1, 5))
-    colours = Colours("categories", "k-means cluster", names=names)
-    drawn = TileMap(name="m", kind="clusters", values=np.array([2, 0, 2]), colours=colours, title="t", facts=facts)
+    colours = Colors("categories", "k-means cluster", names=names)
+    drawn = TileMap(name="m", kind="clusters", values=np.array([2, 0, 2]), colors=colours, title="t", facts=facts)
     figure = draw_map(drawn, place)
-    assert {facts["model"], "normalisation: none", "check: the ranking holds"} <= {
+    assert {facts["model"], "normalization: none", "check: the ranking holds"} <= {
         text.get_text() for text in figure.texts
     }
     legend = figure.axes[0].get_legend()
@@ -453,23 +453,23 @@ def test_components_colour_what_differs_and_clusters_come_by_size() -> None:
     assert sample.shape == (130, 5)
     found = fit_components(sample)
     assert found.shares.sum() == pytest.approx(1, abs=0.01) and found.shares[2] < 0.01
-    colours = found.colours(tiles)
+    colours = found.colors(tiles)
     assert colours.min() >= 0 and colours.max() <= 1
     assert np.linalg.norm(colours[0] - colours[50]) > 0.5
     labels = fit_clusters(sample, 3).labels(tiles)
     assert np.bincount(labels).tolist() == [70, 40, 20]
     assert np.array_equal(labels, fit_clusters(sample, 3).labels(tiles))  # seeded
-    few = [len(fit_clusters(tiles[:count]).centres) for count in (15, 50, 130)]
+    few = [len(fit_clusters(tiles[:count]).centers) for count in (15, 50, 130)]
     assert few == [1, 2, 6]  # where no number is given, as many as suit the tiles
     assert cosine_similarity(tiles, tiles[0])[:20] == pytest.approx(1, abs=0.01)
-    assert fit_components(tiles[:, :2]).colours(tiles[:, :2]).shape == (130, 3)
+    assert fit_components(tiles[:, :2]).colors(tiles[:, :2]).shape == (130, 3)
 
 
 def test_ranges_leave_out_extremes_and_stay_symmetric_where_they_diverge() -> None:
     values = np.array([*np.linspace(0, 1, 1000), 50.0])
-    spanned = Colours("sequential", "x").spanning(values, "here")
+    spanned = Colors("sequential", "x").spanning(values, "here")
     assert spanned.low == pytest.approx(0.01, abs=0.01) and spanned.high == pytest.approx(0.99, abs=0.01)
-    diverging = Colours("diverging", "x").spanning(np.array([-3.0, 1.0, np.nan]), "here")
+    diverging = Colors("diverging", "x").spanning(np.array([-3.0, 1.0, np.nan]), "here")
     assert diverging.low == -diverging.high and diverging.high == pytest.approx(2.96)
-    even = Colours("sequential", "x").spanning(np.ones(5), "here")
+    even = Colors("sequential", "x").spanning(np.ones(5), "here")
     assert even.high > even.low and even.rgb(np.ones(5)).shape == (5, 3)

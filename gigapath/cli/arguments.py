@@ -124,7 +124,7 @@ class Help(DefaultFormatter):
 
 
 def make_app(name: str, help: str) -> App:
-    """A command line of verbs, plain text without boxes or colours on a terminal as in a pipe."""
+    """A command line of verbs, plain text without boxes or colors on a terminal as in a pipe."""
     return App(
         name=name,
         help=help,

@@ -70,7 +70,7 @@ def finetune(
         task: panda, mutation_5_gene, or a YAML file (gigapath init-task)
         features: folder with a feature file a slide
         labels: a row a slide (with --tiles a row a tile, where the tiles don't say their labels)
-        tiles: tune a tile encoder on labelled tiles, as embed-tiles takes them, in place of a slide encoder
+        tiles: tune a tile encoder on labeled tiles, as embed-tiles takes them, in place of a slide encoder
         tile_encoder: of --tiles: gigapath, gigapath-flash, standin, timm:NAME or a checkpoint
         splits: folder with train_0.csv, val_0.csv, test_0.csv, ... (default: folds drawn here)
         pretrained: slide encoder: hf_hub:REPO, a file, or '' for random weights

@@ -60,11 +60,11 @@ VERBS = {
     "embed-tiles": ("probe:embed_tiles", "Embed tile images with a tile encoder into one file for probes."),
     "probe": ("probe:probe", "Fit and score a linear layer on frozen tile or slide embeddings."),
     "compare": ("probe:compare", "Compare embeddings or models on the same folds: differences, tests, their power."),
-    "pretrain": ("pretrain:pretrain", "Pretrain the slide encoder on unlabelled slides, by predicting hidden tiles."),
+    "pretrain": ("pretrain:pretrain", "Pretrain the slide encoder on unlabeled slides, by predicting hidden tiles."),
     "init-task": ("finetune:init_task", "Write a task file for fine-tuning from a CSV of labels."),
     "finetune": (
         "finetune:finetune",
-        "Fine-tune the slide encoder on labelled slides: by the published recipe or yours.",
+        "Fine-tune the slide encoder on labeled slides: by the published recipe or yours.",
     ),
     "predict": ("finetune:predict", "Apply a fitted head to feature files; with --labels, test it on another cohort."),
     "study": ("study:study", "Run a study file: models, comparisons and outside tests, with tables and a checklist."),

@@ -1,4 +1,4 @@
-"""Pretraining the slide encoder on unlabelled slides."""
+"""Pretraining the slide encoder on unlabeled slides."""
 
 from typing import Annotated
 

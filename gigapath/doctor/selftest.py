@@ -31,7 +31,7 @@ COMPRESSIONS = {"none": 1, "jpeg": 7, "jpeg2000": 33005}
 _TILE = 256
 _MAPS = Path("/proc/self/maps")
 _OLDEST = (4, 0)  # DICOM, and many mended readers
-# Lossy codecs move a colour by a few steps.
+# Lossy codecs move a color by a few steps.
 _LARGEST_MEAN_ERROR = 3.0
 WIDTH = 24
 # What the code gave when it was written, and how far another machine's rounding may be from it.
@@ -77,7 +77,7 @@ def check_codecs() -> list[Finding]:
                 with open_slide(path) as slide:
                     pixels = slide.read(0, 0, 0, 300, 280)
                 error = float(np.abs(pixels.astype(int) - image).mean())
-                fault = "" if error <= _LARGEST_MEAN_ERROR else f"colours are off by {error:.1f} on average"
+                fault = "" if error <= _LARGEST_MEAN_ERROR else f"colors are off by {error:.1f} on average"
             except ValueError as problem:
                 fault = str(problem)
         advice = "pip install --force-reinstall openslide-bin." if fault else ""
@@ -171,8 +171,8 @@ def paint(width: int, height: int) -> UInt8Array:
     y, x = np.mgrid[0:height, 0:width]
     image = np.full((height, width, 3), (243, 241, 244), np.int64)
     grain = (x * 7 + y * 13 + (x // 16) * (y // 16) * 5) % 61
-    for centre, axes in (((0.30, 0.42), (0.22, 0.34)), ((0.77, 0.70), (0.15, 0.20))):
-        dx, dy = (x - int(centre[0] * width)), (y - int(centre[1] * height))
+    for center, axes in (((0.30, 0.42), (0.22, 0.34)), ((0.77, 0.70), (0.15, 0.20))):
+        dx, dy = (x - int(center[0] * width)), (y - int(center[1] * height))
         a, b = int(axes[0] * width), int(axes[1] * height)
         inside = dx * dx * b * b + dy * dy * a * a <= a * a * b * b
         image[inside] = (np.array((200, 120, 170)) - grain[..., None] // np.array((1, 2, 3)))[inside]

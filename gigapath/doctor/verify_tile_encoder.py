@@ -34,9 +34,9 @@ HAS_DEMO = "gigapath"
 # Least cosine with the released vector, of which it is not said in which precision it was made.
 LEAST_COSINE = {"fp32": 0.9995, "fp16": 0.9995, "bf16": 0.998}
 
-RIGHT = "shorter side to 256 bicubic, centre crop 224"
+RIGHT = "shorter side to 256 bicubic, center crop 224"
 _MEAN, _STD = np.array((0.485, 0.456, 0.406), np.float32), np.array((0.229, 0.224, 0.225), np.float32)
-_SAME_INPUT = 1e-4  # normalised pixel values; a step of one in 255 is 0.017
+_SAME_INPUT = 1e-4  # normalized pixel values; a step of one in 255 is 0.017
 _LARGE = 512  # side of the second tile that the transform is tried on
 
 # Tiles of the official files whose counts are published, by the first letters of the slide's id.
@@ -60,24 +60,24 @@ def forms_of(tile: Array) -> dict[str, Array]:
     def resized(side: int, filtered: Image.Resampling) -> Array:
         return np.asarray(Image.fromarray(tile).resize((side, side), filtered))
 
-    def normalised(pixels: Array, mean: Array = _MEAN, std: Array = _STD) -> Array:
-        return np.asarray(((_centre(pixels).astype(np.float32) / 255 - mean) / std).transpose(2, 0, 1))
+    def normalized(pixels: Array, mean: Array = _MEAN, std: Array = _STD) -> Array:
+        return np.asarray(((_center(pixels).astype(np.float32) / 255 - mean) / std).transpose(2, 0, 1))
 
     right = resized(256, Image.Resampling.BICUBIC)
     half = np.full(3, 0.5, np.float32)
     return {
-        RIGHT: normalised(right),
-        "a centre crop without the resize": normalised(tile),
-        "a bilinear resize for the bicubic one": normalised(resized(256, Image.Resampling.BILINEAR)),
-        "a resize to 224 without the crop (crop_pct 1.0)": normalised(resized(224, Image.Resampling.BICUBIC)),
-        "red and blue exchanged": normalised(right[..., ::-1]),
-        "mean and standard deviation of 0.5": normalised(right, half, half),
-        "no normalisation": normalised(right, np.zeros(3, np.float32), np.ones(3, np.float32)),
+        RIGHT: normalized(right),
+        "a center crop without the resize": normalized(tile),
+        "a bilinear resize for the bicubic one": normalized(resized(256, Image.Resampling.BILINEAR)),
+        "a resize to 224 without the crop (crop_pct 1.0)": normalized(resized(224, Image.Resampling.BICUBIC)),
+        "red and blue exchanged": normalized(right[..., ::-1]),
+        "mean and standard deviation of 0.5": normalized(right, half, half),
+        "no normalization": normalized(right, np.zeros(3, np.float32), np.ones(3, np.float32)),
     }
 
 
-def _centre(pixels: Array, side: int = 224) -> Array:
-    """The centre of a square; black around it where it is smaller."""
+def _center(pixels: Array, side: int = 224) -> Array:
+    """The center of a square; black around it where it is smaller."""
     size = len(pixels)
     if size < side:
         before = (side - size) // 2
@@ -234,7 +234,7 @@ def _check_slide(features: Path, path: Path, encoder: TileEncoder, release: str,
         "official tiles": len(held),
         "our tiles": len(plan.tiles),
         **{f"median cosine {name}": value for name, value in medians.items()},
-        **{f"share of centres on our tiles {name}": value for name, value in share.items()},
+        **{f"share of centers on our tiles {name}": value for name, value in share.items()},
     }
     figures = (
         f"{len(held)} official tiles, {len(plan.tiles)} of ours; {share[best]:.0%} of them lie on ours, median cosine "
@@ -272,13 +272,13 @@ def _median_cosine(slide: Slide, coords: Array, features: Array, encoder: TileEn
 
 
 def _share_at_ours(coords: Array, ours: Array, pitch: tuple[int, int]) -> float:
-    """Share of tiles (corners (n, 2)) whose centre lies on one of our tiles."""
+    """Share of tiles (corners (n, 2)) whose center lies on one of our tiles."""
     if not len(ours):
         return 0.0
     size = np.asarray(pitch)
     taken = {tuple(cell) for cell in ((ours - ours[0]) // size).tolist()}
-    centres = np.floor((coords + size / 2 - ours[0]) / size).astype(int)
-    return float(np.mean([tuple(cell) in taken for cell in centres.tolist()]))
+    centers = np.floor((coords + size / 2 - ours[0]) / size).astype(int)
+    return float(np.mean([tuple(cell) in taken for cell in centers.tolist()]))
 
 
 def cosine(a: Array, b: Array) -> float:

@@ -1,4 +1,4 @@
-"""Maps on slides: tile embeddings as colours and clusters, similarity, the slide encoder's exact attention, what a
+"""Maps on slides: tile embeddings as colors and clusters, similarity, the slide encoder's exact attention, what a
 fitted head makes of each tile. Arrays, matplotlib figures, GeoJSON for QuPath; `make_maps` writes them for many slides.
 
 result = make_maps(["out"], "maps", MapOptions(kind=("attention",), layer=(1, 12)))
@@ -13,7 +13,7 @@ from gigapath import lazy_names
 if TYPE_CHECKING:
     from gigapath.maps.attention import LayerAttention, Rollout, encoder_attention, rollout
     from gigapath.maps.drawing import (
-        Colours,
+        Colors,
         Place,
         TileMap,
         draw_curve,
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from gigapath.maps.run import MapsResult, look_at_slide, make_maps
 
 __all__ = [
-    "Colours",
+    "Colors",
     "LayerAttention",
     "MapOptions",
     "MapsResult",
@@ -59,7 +59,7 @@ __getattr__, __dir__ = lazy_names(
     {
         "attention": ("LayerAttention", "Rollout", "encoder_attention", "rollout"),
         "drawing": (
-            *("Colours", "Place", "TileMap", "draw_curve", "draw_map", "place_of", "tile_rgba", "tiles_geojson"),
+            *("Colors", "Place", "TileMap", "draw_curve", "draw_map", "place_of", "tile_rgba", "tiles_geojson"),
         ),
         "embeddings": ("cosine_similarity", "fit_clusters", "fit_components", "sample_tiles"),
         "heads": ("deletion_and_insertion", "gradient_times_input", "head_attention", "occlusion"),

@@ -1,4 +1,4 @@
-"""A map, one value, colour or class for every tile of a slide, and where its tiles lie; drawn as a matplotlib figure
+"""A map, one value, color or class for every tile of a slide, and where its tiles lie; drawn as a matplotlib figure
 with axes in millimetres, as one pixel a cell, and as GeoJSON for QuPath.
 
 N tiles of a slide. Coordinates are (x, y) in absolute level-0 pixels; `bounds` is the scanned area, in which pictures
@@ -23,14 +23,14 @@ from gigapath.preprocessing.slide import Overview
 FloatArray = npt.NDArray[np.floating[Any]]
 IntArray = npt.NDArray[np.integer[Any]]
 
-# Clusters in up to eight colours of Okabe and Ito, in up to twelve of Tol's discrete rainbow: told apart by all. The
+# Clusters in up to eight colors of Okabe and Ito, in up to twelve of Tol's discrete rainbow: told apart by all. The
 # first few lie farthest apart half transparent over a slide, with red-green blindness too; black hides what is beneath.
 FEW = ("#0072B2", "#F0E442", "#009E73", "#D55E00", "#56B4E9", "#E69F00", "#CC79A7", "#000000")
 MANY = (
     *("#D1BBD7", "#AE76A3", "#882E72", "#1965B0", "#5289C7", "#7BAFDE"),
     *("#4EB265", "#CAE0AB", "#F7F056", "#F4A736", "#E8601C", "#DC050C"),
 )
-# Of each slide, the values that the common colour range is taken from; and the shares of them that it cuts off.
+# Of each slide, the values that the common color range is taken from; and the shares of them that it cuts off.
 RANGE_SAMPLE = 20_000
 RANGE_PERCENTILES = (1.0, 99.0)
 
@@ -49,7 +49,7 @@ class Place:
 
     Attributes:
         slide_id: the slide's name.
-        cells: (N, 2) int32, (column, row), neighbours one apart.
+        cells: (N, 2) int32, (column, row), neighbors one apart.
         coords_level0: (N, 2) top-left corners, or None where the file has another unit.
         pitch_level0: (x, y) step between tiles in level-0 pixels, or None.
         mpp_level0: (x, y) microns per level-0 pixel, or None.
@@ -130,15 +130,15 @@ def _pair(value: Any) -> tuple[float, float]:
 
 
 @dataclass(frozen=True)
-class Colours:
-    """How values become colours.
+class Colors:
+    """How values become colors.
 
     Attributes:
         palette: "sequential" or "diverging" (of one number a tile), "categories" (of a whole number from 0) or "rgb"
             (of three numbers from 0 to 1).
-        label: what the values are, how they are normalised, with their unit: the words at the colour bar.
-        low: the value of the first colour; lower ones take it too.
-        high: the value of the last colour.
+        label: what the values are, how they are normalized, with their unit: the words at the color bar.
+        low: the value of the first color; lower ones take it too.
+        high: the value of the last color.
         scope: what the range spans, in words.
         names: of the categories.
     """
@@ -150,7 +150,7 @@ class Colours:
     scope: str = "fixed"
     names: tuple[str, ...] = ()
 
-    def spanning(self, values: FloatArray, scope: str) -> "Colours":
+    def spanning(self, values: FloatArray, scope: str) -> "Colors":
         """The same with the range of `values`; a diverging one is symmetric about 0, others have none."""
         if self.palette not in ("sequential", "diverging"):
             return self
@@ -164,23 +164,23 @@ class Colours:
         return dataclasses.replace(self, low=low, high=high, scope=scope)
 
     def rgb(self, values: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
-        """(N, 3) colours of values (N,), or (N, 3) where the palette is "rgb"."""
+        """(N, 3) colors of values (N,), or (N, 3) where the palette is "rgb"."""
         from matplotlib import colormaps
 
         if self.palette == "rgb":
             return np.asarray(np.rint(np.clip(values, 0, 1) * 255), np.uint8)
         if self.palette == "categories":
-            return np.asarray(np.array([_from_hex(code) for code in self.category_colours], np.uint8)[values])
+            return np.asarray(np.array([_from_hex(code) for code in self.category_colors], np.uint8)[values])
         share = np.clip((np.asarray(values, np.float64) - self.low) / (self.high - self.low), 0, 1)
         return np.asarray(colormaps[self.colormap](share, bytes=True))[..., :3]
 
     @property
     def colormap(self) -> str:
-        """matplotlib's name of it; both are made for colour-blind readers too."""
+        """matplotlib's name of it; both are made for color-blind readers too."""
         return "PuOr_r" if self.palette == "diverging" else "viridis"
 
     @property
-    def category_colours(self) -> tuple[str, ...]:
+    def category_colors(self) -> tuple[str, ...]:
         """Of each category, as "#rrggbb"."""
         return (FEW if len(self.names) <= len(FEW) else MANY)[: len(self.names)]
 
@@ -188,8 +188,8 @@ class Colours:
         """Plain JSON values."""
         stated: dict[str, Any] = {"palette": self.palette, "label": self.label, "scope": self.scope}
         if self.palette == "categories":
-            both = zip(self.names, self.category_colours, strict=True)
-            stated["categories"] = [{"name": name, "colour": colour.lower()} for name, colour in both]
+            both = zip(self.names, self.category_colors, strict=True)
+            stated["categories"] = [{"name": name, "colour": color.lower()} for name, color in both]
         elif self.palette != "rgb":
             stated.update(colormap=self.colormap, low=self.low, high=self.high)
         return stated
@@ -207,9 +207,9 @@ class TileMap:
         name: of its files.
         kind: one of `options.KINDS`.
         values: (N,) what is drawn, or (N, 3) for pca.
-        colours: how.
+        colors: how.
         title: what it shows, without the slide's name.
-        facts: what is stated of it: model, trained, layer, head, target, normalisation, ...; plain JSON values.
+        facts: what is stated of it: model, trained, layer, head, target, normalization, ...; plain JSON values.
         arrays: further arrays for the `.npz`.
         curve: the deletion and insertion curve of a head's map, or None.
         mark: the tile that the map is about, or None.
@@ -218,7 +218,7 @@ class TileMap:
     name: str
     kind: str
     values: npt.NDArray[Any]
-    colours: Colours
+    colors: Colors
     title: str
     facts: Mapping[str, Any] = field(default_factory=dict)
     arrays: Mapping[str, npt.NDArray[Any]] = field(default_factory=dict)
@@ -246,7 +246,7 @@ class Frame:
 def draw_map(
     tile_map: TileMap, place: Place, overview: Overview | None = None, *, opacity: float = 0.65, note: str = ""
 ) -> Any:
-    """A matplotlib figure: the slide, and beside it the tiles' colours over it; without a slide the tiles on the grid.
+    """A matplotlib figure: the slide, and beside it the tiles' colors over it; without a slide the tiles on the grid.
 
     Args:
         tile_map: what is drawn.
@@ -271,8 +271,8 @@ def draw_map(
     else:
         axes[0].set_facecolor(_GROUND)
     over, opacity = axes[-1], opacity if overview is not None else 1.0
-    colours = tile_rgba(tile_map, place, opacity)
-    over.imshow(colours, extent=_tiles_extent(place, frame), interpolation="nearest", zorder=2)
+    colors = tile_rgba(tile_map, place, opacity)
+    over.imshow(colors, extent=_tiles_extent(place, frame), interpolation="nearest", zorder=2)
     over.set_title("map" if overview is not None else note or "tiles on the grid", fontsize=_TEXT_SIZE)
     if tile_map.mark is not None:
         _outline(over, tile_map.mark, place, frame)
@@ -328,7 +328,7 @@ def tile_rgba(tile_map: TileMap, place: Place, opacity: float = 1.0) -> npt.NDAr
     held = np.isfinite(tile_map.values) if tile_map.values.ndim == 1 else np.ones(len(tile_map.values), bool)
     values = np.where(held, tile_map.values, 0) if tile_map.values.ndim == 1 else tile_map.values
     alpha = np.where(held, round(255 * opacity), 0).astype(np.uint8)
-    return place.laid_out(np.concatenate([tile_map.colours.rgb(values), alpha[:, None]], axis=1))
+    return place.laid_out(np.concatenate([tile_map.colors.rgb(values), alpha[:, None]], axis=1))
 
 
 def png(figure: Any) -> bytes:
@@ -396,22 +396,22 @@ def _tiles_extent(place: Place, frame: Frame) -> tuple[float, float, float, floa
 
 
 def _outline(axis: Any, tile: int, place: Place, frame: Frame) -> None:
-    """Frame one tile, black on white, so that it is seen on every colour."""
+    """Frame one tile, black on white, so that it is seen on every color."""
     from matplotlib.patches import Rectangle
 
     left, right, bottom, top = _tiles_extent(place, frame)
     rows, columns = place.grid_shape
     column, row = (place.cells[tile] - place.first_cell).tolist()
     wide, high = (right - left) / columns, (bottom - top) / rows
-    for colour, width in (("white", 4.0), ("black", 2.0)):
+    for color, width in (("white", 4.0), ("black", 2.0)):
         corner = left + column * wide, top + row * high
-        axis.add_patch(Rectangle(corner, wide, high, fill=False, edgecolor=colour, linewidth=width, zorder=3))
+        axis.add_patch(Rectangle(corner, wide, high, fill=False, edgecolor=color, linewidth=width, zorder=3))
 
 
 def _pale(image: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
-    """In light greys, so that neither stain nor dark tissue mixes with a map's colours."""
-    grey = image @ np.array([0.299, 0.587, 0.114])
-    return np.repeat((255 - (255 - grey) * 0.45).astype(np.uint8)[..., None], 3, axis=2)
+    """In light grays, so that neither stain nor dark tissue mixes with a map's colors."""
+    gray = image @ np.array([0.299, 0.587, 0.114])
+    return np.repeat((255 - (255 - gray) * 0.45).astype(np.uint8)[..., None], 3, axis=2)
 
 
 def _show_slide(axis: Any, image: npt.NDArray[np.uint8], frame: Frame) -> None:
@@ -419,37 +419,37 @@ def _show_slide(axis: Any, image: npt.NDArray[np.uint8], frame: Frame) -> None:
 
 
 def _heading(tile_map: TileMap, place: Place) -> list[str]:
-    """Slide and map; model; what the colours mean; what was divided by what; where weight fell; a curve's verdict."""
-    colours, facts = tile_map.colours, tile_map.facts
+    """Slide and map; model; what the colors mean; what was divided by what; where weight fell; a curve's verdict."""
+    colors, facts = tile_map.colors, tile_map.facts
     scale = ""
-    if colours.palette not in ("categories", "rgb"):
-        scale = f" from {_figures(colours.low, colours)} to {_figures(colours.high, colours)}"
+    if colors.palette not in ("categories", "rgb"):
+        scale = f" from {_figures(colors.low, colors)} to {_figures(colors.high, colors)}"
     sentences = [
         f"{place.slide_id}: {tile_map.title}",
         str(facts["model"]),
-        f"colour: {colours.label}{scale} ({colours.scope})",
-        f"normalisation: {facts['normalisation']}",
+        f"color: {colors.label}{scale} ({colors.scope})",
+        f"normalization: {facts['normalisation']}",
     ]
     return sentences + [f"{name}: {facts[name]}" for name in ("weight", "check") if facts.get(name)]
 
 
-def _figures(value: float, colours: Colours) -> str:
+def _figures(value: float, colors: Colors) -> str:
     """Three figures of a limit; 0 where it is next to nothing beside the range."""
-    return "0" if abs(value) < 1e-3 * (colours.high - colours.low) else f"{value:.3g}"
+    return "0" if abs(value) < 1e-3 * (colors.high - colors.low) else f"{value:.3g}"
 
 
 def _legend(figure: Any, axes: list[Any], tile_map: TileMap, opacity: float) -> None:
-    """A colour bar, or the clusters that this slide has, in the colours that its tiles have over white."""
+    """A color bar, or the clusters that this slide has, in the colors that its tiles have over white."""
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize
     from matplotlib.patches import Patch
 
-    colours = tile_map.colours
-    if colours.palette == "categories":
-        counts = np.bincount(tile_map.values, minlength=len(colours.names))
+    colors = tile_map.colors
+    if colors.palette == "categories":
+        counts = np.bincount(tile_map.values, minlength=len(colors.names))
         patches = [
-            Patch(facecolor=(colour, opacity), edgecolor="0.3", label=f"{name}: {count:,}")
-            for name, colour, count in zip(colours.names, colours.category_colours, counts, strict=True)
+            Patch(facecolor=(color, opacity), edgecolor="0.3", label=f"{name}: {count:,}")
+            for name, color, count in zip(colors.names, colors.category_colors, counts, strict=True)
             if count
         ]
         beside = axes[-1] if axes[-1].get_subplotspec().rowspan.start == 0 else axes[0]
@@ -464,28 +464,28 @@ def _legend(figure: Any, axes: list[Any], tile_map: TileMap, opacity: float) -> 
             title_fontsize=_TEXT_SIZE,
             alignment="left",
         )
-    elif colours.palette != "rgb":
-        shades = ScalarMappable(Normalize(colours.low, colours.high), colours.colormap)
+    elif colors.palette != "rgb":
+        shades = ScalarMappable(Normalize(colors.low, colors.high), colors.colormap)
         held = tile_map.values[np.isfinite(tile_map.values)]
-        beyond = bool((held < colours.low).any()), bool((held > colours.high).any())
+        beyond = bool((held < colors.low).any()), bool((held > colors.high).any())
         extend = {(False, False): "neither", (True, False): "min", (False, True): "max"}.get(beyond, "both")
         bar = figure.colorbar(shades, ax=axes, extend=extend, shrink=0.8, aspect=30, pad=0.02, alpha=opacity)
-        bar.set_label("\n".join(wrap(colours.label, 60)), fontsize=_TEXT_SIZE, parse_math=False)
+        bar.set_label("\n".join(wrap(colors.label, 60)), fontsize=_TEXT_SIZE, parse_math=False)
         bar.ax.tick_params(labelsize=_TEXT_SIZE)
 
 
 def map_geojson(tile_map: TileMap, place: Place) -> str:
     """The map's tiles for QuPath: its values as measurements, clusters as classes."""
-    colours = tile_map.colours
-    if colours.palette == "rgb":
+    colors = tile_map.colors
+    if colors.palette == "rgb":
         measurements = {f"component {i + 1} (0 to 1)": tile_map.values[:, i] for i in range(3)}
-        return tiles_geojson(place, measurements, colours=colours.rgb(tile_map.values))
-    if colours.palette == "categories":
-        both = list(zip(colours.names, map(_from_hex, colours.category_colours), strict=True))
+        return tiles_geojson(place, measurements, colors=colors.rgb(tile_map.values))
+    if colors.palette == "categories":
+        both = list(zip(colors.names, map(_from_hex, colors.category_colors), strict=True))
         classes = [both[value] for value in tile_map.values.tolist()]
         return tiles_geojson(place, {"cluster": tile_map.values + 1}, classes=classes)
-    shown = colours.rgb(np.nan_to_num(tile_map.values))
-    return tiles_geojson(place, {colours.label: tile_map.values}, colours=shown)
+    shown = colors.rgb(np.nan_to_num(tile_map.values))
+    return tiles_geojson(place, {colors.label: tile_map.values}, colors=shown)
 
 
 def tiles_geojson(
@@ -493,7 +493,7 @@ def tiles_geojson(
     measurements: Mapping[str, npt.NDArray[Any]],
     *,
     classes: Sequence[tuple[str, tuple[int, ...]]] | None = None,
-    colours: npt.NDArray[np.uint8] | None = None,
+    colors: npt.NDArray[np.uint8] | None = None,
 ) -> str:
     """A FeatureCollection (RFC 7946, but in pixels) with one tile object of QuPath's a tile.
 
@@ -503,8 +503,8 @@ def tiles_geojson(
     Args:
         place: the tiles, with level-0 coordinates.
         measurements: name -> (N,); NaN is left out.
-        classes: (name, colour) of each tile's class, or None.
-        colours: (N, 3) of tiles without a class, or None.
+        classes: (name, color) of each tile's class, or None.
+        colors: (N, 3) of tiles without a class, or None.
 
     Raises:
         ValueError: the coordinates are not in level-0 pixels.
@@ -526,10 +526,10 @@ def tiles_geojson(
             "measurements": {name: values[row] for name, values in columns.items() if values[row] == values[row]},
         }
         if classes is not None:
-            name, colour = classes[row]
-            properties["classification"] = {"name": name, "color": list(colour)}
-        if colours is not None:
-            properties["color"] = colours[row].tolist()
+            name, color = classes[row]
+            properties["classification"] = {"name": name, "color": list(color)}
+        if colors is not None:
+            properties["color"] = colors[row].tolist()
         geometry = {"type": "Polygon", "coordinates": [[[_plain(x), _plain(y)] for x, y in ring]]}
         features.append({"type": "Feature", "geometry": geometry, "properties": properties})
     return json.dumps({"type": "FeatureCollection", "features": features}, separators=(",", ":"), allow_nan=False)

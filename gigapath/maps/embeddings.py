@@ -1,7 +1,7 @@
-"""Maps of the tile embeddings themselves: principal components as colours, clusters, similarity to a tile.
+"""Maps of the tile embeddings themselves: principal components as colors, clusters, similarity to a tile.
 
 N tiles of a slide, S sampled tiles of all slides, D width. What is fitted is fitted once for all slides, so that a
-colour means the same on each.
+color means the same on each.
 """
 
 from collections.abc import Iterable
@@ -13,7 +13,7 @@ import numpy.typing as npt
 Float32 = npt.NDArray[np.float32]
 
 SAMPLE = 20_000  # tiles of all slides together that components and clusters are fitted on
-COLOUR_PERCENTILES = (1.0, 99.0)
+COLOR_PERCENTILES = (1.0, 99.0)
 RESTARTS = 4  # of k-means
 CLUSTERS, TILES_A_CLUSTER = 8, 20  # where no number is given: at most so many, each of so many different tiles
 _ROWS = 8192  # tiles that are compared at once
@@ -46,7 +46,7 @@ class Components:
         mean: (D,).
         axes: (3, D) of length 1, the entry of largest magnitude positive.
         shares: (3,) of the variance.
-        low, high: (3,) of the components, what becomes colour 0 and 1.
+        low, high: (3,) of the components, what becomes color 0 and 1.
     """
 
     mean: Float32
@@ -55,14 +55,14 @@ class Components:
     low: Float32
     high: Float32
 
-    def colours(self, features: Float32) -> Float32:
+    def colors(self, features: Float32) -> Float32:
         """(N, 3) red, green and blue from 0 to 1 of tiles (N, D)."""
         shares = (self._project(features) - self.low) / np.maximum(self.high - self.low, 1e-12)
         return np.asarray(np.clip(shares, 0, 1), np.float32)
 
     def scaled(self, features: Float32) -> "Components":
-        """The same axes with the colour range of other tiles."""
-        low, high = np.percentile(self._project(features), COLOUR_PERCENTILES, axis=0).astype(np.float32)
+        """The same axes with the color range of other tiles."""
+        low, high = np.percentile(self._project(features), COLOR_PERCENTILES, axis=0).astype(np.float32)
         return Components(self.mean, self.axes, self.shares, low, high)
 
     def _project(self, features: Float32) -> Float32:
@@ -70,10 +70,10 @@ class Components:
 
 
 def fit_components(sample: Float32) -> Components:
-    """Principal components of tiles (S, D), centred and not scaled; fewer than three there are become zero axes."""
+    """Principal components of tiles (S, D), centered and not scaled; fewer than three there are become zero axes."""
     mean = sample.mean(axis=0, dtype=np.float64)
-    centred = sample.astype(np.float64) - mean
-    scatter, divisor = centred.T @ centred, max(1, len(sample) - 1)
+    centered = sample.astype(np.float64) - mean
+    scatter, divisor = centered.T @ centered, max(1, len(sample) - 1)
     variances, vectors = np.linalg.eigh(scatter / divisor)
     variances, axes = np.maximum(variances[::-1][:3], 0), vectors.T[::-1][:3]
     signs = np.sign(axes[np.arange(len(axes)), np.abs(axes).argmax(axis=1)])
@@ -91,17 +91,17 @@ def _three(rows: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
 
 @dataclass(frozen=True, eq=False)
 class Clusters:
-    """Centres (K, D) of k-means, the one with most of the sampled tiles first."""
+    """Centers (K, D) of k-means, the one with most of the sampled tiles first."""
 
-    centres: Float32
+    centers: Float32
 
     def labels(self, features: Float32) -> npt.NDArray[np.int32]:
-        """(N,) the nearest centre, 0 to K - 1, of tiles (N, D)."""
+        """(N,) the nearest center, 0 to K - 1, of tiles (N, D)."""
         found = np.empty(len(features), np.int32)
-        squares = (self.centres.astype(np.float64) ** 2).sum(axis=1)
+        squares = (self.centers.astype(np.float64) ** 2).sum(axis=1)
         for start in range(0, len(features), _ROWS):
             block = np.asarray(features[start : start + _ROWS], np.float64)
-            found[start : start + _ROWS] = (squares - 2 * block @ self.centres.T.astype(np.float64)).argmin(axis=1)
+            found[start : start + _ROWS] = (squares - 2 * block @ self.centers.T.astype(np.float64)).argmin(axis=1)
         return found
 
 

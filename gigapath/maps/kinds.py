@@ -1,4 +1,4 @@
-"""The kinds of maps, one table (`KINDS`, at the end): how the values of each are made, its colours, and the sentences
+"""The kinds of maps, one table (`KINDS`, at the end): how the values of each are made, its colors, and the sentences
 that state it. N tiles of a slide."""
 
 from collections.abc import Callable, Iterator, Mapping
@@ -16,7 +16,7 @@ from gigapath.finetune.data import Bag
 from gigapath.finetune.fitted import FittedHead
 from gigapath.linear_probe.tile_heads import TileHead
 from gigapath.maps.attention import encoder_attention, rollout
-from gigapath.maps.drawing import Colours, TileMap
+from gigapath.maps.drawing import Colors, TileMap
 from gigapath.maps.embeddings import Clusters, Components, cosine_similarity
 from gigapath.maps.heads import (
     choose_target,
@@ -71,10 +71,10 @@ class Kind:
     Attributes:
         make: yields the maps of a slide, whose tiles come in row-major order, at least one.
         source: gives the facts on the model that the map is of.
-        palette: of `Colours`.
-        label: what the colours mean.
+        palette: of `Colors`.
+        label: what the colors mean.
         title: what the map shows.
-        normalisation: what the values were divided by.
+        normalization: what the values were divided by.
         scope: what a range that is not taken from the values of all slides spans.
     """
 
@@ -83,7 +83,7 @@ class Kind:
     palette: str
     label: str
     title: str
-    normalisation: str
+    normalization: str
     scope: str = "fixed"
 
 
@@ -93,15 +93,15 @@ def slide_maps(shared: Shared, tiles: TileEmbeddings) -> Iterator[TileMap]:
         kind = KINDS[name]
         facts = kind.source(shared, tiles)
         for made in kind.make(shared, tiles):
-            sentences = (kind.label, kind.title, kind.normalisation, kind.scope)
-            label, title, normalisation, scope = (each.format(**made.facts, **made.words) for each in sentences)
+            sentences = (kind.label, kind.title, kind.normalization, kind.scope)
+            label, title, normalization, scope = (each.format(**made.facts, **made.words) for each in sentences)
             yield TileMap(
                 name="_".join((name, *made.name)),
                 kind=name,
                 values=made.values,
-                colours=Colours(kind.palette, label, scope=scope, names=made.categories),
+                colors=Colors(kind.palette, label, scope=scope, names=made.categories),
                 title=title,
-                facts={**facts, "normalisation": normalisation, **made.facts},
+                facts={**facts, "normalisation": normalization, **made.facts},
                 arrays=made.arrays,
                 curve=made.curve,
                 mark=made.mark,
@@ -121,7 +121,7 @@ def _pca(shared: Shared, tiles: TileEmbeddings) -> Iterator[Made]:
     found = shared.components.scaled(tiles.features) if own else shared.components
     red, green, blue = found.shares
     yield Made(
-        values=found.colours(tiles.features),
+        values=found.colors(tiles.features),
         words={"red": red, "green": green, "blue": blue, "own": ", range of this slide" if own else ""},
         facts={"variance_shares": found.shares.tolist()},
         arrays={"components": found.axes, "mean": found.mean, "low": found.low, "high": found.high},
@@ -130,12 +130,12 @@ def _pca(shared: Shared, tiles: TileEmbeddings) -> Iterator[Made]:
 
 def _clusters(shared: Shared, tiles: TileEmbeddings) -> Iterator[Made]:
     assert shared.clusters is not None
-    count = len(shared.clusters.centres)
+    count = len(shared.clusters.centers)
     yield Made(
         values=shared.clusters.labels(tiles.features),
         words={"count": count, "seed": shared.options.seed},
         categories=tuple(f"cluster {i + 1}" for i in range(count)),
-        arrays={"centres": shared.clusters.centres},
+        arrays={"centres": shared.clusters.centers},
     )
 
 
@@ -370,7 +370,7 @@ KINDS = {
         "sequential",
         "cosine similarity",
         "similarity of tile embeddings to {target}",
-        "cosine of the embeddings as stored, not centred",
+        "cosine of the embeddings as stored, not centered",
     ),
     "attention": Kind(
         _attention,
@@ -379,7 +379,7 @@ KINDS = {
         "attention weight x number of tokens (1 = even)",
         "attention of the slide encoder, layer {layer} of {depth}, {heads}, {query}",
         "drawn: weight x number of tokens; in the npz the weights themselves, of which tiles, class token and zero "
-        "keys add up to 1 in each head, nothing renormalised",
+        "keys add up to 1 in each head, nothing renormalized",
     ),
     "rollout": Kind(
         _rollout,
@@ -388,7 +388,7 @@ KINDS = {
         "rolled-out weight x number of tokens (1 = even)",
         "attention rollout over layers 1 to {depth}, a heuristic, {query}",
         "drawn: weight x number of tokens; each layer counts attention (mean of heads) and residual path half each, "
-        "nothing renormalised",
+        "nothing renormalized",
     ),
     "head-attention": Kind(
         _head_attention,

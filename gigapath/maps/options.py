@@ -6,7 +6,7 @@ from gigapath.options import DeviceOptions, PitchOptions, option
 
 HEAD_KINDS = ("head-attention", "gradient", "occlusion")
 KINDS = ("pca", "clusters", "similarity", "attention", "rollout", *HEAD_KINDS, "classes")  # made in `kinds`
-MOST_CLUSTERS = 12  # as many colours as stay apart for all readers
+MOST_CLUSTERS = 12  # as many colors as stay apart for all readers
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class MapOptions(DeviceOptions, PitchOptions):
         (), "where the slides are: files, folders, manifests (default: where the run that made FEATURES found them)"
     )
     range: str = option(
-        "all", "colours span the values of all slides given, or of each slide by itself", choices=("all", "slide")
+        "all", "colors span the values of all slides given, or of each slide by itself", choices=("all", "slide")
     )
     opacity: float = option(0.65, "of the tiles over the slide", above=0, at_most=1)
     seed: int = option(0, "of samples, clusters and random orders", at_least=0)

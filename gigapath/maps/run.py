@@ -1,9 +1,9 @@
-"""`make_maps`: maps of many slides, each with the colours of all; and their files, which the report reads too.
+"""`make_maps`: maps of many slides, each with the colors of all; and their files, which the report reads too.
 
 `OUT/<slide_id>/` holds for every map, with the same stem NAME:
 
     NAME.json          what the map is (below); written last, so a map with a JSON is whole
-    NAME.png           the figure: slide beside map, axes in mm, title, colour bar
+    NAME.png           the figure: slide beside map, axes in mm, title, color bar
     NAME_overlay.png   RGBA, one pixel a cell, clear where there is no tile: to lay over the slide, scaled up without
                        smoothing, at `overlay.level0` less the corner of `slide.bounds`
     NAME.geojson       tiles for QuPath, relative to the bounds; absent where coordinates are not level-0 pixels
@@ -17,7 +17,7 @@ where a part has random weights), `layer`, `head`, `query`, `target` (null where
 head's map: what its curve says of it), `made_from` (below), `colour` (`palette`, `label`, `scope`; `low`, `high`,
 `colormap`; or `categories` of `name`, `colour` and `tiles`), `tiles`, `tile` (`pitch_level0`, `pitch_mm`), `slide`
 (`size`, `bounds`, `mpp_level0`, `at_hand`), `overlay` (`level0` [x, y, w, h] absolute, `shape` [rows, columns]),
-`marked_tile` (the row that the map is about, outlined in the figure), `options` (those that change numbers or colours,
+`marked_tile` (the row that the map is about, outlined in the figure), `options` (those that change numbers or colors,
 but for what is in the name), `files` (their names by role), `curve` (numbers of the curve), `details` (what else the
 kind states, such as the weight on zero keys), `note`, `version`, `terms`. What is not known is null. No paths.
 
@@ -154,7 +154,7 @@ def make_maps(
 
 
 def numbers_of(options: MapOptions, kind: str) -> dict[str, Any]:
-    """The options that change the numbers or colours of a map without changing its name."""
+    """The options that change the numbers or colors of a map without changing its name."""
     names = [name for name in _OPTIONS if name != "clusters" or kind == "clusters"]
     return {name: getattr(options, name) for name in names}
 
@@ -182,7 +182,7 @@ def _make_maps(
     options: MapOptions,
     unfinished: contextlib.ExitStack,
 ) -> None:
-    """Compute all maps, whose arrays wait in temporary files, and then write them with the colours of all."""
+    """Compute all maps, whose arrays wait in temporary files, and then write them with the colors of all."""
     places: dict[str, Place] = {}
     drawn: dict[str, list[TileMap]] = {}
     arrays: dict[tuple[str, str], Path] = {}
@@ -212,7 +212,7 @@ def _make_maps(
             place, overview, note = look_at_slide(places[slide_id], slides.get(slide_id))
             for tile_map in maps:
                 values = tile_map.sample() if options.range == "slide" else np.concatenate(samples[tile_map.name])
-                ranged = dataclasses.replace(tile_map, colours=tile_map.colours.spanning(values, SCOPES[options.range]))
+                ranged = dataclasses.replace(tile_map, colors=tile_map.colors.spanning(values, SCOPES[options.range]))
                 write_map(
                     out / slide_id,
                     ranged,
@@ -464,10 +464,10 @@ def describe(
     pitch, mpp, grid = place.pitch_level0, place.mpp_level0, place.grid_level0
     pitch_mm = None if pitch is None or mpp is None else [p * m / 1000 for p, m in zip(pitch, mpp, strict=True)]
     stated = {name: facts.pop(name, None) for name in STATED}
-    colour = tile_map.colours.to_dict()
-    if "categories" in colour:
-        counts = np.bincount(tile_map.values, minlength=len(tile_map.colours.names)).tolist()
-        colour["categories"] = [{**each, "tiles": n} for each, n in zip(colour["categories"], counts, strict=True)]
+    color = tile_map.colors.to_dict()
+    if "categories" in color:
+        counts = np.bincount(tile_map.values, minlength=len(tile_map.colors.names)).tolist()
+        color["categories"] = [{**each, "tiles": n} for each, n in zip(color["categories"], counts, strict=True)]
     return {
         "format": FORMAT,
         "slide_id": place.slide_id,
@@ -477,7 +477,7 @@ def describe(
         **stated,
         "heuristic": bool(stated["heuristic"]),
         "made_from": {**made_from, "head_sha256": facts.pop("head_sha256", None)},
-        "colour": colour,
+        "colour": color,
         "tiles": len(place),
         "tile": {"pitch_level0": None if pitch is None else list(pitch), "pitch_mm": pitch_mm},
         "slide": {

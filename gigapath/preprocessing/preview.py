@@ -167,7 +167,7 @@ def _caption(mask: TissueMask, tiles: Tiles) -> list[str]:
     """Two lines: what there is, and how it was found."""
     count = "no tiles" if not len(tiles) else "1 tile" if len(tiles) == 1 else f"{len(tiles):,} tiles"
     pieces = "1 piece" if mask.pieces == 1 else f"{mask.pieces:,} pieces"
-    area = f"tissue {mask.area_mm2:,.3g} sq mm in {pieces}" if mask.mask.any() else "no tissue"
+    area = f"tissue {mask.area_mm2:,.3g} mm² in {pieces}" if mask.mask.any() else "no tissue"
     sized = f"{count} of {tiles.tile_size} px at {tiles.mpp:.4g} microns a pixel"
     rule = f"tissue by {mask.method}" + ("" if mask.threshold is None else f", threshold {mask.threshold:.4g}")
     if mask.state == "full":
@@ -188,7 +188,7 @@ def _page(
     draw.line([(0, height), (page.width, height)], fill=GREY, width=1)
     draw.text((16, height + 10), fitted(title, 28, page.width - 32), fill=INK, font=font(28))
     for row, line in enumerate(caption):
-        draw.text((16, height + 48 + 28 * row), line, fill=GREY, font=font(20))
+        _write(draw, (16, height + 48 + 28 * row), line, 20)
     x = 16
     for colour, words, filled in legend:
         box = (x, height + 118, x + 22, height + 136)
@@ -216,6 +216,17 @@ def _scale_bar(draw: ImageDraw.ImageDraw, right: int, y: int, room: int, mpp: fl
 def font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
     """Pillow's own font: nothing is looked for on the machine."""
     return ImageFont.load_default(size)
+
+
+def _write(draw: ImageDraw.ImageDraw, at: tuple[int, int], text: str, size: int) -> None:
+    """Draw gray text; Pillow's own font has no superscript two, so it is a small, raised 2."""
+    x = float(at[0])
+    for number, part in enumerate(text.split("²")):
+        if number:
+            draw.text((x, at[1]), "2", fill=GREY, font=font(round(0.65 * size)))
+            x += font(round(0.65 * size)).getlength("2")
+        draw.text((x, at[1]), part, fill=GREY, font=font(size))
+        x += font(size).getlength(part)
 
 
 def fitted(text: str, size: int, width: int) -> str:
@@ -353,7 +364,7 @@ def draw_page(entries: Sequence[Entry], head: str) -> NDArray[np.uint8]:
         text = top + CELL[1] - TEXT
         tiles = "1 tile" if entry.tiles == 1 else f"{entry.tiles:,} tiles"
         draw.text((left + 6, text + 2), fitted(entry.slide_id, 18, CELL[0] - 12), fill=INK, font=font(18))
-        draw.text((left + 6, text + 26), f"{tiles}, {entry.area_mm2:,.3g} sq mm", fill=GREY, font=font(16))
+        _write(draw, (left + 6, text + 26), f"{tiles}, {entry.area_mm2:,.3g} mm²", 16)
         words = fitted(", ".join(entry.suspicions), 16, CELL[0] - 12)
         draw.text((left + 6, text + 48), words, fill=ALARM, font=font(16))
         border = ALARM if entry.suspicions else (205, 205, 210)

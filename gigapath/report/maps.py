@@ -20,7 +20,7 @@ FORMAT = 1
 STATED = ("check", "model", "trained", "layer", "head", "query", "target", "weight", "normalisation", "note")
 OWN_RANGE = "range of this slide"
 AGAIN = "Run gigapath map again."
-# Nine steps of matplotlib's colour maps, for the colour bar.
+# Nine steps of matplotlib's color maps, for the color bar.
 RAMPS = {
     "viridis": (*("#440154", "#472c7b", "#3a528b", "#2c728e", "#20908c", "#28ae7f", "#5ec961", "#addc30", "#fde724"),),
     "PuOr_r": (*("#2d004b", "#5f3a91", "#998fbf", "#cfcee5", "#f7f6f5", "#fdd59f", "#ed9b39", "#bc6109", "#7f3b08"),),
@@ -69,7 +69,7 @@ def write_maps(target: Path, source: Path, sources: Sources) -> list[dict[str, A
 
     Returns:
         plain JSON values of each map, those that are out of date last: `title`, `file`, x, y, w, h in level-0 pixels,
-        `pixels`, `legend`, `facts`, `stale` (a sentence, or ""), `cohort` (names the slides that share its colours, ""
+        `pixels`, `legend`, `facts`, `stale` (a sentence, or ""), `cohort` (names the slides that share its colors, ""
         where it has its own). A map that is not whole, or whose tiles have no place in level-0 pixels, is left out.
     """
     found = []
@@ -80,7 +80,7 @@ def write_maps(target: Path, source: Path, sources: Sources) -> list[dict[str, A
 
 
 def notes_on_maps(slides: Sequence[Sequence[Mapping[str, Any]]]) -> list[str]:
-    """Sentences on maps of slides that are out of date, or whose colours can't be compared."""
+    """Sentences on maps of slides that are out of date, or whose colors can't be compared."""
     notes = []
     stale = [sum(bool(layer["stale"]) for layer in layers) for layers in slides]
     if any(stale):
@@ -93,7 +93,7 @@ def notes_on_maps(slides: Sequence[Sequence[Mapping[str, Any]]]) -> list[str]:
             shared.setdefault(layer["title"], set()).add(layer["cohort"])
     for title in sorted(title for title, cohorts in shared.items() if len(cohorts) > 1):
         notes.append(
-            f"{title}: these maps come from {len(shared[title])} runs of gigapath map, so a colour does not mean the "
+            f"{title}: these maps come from {len(shared[title])} runs of gigapath map, so a color does not mean the "
             "same on all slides. Give gigapath map all slides at once."
         )
     return notes
@@ -123,13 +123,13 @@ def _write_map(target: Path, path: Path, sources: Sources) -> dict[str, Any]:
     }
 
 
-def _legend(colour: Mapping[str, Any]) -> dict[str, Any]:
-    legend: dict[str, Any] = {"label": f"{colour['label']} ({colour['scope']})"}
-    if "categories" in colour:
-        legend["label"] = f"{colour['label']}: tiles on this slide"
-        legend["items"] = [each for each in colour["categories"] if each.get("tiles") != 0]
-    elif colour.get("colormap") in RAMPS:
-        legend |= {"stops": RAMPS[colour["colormap"]], "low": colour["low"], "high": colour["high"]}
+def _legend(color: Mapping[str, Any]) -> dict[str, Any]:
+    legend: dict[str, Any] = {"label": f"{color['label']} ({color['scope']})"}
+    if "categories" in color:
+        legend["label"] = f"{color['label']}: tiles on this slide"
+        legend["items"] = [each for each in color["categories"] if each.get("tiles") != 0]
+    elif color.get("colormap") in RAMPS:
+        legend |= {"stops": RAMPS[color["colormap"]], "low": color["low"], "high": color["high"]}
     return legend
 
 

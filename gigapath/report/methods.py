@@ -22,7 +22,7 @@ from gigapath.text import slides_in_words
 
 _TISSUE_RULES = {
     "otsu": "by Otsu's threshold [otsu1979threshold] on the stain of an overview at about 8 microns per pixel, from "
-    "which transparent, pure black and pen-coloured pixels were left out",
+    "which transparent, pure black and pen-colored pixels were left out",
     "published": "by the published rule (pixels of mean luminance below Otsu's threshold [otsu1979threshold] over the "
     "lowest level)",
     "none": "by no rule: every whole tile was kept",

@@ -16,7 +16,7 @@ from gigapath.features import read_slides
 from gigapath.report.collecting import is_trained
 
 SEED = 0
-FEW = 20  # neighbours say little among fewer slides: PCA
+FEW = 20  # neighbors say little among fewer slides: PCA
 MANY = 5000  # t-SNE and UMAP of more slides take minutes: PCA too
 LEAST = 3  # slides; fewer are no picture
 COMPONENTS = 50  # what t-SNE starts from, as its authors advise
@@ -94,8 +94,8 @@ def _installed(module: str) -> bool:
 
 def principal_components(vectors: FloatArray, count: int) -> tuple[FloatArray, Sequence[float]]:
     """(scores (S, count), share of the variance of each); the sign makes the largest loading positive."""
-    centred = vectors - vectors.mean(axis=0)
-    left, values, right = np.linalg.svd(centred, full_matrices=False)
+    centered = vectors - vectors.mean(axis=0)
+    left, values, right = np.linalg.svd(centered, full_matrices=False)
     signs = np.sign(right[np.arange(len(right)), np.abs(right).argmax(axis=1)])
     total = float((values**2).sum()) or 1.0
     scores = np.zeros((len(vectors), count))
@@ -112,13 +112,13 @@ def _umap(vectors: FloatArray) -> tuple[FloatArray, str, tuple[str, str]]:
         raise ImportError(
             "--projection umap: umap-learn is not installed. Install it (pip install 'gigapath[umap]'), or take tsne."
         ) from error
-    neighbours = min(15, len(vectors) - 1)
+    neighbors = min(15, len(vectors) - 1)
     # With a seed UMAP runs in one thread.
-    layout = umap.UMAP(n_neighbors=neighbours, metric="cosine", random_state=SEED, n_jobs=1)
+    layout = umap.UMAP(n_neighbors=neighbors, metric="cosine", random_state=SEED, n_jobs=1)
     with warnings.catch_warnings():  # of slides alike it says in three lines how it goes on, which it does
         warnings.simplefilter("ignore", UserWarning)
         found = layout.fit_transform(vectors)
-    words = f"UMAP ({neighbours} neighbours, cosine, seed {SEED})"
+    words = f"UMAP ({neighbors} neighbors, cosine, seed {SEED})"
     return np.asarray(found, np.float64), words, ("UMAP 1 (no unit)", "UMAP 2 (no unit)")
 
 

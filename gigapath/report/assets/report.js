@@ -308,8 +308,8 @@
     el("div", { class: "ramp-row" }, shown(low),
       el("span", { class: "ramp", style: `background: linear-gradient(90deg, ${stops.join(", ")})` }), shown(high));
 
-  /** How a column becomes colours: by number where all are numbers and there are many, else by value. */
-  function colouring(values) {
+  /** How a column becomes colors: by number where all are numbers and there are many, else by value. */
+  function coloring(values) {
     const held = values.filter((value) => value !== null && value !== "");
     const numbers = held.map(Number);
     const kinds = [...new Set(held.map(String))];
@@ -324,11 +324,11 @@
     for (const value of held) count.set(String(value), (count.get(String(value)) || 0) + 1);
     kinds.sort((a, b) => (kinds.length > palette.length ? count.get(b) - count.get(a) : collator.compare(a, b)));
     const named = new Map(kinds.slice(0, palette.length).map((kind, index) => [kind, palette[index]]));
-    const items = [...named].map(([name, colour]) => ({ name, colour, holds: (value) => String(value) === name, count: count.get(name) }));
+    const items = [...named].map(([name, color]) => ({ name, color, holds: (value) => String(value) === name, count: count.get(name) }));
     const rest = values.filter((value) => value === null || value === "" || !named.has(String(value))).length;
     if (rest) {
       const holds = (value) => value === null || value === "" || !named.has(String(value));
-      items.push({ name: kinds.length > palette.length ? "other" : "not stated", colour: other, holds, count: rest });
+      items.push({ name: kinds.length > palette.length ? "other" : "not stated", color: other, holds, count: rest });
     }
     return { of: (value) => (value === null ? other : named.get(String(value)) || other), items };
   }
@@ -346,7 +346,7 @@
     // The first look is at labels, or at a column of the user's with few values: sites say more than a thousand patients.
     const first = own.find((name) => name.endsWith("label"))
       || own.find((name) => new Set(columns.get(name)).size <= palette.length + 1) || "tiles";
-    const colour = el("select", { onchange: () => draw() },
+    const color = el("select", { onchange: () => draw() },
       [...columns.keys()].map((name) => el("option", { value: name, selected: name === first }, named(name))));
     const which = el("select", { onchange: () => draw() },
       data.projections.map((each, index) => el("option", { value: String(index) }, `${each.name}, ${each.embedding}`)));
@@ -355,15 +355,15 @@
     const caption = el("p", { class: "note" });
     const controls = el("div", { class: "controls" },
       data.projections.length > 1 ? el("label", { class: "field" }, "Embedding", which) : null,
-      el("label", { class: "field" }, "Colour", colour));
+      el("label", { class: "field" }, "Color", color));
     section("Slides by their embeddings", { said: caption, controls }, plot, legend);
     let chosen = null;
 
     function draw() {
       const projection = data.projections[Number(which.value) || 0];
       const rows = projection.ids.map((id) => indexOf.get(id));
-      const values = columns.get(colour.value);
-      const colours = colouring(rows.map((row) => (row === undefined ? null : values[row])));
+      const values = columns.get(color.value);
+      const colors = coloring(rows.map((row) => (row === undefined ? null : values[row])));
       const narrow = plot.clientWidth < 560;
       const width = narrow ? 420 : 960, height = narrow ? 400 : 470, edge = 26, left = 46;
       const extent = [0, 1].map((axis) => {
@@ -379,7 +379,7 @@
       const points = at.map(([x, y], index) => {
         const value = rows[index] === undefined ? null : values[rows[index]];
         return svg("circle", {
-          class: "point", cx: x, cy: y, r: radius, fill: colours.of(value),
+          class: "point", cx: x, cy: y, r: radius, fill: colors.of(value),
           onpointerenter: (event) => { if (event.pointerType === "mouse") select(index, false); },
           onclick: (event) => (event.pointerType === "mouse" ? open(index) : select(index, true)),
         });
@@ -399,7 +399,7 @@
       const far = projection.method === "PCA" ? "" : ", while the distance between groups means little";
       caption.textContent = `${plural(rows.length, "slide")}, one point each: alike in their embeddings where they lie close together${far}. `
         + `Embedding ${projection.embedding} of ${projection.name}; ${projection.method}.${untrained}`;
-      drawLegend(colours, points, rows, values);
+      drawLegend(colors, points, rows, values);
 
       function open(index) {
         if (rows[index] !== undefined) openSlide(rows[index]);
@@ -413,7 +413,7 @@
         ring.setAttribute("cy", at[index][1]);
         const row = rows[index];
         const value = row === undefined ? null : values[row];
-        const text = `${named(colour.value)}: ${value === null ? "not stated" : shown(value)}`;
+        const text = `${named(color.value)}: ${value === null ? "not stated" : shown(value)}`;
         tip.replaceChildren(row === undefined ? "" : thumbnail(row), el("strong", {}, projection.ids[index]), el("div", {}, text),
           touched ? el("button", { type: "button", class: "button", onclick: () => open(index) }, "Open") : "");
         plot.lastChild.textContent = `${projection.ids[index]}, ${text}`;
@@ -441,9 +441,9 @@
       }
     }
 
-    function drawLegend(colours, points, rows, values) {
-      legend.replaceChildren(colours.legend || "");
-      const buttons = (colours.items || []).map((item) => {
+    function drawLegend(colors, points, rows, values) {
+      legend.replaceChildren(colors.legend || "");
+      const buttons = (colors.items || []).map((item) => {
         const node = el("button", { type: "button", "aria-pressed": "false", title: "show these alone", onclick: () => {
           const on = node.getAttribute("aria-pressed") !== "true";
           buttons.forEach((each) => each.setAttribute("aria-pressed", String(each === node && on)));
@@ -451,7 +451,7 @@
             const value = rows[index] === undefined ? null : values[rows[index]];
             point.classList.toggle("away", on && !item.holds(value));
           });
-        } }, el("span", { class: "swatch", style: `background: ${item.colour}` }), `${item.name} (${whole.format(item.count)})`);
+        } }, el("span", { class: "swatch", style: `background: ${item.color}` }), `${item.name} (${whole.format(item.count)})`);
         return node;
       });
       legend.append(...buttons);
@@ -530,7 +530,7 @@
     return found;
   }
 
-  const dashes = [null, "7 4", "2 3"]; // of lines, so that they differ without colour too
+  const dashes = [null, "7 4", "2 3"]; // of lines, so that they differ without color too
 
   function curves(block, panel) {
     const width = 560, height = 250, left = 60, right = 14, top = 12, bottom = 44;
@@ -785,11 +785,11 @@
         viewer.addHandler("open-failed", () => missing());
         viewer.addHandler("tile-load-failed", (event) => { if (event.tiledImage === viewer.world.getItemAt(0)) missing(); });
         viewer.addHandler("update-viewport", scale);
-        // Where a window changes in height alone, zoom and centre stay, and OpenSeadragon 5 would draw tiles where they were.
+        // Where a window changes in height alone, zoom and center stay, and OpenSeadragon 5 would draw tiles where they were.
         viewer.addHandler("after-resize", () => {
           for (let at = 0; at < viewer.world.getItemCount(); at += 1) viewer.world.getItemAt(at).setClip(null);
         });
-        // Beneath a map the slide is grey and pale: its stain must not mix with the map's colours.
+        // Beneath a map the slide is gray and pale: its stain must not mix with the map's colors.
         viewer.addHandler("tiled-image-drawn", ({ tiledImage }) => {
           if (tiledImage !== viewer.world.getItemAt(0) || !shownMap || shownMap.getOpacity() === 0) return;
           const { context } = viewer.drawer, box = viewer.viewport.viewportToViewerElementRectangle(tiledImage.getBounds(true));
@@ -829,7 +829,7 @@
         el("span", { class: "status" }, el("span", { class: "swatch", style: `background: ${item.colour}` }), item.tiles ? `${item.name}: ${whole.format(item.tiles)}` : item.name))));
     }
     if (map.legend && map.legend.label) parts.push(el("p", { class: "note" }, map.legend.label));
-    parts.push(el("p", { class: "note" }, "Beneath a map the slide is grey; at opacity 0 its stain is seen."), factList(Object.entries(map.facts)));
+    parts.push(el("p", { class: "note" }, "Beneath a map the slide is gray; at opacity 0 its stain is seen."), factList(Object.entries(map.facts)));
     return parts;
   }
 
