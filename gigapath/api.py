@@ -223,8 +223,8 @@ def finetune(
     from gigapath import finetune as room
 
     if tiles is not None:
-        if features or task is not None or dry_run:
-            raise ValueError("tiles: expected neither features, task nor dry_run beside it. Leave them out.")
+        if features or task is not None:
+            raise ValueError("tiles: expected neither features nor task beside it. Leave them out.")
         from gigapath.finetune.tiles import finetune_tiles
 
         probing = ProbeOptions(allow_missing=join.allow_missing, allow_leakage=split.allow_leakage)
@@ -237,6 +237,7 @@ def finetune(
                 model=model,
                 training=training,
                 probe=probing,
+                dry_run=dry_run,
                 watch=watch,
                 check_stop=check_stop,
             )

@@ -166,6 +166,19 @@ def test_training_keeps_the_statistics_of_the_encoder_and_turns_tiles() -> None:
     assert len({tuple(model.eval().forward_packed(pixels.clone(), pixels, [1])[0].tolist()) for _ in range(9)}) == 1
 
 
+@needs_standin
+def test_a_dry_run_shows_the_plan_and_writes_nothing(tmp_path, tiles, capsys) -> None:
+    words = ["finetune", "--tiles", str(tiles), "--tile-encoder", "standin", "--adapt", "last", "--last-blocks", "1"]
+    assert main([*words, "--out", str(tmp_path / "out"), "--device", "cpu", "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    assert "tiles: 16 train, 8 val, 8 test" in said and "nothing was written" in said
+    assert all(line in said for line in ("parameters trained: ", "memory: ", "time: about "))
+    labels = tmp_path / "labels.csv"
+    labels.write_text("input,label,split\n" + "\n".join(f"test{kind}{n},{kind},test" for kind in "ab" for n in (0, 1)))
+    assert main([*words, "--out", str(tmp_path / "out"), "--labels", str(labels), "--dry-run"]) == 1
+    assert "labels.csv" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
 def test_wrong_words_are_one_sentence(tmp_path, tiles, capsys) -> None:
     for words, said in (
         (["--tiles", str(tiles), "--task", "panda"], "--tiles: expected neither"),

@@ -113,8 +113,6 @@ def _tune_on_tiles(
     model: ModelOptions,
     training: TrainingOptions,
 ) -> int:
-    if dry_run:
-        raise ValueError("--dry-run: expected a run on slides, got --tiles, which has no plan to show. Leave it out.")
     model.check_adapters(tile_encoder)
     from gigapath.cli.progress import Terminal
     from gigapath.finetune.tiles import ENCODER, finetune_tiles
@@ -131,9 +129,13 @@ def _tune_on_tiles(
             model=model,
             training=training,
             probe=probe,
+            dry_run=dry_run,
             watch=watch,
             check_stop=stop.check,
         )
+    if dry_run:
+        print("Dry run: nothing was written.")
+        return 0
     print(found)
     print(f"next: gigapath embed SLIDES --tile-encoder {out}/{ENCODER} --out DIR, then gigapath predict {out} DIR")
     return 0

@@ -33,39 +33,46 @@ class Plan:
     """What a run will take.
 
     Attributes:
-        tiles: (S,) tiles of each slide, those of training cut to the task's most.
-        folds: number of folds.
+        about: a line about what it works on.
         trained: parameters that are trained.
         parameters: of the whole model.
-        memory: bytes at the largest chunk.
+        memory: bytes at the largest pass.
         available: bytes that the device has free.
         seconds: of all folds and epochs, evaluation included.
         processes: that share the work.
         advice: a sentence where there are too few steps to learn in.
-        too_large: what would make the largest slide fit; "" where it does.
+        too_large: what would make the largest pass fit; "" where it does.
+        largest: what makes the largest pass.
     """
 
-    tiles: tuple[int, ...]
-    folds: int
+    about: str
     trained: int
     parameters: int
     memory: int
     available: int
     seconds: float
     processes: int
-    advice: tuple[str, ...]
+    advice: tuple[str, ...] = ()
     too_large: str = ""
+    largest: str = "slide"
 
     def lines(self) -> list[str]:
         """For people."""
         return [
-            f"slides: {len(self.tiles):,}, tiles: {sum(self.tiles):,} (median {int(np.median(self.tiles)):,} a slide, "
-            f"largest {max(self.tiles):,}), folds: {self.folds}",
+            self.about,
             f"parameters trained: {self.trained:,} of {self.parameters:,} ({self.trained / self.parameters:.1%})",
-            f"memory: {_gigabytes(self.memory)} at the largest slide, {self.available / 1e9:.1f} GB are free",
+            f"memory: {_gigabytes(self.memory)} at the largest {self.largest}, {self.available / 1e9:.1f} GB are free",
             f"time: about {in_words(self.seconds)}, processes: {self.processes}",
             *self.advice,
         ]
+
+    def check(self, too_large: str) -> None:
+        """Raise ValueError with what would help, where there is such a thing."""
+        if too_large:
+            raise ValueError(
+                f"the largest {self.largest} won't fit: it takes {self.memory / 1e9:.1f} GB, "
+                f"{self.available / 1e9:.1f} GB are free. Set {too_large}, or go on with --allow-low-memory."
+            )
 
 
 def _gigabytes(size: int) -> str:
@@ -133,9 +140,12 @@ def make_plan(
         further = [f"max_tiles of the task to {fits:,} or less"] if fits else []
         further += ["a smaller --batch-size"] if options.batch_size > 1 else []
         too_large = ", or ".join(further or ["--device to a larger one"])
-    seen = tuple(int(count) for count in counts)
+    about = (
+        f"slides: {len(counts):,}, tiles: {counts.sum():,} (median {int(np.median(counts)):,} a slide, largest "
+        f"{counts.max():,}), folds: {len(folds)}"
+    )
     seconds, advice = cost.seconds(passes, total) / processes.world, tuple(few_steps(folds, options, processes))
-    return Plan(seen, len(folds), trained, parameters, memory, available, seconds, processes.world, advice, too_large)
+    return Plan(about, trained, parameters, memory, available, seconds, processes.world, advice, too_large)
 
 
 def few_steps(folds: Sequence[Fold], options: TrainingOptions, processes: Processes) -> list[str]:
@@ -186,6 +196,7 @@ def measure_cost(
     operations: Callable[[int], float],
     model: nn.Module,
     device: torch.device,
+    probed: tuple[int, int] | None = None,
 ) -> Cost:
     """The line through two passes in training, after one that warms up; no state is changed.
 
@@ -194,8 +205,9 @@ def measure_cost(
         operations: of a pass over so many tiles.
         model: what it runs through.
         device: where.
+        probed: tiles of the two, those of PROBED_TILES by default.
     """
-    few, many = PROBED_TILES.get(device.type, PROBED_TILES["cpu"])
+    few, many = probed or PROBED_TILES.get(device.type, PROBED_TILES["cpu"])
     measure_pass(partial(loss_of, few), model, device)
     (kept, seconds), (kept_more, longer) = (measure_pass(partial(loss_of, n), model, device) for n in (few, many))
     per_tile = (kept_more - kept) / (many - few)

@@ -180,11 +180,8 @@ class _Run:
         if settings.controls:
             self.watch.line("the controls take additional time")
         too_large = next(filter(None, self.processes.gather(plan.too_large)), "")
-        if too_large and not settings.training.allow_low_memory:
-            raise ValueError(
-                f"the largest slide won't fit: it takes {plan.memory / 1e9:.1f} GB, {plan.available / 1e9:.1f} GB "
-                f"are free. Set {too_large}, or go on with --allow-low-memory."
-            )
+        if not settings.training.allow_low_memory:
+            plan.check(too_large)
         if self.dry_run:
             return RunResult({}, [], self.out, {})
         self._check_files()

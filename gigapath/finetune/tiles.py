@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from gigapath.cohort.stage import Ownership
-from gigapath.devices import at_most_threads
+from gigapath.devices import at_most_threads, computing
 from gigapath.evaluation.calibration import probabilities
 from gigapath.evaluation.results import (
     TILE_TUNING,
@@ -35,25 +35,27 @@ from gigapath.finetune import adapters
 from gigapath.finetune.data import Bag, check_folder
 from gigapath.finetune.heads import OneRate
 from gigapath.finetune.options import ModelOptions, TrainingOptions
+from gigapath.finetune.plan import ADAM_BYTES, Plan, free_bytes, measure_cost
 from gigapath.finetune.processes import join_processes, training_precision
 from gigapath.finetune.training import Trainer
-from gigapath.linear_probe.data import load_data
+from gigapath.linear_probe.data import label_tiles, load_data, own_labels, rows_of_table
 from gigapath.linear_probe.embed_tiles import TileSet, embed_tiles, open_tile_set
 from gigapath.linear_probe.heads import choose_penalty
 from gigapath.linear_probe.options import ProbeOptions
-from gigapath.linear_probe.table import TEST, TRAIN, VALIDATION
+from gigapath.linear_probe.table import TEST, TRAIN, VALIDATION, EmbeddingTable
 from gigapath.linear_probe.tile_heads import TileHead, save_tile_head
 from gigapath.linear_probe.tiles import predictions_of
 from gigapath.machine import available_cores
 from gigapath.options import to_dict
 from gigapath.progress import Progress
-from gigapath.tables import data_frame
+from gigapath.tables import data_frame, read_table
 from gigapath.tile_encoder import load_tile_encoder, save_tile_encoder
 from gigapath.tile_transform import TileTransform
 
 TUNED, FROZEN = "fine-tuned", "frozen probe"
 ENCODER = "tile_encoder"  # the folder of the tuned encoder
 EMBEDDED = "frozen.h5"
+PROBED = {"cuda": (8, 32), "cpu": (2, 6)}  # tiles of the passes that the plan measures
 TOGETHER = 32  # tiles of a pass without gradients, and of a batch of the frozen encoder
 _MODEL = ("adapt", "lora_rank", "lora_alpha", "lora_dropout", "last_blocks")
 _NO_CHANGE = ("workers", "device", "replicates", "allow_low_memory")
@@ -124,6 +126,7 @@ def finetune_tiles(
     model: ModelOptions | None = None,
     training: TrainingOptions | None = None,
     probe: ProbeOptions | None = None,
+    dry_run: bool = False,
     watch: Progress | None = None,
     check_stop: Callable[[], None] = lambda: None,
 ) -> TileTuning:
@@ -139,6 +142,7 @@ def finetune_tiles(
         model: what is trained; what concerns slides has no effect.
         training: the recipe, in tiles. Without a batch size the tiles of a step are one pass.
         probe: columns of the labels, what to allow.
+        dry_run: show the plan, and neither train nor write; the result holds no scores then.
         check_stop: called between steps; raises to end the run, which can go on later.
 
     Raises:
@@ -160,8 +164,22 @@ def finetune_tiles(
     chosen = {key: value for key, value in to_dict(model).items() if key in _MODEL}
     precision = training_precision(training.precision, processes.device)
     tag: dict[str, Any] = {"encoder": encoder.name, "model": chosen, "training": given, "precision": precision}
-    with Ownership({out: tag}), at_most_threads(available_cores()):
+    with Ownership({} if dry_run else {out: tag}), at_most_threads(available_cores()):
+        counts, classes = _labelled(tile_set, Path(tiles).name, labels, probe)
         watch.line(f"{len(tile_set):,} tiles, {encoder.description}")
+        torch.manual_seed(training.seed)
+        # The frozen one may hold its weights in half precision.
+        whole = load_tile_encoder(tile_encoder, device=training.device, precision="fp32").model.requires_grad_(True)
+        tuned = TileClassifier(whole, encoder.transform, encoder.embed_dim, classes)
+        adapters.adapt(tuned.encoder, model)
+        tuned.to(processes.device)
+        plan = _plan(tuned, counts, len(tile_set), training, precision, processes.device)
+        for line in plan.lines():
+            watch.line(line)
+        if not training.allow_low_memory:
+            plan.check(plan.too_large)
+        if dry_run:
+            return TileTuning({}, [], out)
         table = out / EMBEDDED
         embed_tiles(tile_set, encoder, table, batch_size=TOGETHER, watch=watch, check_stop=check_stop)
         data = load_data(table, labels, probe, watch=watch)
@@ -169,16 +187,7 @@ def finetune_tiles(
         rows = {split: torch.from_numpy(found) for split, found in data.rows.items()}
         start, choice = choose_penalty(features, truth, rows[TRAIN], rows[VALIDATION], len(data.classes))
         frozen = start.probabilities(features, rows[TEST])
-
-        torch.manual_seed(training.seed)
-        # The frozen one may hold its weights in half precision.
-        whole = load_tile_encoder(tile_encoder, device=training.device, precision="fp32").model.requires_grad_(True)
-        tuned = TileClassifier(whole, encoder.transform, encoder.embed_dim, len(data.classes))
         tuned.classifier.load_state_dict({"weight": start.weight, "bias": start.bias})
-        adapters.adapt(tuned.encoder, model)
-        tuned.to(processes.device)
-        sizes = [sum(p.numel() for p in tuned.parameters() if p.requires_grad or whole) for whole in (False, True)]
-        watch.line(f"parameters trained: {sizes[0]:,} of {sizes[1]:,} ({sizes[0] / sizes[1]:.1%})")
         place = {name: index for index, name in enumerate(tile_set.names)}
         bags = TileBags(tile_set, [place[name] for name in data.names], encoder.transform)
         task = Task("tiles", "binary" if len(data.classes) == 2 else "multi_class", data.classes)
@@ -234,3 +243,46 @@ def finetune_tiles(
             pictures={"confusion.png": lambda: confusion_picture(scores[TUNED], data.classes, "test tiles")},
         )
     return TileTuning(scores, [*score_lines(scores), *(f"note: {note}" for note in notes)], out)
+
+
+def _labelled(
+    tiles: TileSet, source: str, labels: Path | str | None, probe: ProbeOptions
+) -> tuple[dict[str, int], int]:
+    """The tiles of each split, and the number of classes; ValueError as of a probe."""
+    if labels is None:
+        none = np.zeros((len(tiles), 0), np.float32)
+        listed = own_labels(EmbeddingTable(tiles.names, none, tiles.splits, tiles.labels, tiles.groups), source)
+    else:
+        listed = rows_of_table(read_table(labels), label=probe.label, split=probe.split, group=probe.group)
+    _, _, rows, classes = label_tiles(tiles.names, tiles.splits, listed, probe, noun="tile")
+    return {split: len(found) for split, found in rows.items()}, len(classes)
+
+
+def _plan(
+    model: TileClassifier,
+    counts: dict[str, int],
+    embedded: int,
+    training: TrainingOptions,
+    precision: str,
+    device: torch.device,
+) -> Plan:
+    """What the run takes, by two measured passes; the frozen encoder's over `embedded` tiles is the first of it."""
+
+    def made(tiles: int) -> Tensor:
+        side = model.transform.resize
+        with computing(precision, device):
+            return model.forward_packed(torch.zeros(tiles, side, side, 3, device=device), torch.empty(0), ()).sum()
+
+    cost = measure_cost(made, lambda n: 3.0 * n, model, device, PROBED.get(device.type, PROBED["cpu"]))
+    batch, each = training.batch_size, {split: max(1, count) for split, count in counts.items()}
+    work = embedded + each[TEST] + training.epochs * (3 * each[TRAIN] + each[VALIDATION])
+    forwards = (embedded + each[TEST] + training.epochs * each[VALIDATION]) / TOGETHER
+    seconds = cost.seconds(training.epochs * -(-each[TRAIN] // batch) + forwards / 3, work)
+    parameters = sum(p.numel() for p in model.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    fixed = trained * ADAM_BYTES + 4 * (2 * parameters - trained)  # the frozen encoder stays beside
+    memory, free = int(fixed + cost.kept + cost.kept_per_tile * min(batch, each[TRAIN])), free_bytes(device)
+    ways = "a smaller --batch-size with more --gradient-accumulation" if batch > 1 else "--device to a larger one"
+    about = "tiles: " + ", ".join(f"{count:,} {split}" for split, count in counts.items())
+    too_large = ways if memory > free else ""
+    return Plan(about, trained, parameters, memory, free, seconds, 1, too_large=too_large, largest="pass")

@@ -270,6 +270,42 @@ def slides_of_tiles(
     return found
 
 
+def label_tiles(
+    tiles: Sequence[str],
+    tile_splits: Sequence[str],
+    listed: LabelRows,
+    options: ProbeOptions,
+    *,
+    noun: str = "embedding",
+) -> tuple[Joined, IntArray, dict[str, IntArray], tuple[str, ...]]:
+    """Join tiles to their labels, and check that each split has some of several classes.
+
+    Returns:
+        who belongs to whom, the class of each tile (-1 without a label), the tiles of each split, the classes' names.
+
+    Raises:
+        ValueError: one sentence on what is wrong.
+    """
+    joined = join_labels(tiles, tile_splits, listed, allow_missing=options.allow_missing, noun=noun)
+    without_split = [listed.names[index] for index, split in zip(joined.used, joined.splits, strict=True) if not split]
+    if without_split:
+        raise ValueError(
+            f"{listed.source}: {len(without_split):,} tiles have no split, neither in the CSV nor in their path, the "
+            f"first is {without_split[0]}. Add a column split."
+        )
+    used_labels = [listed.labels[index] for index in joined.used]
+    index_of_label, classes = class_names(used_labels, options.positive)
+
+    label_of_row = np.full(len(tiles), -1, dtype=np.int64)
+    rows = np.array(joined.rows, dtype=np.int64)
+    label_of_row[rows] = [index_of_label[label] for label in used_labels]
+    split_of_row = np.full(len(tiles), "", dtype="U5")
+    split_of_row[rows] = joined.splits
+    rows_of_split = {split: np.flatnonzero(split_of_row == split) for split in SPLITS}
+    _check_splits(rows_of_split, label_of_row, classes, listed.source)
+    return joined, label_of_row, rows_of_split, classes
+
+
 @dataclass(frozen=True)
 class ProbeData:
     """N embeddings of width D, of which the labelled ones belong to a split each.
@@ -329,23 +365,7 @@ def load_data(
         listed = rows_of_table(read_table(labels), label=options.label, split=options.split, group=options.group)
     table, how = read_embeddings(embeddings, cache=cache, watch=watch)
     listed = listed or own_labels(table, Path(embeddings).name)
-    joined = join_labels(table.names, table.splits, listed, allow_missing=options.allow_missing)
-    without_split = [listed.names[index] for index, split in zip(joined.used, joined.splits, strict=True) if not split]
-    if without_split:
-        raise ValueError(
-            f"{listed.source}: {len(without_split):,} tiles have no split, neither in the CSV nor in their path, the "
-            f"first is {without_split[0]}. Add a column split."
-        )
-    used_labels = [listed.labels[index] for index in joined.used]
-    index_of_label, classes = class_names(used_labels, options.positive)
-
-    label_of_row = np.full(len(table), -1, dtype=np.int64)
-    rows = np.array(joined.rows, dtype=np.int64)
-    label_of_row[rows] = [index_of_label[label] for label in used_labels]
-    split_of_row = np.full(len(table), "", dtype="U5")
-    split_of_row[rows] = joined.splits
-    rows_of_split = {split: np.flatnonzero(split_of_row == split) for split in SPLITS}
-    _check_splits(rows_of_split, label_of_row, classes, listed.source)
+    joined, label_of_row, rows_of_split, classes = label_tiles(table.names, table.splits, listed, options)
     warnings = []
     groups, group_column = _groups_of_rows(table, listed, joined, label_of_row, pcam_meta)
     units = list(table.names) if groups is None else groups.tolist()
