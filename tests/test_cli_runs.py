@@ -482,7 +482,7 @@ def test_a_log_hears_that_a_verb_is_at_work(
             time.sleep(0.01)
         raise ValueError("enough")
 
-    monkeypatch.setattr("gigapath.cli.runs.read_progress", read)
+    monkeypatch.setattr("gigapath.cli.cohort.read_progress", read)
     monkeypatch.setattr("gigapath.cli.main.SILENT_SECONDS", 0.02)
     assert main(["status", str(tmp_path)]) == 1
     assert heard.is_set()

@@ -15,7 +15,7 @@ import torch
 
 from gigapath.cli.main import main
 from gigapath.doctor import diagnose as run
-from gigapath.doctor import installation, selftest
+from gigapath.doctor import selftest
 from gigapath.doctor.diagnose import diagnose
 from gigapath.doctor.selftest import paint, write_slide
 from gigapath.findings import NOTE, OK, WRONG, Finding
@@ -88,25 +88,25 @@ def test_folders_that_take_nothing_are_found(code: int, monkeypatch: pytest.Monk
         raise OSError(code, os.strerror(code))
 
     monkeypatch.setattr(os, "fsync", refuse)
-    cache, *_ = installation.check_disk()
+    cache, *_ = run.check_disk()
     assert cache.state == "wrong" and os.strerror(code) in cache.text and "HF_HOME" in cache.advice
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "none" / "hub" / "models").mkdir(parents=True)
-    cache, *_ = installation.check_disk()
+    cache, *_ = run.check_disk()
     assert cache.state == "note" and "what is in it serves" in cache.text
 
 
 def test_little_room_is_noted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(installation, "_ROOM_FOR_WEIGHTS", float("inf"))
-    cache, *_ = installation.check_disk()
+    monkeypatch.setattr(run, "_ROOM_FOR_WEIGHTS", float("inf"))
+    cache, *_ = run.check_disk()
     assert cache.state == "note" and "GB free" in cache.text and "6 GB" in cache.advice
 
 
 def test_a_driver_without_a_gpu_in_sight_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(installation.torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(installation.torch.backends.mps, "is_available", lambda: False)
-    monkeypatch.setattr(installation.shutil, "which", lambda name: "somewhere")
-    (device,) = installation.check_devices()
+    monkeypatch.setattr(run.torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(run.torch.backends.mps, "is_available", lambda: False)
+    monkeypatch.setattr(run.shutil, "which", lambda name: "somewhere")
+    (device,) = run.check_devices()
     assert device.state == "wrong" and "NVIDIA driver" in device.text and device.advice
 
 
@@ -128,18 +128,18 @@ def test_a_gpu_that_torch_was_not_built_for_is_wrong(
     capability: tuple[int, int], built_for: list[str], runs: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     about = SimpleNamespace(name="A GPU", total_memory=16e9, major=capability[0], minor=capability[1])
-    cuda = installation.torch.cuda
+    cuda = run.torch.cuda
     monkeypatch.setattr(cuda, "is_available", lambda: True)
     monkeypatch.setattr(cuda, "device_count", lambda: 1)
     monkeypatch.setattr(cuda, "get_device_properties", lambda index: about)
     monkeypatch.setattr(cuda, "get_arch_list", lambda: built_for)
-    (device,) = installation.check_devices()
+    (device,) = run.check_devices()
     assert (device.state == "ok") is runs and "A GPU" in device.text
 
 
 def test_a_refused_kernel_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(installation, "find_fault", lambda *a: "the short case gives dq wrong by 1")
-    kernels = installation.check_kernels()
+    monkeypatch.setattr(run, "find_fault", lambda *a: "the short case gives dq wrong by 1")
+    kernels = run.check_kernels()
     assert all(d.state == "note" and "dq wrong by 1" in d.text and d.facts["kernel"] == "plain" for d in kernels)
 
 

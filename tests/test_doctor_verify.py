@@ -19,7 +19,8 @@ from PIL import Image
 
 from gigapath import slide_encoder
 from gigapath.cli.main import main
-from gigapath.doctor import verify_slide_encoder, verify_tile_encoder
+from gigapath.doctor import verify as verify_slide_encoder
+from gigapath.doctor import verify_tile_encoder
 from gigapath.doctor.options import VerifyOptions
 from gigapath.doctor.verify import verdict
 from gigapath.doctor.verify_tile_encoder import RIGHT, forms_of

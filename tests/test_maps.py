@@ -28,7 +28,7 @@ from gigapath.maps import (
     make_maps,
     sample_tiles,
 )
-from gigapath.maps.heads import occluded_squares
+from gigapath.maps.attribution import occluded_squares
 from gigapath.preprocessing import preview
 
 
@@ -93,7 +93,7 @@ def test_occlusion_is_the_score_with_less_the_score_without(planted) -> None:
 
     from gigapath.finetune import load_head
     from gigapath.finetune.data import Bag
-    from gigapath.maps.heads import class_scores, gradient_times_input, head_attention, occlusion
+    from gigapath.maps.attribution import class_scores, gradient_times_input, head_attention, occlusion
 
     head = load_head(planted[0] / "tuned" / "fold_0")
     random = np.random.default_rng(0)

@@ -23,8 +23,7 @@ from gigapath.features import read_tiles
 from gigapath.file_names import folder_name
 from gigapath.report import ReportOptions, write_report
 from gigapath.report.pictures import distances, pick_tiles
-from gigapath.report.projection import project
-from gigapath.report.write import script_text
+from gigapath.report.write import project, script_text
 
 CANARY = "Doe,JANE_1953"
 
@@ -215,7 +214,7 @@ def test_slides_that_are_gone_are_shown_by_their_previews(run: Path, tmp_path: P
 
 
 def test_maps_are_laid_over_and_what_is_no_map_is_left_out(tmp_path: Path) -> None:
-    from gigapath.report.maps import Sources, write_maps
+    from gigapath.report.pictures import Sources, write_maps
 
     cells = np.zeros((3, 5, 4), np.uint8)
     cells[1, 2] = 10, 20, 30, 255

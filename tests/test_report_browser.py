@@ -16,7 +16,7 @@ from made_report import MARKUP, PLANTED, REGION, SCRIPT, make_run
 from gigapath.cli.main import main
 from gigapath.cohort.status import Status, read_status
 from gigapath.report import ReportOptions, write_report
-from gigapath.report.projection import Projection
+from gigapath.report.write import Projection
 
 pytestmark = pytest.mark.slow
 

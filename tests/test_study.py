@@ -14,7 +14,7 @@ from gigapath.cli import study as module
 from gigapath.cli.main import main
 from gigapath.evaluation.compare import compare
 from gigapath.report.results import collect_results
-from gigapath.report.tripod import ITEMS
+from gigapath.report.study import ITEMS
 
 TUNE = {"head": "abmil-tiles", "pretrained": "", "epochs": 2, "base-lr": 0.1, "gradient-accumulation": 4}
 STUDY: dict[str, Any] = {

@@ -32,12 +32,15 @@ VERBS = {
         "install:doctor",
         "Check this machine, the installation or the released weights, and say how to fix problems.",
     ),
-    "plan": ("plan:plan", "Summarize a cohort and estimate its cost from the slides' headers; optionally tile a few."),
+    "plan": (
+        "cohort:plan",
+        "Summarize a cohort and estimate its cost from the slides' headers; optionally tile a few.",
+    ),
     "tile": ("slides:tile", "Find tissue and place tiles: mask, tiles, previews. Check the previews before embedding."),
     "embed": ("slides:embed", "Turn slides into tiles, tile embeddings and slide embeddings."),
     "slide-embed": ("slides:slide_embed", "Compute slide embeddings from tile embeddings, ours or another tool's."),
     "status": (
-        "runs:status",
+        "cohort:status",
         "Show progress on a cohort: slides by state and stage, rate, time left, failures by kind.",
     ),
     "check": ("features:check", "Describe feature files, ours or another tool's, and report what is wrong with them."),
@@ -54,13 +57,13 @@ VERBS = {
         "Write one page on a run or a cohort: slides, maps, scores; or a paper's methods paragraph.",
     ),
     "remove": (
-        "runs:remove",
+        "cohort:remove",
         "Remove a slide and every mention of it from an output folder, e.g. when consent is withdrawn.",
     ),
     "embed-tiles": ("probe:embed_tiles", "Embed tile images with a tile encoder into one file for probes."),
     "probe": ("probe:probe", "Fit and score a linear layer on frozen tile or slide embeddings."),
     "compare": ("probe:compare", "Compare embeddings or models on the same folds: differences, tests, their power."),
-    "pretrain": ("pretrain:pretrain", "Pretrain the slide encoder on unlabeled slides, by predicting hidden tiles."),
+    "pretrain": ("finetune:pretrain", "Pretrain the slide encoder on unlabeled slides, by predicting hidden tiles."),
     "init-task": ("finetune:init_task", "Write a task file for fine-tuning from a CSV of labels."),
     "finetune": (
         "finetune:finetune",

@@ -10,7 +10,7 @@ from cyclopts import Parameter
 
 from gigapath.cli.arguments import EXIT_FAILED_SLIDES, Folder, GivenFolder, Json, verb
 from gigapath.maps.options import MapOptions
-from gigapath.report.options import ReportOptions
+from gigapath.report.write import ReportOptions
 
 
 @verb

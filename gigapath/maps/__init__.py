@@ -11,7 +11,16 @@ from typing import TYPE_CHECKING
 from gigapath import lazy_names
 
 if TYPE_CHECKING:
-    from gigapath.maps.attention import LayerAttention, Rollout, encoder_attention, rollout
+    from gigapath.maps.attribution import (
+        LayerAttention,
+        Rollout,
+        deletion_and_insertion,
+        encoder_attention,
+        gradient_times_input,
+        head_attention,
+        occlusion,
+        rollout,
+    )
     from gigapath.maps.drawing import (
         Colors,
         Place,
@@ -23,7 +32,6 @@ if TYPE_CHECKING:
         tiles_geojson,
     )
     from gigapath.maps.embeddings import cosine_similarity, fit_clusters, fit_components, sample_tiles
-    from gigapath.maps.heads import deletion_and_insertion, gradient_times_input, head_attention, occlusion
     from gigapath.maps.options import MapOptions
     from gigapath.maps.run import MapsResult, look_at_slide, make_maps
 
@@ -57,12 +65,14 @@ __all__ = [
 __getattr__, __dir__ = lazy_names(
     __name__,
     {
-        "attention": ("LayerAttention", "Rollout", "encoder_attention", "rollout"),
+        "attribution": (
+            *("LayerAttention", "Rollout", "encoder_attention", "rollout"),
+            *("deletion_and_insertion", "gradient_times_input", "head_attention", "occlusion"),
+        ),
         "drawing": (
             *("Colors", "Place", "TileMap", "draw_curve", "draw_map", "place_of", "tile_rgba", "tiles_geojson"),
         ),
         "embeddings": ("cosine_similarity", "fit_clusters", "fit_components", "sample_tiles"),
-        "heads": ("deletion_and_insertion", "gradient_times_input", "head_attention", "occlusion"),
         "options": ("MapOptions",),
         "run": ("MapsResult", "look_at_slide", "make_maps"),
     },

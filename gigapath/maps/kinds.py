@@ -15,17 +15,18 @@ from gigapath.file_names import plain_name
 from gigapath.finetune.data import Bag
 from gigapath.finetune.fitted import FittedHead
 from gigapath.linear_probe.tile_heads import TileHead
-from gigapath.maps.attention import encoder_attention, rollout
-from gigapath.maps.drawing import Colors, TileMap
-from gigapath.maps.embeddings import Clusters, Components, cosine_similarity
-from gigapath.maps.heads import (
+from gigapath.maps.attribution import (
     choose_target,
     deletion_and_insertion,
+    encoder_attention,
     gradient_times_input,
     head_attention,
     occlusion,
     predicted_class,
+    rollout,
 )
+from gigapath.maps.drawing import Colors, TileMap
+from gigapath.maps.embeddings import Clusters, Components, cosine_similarity
 from gigapath.maps.options import MapOptions
 
 Array = npt.NDArray[Any]

@@ -69,7 +69,7 @@ from gigapath.finetune.data import look_at_all
 from gigapath.finetune.fitted import FittedHead, load_head
 from gigapath.finetune.options import JoinOptions
 from gigapath.linear_probe.tile_heads import load_tile_head
-from gigapath.maps.attention import check_layers
+from gigapath.maps.attribution import check_attends, check_layers, check_target
 from gigapath.maps.drawing import (
     FloatArray,
     Place,
@@ -82,7 +82,6 @@ from gigapath.maps.drawing import (
     tile_rgba,
 )
 from gigapath.maps.embeddings import fit_clusters, fit_components, sample_tiles
-from gigapath.maps.heads import check_attends, check_target
 from gigapath.maps.kinds import Shared, slide_maps
 from gigapath.maps.options import HEAD_KINDS, MOST_CLUSTERS, MapOptions
 from gigapath.preprocessing.preview import preview_picture

@@ -4,7 +4,6 @@ collecting and results read what a folder says; pictures, tissue_tiles, overlays
 page puts all of it into one file that needs no network. No torch in here.
 """
 
-from gigapath.report.options import ReportOptions
-from gigapath.report.write import write_report
+from gigapath.report.write import ReportOptions, write_report
 
 __all__ = ["ReportOptions", "write_report"]
