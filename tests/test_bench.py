@@ -9,7 +9,7 @@ import torch
 from made_slides import paint_tissue, write_pyramid
 from tiny_encoders import tiny_tile_encoder
 
-from scripts.bench import coverage, probe, protocol
+from scripts.bench import coverage, probe, protocol, target_coverage
 from scripts.bench.__main__ import main
 from scripts.bench.protocol import Work, compare
 
@@ -96,3 +96,16 @@ def test_intervals_over_folds_hold_the_truth_where_the_old_bootstrap_did_not(
     for name, each in row["scores"].items():
         assert each["coverage"] >= 0.876 and each["type_1"] <= 0.12, (name, each)
     assert row["scores"]["auprc"]["old"] < 0.6 and row["scores"]["auroc"]["old"] < 0.876
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("setting", ["regression", "survival"])
+def test_scores_of_times_and_amounts_have_a_truth_and_an_interval(setting: str) -> None:
+    cell = target_coverage.Cell(setting, 20, target_coverage.STRENGTHS[setting][-1])
+    cohorts = [target_coverage.cohort_of(cell, number, seed=5) for number in range(2)]
+    for cohort in cohorts:
+        for name, (truth, value, low, high) in cohort.items():
+            assert np.isfinite(truth) and (np.isnan(low) or (low < high and low <= value <= high)), name
+    row = target_coverage.row_of(cohorts)
+    first = next(iter(row["scores"].values()))
+    assert row["cohorts"] == 2 and first["coverage"] in (0, 0.5, 1) and first["width"] > 0

@@ -16,6 +16,7 @@ from sklearn.metrics import roc_auc_score
 from gigapath.cli.main import main
 from gigapath.evaluation.results import read_results
 from gigapath.evaluation.robustness import robustness_index
+from gigapath.evaluation.scores import Scorer
 from gigapath.evaluation.task import Task
 from gigapath.features import SlideEmbeddings, read_slide, read_slides, write_slide
 from gigapath.linear_probe import fits as fits_module
@@ -23,7 +24,7 @@ from gigapath.linear_probe.data import rows_of_table
 from gigapath.linear_probe.fits import fit_folds
 from gigapath.linear_probe.heads import PENALTIES, LogisticRegression, choose_penalty
 from gigapath.linear_probe.options import ProbeOptions, SlideProbeOptions
-from gigapath.linear_probe.slides import probe_slides
+from gigapath.linear_probe.slides import held_out, probe_slides, repeated_folds
 from gigapath.report.results import collect_results
 from gigapath.tables import parse_table
 
@@ -469,3 +470,16 @@ def test_ridge_regression_of_a_probe_equals_scikit_learn() -> None:
     target = (y[rows] - y[rows].mean()) / y[rows].std()
     expected = Ridge(alpha=0.05 * 40).fit(z[rows], target).predict(z) * y[rows].std() + y[rows].mean()
     np.testing.assert_allclose(said, expected, atol=1e-5)
+
+
+def test_models_that_know_nothing_have_no_correlation_over_folds() -> None:
+    """Each says the mean of its training amounts, which is high where the held-out ones are low."""
+    amounts = np.random.default_rng(0).normal(size=40)
+    patients = np.arange(40).astype(str)
+    task = Task("made", "regression", ("y",), label_column="y", loss="mse")
+    folds = repeated_folds(np.zeros(40, np.int64), patients, 5, 2, seed=0)
+    said = [np.full((40, 1), amounts[fold.train].mean()) for fold in folds]
+    found, _ = held_out(folds, amounts, patients, ("y",), said, task=task)
+    values = Scorer(found).plain()
+    assert np.isnan(values["pearson"]) or abs(values["pearson"]) < 1e-9, "none is -0.4, as of the amounts themselves"
+    assert values["r2"] < 0

@@ -78,7 +78,8 @@ class Predictions:
         groups: (N,) patient or slide of each row, any values; None where every row stands for itself.
         folds: (N,) which fitted model a row was predicted by; those that test a patient once make a repeat, over whose
             rows scores are taken, and averaged over repeats. None = one model.
-        ranking: (N, C) what rows of several models are ranked by, such as `rank_by`'s; None = the probabilities.
+        ranking: (N, C) what rows of several models are ranked by, such as `rank_by`'s, or amounts less the mean of
+            their model's training rows; None = the probabilities.
     """
 
     truth: npt.NDArray[Any]
@@ -213,7 +214,7 @@ def _scores_of(part: Predictions) -> "_ClassScores | _MultiLabelScores | Surviva
         return _MultiLabelScores(part) if part.multi_label else _ClassScores(part)
     truth, said = np.asarray(part.truth), np.asarray(part.probabilities, dtype=np.float64)
     if truth.ndim == 1:
-        return _AmountScores(truth, said[:, 0])
+        return _AmountScores(truth, said[:, 0], _ranks(part)[0][:, 0])
     return SurvivalScores(truth[:, 0], truth[:, 1] == 1, said[:, 0], said[:, 1:], part.times, part.horizons)
 
 
@@ -305,22 +306,23 @@ class _MultiLabelScores:
 
 
 class _AmountScores:
-    """Scores of predicted amounts: R2 = 1 - squared errors over squared distances from the rows' own mean."""
+    """Scores of predicted amounts: R2 = 1 - squared errors over squared distances from the rows' own mean; correlations
+    of what rows are ranked by."""
 
     names = ("r2", "mae", "pearson", "spearman")
 
-    def __init__(self, truth: FloatArray, said: FloatArray) -> None:
-        self._truth, self._said = truth, said
+    def __init__(self, truth: FloatArray, said: FloatArray, ranked: FloatArray) -> None:
+        self._truth, self._said, self._ranked = truth, said, ranked
 
     def __call__(self, weights: FloatArray) -> FloatArray:
         total, miss = weights.sum(axis=1), self._said - self._truth
         mean = _divide(weights @ self._truth, total)
         spread = (weights * (self._truth - mean[:, None]) ** 2).sum(axis=1)
-        ranks = [self._ranks(weights, values) for values in (self._truth, self._said)]
+        ranks = [self._ranks(weights, values) for values in (self._truth, self._ranked)]
         columns = [
             1 - _divide(weights @ miss**2, spread),
             _divide(weights @ np.abs(miss), total),
-            _correlation(weights, self._truth[None], self._said[None]),
+            _correlation(weights, self._truth[None], self._ranked[None]),
             _correlation(weights, *ranks),
         ]
         return np.stack(columns, axis=1)

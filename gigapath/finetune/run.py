@@ -399,8 +399,11 @@ class _Run:
 
     def _predictions(self, fold: Fold, shares: FloatArray, scale: FloatArray | None) -> Predictions:
         task = self.cohort.task
-        found = predictions_of(self.cohort.joined.labels.take(fold.test), shares, task)
+        labels = self.cohort.joined.labels
+        found = predictions_of(labels.take(fold.test), shares, task)
         ranking = None if scale is None else rank_by(shares, scale, multi_label=task.multi_label)
+        if task.setting == "regression":  # as in a probe: from the mean that the model was trained on
+            ranking = shares - labels.truth[fold.train].mean()
         return replace(found, ranking=ranking)
 
     def _write(

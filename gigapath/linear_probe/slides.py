@@ -384,7 +384,7 @@ def probe_slides(
 
 def held_out(
     drawn: Sequence[Fold],
-    labels: IntArray,
+    labels: npt.NDArray[Any],
     groups: TextArray,
     class_names: tuple[str, ...],
     shares: Sequence[FloatArray] | FloatArray,
@@ -395,7 +395,7 @@ def held_out(
     of several are ranked.
 
     Args:
-        labels: (S,) class index.
+        labels: (S,) class index; of a task its times and events, or amounts.
         groups: (S,) patients.
         shares: of each fit the probabilities (S, C) of all slides.
     """
@@ -404,13 +404,19 @@ def held_out(
     tested = [each[fold.test] for each, fold in zip(shares, drawn, strict=True)]
     rows = np.concatenate([fold.test for fold in drawn])
     folds = np.repeat([fold.number for fold in drawn], [len(fold.test) for fold in drawn])
+    if task is None:
+        ranked = [rank_by(*each) for each in zip(tested, scales, strict=True)]
+    else:  # a fold's high amounts make the mean that the others train on low: amounts are ranked from that mean
+        ranked = [
+            each - (0 if task.times else labels[fold.train].mean()) for each, fold in zip(tested, drawn, strict=True)
+        ]
     predictions = Predictions(
         labels[rows],
         np.concatenate(tested),
         class_names,
         groups=groups[rows],
         folds=folds if len(drawn) > 1 else None,
-        ranking=None if task else np.concatenate([rank_by(*each) for each in zip(tested, scales, strict=True)]),
+        ranking=np.concatenate(ranked),
         times=task.times if task else (),
         horizons=task.horizons if task else (),
     )
