@@ -65,13 +65,6 @@ def imports_between_rooms() -> dict[str, dict[str, int]]:
     return found
 
 
-def lines_of(room: str) -> int:
-    """Lines of Python in a room."""
-    file = PACKAGE / f"{room}.py"
-    paths = [file] if file.is_file() else sorted((PACKAGE / room).rglob("*.py"))
-    return sum(len(path.read_text().splitlines()) for path in paths)
-
-
 def needed(imports: dict[str, dict[str, int]]) -> list[tuple[str, str]]:
     """The imports that do not follow from others: a room that is reached by way of another needs no line of its own.
 
@@ -90,8 +83,7 @@ def needed(imports: dict[str, dict[str, int]]) -> list[tuple[str, str]]:
 
 def draw() -> str:
     """The picture as SVG: a row a layer, the newcomer's way in at the top; a line goes down to what a room imports."""
-    texts = {room: f"{room} {lines_of(room):,}" for room in RANK}
-    sides = {room: 7.3 * len(text) + 16 for room, text in texts.items()}
+    sides = {room: 7.3 * len(room) + 16 for room in RANK}
     gaps = [_GAP if len(rooms) > 5 else 7 * _GAP for _, rooms in LAYERS]  # room for the lines between
     spans = [sum(sides[room] + gap for room in rooms) - gap for gap, (_, rooms) in zip(gaps, LAYERS, strict=True)]
     places, boxes = {}, []
@@ -101,7 +93,7 @@ def draw() -> str:
             places[room] = x + sides[room] / 2, y
             boxes.append(
                 f'<rect x="{x:.0f}" y="{y}" width="{sides[room]:.0f}" height="{_BOX}" rx="5"/>'
-                f'<text x="{places[room][0]:.0f}" y="{y + 20}" text-anchor="middle">{escape(texts[room])}</text>'
+                f'<text x="{places[room][0]:.0f}" y="{y + 20}" text-anchor="middle">{room}</text>'
             )
             x += sides[room] + gaps[rank]
         boxes.append(f'<text class="layer" x="{_MARGIN}" y="{y + 20}">{escape(title)}</text>')
@@ -118,8 +110,7 @@ def draw() -> str:
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_LEFT + max(spans) + _MARGIN:.0f} {height}">'
         f'<style>{style}</style><rect width="100%" height="100%" style="fill:#fff;stroke:none"/>'
-        + "".join(lines)
-        + "".join(boxes)
+        + "\n".join(["", *lines, *boxes, ""])
         + "</svg>\n"
     )
 

@@ -28,5 +28,5 @@ def test_all_five_are_shown_and_files_are_there() -> None:
 
 def test_picture_shows_every_room() -> None:
     drawn = PICTURE.read_text()
-    assert all(f">{room} " in drawn for room in RANK)
+    assert all(f">{room}<" in drawn for room in RANK)
     assert all(RANK[other] < RANK[room] for room, others in imports_between_rooms().items() for other in others)
