@@ -99,6 +99,15 @@ def test_folder_of_a_run_that_is_gone_is_taken_and_it_notices(
             second.check()
 
 
+def test_a_run_of_another_machine_is_told_with_its_last_sign_of_life(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Ownership({tmp_path: {"precision": "fp32"}}):
+        monkeypatch.setattr(stage, "is_running_here", lambda _: None)
+        with pytest.raises(FolderTaken, match="another machine.* 300 s"):
+            Ownership({tmp_path: {"precision": "fp16"}}).__enter__()
+
+
 def ctx_less_child() -> int:
     """The number of a process that has ended."""
     child = os.fork()

@@ -331,14 +331,14 @@ class Ownership:
             if match is None or path == mine:
                 continue
             with contextlib.suppress(FileNotFoundError):
-                running = is_running_here(match[2])
-                if running is False or now - path.stat().st_mtime > _GONE_SECONDS:
+                running, silent = is_running_here(match[2]), now - path.stat().st_mtime
+                if running is False or silent > _GONE_SECONDS:
                     path.unlink()
                 elif match[1] != digest(self._folders[folder]):
                     raise FolderTaken(
                         f"{folder.name}: a run with other options is active there"
                         f"{_other(path, self._folders[folder])}. Wait until it ends, use the same options, or use "
-                        "another --out."
+                        "another --out." + ("" if running else _elsewhere(silent))
                     )
 
     def _remove(self) -> None:
@@ -348,6 +348,14 @@ class Ownership:
             with contextlib.suppress(OSError):
                 folder.rmdir()  # of a run that came to nothing
         self._marks.clear()
+
+
+def _elsewhere(silent: float) -> str:
+    """Nobody can tell from here whether a process of another machine lives; its sign of life can be seen late."""
+    return (
+        f" It runs on another machine and gave its last sign of life {max(0, round(silent))} s ago; if it was killed, "
+        f"the folder is free {_GONE_SECONDS:.0f} s after that."
+    )
 
 
 def _mark(folder: Path, options: Mapping[str, Any]) -> Path:
