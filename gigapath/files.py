@@ -174,6 +174,21 @@ def write_json_atomic(path: Path | str, value: Any, *, mode: int = 0o666, durabl
     write_text_atomic(path, text, mode=mode, durable=durable)
 
 
+def check_replaceable(path: Path | str, content: str, overwrite: bool) -> None:
+    """Refuse to put a text in place of another that is there, unless told to; the same text may be written again.
+
+    Raises:
+        ValueError: it names `--overwrite`.
+    """
+    path = Path(path)
+    with contextlib.suppress(FileNotFoundError):
+        if not overwrite and path.read_bytes() != content.encode("utf-8"):
+            raise ValueError(
+                f"{path}: it is there with other content. Write to another place, or put this in its place with "
+                "--overwrite."
+            )
+
+
 def read_json(path: Path, *, keys: Sequence[str], mend: str) -> dict[str, Any]:
     """The mapping with these keys that a JSON file of ours, which is there, holds; ValueError that names the file, and
     ends with `mend`, where it is no JSON, no mapping, or lacks a key."""

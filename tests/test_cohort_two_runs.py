@@ -104,7 +104,7 @@ def test_a_run_of_another_machine_is_told_with_its_last_sign_of_life(
 ) -> None:
     with Ownership({tmp_path: {"precision": "fp32"}}):
         monkeypatch.setattr(stage, "is_running_here", lambda _: None)
-        with pytest.raises(FolderTaken, match="another machine.* 300 s"):
+        with pytest.raises(FolderTaken, match=r"another machine.* 300 s"):
             Ownership({tmp_path: {"precision": "fp16"}}).__enter__()
 
 

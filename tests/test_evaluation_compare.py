@@ -33,7 +33,10 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def test_embeddings_of_a_probe_are_compared_with_the_first(made: dict[str, Path], tmp_path: Path, capsys) -> None:
-    assert main(["compare", str(made["one"]), "--out", str(tmp_path), "--score", "auprc"]) == 0
+    words = ["compare", str(made["one"]), "--out", str(tmp_path)]
+    assert main([*words, "--difference", "0.2"]) == 0
+    assert main([*words, "--score", "auprc"]) == 1, "another comparison is there"
+    assert main([*words, "--score", "auprc", "--overwrite"]) == main([*words, "--score", "auprc"]) == 0
     printed = capsys.readouterr().out
     assert "default - tile-mean" in printed and "p by Holm" in printed and "40 patients" in printed
     assert {file.name for file in tmp_path.iterdir()} == {"differences.csv", "differences.json", "differences.png"}

@@ -227,6 +227,22 @@ def test_evaluate_refuses_slides_that_trained(fitted, tmp_path, capsys, head) ->
     assert "18 of the slides trained or chose this head" in capsys.readouterr().err
 
 
+def test_what_another_head_said_is_written_over_only_when_told_to(fitted, tmp_path, capsys) -> None:
+    features, labels = write_cohort(tmp_path / "new", [n % 3 for n in range(6)], seed=9, encoder="made", mpp=0.5)
+    for out, more in (("p.csv", []), ("scores", ["--labels", str(labels), "--allow-leakage", "--replicates", "0"])):
+        words = [str(features), "--out", str(tmp_path / out), "--device", "cpu", *more]
+        assert main(["predict", str(fitted / "out" / "fold_0"), *words]) == 0
+        file = tmp_path / out if out == "p.csv" else tmp_path / out / "predictions.csv"
+        before = file.read_bytes()
+        assert main(["predict", str(fitted / "out" / "fold_0"), *words]) == 0, "the same again is no matter"
+        assert file.read_bytes() == before
+        capsys.readouterr()
+        assert main(["predict", str(fitted / "out" / "fold_1"), *words]) == 1
+        assert "--overwrite" in capsys.readouterr().err and file.read_bytes() == before
+        assert main(["predict", str(fitted / "out" / "fold_1"), *words, "--overwrite"]) == 0
+        assert file.read_bytes() != before
+
+
 def test_locked_test_set_counts_its_evaluations_and_refuses_another(fitted, tmp_path, capsys) -> None:
     features, labels = write_cohort(tmp_path / "new", [n % 3 for n in range(12)], seed=9, encoder="made", mpp=0.5)
     lock, before = labels.with_name("labels.csv.lock"), labels.read_text()

@@ -153,6 +153,7 @@ def predict(
     draw: Folder | None = None,
     allow_leakage: bool = False,
     lock: bool = False,
+    overwrite: bool = False,
     files: JoinOptions,
     model: DeviceOptions,
     intervals: BootstrapOptions,
@@ -169,17 +170,18 @@ def predict(
         allow_leakage: with --labels, take slides that trained the head, too
         lock: with --labels, lock this test set: its digest is kept in CSV.lock, each test on it is counted and shown,
             and changed labels or features are refused
+        overwrite: write over other predictions, or the scores of another head, test set or options
     """
     from gigapath.linear_probe.tile_heads import is_tile_head
 
     if is_tile_head(checkpoint):
         if labels is not None:
             raise ValueError("--labels: expected a head of slides, got one of tiles. Leave it out to count tiles.")
-        return _count(checkpoint, features, out, draw, files, model)
+        return _count(checkpoint, features, out, draw, overwrite, files, model)
     if draw is not None:
         raise ValueError("--draw: expected a head of tiles, got one of slides. Take gigapath map --checkpoint.")
     if labels is not None:
-        return _score(checkpoint, features, labels, out, allow_leakage, lock, files, model, intervals)
+        return _score(checkpoint, features, labels, out, allow_leakage, lock, overwrite, files, model, intervals)
     if lock:
         raise ValueError("--lock: expected --labels CSV beside it, the test set. Name it.")
     from gigapath.finetune import predict as predict_slides
@@ -190,6 +192,7 @@ def predict(
         join=files,
         device=model.device,
         out=out,
+        overwrite=overwrite,
         on_failed=lambda reason: print(f"gigapath predict: {reason}", file=sys.stderr),
     )
     for row in found.rows:
@@ -206,6 +209,7 @@ def _count(
     features: Sequence[str],
     out: str | None,
     maps: str | None,
+    overwrite: bool,
     files: JoinOptions,
     model: DeviceOptions,
 ) -> int:
@@ -216,6 +220,7 @@ def _count(
         features,
         tile_size_level0=files.tile_size_level0,
         out=out,
+        overwrite=overwrite,
         on_failed=lambda reason: print(f"gigapath predict: {reason}", file=sys.stderr),
     )
     for row in found.rows:
@@ -242,6 +247,7 @@ def _score(
     out: str | None,
     allow_leakage: bool,
     lock: bool,
+    overwrite: bool,
     files: JoinOptions,
     model: DeviceOptions,
     intervals: BootstrapOptions,
@@ -262,6 +268,7 @@ def _score(
         seed=intervals.seed,
         allow_seen=allow_leakage,
         lock=lock,
+        overwrite=overwrite,
     )
     for line in (*score_lines({"frozen head": result}), *stratum_lines({"frozen head": result})):
         print(line)

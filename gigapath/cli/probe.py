@@ -125,6 +125,7 @@ def compare(
     models: str = "",
     score: str = "auroc",
     difference: float = 0.1,
+    overwrite: bool = False,
 ) -> int:
     """Print the table of paired differences, each model minus the first, and write it with a picture.
 
@@ -134,6 +135,7 @@ def compare(
         models: names of embeddings or models to compare, with commas (default: what each run is about)
         score: the first of the table, which is drawn
         difference: a true difference whose chance of being found is told
+        overwrite: compare again where the folder holds another comparison
     """
     from gigapath.evaluation.compare import compare, write_comparison
 
@@ -141,6 +143,6 @@ def compare(
         runs, models=[each.strip() for each in models.split(",") if each.strip()], score=score, difference=difference
     )
     print(found)
-    written = write_comparison(Path(out), found, score)
+    written = write_comparison(Path(out), found, score, overwrite=overwrite)
     print(f"written to {out}: {', '.join(written)}")
     return 0

@@ -17,7 +17,7 @@ from gigapath.evaluation.labels import shown
 from gigapath.evaluation.plots import draw_intervals, plotting_available
 from gigapath.evaluation.results import FINE_TUNING, RESULTS, SLIDE_PROBE, TERMS, Results, read_results
 from gigapath.evaluation.scores import FloatArray, Predictions, average_by_group, rank_by, score_words
-from gigapath.files import write_bytes_atomic, write_json_atomic, write_text_atomic
+from gigapath.files import check_replaceable, write_bytes_atomic, write_json_atomic, write_text_atomic
 from gigapath.tables import Table, csv_text, read_table
 from gigapath.text import table_lines
 
@@ -166,13 +166,19 @@ def holm(values: Sequence[float]) -> list[float]:
     return adjusted
 
 
-def write_comparison(folder: Path, found: Comparison, score: str = "auroc") -> list[str]:
-    """Write the table as CSV and JSON, and the differences in one score as a picture where matplotlib is installed."""
+def write_comparison(folder: Path, found: Comparison, score: str = "auroc", *, overwrite: bool = False) -> list[str]:
+    """Write the table as CSV and JSON, and the differences in one score as a picture where matplotlib is installed.
+
+    Raises:
+        ValueError: the folder holds another comparison, and `overwrite` is False.
+    """
     rows = found.rows()
     cells = [
         [each if isinstance(each, str) else f"{each:.6g}".replace("nan", "") for each in row.values()] for row in rows
     ]
-    write_text_atomic(folder / "differences.csv", csv_text([[*rows[0]], *cells]))
+    table = csv_text([[*rows[0]], *cells])
+    check_replaceable(folder / "differences.csv", table, overwrite)
+    write_text_atomic(folder / "differences.csv", table)
     written = ["differences.csv"]
     if plotting_available():
         drawn = {

@@ -14,12 +14,14 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
+from gigapath.cohort.stage import check_same
 from gigapath.devices import AUTOCAST_TYPES, at_most_threads, computing, resolve_device
 from gigapath.evaluation.calibration import Calibration, decisions, outputs, scale_count, threshold_count
 from gigapath.evaluation.labels import Labels, bare_name, join_labels, read_labels, shown
 from gigapath.evaluation.locks import TestSet, in_words
 from gigapath.evaluation.results import (
     EVALUATION,
+    RESULTS,
     TERMS,
     Predicted,
     Results,
@@ -37,7 +39,7 @@ from gigapath.evaluation.splits import TABLE
 from gigapath.evaluation.task import Task, task_from
 from gigapath.features import FeatureFileError
 from gigapath.features.reading import SUFFIXES, find_feature_files
-from gigapath.files import sha256_of, write_json_atomic, write_text_atomic
+from gigapath.files import check_replaceable, sha256_of, small_json, write_json_atomic, write_text_atomic
 from gigapath.finetune import checkpoints
 from gigapath.finetune.data import Bags, FileBags, FileFacts, check_folder, check_made, look_at_all, with_scanners
 from gigapath.finetune.heads import head_of_task, pack
@@ -188,12 +190,13 @@ def predict(
     join: JoinOptions | None = None,
     device: str = "auto",
     out: Path | str | None = None,
+    overwrite: bool = False,
     on_failed: Callable[[str], None] = lambda reason: None,
 ) -> Predicted:
     """Apply a fitted head to feature files; a file that can't be read is recorded and the others go on.
 
     Args:
-        out: a CSV to write, or None.
+        out: a CSV to write, or None; other content of that name stays, with a ValueError, without `overwrite`.
     """
     join, head, place = join or JoinOptions(), load_head(checkpoint), resolve_device(device)
     ids, shares_of = [], []
@@ -215,7 +218,9 @@ def predict(
     columns = numbers_of(shares, task)
     if out is not None:
         shown: dict[str, Sequence[str]] = {"slide_id": ids, "predicted": predicted}
-        write_text_atomic(out, numbers_csv(shown, columns))
+        text = numbers_csv(shown, columns)
+        check_replaceable(out, text, overwrite)
+        write_text_atomic(out, text)
     rows = []
     for row, (slide_id, what) in enumerate(zip(ids, predicted, strict=True)):
         numbers = {name: float(column[row]) for name, column in columns.items()}
@@ -244,6 +249,7 @@ def evaluate_head(
     seed: int = 0,
     allow_seen: bool = False,
     lock: bool = False,
+    overwrite: bool = False,
 ) -> Scores:
     """Test a frozen head (its label map, thresholds and temperature) on another cohort; nothing is fitted.
 
@@ -251,10 +257,12 @@ def evaluate_head(
         replicates: of the bootstrap; 0 for scores without intervals.
         lock: keep the digest of labels and features beside the labels; evaluations on what is locked are counted with
             or without it.
+        overwrite: test again where the folder holds results of another head, test set or options.
 
     Raises:
-        ValueError: labels or features that are not those that were locked, features of another width, encoder, mpp or
-            numerics, labels that the head does not know, slides that trained the head.
+        ValueError: results of another head or test set, or of other options, are there; labels or features that are not
+            those that were locked, features of another width, encoder, mpp or numerics, labels that the head does not
+            know, slides that trained the head.
     """
     for name, value in (("--replicates", replicates), ("--seed", seed)):
         if value < 0:
@@ -270,13 +278,23 @@ def evaluate_head(
     prints = hashlib.sha256("".join(fact.fingerprint for fact in facts).encode()).hexdigest()
     test_set = TestSet(Path(labels), joined.labels.digest, str(facts[0].made["encoder"] or ""), prints)
     test_set.evaluations()
+    given: dict[str, Any] = {"head": head.sha256, "labels": joined.labels.digest, "features": prints}
+    given |= {"replicates": replicates, "seed": seed}
+    before = None if overwrite else small_json(Path(out) / RESULTS)
+    if isinstance(before, dict):
+        check_same(out, before.get("options") or {}, given)
     bags = FileBags(joined.files, facts, join.tile_size_level0)
     shares = head.predict(bags, range(len(joined.files)), resolve_device(device))
     labels_of, task = with_scanners(joined.labels, facts), head.task
     predictions = predictions_of(labels_of, shares, task)
     found = score_slides(labels_of, predictions, task, head.calibration, replicates=replicates, seed=seed)
     name = Path(checkpoint).name
-    details: dict[str, Any] = {"checkpoint": name, "missing": list(joined.missing), "fitted_here": "nothing"}
+    details: dict[str, Any] = {
+        "options": given,
+        "checkpoint": name,
+        "missing": list(joined.missing),
+        "fitted_here": "nothing",
+    }
     details |= groups_of(found, task)
     if lock or test_set.file.is_file():
         details["locked_test_set"] = test_set.count(head.sha256)

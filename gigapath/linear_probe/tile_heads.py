@@ -17,7 +17,7 @@ import safetensors.numpy
 
 from gigapath.evaluation.results import TERMS, Predicted, predictions_csv
 from gigapath.features.data import FeatureFileError, TileEmbeddings
-from gigapath.files import sha256_of, write_bytes_atomic, write_json_atomic, write_text_atomic
+from gigapath.files import check_replaceable, sha256_of, write_bytes_atomic, write_json_atomic, write_text_atomic
 
 HEAD, TENSORS = "head.json", "head.safetensors"
 UNIT = "tile"
@@ -132,6 +132,7 @@ def count_tiles(
     *,
     tile_size_level0: float | None = None,
     out: Path | str | None = None,
+    overwrite: bool = False,
     on_failed: Callable[[str], None] = lambda reason: None,
 ) -> Predicted:
     """Apply a head of tiles to feature files; a file that can't be read is recorded and the others go on.
@@ -140,7 +141,7 @@ def count_tiles(
     it is) and `p_CLASS` (its mean probability).
 
     Args:
-        out: a CSV to write, or None.
+        out: a CSV to write, or None; other content of that name stays, with a ValueError, without `overwrite`.
     """
     from gigapath.features.reading import SUFFIXES, find_feature_files, read_features, slide_name  # no need of a probe
 
@@ -170,7 +171,9 @@ def count_tiles(
         )
     if out is not None:
         columns = {name: [row[name] for row in rows] for name in (rows[0] if rows else ("slide_id", "tiles"))}
-        write_text_atomic(out, predictions_csv(columns, np.stack(shares) if rows else np.zeros((0, 1)), head.classes))
+        text = predictions_csv(columns, np.stack(shares) if rows else np.zeros((0, 1)), head.classes)
+        check_replaceable(out, text, overwrite)
+        write_text_atomic(out, text)
     for row, means in zip(rows, shares, strict=True):
         row |= {f"p_{name}": float(share) for name, share in zip(head.classes, means, strict=True)}
     return Predicted(rows, failed)
