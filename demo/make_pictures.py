@@ -122,7 +122,7 @@ def tissue_cases(work, image, mpp):
     cases = [
         ("good: the outline follows the tissue,\nspecks are left out (orange)", image, {}),
         ("good: pen on the glass is left out,\npen on tissue stays, flagged", pen, {}),
-        ("good: the dark frame is left out. Not so a black\nblock amid glass: its tiles are flagged black", dark, {}),
+        ("good: a dark frame and a black block\nare left out (orange)", dark, {}),
         ("good: a stain faded to a half is found\nagainst the slide's own glass", pale, {}),
         ("bad: --tissue published takes pen for tissue,\nand pale stroma for glass", pen, {"tissue": "published"}),
         ("bad: --min-tissue 0.6 loses strand and rims", image, {"min_tissue": 0.6}),
