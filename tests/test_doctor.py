@@ -165,7 +165,7 @@ def test_what_a_look_stumbles_over_is_a_finding(monkeypatch: pytest.MonkeyPatch)
     for name in ("check_versions", "check_kernels", "check_whole_way", "check_codecs"):
         monkeypatch.setattr(run, name, fail)
     found = list(diagnose(offline=True))
-    assert sum("could not be looked at (KeyError" in d.text for d in found) == 4
+    assert sum("could not be checked (KeyError" in d.text for d in found) == 4
 
 
 @pytest.mark.parametrize("compression", ["none", "jpeg", "jpeg2000"])

@@ -18,10 +18,7 @@ from gigapath.files import sha256_of
 from gigapath.maps import (
     Colors,
     MapOptions,
-    Place,
-    TileMap,
     cosine_similarity,
-    draw_map,
     drawing,
     fit_clusters,
     fit_components,
@@ -143,14 +140,6 @@ def test_geojson_rectangles_lie_on_the_tiles_relative_to_the_bounds(planted) -> 
     assert len(pca["measurements"]) == 3 and len(pca["color"]) == 3
 
 
-def test_our_own_reader_of_annotations_takes_the_geojson(planted) -> None:
-    from gigapath.preprocessing.masks import read_outlines
-
-    folder, tiles = planted
-    outlines = read_outlines(folder / "maps" / ID / "clusters.geojson")
-    assert len(outlines) == len(tiles) and outlines[0].name.startswith("cluster ")
-
-
 def test_every_map_states_what_it_is(planted) -> None:
     folder, tiles = planted
     files = sorted((folder / "maps" / ID).glob("*.json"))
@@ -218,23 +207,6 @@ def test_attention_is_checked_on_the_class_that_the_head_answers(planted, tmp_pa
     assert make_maps([tmp_path / "pale.h5"], tmp_path, options).written == {"pale": ["head-attention", "gradient_1"]}
     said = json.loads((tmp_path / "pale" / "head-attention.json").read_text())
     assert said["target"] == "0" and "class 0 against" in said["check"]
-
-
-def test_the_legend_of_a_picture_holds_only_clusters_that_are_there() -> None:
-    place = Place(slide_id="a$b$c", cells=np.array([[0, 0], [1, 0], [0, 1]], np.int32))
-    facts = {"model": "a head on an encoder", "normalisation": "none", "check": "the ranking holds"}
-    names = tuple(f"cluster {number}" for number in range(1, 5))
-    colours = Colors("categories", "k-means cluster", names=names)
-    drawn = TileMap(name="m", kind="clusters", values=np.array([2, 0, 2]), colors=colours, title="t", facts=facts)
-    figure = draw_map(drawn, place)
-    assert {facts["model"], "normalization: none", "check: the ranking holds"} <= {
-        text.get_text() for text in figure.texts
-    }
-    legend = figure.axes[0].get_legend()
-    assert [text.get_text() for text in legend.get_texts()] == ["cluster 1: 1", "cluster 3: 2"]
-    shown = [tuple(round(255 * part) for part in patch.get_facecolor()[:3]) for patch in legend.get_patches()]
-    rgb = colours.rgb(np.arange(4)).tolist()
-    assert shown == [tuple(rgb[0]), tuple(rgb[2])]  # those of the clusters, whoever else is there
 
 
 @pytest.mark.usefixtures("no_figures")

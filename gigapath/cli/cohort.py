@@ -47,7 +47,7 @@ def plan(
         failed = watch.report(result) != 0
     rate, source, seconds = plan.tiles_per_second, "stated", None
     if rate is None and plan.tile_encoder is not None:
-        from gigapath.embedding.run import measure_encoder  # torch takes seconds: the headers are told without it
+        from gigapath.embedding.run import measure_encoder  # torch takes seconds, which the headers do not need
 
         usable = sum(header.places > 0 for header in found.headers)
         source = "measured on one batch"

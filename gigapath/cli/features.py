@@ -82,10 +82,10 @@ def check(features: Features = (), /, *, describe: bool = False, as_json: Json =
         found = [finding for report in reports for finding in report.findings]
         found += [finding for folder in folders for finding in folder.findings]
         notes = sum(not finding.wrong for finding in found)
-        said = "1 file" if len(reports) == 1 else f"{len(reports):,} files"
-        told = "nothing wrong" if not any(wrong) else f"{wrong[0]:,} with something wrong"
-        told += f", folders with something wrong: {wrong[1]:,}" if wrong[1] else ""
-        print(f"{said} checked: {told}" + (f"; notes: {notes:,}." if notes else "."))
+        checked = "1 file" if len(reports) == 1 else f"{len(reports):,} files"
+        outcome = "nothing wrong" if not any(wrong) else f"{wrong[0]:,} with something wrong"
+        outcome += f", folders with something wrong: {wrong[1]:,}" if wrong[1] else ""
+        print(f"{checked} checked: {outcome}" + (f"; notes: {notes:,}." if notes else "."))
     return EXIT_FAILED_SLIDES if any(wrong) else 0
 
 

@@ -181,7 +181,28 @@ def predict(
     if draw is not None:
         raise ValueError("--draw: expected a head of tiles, got one of slides. Take gigapath map --checkpoint.")
     if labels is not None:
-        return _score(checkpoint, features, labels, out, allow_leakage, lock, overwrite, files, model, intervals)
+        if out is None:
+            raise ValueError("--labels: expected --out DIR beside it, a folder for the scores. Name one.")
+        from gigapath.evaluation.results import score_lines, stratum_lines
+        from gigapath.finetune import evaluate_head
+
+        result = evaluate_head(
+            checkpoint,
+            features,
+            labels,
+            out,
+            join=files,
+            device=model.device,
+            replicates=intervals.replicates,
+            seed=intervals.seed,
+            allow_seen=allow_leakage,
+            lock=lock,
+            overwrite=overwrite,
+        )
+        scores = {"frozen head": result}
+        notes = (f"note: {note}" for note in result.notes)
+        print("\n".join([*score_lines(scores), *stratum_lines(scores), *notes, f"Results: {out}"]))
+        return 0
     if lock:
         raise ValueError("--lock: expected --labels CSV beside it, the test set. Name it.")
     from gigapath.finetune import predict as predict_slides
@@ -238,44 +259,6 @@ def _count(
     )
     drawn = draw_maps(tuple(features), out=maps, maps=options)
     return EXIT_FAILED_SLIDES if found.failed else drawn
-
-
-def _score(
-    checkpoint: str,
-    features: Sequence[str],
-    labels: str,
-    out: str | None,
-    allow_leakage: bool,
-    lock: bool,
-    overwrite: bool,
-    files: JoinOptions,
-    model: DeviceOptions,
-    intervals: BootstrapOptions,
-) -> int:
-    if out is None:
-        raise ValueError("--labels: expected --out DIR beside it, a folder for the scores. Name one.")
-    from gigapath.evaluation.results import score_lines, stratum_lines
-    from gigapath.finetune import evaluate_head
-
-    result = evaluate_head(
-        checkpoint,
-        features,
-        labels,
-        out,
-        join=files,
-        device=model.device,
-        replicates=intervals.replicates,
-        seed=intervals.seed,
-        allow_seen=allow_leakage,
-        lock=lock,
-        overwrite=overwrite,
-    )
-    for line in (*score_lines({"frozen head": result}), *stratum_lines({"frozen head": result})):
-        print(line)
-    for note in result.notes:
-        print(f"note: {note}")
-    print(f"Results: {out}")
-    return 0
 
 
 @verb

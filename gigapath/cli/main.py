@@ -178,7 +178,7 @@ def run_verb(app: App, words: Sequence[str]) -> int:
     return status
 
 
-def _tell_of_life(program: str, ended: threading.Event, out: Any, err: Any) -> None:
+def _print_signs_of_life(program: str, ended: threading.Event, out: Any, err: Any) -> None:
     """Write how long the work has gone on whenever nothing was written for long, until it has ended."""
     started = time.monotonic()
     while not ended.wait(max(0.01, max(out.wrote, err.wrote) + SILENT_SECONDS - time.monotonic())):
@@ -219,7 +219,8 @@ def _showing(program: str, options: OutputOptions) -> Iterator[None]:
             logger.setLevel(logging.ERROR)
         elif isinstance(sys.stderr, _Shown) and not sys.stderr.isatty() and os.environ.get("RANK", "0") == "0":
             ended = threading.Event()
-            thread = threading.Thread(target=_tell_of_life, args=(program, ended, sys.stdout, sys.stderr), daemon=True)
+            given = program, ended, sys.stdout, sys.stderr
+            thread = threading.Thread(target=_print_signs_of_life, args=given, daemon=True)
             thread.start()
             undo.callback(thread.join)
             undo.callback(ended.set)

@@ -134,7 +134,7 @@ def compare(
         out: folder for differences.csv, .json and .png
         models: names of embeddings or models to compare, with commas (default: what each run is about)
         score: the first of the table, which is drawn
-        difference: a true difference whose chance of being found is told
+        difference: the true difference for which the power is given
         overwrite: compare again where the folder holds another comparison
     """
     from gigapath.evaluation.compare import compare, write_comparison

@@ -38,7 +38,7 @@ class Terminal(Progress):
     def __init__(self, unit: str = "slide", *, machine: bool = False, document: bool = True) -> None:
         self._unit = unit
         self._document = machine and document
-        self._words: TextIO = sys.stderr if machine else sys.stdout
+        self._out: TextIO = sys.stderr if machine else sys.stdout
         self._bar: tqdm[Any] | None = None
         self._shown: Plan | None = None
         self._again = False
@@ -64,7 +64,7 @@ class Terminal(Progress):
 
     def step(self, what: str, done: int, total: int) -> None:
         if not watched():
-            self._tell(f"{what}: {done:,} of {total:,}")
+            self._print_seldom(f"{what}: {done:,} of {total:,}")
             return
         if self._bar is None or self._what != what:
             self.close()
@@ -104,11 +104,11 @@ class Terminal(Progress):
         if self._bar is not None and self._unit == "tile":
             self._bar.update(count)
         elif self._bar is None:
-            self._tell("{:,} of {:,} tiles embedded".format(*self._tiles))
+            self._print_seldom("{:,} of {:,} tiles embedded".format(*self._tiles))
 
     def busy(self, shares: Mapping[str, float]) -> None:
         if self._bar is not None:
-            self._busy = busy_in_words(shares)
+            self._busy = busy_text(shares)
             self._show()
 
     def _show(self) -> None:
@@ -122,7 +122,7 @@ class Terminal(Progress):
             self._show()
             self._bar.refresh()
         elif done < layers:
-            self._tell(f"{slide_id}: layer {done} of {layers} of the slide encoder")
+            self._print_seldom(f"{slide_id}: layer {done} of {layers} of the slide encoder")
 
     def slide(self, row: Mapping[str, Any], number: int, slides: int) -> None:
         line = _line(row)
@@ -146,7 +146,7 @@ class Terminal(Progress):
         self._again = True
         self.line(f"{slides_in_words(slides)} failed with an input/output error; retrying once.")
 
-    def _tell(self, line: str) -> None:
+    def _print_seldom(self, line: str) -> None:
         """Write a line unless one was written of late."""
         if time.monotonic() - self._printed >= SILENT_SECONDS:
             self._print(line)
@@ -154,7 +154,7 @@ class Terminal(Progress):
     def _print(self, line: str) -> None:
         if quiet():
             return
-        print(line, file=self._words, flush=True)
+        print(line, file=self._out, flush=True)
         self._printed = time.monotonic()
 
     def close(self) -> None:
@@ -180,15 +180,15 @@ class Terminal(Progress):
                 "slides": [dict(row) for row in result.rows],
             }
             print(json.dumps(document, indent=2))
-        print(result.summary, file=self._words)
+        print(result.summary, file=self._out)
         if result.outcome == "stopped":
-            print("Finished results are kept. Run the same command again to resume.", file=self._words)
+            print("Finished results are kept. Run the same command again to resume.", file=self._out)
         if result.note:
-            print(result.note, file=self._words)
+            print(result.note, file=self._out)
         for line in failure_lines(failures_by_kind(result.failed)):
-            print(f"  {line}", file=self._words)
+            print(f"  {line}", file=self._out)
         if result.outcome != "planned":
-            print(f"see {result.out / 'slides.csv'}", file=self._words)
+            print(f"see {result.out / 'slides.csv'}", file=self._out)
         return status
 
 
@@ -204,7 +204,7 @@ def quiet() -> bool:
     return logging.getLogger("gigapath").level >= logging.ERROR
 
 
-def busy_in_words(shares: Mapping[str, float]) -> str:
+def busy_text(shares: Mapping[str, float]) -> str:
     """How busy the stages are, the one that the others wait for in front; those that hardly work are left out."""
     slowest = max(shares, key=lambda stage: shares[stage])
     names = sorted(shares, key=lambda name: (name != slowest, -shares[name]))

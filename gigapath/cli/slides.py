@@ -9,7 +9,7 @@ from gigapath.embedding.options import EmbedOptions, RunOptions, SlideEmbedOptio
 from gigapath.options import KeepOptions
 from gigapath.preprocessing.tiling import TileOptions
 
-# The libraries of each verb are imported where it runs: torch takes seconds, and a wrong word is told before.
+# The libraries of each verb are imported where it runs: torch takes seconds, and wrong options are refused before.
 
 
 @verb

@@ -212,11 +212,11 @@ _TOKEN_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
 
 
 def diagnose(*, offline: bool = False) -> Iterator[Finding]:
-    """Look at the machine and the installation, and yield what is found, each as soon as it is known.
+    """Check the machine and the installation, and yield each finding as soon as it is known.
 
     The user's home is written `~`, and no token is in it; other paths are as they are.
     """
-    looks: list[tuple[str, Callable[[], list[Finding]]]] = [
+    checks: list[tuple[str, Callable[[], list[Finding]]]] = [
         ("versions", check_versions),
         ("machine", check_machine),
         ("devices", check_devices),
@@ -228,14 +228,14 @@ def diagnose(*, offline: bool = False) -> Iterator[Finding]:
         ("disk", check_disk),
         ("self-test", check_whole_way),
     ]
-    for area, look in looks:
+    for area, check in checks:
         try:
-            found = look()
+            found = check()
         except Exception as error:  # a doctor that dies of what it finds is no use
             if os.environ.get("GIGAPATH_DEBUG"):
                 raise
             message = " ".join(str(error).split())[:200]
-            found = [Finding("look", f"could not be looked at ({type(error).__name__}: {message})")]
+            found = [Finding("look", f"could not be checked ({type(error).__name__}: {message})")]
         for finding in found:
             yield Finding(**discreet({**dataclasses.asdict(finding), "area": area}))
 

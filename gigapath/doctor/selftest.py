@@ -187,7 +187,7 @@ def write_slide(path: Path, image: UInt8Array, *, mpp: float, compression: str =
         mpp: microns per pixel.
         compression: a key of COMPRESSIONS; "jpeg2000" writes an Aperio header, whose reader knows it.
     """
-    import tifffile  # where it is broken, the look that writes a slide says so, and the others go on
+    import tifffile  # where it is broken, the check that writes a slide says so, and the others go on
 
     height, width = image.shape[:2]
     aperio = f"Aperio Image Library\r\n{width}x{height} ({_TILE}x{_TILE})|AppMag = {10 / mpp:g}|MPP = {mpp}"

@@ -128,7 +128,7 @@ def check_slide_encoder(model: LongNetViT, reference: Reference) -> Iterator[Fin
 
 
 def check_weights(model: LongNetViT, reference: Reference) -> Finding:
-    """Whether each loaded weight is the one that the reference was made with, told by its digest."""
+    """Whether each loaded weight is the one that the reference was made with, by its digest."""
     ours = {
         name: hashlib.sha256(value.float().cpu().contiguous().numpy().tobytes()).hexdigest()
         for name, value in model.state_dict().items()

@@ -311,15 +311,15 @@ class Curves:
         }
         return {**lists, **self.areas(), "random_orders": len(self.random_deletion)}
 
-    def in_words(self) -> str:
+    def verdict(self) -> str:
         """What the curves say of the map, in one sentence."""
         areas = self.areas()
         left_out, brought_in = areas["deletion_minus_random"], areas["insertion_minus_random"]
-        said = (left_out < 0) + (brought_in > 0)
-        verdict = ("the ranking does NOT hold, do not go by this map", "it holds one way only", "the ranking holds")
+        holds = (left_out < 0) + (brought_in > 0)
+        verdicts = ("the ranking does NOT hold, do not go by this map", "it holds one way only", "the ranking holds")
         return (
             f"the highest tiles left out first change the score by {left_out:+.3g} against random ones, brought in "
-            f"first by {brought_in:+.3g}: {verdict[said]}"
+            f"first by {brought_in:+.3g}: {verdicts[holds]}"
         )
 
 

@@ -139,7 +139,7 @@ class Colors:
         label: what the values are, how they are normalized, with their unit: the words at the color bar.
         low: the value of the first color; lower ones take it too.
         high: the value of the last color.
-        scope: what the range spans, in words.
+        scope: what the range spans.
         names: of the categories.
     """
 
@@ -253,7 +253,7 @@ def draw_map(
         place: where its tiles lie.
         overview: the slide within its bounds, or None.
         opacity: of the tiles over the slide.
-        note: why there is no slide, in words.
+        note: why there is no slide.
     """
     frame = _frame(place, overview)
     tall = frame.height > 0.75 * frame.width

@@ -299,7 +299,7 @@ def _explained(
         curves = deletion_and_insertion(head, bag, scores, target, shared.device, seed=shared.options.seed)
     side = facts.get("square_cells", 1)
     squares = "tile by tile" if side == 1 else f"in squares of {side} x {side} cells"
-    check = None if curves is None else f"{score}; {curves.in_words()}"
+    check = None if curves is None else f"{score}; {curves.verdict()}"
     return Made(
         values=scores if drawn is None else drawn,
         name=(_part(of_class),) if name is None else name,

@@ -1,4 +1,4 @@
-"""What `gigapath map` can be told. No torch in here, so that a wrong word is told at once."""
+"""Options of `gigapath map`. No torch in here, so that a wrong one is refused at once."""
 
 from dataclasses import dataclass
 

@@ -163,8 +163,8 @@ def _check_same(out: Path, slide_ids: Iterable[str], given: Mapping[str, Mapping
     changed: Counter[str] = Counter()
     for path in (path for slide_id in slide_ids for path in (out / slide_id).glob("*.json")):
         with contextlib.suppress(OSError, ValueError, TypeError, KeyError, AttributeError):  # no map of ours
-            said = json.loads(path.read_text(encoding="utf-8"))
-            changed.update(differences(said["options"], given[said["kind"]]))
+            stated = json.loads(path.read_text(encoding="utf-8"))
+            changed.update(differences(stated["options"], given[stated["kind"]]))
     if changed:
         found = "; ".join(f"{what} ({count} maps)" for what, count in changed.most_common(3))
         raise ValueError(

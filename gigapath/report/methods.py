@@ -64,7 +64,7 @@ class Methods:
 
     Attributes:
         paragraphs: of the methods section; works are cited as [key].
-        cautions: what a reader must be told plainly: stand-ins, random weights, mixed settings, unfinished slides.
+        cautions: what a reader must see plainly: stand-ins, random weights, mixed settings, unfinished slides.
         bibtex: the entries of the works that are cited.
     """
 

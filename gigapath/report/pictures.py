@@ -491,26 +491,26 @@ def notes_on_maps(slides: Sequence[Sequence[Mapping[str, Any]]]) -> list[str]:
 
 
 def _write_map(target: Path, path: Path, sources: Sources) -> dict[str, Any]:
-    said = json.loads(path.read_text(encoding="utf-8"))
-    if said["format"] != FORMAT:
-        raise ValueError(f"{path.name}: expected a map of format {FORMAT}, got {said['format']!r}.")
-    x, y, width, height = (round(value) for value in said["overlay"]["level0"])
-    overlay = (path.parent / said["files"]["overlay"]).read_bytes()
-    name = f"map_{hashlib.sha256(said['name'].encode() + overlay).hexdigest()[:10]}.png"
+    stated = json.loads(path.read_text(encoding="utf-8"))
+    if stated["format"] != FORMAT:
+        raise ValueError(f"{path.name}: expected a map of format {FORMAT}, got {stated['format']!r}.")
+    x, y, width, height = (round(value) for value in stated["overlay"]["level0"])
+    overlay = (path.parent / stated["files"]["overlay"]).read_bytes()
+    name = f"map_{hashlib.sha256(stated['name'].encode() + overlay).hexdigest()[:10]}.png"
     with Image.open(io.BytesIO(overlay)) as cells:  # one pixel a cell: the page draws them larger without smoothing
         size = cells.size
     if not (target / name).is_file():
         write_bytes_atomic(target / name, overlay, durable=False)
-    title = said["title"] + (" (a heuristic)" if said["heuristic"] and "heuristic" not in said["title"] else "")
-    facts = {key: said.get(key) for key in STATED}
-    made_from = said.get("made_from") or {}
+    title = stated["title"] + (" (a heuristic)" if stated["heuristic"] and "heuristic" not in stated["title"] else "")
+    facts = {key.replace("isation", "ization"): stated.get(key) for key in STATED}
+    made_from = stated.get("made_from") or {}
     return {
         "title": hide_paths(title[:1].upper() + title[1:]),
         **{"file": name, "x": x, "y": y, "w": width, "h": height, "pixels": list(size)},
-        "legend": _legend(said["colour"]),
+        "legend": _legend(stated["colour"]),
         "facts": {key: _plain(value) for key, value in facts.items() if value not in (None, "")},
         "stale": sources.stale(made_from),
-        "cohort": "" if said["colour"]["scope"] == OWN_RANGE else str(made_from.get("cohort_sha256") or ""),
+        "cohort": "" if stated["colour"]["scope"] == OWN_RANGE else str(made_from.get("cohort_sha256") or ""),
     }
 
 

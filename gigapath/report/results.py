@@ -132,7 +132,7 @@ def _results(folder: Path, name: str, found: Found) -> Results:
         tuple(block for block in blocks if block),
         found.terms,
         redact(options) if options is not None else None,
-        None if what == "tiles" else _said_of_slides(of_slides),
+        None if what == "tiles" else _predicted_of_slides(of_slides),
     )
 
 
@@ -341,7 +341,7 @@ def _share_of_the_truth(row: Mapping[str, str]) -> float:
         return 1.0
 
 
-def _said_of_slides(rows: Sequence[Mapping[str, str]]) -> dict[str, dict[str, str]]:
+def _predicted_of_slides(rows: Sequence[Mapping[str, str]]) -> dict[str, dict[str, str]]:
     """slide_id -> its label and what was predicted; a slide that several folds test keeps the last."""
     return {row["slide_id"]: {key: row[key] for key in ("label", "predicted") if row.get(key)} for row in rows}
 

@@ -31,7 +31,7 @@ from gigapath.text import table_lines
 
 _COMPARED = ("first", "second", "score", "value", "low", "high", "p", "p_holm", "power")
 _OUTPUTS = {"survival": "a risk, and the probability of no event at each horizon", "regression": "an amount"}
-_POWER_FOR = 0.1  # difference whose power is told
+_POWER_FOR = 0.1  # difference whose power is given
 
 
 def write_study(folder: Path, about: Mapping[str, Any], labels: Path) -> list[str]:
@@ -108,7 +108,7 @@ def write_study(folder: Path, about: Mapping[str, Any], labels: Path) -> list[st
     cells = [
         [
             f"{row['first']} - {row['second']}",
-            row["said"],
+            row["text"],
             *("" if row[end] is None else f"{row[end]:.3f}" for end in ("p", "p_holm", "power")),
         ]
         for row in compared
@@ -146,7 +146,7 @@ def _compared(
         ((name, of),) = found.differences.items()
         each, power = of[primary], found.powers[name][primary]
         row: dict[str, Any] = {"first": first, "second": second, "score": primary, "p": each.p, "power": power}
-        rows.append(row | {end: getattr(each, end) for end in ("value", "low", "high")} | {"said": f"{each:+.4f}"})
+        rows.append(row | {end: getattr(each, end) for end in ("value", "low", "high")} | {"text": f"{each:+.4f}"})
     for row, p in zip(rows, holm([row["p"] for row in rows]), strict=True):
         row["p_holm"] = p
     return [plain(row) for row in rows]

@@ -293,8 +293,8 @@ def write_report(
             heads = fitted_heads(folder)
             media = _pictures(cohort, files, of_maps, heads, options, watch or Progress())
             notes += notes_on_maps([entry["maps"] for entry in media])
-            projections, said = _projections(cohort, options)
-            notes += said
+            projections, more = _projections(cohort, options)
+            notes += more
             data |= _of_slides(cohort, results, media, projections)
         if options.single_file:
             data["files"] = _contents(files, media)
@@ -385,27 +385,27 @@ def _about(options: ReportOptions, results: Sequence[Results], runs: Sequence[Ma
     }
 
 
-def _encoder_in_words(cohort: Cohort) -> str | None:
+def _encoder_label(cohort: Cohort) -> str | None:
     """The tile encoder's name, and what the last run with it says of it: a stand-in must not pass for GigaPath."""
     if cohort.features is None:
         return None
     name = cohort.features.name.removeprefix("features_")
-    said = [run.get("facts", {}).get("tile_encoder", {}) for run in cohort.runs]
-    described = [str(each.get("description", "")) for each in said if each.get("name") == name]
-    return f"{name} ({described[-1]})" if described and described[-1] else name
+    described = [run.get("facts", {}).get("tile_encoder", {}) for run in cohort.runs]
+    texts = [str(each.get("description", "")) for each in described if each.get("name") == name]
+    return f"{name} ({texts[-1]})" if texts and texts[-1] else name
 
 
 def _of_slides(
     cohort: Cohort, results: Sequence[Results], media: Sequence[Mapping[str, Any]], projections: Sequence[Projection]
 ) -> dict[str, Any]:
     """The slides column by column, which is half the size of a mapping for each."""
-    said = [
+    predicted = [
         (f"{each.name} " if each.name else "", each.predictions) for each in results if each.predictions is not None
     ]
     rows = []
     for slide in cohort.slides:
         row = dict(slide.values)
-        for prefix, predictions in said:
+        for prefix, predictions in predicted:
             row |= {f"{prefix}{key}": value for key, value in predictions.get(slide.slide_id, {}).items()}
         rows.append(row)
     columns = [name for name in dict.fromkeys(name for row in rows for name in row) if not name.startswith(_HIDDEN)]
@@ -422,7 +422,7 @@ def _of_slides(
         "media": list(media),
         "counts": cohort.counts(),
         "failures": [{"reason": reason, "slides": ids} for reason, ids in cohort.failures()],
-        "encoder": _encoder_in_words(cohort),
+        "encoder": _encoder_label(cohort),
         "tiles_method": METHOD,
         "projections": [
             {
