@@ -427,6 +427,8 @@ def test_quiet_verbose_and_the_log_file_choose_what_is_shown(
     assert main([*words, "--out", str(tmp_path / "a"), "-q"]) == 0
     said = capsys.readouterr()
     assert "2 to tile" not in said.out and "1/2 a" not in said.out and "done: 2 done" in said.out and said.err == ""
+    assert main([*words, "--out", str(tmp_path / "b"), "--log-file", str(tmp_path)]) == 1
+    assert "Errno" not in (said := capsys.readouterr().err) and "could not be written" in said
     assert main([*words, "--out", str(tmp_path / "b"), "--log-file", str(log)]) == 0
     shown = capsys.readouterr().out.splitlines()
     assert [line.partition(" ")[2] for line in log.read_text().splitlines()] == shown

@@ -19,6 +19,7 @@ from cyclopts import App, CycloptsError, UnknownOptionError
 
 from gigapath.cli.arguments import EXIT_STOPPED, OutputOptions, make_app
 from gigapath.file_names import for_terminal
+from gigapath.files import output_error
 from gigapath.machine import check_device
 from gigapath.progress import SILENT_SECONDS, Stopped, interrupting
 from gigapath.releases import HUB_PREFIXES, RELEASES, check_encoder
@@ -210,7 +211,10 @@ def _showing(program: str, options: OutputOptions) -> Iterator[None]:
     with contextlib.ExitStack() as undo:
         undo.callback(logger.setLevel, before)
         if options.log_file is not None:
-            log = undo.enter_context(Path(options.log_file).open("a", encoding="utf-8"))
+            try:
+                log = undo.enter_context(Path(options.log_file).open("a", encoding="utf-8"))
+            except OSError as error:
+                raise output_error(Path(options.log_file), error) from error
             for stream in (sys.stdout, sys.stderr):
                 if isinstance(stream, _Shown):
                     stream.log = log

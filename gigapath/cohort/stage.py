@@ -365,7 +365,7 @@ def _mark(folder: Path, options: Mapping[str, Any]) -> Path:
         with os.fdopen(open_own(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL), "w", encoding="utf-8") as file:
             json.dump(dict(options), file)
     except OSError as error:
-        raise output_error(path, error) from error
+        raise output_error(folder, error) from error
     return path
 
 
