@@ -14,6 +14,7 @@ from gigapath.evaluation.splits import audit, check_classes, draw_folds, keep_ma
 from gigapath.evaluation.task import load_task
 from gigapath.features import FeatureFileError
 from gigapath.finetune.data import FileBags, Inputs, Settings, look_at_all, prepare
+from gigapath.finetune.dataset import BagDataset
 from gigapath.finetune.options import JoinOptions
 
 MUTATION_HEADER = ["id", "file_name", "slide_id", "case_id", "EGFR", "KRAS", "TP53", "FAT1", "LRP1B", "pat_id"]
@@ -116,6 +117,20 @@ def test_missing_slides_are_counted_and_named(tmp_path) -> None:
         join_labels(labels, [tmp_path / "a.h5"])
     joined = join_labels(labels, [tmp_path / "a.h5", tmp_path / "z.h5"], allow_missing=True)
     assert (joined.missing, joined.unlabelled, joined.labels.slide_ids) == (("b",), ("z.h5",), ("a",))
+
+
+def test_slides_without_tiles_count_as_slides_without_features(tmp_path) -> None:
+    features, labels = write_cohort(tmp_path, [0, 1] * 6)
+    task = write_task(tmp_path / "task.yaml", classes=2)
+    write_slide(features / "slide-003.h5", *(part[:0] for part in made_bag(0, np.random.default_rng(0))))
+    inputs = Inputs(str(task), str(features), str(labels), pretrained="")
+    with pytest.raises(ValueError, match=r"slides without tiles.*1 \(slide-003\).*--allow-missing"):
+        prepare(inputs, Settings())
+    with pytest.raises(ValueError, match="slide-003"):
+        BagDataset(features, labels)
+    joined = prepare(inputs, Settings(join=JoinOptions(allow_missing=True))).joined
+    assert len(joined.files) == 11 and joined.missing == ("slide-003",)
+    assert len(BagDataset(features, labels, allow_missing=True)) == 11
 
 
 def audit_of(folds, labels, prints, *, drawn: bool = False, allow_leakage: bool) -> list[str]:

@@ -162,6 +162,9 @@ def run_verb(app: App, words: Sequence[str]) -> int:
             shown.enter_context(_showing(program, bound.arguments.pop("output", OutputOptions())))
             check_inputs(bound)
             status = function(*bound.args, **bound.kwargs, **dict.fromkeys(given, words[1:])) or 0
+            if help.left_out:
+                print(f"{help.left_out} more options: {program} --help-all")
+            sys.stdout.flush()  # a reader that has gone shows here, not at exit
         except Stopped as stopped:
             print(f"{program}: stopped by {stopped}; run the same command again to resume.", file=sys.stderr)
             return EXIT_STOPPED
@@ -174,8 +177,6 @@ def run_verb(app: App, words: Sequence[str]) -> int:
             print(f"{program}: {error}", file=sys.stderr)
             logging.getLogger("gigapath").debug("where it came from:", exc_info=error)
             return 1
-    if help.left_out:
-        print(f"{help.left_out} more options: {program} --help-all")
     return status
 
 

@@ -46,7 +46,7 @@ def report(
     """Write the report, telling how far it is.
 
     Args:
-        folder: the output folder of tile, embed, slide-embed, finetune, evaluate or probe
+        folder: the output folder of tile, embed, slide-embed, finetune, predict, probe or compare
         slides: of a fine-tuning or probe run: the output folder of embed that has its slides
         maps: the folder of gigapath map (default: maps beside the slides)
         to: where report.html goes (default: DIR itself)

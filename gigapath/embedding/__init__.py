@@ -1,1 +1,5 @@
-"""From slides to tiles, tile vectors and slide embeddings."""
+"""From slides to tiles, tile embeddings and slide embeddings.
+
+The stages are in `tiling`, `features_stage` and `slide_stage`, the runs over many slides in `run` and
+`slide_embedding`.
+"""

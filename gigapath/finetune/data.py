@@ -119,6 +119,27 @@ def look_at_all(
     return facts
 
 
+def without_empty(joined: Joined, join: JoinOptions, *, workers: int = 2) -> tuple[Joined, list[FileFacts]]:
+    """The slides that have tiles, and what their files say; one without tissue counts as one without features.
+
+    Raises:
+        ValueError: slides have no tiles and `allow_missing` is not set, or none has any.
+    """
+    facts = look_at_all(joined.files, join, workers=workers, allow_empty=True)
+    full = [row for row, fact in enumerate(facts) if fact.tiles]
+    if len(full) == len(facts):
+        return joined, facts
+    empty = tuple(joined.labels.slide_ids[row] for row, fact in enumerate(facts) if not fact.tiles)
+    if not join.allow_missing or not full:
+        raise ValueError(
+            f"{joined.labels.source}: slides without tiles, so without tissue: {len(empty)} ({shown(empty)}). Leave "
+            "them out of the labels, or go on without them: --allow-missing."
+        )
+    files = tuple(joined.files[row] for row in full)
+    joined = replace(joined, labels=joined.labels.take(full), files=files, missing=joined.missing + empty)
+    return joined, [facts[row] for row in full]
+
+
 def check_made(made: dict[str, Any], other: dict[str, Any], who: str, than: str) -> None:
     """Raise FeatureFileError where two sets of features state different encoders, mpp or numerics."""
     for key in ("encoder", "weights_sha256", "mpp", "numerics_version"):
@@ -233,6 +254,7 @@ def prepare(inputs: Inputs, settings: Settings) -> Cohort:
     labels = read_labels(inputs.labels, task, id_rule=settings.join.id_rule)
     join = settings.join
     joined = join_labels(labels, files, id_rule=join.id_rule, id_regex=join.id_regex, allow_missing=join.allow_missing)
+    joined, facts = without_empty(joined, join, workers=settings.training.workers)
     training = settings.training
     if training.balanced and (task.multi_label or not task.of_classes):
         what = "several labels" if task.multi_label else f"the setting {task.setting}"
@@ -261,7 +283,7 @@ def prepare(inputs: Inputs, settings: Settings) -> Cohort:
         replace(fold, **{name: np.searchsorted(used, rows) for name, rows in fold.sets().items()})  # type: ignore[arg-type]
         for fold in folds
     ]
-    facts = look_at_all(joined.files, settings.join, workers=settings.training.workers)
+    facts = [facts[row] for row in used]
     joined = replace(joined, labels=with_scanners(joined.labels, facts))
     notes += audit(
         folds,

@@ -12,7 +12,7 @@ from gigapath.evaluation.labels import join_labels, read_labels, task_of_columns
 from gigapath.evaluation.splits import Fold, draw_folds
 from gigapath.evaluation.task import Task, load_task
 from gigapath.features.reading import find_feature_files
-from gigapath.finetune.data import FileBags, look_at_all
+from gigapath.finetune.data import FileBags, without_empty
 from gigapath.finetune.options import JoinOptions
 
 
@@ -65,7 +65,7 @@ class BagDataset(Dataset[tuple[Tensor, Tensor, Tensor]]):
             id_regex=options.id_regex,
             allow_missing=options.allow_missing,
         )
-        facts = look_at_all(joined.files, options)
+        joined, facts = without_empty(joined, options)
         self._labels = joined.labels
         self._bags = FileBags(joined.files, facts, options.tile_size_level0)
         self.slide_ids, self.patients = joined.labels.slide_ids, joined.labels.patients

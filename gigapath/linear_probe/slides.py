@@ -153,7 +153,8 @@ def load_slides(
     if (unlabelled or unembedded) and not options.allow_missing:
         both = left_over({"slides without an embedding": unembedded, "embeddings without a row": unlabelled})
         raise ValueError(
-            f"{listed.source}: {both}. Complete them (see --id-rule), or go on without them: --allow-missing."
+            f"{listed.source}: {both}. Embed them, or see --id-rule where names differ, or go on without "
+            "them: --allow-missing."
         )
     if unlabelled or unembedded:
         lacking = {"labels without an embedding": unembedded, "embeddings without a label": unlabelled}

@@ -1,7 +1,7 @@
 """`report.html` of a run or a cohort: what is there, what failed, every slide with its tiles and maps, the scores.
 
-collecting and results read what a folder says; pictures, tissue_tiles, overlays and projection make what is looked at;
-page puts all of it into one file that needs no network. No torch in here.
+`collecting` reads what a folder says of its slides, `results` scores, `pictures` draws, `write` makes the page, which
+needs no network; `study` is the report of a study, `methods` the paragraph of a paper. No torch in here.
 """
 
 from gigapath.report.write import ReportOptions, write_report

@@ -246,7 +246,7 @@ def write_report(
     """Write `report.html`, and `report_files/` beside it, of a run or a cohort.
 
     Args:
-        folder: the output folder of tile, embed, slide-embed, finetune, evaluate or probe.
+        folder: the output folder of tile, embed, slide-embed, finetune, predict, probe or compare.
         slides: the output folder that holds the slides of a fine-tuning or probe run; `folder` itself where None.
         maps: the folder of maps; `maps` beside the slides where None.
         to: where the report goes; `folder` where None.
@@ -269,8 +269,8 @@ def write_report(
     results = collect_results(folder)
     if cohort is None and (slides is not None or not results):
         raise ValueError(
-            f"{home}: expected the output folder of tile, embed, slide-embed, finetune, evaluate or probe, found "
-            "neither slides nor results in it."
+            f"{home}: expected the output folder of tile, embed, slide-embed, finetune, predict, probe or compare, "
+            "found neither slides nor results in it."
         )
     count = 0 if cohort is None else len(cohort.slides)
     if options.single_file and count > MAX_IN_ONE_FILE:
