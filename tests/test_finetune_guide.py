@@ -60,11 +60,14 @@ def test_heads_on_a_folder_of_features_and_a_table(tmp_path, monkeypatch) -> Non
         *re.findall(r"^gigapath probe vectors .*", text, re.M),
         "gigapath init-task labels.csv --to task.yaml",
         *re.findall(r"^gigapath finetune .* --features features .*", text, re.M),
+        *re.findall(r"^gigapath predict attention/fold_0 features .*", text, re.M),
     ]
-    assert len(commands) == 4
+    assert len(commands) == 5
+    labels = (ROOT / "README.md").read_text().partition("## Labels")[2]
+    assert labels.split("```")[1].splitlines()[1:] == commands
     for command in commands:
         words = shlex.split(command)[1:]
-        more = ["--device", "cpu", "--epochs", "1"] if words[0] == "finetune" else []
+        more = {"finetune": ["--device", "cpu", "--epochs", "1"], "predict": ["--device", "cpu"]}.get(words[0], [])
         assert main([*words, *more, *(["--replicates", "10"] if words[0] in ("probe", "finetune") else [])]) == 0, (
             command
         )
