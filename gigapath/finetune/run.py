@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from gigapath.cohort.record import versions
-from gigapath.cohort.stage import Ownership, differences
+from gigapath.cohort.stage import Ownership
 from gigapath.devices import at_most_threads, deterministic
 from gigapath.evaluation.calibration import (
     Calibration,
@@ -43,9 +43,9 @@ from gigapath.evaluation.results import (
 from gigapath.evaluation.scores import FloatArray, Predictions, rank_by, scale_of, site_probabilities
 from gigapath.evaluation.splits import Fold, keep_manifest
 from gigapath.features import FeatureFileError
-from gigapath.files import read_json, sha256_of, write_json_atomic
+from gigapath.files import write_json_atomic
 from gigapath.finetune import adapters
-from gigapath.finetune.checkpoints import MEND
+from gigapath.finetune.checkpoints import check_same_run, start_of
 from gigapath.finetune.data import Cohort, FileBags, Inputs, Settings, check_folder, prepare, vector_bags
 from gigapath.finetune.fitted import (
     FittedHead,
@@ -55,7 +55,7 @@ from gigapath.finetune.fitted import (
     slides_csv,
 )
 from gigapath.finetune.heads import CumulativeLogits, VectorHead, cache_states, head_of_task
-from gigapath.finetune.options import ModelOptions, TrainingOptions, completed
+from gigapath.finetune.options import ModelOptions, TrainingOptions
 from gigapath.finetune.plan import Plan, make_plan
 from gigapath.finetune.processes import Processes, join_processes, training_precision
 from gigapath.finetune.training import (
@@ -74,10 +74,7 @@ from gigapath.machine import available_cores
 from gigapath.options import to_dict
 from gigapath.progress import Progress
 from gigapath.read_ahead import read_ahead
-from gigapath.releases import HUB_PREFIXES
-from gigapath.slide_encoder import WEIGHTS_FILE
 from gigapath.tables import data_frame
-from gigapath.weights import find_weights
 
 RUN = "finetune.json"
 ENCODER = "slide_encoder"  # the folder of the tuned slide encoder alone, in a fold's
@@ -167,7 +164,7 @@ class _Run:
         if sites := {f"fold_{fold.number}": fold.site for fold in cohort.folds if fold.site}:
             how["site_of_fold"] = sites
         if self.first:
-            self._check_same_run()
+            check_same_run(self.out / RUN, self.identity())
         for note in cohort.notes:
             self.watch.line(f"note: {note}")
         plan = self._plan()
@@ -253,30 +250,8 @@ class _Run:
 
     @cached_property
     def _weights(self) -> dict[str, str]:
-        """What the slide encoder starts from: its name, never its place, and its checksum; nothing where it is random
-        or there is none."""
-        pretrained = self.inputs.pretrained
-        if not pretrained or self.settings.model.head == "abmil-tiles":
-            return {}
-        name = pretrained if pretrained.startswith(HUB_PREFIXES) else Path(pretrained).name
-        return {"name": name, "sha256": sha256_of(find_weights(pretrained, WEIGHTS_FILE))}
-
-    def _check_same_run(self) -> None:
-        path = self.out / RUN
-        if not path.is_file():
-            return
-        now = self.identity()
-        kept = completed(read_json(path, keys=("identity",), mend=MEND)["identity"], now)
-        differing = [key for key in now if kept.get(key) != now[key]]
-        if differing:
-            changed = []
-            for key in differing:
-                inner = isinstance(kept.get(key), dict) and isinstance(now[key], dict)
-                changed.append(f"{key} ({', '.join(differences(kept[key], now[key]))})" if inner else key)
-            raise ValueError(
-                f"{self.out}: it holds another run, which differs in {', '.join(changed)}. Choose another --out, or "
-                "give the same options to go on with it."
-            )
+        """What the slide encoder starts from; nothing where it is random or there is none."""
+        return {} if self.settings.model.head == "abmil-tiles" else start_of(self.inputs.pretrained)
 
     def _check_files(self) -> None:
         """Read every bag once before anything is written, each process its share, so that a bad file stops no run in

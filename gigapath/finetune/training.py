@@ -8,7 +8,7 @@ Below: what a user compares with: a linear layer on mean tile embeddings, ABMIL 
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from gigapath.finetune import checkpoints
 from gigapath.finetune.data import Bag, Bags
 from gigapath.finetune.heads import Packed, pack, pack_on_host
 from gigapath.finetune.loop import Loop, Step, cosine_rate
-from gigapath.finetune.options import TrainingOptions, completed
+from gigapath.finetune.options import TrainingOptions
 from gigapath.finetune.processes import Processes
 from gigapath.progress import Progress
 from gigapath.read_ahead import read_ahead
@@ -105,37 +105,27 @@ class Trainer:
         scaler = self.loop.scaler()
         history: list[Epoch] = []
         best: dict[str, Tensor] | None = None
-        kept = checkpoints.load_checkpoint(folder)
+        rank = self.processes.rank
+        kept = checkpoints.resume_training(folder, model, optimizer, scaler, tag=tag, epoch_of=Epoch, rank=rank)
         if kept is not None:
-            facts, tensors = kept
-            if completed(facts["tag"], tag) != tag:
-                raise ValueError(f"{folder}: its checkpoint is of another run. Choose another --out.")
-            try:
-                history = [Epoch(**entry) for entry in facts["history"]]
-                scaler.load_state_dict(facts["scaler"])
-                checkpoints.restore_optimizer(model, optimizer, tensors)
-                model.load_state_dict(_part(tensors, "model."))
-            except (TypeError, AttributeError, KeyError, RuntimeError) as error:
-                raise ValueError(f"{folder}: its checkpoint is damaged. {checkpoints.MEND}") from error
-            best = _part(tensors, "best.") or None
+            history, best = kept.history, kept.best
             self.watch.line(f"fold {fold.number} goes on after epoch {len(history)}")
 
-        def save(more: dict[str, Tensor]) -> None:
-            if self.processes.rank == 0:
-                tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
-                facts = {"tag": tag, "history": [asdict(entry) for entry in history], "scaler": scaler.state_dict()}
-                checkpoints.save_checkpoint(folder, len(history), tensors | more, facts)
+        def save(optimizer: torch.optim.Optimizer | None, best: dict[str, Tensor] | None) -> None:
+            if rank == 0:
+                checkpoints.save_training(
+                    folder, len(history), model, optimizer, scaler, tag=tag, history=history, best=best
+                )
 
         for epoch in range(len(history), options.epochs):
             history.append(self._epoch(model, optimizer, scaler, fold, epoch))
             self.watch.line(f"fold {fold.number}, {describe_epoch(history[-1], options.epochs)}")
             if options.select == "val" and _is_best(history):
                 best = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
-            moments = checkpoints.optimizer_tensors(model, optimizer)
-            save(moments | {f"best.{name}": tensor for name, tensor in (best or {}).items()})
+            save(optimizer, best)
         if best is not None:
             model.load_state_dict(best)
-        save({})  # done: the optimizer's moments, two thirds of the file, are not needed any more
+        save(None, None)  # done: the optimizer's moments, two thirds of the file, are not needed any more
         return history
 
     @property
@@ -337,10 +327,6 @@ def describe_epoch(epoch: Epoch, epochs: int) -> str:
 def _is_best(history: Sequence[Epoch]) -> bool:
     losses = [math.inf if entry.val_loss is None else entry.val_loss for entry in history]
     return losses[-1] == min(losses) and losses.count(losses[-1]) == 1
-
-
-def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
 def abmil_options(options: TrainingOptions, processes: int = 1) -> TrainingOptions:

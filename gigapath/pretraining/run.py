@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from gigapath.cohort.record import versions
-from gigapath.cohort.stage import Ownership, differences
+from gigapath.cohort.stage import Ownership
 from gigapath.devices import at_most_threads, computing
 from gigapath.evaluation.plots import plotting_available
-from gigapath.files import read_json, sha256_of, write_bytes_atomic, write_json_atomic, write_text_atomic
+from gigapath.files import read_json, write_bytes_atomic, write_json_atomic, write_text_atomic
 from gigapath.finetune import checkpoints
 from gigapath.finetune.data import check_folder
 from gigapath.finetune.plan import ADAM_BYTES, free_bytes, made_bag, measure_cost
@@ -31,11 +31,9 @@ from gigapath.pretraining.outputs import Epoch, draw_reconstructions, model_card
 from gigapath.pretraining.training import Training, steps_of
 from gigapath.progress import Progress, Stopped
 from gigapath.read_ahead import read_ahead
-from gigapath.releases import HUB_PREFIXES
 from gigapath.slide_encoder import WEIGHTS_FILE
 from gigapath.tables import csv_text
 from gigapath.text import in_bytes, in_words
-from gigapath.weights import find_weights
 
 RUN, CARD = "pretrain.json", "model_card.md"
 MEASURED = 200  # validation slides that are measured after each epoch
@@ -134,7 +132,7 @@ class _Run:
         """The model at its start, and the plan told; ValueError where the run can't be."""
         self.first = self.processes.rank == 0
         if self.first:
-            self._check_same_run()
+            checkpoints.check_same_run(self.out / RUN, self.identity)
         for note in self.slides.notes:
             self.watch.line(f"note: {note}")
         torch.manual_seed(self.training.seed)
@@ -185,22 +183,7 @@ class _Run:
 
     @cached_property
     def _weights(self) -> dict[str, str]:
-        """What the slide encoder starts from: its name, never its place, and its checksum."""
-        if not self.init:
-            return {}
-        name = self.init if self.init.startswith(HUB_PREFIXES) else Path(self.init).name
-        return {"name": name, "sha256": sha256_of(find_weights(self.init, WEIGHTS_FILE))}
-
-    def _check_same_run(self) -> None:
-        path = self.out / RUN
-        if path.is_file():
-            kept = read_json(path, keys=("identity",), mend=checkpoints.MEND)["identity"]
-            found = differences(kept if isinstance(kept, dict) else {}, json.loads(json.dumps(self.identity)))
-            if found:
-                raise ValueError(
-                    f"{self.out}: it holds another run, which differs in {'; '.join(found[:5])}. Choose another --out, "
-                    "or give the same options to go on with it."
-                )
+        return checkpoints.start_of(self.init)
 
     def _record(self, baselines: Mapping[str, float]) -> None:
         """Write what the run is, and which slides it has."""

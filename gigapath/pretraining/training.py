@@ -1,7 +1,7 @@
 """The epochs of a pretraining: which slides each step sees, a checkpoint within and after each epoch."""
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -120,7 +120,12 @@ class Training:
         self.optimizer = torch.optim.AdamW(groups, lr=options.base_lr, betas=(0.9, options.beta2))
         self.loop = Loop(self.processes, self.precision, options.workers, self.check_stop)
         self.scaler = self.loop.scaler()
-        self._resume()
+        rank = self.processes.rank
+        kept = checkpoints.resume_training(
+            self.folder, self.model, self.optimizer, self.scaler, tag=self.tag, epoch_of=Epoch, rank=rank
+        )
+        if kept is not None:
+            self.history, self.done, self.loss = kept.history, kept.done, kept.loss
 
     def epoch(self) -> Epoch:
         """Train for the next epoch, or the rest of it; its measures are still to be taken."""
@@ -166,35 +171,18 @@ class Training:
     def save(self) -> None:
         """Write a checkpoint of this moment; all processes call it."""
         losses = self.processes.gather(self.loss)
-        if self.processes.rank:
-            return
-        tensors = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
-        facts = {
-            "tag": self.tag,
-            "history": [asdict(entry) for entry in self.history],
-            "scaler": self.scaler.state_dict(),
-            "done": self.done,
-            "losses": losses,
-        }
-        tensors |= checkpoints.optimizer_tensors(self.model, self.optimizer)
-        checkpoints.save_checkpoint(self.folder, self.history[-1].steps + self.done, tensors, facts)
-
-    def _resume(self) -> None:
-        kept = checkpoints.load_checkpoint(self.folder)
-        if kept is None:
-            return
-        facts, tensors = kept
-        if facts["tag"] != self.tag:
-            raise ValueError(f"{self.folder}: its checkpoint is of another run. Choose another --out.")
-        try:
-            self.history = [Epoch(**entry) for entry in facts["history"]]
-            self.done, self.loss = int(facts["done"]), float(facts["losses"][self.processes.rank])
-            self.scaler.load_state_dict(facts["scaler"])
-            checkpoints.restore_optimizer(self.model, self.optimizer, tensors)
-            weights = {name: tensor for name, tensor in tensors.items() if name.startswith("model.")}
-            self.model.load_state_dict({name.removeprefix("model."): tensor for name, tensor in weights.items()})
-        except (TypeError, AttributeError, KeyError, IndexError, RuntimeError, ValueError) as error:
-            raise ValueError(f"{self.folder}: its checkpoint is damaged. {checkpoints.MEND}") from error
+        if self.processes.rank == 0:
+            checkpoints.save_training(
+                self.folder,
+                self.history[-1].steps + self.done,
+                self.model,
+                self.optimizer,
+                self.scaler,
+                tag=self.tag,
+                history=self.history,
+                done=self.done,
+                losses=losses,
+            )
 
     def _read(self, rows: IntArray) -> Batch:
         epoch = len(self.history) - 1
