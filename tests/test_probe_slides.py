@@ -444,6 +444,14 @@ def test_a_task_of_times_or_amounts_is_probed(tmp_path: Path, how: list[str], na
     assert {"predicted", "fold", "value" if name == "r2" else "risk"} <= set(rows[0])
     (shown,) = collect_results(out)
     assert sum(block["kind"] == "picture" for block in shown.blocks) == 1
+    assert main(["compare", str(out), "--out", str(tmp_path / "compared")]) == 0
+    with (tmp_path / "compared" / "differences.csv").open() as file:
+        row = next(row for row in csv.DictReader(file) if row["model"] == "default")
+    assert (row["score"], row["minus"]) == (name, "tile-mean")  # as the probe itself has it, but for digits of the CSV
+    assert [float(row[end]) for end in ("value", "low", "high", "p")] == pytest.approx(
+        [lead.value, lead.low, lead.high, lead.p], abs=1e-4
+    )
+    assert "uncalibrated" in json.loads((tmp_path / "compared" / "differences.json").read_text())["covers"]
 
 
 def test_a_task_of_classes_is_no_task_of_a_probe(copied: tuple[Path, Path], tmp_path: Path) -> None:

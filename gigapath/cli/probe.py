@@ -123,7 +123,7 @@ def compare(
     *,
     out: Folder,
     models: str = "",
-    score: str = "auroc",
+    score: str | None = None,
     difference: float = 0.1,
     overwrite: bool = False,
 ) -> int:
@@ -133,7 +133,7 @@ def compare(
         runs: folders of probes of slides or fine-tunings over the same folds; one alone for all its models
         out: folder for differences.csv, .json and .png
         models: names of embeddings or models to compare, with commas (default: what each run is about)
-        score: the first of the table, which is drawn
+        score: the first of the table, which is drawn (default: auroc, r2 or harrell_c, by the task)
         difference: the true difference for which the power is given
         overwrite: compare again where the folder holds another comparison
     """
@@ -143,6 +143,6 @@ def compare(
         runs, models=[each.strip() for each in models.split(",") if each.strip()], score=score, difference=difference
     )
     print(found)
-    written = write_comparison(Path(out), found, score, overwrite=overwrite)
+    written = write_comparison(Path(out), found, overwrite=overwrite)
     print(f"written to {out}: {', '.join(written)}")
     return 0

@@ -22,13 +22,17 @@ from gigapath.tables import Table, csv_text, read_table
 from gigapath.text import table_lines
 
 DIFFERENCES = "differences.json"
-SCORES = ("auroc", "auprc", "accuracy", "balanced_accuracy", "kappa_quadratic")
+SCORES = (
+    *("auroc", "auprc", "accuracy", "balanced_accuracy", "kappa_quadratic"),
+    *("r2", "mae", "pearson", "spearman"),
+    *("harrell_c", "uno_c"),  # integrated_brier would need survival at more times than predictions.csv holds
+)
 
 
 @dataclass(frozen=True)
 class _Run:
-    """What a run left: of each fold the slides (id -> patient, label); of each model and fold the probabilities by id,
-    and the model's own scale."""
+    """What a run left: of each fold the slides (id -> patient, label, or time and event); of each model and fold the
+    probabilities, amounts or risks by id, and the model's own scale."""
 
     name: str
     results: Results
@@ -90,7 +94,7 @@ class Comparison:
 
 
 def compare(
-    runs: Sequence[Path | str], *, models: Sequence[str] = (), difference: float = 0.1, score: str = "auroc"
+    runs: Sequence[Path | str], *, models: Sequence[str] = (), difference: float = 0.1, score: str | None = None
 ) -> Comparison:
     """Compare models of runs, each with the first: all of one run, or of several runs those that each is about.
 
@@ -98,7 +102,7 @@ def compare(
         models: names of embeddings or models to take instead, of every run that has them; the first is the one that
             the others are compared with.
         difference: whose power is told.
-        score: the first of the table.
+        score: the first of the table; None = "auroc", "r2" or "harrell_c", by the task.
 
     Raises:
         FileNotFoundError, ValueError: one sentence on what is missing, or on the first thing in which runs differ.
@@ -130,9 +134,12 @@ def compare(
     unit = "patients" if read[0].patients else "slides"
     evaluations = {name: evaluate(each, unit=unit) for name, each in found.items()}
     evaluation = evaluations[first]
-    if score not in evaluation.estimates:
-        raise ValueError(f"--score: expected one of {', '.join(evaluation.estimates)}, got {score!r}.")
-    shown_scores = [score, *(each for each in SCORES if each in evaluation.estimates and each != score)]
+    scored = [each for each in evaluation.estimates if each != "integrated_brier"]
+    usual = [each for each in SCORES if each in scored]
+    score = score or usual[0]
+    if score not in scored:
+        raise ValueError(f"--score: expected one of {', '.join(scored)}, got {score!r}.")
+    shown_scores = [score, *(each for each in usual if each != score)]
     df = degrees_of_freedom(found[first])
     pairs = {name: paired_difference(found[name], found[first]) for name in others}
     differences = {name: {each: pair[each] for each in shown_scores} for name, pair in pairs.items()}
@@ -151,6 +158,7 @@ def compare(
     covers = (
         f"95 %, over {evaluation.units:,} {unit}, of the difference of two procedures on new {unit}: jackknife, "
         f"t with {df} degrees of freedom; p by Holm: over the models, for each score"
+        + ("" if found[first].of_classes else "; coverage not measured (uncalibrated)")
     )
     values = {name: {each: one[each] for each in shown_scores} for name, one in evaluations.items()}
     return Comparison(values, differences, adjusted, powers, difference, covers, tuple(notes))
@@ -166,8 +174,8 @@ def holm(values: Sequence[float]) -> list[float]:
     return adjusted
 
 
-def write_comparison(folder: Path, found: Comparison, score: str = "auroc", *, overwrite: bool = False) -> list[str]:
-    """Write the table as CSV and JSON, and the differences in one score as a picture where matplotlib is installed.
+def write_comparison(folder: Path, found: Comparison, *, overwrite: bool = False) -> list[str]:
+    """Write the table as CSV and JSON, and the differences in its first score as a picture, where matplotlib is there.
 
     Raises:
         ValueError: the folder holds another comparison, and `overwrite` is False.
@@ -181,6 +189,7 @@ def write_comparison(folder: Path, found: Comparison, score: str = "auroc", *, o
     write_text_atomic(folder / "differences.csv", table)
     written = ["differences.csv"]
     if plotting_available():
+        score = rows[0]["score"]
         drawn = {
             f"{name} - {found.first}": (each[score].value, each[score].low, each[score].high)
             for name, each in found.differences.items()
@@ -203,19 +212,24 @@ def _read(folder: Path) -> _Run:
     results = read_results(folder / RESULTS)
     models: dict[str, list[tuple[dict[str, FloatArray], FloatArray]]] = {}
     slides: list[dict[str, tuple[str, str]]] = []
-    classes, setting = results.task["classes"], results.task.get("setting")
-    if setting in ("survival", "regression"):
-        raise ValueError(f"{folder}: expected a task of classes, got one of {setting}. Its leads are in summary.csv.")
+    setting, horizons = results.task.get("setting"), results.task.get("horizons", ())
+    outputs = [f"p_{each}" for each in results.task["classes"]]
+    if setting == "regression":
+        outputs = ["value"]
+    elif setting == "survival":
+        outputs = ["risk", *(f"survival_at_{each:g}" for each in horizons)]
+    of_truth = ("time", "event") if setting == "survival" else ("label",)
 
     def take(model: str, table: Table, rows: Iterable[int], scale: Any, patient: str | None) -> None:
         rows, cells = list(rows), table.columns
-        shares = np.array([[float(cells[f"p_{each}"][row]) for each in classes] for row in rows])
+        shares = np.array([[float(cells[each][row]) for each in outputs] for row in rows])
         ids = [cells["slide_id"][row] for row in rows]
         of = models.setdefault(model, [])
         of.append((dict(zip(ids, shares, strict=True)), np.asarray(scale, dtype=np.float64)))
         if len(slides) < len(of):
             who = cells[patient] if patient else cells["slide_id"]
-            slides.append({cells["slide_id"][row]: (who[row], cells["label"][row]) for row in rows})
+            labels = {row: " ".join(cells[each][row] for each in of_truth) for row in rows}
+            slides.append({cells["slide_id"][row]: (who[row], labels[row]) for row in rows})
 
     known = False
     try:
@@ -269,27 +283,35 @@ def _check_alike(one: _Run, other: _Run) -> None:
 
 def _predictions(run: _Run, model: str, folds: int) -> Predictions:
     """Of one model, over patients where each has one label."""
-    classes = tuple(run.results.task["classes"])
-    several = run.results.task.get("setting") == "multi_label"
-    truth, shares, groups, numbers, ranking = [], [], [], [], []
+    task = run.results.task
+    classes, setting = tuple(task["classes"]), task.get("setting")
+    targets, several = setting in ("survival", "regression"), setting == "multi_label"
+    truth: list[Any] = []
+    shares, groups, numbers, ranking = [], [], [], []
     for number, (of_slide, (said, scale)) in enumerate(zip(run.folds[:folds], run.models[model][:folds], strict=True)):
         ids = sorted(of_slide)
-        labels = [of_slide[slide][1] for slide in ids]
-        truth += [
-            [each in label.split(";") for each in classes] if several else classes.index(label) for label in labels
-        ]
+        for label in (of_slide[slide][1] for slide in ids):
+            if setting == "survival":
+                truth.append([float(each) for each in label.split()])
+            elif targets:
+                truth.append(float(label))
+            else:
+                truth.append([each in label.split(";") for each in classes] if several else classes.index(label))
         groups += [of_slide[slide][0] for slide in ids]
         numbers += [number] * len(ids)
         shares.append(np.stack([said[slide] for slide in ids]))
-        ranking.append(rank_by(shares[-1], scale, multi_label=several))
+        ranking.append(rank_by(shares[-1], scale, multi_label=several, of_classes=not targets))
+    horizons = tuple(task.get("horizons", ()))
     found = Predictions(
-        np.asarray(truth, dtype=np.int64),
+        np.asarray(truth, dtype=np.float64 if targets else np.int64),
         np.concatenate(shares),
         classes,
         groups=np.asarray(groups),
         folds=np.asarray(numbers),
         ordinal="kappa_quadratic" in next(iter(run.results.scores.values())).headline.estimates,
         ranking=np.concatenate(ranking),
+        times=horizons,
+        horizons=horizons,
     )
     try:
         return average_by_group(found)

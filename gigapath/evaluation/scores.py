@@ -415,16 +415,19 @@ def log_odds(probabilities: FloatArray, *, multi_label: bool = False) -> FloatAr
     return np.asarray(np.log(np.maximum(shares, _LEAST)) - np.log(np.maximum(others, _LEAST)))
 
 
-def scale_of(probabilities: FloatArray, truth: npt.NDArray[np.integer]) -> FloatArray:
+def scale_of(said: FloatArray, truth: npt.NDArray[Any]) -> FloatArray:
     """A fitted model's own scale (C, 2): of its training rows' log-odds the midpoint of the two sides' means, and the
-    standard deviation, 0 where they do not differ.
+    standard deviation, 0 where they do not differ. Of amounts their mean and 1; risks have 0 and 1, since they are
+    against the median one of training as they are.
 
     Args:
-        probabilities: (N, C) of the training rows.
+        said: (N, C) probabilities of the training rows; of amounts and risks not looked at.
         truth: (N,) or (N, C) of them.
     """
     truth = np.asarray(truth)
-    odds = log_odds(probabilities, multi_label=truth.ndim == 2)
+    if truth.dtype.kind == "f":
+        return np.array([[truth.mean() if truth.ndim == 1 else 0.0, 1.0]])
+    odds = log_odds(said, multi_label=truth.ndim == 2)
     found = []
     for c, values in enumerate(odds.T):
         positive = truth[:, c] == 1 if truth.ndim == 2 else truth == c
@@ -434,12 +437,17 @@ def scale_of(probabilities: FloatArray, truth: npt.NDArray[np.integer]) -> Float
     return np.asarray(found)
 
 
-def rank_by(probabilities: FloatArray, scale: FloatArray, *, multi_label: bool = False) -> FloatArray:
-    """Log-odds (N, C) on the model's own scale, on which rows of several models can be ranked together; 0 where the
-    model tells nothing apart."""
+def rank_by(said: FloatArray, scale: FloatArray, *, multi_label: bool = False, of_classes: bool = True) -> FloatArray:
+    """Log-odds (N, C), or amounts or risks (N, 1), on the model's own scale, on which rows of several models can be
+    ranked together; 0 where the model tells nothing apart.
+
+    High amounts among the rows held out leave a low mean to train on: counted from that mean, models that know nothing
+    correlate with nothing.
+    """
     middle, deviation = scale.T
     inverse = np.where(deviation > 0, 1 / np.where(deviation > 0, deviation, 1.0), 0.0)
-    return np.asarray((log_odds(probabilities, multi_label=multi_label) - middle) * inverse)
+    values = log_odds(said, multi_label=multi_label) if of_classes else said[:, :1]
+    return np.asarray((values - middle) * inverse)
 
 
 def macro_curves(truth: IntArray, outputs: FloatArray) -> tuple[float, float]:

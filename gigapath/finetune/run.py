@@ -361,24 +361,24 @@ class _Run:
         if not task.of_classes:
             flags = (sites[:, None] == np.unique(sites[train])).astype(np.float64)
             said = self._linear(flags[train], flags[fold.test], fold)
-            return {SITE_ALONE: self._predictions(fold, said.shares, None)}
+            return {SITE_ALONE: self._predictions(fold, said.shares, said.scale)}
         known = site_probabilities(labels.truth[train], sites[train], sites, len(task.classes))
         return {SITE_ALONE: self._predictions(fold, known[fold.test], self._scale(fold, lambda: known[train]))}
 
     def _scale(self, fold: Fold, of_train: Callable[[], FloatArray]) -> FloatArray | None:
         """A model's own scale (C, 2) by its probabilities of the training slides, which are asked for where the models
-        of several folds are to be ranked together; risks are against the median one of training as they are."""
-        if len(self.cohort.folds) == 1 or not self.cohort.task.of_classes:
+        of several folds are to be ranked together by them."""
+        if len(self.cohort.folds) == 1:
             return None
-        return scale_of(of_train(), self.cohort.joined.labels.truth[fold.train])
+        truth = self.cohort.joined.labels.truth[fold.train]
+        return scale_of(of_train() if self.cohort.task.of_classes else truth, truth)
 
     def _predictions(self, fold: Fold, shares: FloatArray, scale: FloatArray | None) -> Predictions:
         task = self.cohort.task
-        labels = self.cohort.joined.labels
-        found = predictions_of(labels.take(fold.test), shares, task)
-        ranking = None if scale is None else rank_by(shares, scale, multi_label=task.multi_label)
-        if task.setting == "regression":  # as in a probe: from the mean that the model was trained on
-            ranking = shares - labels.truth[fold.train].mean()
+        found = predictions_of(self.cohort.joined.labels.take(fold.test), shares, task)
+        if scale is None:
+            return found
+        ranking = rank_by(shares, scale, multi_label=task.multi_label, of_classes=task.of_classes)
         return replace(found, ranking=ranking)
 
     def _write(

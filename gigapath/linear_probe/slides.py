@@ -354,12 +354,11 @@ def probe_slides(
         for name, vectors in data.vectors.items():
             if task is not None:
                 said, chosen = fit_targets(task, vectors, data.labels, data.kinds, data.groups, trains, options.seed)
-                found[name] = held(said)[0]
-                facts[name] = {"width": vectors.shape[1], "penalties": chosen}
-                continue
-            shares, penalties = fit_folds(vectors, data.labels, data.groups, trains, options.seed)
-            found[name], scales = held(shares)
-            facts[name] = {"width": vectors.shape[1], "penalties": penalties.tolist()}
+            else:
+                shares, penalties = fit_folds(vectors, data.labels, data.groups, trains, options.seed)
+                said, chosen = list(shares), penalties.tolist()
+            found[name], scales = held(said)
+            facts[name] = {"width": vectors.shape[1], "penalties": chosen}
             if data.test is None:
                 facts[name]["scales"] = [scale.tolist() for scale in scales]
         if task is not None and places is not None:
@@ -400,17 +399,11 @@ def held_out(
         groups: (S,) patients.
         shares: of each fit the probabilities (S, C) of all slides.
     """
-    pairs = list(zip(shares, drawn, strict=True))
-    scales = [] if task else [scale_of(each[fold.train], labels[fold.train]) for each, fold in pairs]
+    scales = [scale_of(each[fold.train], labels[fold.train]) for each, fold in zip(shares, drawn, strict=True)]
     tested = [each[fold.test] for each, fold in zip(shares, drawn, strict=True)]
+    ranked = [rank_by(*each, of_classes=task is None) for each in zip(tested, scales, strict=True)]
     rows = np.concatenate([fold.test for fold in drawn])
     folds = np.repeat([fold.number for fold in drawn], [len(fold.test) for fold in drawn])
-    if task is None:
-        ranked = [rank_by(*each) for each in zip(tested, scales, strict=True)]
-    else:  # a fold's high amounts make the mean that the others train on low: amounts are ranked from that mean
-        ranked = [
-            each - (0 if task.times else labels[fold.train].mean()) for each, fold in zip(tested, drawn, strict=True)
-        ]
     predictions = Predictions(
         labels[rows],
         np.concatenate(tested),
