@@ -6,7 +6,7 @@ import os
 import struct
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -381,13 +381,15 @@ def write_tile_vectors(path: Path | str, tiles: TileEmbeddings, attrs: Attrs) ->
         write_attrs(writer.file["features"], {"name": tiles.slide_id, "encoder": attrs.get("encoder")})
 
 
-def read_slide(path: Path | str) -> SlideEmbeddings:
-    """Read a file of `write_slide`; FeatureFileError for another kind of file, one that is not complete, or whose bytes
-    have changed since."""
+def read_slide(path: Path | str, *, only: Collection[str] = STATES) -> SlideEmbeddings:
+    """Read a file of `write_slide`, of its arrays but `tile_mean` `only` those; FeatureFileError for another kind of
+    file, one that is not complete, or whose bytes have changed since."""
     check_undamaged(Path(path))
     with open_ours(path, "slide") as file:
         attrs = read_attrs(file)
-        arrays = {name: read_dataset(file, name) for name in STATES if name in file or name == "tile_mean"}
+        arrays = {
+            name: read_dataset(file, name) for name in STATES if name == "tile_mean" or (name in only and name in file)
+        }
         kept = {name: value for name, value in attrs.items() if name not in _OWN_ATTRS}
         return SlideEmbeddings(slide_id=str(attrs.get("slide_id")), attrs=kept, **arrays)
 

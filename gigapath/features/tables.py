@@ -14,7 +14,7 @@ import numpy as np
 from gigapath.features.data import Array, Attrs, FeatureFileError, parse_embedding
 from gigapath.features.gigapath_file import read_slide
 from gigapath.features.h5 import open_h5, read_attr
-from gigapath.files import atomic_file, visible_files, write_bytes_atomic
+from gigapath.files import atomic_file, small_json, visible_files, write_bytes_atomic
 
 # What must be equal throughout a folder for its vectors to be comparable.
 SAME_THROUGHOUT = (
@@ -152,14 +152,15 @@ def _embedding_of(table: Path) -> str | None:
 def _gather(folder: Path | str, embedding: str, *, allow_mixed: bool) -> tuple[list[str], Array, list[Attrs]]:
     """Ids, sorted, their vectors (S, D), and what their files say of themselves; of each slide's many embeddings only
     the one asked for is kept."""
-    parse_embedding(embedding)
+    wanted = parse_embedding(embedding)
+    array = ("default_" if wanted.kind == "default" else "states_") + wanted.pooling
     folder = find_slide_folder(folder)
     files = visible_files(folder, "*.h5")
     if not files:
         raise FileNotFoundError(f"{folder}: no slide embeddings (*.h5) in it.")
     slides: dict[str, tuple[Attrs, Array | ValueError]] = {}
     for file in files:
-        slide = read_slide(file)
+        slide = read_slide(file, only=(array,))
         if slide.slide_id in slides:
             raise ValueError(f"{folder.name}: two files of slide {slide.slide_id!r}. Remove one.")
         try:
@@ -217,9 +218,13 @@ def _refuse_outdated(slides: Mapping[str, Attrs], folder: Path, allow_mixed: boo
 
 
 def _identity(features: Path) -> str | None:
-    """What a file of tile embeddings records as its identity; None where there is none to compare with."""
+    """What a file of tile embeddings, or the status beside it, records as its identity; None where there is none to
+    compare with."""
     if not features.is_file():
         return None
+    status = small_json(features.with_name(f"{features.stem}.json"))  # far quicker to open
+    if isinstance(status, dict) and status.get("status") == "done" and status.get("digest"):
+        return str(status["digest"])
     try:
         with open_h5(features) as file:
             found = read_attr(file, "identity")
