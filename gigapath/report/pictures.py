@@ -119,22 +119,6 @@ def pick_tiles(features: npt.NDArray[Any]) -> tuple[list[Pick], list[Pick]]:
     return typical_picks, [Pick(int(index), float(away[index]) / median) for index in unusual]
 
 
-def draw_crops(slide: Slide, tiles: Tiles, picks: Sequence[Pick]) -> RGBImage:
-    """The picked tiles side by side, (CROP_SIDE, len(picks) * CROP_SIDE, 3) RGB.
-
-    Raises:
-        SlideError: a tile can't be read.
-    """
-    out = np.empty((CROP_SIDE, CROP_SIDE * len(picks), 3), np.uint8)
-    for place, pick in enumerate(picks):
-        pixels = read_tile(slide, tiles, pick.index)
-        how = cv2.INTER_AREA if pixels.shape[0] > CROP_SIDE else cv2.INTER_CUBIC
-        out[:, place * CROP_SIDE : (place + 1) * CROP_SIDE] = cv2.resize(
-            pixels, (CROP_SIDE, CROP_SIDE), interpolation=how
-        )
-    return out
-
-
 RECORD = "pictures.json"
 DRAWN_BY = 2  # raised when what is drawn changes, so that older pictures are drawn again
 THUMBNAIL_SIDE = 320
@@ -362,7 +346,10 @@ def _write_base(folder: Path, base: Base) -> dict[str, Any]:
     size = max(1, round(width * factor)), max(1, round(height * factor))
     write_bytes_atomic(folder / "thumbnail.jpg", _jpeg(_shrunk(base.image, size)), durable=False)
     return {
-        "frame": {**_rectangle(base.rectangle_level0), "mpp": base.mpp},
+        "frame": {
+            **{side: round(float(value), 2) for side, value in zip("xywh", base.rectangle_level0, strict=True)},
+            "mpp": base.mpp,
+        },
         "levels": levels,
         "thumbnail": {"file": "thumbnail.jpg", "w": size[0], "h": size[1]},
         "note": base.note,
@@ -370,14 +357,19 @@ def _write_base(folder: Path, base: Base) -> dict[str, Any]:
 
 
 def _write_crops(folder: Path, slide: Slide | None, tiles: Tiles, picks: Sequence[Pick]) -> bool:
-    """Write the tiles' pixels side by side; False where the slide is not at hand or can't be read."""
+    """Write the picked tiles side by side; False where the slide is not at hand or can't be read."""
     if slide is None:
         return False
-    try:
-        picture = draw_crops(slide, tiles, picks)
-    except SlideError:
-        return False
-    write_bytes_atomic(folder / "crops.jpg", _jpeg(picture), durable=False)
+    out = np.empty((CROP_SIDE, CROP_SIDE * len(picks), 3), np.uint8)
+    for place, pick in enumerate(picks):
+        try:
+            pixels = read_tile(slide, tiles, pick.index)
+        except SlideError:
+            return False
+        how = cv2.INTER_AREA if pixels.shape[0] > CROP_SIDE else cv2.INTER_CUBIC
+        crop = cv2.resize(pixels, (CROP_SIDE, CROP_SIDE), interpolation=how)
+        out[:, place * CROP_SIDE : (place + 1) * CROP_SIDE] = crop
+    write_bytes_atomic(folder / "crops.jpg", _jpeg(out), durable=False)
     return True
 
 
@@ -386,10 +378,6 @@ def _places(tiles: Tiles, picks: Sequence[Pick]) -> list[list[float]]:
     width, height = tiles.tile_size_level0
     corners = [tiles.coords_level0[pick.index].tolist() for pick in picks]
     return [[x, y, width, height, round(pick.distance, 2)] for (x, y), pick in zip(corners, picks, strict=True)]
-
-
-def _rectangle(rectangle: Sequence[float]) -> Mapping[str, float]:
-    return dict(zip("xywh", (round(float(value), 2) for value in rectangle), strict=True))
 
 
 def _shrunk(image: RGBImage, size: tuple[int, int]) -> RGBImage:
