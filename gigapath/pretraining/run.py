@@ -18,7 +18,7 @@ from gigapath.devices import at_most_threads, computing
 from gigapath.evaluation.plots import plotting_available
 from gigapath.files import read_json, write_bytes_atomic, write_json_atomic, write_text_atomic
 from gigapath.finetune import checkpoints
-from gigapath.finetune.data import check_folder
+from gigapath.finetune.data import KEPT_BYTES, check_folder
 from gigapath.finetune.plan import ADAM_BYTES, free_bytes, made_bag, measure_cost
 from gigapath.finetune.processes import Processes, join_processes, training_precision
 from gigapath.machine import available_cores
@@ -231,7 +231,11 @@ class _Run:
         largest = np.sort(train)[::-1][: training.batch_size].sum()
         memory = int(trained * ADAM_BYTES + cost.kept + cost.kept_per_tile * largest)
         free = free_bytes(self.processes.device)
-        size = int(train.sum()) * slides.facts[0].width * (2 if self.cohort.cache == "fp16" else 4)
+        tile = 4 * slides.facts[0].width
+        if self.processes.device.type == "cpu":  # else what is read lies beside the device's memory
+            memory += int(largest * (training.workers + 2) * tile)  # batches read ahead, in hand, and being made
+            memory += min(KEPT_BYTES, int(train.sum()) * tile) if self.cohort.cache == "none" else 0
+        size = int(train.sum()) * (tile // 2 if self.cohort.cache == "fp16" else tile)
         in_epoch = len(steps_of(slides, training, self.processes, 0, shard=self.cohort.shard))
         steps = in_epoch * training.epochs
         passes = -(-len(train) // training.batch_size)
