@@ -78,6 +78,12 @@ def output_error(path: Path, error: OSError) -> OutputError:
     return _taken(path.parent, error) or OutputError(words, error.errno)
 
 
+def folder_error(folder: Path, error: OSError) -> OutputError:
+    """The one sentence for an output folder in which nothing can be made."""
+    words = f"the output folder {folder.name} could not be written: {_reason(error)}."
+    return _taken(folder, error) or OutputError(words, error.errno)
+
+
 def _taken(folder: Path, error: OSError) -> OutputError | None:
     """The sentence where a file stands in the way of a folder or of one above it."""
     for taken in (folder, *folder.parents):
@@ -101,8 +107,7 @@ def check_writable(folder: Path | str) -> None:
         temporary.touch(exist_ok=False)
         temporary.unlink()
     except OSError as error:
-        words = f"the output folder {folder.name} could not be written: {_reason(error)}."
-        raise _taken(folder, error) or OutputError(words, error.errno) from error
+        raise folder_error(folder, error) from error
 
 
 def is_write_error(error: OSError, temporary: Path) -> bool:
@@ -278,7 +283,7 @@ def own_folder(folder: Path, what: str) -> Iterator[Path]:
     try:
         own.mkdir(parents=True)
     except OSError as error:
-        raise output_error(folder, error) from error
+        raise folder_error(folder, error) from error
     try:
         yield own
     finally:

@@ -34,7 +34,7 @@ VERBS = {
         "Check this machine, the installation or the released weights, and say how to fix problems.",
     ),
     "plan": (
-        "cohort:plan",
+        "plan:plan",
         "Summarize a cohort and estimate its cost from the slides' headers; optionally tile a few.",
     ),
     "tile": ("slides:tile", "Find tissue and place tiles: mask, tiles, previews. Check the previews before embedding."),

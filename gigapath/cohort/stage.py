@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 from gigapath.cohort.status import Status, read_status, read_statuses
 from gigapath.features import FeatureFileError
 from gigapath.features.h5 import is_complete, open_h5, read_attr
-from gigapath.files import is_running_here, open_own, output_error, writer_name
+from gigapath.files import folder_error, is_running_here, open_own, writer_name
 from gigapath.options import KeepOptions
 from gigapath.text import slides_in_words
 
@@ -365,7 +365,7 @@ def _mark(folder: Path, options: Mapping[str, Any]) -> Path:
         with os.fdopen(open_own(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL), "w", encoding="utf-8") as file:
             json.dump(dict(options), file)
     except OSError as error:
-        raise output_error(folder, error) from error
+        raise folder_error(folder, error) from error
     return path
 
 
