@@ -35,6 +35,8 @@ def plan(
     """
     if plan.pilot is not None and out is None:
         raise ValueError("--pilot: expected --out DIR beside it, where tiles and previews go.")
+    if plan.pilot is None and out is not None:
+        raise ValueError("--out: expected --pilot N beside it: without a pilot nothing is written. Leave it out.")
     folder = None if out is None else Path(out)
     found, entries = read_headers(slides, tiles, exclude=folder)
     failed = False

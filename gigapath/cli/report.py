@@ -52,6 +52,12 @@ def report(
         to: where report.html goes (default: DIR itself)
         methods: print the methods paragraph of a paper instead, from the records of tile or embed, with BibTeX
     """
+    if methods and (slides or maps or to):
+        raise ValueError(
+            "--methods: expected DIR alone, got --slides, --maps or --to. A text is printed: leave them out."
+        )
+    if as_json and not methods:
+        raise ValueError("--json: expected --methods beside it. Leave it out for a page.")
     if methods:
         return _methods(folder, as_json)
     from gigapath.cli.progress import Terminal
