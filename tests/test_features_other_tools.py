@@ -63,6 +63,22 @@ def test_read_features_gives_every_tool_the_same_cells_and_order(foreign: tuple[
     assert found.encoder == {"slide2vec": "prov-gigapath", "trident": "gigapath", "stamp": "gigapath"}.get(tool)
 
 
+@pytest.mark.parametrize(("last", "cell"), [(900, 4), (844, None)])
+def test_mussels_tiles_at_the_far_edge_take_the_nearest_cell_of_their_own_or_are_named(
+    last: int, cell: int | None, tmp_path: Path
+) -> None:
+    coords = np.array([(x, 256) for x in (0, 256, 512, 768, last)])
+    arrays = {"features": make_features(len(coords)), "coords": coords}
+    path = write_h5(tmp_path / "a.patch.h5", arrays, {"coords": {"patch_size": 256, "step_size": 256, "mpp": 0.5}})
+    if cell is None:
+        with pytest.raises(FeatureFileError, match=r"768.*844"):
+            read_features(path)
+        assert len(read_features(path, cells=False)) == len(coords)
+    else:
+        cells = read_features(path).cells
+        assert cells is not None and cells.tolist() == [[0, 1], [1, 1], [2, 1], [3, 1], [cell, 1]]
+
+
 def test_read_features_in_the_order_of_the_file(foreign: tuple[str, Path, dict[str, Any]]) -> None:
     _, path, stated = foreign
     found = read_features(path, order="file", **stated)
