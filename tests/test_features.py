@@ -55,6 +55,9 @@ def write_ours(path: Path, tiles: Tiles | None = None, features: np.ndarray = FE
     return write_gigapath(path, features, tiles, **{"attrs": ATTRS, **options})
 
 
+VECTORS = ("tile_mean", "states_mean", "states_class", "default_mean", "default_class")
+
+
 def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
@@ -624,6 +627,34 @@ def test_exported_table_of_another_embedding_is_not_written_over_unasked(
     export_table(run, to)
     export_table(run, to, embedding="tile-mean", overwrite=True)
     assert to.read_bytes() != before
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".npz", ".parquet"])
+def test_exported_table_gains_slides_and_loses_none_unasked(suffix: str, tmp_path: Path) -> None:
+    if suffix == ".parquet":
+        pytest.importorskip("pandas")
+    for slide in "ab":
+        write_slide(tmp_path / "slides_x" / f"{slide}.h5", make_slide(slide))
+    to = tmp_path / f"table{suffix}"
+    export_table(tmp_path, to)
+    write_slide(tmp_path / "slides_x" / "c.h5", make_slide("c"))
+    assert export_table(tmp_path, to)[0] == 3
+    before = to.read_bytes()
+    (tmp_path / "slides_x" / "a.h5").unlink()
+    with pytest.raises(ValueError, match=r"1 slide \(a\).*--overwrite"):
+        export_table(tmp_path, to)
+    changed = make_slide("b")
+    vectors = {name: None if (values := getattr(changed, name)) is None else -values for name in VECTORS}
+    write_slide(tmp_path / "slides_x" / "b.h5", dataclasses.replace(changed, **vectors))
+    write_slide(tmp_path / "slides_x" / "a.h5", make_slide("a"))
+    with pytest.raises(ValueError, match=r"1 slide \(b\).*--overwrite"):
+        export_table(tmp_path, to)
+    assert to.read_bytes() == before
+    assert export_table(tmp_path, to, overwrite=True)[0] == 3
+    to.write_bytes(b"of somebody else")
+    with pytest.raises(ValueError, match=r"no table.*--overwrite"):
+        export_table(tmp_path, to)
+    assert to.read_bytes() == b"of somebody else"
 
 
 def test_export_says_what_parquet_needs(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

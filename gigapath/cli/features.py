@@ -216,7 +216,7 @@ def convert(
         to: whose files to write: gigapath (ours), trident, clam, stamp, slide2vec or published; or the table to write,
             a file ending in .parquet, .csv or .npz
         out: the folder that takes the tool's own folders
-        overwrite: write over files of other content, or a table of another embedding
+        overwrite: write over files of other content, or a table of another embedding or of other vectors
     """
     if to not in FORMATS:
         if len(results) > 1 or out or files != ConvertOptions():

@@ -1,6 +1,5 @@
 """Slide vectors of a whole run: one matrix, one table."""
 
-import contextlib
 import csv
 import io
 import json
@@ -15,6 +14,7 @@ from gigapath.features.data import Array, Attrs, FeatureFileError, parse_embeddi
 from gigapath.features.gigapath_file import read_slide
 from gigapath.features.h5 import open_h5, read_attr
 from gigapath.files import atomic_file, small_json, visible_files, write_bytes_atomic
+from gigapath.text import slides_in_words
 
 # What must be equal throughout a folder for its vectors to be comparable.
 SAME_THROUGHOUT = (
@@ -101,26 +101,36 @@ def export_table(
         to: a file ending in .parquet, .csv or .npz.
         embedding: as for `read_slides`.
         allow_mixed: as for `read_slides`.
-        overwrite: put the table in place of one of another embedding.
+        overwrite: put the table in place of one of another embedding or of other vectors, or of any other file; a table
+            that only gains slides needs no leave.
 
     Returns:
         slides, width.
 
     Raises:
-        ValueError: beside those of `read_slides`, the file holds another embedding.
+        ValueError: beside those of `read_slides`, the file holds something else.
         ImportError: parquet without pandas and pyarrow.
     """
     to = Path(to)
     if to.suffix not in TABLE_FORMATS:
         raise ValueError(f"--to: expected a file ending in {', '.join(TABLE_FORMATS)}, got {to.name!r}.")
     name = str(parse_embedding(embedding))
-    before = None if overwrite else _embedding_of(to)
-    if before is not None and before != name:
+    instead = "Write it to another file, or put it in place of that one with --overwrite."
+    before = None if overwrite or not to.exists() else _table_of(to)
+    if before is not None and before[0] != name:
         raise ValueError(
-            f"{to.name}: expected the embedding that the table holds, got another: --embedding {before} -> {name}. "
-            "Write it to another file, or put it in place of that one with --overwrite."
+            f"{to.name}: expected the embedding that the table holds, got another: --embedding {before[0]} -> {name}. "
+            + instead
         )
     ids, vectors, slides = _gather(folder, embedding, allow_mixed=allow_mixed)
+    if before is not None:
+        now = dict(zip(ids, vectors, strict=True))
+        other = [slide for slide, held in before[1].items() if slide not in now or not np.array_equal(held, now[slide])]
+        if other:
+            raise ValueError(
+                f"{to.name}: it holds {slides_in_words(len(other))} ({other[0]}) that this one lacks or has changed. "
+                + instead
+            )
     trained = ["" if (value := attrs.get("trained")) is None else bool(value) for attrs in slides]
     if to.suffix == ".csv":
         _write_csv(to, ids, vectors, name, trained)
@@ -134,19 +144,30 @@ def export_table(
     return vectors.shape[0], vectors.shape[1]
 
 
-def _embedding_of(table: Path) -> str | None:
-    """The name of the embedding that an exported table holds; None where there is none, or something else."""
-    with contextlib.suppress(Exception):  # whatever another file of that name raises
-        if table.suffix == ".csv":
-            with table.open(newline="", encoding="utf-8") as file:
-                return next(csv.DictReader(file))["embedding"]
-        if table.suffix == ".npz":
-            with np.load(table, allow_pickle=False) as held:
-                return str(json.loads(str(held["attrs"]))["embedding"])
-        import pandas
+def _table_of(path: Path) -> tuple[str, dict[str, Array]]:
+    """The name of the embedding that an exported table holds, and its vectors by slide; ValueError for another file."""
+    try:
+        if path.suffix == ".npz":
+            with np.load(path, allow_pickle=False) as held:
+                name, ids, vectors = json.loads(str(held["attrs"]))["embedding"], held["slide_ids"], held["vectors"]
+        elif path.suffix == ".csv":
+            with path.open(newline="", encoding="utf-8") as file:
+                header, *rows = csv.reader(file)
+            if header[:4] != ["slide_id", "embedding", "trained", "e0"]:
+                raise KeyError(header[0])
+            name, ids = rows[0][1], [row[0] for row in rows]
+            vectors = np.array([[float(each) for each in row[3:]] for row in rows], dtype=np.float32)
+        else:
+            import pandas
 
-        return str(pandas.read_parquet(table, columns=["embedding"])["embedding"].iloc[0])
-    return None
+            table = pandas.read_parquet(path)
+            name, ids, vectors = table["embedding"].iloc[0], table["slide_id"], table.iloc[:, 3:].to_numpy(np.float32)
+        return str(name), dict(zip(map(str, ids), vectors, strict=True))
+    except Exception as error:  # whatever another file of that name raises
+        raise ValueError(
+            f"{path.name}: a file that is no table of slide vectors has that name. Write to another file, or over it "
+            "with --overwrite."
+        ) from error
 
 
 def _gather(folder: Path | str, embedding: str, *, allow_mixed: bool) -> tuple[list[str], Array, list[Attrs]]:
