@@ -166,11 +166,11 @@ def test_the_same_cells_run_a_released_pair(
     """With made-up weights in place of the released ones, on a made slide of few tiles."""
     import matplotlib
     from PIL import Image
-    from test_readme import FakeHub
+    from test_readme import put_fake_hub
 
     from gigapath.preprocessing.made_slide import made_slide
 
-    FakeHub(tmp_path / "hub", monkeypatch)
+    put_fake_hub(tmp_path / "hub", monkeypatch)
     Image.fromarray(made_slide(900, 800)).save(tmp_path / "data" / "made-slide.png")
     at_hand.__dict__["encoder_at_hand"] = lambda: "gigapath-flash"
     monkeypatch.setitem(sys.modules, "at_hand", at_hand)
