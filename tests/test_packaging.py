@@ -19,6 +19,7 @@ EXTRAS = PROJECT["optional-dependencies"]
 
 # The name that is imported, where it is not the distribution's own.
 IMPORTED_AS = {
+    "beautifulsoup4": "bs4",
     "opencv-python-headless": "cv2",
     "openslide-python": "openslide",
     "pillow": "PIL",
