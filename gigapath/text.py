@@ -47,7 +47,9 @@ def in_bytes(count: float) -> str:
 def without_name(text: str, name: str, instead: str) -> str:
     """A text with another word in place of a name, where it stands by itself: the slide called "a" or "12" leaves
     other words and numbers as they are."""
-    return re.sub(rf"(?<![^\W_]){re.escape(name)}(?![^\W_])", lambda _: instead, text) if name else text
+    if not name or name not in text:  # a cohort's ids are many: a pattern of each would take its time
+        return text
+    return re.sub(rf"(?<![^\W_]){re.escape(name)}(?![^\W_])", lambda _: instead, text)
 
 
 def table_lines(rows: Sequence[Sequence[str]]) -> list[str]:
