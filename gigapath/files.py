@@ -186,12 +186,10 @@ def check_replaceable(path: Path | str, content: str, overwrite: bool) -> None:
         ValueError: it names `--overwrite`.
     """
     path = Path(path)
-    with contextlib.suppress(FileNotFoundError):
-        if not overwrite and path.read_bytes() != content.encode("utf-8"):
-            raise ValueError(
-                f"{path}: it is there with other content. Write to another place, or put this in its place with "
-                "--overwrite."
-            )
+    if not overwrite and path.is_file() and path.read_bytes() != content.encode("utf-8"):
+        raise ValueError(
+            f"{path}: it is there with other content. Write to another place, or over it with --overwrite."
+        )
 
 
 def read_json(path: Path, *, keys: Sequence[str], mend: str) -> dict[str, Any]:

@@ -664,6 +664,9 @@ def test_export_says_what_parquet_needs(run: Path, tmp_path: Path, monkeypatch: 
     with pytest.raises(ValueError, match="--to"):
         export_table(run, tmp_path / "t.xls")
     assert names(tmp_path) == ["run"]
+    (tmp_path / "t.parquet").write_bytes(b"perhaps a table")
+    with pytest.raises(ImportError, match="needs pandas and pyarrow"):
+        export_table(run, tmp_path / "t.parquet")
 
 
 @settings(derandomize=True, deadline=None, max_examples=50)

@@ -1,5 +1,6 @@
 """Converting tile embeddings between tools: each direction keeps embeddings, cells and places."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -29,7 +30,7 @@ from gigapath.cli.main import main
 from gigapath.features import SlideEmbeddings, TileEmbeddings, TileEmbeddingsWriter, read_features, write_slide
 from gigapath.features.describe import describe
 from gigapath.features.other_tools import FORMATS, Scale, convert
-from gigapath.files import writer_name
+from gigapath.files import sha256_of, writer_name
 
 FEATURES = make_features()
 ORDER = shuffled(len(CELLS))
@@ -70,6 +71,16 @@ def test_files_of_other_content_are_written_over_only_when_told_to(
     left.rmdir()
     after = {path: path.read_bytes() for path in out.rglob("*.*")}
     assert after.keys() == before.keys() and any(after[path] != before[path][0] for path in after)
+
+
+def test_a_recorded_checksum_goes_with_the_file_that_it_was_of(tmp_path: Path) -> None:
+    (path,) = convert(read_features(write_ours(tmp_path)), "trident", tmp_path / "out")
+    recorded = {"sha256": {path.name: sha256_of(path)}}
+    path.with_suffix(".json").write_text(json.dumps({"slide_id": path.stem, "status": "done", **recorded}))
+    ours = write_gigapath(tmp_path / "b" / path.name, FEATURES[::-1], make_tiles(), attrs={"mpp_level0": (0.25, 0.25)})
+    other = read_features(ours)
+    convert(dataclasses.replace(other, encoder="gigapath"), "trident", tmp_path / "out", overwrite=True)
+    assert np.array_equal(read_features(path).features, other.features), "not told to be damaged"
 
 
 @pytest.mark.parametrize("tool", OTHERS)

@@ -33,10 +33,7 @@ VERBS = {
         "install:doctor",
         "Check this machine, the installation or the released weights, and say how to fix problems.",
     ),
-    "plan": (
-        "plan:plan",
-        "Summarize a cohort and estimate its cost from the slides' headers; optionally tile a few.",
-    ),
+    "plan": ("plan:plan", "Summarize a cohort and estimate its cost from the slides' headers; optionally tile a few."),
     "tile": ("slides:tile", "Find tissue and place tiles: mask, tiles, previews. Check the previews before embedding."),
     "embed": ("slides:embed", "Turn slides into tiles, tile embeddings and slide embeddings."),
     "slide-embed": ("slides:slide_embed", "Compute slide embeddings from tile embeddings, ours or another tool's."),

@@ -346,7 +346,7 @@ class H5Writer:
             except OSError as problem:
                 raise output_error(self.path, problem) from problem
             self._verify(made)
-            _withdraw_sha256(self.path)
+            withdraw_sha256(self.path)
             publish(self._temporary, self.path)
         finally:
             self._release()
@@ -420,7 +420,7 @@ def _record_of(path: Path) -> tuple[Path, dict[str, Any]] | None:
     return None
 
 
-def _withdraw_sha256(path: Path) -> None:
+def withdraw_sha256(path: Path) -> None:
     """Forget the checksum of a file that is about to be replaced."""
     found = _record_of(path)
     if found is not None:

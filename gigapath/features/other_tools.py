@@ -33,7 +33,7 @@ from gigapath.features.cells import (
 )
 from gigapath.features.data import CELL, STEP_OPTION, Array, Attrs, Contents, FeatureFileError, TileEmbeddings
 from gigapath.features.gigapath_file import nominal_magnification, write_root
-from gigapath.features.h5 import H5Writer, open_h5, read_attrs, read_dataset, write_attrs
+from gigapath.features.h5 import H5Writer, open_h5, read_attrs, read_dataset, withdraw_sha256, write_attrs
 from gigapath.file_names import safe_name
 from gigapath.files import own_folder, publish, small_json, write_bytes_atomic, write_json_atomic
 
@@ -178,6 +178,7 @@ def convert(
             )
         for path, target in reversed(new):  # the embeddings last
             target.parent.mkdir(parents=True, exist_ok=True)
+            withdraw_sha256(target)
             publish(path, target)
     return targets
 

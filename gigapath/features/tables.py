@@ -145,7 +145,8 @@ def export_table(
 
 
 def _table_of(path: Path) -> tuple[str, dict[str, Array]]:
-    """The name of the embedding that an exported table holds, and its vectors by slide; ValueError for another file."""
+    """The name of the embedding that an exported table holds, and its vectors by slide; ValueError for another file,
+    ImportError of parquet without pandas and pyarrow."""
     try:
         if path.suffix == ".npz":
             with np.load(path, allow_pickle=False) as held:
@@ -158,11 +159,11 @@ def _table_of(path: Path) -> tuple[str, dict[str, Array]]:
             name, ids = rows[0][1], [row[0] for row in rows]
             vectors = np.array([[float(each) for each in row[3:]] for row in rows], dtype=np.float32)
         else:
-            import pandas
-
-            table = pandas.read_parquet(path)
+            table = _pandas_for_parquet().read_parquet(path)
             name, ids, vectors = table["embedding"].iloc[0], table["slide_id"], table.iloc[:, 3:].to_numpy(np.float32)
         return str(name), dict(zip(map(str, ids), vectors, strict=True))
+    except ImportError:
+        raise
     except Exception as error:  # whatever another file of that name raises
         raise ValueError(
             f"{path.name}: a file that is no table of slide vectors has that name. Write to another file, or over it "
@@ -243,8 +244,11 @@ def _identity(features: Path) -> str | None:
     compare with."""
     if not features.is_file():
         return None
-    status = small_json(features.with_name(f"{features.stem}.json"))  # far quicker to open
-    if isinstance(status, dict) and status.get("status") == "done" and status.get("digest"):
+    beside = features.with_name(f"{features.stem}.json")  # far quicker to open
+    status = small_json(beside)
+    finished = isinstance(status, dict) and status.get("status") == "done" and status.get("digest")
+    # A run that was killed between the two has left a newer file, of which the status says nothing.
+    if finished and beside.stat().st_mtime_ns >= features.stat().st_mtime_ns:
         return str(status["digest"])
     try:
         with open_h5(features) as file:
@@ -272,7 +276,7 @@ def _write_csv(to: Path, ids: Sequence[str], vectors: Array, name: str, trained:
             rows.writerow([slide_id, name, mark, *(f"{value:.9g}" for value in vector.tolist())])
 
 
-def _write_parquet(to: Path, ids: Sequence[str], vectors: Array, name: str, trained: Sequence[Any]) -> None:
+def _pandas_for_parquet() -> Any:
     try:
         import pandas
         import pyarrow  # type: ignore[import-untyped]  # noqa: F401
@@ -281,7 +285,11 @@ def _write_parquet(to: Path, ids: Sequence[str], vectors: Array, name: str, trai
             "export to .parquet needs pandas and pyarrow. Install them (pip install 'gigapath[train]'), or write .csv "
             "or .npz."
         ) from error
-    table = pandas.DataFrame(vectors, columns=[f"e{i}" for i in range(vectors.shape[1])])
+    return pandas
+
+
+def _write_parquet(to: Path, ids: Sequence[str], vectors: Array, name: str, trained: Sequence[Any]) -> None:
+    table = _pandas_for_parquet().DataFrame(vectors, columns=[f"e{i}" for i in range(vectors.shape[1])])
     table.insert(0, "trained", [None if mark == "" else mark for mark in trained])
     table.insert(0, "embedding", name)
     table.insert(0, "slide_id", list(ids))
