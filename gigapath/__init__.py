@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from gigapath.api import embed, pretrain, probe, read_features, slide_embed, tile
     from gigapath.features import read_slides
-    from gigapath.features.to_anndata import to_anndata
+    from gigapath.features.tables import to_anndata
     from gigapath.finetune.dataset import BagDataset
 
 __version__ = "0.1.0"
@@ -45,7 +45,7 @@ __all__ = [
 _FUNCTIONS = {
     **dict.fromkeys(("embed", "pretrain", "probe", "read_features", "slide_embed", "tile"), "gigapath.api"),
     "read_slides": "gigapath.features",
-    "to_anndata": "gigapath.features.to_anndata",
+    "to_anndata": "gigapath.features.tables",
     "BagDataset": "gigapath.finetune.dataset",
 }
 # Looked up as attributes though no statement imported them: the public ones, and those that callers reach for.

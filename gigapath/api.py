@@ -17,7 +17,7 @@ from gigapath.cohort.status import failure_lines, failures_by_kind
 from gigapath.embedding.options import EmbedOptions, RunOptions, SlideEmbedOptions
 from gigapath.features import TileEmbeddings
 from gigapath.features import read_features as read_file
-from gigapath.features.reading import find_feature_files, slide_name
+from gigapath.features.folders import find_feature_files, slide_name
 from gigapath.finetune.options import JoinOptions, ModelOptions, SplitOptions, TrainingOptions
 from gigapath.linear_probe.options import ProbeOptions, SlideProbeOptions, TileProbeOptions
 from gigapath.options import KeepOptions, as_keywords

@@ -17,8 +17,8 @@ from gigapath.embedding import slide_embedding
 from gigapath.embedding.options import SlideEmbedOptions
 from gigapath.embedding.slide_encoding import SlideEncoder
 from gigapath.features import SlideEmbeddings, TileEmbeddings, read_features, read_slide, read_slides
-from gigapath.features.cells import cells_of, tiles_as
-from gigapath.features.recipes import DEFAULT, RECIPES, Recipe
+from gigapath.features.cells import cells_of
+from gigapath.features.slide_vectors import DEFAULT, RECIPES, Recipe, tiles_as
 from gigapath.slide_encoder import LongNetViT, create_model
 from scripts.referee_goldens import ARCH, PITCHES, made_tiles
 

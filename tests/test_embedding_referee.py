@@ -17,9 +17,7 @@ from gigapath.embedding import referee as module
 from gigapath.embedding.referee import NAMED, Referee, apart
 from gigapath.embedding.slide_encoding import SlideEncoder
 from gigapath.features import SlideEmbeddings, TileEmbeddings
-from gigapath.features.cells import tiles_as
-from gigapath.features.recipes import DEFAULT, RECIPES, Recipe
-from gigapath.features.slide_vectors import read_slide_vectors
+from gigapath.features.slide_vectors import DEFAULT, RECIPES, Recipe, read_slide_vectors, tiles_as
 from gigapath.slide_encoder import LongNetViT
 
 SLIDES, PITCH = 20, 509  # level-0 pixels of a tile, so that float16 moves some into the next cell

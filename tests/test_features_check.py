@@ -399,7 +399,7 @@ def embedded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Pat
     pytest.importorskip("torch")
     from tiny_encoders import tiny_tile_encoder
 
-    from gigapath.embedding import check_slides
+    from gigapath.embedding import referee
     from gigapath.preprocessing.reading import read_tile
     from gigapath.preprocessing.slide import open_slide
     from gigapath.preprocessing.tiling import TileOptions, plan_tiles
@@ -411,7 +411,7 @@ def embedded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Pat
             raise ValueError(f"--tile-encoder: no {name}.")
         return encoder
 
-    monkeypatch.setattr(check_slides, "load_tile_encoder", load)
+    monkeypatch.setattr(referee, "load_tile_encoder", load)
     (tmp_path / "slides.d").mkdir()
     path = write_pyramid(tmp_path / "slides.d" / "s.tif", paint_tissue(1500, 1100), mpp=(0.5, 0.5))
     with open_slide(path) as slide:
@@ -428,8 +428,8 @@ def embedded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Pat
 
 
 def look_again(slide: Path, **more: str) -> Callable[[Path], FileReport]:
-    from gigapath.embedding.check_slides import SlideCheck
     from gigapath.embedding.options import CheckOptions
+    from gigapath.embedding.referee import SlideCheck
 
     checker = SlideCheck(CheckOptions(slides=str(slide), sample=4, **more))
 

@@ -28,7 +28,7 @@ from feature_files import (
 
 from gigapath.cli.main import main
 from gigapath.features import SlideEmbeddings, TileEmbeddings, TileEmbeddingsWriter, read_features, write_slide
-from gigapath.features.describe import describe
+from gigapath.features.check import describe
 from gigapath.features.other_tools import FORMATS, Scale, convert
 from gigapath.files import sha256_of, writer_name
 

@@ -31,7 +31,7 @@ from gigapath.features import (
     write_tiles,
 )
 from gigapath.features.arrays import read_tensor
-from gigapath.features.describe import describe, in_words
+from gigapath.features.check import describe, description_in_words
 
 FEATURES = make_features()
 
@@ -70,7 +70,7 @@ def test_describe_knows_other_tools(write: Any, facts: dict[str, Any], tmp_path:
     found = describe(write(tmp_path, FEATURES))
     assert {name: found[name] for name in facts} == facts
     assert found["kind"] == "tile embeddings" and found["tiles"] == 8 and found["columns"] is not None
-    assert all(line.endswith(".") for line in in_words(found))
+    assert all(line.endswith(".") for line in description_in_words(found))
 
 
 def test_describe_goes_on_where_the_step_is_unknown(tmp_path: Path) -> None:
@@ -118,7 +118,7 @@ def test_describe_tiles_coordinates_and_slides(tmp_path: Path) -> None:
     found = describe(tmp_path / "s.h5")
     assert found["width"] == 5 and found["trained"] is False
     assert found["embeddings"] == ["tile-mean", "default:mean", "state:0:mean to state:12:mean"]
-    text = "\n".join(in_words(found))
+    text = "\n".join(description_in_words(found))
     assert "slide encoder: gigapath, untrained" in text and "Warning: the slide encoder's weights are random" in text
 
 
@@ -127,7 +127,7 @@ def test_describe_an_empty_slide(tmp_path: Path) -> None:
         pass
     found = describe(tmp_path / "e.h5")
     assert found["tiles"] == 0 and "it has no tiles." in found["warnings"]
-    assert "0 tiles; 6 values each" in "\n".join(in_words(found))
+    assert "0 tiles; 6 values each" in "\n".join(description_in_words(found))
 
 
 def test_inspect_prints_words_or_json_and_goes_on_past_what_it_cannot_read(

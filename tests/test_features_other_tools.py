@@ -29,10 +29,9 @@ from gigapath.cohort.status import read_status
 from gigapath.features import FeatureFileError, TileEmbeddingsWriter, read_features, write_tiles
 from gigapath.features.arrays import read_npz
 from gigapath.features.cells import cells_of, observed_step, row_major
-from gigapath.features.check import check_file, files_to_check
-from gigapath.features.describe import describe
+from gigapath.features.check import check_file, describe, files_to_check
+from gigapath.features.folders import find_feature_files, look_at_features
 from gigapath.features.other_tools import convert
-from gigapath.features.reading import find_feature_files, look_at_features
 
 ORDER = shuffled(len(CELLS))
 FEATURES = make_features()

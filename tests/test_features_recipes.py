@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from gigapath.features import parse_embedding
-from gigapath.features.recipes import DEFAULT, ORDERS, PLACES, PRECISIONS, RECIPES
+from gigapath.features.slide_vectors import DEFAULT, ORDERS, PLACES, PRECISIONS, RECIPES
 
 GUIDE = Path(__file__).parent.parent / "docs/guides/whose-embedding.md"
 NAMED = {"default": DEFAULT, **RECIPES}

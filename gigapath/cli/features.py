@@ -21,15 +21,15 @@ from gigapath.features.check import (
     Report,
     check_file,
     check_folder,
+    description_in_words,
     files_to_check,
     some,
 )
-from gigapath.features.check import (
-    as_json as reports_as_json,
-)
+from gigapath.features.check import as_json as reports_as_json
+from gigapath.features.check import describe as describe_file
+from gigapath.features.folders import find_feature_files
 from gigapath.features.other_tools import FORMATS, Scale
 from gigapath.features.other_tools import convert as convert_file
-from gigapath.features.reading import find_feature_files
 from gigapath.features.tables import TABLE_FORMATS, find_slide_folder
 from gigapath.findings import NOTE, Finding
 from gigapath.options import Options, PitchOptions, option, to_dict
@@ -57,7 +57,7 @@ def check(features: Features = (), /, *, describe: bool = False, as_json: Json =
     if files.slides is not None:
         if not Path(files.slides).exists():
             raise FileNotFoundError(f"--slides: expected a folder, a slide or a manifest, got {files.slides!r}.")
-        from gigapath.embedding.check_slides import SlideCheck  # torch, which nothing else of this verb needs
+        from gigapath.embedding.referee import SlideCheck  # torch, which nothing else of this verb needs
 
         comparison = SlideCheck(files)
     by_folder: dict[Path, list[FileReport]] = defaultdict(list)
@@ -138,15 +138,13 @@ def _print_findings(name: str, findings: list[Finding]) -> None:
 
 def _describe(names: tuple[str, ...], as_json: bool, tile_size_level0: float | None) -> int:
     """Print what each file is; a file that can't be read is named on stderr, the others go on, and the status is 1."""
-    from gigapath.features.describe import describe, in_words
-
     status = 0
     for name in names:
         path = Path(name)
         try:
             if path.is_dir():
                 raise ValueError(f"{name}: expected a feature file, got a folder. Name its files: {path}/*.h5.")
-            found = describe(path, tile_size_level0=tile_size_level0)
+            found = describe_file(path, tile_size_level0=tile_size_level0)
         except (ValueError, OSError) as error:
             print(f"gigapath check: {error}", file=sys.stderr)
             status = 1
@@ -154,9 +152,9 @@ def _describe(names: tuple[str, ...], as_json: bool, tile_size_level0: float | N
         if as_json:
             print(json.dumps(found, ensure_ascii=False))
         elif len(names) == 1:
-            print("\n".join(in_words(found)))
+            print("\n".join(description_in_words(found)))
         else:  # by their paths: folders of several tools hold files of one name
-            print("\n".join(in_words({**found, "file": name})) + "\n" * (name != names[-1]))
+            print("\n".join(description_in_words({**found, "file": name})) + "\n" * (name != names[-1]))
     return status
 
 

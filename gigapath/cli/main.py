@@ -287,7 +287,7 @@ def check_inputs(bound: BoundArguments) -> None:
             )
     # `check` looks at files of every kind, of several encoders too, and needs no torch to say what is wrong.
     if "features" in given and "describe" not in bound.signature.parameters:
-        from gigapath.features.reading import find_feature_files  # numpy, h5py
+        from gigapath.features.folders import find_feature_files  # numpy, h5py
 
         find_feature_files(given["features"])
 

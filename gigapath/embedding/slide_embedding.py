@@ -13,7 +13,7 @@ from gigapath.embedding.slide_encoding import SlideEncoder, load_slide_encoder, 
 from gigapath.embedding.slide_stage import SlideStage, slides_folder
 from gigapath.embedding.slides import only_failed
 from gigapath.features.data import FeatureFileError, recipe_of
-from gigapath.features.reading import FeatureFacts, encoder_hints, find_feature_files, look_at_features, slide_name
+from gigapath.features.folders import FeatureFacts, encoder_hints, find_feature_files, look_at_features, slide_name
 from gigapath.file_names import name_problem, one_line, plain_name, quoted_name
 from gigapath.files import real_path, sha256_of
 from gigapath.machine import available_cores

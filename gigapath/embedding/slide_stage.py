@@ -23,11 +23,9 @@ from gigapath.features import (
     write_slide,
     write_tile_vectors,
 )
-from gigapath.features.cells import tiles_as
 from gigapath.features.data import Array, recipe_of
-from gigapath.features.gigapath_file import open_ours
-from gigapath.features.h5 import check_undamaged, read_attrs
-from gigapath.features.reading import is_ours
+from gigapath.features.gigapath_file import check_ours, stage_of
+from gigapath.features.h5 import check_undamaged, open_h5, read_attrs
 from gigapath.options import KeepOptions
 
 # What a slide's file repeats of its tile embeddings.
@@ -191,15 +189,15 @@ class SlideStage(Stage):
         The mean is streamed from our own files; the slide encoder takes the slide as a whole.
         """
         path = self.features.path(entry)
-        if self.encoder.model is None:
+        if self.encoder.model is None and path.suffix not in (".npz", ".pt"):
             check_undamaged(path)
-        if self.encoder.model is None and is_ours(path):
-            with open_ours(path, "features") as file:
-                count = len(file["features"])
-                arrays = {"tile_mean": mean_of_rows(file["features"])[None]} if count else {}
-                described = {**read_attrs(file), "source": "gigapath"}
-            self._check_encoder(described.get("encoder"))
-            return arrays, count, described
+            with open_h5(path) as file:
+                if stage_of(file) is not None:
+                    check_ours(file, "features")
+                    described = {**read_attrs(file), "source": "gigapath"}
+                    self._check_encoder(described.get("encoder"))
+                    count = len(file["features"])
+                    return {"tile_mean": mean_of_rows(file["features"])[None]} if count else {}, count, described
         tiles = self._read(path)
         if not len(tiles):
             return {}, 0, _described(tiles)
@@ -216,7 +214,11 @@ class SlideStage(Stage):
         )
         self._check_encoder(tiles.encoder)
         self.encoder.check_pair(tiles.encoder, tiles.embed_dim)
-        return tiles if recipe is None or not len(tiles) else tiles_as(tiles, recipe)
+        if recipe is None or not len(tiles):
+            return tiles
+        from gigapath.features.slide_vectors import tiles_as  # seldom asked for
+
+        return tiles_as(tiles, recipe)
 
     def _check_encoder(self, found: str | None) -> None:
         if self.tile_encoder is not None and found != self.tile_encoder and not self.options.allow_mixed:

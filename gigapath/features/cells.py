@@ -1,17 +1,13 @@
 """The geometry of tiles: cells of the slide encoder's grid from coordinates; pixels and scale as files state them."""
 
-import dataclasses
 import json
-import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from gigapath.features.data import CELL, FRAMES, STEP_OPTION, Array, Attrs, FeatureFileError, TileEmbeddings
-
-if TYPE_CHECKING:
-    from gigapath.features.recipes import Recipe
+from gigapath.features.data import STEP_OPTION, Array, Attrs, FeatureFileError
+from gigapath.features.h5 import as_number
 
 SLIDE2VEC_COORDINATES = ".coordinates.npz"
 SLIDEFLOW_INDEX = ".index.npz"
@@ -95,36 +91,6 @@ def row_major(cells: Array) -> Array | None:
     return np.argsort(keys, kind="stable")
 
 
-def tiles_as(tiles: TileEmbeddings, recipe: "Recipe") -> TileEmbeddings:
-    """The tiles (in the order of their file, with cells) in the order and on the cells that a recipe gives them;
-    ValueError for coordinates of another unit than it needs, or beyond float16's range."""
-    assert tiles.cells is not None
-    size = as_number(tiles.attrs.get("patch_size_level0")) or as_number(tiles.attrs.get("tile_size_lv0"))
-    size = size or tiles.tile_size_level0 or 0.0  # of a tile: where tiles overlap, the tools divide by it all the same
-    places, unit = np.asarray(tiles.coords, dtype=np.float32), size
-    if recipe.places == "level0":
-        if tiles.frame == "um":
-            raise ValueError(f"{tiles.slide_id}: expected level-0 pixels, got {FRAMES[tiles.frame]}.")
-        unit = float(CELL)
-    elif recipe.places == "unit":
-        places, unit = places / (places.max(axis=0) + np.float32(size)) * np.float32(1000), float(CELL)
-    elif recipe.places != "pitch" and not recipe.half_places:
-        places, unit = np.asarray(tiles.cells, dtype=np.float32), 1.0
-    with np.errstate(over="ignore"):
-        places = places.astype(np.float16 if recipe.half_places else np.float32).astype(np.float64)
-    if not np.isfinite(places).all():
-        raise ValueError(f"{tiles.slide_id}: its coordinates are beyond what float16 holds.")
-    cells = np.floor(places / unit).astype(np.int32)
-    if recipe.places == "swapped":
-        cells = cells[:, ::-1]
-    if recipe.places == "none":
-        cells = np.zeros_like(cells)
-    x, y = tiles.cells.T
-    order = {"row-major": np.lexsort((x, y)), "column-major": np.lexsort((y, x))}.get(recipe.order)
-    found = dataclasses.replace(tiles, cells=np.ascontiguousarray(cells))
-    return found if order is None else found.take(order)
-
-
 def _keys(cells: Array) -> Array:
     """(N,) int64 that order cells by (row, column)."""
     if len(cells) == 0:
@@ -145,27 +111,6 @@ def _first_twin(cells: Array) -> tuple[int, int] | None:
     return first, second
 
 
-def as_number(value: Any) -> float | None:
-    """An attribute as a number: stored as one, as text, or as an array whose entries are all the same; else None."""
-    if isinstance(value, tuple | list):
-        found = {as_number(entry) for entry in value[:3]} if len(value) <= 2 else {None}
-        return found.pop() if len(found) == 1 else None
-    if isinstance(value, bool) or not isinstance(value, int | float | str):
-        return None
-    try:
-        number = float(value)
-    except (ValueError, OverflowError):
-        return None
-    return number if math.isfinite(number) else None
-
-
-def as_pair(value: Any) -> tuple[float, float] | None:
-    """An attribute as a positive measure (x, y): one or two numbers, in any form that `as_number` takes; else None."""
-    sides = [as_number(entry) for entry in (value if isinstance(value, tuple | list) and len(value) == 2 else (value,))]
-    x, y = sides[0], sides[-1]
-    return (x, y) if x is not None and y is not None and min(x, y) > 0 else None
-
-
 def all_facts(attrs: Attrs) -> dict[str, Any]:
     """What the file says of itself, and what the file that it was converted from said."""
     try:
@@ -173,12 +118,6 @@ def all_facts(attrs: Attrs) -> dict[str, Any]:
     except (KeyError, TypeError, ValueError):  # a file of the tool itself
         earlier = {}
     return {**(earlier if isinstance(earlier, dict) else {}), **attrs}
-
-
-def name_in(attrs: Attrs, *names: str) -> str | None:
-    """The first of some attributes that holds a text, as what something is called: not longer than a name may be."""
-    found = (attrs.get(name) for name in names)
-    return next((value[:100] for value in found if isinstance(value, str) and value), None)
 
 
 def flat_json(value: Any) -> dict[str, Any]:

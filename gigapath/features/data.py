@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from gigapath.file_names import safe_name
 
 if TYPE_CHECKING:
-    from gigapath.features.recipes import Recipe
+    from gigapath.features.slide_vectors import Recipe
 
 # Raised only when the numbers in the files change; reuse compares these, not the package's version. Each stage has one
 # of its own, so that no other is redone for its sake.
@@ -81,7 +81,7 @@ def recipe_of(name: str) -> "Recipe | None":
     """How another tool computes an embedding, where the name of one (or of what a run makes) is that tool's."""
     if name.partition(":")[0] in (*KINDS, "slide", "section"):
         return None
-    from gigapath.features.recipes import RECIPES  # seldom asked for
+    from gigapath.features.slide_vectors import RECIPES  # seldom asked for
 
     return RECIPES.get(name)
 
@@ -98,7 +98,7 @@ def parse_embedding(name: str) -> EmbeddingName:
         numbered = state is not None and state.isascii() and state.isdigit()
         if not rest and pooling in POOLINGS and numbered == (kind == "state"):
             return EmbeddingName(kind, pooling, int(state) if state is not None else None)
-    from gigapath.features.recipes import RECIPES
+    from gigapath.features.slide_vectors import RECIPES
 
     raise ValueError(
         f"embedding: expected default, state:I, last-state or all-states (with :mean, :class or :tiles), tile-mean, "
@@ -158,8 +158,7 @@ class Tiles:
             )
         if count == 0:
             return
-        x, y = self.coords_level0.T
-        if not ((np.diff(y) > 0) | ((np.diff(y) == 0) & (np.diff(x) > 0))).all():
+        if not in_row_major_order(self.coords_level0):
             raise ValueError(f"Tiles {self.slide_id}: expected coordinates sorted by (y, x), each once.")
         anchors = self.coords_level0 - self.cells.astype(np.int64) * pitch
         if (anchors != anchors[0]).any():
@@ -368,6 +367,12 @@ class SlideEmbeddings:
         if state >= len(held):
             raise ValueError(f"{self.slide_id}: expected a state of 0 to {len(held) - 1}, got {wanted}.")
         return np.asarray(held[state])
+
+
+def in_row_major_order(places: Array) -> bool:
+    """Whether places (N, 2) of (x, y) are sorted by (y, x), each once."""
+    x, y = np.asarray(places, dtype=np.int64).T
+    return bool(((np.diff(y) > 0) | ((np.diff(y) == 0) & (np.diff(x) > 0))).all())
 
 
 def _cast(owner: Any, name: str, dtype: Any, shape: tuple[int, ...]) -> None:

@@ -8,6 +8,7 @@ lets HDF5 believe that all went well.
 import contextlib
 import fcntl
 import json
+import math
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -17,7 +18,7 @@ from typing import Any, BinaryIO
 import h5py
 import numpy as np
 
-from gigapath.features.data import Array, FeatureFileError
+from gigapath.features.data import Array, Attrs, FeatureFileError
 from gigapath.files import (
     OutputError,
     discard,
@@ -212,6 +213,33 @@ def _text(value: str | bytes) -> str:
     """Text without lone surrogates, by which h5py keeps bytes that are no UTF-8: nothing can write or draw them."""
     content = value.encode("utf-8", "surrogateescape") if isinstance(value, str) else value
     return content.decode("utf-8", "replace")
+
+
+def as_number(value: Any) -> float | None:
+    """An attribute as a number: stored as one, as text, or as an array whose entries are all the same; else None."""
+    if isinstance(value, tuple | list):
+        found = {as_number(entry) for entry in value[:3]} if len(value) <= 2 else {None}
+        return found.pop() if len(found) == 1 else None
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        return None
+    try:
+        number = float(value)
+    except (ValueError, OverflowError):
+        return None
+    return number if math.isfinite(number) else None
+
+
+def as_pair(value: Any) -> tuple[float, float] | None:
+    """An attribute as a positive measure (x, y): one or two numbers, in any form that `as_number` takes; else None."""
+    sides = [as_number(entry) for entry in (value if isinstance(value, tuple | list) and len(value) == 2 else (value,))]
+    x, y = sides[0], sides[-1]
+    return (x, y) if x is not None and y is not None and min(x, y) > 0 else None
+
+
+def name_in(attrs: Attrs, *names: str) -> str | None:
+    """The first of some attributes that holds a text, as what something is called: not longer than a name may be."""
+    found = (attrs.get(name) for name in names)
+    return next((value[:100] for value in found if isinstance(value, str) and value), None)
 
 
 def write_attrs(item: Any, attrs: Mapping[str, Any]) -> None:

@@ -22,18 +22,25 @@ from gigapath.features.cells import (
     SLIDE2VEC_COORDINATES,
     SLIDEFLOW_INDEX,
     all_facts,
-    as_number,
-    as_pair,
     cells_of,
     flat_json,
-    name_in,
     tile_mpp,
     tile_pixels,
     two_axes,
 )
 from gigapath.features.data import CELL, STEP_OPTION, Array, Attrs, Contents, FeatureFileError, TileEmbeddings
 from gigapath.features.gigapath_file import nominal_magnification, write_root
-from gigapath.features.h5 import H5Writer, open_h5, read_attrs, read_dataset, withdraw_sha256, write_attrs
+from gigapath.features.h5 import (
+    H5Writer,
+    as_number,
+    as_pair,
+    name_in,
+    open_h5,
+    read_attrs,
+    read_dataset,
+    withdraw_sha256,
+    write_attrs,
+)
 from gigapath.file_names import safe_name
 from gigapath.files import own_folder, publish, small_json, write_bytes_atomic, write_json_atomic
 

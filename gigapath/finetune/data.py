@@ -16,7 +16,7 @@ from gigapath.evaluation.splits import Fold, audit, check_classes, draw_folds, r
 from gigapath.evaluation.task import Task, load_task
 from gigapath.features import FeatureFileError, read_features
 from gigapath.features.data import CELL, GRID
-from gigapath.features.reading import find_feature_files, look_at_features
+from gigapath.features.folders import find_feature_files, look_at_features
 from gigapath.finetune.options import JoinOptions, ModelOptions, SplitOptions, TrainingOptions
 
 MPP_TOLERANCE = 0.02

@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 from gigapath.evaluation.labels import join_labels, read_labels, task_of_columns
 from gigapath.evaluation.splits import Fold, draw_folds
 from gigapath.evaluation.task import Task, load_task
-from gigapath.features.reading import find_feature_files
+from gigapath.features.folders import find_feature_files
 from gigapath.finetune.data import FileBags, without_empty
 from gigapath.finetune.options import JoinOptions
 

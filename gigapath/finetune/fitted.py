@@ -38,7 +38,7 @@ from gigapath.evaluation.scores import Predictions
 from gigapath.evaluation.splits import TABLE
 from gigapath.evaluation.task import Task, task_from
 from gigapath.features import FeatureFileError
-from gigapath.features.reading import SUFFIXES, find_feature_files
+from gigapath.features.folders import SUFFIXES, find_feature_files
 from gigapath.files import check_replaceable, sha256_of, small_json, write_json_atomic, write_text_atomic
 from gigapath.finetune import checkpoints
 from gigapath.finetune.data import Bags, FileBags, FileFacts, check_folder, check_made, look_at_all, with_scanners

@@ -143,7 +143,8 @@ def count_tiles(
     Args:
         out: a CSV to write, or None; other content of that name stays, with a ValueError, without `overwrite`.
     """
-    from gigapath.features.reading import SUFFIXES, find_feature_files, read_features, slide_name  # no need of a probe
+    from gigapath.features.folders import SUFFIXES, find_feature_files, slide_name
+    from gigapath.features.reading import read_features  # no need of a probe
 
     head = load_tile_head(checkpoint)
     rows, shares, failed = [], [], {}

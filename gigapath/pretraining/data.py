@@ -15,8 +15,8 @@ import torch
 from gigapath.evaluation.labels import ID_COLUMNS, bare_name, column_of, id_maker, patients_of, shown
 from gigapath.features import FeatureFileError
 from gigapath.features.data import CELL, GRID
+from gigapath.features.folders import find_feature_files
 from gigapath.features.h5 import open_h5, read_attrs
-from gigapath.features.reading import find_feature_files
 from gigapath.files import atomic_file
 from gigapath.finetune.data import Bag, Bags, FileBags, FileFacts, look_at_all
 from gigapath.finetune.options import JoinOptions
