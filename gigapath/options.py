@@ -160,9 +160,7 @@ class IdOptions(Options):
 
 def to_dict(options: Any) -> dict[str, Any]:
     """The options as plain JSON values, tuples as lists."""
-    return {
-        name: list(value) if isinstance(value, tuple) else value for name, value in dataclasses.asdict(options).items()
-    }
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in vars(options).items()}
 
 
 def as_keywords(**groups: type[Options]) -> Callable[[Callable[..., T]], Callable[..., T]]:

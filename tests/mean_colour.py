@@ -16,9 +16,8 @@ import numpy as np
 import numpy.typing as npt
 
 import gigapath.embedding.tiling
-from gigapath.cohort.manifest import SlideEntry, find_slides
+from gigapath.cohort.manifest import SlideEntry, find_slides, largest_first
 from gigapath.cohort.run import CohortRun, RunResult
-from gigapath.cohort.shards import largest_first
 from gigapath.cohort.stage import Outcome, Stage, digest
 from gigapath.cohort.status import Status
 from gigapath.embedding.options import RunOptions

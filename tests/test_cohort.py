@@ -15,7 +15,7 @@ from feature_files import make_tiles
 from gigapath.cohort.manifest import SlideEntry, find_slides, read_manifest, series_uid
 from gigapath.cohort.record import RunRecord, record_run, recorded_paths, redact, without_paths
 from gigapath.cohort.stage import StageOptions, digest, finished
-from gigapath.cohort.status import Status, read_status, read_statuses, status_path, write_slides_csv, write_status
+from gigapath.cohort.status import Status, read_status, read_statuses, write_slides_csv, write_status
 from gigapath.features import write_tiles
 from gigapath.progress import StopFlag, Stopped
 
@@ -240,7 +240,7 @@ def test_status_round_trips_and_one_of_another_form_counts_as_none(tmp_path: Pat
     status = Status("a", "tiles", "done", tiles=3, seconds=0.5, warnings=("look",), identity={"mpp": 0.5})
     write_status(tmp_path, status)
     assert read_status(tmp_path, "a") == status and read_statuses(tmp_path) == {"a": status}
-    path = status_path(tmp_path, "a")
+    path = tmp_path / "a.json"
     path.write_text(wrong if isinstance(wrong, str) else json.dumps({**json.loads(path.read_text()), **wrong}))
     assert read_status(tmp_path, "a") is None and read_statuses(tmp_path) == {}
 

@@ -12,10 +12,9 @@ from conftest import table
 from made_slides import paint_tissue, write_pyramid
 
 from gigapath.cli.main import main
-from gigapath.cohort.manifest import SlideEntry
+from gigapath.cohort.manifest import SlideEntry, cut_by_weight, take_shard, weigh
 from gigapath.cohort.record import record_run, recorded_paths
 from gigapath.cohort.run import CohortRun, RunResult
-from gigapath.cohort.shards import cut_by_weight, take_shard, weigh
 from gigapath.cohort.stage import Outcome
 from gigapath.cohort.status import Status, read_status, slide_row, write_slides_csv, write_status
 from gigapath.embedding import tiling

@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 
 from gigapath.cli.main import main
-from gigapath.cohort.progress import read_progress
-from gigapath.cohort.status import Status, failures_by_kind, write_slides_csv, write_status
+from gigapath.cohort.status import Status, failures_by_kind, read_progress, write_slides_csv, write_status
 
 FACTS = {"vendor": "aperio", "scanner": "GT450", "width": 98_000, "height": 67_000, "mpp_source": "openslide.mpp"}
 IDENTITY = {"tile_size": 256, "mpp": 0.5, "tissue": "otsu", "precision": "fp16", "weights_sha256": "5e" * 32}

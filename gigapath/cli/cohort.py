@@ -6,8 +6,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from gigapath.cli.arguments import GivenFolder, Json, verb
-from gigapath.cohort.progress import StageProgress, read_progress
-from gigapath.cohort.status import STATES, failure_lines
+from gigapath.cohort.status import STATES, StageProgress, failure_lines, read_progress
 from gigapath.text import in_words, slides_in_words
 
 

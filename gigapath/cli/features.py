@@ -11,9 +11,8 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from gigapath.cli.arguments import EXIT_FAILED_SLIDES, Features, Folder, Json, verb
-from gigapath.cohort.progress import left_out
 from gigapath.cohort.stage import mixed_options
-from gigapath.cohort.status import read_statuses
+from gigapath.cohort.status import left_out, read_statuses
 from gigapath.embedding.options import CheckOptions
 from gigapath.features import export_table, read_features
 from gigapath.features.check import (

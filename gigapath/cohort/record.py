@@ -3,7 +3,6 @@ where the slides lie. Names (paths, users, hosts, with `--pseudonymise KEYFILE` 
 """
 
 import contextlib
-import dataclasses
 import getpass
 import hashlib
 import hmac
@@ -115,7 +114,7 @@ def versions() -> dict[str, str]:
 def _cohort_digest(entries: Sequence[SlideEntry]) -> str:
     """SHA-256 over what the manifest says of the slides, without their paths."""
     private = {"path": None, "original_id": None}
-    rows = [{**dataclasses.asdict(entry), **private, "mask": entry.mask is not None} for entry in entries]
+    rows = [{**vars(entry), **private, "mask": entry.mask is not None} for entry in entries]
     for row in rows:
         del row["problem"]  # follows from the others
     return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()
@@ -144,17 +143,15 @@ _NOT_A_PATH = ("hf_hub:", "hf-hub:", "http://", "https://")
 
 def without_paths(text: str, entry: SlideEntry) -> str:
     """A message about a slide with its id in place of its file name, folders and mask."""
-    for path in (entry.path, entry.mask):
-        if path is None:
-            continue
-        for form in (real_path(path), path.absolute(), path):
+    for path in filter(None, (entry.path, entry.mask)):
+        forms = (real_path(path), path.absolute(), path)
+        for form in forms:
             text = text.replace(str(form), entry.slide_id)
-        for folder in (real_path(path).parent, path.absolute().parent, path.parent):
+        for folder in (form.parent for form in forms):
             if len(folder.parts) > 1:  # "." and "/" would hit every other word
                 text = text.replace(str(folder), "<folder>")
         text = text.replace(path.name, entry.slide_id)
-    text = without_name(text, entry.original_id, entry.slide_id)
-    return hide_paths(text)
+    return hide_paths(without_name(text, entry.original_id, entry.slide_id))
 
 
 def hide_paths(text: str) -> str:
@@ -174,9 +171,7 @@ def redact(value: Any) -> Any:
         return value
     if value.startswith("--") and "=" in value:
         name, _, rest = value.partition("=")
-        if name == _ADDRESS:
-            return f"{name}=<address>"
-        return f"{name}={redact(rest)}"
+        return f"{name}={'<address>' if name == _ADDRESS else redact(rest)}"
     named = value.removeprefix("timm:")
     if named != value and not Path(named).exists():
         return value
@@ -199,51 +194,38 @@ def record_run(out: Path, run_id: str, owner: Mapping[str, Any], entries: Iterab
     Every run writes a file of its own, so that two at once lose nothing; `private/paths.csv` is derived from all of
     them, for people.
     """
-    known = {entry.slide_id: entry for entry in recorded_paths(out)}
-    seen = [
-        replace(each, path=real_path(each.path), mask=each.mask and real_path(each.mask), md5="", columns={})
-        for each in entries
-    ]
-    new = [_row(entry) for entry in seen if known.get(entry.slide_id) != entry]
+    known = {entry.slide_id: _row(entry) for entry in recorded_paths(out)}
+    rows = (_row(replace(each, path=real_path(each.path), mask=each.mask and real_path(each.mask))) for each in entries)
+    new = [row for row in rows if known.get(row[0]) != row]
     write_private(out, f"{run_id}.json", json.dumps({**owner, _SLIDES: new}, indent=2, default=str) + "\n")
-    if new or not (out / PRIVATE / _PATHS).exists():
-        derive_paths(out)
-
-
-def derive_paths(out: Path) -> None:
-    """Write `private/paths.csv` anew from the runs' own files."""
 
     def write() -> None:
         rows = (_row(entry) for entry in recorded_paths(out))
         shown = (["" if cell is None else one_line(str(cell)) for cell in row] for row in rows)
         write_private(out, _PATHS, csv_text([_COLUMNS, *shown]))
 
-    derive(write, lambda: sorted(path.name for path in (out / PRIVATE).glob("*.json")))
+    if new or not (out / PRIVATE / _PATHS).exists():
+        derive(write, lambda: sorted(path.name for path in (out / PRIVATE).glob("*.json")))
 
 
 def recorded_paths(out: Path) -> list[SlideEntry]:
     """The slides that earlier runs on this folder saw, each where the last of them found it; empty where there is no
     record that may be read."""
-    rows: dict[str, SlideEntry] = {}
-    for path in sorted((out / PRIVATE).glob("*.json")):  # by time: a run's id begins with it
-        try:
-            found = json.loads(path.read_text(encoding="utf-8")).get(_SLIDES, [])
-            rows |= {row[0]: _entry(*row) for row in found}
-        except (OSError, ValueError, TypeError, AttributeError):  # another user's, or no record of ours
-            continue
-    return list(rows.values())
+    found: dict[str, SlideEntry] = {}
+    for file in sorted((out / PRIVATE).glob("*.json")):  # by time: a run's id begins with it
+        # Another user's, or no record of ours.
+        with contextlib.suppress(OSError, ValueError, TypeError, AttributeError):
+            rows = json.loads(file.read_text(encoding="utf-8")).get(_SLIDES, [])
+            for slide_id, path, mpp, mask, original_id, *problem in rows:  # the problem is younger
+                outline = None if mask is None else Path(mask)
+                names = {"original_id": original_id, "problem": "".join(problem)}
+                found[slide_id] = SlideEntry(slide_id, Path(path), mpp, outline, **names)
+    return list(found.values())
 
 
 def _row(entry: SlideEntry) -> list[Any]:
     mask = None if entry.mask is None else str(entry.mask)
     return [entry.slide_id, str(entry.path), entry.mpp, mask, entry.original_id, entry.problem]
-
-
-def _entry(
-    slide_id: str, path: str, mpp: float | None, mask: str | None, original_id: str, problem: str = ""
-) -> SlideEntry:
-    outline = None if mask is None else Path(mask)
-    return SlideEntry(slide_id, Path(path), mpp, outline, original_id=original_id, problem=problem)
 
 
 # Of the manifest's other columns these are carried through as they are; free text could name somebody.

@@ -10,16 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gigapath.cohort.manifest import SHARDS
 from gigapath.cohort.record import PRIVATE, RUNS, recorded_paths
-from gigapath.cohort.shards import FOLDER as SHARDS
-from gigapath.cohort.status import SLIDES_CSV, draw_contact_sheet
+from gigapath.cohort.status import SLIDES_CSV, STAGE_FOLDERS, draw_contact_sheet
 from gigapath.file_names import folder_name, safe_name
 from gigapath.files import PARTIAL_SUFFIX, OutputError, write_text_atomic
 from gigapath.preprocessing.slide import slide_id_of
 from gigapath.tables import csv_text
 
 REMOVED = "<removed>"
-_FOLDERS = ("tiles", "previews", "features_", "slides_", "as-", "contextual_")
 _SUFFIXES = (".h5", ".json", ".jpg")
 # What the files of maps and of the report's pictures end in, in the slide's own folder.
 _PICTURES = (".json", ".png", ".jpg", ".npz", ".geojson", PARTIAL_SUFFIX)
@@ -102,7 +101,7 @@ def _files_of(out: Path, slide_id: str) -> list[Path]:
     name = re.escape(slide_id)
     ending = "|".join(re.escape(suffix) for suffix in _SUFFIXES)
     form = re.compile(rf"{name}(\.section-\d+)?({ending})(\..*{re.escape(PARTIAL_SUFFIX)})?")
-    folders = [path for path in out.iterdir() if path.name.startswith(_FOLDERS) and path.is_dir()]
+    folders = [path for path in out.iterdir() if path.name.startswith(("previews", *STAGE_FOLDERS)) and path.is_dir()]
     files = [path for folder in folders for path in folder.iterdir() if form.fullmatch(path.name)]
     pictures = [path for folder in _picture_folders(out, slide_id) for path in folder.iterdir()]
     return sorted([*files, *(path for path in pictures if path.suffix in _PICTURES and path.is_file())])

@@ -265,9 +265,9 @@ class CohortRun:
 
     def fail(self, entry: SlideEntry, error: Exception) -> Status:
         """Mark a slide that nobody works on as failed, in the first stage that is not finished."""
-        statuses = {folder: read_status(folder, entry.slide_id) for folder in self.stages}
-        unfinished = [folder for folder, status in statuses.items() if status is None or not status.finished]
-        folder = [*unfinished, self.stages[-1]][0]
+        statuses = ((folder, read_status(folder, entry.slide_id)) for folder in self.stages)
+        unfinished = (folder for folder, status in statuses if status is None or not status.finished)
+        folder = next(unfinished, self.stages[-1])
 
         def work() -> NoReturn:
             raise error

@@ -1,16 +1,19 @@
-"""The truth of a run: one small status file beside each result; `slides.csv` is derived from them."""
+"""The truth of a run: one small status file beside each result. `slides.csv`, and how far a cohort is, are derived from
+them: no job need run for it, and nothing heavy is imported."""
 
 import contextlib
-import dataclasses
+import csv
+import io
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from gigapath.files import small_json, visible_files, write_json_atomic, write_text_atomic
+from gigapath.files import visible_files, write_json_atomic, write_text_atomic
 from gigapath.tables import csv_text
 from gigapath.text import without_name
 
@@ -77,58 +80,36 @@ class Status:
         return self.status == "failed" and any(words in self.error for words in _REFUSED)
 
 
-_FIELDS = frozenset(name.name for name in dataclasses.fields(Status))
-
-
-def status_path(folder: Path, slide_id: str) -> Path:
-    """Where a stage's folder keeps the status of a slide: beside the result."""
-    return folder / f"{slide_id}.json"
-
-
 def write_status(folder: Path, status: Status) -> None:
     """Write a slide's status file, whole or not at all; one that a power cut takes makes its slide one to do."""
-    values = dataclasses.asdict(status)
-    del values["retryable"]
-    write_json_atomic(status_path(folder, status.slide_id), values, durable=False)
+    values = {name: value for name, value in vars(status).items() if name != "retryable"}
+    write_json_atomic(folder / f"{status.slide_id}.json", values, durable=False)
 
 
 def read_status(folder: Path, slide_id: str) -> Status | None:
     """The status of a slide, or None where there is none that can be read: then the slide is to do."""
-    return _status_from(small_json(status_path(folder, slide_id)), slide_id)
+    return _status_in(f"{folder}/{slide_id}.json", slide_id)
 
 
 def read_statuses(folder: Path) -> dict[str, Status]:
-    """slide_id -> status of everything in a stage's folder.
-
-    By system calls: for thousands of small files `Path.read_text` takes longer than everything else together.
-    """
-    try:
-        at = os.open(folder, os.O_RDONLY)
-    except OSError:
-        return {}
-    found = {}
-    try:
-        for name in sorted(name for name in os.listdir(at) if name.endswith(".json")):  # noqa: PTH208
-            slide_id, values = name.removesuffix(".json"), None
-            with contextlib.suppress(OSError, ValueError, RecursionError):
-                descriptor = os.open(name, os.O_RDONLY | os.O_NONBLOCK, dir_fd=at)  # a pipe is not waited for
-                with os.fdopen(descriptor, "rb", buffering=0) as file:
-                    values = json.loads(file.read(_MOST_BYTES))
-            if (status := _status_from(values, slide_id)) is not None:
-                found[slide_id] = status
-    finally:
-        os.close(at)
-    return found
+    """slide_id -> status of everything in a stage's folder."""
+    with contextlib.suppress(OSError):
+        ids = sorted(name[:-5] for name in os.listdir(folder) if name.endswith(".json"))  # noqa: PTH208
+        return {name: status for name in ids if (status := read_status(folder, name)) is not None}
+    return {}
 
 
-def _status_from(values: Any, slide_id: str) -> Status | None:
+def _status_in(path: str, slide_id: str) -> Status | None:
     """The status that a file holds, where it has the types that are written: whoever else writes there must not end a
-    run."""
+    run. By system calls: for thousands of small files `Path.read_text` takes longer than everything else together."""
     try:
-        status = Status(**{name: value for name, value in values.items() if name in _FIELDS})
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe is not waited for
+        with os.fdopen(descriptor, "rb", buffering=0) as file:
+            values = json.loads(file.read(_MOST_BYTES))
+        status = Status(**{name: value for name, value in values.items() if name in Status.__dataclass_fields__})
         texts = (status.stage, status.error, status.digest, *status.warnings)
         object.__setattr__(status, "warnings", tuple(status.warnings))
-    except (TypeError, AttributeError):
+    except (OSError, ValueError, RecursionError, TypeError, AttributeError):
         return None
     good = (
         status.slide_id == slide_id
@@ -159,14 +140,13 @@ def changed(folders: Sequence[Path]) -> list[int]:
     return [folder.stat().st_mtime_ns if folder.is_dir() else 0 for folder in folders]
 
 
-def write_slides_csv(out: Path, stages: Sequence[Path], slide_ids: Iterable[str] = ()) -> list[dict[str, Any]]:
+def write_slides_csv(out: Path, stages: Sequence[Path], slide_ids: Collection[str] = ()) -> list[dict[str, Any]]:
     """Derive `slides.csv` from the status files of the stages' folders; its rows, by column."""
-    known = list(slide_ids)
     rows: list[dict[str, Any]] = []
 
     def write() -> None:
         statuses = [read_statuses(folder) for folder in stages]
-        ids = {*known, *(slide_id for stage in statuses for slide_id in stage)}
+        ids = {*slide_ids, *(slide_id for stage in statuses for slide_id in stage)}
         rows[:] = [slide_row(slide_id, [stage.get(slide_id) for stage in statuses]) for slide_id in sorted(ids)]
         columns = list(dict.fromkeys([*_FIRST_COLUMNS, *(name for row in rows for name in row)]))
         cells = ([row.get(name, "") for name in columns] for row in rows)
@@ -245,3 +225,100 @@ def failure_lines(failures: Mapping[str, Sequence[str]], word: str = "failed") -
         yield f"{len(slides):,} {word}: {kind} ({', '.join(slides[:_SLIDES_SHOWN])}{more})"
     if len(failures) > _KINDS_SHOWN:
         yield f"and {len(failures) - _KINDS_SHOWN} other kinds: see slides.csv"
+
+
+# Folders of stages, in the order of the work.
+STAGE_FOLDERS = ("tiles", "features_", "slides_", "as-", "contextual_")
+# The rate is that of the results of so many seconds before the newest one.
+_WINDOW_SECONDS = 3600.0
+
+
+@dataclass(frozen=True)
+class StageProgress:
+    """How far one stage is.
+
+    `counts` has every status; what failed in an earlier stage has failed here too. `last` is when the newest result
+    came (seconds since 1970, UTC), the rates are by the clock, all jobs together, over the hour before it (None without
+    one). `left` are slides that are stopped or to do, of `tiles_left` tiles: those not counted are taken to be like the
+    others. `failures`: kind of failure -> slides, the most frequent first, each in the stage where it failed.
+    """
+
+    folder: str
+    counts: Mapping[str, int]
+    tiles: int = 0
+    last: float = 0.0
+    tiles_per_second: float | None = None
+    slides_per_second: float | None = None
+    left: int = 0
+    tiles_left: int = 0
+    seconds_left: float | None = None
+    failures: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+
+def read_progress(out: Path) -> tuple[int, list[StageProgress]]:
+    """The number of slides that an output folder knows of, and how far each of its stages is; FileNotFoundError where
+    there is no such folder, ValueError where no run has left anything there."""
+    if not out.is_dir():
+        raise FileNotFoundError(f"no such folder: {out}")
+    names = sorted(path.name for path in out.iterdir() if path.name.startswith(STAGE_FOLDERS) and path.is_dir())
+    names.sort(key=lambda name: next(i for i, start in enumerate(STAGE_FOLDERS) if name.startswith(start)))
+    stages = {name: read_statuses(out / name) for name in names}
+    ids = {slide_id for found in stages.values() for slide_id in found}
+    with contextlib.suppress(OSError, csv.Error, UnicodeDecodeError):  # it knows those that are still to do
+        rows = csv.reader(io.StringIO((out / SLIDES_CSV).read_text(encoding="utf-8")))
+        ids |= {row[0] for row in list(rows)[1:] if row}
+    if not ids:
+        raise ValueError(
+            f"{out}: expected the output folder of a run, got one without slides. Name the folder of --out."
+        )
+    counted = {name: status.tiles for found in stages.values() for name, status in found.items() if status.finished}
+    progress = []
+    for name, found in stages.items():
+        encoder = name.split("__")[1] if "__" in name else ""
+        before = [stages[folder] for folder in {"tiles", f"features_{encoder}"} - {name} if folder in stages]
+        failed_before = [slide for stage in before for slide, row in stage.items() if row.status == "failed"]
+        states = dict.fromkeys(ids, "todo") | dict.fromkeys(failed_before, "failed")
+        progress.append(_progress(name, found, states, counted))
+    return len(ids), progress
+
+
+def left_out(folder: Path) -> int:
+    """How many slides of a run have no whole result in one of its stages' folders; 0 where no run made it."""
+    try:
+        _, stages = read_progress(folder.parent)
+    except (ValueError, OSError):
+        return 0
+    counts = next((stage.counts for stage in stages if stage.folder == folder.name), {})
+    return sum(count for state, count in counts.items() if state not in FINISHED)
+
+
+def _progress(
+    folder: str, found: Mapping[str, Status], states: Mapping[str, str], counted: Mapping[str, int]
+) -> StageProgress:
+    """How far a stage is, by the statuses found in its folder and the `states` of slides that have none there."""
+    states = {**states, **{slide_id: status.status for slide_id, status in found.items()}}
+    counts = Counter(states.values())
+    done = [status for status in found.values() if status.finished]
+    left = [slide_id for slide_id, state in states.items() if state in ("stopped", "todo")]
+    known = [counted[slide_id] for slide_id in left if slide_id in counted]
+    mean = sum(counted.values()) / len(counted) if counted else 0.0
+    tiles_left = sum(known) + round(mean * (len(left) - len(known)))
+    last = max((status.ended for status in done), default=0.0)
+    recent = [status for status in done if status.ended > max(0.0, last - _WINDOW_SECONDS)]
+    span = last - min((status.ended - status.seconds for status in recent), default=last)
+    tiles_rate = sum(status.tiles for status in recent) / span if span > 0 else None
+    slides_rate = len(recent) / span if span > 0 else None
+    # Tiling costs by the slide, whatever is found on it.
+    rate, todo = (slides_rate, len(left)) if folder == "tiles" else (tiles_rate, tiles_left)
+    return StageProgress(
+        folder=folder,
+        counts={state: counts[state] for state in STATES},
+        tiles=sum(status.tiles for status in done),
+        last=last,
+        tiles_per_second=tiles_rate,
+        slides_per_second=slides_rate,
+        left=len(left),
+        tiles_left=tiles_left,
+        seconds_left=todo / rate if rate else None,
+        failures=failures_by_kind({name: status.error for name, status in found.items() if status.status == "failed"}),
+    )

@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from gigapath.cohort.manifest import SlideEntry
+from gigapath.cohort.manifest import SlideEntry, largest_first
 from gigapath.cohort.run import CohortRun, RunResult
 from gigapath.cohort.stage import StageOptions, differences
 from gigapath.devices import at_most_threads, device_identity, resolve_devices
@@ -113,7 +113,6 @@ def _prepare(
 def _over_ray(run: CohortRun, tiling: TileOptions, embedding: EmbedOptions, options: RunOptions) -> RunResult:
     """The run by Ray's workers, each with encoders of its own; the first one says what is to do, since it has them."""
     from gigapath.cohort.ray_tasks import RayTasks  # where it is asked for
-    from gigapath.cohort.shards import largest_first
 
     if embedding.devices is not None or embedding.device not in ("auto", "cpu", "cuda"):
         raise ValueError(

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from gigapath.cohort.manifest import SlideEntry, find_slides
+from gigapath.cohort.manifest import SlideEntry, find_slides, take_shard
 from gigapath.cohort.record import KEPT_COLUMNS, pseudonymised, read_key, recorded_paths
 from gigapath.cohort.status import read_status, read_statuses
 from gigapath.embedding.options import RunOptions, parse_shard
@@ -107,8 +107,6 @@ def chosen(
     """The slides of a cohort that this run is for: its `--shard`, of which `--only failed` leaves the failed ones."""
     mine = list(entries)
     if options.shard is not None:
-        from gigapath.cohort.shards import take_shard
-
         mine = take_shard(out, verb, mine, parse_shard(options.shard), tiles=tiles, keep=not options.dry_run)
     return only_failed(mine, stages) if options.only == "failed" else mine
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from gigapath.cohort.manifest import SlideEntry, find_slides
+from gigapath.cohort.manifest import SlideEntry, find_slides, largest_first
 from gigapath.cohort.run import CohortRun, RunResult
 from gigapath.cohort.stage import Outcome, Stage, StageOptions, digest
 from gigapath.cohort.status import Status, changed, derive, draw_contact_sheet, read_status
@@ -107,7 +107,6 @@ def tile_cohort(
 
         if options.over_ray:
             from gigapath.cohort.ray_tasks import RayTasks  # where it is asked for
-            from gigapath.cohort.shards import largest_first
 
             with RayTasks(run, address=options.ray_address, cores=options.worker_cores, device="none") as workers:
                 reading = dataclasses.replace(options, workers=options.reading_threads(workers.cores))
