@@ -120,6 +120,13 @@ def test_slide_embed_computes_what_the_tool_does_with_its_own_file(
     assert np.abs(usual - theirs.numpy()).max() > 1e-2
 
 
+def test_the_guide_names_every_recipe_with_its_readout() -> None:
+    guide = (Path(__file__).parent.parent / "docs/guides/whose-embedding.md").read_text()
+    for name, recipe in {"default": DEFAULT, **RECIPES}.items():
+        row = next(line for line in guide.splitlines() if line.startswith(f"| `{name}` |"))
+        assert f"| `{recipe.readout}` |" in row and ("dropout on" in row) is not recipe.evaluated
+
+
 def test_what_needs_other_places_is_not_exported_from_the_usual_states(tmp_path: Path) -> None:
     slide = SlideEmbeddings(slide_id="s", tile_mean=np.ones((1, 4)), default_class=np.ones((1, 3)))
     assert slide.select("slide2vec").tolist() == [1, 1, 1]

@@ -173,13 +173,13 @@ Array = npt.NDArray[Any]
 class Way:
     """One way to compute a slide embedding, and how near it comes to the vectors: `name` is of the named way that it
     is, or differs from by the fewest `changes` (such as {"pooling": "class"}); `cosine` and relative `distance` are
-    averaged over slides; `precision`, a key of PRECISIONS, is that in which it comes nearest."""
+    averaged over slides; `precision` is that in which it comes nearest."""
 
     name: str
     changes: Mapping[str, str]
     recipe: Recipe
-    cosine: float
     distance: float
+    cosine: float
     precision: str = "fp32"
 
     def __str__(self) -> str:
@@ -224,7 +224,7 @@ class Referee:
             means = [_nearness(vectors[name], mean_of_rows(self._tiles[name].features)[None])[:, 0] for name in ids]
             distance, cosine = np.mean(means, axis=0).tolist()
             if distance <= ROUNDING:
-                way = Way("tile-mean", {}, replace(DEFAULT, readout="tile-mean"), cosine, distance)
+                way = Way("tile-mean", {}, replace(DEFAULT, readout="tile-mean"), distance, cosine)
                 return Verdict(len(ids), (way,), (way,))
         model = self._encoder.model
         if model is None or width != model.embed_dim:
@@ -260,7 +260,7 @@ class Referee:
                             found[way, readout] = distance, cosine, precision
             best = min(found[key][0] for key in near)
         listed = [
-            self._way(name, {}, recipe, found[key])
+            Way(name, {}, recipe, *found[key])
             for name, recipe in self._named.items()
             if (key := (_plain(recipe), self._readout(recipe))) in found and recipe.evaluated
         ]
@@ -276,16 +276,12 @@ class Referee:
                     if (precision != "fp32" or best <= EXACT) and precision not in other.precision:
                         changes["precision"] = precision
                     if other.evaluated:
-                        fits.append(self._way(name, changes, recipe, found[way, readout]))
+                        fits.append(Way(name, changes, recipe, *found[way, readout]))
         fewest = min(len(way.changes) for way in fits)
         fits = [way for way in fits if len(way.changes) == fewest]
         if fewest and any(way.name == "default" for way in fits):
             fits = [way for way in fits if way.name == "default"]
         return Verdict(len(ids), listed, sorted(fits, key=lambda way: list(NAMED).index(way.name)))
-
-    def _way(self, name: str, changes: Mapping[str, str], recipe: Recipe, found: tuple[float, float, str]) -> Way:
-        distance, cosine, precision = found
-        return Way(name, changes, recipe, cosine, distance, precision)
 
     def _readout(self, recipe: Recipe) -> str:
         """The readout of a recipe as this encoder numbers its states."""

@@ -94,7 +94,7 @@ class SlideEncoder:
         return choose_kernel(q).name
 
     def at(self, precision: str) -> "SlideEncoder":
-        """The same encoder in another precision, a key of `gigapath.features.slide_vectors.PRECISIONS`."""
+        """The same encoder in another precision, one of a `Recipe`."""
         model = copy.deepcopy(self.model).half() if precision == "half" and self.model is not None else self.model
         return replace(self, precision=precision, model=model)
 

@@ -155,17 +155,16 @@ _BLOCK = 1024
 _SECONDS_A_SLIDE = 0.4
 
 
-def guess_tiles(slide: Slide, tiling: TileOptions) -> int:
-    """About how many tiles a slide is going to have, from its header alone."""
-    grid = plan_grid(slide, mpp=tiling.mpp, tile_size=tiling.tile_size, tolerance=tiling.mpp_tolerance)
-    places = grid.columns * grid.rows
-    guess = places if tiling.tissue == "none" else math.ceil(places * TISSUE_SHARE)
-    return guess if tiling.max_tiles is None else min(guess, tiling.max_tiles)
-
-
 def estimate_tiles(counted: Sequence[int], unknown: Sequence[SlideEntry], tiling: TileOptions) -> int:
     """Tiles of slides whose tiles are known, and of those still to be tiled by a sample of their headers."""
-    return sum(counted) + round(_over_sample(unknown, tiling, lambda slide: guess_tiles(slide, tiling)))
+
+    def guess(slide: Slide) -> int:
+        grid = plan_grid(slide, mpp=tiling.mpp, tile_size=tiling.tile_size, tolerance=tiling.mpp_tolerance)
+        places = grid.columns * grid.rows
+        tiles = places if tiling.tissue == "none" else math.ceil(places * TISSUE_SHARE)
+        return tiles if tiling.max_tiles is None else min(tiles, tiling.max_tiles)
+
+    return sum(counted) + round(_over_sample(unknown, tiling, guess))
 
 
 def estimate_tiling(todo: Sequence[SlideEntry], tiling: TileOptions, workers: int) -> float:

@@ -1,8 +1,10 @@
 """Arrays from numpy's and torch's files, without running what they hold and without believing what they claim of their
 size."""
 
+import contextlib
 import math
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
@@ -15,7 +17,7 @@ from gigapath.features.h5 import ANY_FILE, MOST_PACKED_NUMBERS
 def read_npz(path: Path) -> dict[str, Array]:
     """The arrays of an npz file, by name; FileNotFoundError, PermissionError, or FeatureFileError where it is none, is
     damaged, holds objects, or claims more than it holds."""
-    try:
+    with _refusals(path, "npz"):
         with zipfile.ZipFile(path) as archive:
             for member in archive.infolist():
                 if member.file_size > max(ANY_FILE, member.compress_size * MOST_PACKED_NUMBERS):
@@ -24,22 +26,14 @@ def read_npz(path: Path) -> dict[str, Array]:
                     _check_size(content, member.file_size)
         with np.load(path, allow_pickle=False) as held:
             return {name: held[name] for name in held.files}
-    except (FileNotFoundError, PermissionError):
-        raise
-    except Exception as error:  # zipfile, zlib and numpy have a dozen kinds for broken bytes
-        raise _refusal(path, "npz", error) from error
 
 
 def read_npy(path: Path) -> Array:
     """The array of an npy file; errors as `read_npz`."""
-    try:
+    with _refusals(path, "npy"):
         with path.open("rb") as content:
             _check_size(content, path.stat().st_size)
         return np.asarray(np.load(path, allow_pickle=False))
-    except (FileNotFoundError, PermissionError):
-        raise
-    except Exception as error:
-        raise _refusal(path, "npy", error) from error
 
 
 def read_tensor(path: Path | str) -> Array:
@@ -77,6 +71,14 @@ def _check_size(content: IO[bytes], size: int) -> None:
         raise ValueError(f"an array of {shape} does not fit into its {size:,} bytes")
 
 
-def _refusal(path: Path, kind: str, error: Exception) -> FeatureFileError:
-    reason = " ".join(str(error).split())[:160] or type(error).__name__
-    return FeatureFileError(f"{path.name}: expected an {kind} file, got something that is not ({reason}).")
+@contextlib.contextmanager
+def _refusals(path: Path, kind: str) -> Iterator[None]:
+    try:
+        yield
+    except (FileNotFoundError, PermissionError):
+        raise
+    except Exception as error:  # zipfile, zlib and numpy have a dozen kinds for broken bytes
+        reason = " ".join(str(error).split())[:160] or type(error).__name__
+        raise FeatureFileError(
+            f"{path.name}: expected an {kind} file, got something that is not ({reason})."
+        ) from error

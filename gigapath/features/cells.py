@@ -43,11 +43,7 @@ def cells_of(coords: Array, step: tuple[float, float], *, who: str) -> Array:
         raise FeatureFileError(f"{who}: expected finite coordinates, got {places[row].tolist()} in row {row}.")
     if len(places) == 0:
         return np.zeros((0, 2), np.int32)
-    origin = places.min(axis=0)
-    steps = (places - origin) / pitch
-    on_one_grid = bool((np.abs(steps - np.rint(steps)) * pitch <= np.maximum(1.0, 1e-3 * pitch)).all())
-    # Off a grid halves go up: numpy's halves-to-even would join neighbours.
-    cells = np.rint(steps) + first_cell(origin, pitch) if on_one_grid else np.floor(places / pitch + 0.5)
+    cells, _ = nearest_cells(places, pitch)
     if np.abs(cells).max() >= 2**31:
         raise FeatureFileError(f"{who}: its coordinates are too far out for a step of {pitch.tolist()}.")
     whole = cells.astype(np.int32)
@@ -63,14 +59,18 @@ def cells_of(coords: Array, step: tuple[float, float], *, who: str) -> Array:
     return whole
 
 
-def first_cell(origin: Array, step: Array) -> Array:
-    """The (2,) cell of the corner at which a grid of this step begins.
-
-    Corners on a step that is no whole number were rounded, or cut, by up to one unit; those on one are off by what
-    float32 lacks. Half a step at most: a unit may be larger than a step.
-    """
+def nearest_cells(places: Array, step: Array) -> tuple[Array, Array]:
+    """The cells (N, 2), whole floats, of places (N, 2) of at least one tile, and which tiles (N,) bool lie off the one
+    grid of this step that the others may share."""
+    origin = places.min(axis=0)
+    steps = (places - origin) / step
+    off = (np.abs(steps - np.rint(steps)) * step > np.maximum(1.0, 1e-3 * step)).any(axis=1)  # a pixel is rounding
+    if off.any():  # halves go up: numpy's halves-to-even would join neighbours
+        return np.floor(places / step + 0.5), off
+    # Corners on a step that is no whole number were rounded, or cut, by up to one unit; those on one are off by what
+    # float32 lacks. Half a step at most: a unit may be larger than a step.
     rounding = np.where(step == np.rint(step), 1e-4 * step, np.minimum(1.0, 0.5 * step))
-    return np.asarray(np.floor((origin + rounding) / step))
+    return np.rint(steps) + np.floor((origin + rounding) / step), off
 
 
 def observed_step(coords: Array) -> float | None:

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from gigapath.features.cells import all_facts, cells_of, first_cell, observed_step, row_major, tile_mpp, tile_pixels
+from gigapath.features.cells import all_facts, cells_of, nearest_cells, observed_step, row_major, tile_mpp, tile_pixels
 from gigapath.features.data import CELL, FRAMES, GRID, STEP_OPTION, Array, Contents, FeatureFileError
 from gigapath.features.folders import SUFFIXES, list_feature_files
 from gigapath.features.h5 import DAMAGED, REMAKE_DAMAGED, as_number, as_pair, check_undamaged, is_damaged
@@ -351,8 +351,7 @@ def _check_places(report: FileReport, held: Contents) -> None:
         hint = "" if seen is None else f"; the closest lie {seen:g} apart"
         text = f"it does not say how far apart its tiles lie{hint}. State it with --tile-size-level0."
         return report.add("no-step", text, "Without it no tile has a cell.", state=NOTE)
-    steps = (places - places.min(axis=0)) / pitch  # a pixel is rounding
-    off = (np.abs(steps - np.rint(steps)) * pitch > np.maximum(1.0, 1e-3 * np.asarray(pitch))).any(axis=1)
+    cells, off = nearest_cells(places, np.asarray(pitch))
     clam = held.tool == "clam"
     # A few tiles off the grid are those tiles' fault, many are the distance's; CLAM starts a grid at each contour.
     spaced = _wrong_spacing(held, places, pitch) if not off.any() or (off.mean() > 0.5 and not clam) else None
@@ -364,7 +363,7 @@ def _check_places(report: FileReport, held: Contents) -> None:
         text += "others (CLAM starts one at each contour)." if clam else "others."
         effect = "Each goes to the nearest cell: up to half a cell off, and two may meet in one."
         report.add("off-grid", text, effect, state=NOTE if clam else WRONG)
-    _check_cells(report, held, places, pitch, on_grid=not off.any())
+    _check_cells(report, held, places, pitch, cells)
     fractions = held.tissue_fraction
     if fractions is not None and (fractions.shape != (count,) or (fractions < 0).any() or (fractions > 1).any()):
         report.add("tissue-fraction", "its tissue fractions are not one number of 0 to 1 a tile.")
@@ -422,12 +421,8 @@ def _wrong_spacing(held: Contents, places: Array, pitch: tuple[float, float]) ->
     return "neighbours", f"{looks}neighbours are {number} cells apart.", effect
 
 
-def _check_cells(
-    report: FileReport, held: Contents, places: Array, pitch: tuple[float, float], *, on_grid: bool
-) -> None:
-    origin, count = places.min(axis=0), len(places)
-    first = first_cell(origin, np.asarray(pitch))
-    cells = np.rint((places - origin) / pitch) + first if on_grid else np.floor(places / pitch + 0.5)
+def _check_cells(report: FileReport, held: Contents, places: Array, pitch: tuple[float, float], cells: Array) -> None:
+    count = len(places)
     if held.cells is not None:
         stored = held.cells.astype(np.int64)
         moved = (stored - stored[0] != np.rint((places - places[0]) / pitch)).any(axis=1)

@@ -219,11 +219,10 @@ class TileEmbeddings:
         count = len(self.features)
         if self.features.ndim != 2:
             raise ValueError(f"TileEmbeddings: expected features (N, D), got {self.features.shape}.")
-        _check(self, "coords", (count, 2))
-        _check(self, "cells", (count, 2))
-        _check(self, "tissue_fraction", (count,))
-        _check(self, "section", (count,))
-        _check(self, "qc", (count, len(self.qc_names)))
+        shapes = {"coords": (2,), "cells": (2,), "tissue_fraction": (), "section": (), "qc": (len(self.qc_names),)}
+        for name, shape in shapes.items():
+            if getattr(self, name) is not None:
+                _check_shape(self, name, (count, *shape))
 
     def __repr__(self) -> str:
         """One line: a notebook shows it at the end of a cell, where the arrays would fill pages."""
@@ -377,16 +376,15 @@ def in_row_major_order(places: Array) -> bool:
 
 def _cast(owner: Any, name: str, dtype: Any, shape: tuple[int, ...]) -> None:
     """Give a frozen dataclass's array its type; another shape or a value that the type can't hold raises."""
-    value = np.asarray(getattr(owner, name))
-    if value.shape != shape:
-        raise ValueError(f"{type(owner).__name__} {owner.slide_id}: expected {name} {shape}, got {value.shape}.")
+    value = _check_shape(owner, name, shape)
     cast = value.astype(dtype, copy=False)
     if value.dtype.kind in "iuf" and np.dtype(dtype).kind == "i" and not np.array_equal(cast, value):
         raise ValueError(f"{type(owner).__name__} {owner.slide_id}: expected {name} of whole {np.dtype(dtype)} values.")
     object.__setattr__(owner, name, cast)
 
 
-def _check(owner: Any, name: str, shape: tuple[int, ...]) -> None:
-    value = getattr(owner, name)
-    if value is not None and np.asarray(value).shape != shape:
+def _check_shape(owner: Any, name: str, shape: tuple[int, ...]) -> Array:
+    value = np.asarray(getattr(owner, name))
+    if value.shape != shape:
         raise ValueError(f"{type(owner).__name__} {owner.slide_id}: expected {name} {shape}, got {value.shape}.")
+    return value

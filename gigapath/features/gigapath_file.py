@@ -7,7 +7,7 @@ import struct
 import time
 import zlib
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -105,32 +105,27 @@ class KeptRows:
     shape: tuple[int, int]
     dtype: "np.dtype[Any]"
     step: int = 1
-    _count: int = 0
-    _crc: int = 0
-    _descriptor: int = -1
+    count: int = field(default=0, init=False)  # how many rows are kept, as far as this object has read or written them
+    _crc: int = field(default=0, init=False)
+    _descriptor: int = field(default=-1, init=False)
 
     @property
     def file(self) -> Path:
         """Where the rows lie."""
         return rows_file(self.path)
 
-    @property
-    def count(self) -> int:
-        """How many rows are kept, as far as this object has read or written them."""
-        return self._count
-
     def find(self) -> int:
         """Look for rows that an earlier run kept, and check every byte; how many there are."""
         for _ in self.blocks():
             pass
-        return self._count
+        return self.count
 
     def blocks(self) -> Iterator[tuple[int, Array]]:
         """(index of the first row, rows (n, D)) of what an earlier run kept; `count` holds at the end.
 
         Nothing that came may be used where `count` is 0 then: its checksum was wrong.
         """
-        self._count = self._crc = 0
+        self.count = self._crc = 0
         with contextlib.suppress(OSError), os.fdopen(open_own(self.file, os.O_RDONLY), "rb") as file:
             header = self._read_header(file.read(_START))
             if header is None:
@@ -146,18 +141,18 @@ class KeptRows:
                 crc = zlib.crc32(data, crc)
                 yield first, np.frombuffer(data, self.dtype).reshape(n, self.shape[1])
             if crc == checksum:
-                self._count, self._crc = count, crc
+                self.count, self._crc = count, crc
 
     def keep(self, rows: Array) -> None:
         """Add the rows that follow, without counting them yet. A disk that refuses ends the keeping, not the run."""
         data = np.ascontiguousarray(rows, self.dtype).tobytes()
         try:
             if self._descriptor < 0:
-                if not self._count:  # whatever has that name holds nothing of ours
+                if not self.count:  # whatever has that name holds nothing of ours
                     self.file.parent.mkdir(parents=True, exist_ok=True)
                     self.file.unlink(missing_ok=True)
-                self._descriptor = open_own(self.file, os.O_RDWR | (0 if self._count else os.O_CREAT | os.O_EXCL))
-            position = _START + self._count * self._row_bytes
+                self._descriptor = open_own(self.file, os.O_RDWR | (0 if self.count else os.O_CREAT | os.O_EXCL))
+            position = _START + self.count * self._row_bytes
             done = 0
             while done < len(data):
                 done += os.pwrite(self._descriptor, data[done:], position + done)
@@ -165,14 +160,14 @@ class KeptRows:
             self.discard()
             return
         self._crc = zlib.crc32(data, self._crc)
-        self._count += len(rows)
+        self.count += len(rows)
 
     def commit(self) -> None:
         """Make the rows durable, then the header that counts them."""
         if self._descriptor < 0:
             return
         kind = self.dtype.str.encode()
-        fields = (_MAGIC, self.identity.encode(), *self.shape, kind, self._count, self._crc)
+        fields = (_MAGIC, self.identity.encode(), *self.shape, kind, self.count, self._crc)
         header = _HEADER.pack(*fields)
         try:
             os.fsync(self._descriptor)
@@ -251,8 +246,6 @@ class TileEmbeddingsWriter:
         self._written = np.zeros(len(tiles), dtype=bool)
         self._h5 = H5Writer(path)
         self._kept = kept
-        self._kept_at = 0.0
-        self._began = 0.0
 
     def __enter__(self) -> "TileEmbeddingsWriter":
         self._h5.__enter__()
@@ -268,7 +261,11 @@ class TileEmbeddingsWriter:
             self._features = file.create_dataset("features", (len(tiles), self._embed_dim), self._dtype)
             names = {"name": tiles.slide_id, "savetodir": None, "encoder": self._attrs.get("encoder")}
             write_attrs(self._features, names)
-            self._take_kept()
+            self._began = self._kept_at = time.monotonic()
+            if self._kept is not None:  # the rows that an earlier run kept
+                for first, rows in self._kept.blocks():
+                    self._features[first : first + len(rows)] = rows
+                self._written[: self._kept.count] = True
             self._h5.check()
         except BaseException as error:
             self._h5.__exit__(type(error), error, error.__traceback__)
@@ -303,15 +300,6 @@ class TileEmbeddingsWriter:
         if time.monotonic() - self._kept_at > KEEP_SECONDS:
             self._keep()
 
-    def _take_kept(self) -> None:
-        """Begin with the rows that an earlier run kept."""
-        self._began = self._kept_at = time.monotonic()
-        if self._kept is None:
-            return
-        for first, rows in self._kept.blocks():
-            self._features[first : first + len(rows)] = rows
-        self._written[: self._kept.count] = True
-
     def _keep(self) -> None:
         """Make the rows so far safe, up to the first one that has not arrived."""
         if self._kept is None:
@@ -324,32 +312,23 @@ class TileEmbeddingsWriter:
         self._kept.commit()
         self._kept_at = time.monotonic()
 
-    def _close_kept(self, error: BaseException | None) -> None:
-        """Keep the rows of a slide that was left half done, where they are worth it; else none are left."""
-        if self._kept is None:
-            return
-        if error is None:
-            self._kept.discard()
-            return
-        if not isinstance(error, OutputError) and time.monotonic() - self._began > WORTH_SECONDS:
-            with contextlib.suppress(OSError, RuntimeError):
-                self._keep()
-        self._kept.close()
-
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: Any) -> None:
-        if kind is None and not self._written.all():
-            error = ValueError(
+        missing = None
+        if error is None and not self._written.all():
+            error = missing = ValueError(
                 f"embeddings of {self._tiles.slide_id}: expected {len(self._tiles)} tiles, "
                 f"got {int(self._written.sum())}; nothing was kept."
             )
-            self._close_kept(error)
-            self._h5.__exit__(ValueError, error, None)
-            raise error
-        if error is not None:
-            self._close_kept(error)
-        self._h5.__exit__(kind, error, traceback)
-        if error is None:
-            self._close_kept(None)
+        if error is not None and self._kept is not None:  # the rows are left where they are worth it
+            if not isinstance(error, OutputError) and time.monotonic() - self._began > WORTH_SECONDS:
+                with contextlib.suppress(OSError, RuntimeError):
+                    self._keep()
+            self._kept.close()
+        self._h5.__exit__(None if error is None else type(error), error, traceback)
+        if missing is not None:
+            raise missing
+        if self._kept is not None and error is None:
+            self._kept.discard()
 
 
 def write_slide(path: Path | str, embeddings: SlideEmbeddings) -> None:
@@ -437,7 +416,17 @@ def write_root(file: h5py.File, stage: str, slide_id: str, attrs: Attrs) -> None
 def _write_places(file: h5py.File, tiles: Tiles) -> None:
     """The datasets of both the tiles' and the features' file, with the attributes that TRIDENT and CLAM look for."""
     coords = file.create_dataset("coords", data=tiles.coords_level0)
-    write_attrs(coords, {**_trident_attrs(tiles), **_clam_attrs(tiles)})
+    level0 = tiles.attrs.get("objective_power")
+    if level0 is None:
+        level0 = nominal_magnification(tiles.mpp * tiles.tile_size / tiles.tile_size_level0[0])
+    trident = trident_attrs(
+        tiles.slide_id,
+        pixels=tiles.tile_size,
+        step=round(sum(tiles.tile_size_level0) / 2),  # the mean where x and y differ
+        powers=(level0, nominal_magnification(tiles.mpp)),
+        size=tiles.attrs.get("slide_size", (None, None)),
+    )
+    write_attrs(coords, {**trident, **_clam_attrs(tiles)})
     file.create_dataset("cells", data=tiles.cells)
     file.create_dataset("tissue_fraction", data=tiles.tissue_fraction)
     file.create_dataset("section", data=tiles.section)
@@ -445,22 +434,21 @@ def _write_places(file: h5py.File, tiles: Tiles) -> None:
     write_attrs(qc, {"names": tiles.qc_names})
 
 
-def _trident_attrs(tiles: Tiles) -> dict[str, Any]:
-    """TRIDENT's nine. It knows one step for both axes: the mean where x and y differ, whole either way."""
-    width, height = tiles.attrs.get("slide_size", (None, None))
-    power = tiles.attrs.get("objective_power")
-    nominal = nominal_magnification(tiles.mpp)
-    level0 = nominal_magnification(tiles.mpp * tiles.tile_size / tiles.tile_size_level0[0])
+def trident_attrs(
+    slide_id: str, *, pixels: int, step: int, powers: tuple[Any, Any], size: tuple[Any, Any]
+) -> dict[str, Any]:
+    """TRIDENT's nine attributes of coordinates: tiles of so many `pixels`, `step` level-0 pixels apart on both axes,
+    magnifications of level 0 and of the tiles (`powers`), (W, H) of level 0; None where a value is not known."""
     return {
-        "patch_size": tiles.tile_size,
-        "patch_size_level0": round(sum(tiles.tile_size_level0) / 2),
-        "level0_magnification": power if power is not None else level0,
-        "target_magnification": nominal,
+        "patch_size": pixels,
+        "patch_size_level0": step,
+        "level0_magnification": powers[0],
+        "target_magnification": powers[1],
         "overlap": 0,
-        "name": tiles.slide_id,
+        "name": slide_id,
         "savetodir": None,  # a path: outputs hold none
-        "level0_width": width,
-        "level0_height": height,
+        "level0_width": size[0],
+        "level0_height": size[1],
     }
 
 

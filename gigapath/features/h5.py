@@ -7,6 +7,7 @@ lets HDF5 believe that all went well.
 
 import contextlib
 import fcntl
+import io
 import json
 import math
 import os
@@ -270,56 +271,29 @@ def _array_value(name: str, value: list[Any] | tuple[Any, ...]) -> Any:
     return array
 
 
-class _Disk:
+class _Disk(io.FileIO):
     """A file for h5py to write to. The first failed write is kept in `error`, everything after it is dropped."""
 
-    def __init__(self, descriptor: int) -> None:
-        self.error: OSError | None = None
-        self._descriptor = descriptor
-        self._position = 0
+    error: OSError | None = None
 
     def write(self, block: Any) -> int:
-        data = memoryview(block).cast("B")
-        done = 0
+        data, position, done = memoryview(block).cast("B"), self.tell(), 0
         while self.error is None and done < len(data):
             try:
-                done += os.pwrite(self._descriptor, data[done:], self._position + done)
+                done += os.pwrite(self.fileno(), data[done:], position + done)
             except OSError as error:
                 self.error = error
-        self._position += len(data)
+        self.seek(position + len(data))
         return len(data)
 
-    def read(self, size: int) -> bytes:
-        data = os.pread(self._descriptor, size, self._position)
-        self._position += len(data)
-        return data
-
-    def readinto(self, block: Any) -> int:
-        data = memoryview(block).cast("B")
-        held = os.pread(self._descriptor, len(data), self._position)
-        data[: len(held)] = held
-        self._position += len(held)
-        return len(held)
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        start = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: os.fstat(self._descriptor).st_size}[whence]
-        self._position = start + offset
-        return self._position
-
-    def tell(self) -> int:
-        return self._position
-
     def truncate(self, size: int | None = None) -> int:
-        size = self._position if size is None else size
+        size = self.tell() if size is None else size
         if self.error is None:
             try:
-                os.ftruncate(self._descriptor, size)
+                os.ftruncate(self.fileno(), size)
             except OSError as error:
                 self.error = error
         return size
-
-    def flush(self) -> None:
-        """Nothing is held back here; the one fsync comes when the file is whole."""
 
 
 class H5Writer:
@@ -340,7 +314,7 @@ class H5Writer:
     def __enter__(self) -> "H5Writer":
         self._temporary, self._descriptor = open_temporary(self.path)
         try:
-            self._disk = _Disk(self._descriptor)
+            self._disk = _Disk(self._descriptor, "r+", closefd=False)
             self.file = h5py.File(self._disk, "w")
         except BaseException:
             self._release()

@@ -29,7 +29,7 @@ from gigapath.features.cells import (
     two_axes,
 )
 from gigapath.features.data import CELL, STEP_OPTION, Array, Attrs, Contents, FeatureFileError, TileEmbeddings
-from gigapath.features.gigapath_file import nominal_magnification, write_root
+from gigapath.features.gigapath_file import nominal_magnification, trident_attrs, write_root
 from gigapath.features.h5 import (
     H5Writer,
     as_number,
@@ -176,7 +176,7 @@ def convert(
         made = FORMATS[to](found, made_in, scale or Scale())
         targets = [Path(folder) / path.relative_to(made_in) for path in made]
         pairs = list(zip(made, targets, strict=True))
-        new = [(path, target) for path, target in pairs if not _equal(path, target)]
+        new = [(a, b) for a, b in pairs if not (b.is_file() and filecmp.cmp(a, b, shallow=False))]
         taken = [target for _, target in new if target.exists()]
         if taken and not overwrite:
             raise ValueError(
@@ -188,10 +188,6 @@ def convert(
             withdraw_sha256(target)
             publish(path, target)
     return targets
-
-
-def _equal(one: Path, other: Path) -> bool:
-    return other.is_file() and filecmp.cmp(one, other, shallow=False)
 
 
 def coords_at_level0(found: TileEmbeddings, scale: Scale) -> tuple[Array, Step]:
@@ -297,21 +293,16 @@ def _write_trident(found: TileEmbeddings, folder: Path, scale: Scale) -> list[Pa
 
 
 def _trident_attrs(found: TileEmbeddings, step: int) -> dict[str, Any]:
-    """TRIDENT's nine."""
     facts, mpp = all_facts(found.attrs), tile_mpp(found.attrs)
-    width, height = facts.get("slide_size") or (facts.get("level0_width"), facts.get("level0_height"))
-    return {
-        "patch_size": tile_pixels(found.attrs, found.source) or step,
-        "patch_size_level0": step,
-        "level0_magnification": facts.get("level0_magnification") or facts.get("objective_power"),
-        "target_magnification": facts.get("target_magnification")
-        or (None if mpp is None else nominal_magnification(mpp)),
-        "overlap": 0,
-        "name": found.slide_id,
-        "savetodir": None,
-        "level0_width": width,
-        "level0_height": height,
-    }
+    level0 = facts.get("level0_magnification") or facts.get("objective_power")
+    target = facts.get("target_magnification") or (None if mpp is None else nominal_magnification(mpp))
+    return trident_attrs(
+        found.slide_id,
+        pixels=tile_pixels(found.attrs, found.source) or step,
+        step=step,
+        powers=(level0, target),
+        size=facts.get("slide_size") or (facts.get("level0_width"), facts.get("level0_height")),
+    )
 
 
 # --------------------------------------------------------------------------------------------------------------- Mussel

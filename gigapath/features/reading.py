@@ -4,7 +4,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import h5py
 import numpy as np
 
 from gigapath.features.data import STEP_OPTION, Contents, FeatureFileError, TileEmbeddings, in_row_major_order
@@ -62,14 +61,15 @@ def read_features(
         check_undamaged(path)
     held = _read(path, None if coordinates is None else Path(coordinates))
     _check_kind(held)
-    _check_shapes(held)
-    _check_values(held, embed_dim)
-    step = held.step
-    if tile_size_level0 is not None:
-        if step is not None:
-            _check_stated(tile_size_level0, float(np.mean(step)), path)
-        elif held.complete is None:
-            step = (tile_size_level0, tile_size_level0)
+    _check_arrays(held, embed_dim)
+    step, stated = held.step, tile_size_level0
+    if stated is not None and step is None and held.complete is None:
+        step = (stated, stated)
+    elif stated is not None and step is not None and abs(stated - np.mean(step)) > 0.005 * np.mean(step):
+        raise FeatureFileError(
+            f"{path.name}: the file says that its tiles lie {np.mean(step):g} apart, {STEP_OPTION} says {stated:g}. "
+            "Leave the option out."
+        )
     return _embeddings(held, step, cells=cells, sort=order == "row-major")
 
 
@@ -92,37 +92,32 @@ def _read(path: Path, coordinates: Path | None, *, kinds: str = "iuf") -> Conten
 
         return read_arrays(path, coordinates)
     with open_h5(path) as file:
-        return _read_open(path, file, coordinates, kinds)
+        stage = stage_of(file)
+        if stage is None:
+            from gigapath.features.other_tools import read_h5  # runs over our own files need none of it
 
-
-def _read_open(path: Path, file: h5py.File, coordinates: Path | None, kinds: str) -> Contents:
-    stage = stage_of(file)
-    if stage is None:
-        from gigapath.features.other_tools import read_h5  # runs over our own files need none of it
-
-        return read_h5(path, file, coordinates)
-    if stage not in _OURS:
-        raise FeatureFileError(f"{path.name}: expected a file of our stages {', '.join(_OURS)}, got {stage!r}.")
-    kind, needed, names = _OURS[stage]
-    attrs = read_attrs(file)
-    arrays: dict[str, Any] = {
-        name: read_dataset(file, name, kinds=kinds) for name in names if name in file or name in needed
-    }
-    qc_names = tuple(read_attrs(file["qc"]).get("names") or ()) if "qc" in arrays else ()
-    return Contents(
-        path=path,
-        kind=kind,
-        tool="gigapath",
-        slide_id=str(name_in(attrs, "slide_id")),
-        qc_names=qc_names,
-        frame=str(attrs.get("frame") or "level0"),
-        step=as_pair(attrs.get("tile_size_level0")) if stage != "slide" else None,
-        encoder=name_in(attrs, "encoder"),
-        slide_encoder=name_in(attrs, "slide_encoder") if stage == "slide" else None,
-        attrs=attrs,
-        complete=is_complete(file),
-        **({"vectors": arrays} if stage == "slide" else arrays),
-    )
+            return read_h5(path, file, coordinates)
+        if stage not in _OURS:
+            raise FeatureFileError(f"{path.name}: expected a file of our stages {', '.join(_OURS)}, got {stage!r}.")
+        kind, needed, names = _OURS[stage]
+        attrs = read_attrs(file)
+        arrays: dict[str, Any] = {
+            name: read_dataset(file, name, kinds=kinds) for name in names if name in file or name in needed
+        }
+        return Contents(
+            path=path,
+            kind=kind,
+            tool="gigapath",
+            slide_id=str(name_in(attrs, "slide_id")),
+            qc_names=tuple(read_attrs(file["qc"]).get("names") or ()) if "qc" in arrays else (),
+            frame=str(attrs.get("frame") or "level0"),
+            step=as_pair(attrs.get("tile_size_level0")) if stage != "slide" else None,
+            encoder=name_in(attrs, "encoder"),
+            slide_encoder=name_in(attrs, "slide_encoder") if stage == "slide" else None,
+            attrs=attrs,
+            complete=is_complete(file),
+            **({"vectors": arrays} if stage == "slide" else arrays),
+        )
 
 
 def _check_kind(held: Contents) -> None:
@@ -149,7 +144,7 @@ def _check_kind(held: Contents) -> None:
 def _embeddings(held: Contents, step: tuple[float, float] | None, *, cells: bool, sort: bool) -> TileEmbeddings:
     """A file's tile embeddings: float32 or float16, with cells (ours as stored, others' derived), in their order."""
     path, features, coords, order = held.path, held.features, held.coords, None
-    assert features is not None and coords is not None  # `_check_shapes` has seen them
+    assert features is not None and coords is not None
     fractions, places = held.tissue_fraction, held.cells
     if held.complete is not None:
         assert places is not None
@@ -188,15 +183,8 @@ def _embeddings(held: Contents, step: tuple[float, float] | None, *, cells: bool
     )
 
 
-def _check_stated(stated: float, found: float, path: Path) -> None:
-    if abs(stated - found) > 0.005 * found:
-        raise FeatureFileError(
-            f"{path.name}: the file says that its tiles lie {found:g} apart, {STEP_OPTION} says {stated:g}. "
-            "Leave the option out."
-        )
-
-
-def _check_shapes(held: Contents) -> None:
+def _check_arrays(held: Contents, embed_dim: int | None) -> None:
+    """Raise FeatureFileError where embeddings are not finite floats, or coordinates and fractions not one a tile."""
     features, coords, fractions, name = held.features, held.coords, held.tissue_fraction, held.path.name
     assert features is not None and coords is not None
     if features.ndim != 2 or features.dtype.kind != "f":
@@ -209,11 +197,6 @@ def _check_shapes(held: Contents) -> None:
         raise FeatureFileError(f"{name}: its coordinates reach {coords.max()}, which no slide does.")
     if fractions is not None and fractions.shape != (len(features),):
         raise FeatureFileError(f"{name}: expected one tissue fraction a tile, got {fractions.shape}.")
-
-
-def _check_values(held: Contents, embed_dim: int | None) -> None:
-    features, name = held.features, held.path.name
-    assert features is not None
     if embed_dim is not None and features.shape[1] != embed_dim:
         raise FeatureFileError(
             f"{name}: expected embeddings of width {embed_dim}, got {features.shape[1]}. Features of another encoder?"
