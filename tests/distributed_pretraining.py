@@ -10,8 +10,7 @@ import numpy as np
 import torch
 from test_pretraining import WIDTH, Viewer, bags_of, fit_target, narrow, pack_views
 
-from gigapath.finetune.loop import Loop
-from gigapath.finetune.processes import join_processes
+from gigapath.finetune.loop import Loop, join_processes
 from gigapath.pretraining import TaskOptions
 from gigapath.pretraining.model import loss_of_slides
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from test_finetune_training import bags_of, fold_of, gradients_of_step, narrow, trainer_of
 
-from gigapath.finetune.processes import join_processes
+from gigapath.finetune.loop import join_processes
 
 out, size, accumulation = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
 processes = join_processes("cpu")

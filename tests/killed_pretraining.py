@@ -9,21 +9,20 @@ from dataclasses import replace
 from pathlib import Path
 
 from demo.pretrain_planted import RECIPE, SIZES
-from gigapath.pretraining import CohortOptions, outputs, pretrain, run
-from gigapath.pretraining.training import Training
+from gigapath.pretraining import CohortOptions, measures, pretrain, run
 
 folder, steps = Path(sys.argv[1]), [int(word) for word in sys.argv[2:]]
-before = Training._before
-outputs.plotting_available = run.plotting_available = lambda: False  # drawing takes longer than steps
+before = run._Run._before
+measures.plotting_available = run.plotting_available = lambda: False  # drawing takes longer than steps
 
 
-def dying(self: Training, number: int) -> None:
+def dying(self: run._Run, number: int) -> None:
     if self.history[-1].steps + self.done == last:
         os.kill(os.getpid(), signal.SIGKILL)
     before(self, number)
 
 
-Training._before = dying
+run._Run._before = dying
 for last in (*steps, None):
     child = os.fork()  # has imported all of it already
     if not child:

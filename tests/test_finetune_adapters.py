@@ -12,7 +12,8 @@ from made_cohort import NARROW, write_cohort, write_splits, write_task
 from narrow_longnet import made_tiles, narrow_model
 
 from gigapath.cli.main import main
-from gigapath.finetune import Inputs, ModelOptions, Settings, TrainingOptions, adapters, finetune, load_head, predict
+from gigapath.finetune import Inputs, ModelOptions, Settings, TrainingOptions, finetune, load_head, predict
+from gigapath.finetune.heads import adapt, merge
 from gigapath.slide_encoder import LongNetViT, create_model
 
 NEEDS_PEFT = pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason="peft is not installed")
@@ -22,7 +23,7 @@ LORA = ModelOptions(model_arch=NARROW, feat_layer="2-3", dropout=0.0, adapt="lor
 def adapted(**changes) -> LongNetViT:
     """A narrow encoder with adapters that do something."""
     model = narrow_model()
-    adapters.adapt(model, replace(LORA, **changes))
+    adapt(model, replace(LORA, **changes))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
@@ -50,7 +51,7 @@ def test_adapters_lie_on_the_attention_and_the_ffn_of_every_layer() -> None:
 def test_rank_8_trains_one_and_a_half_percent_of_gigapath() -> None:
     model = create_model("", "gigapath_slide_enc12l768d", 1536)
     before = sum(p.numel() for p in model.parameters())
-    adapters.adapt(model, ModelOptions(adapt="lora"))
+    adapt(model, ModelOptions(adapt="lora"))
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert trained == 12 * 8 * (4 * (768 + 768) + 2 * (768 + 3072)) and trained / before == pytest.approx(
         0.0154, abs=1e-4
@@ -66,7 +67,7 @@ def test_merged_equals_unmerged_in_every_form_of_the_call() -> None:
     with torch.no_grad():
         before = torch.stack(list(plain(x, coords, all_layer_embed=True)))
         unmerged = torch.stack(list(model(x, coords, all_layer_embed=True)))
-        adapters.merge(model)
+        merge(model)
         merged = torch.stack(list(model(x, coords, all_layer_embed=True)))
     scale = merged.abs().max()
     assert (merged - before).abs().max() > 0.1 * scale
@@ -77,7 +78,7 @@ def test_merged_equals_unmerged_in_every_form_of_the_call() -> None:
 
 def test_the_last_blocks_are_those_next_to_the_head() -> None:
     model = create_model("", NARROW, 8)
-    adapters.adapt(model, ModelOptions(adapt="last", last_blocks=1))
+    adapt(model, ModelOptions(adapt="last", last_blocks=1))
     kinds = {name.rsplit(".", 1)[0].removeprefix("encoder.") for name in trained_of(model)}
     assert {name.split(".ffn")[0] for name in kinds if name.startswith("layers.2.ffn")} == {"layers.2"}
     assert not any(name.startswith(("layers.0", "layers.1", "patch_embed")) for name in kinds) and "norm" in kinds

@@ -14,10 +14,11 @@ from gigapath.evaluation.calibration import probabilities
 from gigapath.evaluation.intervals import evaluate
 from gigapath.evaluation.scores import Predictions
 from gigapath.evaluation.splits import Fold
-from gigapath.finetune import ModelOptions, Task, TrainingOptions, adapters, training
+from gigapath.finetune import ModelOptions, Task, TrainingOptions, training
 from gigapath.finetune.data import Bag
-from gigapath.finetune.heads import build_head, pack
-from gigapath.finetune.processes import Processes
+from gigapath.finetune.heads import adapt as adapt_encoder
+from gigapath.finetune.heads import build_head, merge, pack
+from gigapath.finetune.loop import Processes
 from gigapath.finetune.training import Trainer
 from gigapath.linear_probe.table import read_table
 
@@ -34,11 +35,15 @@ def learn(
 ) -> float:
     """The test AUROC after training on the first bags, from random weights."""
     torch.manual_seed(0)
-    head = build_head(model, pretrained="", input_dim=bags[0].features.shape[1], n_classes=2)
+    head = build_head(model, TASK, pretrained="", input_dim=bags[0].features.shape[1])
     rows = np.arange(len(bags))
     trainer = Trainer(TASK, bags, truth, options, "fp32", CPU)
     trainer.train(head, Fold(0, rows[:train], rows[:0], rows[train:]), folder, {})
     return auroc(truth[train:], probabilities(trainer.logits(head, rows[train:]), TASK))
+
+
+def linear(vectors: np.ndarray, truth: np.ndarray) -> torch.nn.Linear:
+    return training.fit_linear(vectors, 2, lambda logits: training.task_loss(logits, truth, TASK))
 
 
 @pytest.mark.slow
@@ -52,7 +57,7 @@ def test_planted_arrangement_is_learned_and_only_from_coordinates(tmp_path) -> N
         bags = [arrangement_bag(int(label), random, permuted=permuted) for label in truth]
         scores[permuted] = learn(tmp_path / str(permuted), bags, truth, 160, options, model)
         means = np.stack([bag.features.mean(axis=0) for bag in bags]).astype(np.float64)
-        layer = training.fit_linear(means[:160], truth[:160], 2)
+        layer = linear(means[:160], truth[:160])
         blind = probabilities(layer(torch.from_numpy(means[160:])).detach().numpy(), TASK)
         assert abs(auroc(truth[160:], blind) - 0.5) < 0.1  # a control that sees no coordinates learns nothing
     assert scores[False] > 0.9 and abs(scores[True] - 0.5) < 0.1, scores
@@ -78,7 +83,7 @@ def test_tumour_in_bags_of_real_tiles_is_found(tmp_path, shared, capsys) -> None
         training.ATTENTION: learn(tmp_path / "abmil", bags, truth, train, training.abmil_options(recipe), attention),
     }
     means = training.tile_means(bags, range(len(bags)), workers=1)
-    layer = training.fit_linear(means[:train], truth[:train], 2)
+    layer = linear(means[:train], truth[:train])
     scores[training.MEAN] = auroc(
         truth[train:], probabilities(layer(torch.from_numpy(means[train:])).detach().numpy(), TASK)
     )
@@ -101,16 +106,16 @@ def test_adapters_learn_another_task_as_the_whole_encoder_does_and_a_frozen_one_
     def learned(start, bags, truth, train, adapt, base_lr):
         torch.manual_seed(0)
         options = replace(model, adapt=adapt)
-        head = build_head(options, pretrained="", input_dim=16, n_classes=2)
+        head = build_head(options, TASK, pretrained="", input_dim=16)
         if start is not None:
             head.slide_encoder.load_state_dict(start)
         if adapt == "lora":
-            adapters.adapt(head.slide_encoder, options)
+            adapt_encoder(head.slide_encoder, options)
         rows = np.arange(len(bags))
         trainer = Trainer(TASK, bags, truth, replace(recipe, base_lr=base_lr), "fp32", CPU)
         trainer.train(head, Fold(0, rows[:train], rows[:0], rows[train:]), tmp_path / f"{start is None}-{adapt}", {})
         if adapt == "lora":
-            adapters.merge(head)
+            merge(head)
         head.eval()
         with torch.no_grad():
             parts = [bags[first : first + 100] for first in range(train, len(bags), 100)]

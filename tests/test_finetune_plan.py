@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from gigapath.devices import deterministic
 from gigapath.evaluation.splits import Fold
 from gigapath.finetune import plan
+from gigapath.finetune.loop import Processes
 from gigapath.finetune.options import TrainingOptions
 from gigapath.finetune.plan import Cost, make_plan, measure_cost
-from gigapath.finetune.processes import Processes
 
 CPU = torch.device("cpu")
 FEW, MANY = plan.PROBED_TILES["cpu"]

@@ -32,8 +32,8 @@ from gigapath.finetune import (
     training,
 )
 from gigapath.finetune.data import prepare
+from gigapath.finetune.loop import Processes
 from gigapath.finetune.plan import few_steps
-from gigapath.finetune.processes import Processes
 from gigapath.report.results import collect_results
 from gigapath.slide_encoder import create_model
 

@@ -24,8 +24,8 @@ from gigapath.evaluation.splits import Fold, check_classes, draw_folds
 from gigapath.evaluation.task import Task, load_task
 from gigapath.finetune import ModelOptions, TrainingOptions, load_head
 from gigapath.finetune.data import Bag, Inputs, Settings, prepare, vector_bags
-from gigapath.finetune.heads import CumulativeLogits, VectorHead, head_of_task
-from gigapath.finetune.processes import Processes
+from gigapath.finetune.heads import CumulativeLogits, VectorHead, build_head
+from gigapath.finetune.loop import Processes
 from gigapath.finetune.training import Trainer, fit_linear, task_loss
 from gigapath.report.results import collect_results
 
@@ -330,7 +330,7 @@ def fitted(
     """Scores on the bags after the first `train`."""
     rows = np.arange(len(bags))
     torch.manual_seed(0)
-    head = head_of_task(task, model, pretrained="", input_dim=bags[0].features.shape[1])
+    head = build_head(model, task, pretrained="", input_dim=bags[0].features.shape[1])
     scale = target_scale(task, truth[:train])
     trainer = Trainer(task, bags, truth, options, "fp32", CPU, scale)
     trainer.train(head, Fold(0, rows[:train], rows[:0], rows[train:]), folder, {})
@@ -344,9 +344,7 @@ def scored(task: Task, truth: np.ndarray, said: np.ndarray) -> dict[str, float]:
 
 def linear(task: Task, vectors: np.ndarray, truth: np.ndarray, train: int) -> dict[str, float]:
     scale = target_scale(task, truth[:train])
-    layer = fit_linear(
-        vectors[:train], truth[:train], task.outputs, lambda logits, _: task_loss(logits, truth[:train], task, scale)
-    )
+    layer = fit_linear(vectors[:train], task.outputs, lambda logits: task_loss(logits, truth[:train], task, scale))
     with torch.no_grad():
         said = layer(torch.from_numpy(vectors)).numpy()
     how = fit_scale(task, scale, said[:train], truth[:train])

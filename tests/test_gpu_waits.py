@@ -11,8 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from gigapath.embedding.slide_encoding import load_slide_encoder
 from gigapath.features.data import TileEmbeddings
-from gigapath.finetune.loop import Loop
-from gigapath.finetune.processes import Processes
+from gigapath.finetune.loop import Loop, Processes
 from gigapath.longnet.attention import use_kernel
 from gigapath.longnet.config import LongNetConfig
 from gigapath.longnet.encoder import EncoderLayer, drop_path

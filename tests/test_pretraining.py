@@ -26,14 +26,12 @@ from demo.pretrain_planted import planted_slides, write_slides
 from gigapath.cli.main import main as gigapath
 from gigapath.features.slide_vectors import read_slide_vectors
 from gigapath.finetune.data import Bag
-from gigapath.finetune.loop import Loop
-from gigapath.finetune.processes import Processes
-from gigapath.pretraining import CohortOptions, PretrainingOptions, SizeOptions, TaskOptions, outputs, pretrain, run
+from gigapath.finetune.loop import Loop, Processes
+from gigapath.pretraining import CohortOptions, PretrainingOptions, SizeOptions, TaskOptions, measures, pretrain, run
 from gigapath.pretraining.data import Slides, View, Viewer, find_slides, fit_target, open_bags, pack_views
 from gigapath.pretraining.measures import fit_covariance, kriging, spread_and_rank, without_learning
 from gigapath.pretraining.model import Batch, MaskedAutoencoder, build_autoencoder, loss_of_slides
-from gigapath.pretraining.run import _Run
-from gigapath.pretraining.training import steps_of
+from gigapath.pretraining.run import steps_of, warnings_of
 from gigapath.report.results import collect_results
 from gigapath.slide_encoder import LongNetViT, create_model
 
@@ -297,7 +295,7 @@ def test_kriging_is_the_gaussian_process_that_it_says() -> None:
 
     mean = values.mean(axis=0)
     solved = np.linalg.solve(covariance(cells, cells) + nugget * np.eye(20), values - mean)
-    assert np.allclose(kriging((sill, reach, nugget))(cells, values, wanted), mean + covariance(wanted, cells) @ solved)
+    assert np.allclose(kriging((sill, reach, nugget), cells, values, wanted), mean + covariance(wanted, cells) @ solved)
 
 
 def test_predictors_without_learning_find_what_is_there_and_nothing_in_noise() -> None:
@@ -488,15 +486,12 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_the_weights_of_before_stay(f
 
 
 def test_collapse_and_a_loss_at_the_slide_mean_are_told(features: Path, tmp_path: Path) -> None:
-    slides = find_slides([str(features)], CohortOptions(val_share=0.5), seed=0, workers=1)
-    run = _Run(slides, "", CohortOptions(), SIZES, TaskOptions(), RECIPE, tmp_path, CPU, "fp32", print, lambda: None)
-    run.val = list(range(8))
     good = replace(
         pretrain(features, tmp_path / "out", sizes=SIZES, training=RECIPE).epochs[-1], r2=0.5, rank=6.0, spread=0.3
     )
-    assert run._warnings([good], {"slide mean": 0.2}) == []
+    assert warnings_of(good, 8, 0.2) == []
     for changes, word in ({"rank": 1.1}, "collapse"), ({"spread": 0.0001}, "collapse"), ({"r2": 0.21}, "mean"):
-        (warning,) = run._warnings([replace(good, **changes)], {"slide mean": 0.2})
+        (warning,) = warnings_of(replace(good, **changes), 8, 0.2)
         assert word in warning
 
 
@@ -534,7 +529,7 @@ def test_900_steps_come_near_kriging_also_when_killed(tmp_path: Path, seed: int,
             if seed == 0 and text.startswith("epoch 14/"):
                 shutil.copytree(tmp_path / "whole", tmp_path / "killed")
 
-    for module in (outputs, run):  # drawing takes longer than steps
+    for module in (measures, run):  # drawing takes longer than steps
         monkeypatch.setattr(module, "plotting_available", lambda: False)
     write_slides(tmp_path / "features", planted_slides(400))
     given = {"cohort": CohortOptions(val_share=0.1), "sizes": demo_sizes,

@@ -40,9 +40,9 @@ from gigapath.evaluation.task import Task, task_from
 from gigapath.features import FeatureFileError
 from gigapath.features.folders import SUFFIXES, find_feature_files
 from gigapath.files import check_replaceable, sha256_of, small_json, write_json_atomic, write_text_atomic
-from gigapath.finetune import checkpoints
 from gigapath.finetune.data import Bags, FileBags, FileFacts, check_folder, check_made, look_at_all, with_scanners
-from gigapath.finetune.heads import head_of_task, pack
+from gigapath.finetune.heads import build_head, pack
+from gigapath.finetune.loop import load_tensors, save_tensors
 from gigapath.finetune.options import JoinOptions, ModelOptions
 from gigapath.machine import available_cores
 from gigapath.options import from_dict, to_dict
@@ -114,7 +114,7 @@ class FittedHead:
 
 def save_head(folder: Path, head: FittedHead) -> None:
     """Write `head.safetensors` and then `head.json`, which names its checksum."""
-    checkpoints.save_tensors(folder / TENSORS, dict(head.model.state_dict()))
+    save_tensors(folder / TENSORS, dict(head.model.state_dict()))
     write_json_atomic(
         folder / HEAD,
         {
@@ -173,9 +173,9 @@ def load_head(path: Path | str) -> FittedHead:
         calibration = Calibration(float(held["temperature"]), thresholds, held["fitted_on"], scale)
         if len(thresholds) != threshold_count(task) or len(scale) != scale_count(task):
             raise TypeError(calibration)
-        state = checkpoints.load_tensors(tensors)
+        state = load_tensors(tensors)
         with torch.device("meta"):  # whatever sizes the JSON claims, only the tensors' own are laid out
-            model = head_of_task(task, options, pretrained="", input_dim=held["input_dim"])
+            model = build_head(options, task, pretrained="", input_dim=held["input_dim"])
         assign_weights(HEAD, model, state)
     except (TypeError, AttributeError, RuntimeError, OverflowError) as error:  # words for numbers, sizes beyond all
         raise ValueError(f"{file}: expected the JSON of a fitted head, got a damaged one. Copy it anew.") from error

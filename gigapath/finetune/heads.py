@@ -1,7 +1,9 @@
-"""What is trained: the classifier on the slide encoder, gated attention over tokens or tiles, a layer on vectors.
+"""What is trained: the classifier on the slide encoder, gated attention over tokens or tiles, a layer on vectors; and
+how much of an encoder: low-rank adapters (LoRA, Hu et al. 2021), its last blocks, or all of it.
 
-Each offers `forward_packed(features (T, D), coords (T, 2), lengths) -> logits (B, C)` and
-`parameter_groups(learning_rate, weight_decay, layer_decay, published=)`.
+Each head offers `forward_packed(features (T, D), coords (T, 2), lengths) -> logits (B, C)` and
+`parameter_groups(learning_rate, weight_decay, layer_decay, published=)`. An adapter adds alpha / r * B A to the weight
+W (out, in) of a layer, A (r, in) drawn, B (out, r) zero at first; W is kept. peft is imported where it is asked for.
 """
 
 from collections.abc import Iterable, Sequence
@@ -12,20 +14,19 @@ import numpy.typing as npt
 import timm
 import torch
 import torch.nn.functional as F
+from timm.models import group_parameters
 from torch import Tensor, nn
 
 from gigapath.classification_head import ClassificationHead
 from gigapath.devices import send
 from gigapath.evaluation.task import Task
 from gigapath.finetune.data import Bag
-from gigapath.finetune.options import ModelOptions
-from gigapath.slide_encoder import ARCHITECTURES, WEIGHTS_FILE, is_architecture
+from gigapath.finetune.options import AdapterOptions, ModelOptions
+from gigapath.slide_encoder import ARCHITECTURES, WEIGHTS_FILE, LongNetViT, is_architecture, layer_id
 from gigapath.weights import find_weights, load_state_dict
 
 ATTENTION_WIDTH = 256  # of the gate
 EMBEDDING_WIDTH = 512  # of tiles in ABMIL without a slide encoder
-
-Groups = list[dict[str, Any]]
 
 
 class GatedAttention(nn.Module):
@@ -57,7 +58,7 @@ class OneRate(nn.Module):
 
     def parameter_groups(
         self, learning_rate: float, weight_decay: float, layer_decay: float, *, published: bool = False
-    ) -> Groups:
+    ) -> list[dict[str, Any]]:
         """Two groups for AdamW of one rate: decayed (two dimensions and more) and not."""
         groups = []
         for name, decayed in (("decay", True), ("no_decay", False)):
@@ -100,7 +101,9 @@ class TokenAttention(ClassificationHead):
     def forward_packed(self, images: Tensor, coords: Tensor, lengths: Any) -> Tensor:
         """Logits (B, C) of slides given one after another."""
         encoder = self.slide_encoder
-        states = encoder.forward_packed(images, coords, lengths, all_layer_embed=True, pool=_tokens)
+        states = encoder.forward_packed(
+            images, coords, lengths, all_layer_embed=True, pool=lambda tokens, lengths: tokens
+        )
         is_tile = torch.ones(states[0].shape[1], dtype=torch.bool, device="cpu")
         tiles_of = [int(length) for length in lengths]
         is_tile[np.cumsum([0, *(count + 1 for count in tiles_of)])[:-1]] = False
@@ -108,10 +111,6 @@ class TokenAttention(ClassificationHead):
         tiles = torch.cat([encoder.norm(states[i][0].index_select(0, rows)) for i in self.feat_layer], dim=-1)
         logits: Tensor = self.classifier(self.attention(tiles, tiles_of))
         return logits
-
-
-def _tokens(tokens: Tensor, lengths: Sequence[int]) -> Tensor:
-    return tokens
 
 
 class VectorHead(OneRate):
@@ -142,71 +141,110 @@ class CumulativeLogits(nn.Module):
         return F.pad(F.logsigmoid(above), (1, 0)) + F.pad(F.logsigmoid(-above), (0, 1)) + of_steps
 
 
-def head_of_task(task: Task, options: ModelOptions, *, pretrained: str, input_dim: int) -> nn.Module:
-    """`build_head` with the outputs of a task; of grades it gives log-probabilities."""
-    model = build_head(options, pretrained=pretrained, input_dim=input_dim, n_classes=task.outputs)
-    if task.setting == "ordinal":
-        model.classifier.append(CumulativeLogits())  # type: ignore[union-attr,operator]
-    return model
-
-
-def build_head(options: ModelOptions, *, pretrained: str, input_dim: int, n_classes: int) -> nn.Module:
-    """The model that the options describe; its own weights are drawn from torch's generator.
+def build_head(options: ModelOptions, task: Task, *, pretrained: str, input_dim: int) -> Any:
+    """The model that the options describe, with the outputs of a task (of grades log-probabilities); its own weights
+    are drawn from torch's generator.
 
     Args:
         pretrained: weights of the slide encoder: "hf_hub:REPO", a file, "" for random ones.
+
+    Raises:
+        ValueError: features that the weights can't take, an architecture that timm does not know.
     """
+    model: Any
     if options.head == "abmil-tiles":
-        return TileAttention(input_dim, n_classes)
-    if pretrained:
-        _check_width(pretrained, input_dim)
-    kind = TokenAttention if options.head == "abmil" else ClassificationHead
-    return kind(
-        input_dim=input_dim,
-        latent_dim=_width_of(options.model_arch),
-        feat_layer=options.feat_layer,
-        n_classes=n_classes,
-        model_arch=options.model_arch,
-        pretrained=pretrained,
-        freeze=options.adapt == "head",
-        global_pool=options.global_pool,
-        dropout=options.dropout,
-        drop_path_rate=options.drop_path_rate,
-        max_wsi_size=options.max_wsi_size,
-        checkpoint_activations=options.checkpoint_activations,
-    )
-
-
-def _check_width(pretrained: str, input_dim: int) -> None:
-    """Refuse features that the weights can't take, in the words of the user; the checkpoint is mapped, not read."""
-    projection = load_state_dict(find_weights(pretrained, WEIGHTS_FILE)).get("patch_embed.proj.weight")
-    if projection is not None and projection.shape[-1] != input_dim:
-        raise ValueError(
-            f"--features: expected embeddings of width {projection.shape[-1]}, which the slide encoder of --pretrained "
-            f"takes, got {input_dim}. Take the slide encoder that belongs to their tile encoder."
+        model = TileAttention(input_dim, task.outputs)
+    else:
+        if pretrained:  # the checkpoint is mapped, not read
+            projection = load_state_dict(find_weights(pretrained, WEIGHTS_FILE)).get("patch_embed.proj.weight")
+            if projection is not None and (width := projection.shape[-1]) != input_dim:
+                raise ValueError(
+                    f"--features: expected embeddings of width {width}, which the slide encoder of --pretrained takes, "
+                    f"got {input_dim}. Take the slide encoder that belongs to their tile encoder."
+                )
+        if not is_architecture(options.model_arch):
+            raise ValueError(
+                f"--model-arch: expected {', '.join(ARCHITECTURES)}, got {options.model_arch!r}. Choose one of these, "
+                "or register your own with timm."
+            )
+        with torch.device("meta"):  # its width, without its memory
+            sketch: Any = timm.create_model(options.model_arch, pretrained=False, in_chans=8)
+        kind = TokenAttention if options.head == "abmil" else ClassificationHead
+        model = kind(
+            input_dim=input_dim,
+            latent_dim=sketch.embed_dim,
+            feat_layer=options.feat_layer,
+            n_classes=task.outputs,
+            model_arch=options.model_arch,
+            pretrained=pretrained,
+            freeze=options.adapt == "head",
+            global_pool=options.global_pool,
+            dropout=options.dropout,
+            drop_path_rate=options.drop_path_rate,
+            max_wsi_size=options.max_wsi_size,
+            checkpoint_activations=options.checkpoint_activations,
         )
+    if task.setting == "ordinal":
+        model.classifier.append(CumulativeLogits())
+    return model
 
 
-def _width_of(model_arch: str) -> int:
-    """The width of a slide encoder of timm's registry, without its memory."""
-    if not is_architecture(model_arch):
-        raise ValueError(
-            f"--model-arch: expected {', '.join(ARCHITECTURES)}, got {model_arch!r}. Choose one of these, or register "
-            "your own with timm."
+def adapt(encoder: nn.Module, options: AdapterOptions) -> None:
+    """Leave to training what the options say, in place.
+
+    Adapters lie on every linear layer and every plain convolution but the embedding of patches; of the slide encoder on
+    q, k, v, out and both layers of the FFN.
+
+    Raises:
+        ValueError: timm does not say which parameters are the last blocks.
+    """
+    if options.adapt == "full":
+        return
+    encoder.requires_grad_(False)
+    if options.adapt == "lora":
+        from peft import LoraConfig, inject_adapter_in_model
+
+        # Convolutions that pad or scale their weights themselves, which types of their own do, can't be merged with
+        # theirs; grouped ones have too few inputs a channel for a rank.
+        layers = [
+            name
+            for name, module in encoder.named_modules()
+            if not name.startswith("patch_embed")
+            and (isinstance(module, nn.Linear) or (type(module) is nn.Conv2d and module.groups == 1))
+        ]
+        config = LoraConfig(
+            r=options.lora_rank,
+            lora_alpha=options.lora_alpha,  # type: ignore[arg-type]
+            lora_dropout=options.lora_dropout,
+            target_modules=layers,
         )
-    with torch.device("meta"):
-        model: Any = timm.create_model(model_arch, pretrained=False, in_chans=8)
-        return int(model.embed_dim)
+        inject_adapter_in_model(config, encoder)
+    elif options.adapt == "last":
+        if isinstance(encoder, LongNetViT):
+            ids = {name: min(layer_id(name, encoder.depth), encoder.depth) for name, _ in encoder.named_parameters()}
+        elif hasattr(encoder, "group_matcher"):
+            ids = group_parameters(encoder, encoder.group_matcher(coarse=False), reverse=True)  # type: ignore[operator]
+        else:
+            raise ValueError("--adapt last: expected an encoder whose blocks timm knows. Take --adapt lora.")
+        chosen = sorted(set(ids.values()))[-options.last_blocks :]  # with what stands behind them
+        for name, parameter in encoder.named_parameters():
+            parameter.requires_grad_(ids[name] in chosen)
+
+
+def merge(model: nn.Module) -> None:
+    """Add each adapter to the weights of its layer, and put the layer back in its place: an ordinary model."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for name, module in list(model.named_modules()):
+        if isinstance(module, BaseTunerLayer):
+            module.merge()
+            model.set_submodule(name, module.get_base_layer())
 
 
 def cache_states(
     head: ClassificationHead, rows: Sequence[int], bags: Iterable[Bag], device: torch.device
 ) -> dict[int, npt.NDArray[np.float32]]:
-    """The chosen states of a frozen slide encoder, in eval mode, side by side: row -> (feat_dim,).
-
-    Args:
-        head: the model; its encoder is not changed.
-    """
+    """The chosen states of a frozen slide encoder, in eval mode, side by side: row -> (feat_dim,)."""
     head.eval()
     cached = {}
     with torch.no_grad():

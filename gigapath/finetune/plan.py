@@ -1,7 +1,7 @@
 """What a run will cost, before it starts: slides, tiles, parameters, memory, time."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -15,11 +15,12 @@ from gigapath.evaluation.splits import Fold
 from gigapath.features.data import CELL
 from gigapath.finetune.data import Bag
 from gigapath.finetune.heads import pack
+from gigapath.finetune.loop import Processes
 from gigapath.finetune.options import TrainingOptions
-from gigapath.finetune.processes import Processes
 from gigapath.longnet.encoder import count_operations
 from gigapath.machine import free_memory
-from gigapath.text import in_words
+from gigapath.progress import Progress
+from gigapath.text import in_bytes, in_words
 
 # Passes over so many tiles measure bytes and seconds; a GPU needs more of them to have work to do.
 PROBED_TILES = {"cuda": (1024, 8192), "cpu": (128, 512)}
@@ -33,19 +34,16 @@ class Plan:
     """What a run will take.
 
     Attributes:
-        about: a line about what it works on.
-        trained: parameters that are trained.
-        parameters: of the whole model.
-        memory: bytes at the largest pass.
-        available: bytes that the device has free.
-        seconds: of all folds and epochs, evaluation included.
-        processes: that share the work.
+        about: lines about what it works on.
+        trained: parameters that are trained, of `parameters` of the whole model.
+        memory: bytes at the largest pass, of `available` ones that the device has free.
+        seconds: of all of it, evaluation included, shared by `processes`.
         advice: a sentence where there are too few steps to learn in.
-        too_large: what would make the largest pass fit; "" where it does.
+        too_large: what would make the largest pass fit, in one sentence; "" where it does.
         largest: what makes the largest pass.
     """
 
-    about: str
+    about: tuple[str, ...]
     trained: int
     parameters: int
     memory: int
@@ -59,24 +57,60 @@ class Plan:
     def lines(self) -> list[str]:
         """For people."""
         return [
-            self.about,
+            *self.about,
             f"parameters trained: {self.trained:,} of {self.parameters:,} ({self.trained / self.parameters:.1%})",
-            f"memory: {_gigabytes(self.memory)} at the largest {self.largest}, {self.available / 1e9:.1f} GB are free",
-            f"time: about {in_words(self.seconds)}, processes: {self.processes}",
+            f"memory: about {in_bytes(self.memory)} at the largest {self.largest}, {in_bytes(self.available)} are free",
+            f"time: about {in_words(self.seconds)} at the rate measured now, processes: {self.processes}",
             *self.advice,
         ]
 
-    def check(self, too_large: str) -> None:
-        """Raise ValueError with what would help, where there is such a thing."""
-        if too_large:
-            raise ValueError(
-                f"the largest {self.largest} won't fit: it takes {self.memory / 1e9:.1f} GB, "
-                f"{self.available / 1e9:.1f} GB are free. Set {too_large}, or go on with --allow-low-memory."
-            )
+    def tell(self, watch: Progress, processes: Processes, *, allow_low_memory: bool) -> None:
+        """Say it; ValueError where the largest pass of any process won't fit, with what would help."""
+        for line in self.lines():
+            watch.line(line)
+        too_large = next(filter(None, processes.gather(self.too_large)), "")
+        if too_large and not allow_low_memory:
+            raise ValueError(f"{too_large}, or go on with --allow-low-memory.")
 
 
-def _gigabytes(size: int) -> str:
-    return f"about {size / 1e9:.1f} GB" if size >= 50_000_000 else "less than 0.1 GB"
+def foresee(
+    model: nn.Module,
+    cost: "Cost",
+    processes: Processes,
+    about: Sequence[str],
+    *,
+    tiles: float,
+    passes: float,
+    operations: float,
+    ways: Sequence[str],
+    beside: int = 0,
+    advice: Sequence[str] = (),
+    largest: str = "slide",
+) -> Plan:
+    """The plan of a run of so many passes with so many operations in all.
+
+    Args:
+        tiles: of the largest pass.
+        ways: what makes that smaller.
+        beside: bytes that lie beside the model and its pass.
+    """
+    parameters = sum(p.numel() for p in model.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    memory = int(weights_bytes(model) + cost.kept + cost.kept_per_tile * tiles + beside)
+    available, too_large = free_bytes(processes.device), ""
+    if memory > available:
+        too_large = (
+            f"the largest {largest} won't fit: it takes {in_bytes(memory)}, {in_bytes(available)} are free. Set "
+            f"{', or '.join(ways or ['--device to a larger one'])}"
+        )
+    seconds = (passes * cost.start + operations * cost.per_operation) / processes.world
+    given = (tuple(about), trained, parameters, memory, available, seconds, processes.world)
+    return Plan(*given, tuple(advice), too_large, largest)
+
+
+def weights_bytes(model: nn.Module) -> int:
+    """Bytes of a model's parameters, with gradients and moments of those that are trained."""
+    return sum(p.numel() * (ADAM_BYTES if p.requires_grad else 4) for p in model.parameters())
 
 
 def operations(model: nn.Module, tiles: int) -> float:
@@ -128,24 +162,24 @@ def make_plan(
             work[int(n)] for n in counts[fold.test]
         )
         passes += options.epochs * (-(-len(fold.train) // options.batch_size) + len(fold.val) / 3) + len(fold.test) / 3
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    parameters = sum(p.numel() for p in model.parameters())
-    fixed = trained * ADAM_BYTES + 4 * (parameters - trained)
-    largest = np.sort(capped)[::-1][: options.batch_size].sum()
-    memory = int(fixed + cost.kept + cost.kept_per_tile * largest)
-    available = free_bytes(processes.device)
-    too_large = ""
-    if memory > available:
-        fits = max(0, int((available - fixed - cost.kept) / (cost.kept_per_tile * options.batch_size)))
-        further = [f"max_tiles of the task to {fits:,} or less"] if fits else []
-        further += ["a smaller --batch-size"] if options.batch_size > 1 else []
-        too_large = ", or ".join(further or ["--device to a larger one"])
+    room = free_bytes(processes.device) - weights_bytes(model) - cost.kept
+    fits = max(0, int(room / max(cost.kept_per_tile * options.batch_size, 1.0)))
     about = (
         f"slides: {len(counts):,}, tiles: {counts.sum():,} (median {int(np.median(counts)):,} a slide, largest "
         f"{counts.max():,}), folds: {len(folds)}"
     )
-    seconds, advice = cost.seconds(passes, total) / processes.world, tuple(few_steps(folds, options, processes))
-    return Plan(about, trained, parameters, memory, available, seconds, processes.world, advice, too_large)
+    return foresee(
+        model,
+        cost,
+        processes,
+        [about],
+        tiles=np.sort(capped)[::-1][: options.batch_size].sum(),
+        passes=passes,
+        operations=total,
+        ways=[f"max_tiles of the task to {fits:,} or less"] * bool(fits)
+        + ["a smaller --batch-size"] * (options.batch_size > 1),
+        advice=few_steps(folds, options, processes),
+    )
 
 
 def few_steps(folds: Sequence[Fold], options: TrainingOptions, processes: Processes) -> list[str]:
@@ -172,23 +206,13 @@ def few_steps(folds: Sequence[Fold], options: TrainingOptions, processes: Proces
 
 @dataclass(frozen=True)
 class Cost:
-    """What passes take: a part that each has, and one that grows with it.
-
-    Attributes:
-        kept: bytes for the way back that any pass keeps, such as weights that autocast has converted.
-        kept_per_tile: bytes that a tile adds.
-        start: seconds of any pass.
-        per_operation: seconds that an operation adds.
-    """
+    """What passes take, a part that each has, and one that grows with it: bytes that any keeps for the way back, such
+    as weights that autocast has converted, and those that a tile adds; seconds of any pass, and of an operation."""
 
     kept: float
     kept_per_tile: float
     start: float
     per_operation: float
-
-    def seconds(self, passes: float, operations: float) -> float:
-        """Of so many passes of so many operations in all."""
-        return passes * self.start + operations * self.per_operation
 
 
 def measure_cost(
@@ -196,35 +220,29 @@ def measure_cost(
     operations: Callable[[int], float],
     model: nn.Module,
     device: torch.device,
-    probed: tuple[int, int] | None = None,
+    probed: Mapping[str, tuple[int, int]] = PROBED_TILES,
 ) -> Cost:
     """The line through two passes in training, after one that warms up; no state is changed.
 
     Args:
-        loss_of: makes the loss, of shape (), of so many tiles.
+        loss_of: makes the loss, of shape (), of so many tiles by the model.
         operations: of a pass over so many tiles.
-        model: what it runs through.
-        device: where.
-        probed: tiles of the two, those of PROBED_TILES by default.
+        probed: tiles of the two by the kind of device.
     """
-    few, many = probed or PROBED_TILES.get(device.type, PROBED_TILES["cpu"])
+    few, many = probed.get(device.type, probed["cpu"])
     measure_pass(partial(loss_of, few), model, device)
     (kept, seconds), (kept_more, longer) = (measure_pass(partial(loss_of, n), model, device) for n in (few, many))
     per_tile = (kept_more - kept) / (many - few)
-    rise = (longer - seconds) / (operations(many) - operations(few))
-    if rise <= 0:  # the clock was disturbed
-        return Cost(max(0.0, kept - few * per_tile), per_tile, 0.0, longer / operations(many))
-    return Cost(max(0.0, kept - few * per_tile), per_tile, max(0.0, seconds - rise * operations(few)), rise)
+    rise, start = (longer - seconds) / (operations(many) - operations(few)), 0.0
+    if rise > 0:
+        start = max(0.0, seconds - rise * operations(few))
+    else:  # the clock was disturbed
+        rise = longer / operations(many)
+    return Cost(max(0.0, kept - few * per_tile), per_tile, start, rise)
 
 
 def measure_pass(loss_of: Callable[[], torch.Tensor], model: nn.Module, device: torch.device) -> tuple[float, float]:
-    """(bytes kept for the backward pass, seconds of both passes) of one pass in training; no state is changed.
-
-    Args:
-        loss_of: makes the loss, of shape ().
-        model: what it runs through.
-        device: where.
-    """
+    """(bytes kept for the backward pass, seconds of both passes) of one pass in training; no state is changed."""
     kept: dict[int, int] = {}
 
     def count(tensor: torch.Tensor) -> torch.Tensor:
@@ -247,13 +265,7 @@ def measure_pass(loss_of: Callable[[], torch.Tensor], model: nn.Module, device: 
 
 
 def check_deterministic(loss_of: Callable[[], torch.Tensor], model: nn.Module, device: torch.device) -> None:
-    """Raise ValueError where two equal passes in training give other gradients; no state is changed.
-
-    Args:
-        loss_of: makes the loss, of shape ().
-        model: what it runs through.
-        device: where.
-    """
+    """Raise ValueError where two equal passes in training give other gradients; no state is changed."""
     found, why = [], "two equal passes gave other gradients"
     try:
         for _ in range(2):

@@ -44,8 +44,6 @@ from gigapath.evaluation.scores import FloatArray, Predictions, rank_by, scale_o
 from gigapath.evaluation.splits import Fold, keep_manifest
 from gigapath.features import FeatureFileError
 from gigapath.files import write_json_atomic
-from gigapath.finetune import adapters
-from gigapath.finetune.checkpoints import check_same_run, start_of
 from gigapath.finetune.data import Cohort, FileBags, Inputs, Settings, check_folder, prepare, vector_bags
 from gigapath.finetune.fitted import (
     FittedHead,
@@ -54,10 +52,10 @@ from gigapath.finetune.fitted import (
     score_slides,
     slides_csv,
 )
-from gigapath.finetune.heads import CumulativeLogits, VectorHead, cache_states, head_of_task
+from gigapath.finetune.heads import CumulativeLogits, VectorHead, adapt, build_head, cache_states, merge
+from gigapath.finetune.loop import Processes, check_same_run, join_processes, start_of, training_precision
 from gigapath.finetune.options import ModelOptions, TrainingOptions
 from gigapath.finetune.plan import Plan, make_plan
-from gigapath.finetune.processes import Processes, join_processes, training_precision
 from gigapath.finetune.training import (
     ATTENTION,
     MEAN,
@@ -66,7 +64,6 @@ from gigapath.finetune.training import (
     Trainer,
     abmil_options,
     fit_linear,
-    summed_loss,
     task_loss,
     tile_means,
 )
@@ -75,6 +72,7 @@ from gigapath.options import to_dict
 from gigapath.progress import Progress
 from gigapath.read_ahead import read_ahead
 from gigapath.tables import data_frame
+from gigapath.text import in_bytes
 
 RUN = "finetune.json"
 ENCODER = "slide_encoder"  # the folder of the tuned slide encoder alone, in a fold's
@@ -172,13 +170,9 @@ class _Run:
             training = settings.training
             slides = training.batch_size * training.gradient_accumulation * self.processes.world
             self.watch.line(f"Cox: the risk set of a slide is the slides of its step, {slides:,} at most")
-        for line in plan.lines():
-            self.watch.line(line)
         if settings.controls:
             self.watch.line("the controls take additional time")
-        too_large = next(filter(None, self.processes.gather(plan.too_large)), "")
-        if not settings.training.allow_low_memory:
-            plan.check(too_large)
+        plan.tell(self.watch, self.processes, allow_low_memory=settings.training.allow_low_memory)
         if self.dry_run:
             return RunResult({}, [], self.out, {})
         self._check_files()
@@ -315,7 +309,7 @@ class _Run:
             return plan
         encoder.checkpoint_activations = self.checkpointed = True
         way = (
-            f"the largest slide would take {plan.memory / 1e9:.1f} GB: activations are computed again in the backward "
+            f"the largest slide would take {in_bytes(plan.memory)}: activations are computed again in the backward "
             "pass (--checkpoint-activations)"
         )
         plan = plan_of()
@@ -323,11 +317,11 @@ class _Run:
 
     def _model(self, options: ModelOptions, pretrained: str, *, fold: int) -> nn.Module:
         torch.manual_seed(self.settings.training.seed * 1000 + fold)
-        model = head_of_task(self.cohort.task, options, pretrained=pretrained, input_dim=self.width)
+        model: nn.Module = build_head(options, self.cohort.task, pretrained=pretrained, input_dim=self.width)
         if self.checkpointed and hasattr(model, "slide_encoder"):
             model.slide_encoder.set_grad_checkpointing()  # type: ignore[operator,union-attr]
         if options.adapt in ("lora", "last"):
-            adapters.adapt(model.slide_encoder, options)  # type: ignore[arg-type]
+            adapt(model.slide_encoder, options)  # type: ignore[arg-type]
         return model.to(self.processes.device)
 
     def _fold(self, fold: Fold, split: str) -> dict[str, Scores]:
@@ -456,7 +450,7 @@ class _Run:
         trained.to(self.processes.device)
         history = trainer.train(trained, fold, folder, json.loads(json.dumps(tag)))
         if options.adapt == "lora":  # what is scored is what is saved
-            adapters.merge(trained)
+            merge(trained)
         how = default_calibration(task)
         if recipe.calibrate:
             how = fit_calibration(trainer.logits(trained, fold.val), labels.truth[fold.val], task)
@@ -507,11 +501,8 @@ class _Run:
         task, truth = self.cohort.task, self.cohort.joined.labels.truth[fold.train]
         targets = target_scale(task, truth)
         grades = CumulativeLogits() if task.setting == "ordinal" else nn.Identity()
-
-        def loss_of(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-            return summed_loss(grades(logits), target) if task.of_classes else task_loss(logits, truth, task, targets)
-
-        layer = nn.Sequential(fit_linear(train, truth, task.outputs, loss_of), grades)
+        fitted = fit_linear(train, task.outputs, lambda logits: task_loss(grades(logits), truth, task, targets))
+        layer = nn.Sequential(fitted, grades)
         with torch.no_grad():
             of_train, of_test = (layer(torch.from_numpy(vectors)).numpy() for vectors in (train, test))
         how = default_calibration(task) if task.of_classes else fit_scale(task, targets, of_train, truth)

@@ -31,12 +31,11 @@ from gigapath.evaluation.results import (
 )
 from gigapath.evaluation.splits import Fold
 from gigapath.evaluation.task import Task
-from gigapath.finetune import adapters
 from gigapath.finetune.data import Bag, check_folder
-from gigapath.finetune.heads import OneRate
+from gigapath.finetune.heads import OneRate, adapt, merge
+from gigapath.finetune.loop import Processes, join_processes, training_precision
 from gigapath.finetune.options import ModelOptions, TrainingOptions
-from gigapath.finetune.plan import ADAM_BYTES, Plan, free_bytes, measure_cost
-from gigapath.finetune.processes import join_processes, training_precision
+from gigapath.finetune.plan import Plan, foresee, measure_cost
 from gigapath.finetune.training import Trainer
 from gigapath.linear_probe.data import label_tiles, load_data, own_labels, rows_of_table
 from gigapath.linear_probe.embed_tiles import TileSet, embed_tiles, open_tile_set
@@ -171,13 +170,10 @@ def finetune_tiles(
         # The frozen one may hold its weights in half precision.
         whole = load_tile_encoder(tile_encoder, device=training.device, precision="fp32").model.requires_grad_(True)
         tuned = TileClassifier(whole, encoder.transform, encoder.embed_dim, classes)
-        adapters.adapt(tuned.encoder, model)
+        adapt(tuned.encoder, model)
         tuned.to(processes.device)
-        plan = _plan(tuned, counts, len(tile_set), training, precision, processes.device)
-        for line in plan.lines():
-            watch.line(line)
-        if not training.allow_low_memory:
-            plan.check(plan.too_large)
+        plan = _plan(tuned, counts, len(tile_set), training, precision, processes)
+        plan.tell(watch, processes, allow_low_memory=training.allow_low_memory)
         if dry_run:
             return TileTuning({}, [], out)
         table = out / EMBEDDED
@@ -206,7 +202,7 @@ def finetune_tiles(
         tag |= {"tiles": tile_set.identity, "classes": list(data.classes)}
         history = trainer.train(tuned, fold, out, tag)
         if model.adapt == "lora":
-            adapters.merge(tuned)
+            merge(tuned)
         shares = probabilities(trainer.logits(tuned, fold.test), task)
 
         save_tile_encoder(out / ENCODER, encoder, tile_encoder, tuned.encoder, model.adapt)
@@ -264,25 +260,28 @@ def _plan(
     embedded: int,
     training: TrainingOptions,
     precision: str,
-    device: torch.device,
+    processes: Processes,
 ) -> Plan:
     """What the run takes, by two measured passes; the frozen encoder's over `embedded` tiles is the first of it."""
 
     def made(tiles: int) -> Tensor:
         side = model.transform.resize
-        with computing(precision, device):
-            return model.forward_packed(torch.zeros(tiles, side, side, 3, device=device), torch.empty(0), ()).sum()
+        with computing(precision, processes.device):
+            pixels = torch.zeros(tiles, side, side, 3, device=processes.device)
+            return model.forward_packed(pixels, torch.empty(0), ()).sum()
 
-    cost = measure_cost(made, lambda n: 3.0 * n, model, device, PROBED.get(device.type, PROBED["cpu"]))
+    cost = measure_cost(made, lambda n: 3.0 * n, model, processes.device, PROBED)
     batch, each = training.batch_size, {split: max(1, count) for split, count in counts.items()}
-    work = embedded + each[TEST] + training.epochs * (3 * each[TRAIN] + each[VALIDATION])
-    forwards = (embedded + each[TEST] + training.epochs * each[VALIDATION]) / TOGETHER
-    seconds = cost.seconds(training.epochs * -(-each[TRAIN] // batch) + forwards / 3, work)
-    parameters = sum(p.numel() for p in model.parameters())
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    fixed = trained * ADAM_BYTES + 4 * (2 * parameters - trained)  # the frozen encoder stays beside
-    memory, free = int(fixed + cost.kept + cost.kept_per_tile * min(batch, each[TRAIN])), free_bytes(device)
-    ways = "a smaller --batch-size with more --gradient-accumulation" if batch > 1 else "--device to a larger one"
-    about = "tiles: " + ", ".join(f"{count:,} {split}" for split, count in counts.items())
-    too_large = ways if memory > free else ""
-    return Plan(about, trained, parameters, memory, free, seconds, 1, too_large=too_large, largest="pass")
+    forwards = embedded + each[TEST] + training.epochs * each[VALIDATION]
+    return foresee(
+        model,
+        cost,
+        processes,
+        ["tiles: " + ", ".join(f"{count:,} {split}" for split, count in counts.items())],
+        tiles=min(batch, each[TRAIN]),
+        passes=training.epochs * -(-each[TRAIN] // batch) + forwards / TOGETHER / 3,
+        operations=forwards + 3 * training.epochs * each[TRAIN],
+        ways=["a smaller --batch-size with more --gradient-accumulation"] * (batch > 1),
+        beside=4 * sum(p.numel() for p in model.parameters()),  # the frozen encoder
+        largest="pass",
+    )

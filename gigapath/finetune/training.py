@@ -23,12 +23,10 @@ from gigapath.devices import AUTOCAST_TYPES, computing, send
 from gigapath.evaluation.calibration import target_loss
 from gigapath.evaluation.splits import Fold
 from gigapath.evaluation.task import Task
-from gigapath.finetune import checkpoints
 from gigapath.finetune.data import Bag, Bags
 from gigapath.finetune.heads import Packed, pack, pack_on_host
-from gigapath.finetune.loop import Loop, Step, cosine_rate
+from gigapath.finetune.loop import Loop, Processes, Step, resume_training, save_training, set_rates
 from gigapath.finetune.options import TrainingOptions
-from gigapath.finetune.processes import Processes
 from gigapath.progress import Progress
 from gigapath.read_ahead import read_ahead
 
@@ -61,21 +59,23 @@ class Epoch:
     waiting: float
     slides_per_second: float
 
+    def describe(self, epochs: int) -> str:
+        """One line."""
+        val = "" if self.val_loss is None else f", validation loss {self.val_loss:.4f}"
+        return (
+            f"epoch {self.epoch}/{epochs}: training loss {self.train_loss:.4f}{val}, "
+            f"{self.slides_per_second:.2f} slides/s, {self.waiting:.1%} of the time waiting for files"
+        )
+
 
 @dataclass(frozen=True)
 class Trainer:
     """What the training of a fold needs besides the model.
 
     Attributes:
-        task: the classes, and how many tiles of a slide training takes.
         bags: by row.
         truth: (S,) or (S, C), by row; of survival (S, 2) time and event.
         scale: what the loss knows of the training slides, `calibration.target_scale`.
-        options: the recipe.
-        precision: "fp32", "bf16" or "fp16".
-        processes: this one among those of the run.
-        check_stop: called between windows; raises to end the run.
-        watch: receives the news.
         dtype: of the computation where precision is fp32; float64 for tests.
         together: slides of one pass without gradients; what stands for a slide may be a tile image.
     """
@@ -94,38 +94,30 @@ class Trainer:
 
     def train(self, model: nn.Module, fold: Fold, folder: Path, tag: dict[str, Any]) -> list[Epoch]:
         """Train, from the last finished epoch in `folder` if there is one; the model ends with the chosen weights."""
-        options, window = self.options, self.window
+        options, rank = self.options, self.processes.rank
         groups = model.parameter_groups(  # type: ignore[operator]
-            options.learning_rate(window),
+            options.learning_rate(self.window),
             options.weight_decay,
             options.layer_decay,
             published=options.published_layer_decay,
         )
-        optimizer = torch.optim.AdamW(groups)
-        scaler = self.loop.scaler()
-        history: list[Epoch] = []
-        best: dict[str, Tensor] | None = None
-        rank = self.processes.rank
-        kept = checkpoints.resume_training(folder, model, optimizer, scaler, tag=tag, epoch_of=Epoch, rank=rank)
-        if kept is not None:
-            history, best = kept.history, kept.best
+        optimizer, scaler = torch.optim.AdamW(groups), self.loop.scaler()
+        history, best, _, _ = resume_training(folder, model, optimizer, scaler, tag=tag, epoch_of=Epoch, rank=rank)
+        save = partial(save_training, folder, scaler=scaler, tag=tag, history=history)
+        if history:
             self.watch.line(f"fold {fold.number} goes on after epoch {len(history)}")
-
-        def save(optimizer: torch.optim.Optimizer | None, best: dict[str, Tensor] | None) -> None:
-            if rank == 0:
-                checkpoints.save_training(
-                    folder, len(history), model, optimizer, scaler, tag=tag, history=history, best=best
-                )
-
         for epoch in range(len(history), options.epochs):
             history.append(self._epoch(model, optimizer, scaler, fold, epoch))
-            self.watch.line(f"fold {fold.number}, {describe_epoch(history[-1], options.epochs)}")
-            if options.select == "val" and _is_best(history):
+            self.watch.line(f"fold {fold.number}, {history[-1].describe(options.epochs)}")
+            losses = [math.inf if entry.val_loss is None else entry.val_loss for entry in history]
+            if options.select == "val" and losses[-1] == min(losses) and losses.count(losses[-1]) == 1:
                 best = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
-            save(optimizer, best)
-        if best is not None:
+            if rank == 0:
+                save(len(history), model, optimizer, best=best)
+        if best:
             model.load_state_dict(best)
-        save(None, None)  # done: the optimizer's moments, two thirds of the file, are not needed any more
+        if rank == 0:  # done: the optimizer's moments, two thirds of the file, are not needed any more
+            save(len(history), model, None)
         return history
 
     @property
@@ -171,7 +163,7 @@ class Trainer:
             what=what,
             read=partial(self.read, epoch=epoch, dtype=dtype),
             loss_of=self.loss_of,
-            set_rate=partial(set_rates, optimizer, options, self.window),
+            set_rate=partial(set_rates, optimizer, options.learning_rate(self.window), options),
             whole=self.loss_of_risk_set if self.task.loss == "cox" else None,
             after=lambda number, _: self.watch.step(f"{what}: steps", number + 1, len(steps)),
         )
@@ -280,53 +272,22 @@ class Trainer:
         return float(task_loss(logits, self.truth[rows], self.task, self.scale)) / len(rows)
 
 
-def summed_loss(logits: Tensor, truth: Tensor) -> Tensor:
-    """Cross-entropy (truth (B,)) or, for several labels (truth (B, C)), the mean binary one of the labels, summed over
-    the slides."""
-    if truth.ndim == 1:
-        return F.cross_entropy(logits, truth, reduction="sum")
-    entries = F.binary_cross_entropy_with_logits(logits, truth.to(logits.dtype), reduction="none")
-    return entries.mean(dim=1).sum()
-
-
 def task_loss(logits: Tensor, truth: npt.NDArray[Any], task: Task, scale: tuple[float, ...] = ()) -> Tensor:
-    """The loss of a task summed over slides; by Cox they are one risk set.
+    """The loss of a task summed over slides: cross-entropy, of several labels the mean binary one of the labels, or
+    `calibration.target_loss`; by Cox they are one risk set.
 
     Args:
         logits: (B, outputs) of the slides.
         truth: (B,), (B, C), or of survival (B, 2), on the CPU.
         scale: of `calibration.target_scale`.
     """
-    if task.of_classes:
-        return summed_loss(logits, send(torch.as_tensor(truth), logits.device))
-    return target_loss(logits, truth, task, scale)
-
-
-def set_rates(optimizer: torch.optim.Optimizer, options: TrainingOptions, slides: int, epochs_done: float) -> float:
-    """Set every group's rate for this moment and return the head's.
-
-    Linear warm-up from 0, then half a cosine to `min_lr`, at the fraction of epochs that is behind us.
-    """
-    rate = cosine_rate(
-        options.learning_rate(slides), options.min_lr, options.warmup_epochs, options.epochs, epochs_done
-    )
-    for group in optimizer.param_groups:
-        group["lr"] = rate * group["lr_scale"]
-    return rate
-
-
-def describe_epoch(epoch: Epoch, epochs: int) -> str:
-    """One line about an epoch."""
-    val = "" if epoch.val_loss is None else f", validation loss {epoch.val_loss:.4f}"
-    return (
-        f"epoch {epoch.epoch}/{epochs}: training loss {epoch.train_loss:.4f}{val}, "
-        f"{epoch.slides_per_second:.2f} slides/s, {epoch.waiting:.1%} of the time waiting for files"
-    )
-
-
-def _is_best(history: Sequence[Epoch]) -> bool:
-    losses = [math.inf if entry.val_loss is None else entry.val_loss for entry in history]
-    return losses[-1] == min(losses) and losses.count(losses[-1]) == 1
+    if not task.of_classes:
+        return target_loss(logits, truth, task, scale)
+    target = send(torch.as_tensor(truth), logits.device)
+    if target.ndim == 1:
+        return F.cross_entropy(logits, target, reduction="sum")
+    entries = F.binary_cross_entropy_with_logits(logits, target.to(logits.dtype), reduction="none")
+    return entries.mean(dim=1).sum()
 
 
 def abmil_options(options: TrainingOptions, processes: int = 1) -> TrainingOptions:
@@ -349,21 +310,19 @@ def tile_means(bags: Bags, rows: Sequence[int], *, workers: int) -> FloatArray:
     return np.stack([bag.features.mean(axis=0, dtype=np.float64) for bag in bags_of_rows])
 
 
-def fit_linear(
-    vectors: FloatArray,
-    truth: npt.NDArray[Any],
-    outputs: int,
-    loss_of: Callable[[Tensor, Tensor], Tensor] = summed_loss,
-) -> nn.Linear:
-    """Logistic regression (by another loss ridge regression, or Cox with ridge) on standardised vectors, folded into
-    one layer on the vectors as they are.
+def fit_linear(vectors: FloatArray, outputs: int, loss_of: Callable[[Tensor], Tensor]) -> nn.Linear:
+    """Logistic regression (by another loss ridge regression, or Cox with ridge) on standardised vectors (S, D), folded
+    into one layer on the vectors as they are.
 
     The penalty is half the squared weights over the number of slides (C = 1 in scikit-learn's terms); L-BFGS finds the
     one optimum, so that nothing is drawn.
+
+    Args:
+        loss_of: of logits (S, outputs) the loss summed over the slides.
     """
     centre, spread = vectors.mean(axis=0), vectors.std(axis=0)
     spread = np.where(spread > 0, spread, 1.0)
-    inputs, target = torch.from_numpy((vectors - centre) / spread), torch.as_tensor(truth)
+    inputs = torch.from_numpy((vectors - centre) / spread)
     layer = nn.Linear(inputs.shape[1], outputs, dtype=torch.float64)
     nn.init.zeros_(layer.weight)
     nn.init.zeros_(layer.bias)
@@ -373,7 +332,7 @@ def fit_linear(
 
     def closure() -> torch.Tensor:
         solver.zero_grad()
-        loss = (loss_of(layer(inputs), target) + 0.5 * layer.weight.square().sum()) / len(inputs)
+        loss = (loss_of(layer(inputs)) + 0.5 * layer.weight.square().sum()) / len(inputs)
         loss.backward()  # type: ignore[no-untyped-call]
         return loss
 

@@ -19,8 +19,8 @@ from gigapath.features.folders import find_feature_files
 from gigapath.features.h5 import open_h5, read_attrs
 from gigapath.files import atomic_file
 from gigapath.finetune.data import Bag, Bags, FileBags, FileFacts, look_at_all
+from gigapath.finetune.loop import Processes
 from gigapath.finetune.options import JoinOptions
-from gigapath.finetune.processes import Processes
 from gigapath.pretraining.model import Batch
 from gigapath.pretraining.options import CohortOptions, TaskOptions
 from gigapath.read_ahead import read_ahead

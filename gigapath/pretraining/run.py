@@ -9,31 +9,52 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gigapath.cohort.record import versions
 from gigapath.cohort.stage import Ownership
 from gigapath.devices import at_most_threads, computing
 from gigapath.evaluation.plots import plotting_available
 from gigapath.files import read_json, write_bytes_atomic, write_json_atomic, write_text_atomic
-from gigapath.finetune import checkpoints
 from gigapath.finetune.data import KEPT_BYTES, check_folder
-from gigapath.finetune.plan import ADAM_BYTES, free_bytes, made_bag, measure_cost
-from gigapath.finetune.processes import Processes, join_processes, training_precision
+from gigapath.finetune.loop import (
+    MEND,
+    Loop,
+    Processes,
+    Step,
+    check_same_run,
+    join_processes,
+    resume_training,
+    save_training,
+    set_rates,
+    start_of,
+    training_precision,
+)
+from gigapath.finetune.plan import Plan, foresee, made_bag, measure_cost
 from gigapath.machine import available_cores
 from gigapath.options import to_dict
 from gigapath.pretraining.data import Slides, Target, View, Viewer, find_slides, fit_target, open_bags, pack_views
-from gigapath.pretraining.measures import MEAN, Explained, spread_and_rank, without_learning
-from gigapath.pretraining.model import MaskedAutoencoder, build_autoencoder, loss_of_slides
+from gigapath.pretraining.measures import (
+    MEAN,
+    Epoch,
+    Explained,
+    draw_reconstructions,
+    model_card,
+    spread_and_rank,
+    without_learning,
+    write_curves,
+)
+from gigapath.pretraining.model import Batch, build_autoencoder, loss_of_slides
 from gigapath.pretraining.options import CohortOptions, PretrainingOptions, SizeOptions, TaskOptions
-from gigapath.pretraining.outputs import Epoch, draw_reconstructions, model_card, write_curves
-from gigapath.pretraining.training import Training, steps_of
 from gigapath.progress import Progress, Stopped
 from gigapath.read_ahead import read_ahead
 from gigapath.slide_encoder import WEIGHTS_FILE
 from gigapath.tables import csv_text
-from gigapath.text import in_bytes, in_words
+from gigapath.text import in_bytes
+
+IntArray = npt.NDArray[np.int64]
 
 RUN, CARD = "pretrain.json", "model_card.md"
 MEASURED = 200  # validation slides that are measured after each epoch
@@ -107,15 +128,54 @@ def pretrain(
     watch = watch if watch is not None and first else Progress()
     run = _Run(slides, init, cohort, sizes, task, training, out, processes, precision, watch, check_stop)
     with at_most_threads(available_cores()):
-        model = run.prepare()
+        run.prepare()
         if dry_run:
             return None
         with Ownership({out: run.identity} if first else {}):
-            return run(model)
+            return run()
+
+
+def steps_of(
+    slides: Slides, training: PretrainingOptions, processes: Processes, epoch: int, *, shard: bool
+) -> list[Step]:
+    """The steps of an epoch (counted from 0; each has an order of its own), with what this process passes in each;
+    every slide of training comes once. With `shard` each process keeps to its own slides in every epoch."""
+    train, size, world = slides.train, training.batch_size, processes.world
+    if shard:
+        own = np.random.default_rng([training.seed, 3]).permutation(train)
+        orders = [
+            np.random.default_rng([training.seed, 1, epoch, rank]).permutation(own[rank::world])
+            for rank in range(world)
+        ]
+        window = size * training.gradient_accumulation
+        cuts = range(0, max(map(len, orders)), window)
+        steps = [[_chunks(order[cut : cut + window], size) for order in orders] for cut in cuts]
+    else:
+        order = np.random.default_rng([training.seed, 1, epoch]).permutation(train)
+        if training.tokens_per_step is None:
+            window = size * training.gradient_accumulation * world
+            parts = np.split(order, range(window, len(order), window))
+        else:
+            tiles = np.cumsum([slides.facts[row].tiles for row in order])
+            parts = np.split(order, np.flatnonzero(np.diff((tiles - 1) // training.tokens_per_step)) + 1)
+        steps = [[_chunks(part, size)[rank::world] for rank in range(world)] for part in parts]
+    found, behind = [], 0
+    for shares in steps:
+        count = sum(len(chunk) for share in shares for chunk in share)
+        found.append(Step(shares[processes.rank], count, epoch + behind / len(train)))
+        behind += count
+    return found
+
+
+def _chunks(rows: IntArray, size: int) -> list[IntArray]:
+    return [rows[start : start + size] for start in range(0, len(rows), size)]
 
 
 @dataclass
 class _Run:
+    """A run, from the last checkpoint in `out` if there is one: the epochs so far, the start first, the steps of the
+    next that are done, and their loss summed over this process's slides."""
+
     slides: Slides
     init: str
     cohort: CohortOptions
@@ -127,45 +187,43 @@ class _Run:
     precision: str
     watch: Progress
     check_stop: Callable[[], None]
+    history: list[Epoch] = field(default_factory=list)
+    done: int = 0
+    loss: float = 0.0
 
-    def prepare(self) -> MaskedAutoencoder:
-        """The model at its start, and the plan told; ValueError where the run can't be."""
+    def prepare(self) -> None:
+        """Build the model, and tell the plan; ValueError where the run can't be."""
         self.first = self.processes.rank == 0
         if self.first:
-            checkpoints.check_same_run(self.out / RUN, self.identity)
+            check_same_run(self.out / RUN, self.identity)
         for note in self.slides.notes:
             self.watch.line(f"note: {note}")
         torch.manual_seed(self.training.seed)
-        model = build_autoencoder(self.init, self.sizes, in_chans=self.slides.facts[0].width)
-        model.to(self.processes.device)
+        self.model = build_autoencoder(self.init, self.sizes, in_chans=self.slides.facts[0].width)
+        self.model.to(self.processes.device)
         self.viewer = Viewer(self.task, self.training.seed)
-        too_large = next(filter(None, self.processes.gather(self._plan(model))), "")
-        if too_large and not self.training.allow_low_memory:
-            raise ValueError(f"{too_large}, or go on with --allow-low-memory.")
-        return model
+        self._plan().tell(self.watch, self.processes, allow_low_memory=self.training.allow_low_memory)
 
-    def __call__(self, model: MaskedAutoencoder) -> Pretrained:
+    def __call__(self) -> Pretrained:
         """Train, or go on."""
-        workers = self.training.workers
+        training, workers = self.training, self.training.workers
         self.bags = open_bags(self.slides, self.cohort, self.out, self.processes, workers, self.check_stop)
-        self.target = fit_target(
-            self.task.target, self.bags, self.slides.train, seed=self.training.seed, workers=workers
-        )
-        val = np.random.default_rng([self.training.seed, 7]).permutation(self.slides.val)
+        self.target = fit_target(self.task.target, self.bags, self.slides.train, seed=training.seed, workers=workers)
+        val = np.random.default_rng([training.seed, 7]).permutation(self.slides.val)
         self.val: list[int] = val[:MEASURED].tolist()
         baselines = self.processes.gather(self._without_learning() if self.first else {})[0]
         for name, value in baselines.items():
             self.watch.line(f"R2 without learning, {name}: {value:.3f}")
         if self.first:
             self._record(baselines)
-        history = self._train(model)
-        warnings = self._warnings(history, baselines)
+        self._train()
+        warnings = warnings_of(self.history[-1], len(self.val), baselines.get(MEAN, 0.0))
         for warning in warnings:
             self.watch.line(f"warning: {warning}")
         if self.first:
-            card = model_card(read_json(self.out / RUN, keys=(), mend=checkpoints.MEND), history, warnings)
+            card = model_card(read_json(self.out / RUN, keys=(), mend=MEND), self.history, warnings)
             write_text_atomic(self.out / CARD, card)
-        return Pretrained(self.out, history, baselines, warnings)
+        return Pretrained(self.out, self.history, baselines, warnings)
 
     @cached_property
     def identity(self) -> dict[str, Any]:
@@ -183,7 +241,7 @@ class _Run:
 
     @cached_property
     def _weights(self) -> dict[str, str]:
-        return checkpoints.start_of(self.init)
+        return start_of(self.init)
 
     def _record(self, baselines: Mapping[str, float]) -> None:
         """Write what the run is, and which slides it has."""
@@ -214,103 +272,145 @@ class _Run:
         }
         write_json_atomic(self.out / RUN, facts)
 
-    def _plan(self, model: MaskedAutoencoder) -> str:
-        """Say what the run will take; a sentence where the largest pass won't fit."""
-        slides, training = self.slides, self.training
-        counts = np.array([fact.tiles for fact in slides.facts])
+    def _plan(self) -> Plan:
+        slides, training, model, ratio = self.slides, self.training, self.model, self.task.mask_ratio
+        counts, width = np.array([fact.tiles for fact in slides.facts]), slides.facts[0].width
         train = counts[slides.train]
+        # Where the device has a memory of its own, what is read lies beside it.
+        tile, on_cpu = 4 * width, self.processes.device.type == "cpu"
+        largest = int(np.sort(train)[::-1][: training.batch_size].sum())
+        kept = min(KEPT_BYTES, int(train.sum()) * tile) if self.cohort.cache == "none" else 0
         seen = np.maximum(2, np.rint(train * self.task.crop**2)).astype(int)
-        cost = measure_cost(
-            partial(self._made_pass, model),
-            lambda n: 3 * model.operations(n, self.task.mask_ratio),
-            model,
-            self.processes.device,
-        )
-        epoch = sum(3 * model.operations(int(n), self.task.mask_ratio) for n in seen)
-        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        largest = np.sort(train)[::-1][: training.batch_size].sum()
-        memory = int(trained * ADAM_BYTES + cost.kept + cost.kept_per_tile * largest)
-        free = free_bytes(self.processes.device)
-        tile = 4 * slides.facts[0].width
-        if self.processes.device.type == "cpu":  # else what is read lies beside the device's memory
-            memory += int(largest * (training.workers + 2) * tile)  # batches read ahead, in hand, and being made
-            memory += min(KEPT_BYTES, int(train.sum()) * tile) if self.cohort.cache == "none" else 0
+        epoch = sum(3 * model.operations(int(n), ratio) for n in seen)
         size = int(train.sum()) * (tile // 2 if self.cohort.cache == "fp16" else tile)
         in_epoch = len(steps_of(slides, training, self.processes, 0, shard=self.cohort.shard))
-        steps = in_epoch * training.epochs
-        passes = -(-len(train) // training.batch_size)
-        hours = training.epochs * cost.seconds(passes, epoch) / self.processes.world
-        for line in (
-            f"slides: {len(slides.train):,} to train on, {len(slides.val):,} to validate on, of "
-            f"{len(set(slides.patients)):,} patients",
-            f"tiles: {counts.sum():,} (median {int(np.median(counts)):,} a slide, largest {counts.max():,})",
-            f"parameters trained: {trained:,}; an epoch: {epoch:.2g} operations, {in_bytes(size)} to read, "
-            f"{in_epoch:,} steps",
-            f"memory: about {in_bytes(memory)} at the largest pass, {in_bytes(free)} are free",
-            f"time: about {in_words(hours)} for {training.epochs} epochs at the rate measured now, processes: "
-            f"{self.processes.world}",
-        ):
-            self.watch.line(line)
+        advice, steps = [], in_epoch * training.epochs
         if steps < 2 * PLATEAU_STEPS and not self.init:
-            self.watch.line(
+            advice.append(
                 f"note: {steps:,} steps in all; from new weights the loss stays at the slide mean for about "
                 f"{PLATEAU_STEPS}. Set more --epochs or a smaller --batch-size."
             )
-        if memory <= free:
-            return ""
         further = {"none": ["--checkpoint-activations decoder"], "decoder": ["--checkpoint-activations all"]}
         ways = further.get(self.sizes.checkpoint_activations, [])
-        ways += ["a smaller --batch-size"] if training.batch_size > 1 else []
-        return (
-            f"the largest pass won't fit: it takes {in_bytes(memory)}, {in_bytes(free)} are free. Set "
-            f"{', or '.join(ways or ['--device to a larger one'])}"
+        nothing, one = np.zeros(width, np.float32), np.ones(width, np.float32)
+
+        def made(tiles: int) -> Tensor:
+            view = self.viewer.view(made_bag(tiles, width), "made", None)
+            return self._loss_of(model, pack_views([view], Target(nothing, one, nothing)))
+
+        return foresee(
+            model,
+            measure_cost(made, lambda n: 3 * model.operations(n, ratio), model, self.processes.device),
+            self.processes,
+            [
+                f"slides: {len(slides.train):,} to train on, {len(slides.val):,} to validate on, of "
+                f"{len(set(slides.patients)):,} patients",
+                f"tiles: {counts.sum():,} (median {int(np.median(counts)):,} a slide, largest {counts.max():,})",
+                f"an epoch: {epoch:.2g} operations, {in_bytes(size)} to read, {in_epoch:,} steps",
+            ],
+            tiles=largest,
+            passes=training.epochs * -(-len(train) // training.batch_size),
+            operations=training.epochs * epoch,
+            ways=ways + ["a smaller --batch-size"] * (training.batch_size > 1),
+            # Batches that are read ahead, in hand, and being made.
+            beside=largest * (training.workers + 2) * tile + kept if on_cpu else 0,
+            advice=advice,
+            largest="pass",
         )
 
-    def _made_pass(self, model: MaskedAutoencoder, tiles: int) -> Tensor:
-        """The loss of a made slide of so many tiles."""
-        width = self.slides.facts[0].width
-        bag = made_bag(tiles, width)
-        whole = Target(np.zeros(width, np.float32), np.ones(width, np.float32), np.zeros(width, np.float32))
-        batch = pack_views([self.viewer.view(bag, "made", None)], whole).to(self.processes.device)
-        with computing(self.precision, self.processes.device):
-            predicted = model(batch)
-        return loss_of_slides(predicted, batch, self.task.loss).sum()
-
-    def _train(self, model: MaskedAutoencoder) -> list[Epoch]:
-        tag = hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()
-        training = Training(
-            model=model,
-            slides=self.slides,
-            bags=self.bags,
-            viewer=self.viewer,
-            target=self.target,
-            options=self.training,
-            shard=self.cohort.shard,
-            precision=self.precision,
-            processes=self.processes,
-            folder=self.out,
-            tag=tag,
-            watch=self.watch,
-            check_stop=self.check_stop,
-        )
-        history = training.history
-        if history:
-            self.watch.line(f"goes on after epoch {len(history) - 1} and {training.done} steps of the next")
+    def _train(self) -> None:
+        """All epochs that are left; the model ends as it is after the last."""
+        options, bare = self.training, self.model.no_weight_decay()
+        decayed: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad:
+                decayed[name not in bare].append(parameter)
+        groups: list[dict[str, Any]] = [
+            {"params": decayed[True], "weight_decay": options.weight_decay},
+            {"params": decayed[False], "weight_decay": 0.0},
+        ]
+        self.optimizer = torch.optim.AdamW(groups, lr=options.base_lr, betas=(0.9, options.beta2))
+        self.loop = Loop(self.processes, self.precision, options.workers, self.check_stop)
+        self.scaler = self.loop.scaler()
+        self.tag = hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()
+        given = (self.out, self.model, self.optimizer, self.scaler)
+        rank = self.processes.rank
+        self.history, _, self.done, self.loss = resume_training(*given, tag=self.tag, epoch_of=Epoch, rank=rank)
+        if self.history:
+            self.watch.line(f"goes on after epoch {len(self.history) - 1} and {self.done} steps of the next")
         else:
-            history.append(self._measured(model, Epoch(0, 0)))
-            self._tell(history[-1])
-        self._publish(model, history)  # also what a run that was killed between the two had only saved
+            self.history.append(self._measured(Epoch(0, 0)))
+        self._publish()  # also what a run that was killed between the two had only saved
         try:
-            while len(history) <= self.training.epochs:
-                entry = self._measured(model, training.epoch())
-                self._tell(entry)
-                training.close(entry)
-                self._publish(model, history)
+            while len(self.history) <= options.epochs:
+                self.history.append(self._measured(self._epoch()))
+                self.done, self.loss = 0, 0.0
+                self._save()
+                self._publish()
         except Stopped:
             if self.processes.world == 1:  # several may have heard of it between different steps
-                training.save()
+                self._save()
             raise
-        return history
+
+    def _epoch(self) -> Epoch:
+        """Train for the next epoch, or the rest of it; its measures are still to be taken."""
+        number, options = len(self.history), self.training
+        steps = steps_of(self.slides, options, self.processes, number - 1, shard=self.cohort.shard)
+        set_rate = partial(set_rates, self.optimizer, options.base_lr, options)
+        self.model.train()
+        taken = self.loop.run(
+            self.model,
+            self.optimizer,
+            self.scaler,
+            steps[self.done :],
+            what=f"epoch {number}",
+            read=self._read,
+            loss_of=self._loss_of,
+            set_rate=set_rate,
+            clip=options.clip,
+            before=self._before,
+            after=partial(self._after, len(steps)),
+        )
+        return Epoch(
+            number,
+            self.history[-1].steps + len(steps),
+            sum(self.processes.gather(self.loss)) / len(self.slides.train),
+            learning_rate=set_rate(steps[-1].epochs_done),
+            seconds=taken.seconds,
+            waiting=taken.waited / max(taken.seconds, 1e-9),
+        )
+
+    def _read(self, rows: IntArray) -> Batch:
+        epoch = len(self.history) - 1
+        views = [self.viewer.view(self.bags[int(row)], self.slides.ids[row], epoch) for row in rows]
+        batch = pack_views(views, self.target)
+        return batch.pinned() if self.processes.device.type == "cuda" else batch
+
+    def _loss_of(self, model: nn.Module, batch: Batch) -> Tensor:
+        there = batch.to(self.processes.device)
+        with computing(self.precision, self.processes.device):
+            predicted = model(there)
+        return loss_of_slides(predicted, there, self.task.loss).sum()
+
+    def _before(self, number: int) -> None:
+        # Nothing random is carried from one step to the next: a run that goes on draws what an unbroken one draws. Each
+        # process has its own dropout.
+        seeds = np.random.SeedSequence((self.training.seed, self.history[-1].steps + self.done, self.processes.rank))
+        torch.manual_seed(int(seeds.generate_state(1, np.uint64)[0]) >> 1)
+
+    def _after(self, steps: int, number: int, loss: float) -> None:
+        self.done, self.loss = self.done + 1, self.loss + loss
+        self.watch.step(f"epoch {len(self.history)}: steps", self.done, steps)
+        if self.done % self.training.save_steps == 0:
+            self._save()
+
+    def _save(self) -> None:
+        """Write a checkpoint of this moment; all processes call it."""
+        losses = self.processes.gather(self.loss)
+        if self.first:
+            number = self.history[-1].steps + self.done
+            facts: dict[str, Any] = {"tag": self.tag, "history": self.history, "done": self.done, "losses": losses}
+            save_training(self.out, number, self.model, self.optimizer, self.scaler, **facts)
 
     def _whole_view(self, row: int) -> View:
         return self.viewer.view(self.bags[row], self.slides.ids[row], None)
@@ -323,68 +423,62 @@ class _Run:
         views = [self._whole_view(row) for row in self.val[:COMPARED]]
         return without_learning(views, self.target, [self._whole_view(row) for row in some])
 
-    def _measured(self, model: MaskedAutoencoder, entry: Epoch) -> Epoch:
-        """The epoch with its measures on the validation slides, each process taking its share."""
-        if not self.val:
-            return entry
-        processes, device = self.processes, self.processes.device
-        model.eval()
-        explained, losses, vectors = Explained(), [], []
-        mine = self.val[processes.rank :: processes.world]
-        with torch.no_grad():
-            for view in read_ahead(self._whole_view, mine, threads=self.training.workers):
-                self.check_stop()
-                batch = pack_views([view], self.target).to(device)
-                features = torch.from_numpy(np.ascontiguousarray(view.features)).to(device)
-                with computing(self.precision, device):
-                    predicted = model(batch)
-                    vector = model.slide_encoder(features[None], batch.coords[None])[0][0]
-                vectors.append(vector.double().cpu().numpy())
-                losses.append(float(loss_of_slides(predicted, batch, self.task.loss)))
-                said, truth = predicted.double().cpu().numpy(), batch.target.double().cpu().numpy()
-                if self.task.loss == "cosine":  # which leaves their length open: the best one for the slide
-                    said = said * (said * truth).sum() / max(float(np.square(said).sum()), 1e-12)
-                explained.add(truth, said, self.target.centre)
-        parts = processes.gather((explained.left, explained.whole, losses, vectors))
-        whole = Explained(sum(part[0] for part in parts), sum(part[1] for part in parts))
-        every = [loss for part in parts for loss in part[2]]
-        spread, rank = spread_and_rank(np.stack([vector for part in parts for vector in part[3]]))
-        return replace(entry, val_loss=sum(every) / len(every), r2=whole.r2, spread=spread, rank=rank)
+    def _measured(self, entry: Epoch) -> Epoch:
+        """The epoch with its measures on the validation slides, each process taking its share; it is told."""
+        if self.val:
+            processes, device, model = self.processes, self.processes.device, self.model.eval()
+            explained, losses, vectors = Explained(), [], []
+            mine = self.val[processes.rank :: processes.world]
+            with torch.no_grad():
+                for view in read_ahead(self._whole_view, mine, threads=self.training.workers):
+                    self.check_stop()
+                    batch = pack_views([view], self.target).to(device)
+                    features = torch.from_numpy(np.ascontiguousarray(view.features)).to(device)
+                    with computing(self.precision, device):
+                        predicted = model(batch)
+                        vector = model.slide_encoder(features[None], batch.coords[None])[0][0]
+                    vectors.append(vector.double().cpu().numpy())
+                    losses.append(float(loss_of_slides(predicted, batch, self.task.loss)))
+                    said, truth = predicted.double().cpu().numpy(), batch.target.double().cpu().numpy()
+                    if self.task.loss == "cosine":  # which leaves their length open: the best one for the slide
+                        said = said * (said * truth).sum() / max(float(np.square(said).sum()), 1e-12)
+                    explained.add(truth, said, self.target.centre)
+            parts = processes.gather((explained.left, explained.whole, losses, vectors))
+            whole = Explained(sum(part[0] for part in parts), sum(part[1] for part in parts))
+            every = [loss for part in parts for loss in part[2]]
+            spread, rank = spread_and_rank(np.stack([vector for part in parts for vector in part[3]]))
+            entry = replace(entry, val_loss=sum(every) / len(every), r2=whole.r2, spread=spread, rank=rank)
+        self.watch.line(entry.describe(self.training.epochs))
+        return entry
 
-    def _warnings(self, history: Sequence[Epoch], baselines: Mapping[str, float]) -> list[str]:
-        last, found = history[-1], []
-        if last.r2 is None or last.rank is None or last.spread is None:
-            return []
-        if len(self.val) >= 8 and (last.rank < LEAST_RANK or last.spread < LEAST_SPREAD):
-            found.append(
-                f"the embeddings of the validation slides have collapsed: effective rank {last.rank:.1f}, spread "
-                f"{last.spread:.4f} of their size. Lower --base-lr, or raise --mask-ratio."
-            )
-        if last.r2 < baselines[MEAN] + GAIN:
-            found.append(
-                f"hidden tiles are predicted no better (R2 {last.r2:.3f}) than by the mean of the visible ones "
-                f"({baselines[MEAN]:.3f}): nothing of the arrangement is learned. Train for more steps, raise "
-                "--base-lr, or lower --shift."
-            )
-        return found
-
-    def _publish(self, model: MaskedAutoencoder, history: Sequence[Epoch]) -> None:
+    def _publish(self) -> None:
         """Write the weights, the curves and the pictures of the last epoch."""
         if not self.first:
             return
-        if history[-1].epoch:
-            model.slide_encoder.save_pretrained(self.out)
-        write_curves(self.out, history)
+        if self.history[-1].epoch:
+            self.model.slide_encoder.save_pretrained(self.out)
+        write_curves(self.out, self.history)
         rows = self.val[:3]
         if rows and plotting_available():
             views = [self._whole_view(row) for row in rows]
-            picture = draw_reconstructions(model, views, self.target, [self.slides.ids[row] for row in rows])
+            picture = draw_reconstructions(self.model, views, self.target, [self.slides.ids[row] for row in rows])
             write_bytes_atomic(self.out / "reconstructions.png", picture)
 
-    def _tell(self, last: Epoch) -> None:
-        r2 = "" if last.r2 is None else f", R2 of hidden validation tiles {last.r2:.3f}, effective rank {last.rank:.1f}"
-        if last.epoch == 0:
-            self.watch.line(f"start: nothing trained yet{r2}")
-        else:
-            waiting = f"{last.waiting:.1%} of the time waiting for files"
-            self.watch.line(f"epoch {last.epoch}/{self.training.epochs}: loss {last.train_loss:.4f}{r2}, {waiting}")
+
+def warnings_of(last: Epoch, measured: int, slide_mean: float) -> list[str]:
+    """What is wrong with a training, by its last epoch on so many validation slides, and the R2 of the slide mean."""
+    if last.r2 is None or last.rank is None or last.spread is None:
+        return []
+    found = []
+    if measured >= 8 and (last.rank < LEAST_RANK or last.spread < LEAST_SPREAD):
+        found.append(
+            f"the embeddings of the validation slides have collapsed: effective rank {last.rank:.1f}, spread "
+            f"{last.spread:.4f} of their size. Lower --base-lr, or raise --mask-ratio."
+        )
+    if last.r2 < slide_mean + GAIN:
+        found.append(
+            f"hidden tiles are predicted no better (R2 {last.r2:.3f}) than by the mean of the visible ones "
+            f"({slide_mean:.3f}): nothing of the arrangement is learned. Train for more steps, raise --base-lr, or "
+            "lower --shift."
+        )
+    return found

@@ -18,10 +18,9 @@ from gigapath.devices import resolve_device
 from gigapath.evaluation.task import Task
 from gigapath.features.data import CELL
 from gigapath.finetune.data import Bag, FileBags, look_at_all
-from gigapath.finetune.loop import Step, StepsTaken
+from gigapath.finetune.loop import Processes, Step, StepsTaken, training_precision
 from gigapath.finetune.options import JoinOptions, TrainingOptions
 from gigapath.finetune.plan import operations
-from gigapath.finetune.processes import Processes, training_precision
 from gigapath.finetune.training import Trainer
 from gigapath.options import Options, option
 from scripts.bench.protocol import Work, compare, product

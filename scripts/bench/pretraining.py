@@ -18,9 +18,8 @@ from gigapath.evaluation.intervals import evaluate
 from gigapath.evaluation.scores import Predictions
 from gigapath.features.data import CELL
 from gigapath.finetune.data import Bag
-from gigapath.finetune.loop import Loop
+from gigapath.finetune.loop import Loop, Processes, training_precision
 from gigapath.finetune.plan import measure_pass
-from gigapath.finetune.processes import Processes, training_precision
 from gigapath.options import Options, option
 from gigapath.pretraining.data import Target, Viewer, pack_views
 from gigapath.pretraining.model import build_autoencoder, loss_of_slides
