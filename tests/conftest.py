@@ -13,6 +13,8 @@ import pytest
 from gigapath.progress import Progress
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+if not Path("/dev/nvidiactl").exists():  # no GPU: Triton, once imported, interprets its kernels
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 REPOSITORY = Path(__file__).parent.parent
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from named_tensors import PANDA, Waits, named_tensors_work, on_cuda
+from named_tensors import PANDA, Waits, named_tensors_work, norms_of, on_cuda
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from gigapath.embedding.slide_encoding import load_slide_encoder
@@ -40,7 +40,8 @@ def test_the_counter_sees_what_waits() -> None:
 
 @on_names
 @pytest.mark.parametrize("lengths", [(10_001,), (4_001,) * 8, tuple(count + 1 for count in PANDA)])
-def test_a_layer_never_waits(lengths: tuple[int, ...]) -> None:
+def test_a_layer_never_waits(lengths: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    norms_of(monkeypatch, one_pass=False)
     config = LongNetConfig(depth=1)
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), use_kernel("cuda-flash"):
         layer = on_cuda(EncoderLayer(config, 0)).eval()

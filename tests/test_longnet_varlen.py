@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from named_tensors import PANDA, Operations, named_tensors_work, on_cuda
+from named_tensors import PANDA, Operations, named_tensors_work, norms_of, on_cuda
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves
@@ -176,10 +176,12 @@ def test_a_faulty_operation_is_refused(operation, faulty) -> None:
 
 @pytest.mark.skipif(not named_tensors_work(), reason="this torch asks for a driver")
 @pytest.mark.parametrize("lengths", [(10_001,), (4_001,) * 8, tuple(count + 1 for count in PANDA)])
+@pytest.mark.parametrize(("one_pass", "most"), [(False, 55), (True, 54)])
 def test_a_layer_takes_the_same_few_launches_for_one_slide_and_for_thirty(
-    lengths: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+    lengths: tuple[int, ...], one_pass: bool, most: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     varlen.lay_out.cache_clear()
+    norms_of(monkeypatch, one_pass=one_pass)
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), use_kernel("cuda-varlen"):
         layer = on_cuda(EncoderLayer(LongNetConfig(depth=1), 0)).eval()
         x = torch.empty(1, sum(lengths), 768, dtype=torch.bfloat16, device="cuda")
@@ -190,7 +192,7 @@ def test_a_layer_takes_the_same_few_launches_for_one_slide_and_for_thirty(
     varlen.lay_out.cache_clear()
     assert counted.seen["_flash_attention_forward"] == len(RELEASED)
     assert counted.found == {}, "nothing waits"
-    assert sum(counted.seen.values()) <= 60
+    assert sum(counted.seen.values()) <= most
 
 
 # What a layer dispatches in training, forwards and backwards of the attention; more would be launches come back.
@@ -273,8 +275,12 @@ BYTES_BEFORE = 2_187_000_000
 
 
 @pytest.mark.skipif(not named_tensors_work(), reason="this torch asks for a driver")
-def test_a_layer_moves_fewer_bytes_than_block_by_block(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("one_pass", "share"), [(False, 0.77), (True, 0.39)])
+def test_a_layer_moves_fewer_bytes_than_block_by_block(
+    one_pass: bool, share: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
     varlen.lay_out.cache_clear()
+    norms_of(monkeypatch, one_pass=one_pass)
     with torch.device("meta"):
         layer = EncoderLayer(LongNetConfig(depth=1), 0).eval()
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), use_kernel("cuda-varlen"):
@@ -290,4 +296,4 @@ def test_a_layer_moves_fewer_bytes_than_block_by_block(monkeypatch: pytest.Monke
             torch.set_autocast_enabled("cuda", False)
             torch.clear_autocast_cache()
     varlen.lay_out.cache_clear()
-    assert counted.bytes <= 0.77 * BYTES_BEFORE and counted.found == {}
+    assert counted.bytes <= share * BYTES_BEFORE and counted.found == {}

@@ -25,6 +25,7 @@ from gigapath.findings import NOTE, OK, WRONG, Finding
 from gigapath.hub import ask_in_time, hub_error
 from gigapath.longnet.attention import find_fault
 from gigapath.longnet.kernels import candidates
+from gigapath.longnet.norm import DEVICES, TOLERANCES, find_one_pass
 from gigapath.machine import available_cores, available_memory
 from gigapath.releases import RELEASES, SLIDE_FILE, TILE_FILE
 
@@ -162,6 +163,13 @@ def check_kernels() -> list[Finding]:
             facts = {"device": name, "dtype": str(dtype).removeprefix("torch."), "head_dim": width, "kernel": kernel}
             text = f"{where}: {kernel} ({reason})"
             found.append(Finding(f"kernel-{facts['dtype']}-{width}", text, advice, NOTE if plain else OK, facts))
+        if dtype in TOLERANCES and name in DEVICES:
+            one_pass = find_one_pass(device, torch.float32, dtype, torch.float32, 768, False) is not None
+            text = f"{name}, {str(dtype).removeprefix('torch.')}: layer norms " + (
+                "take one pass" if one_pass else "are PyTorch's own"
+            )
+            advice = "" if one_pass else "slower, and equal within rounding; Triton needs a C compiler such as gcc."
+            found.append(Finding(f"norms-{dtype}".replace("torch.", ""), text, advice, OK if one_pass else NOTE))
     return found
 
 

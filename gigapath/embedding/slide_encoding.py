@@ -22,6 +22,7 @@ from gigapath.file_names import plain_name
 from gigapath.files import remembered_sha256
 from gigapath.longnet.attention import choose_kernel
 from gigapath.longnet.linear import between_steps
+from gigapath.longnet.norm import choose_one_pass
 from gigapath.releases import RELEASES, check_encoder, release_of
 from gigapath.slide_encoder import WEIGHTS_FILE, LongNetViT, create_model
 from gigapath.weights import find_weights, load_state_dict, tell_architecture
@@ -81,6 +82,7 @@ class SlideEncoder:
             "revision": release.revision if release else None,
             "precision": self.precision,
             "attention_kernel": self.kernel,
+            "one_pass_norms": self._norms_take_one_pass(),
         }
 
     @property
@@ -92,6 +94,13 @@ class SlideEncoder:
         attention: Any = self.model.encoder.layers[0].self_attn
         q = torch.empty((1, attention.num_heads, 1, attention.head_dim), device=self.device, dtype=dtype)
         return choose_kernel(q).name
+
+    def _norms_take_one_pass(self) -> bool:
+        if self.model is None:
+            return False
+        norm: Any = self.model.encoder.layers[0].self_attn_layer_norm
+        with computing(self.precision, self.device):
+            return choose_one_pass(norm, norm.weight, norm.weight.dtype, gelu=False) is not None
 
     def at(self, precision: str) -> "SlideEncoder":
         """The same encoder in another precision, one of a `Recipe`."""

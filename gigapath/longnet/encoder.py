@@ -24,6 +24,7 @@ from gigapath.longnet import dilated
 from gigapath.longnet.config import LongNetConfig
 from gigapath.longnet.dilated import dilated_attention
 from gigapath.longnet.linear import Linear, bfloat16_pays, gelu_in_float32, next_step
+from gigapath.longnet.norm import choose_one_pass, normalize, product_dtype
 
 Lengths = tuple[int, ...]
 
@@ -134,7 +135,7 @@ class SelfAttention(nn.Module):
             attended = self.inner_attn_ln(attended)
         else:
             for part in row_parts(attended):
-                part.copy_(self.inner_attn_ln(part))
+                part.copy_(normalize(self.inner_attn_ln, part))
         out: Tensor = self.out_proj(attended)
         return out
 
@@ -157,11 +158,13 @@ class FeedForward(nn.Module):
 
     def add_to(self, x: Tensor, norm: nn.Module) -> None:
         """Add this network's answer on norm(x) to x (..., D) in place, a few rows at a time."""
-        fc1 = self.fc1.product(x, gelu=True)
+        # The GELU goes along with the product before it or, where one pass serves, with the norm behind it.
+        late = choose_one_pass(self.ffn_layernorm, x, product_dtype(x), gelu=True) is not None
+        fc1 = self.fc1.product(x, gelu=not late)
         fc2 = self.fc2.product(x)
         for part in row_parts(x):
             next_step()
-            part.add_(fc2(self.ffn_layernorm(fc1(norm(part)))))
+            part.add_(fc2(normalize(self.ffn_layernorm, fc1(normalize(norm, part)), gelu=late)))
 
 
 class EncoderLayer(nn.Module):
@@ -245,7 +248,7 @@ class EncoderLayer(nn.Module):
         """The layer without autograd: nothing lives longer than it must, residuals are added in place, and the
         feed-forward network runs in parts that stay in cache. Nobody else holds the tensors that change:
         `_is_watched` rules that out."""
-        qkv = self.self_attn.project(self.self_attn_layer_norm(x))
+        qkv = self.self_attn.project(normalize(self.self_attn_layer_norm, x))
         attended = self.self_attn.attend(qkv, lengths, x.shape)
         # Autocast gives another dtype, and the sum has the strides of x then.
         x = attended.add_(x) if attended.dtype == x.dtype else (x + attended).contiguous()
