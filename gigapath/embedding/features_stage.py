@@ -193,6 +193,7 @@ class FeatureStage(Stage):
         self.run.watch.busy(shares)
 
 
+@dataclass(slots=True, eq=False)
 class StreamedSlide:
     """A slide on its way through the stream, which finds out about it before its turn to be written comes.
 
@@ -201,24 +202,21 @@ class StreamedSlide:
     `problem` what is wrong with it, for the stage to raise.
     """
 
-    __slots__ = ("_opened", "_stage", "_start", "entry", "kept", "problem", "reading", "statuses", "tiles", "vectors")
-
-    def __init__(self, stage: FeatureStage, entry: SlideEntry) -> None:
-        self.entry = entry
-        self.statuses: list[Status] = []
-        self.tiles: Tiles | None = None
-        self.kept: KeptRows | None = None
-        self.reading: dict[str, str] = {}
-        self.problem: Exception | None = None
-        self.vectors: SlideVectors | None = None
-        self._stage = stage
-        self._opened: Slide | None = None
-        self._start = 0
+    stage: FeatureStage
+    entry: SlideEntry
+    statuses: list[Status] = field(default_factory=list)
+    tiles: Tiles | None = None
+    kept: KeptRows | None = None
+    reading: dict[str, str] = field(default_factory=dict)
+    problem: Exception | None = None
+    vectors: SlideVectors | None = None
+    _opened: Slide | None = None
+    _start: int = 0
 
     def prepare(self) -> None:
         """Tile the slide where that is to do, and open it where its tiles are to be embedded; called from the planner's
         thread, so that the slide before is read meanwhile."""
-        stage = self._stage
+        stage = self.stage
         if isinstance(stage.tiles, TileStage):
             self.statuses = stage.run.through([stage.tiles], self.entry)
         if any(not status.finished for status in self.statuses) or stage.done(self.entry) is not None:
@@ -246,9 +244,9 @@ class StreamedSlide:
         thread."""
         if self._opened is None or self.tiles is None or self.problem is not None:
             return
-        transform = self._stage.encoder.transform
+        transform = self.stage.encoder.transform
         fit = None if transform.fits(self.tiles.tile_size) else transform.fit
-        read_into(self._opened, self.tiles, take, fit=fit, workers=self._stage.workers, start=self._start)
+        read_into(self._opened, self.tiles, take, fit=fit, workers=self.stage.workers, start=self._start)
 
     def close(self) -> None:
         """Let go of the slide's file."""

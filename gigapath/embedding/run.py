@@ -13,7 +13,7 @@ from gigapath.devices import at_most_threads, device_identity, resolve_devices
 from gigapath.embedding.features_stage import EmbedJob, FeatureStage
 from gigapath.embedding.forward import DeviceProbe, fitting_batch_size, probe_devices
 from gigapath.embedding.options import EmbedOptions, RunOptions
-from gigapath.embedding.slide_encoding import SlideEncoder, load_slide_encoder
+from gigapath.embedding.slide_encoding import SlideEncoder, encoder_facts, load_slide_encoder
 from gigapath.embedding.slide_stage import SlideStage, slides_folder
 from gigapath.embedding.slides import chosen, cohort_to_embed, estimate_tiles, share_in_words
 from gigapath.embedding.tiling import GivenTiles, TileStage, write_contact_sheet
@@ -238,17 +238,11 @@ def _job(
 def _facts(job: EmbedJob) -> dict[str, object]:
     """What the run's record says of the encoders."""
     features, encoder = job.features, job.features.encoder
-    release = RELEASES.get(encoder.name)
     facts: dict[str, object] = {
         "device": _device_name(features.encoders),
         "workers": features.workers,
         "tile_encoder": {
-            "name": encoder.name,
-            "description": encoder.description,
-            "trained": encoder.trained,
-            "weights_sha256": encoder.weights_sha256,
-            "repository": release.repo if release else None,
-            "revision": release.revision if release else None,
+            **encoder_facts(encoder),
             "transform": encoder.transform_name,
             "precision": encoder.precision,
             "batch_size": features.batch_size,

@@ -25,6 +25,7 @@ from gigapath.longnet.linear import between_steps
 from gigapath.longnet.norm import choose_one_pass
 from gigapath.releases import RELEASES, check_encoder, release_of
 from gigapath.slide_encoder import WEIGHTS_FILE, LongNetViT, create_model
+from gigapath.tile_encoder import TileEncoder
 from gigapath.weights import find_weights, load_state_dict, tell_architecture
 
 # Gets the number of layers that are through, and of all.
@@ -72,18 +73,8 @@ class SlideEncoder:
     @property
     def facts(self) -> dict[str, Any]:
         """What a run's record says of the encoder."""
-        release = RELEASES.get(self.name)
-        return {
-            "name": self.name,
-            "description": self.description,
-            "trained": self.trained,
-            "weights_sha256": self.weights_sha256,
-            "repository": release.repo if release else None,
-            "revision": release.revision if release else None,
-            "precision": self.precision,
-            "attention_kernel": self.kernel,
-            "one_pass_norms": self._norms_take_one_pass(),
-        }
+        own = {"precision": self.precision, "attention_kernel": self.kernel}
+        return {**encoder_facts(self), **own, "one_pass_norms": self._norms_take_one_pass()}
 
     @property
     def kernel(self) -> str | None:
@@ -219,6 +210,19 @@ class SlideEncoder:
             "default_class": default[None, 1],
         }
         return {name: value.float() for name, value in pooled.items()}
+
+
+def encoder_facts(encoder: SlideEncoder | TileEncoder) -> dict[str, Any]:
+    """What a run's record says of an encoder of either kind."""
+    release = RELEASES.get(encoder.name)
+    return {
+        "name": encoder.name,
+        "description": encoder.description,
+        "trained": encoder.trained,
+        "weights_sha256": encoder.weights_sha256,
+        "repository": release.repo if release else None,
+        "revision": release.revision if release else None,
+    }
 
 
 def pooled_states(

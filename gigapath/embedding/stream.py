@@ -105,6 +105,7 @@ class Batch:
     untaken: int = 0
 
 
+@dataclass(slots=True, eq=False)  # a cohort's slides are all submitted at once: 171,189 of these should stay small
 class SlideVectors:
     """The vectors of one slide on their way; made by `TileStream.submit`.
 
@@ -115,21 +116,16 @@ class SlideVectors:
     that are `ready` with their vectors.
     """
 
-    # A cohort's slides are all submitted at once: 171,189 of these should stay small.
-    __slots__ = (
-        *("source", "prepared", "unprepared", "all_read", "problem", "over", "on_the_way", "ready"),
-        *("encoding_since", "_stream"),
-    )
-
-    def __init__(self, source: Any, stream: "TileStream") -> None:
-        self.encoding_since: float | None = None
-        self.source = source
-        self.prepared = self.all_read = self.over = False
-        self.unprepared: BaseException | None = None
-        self.problem: BaseException | None = None
-        self.on_the_way = 0
-        self.ready: list[tuple[Part, Vectors]] = []
-        self._stream = stream
+    source: Any
+    _stream: "TileStream"
+    encoding_since: float | None = None
+    prepared: bool = False
+    unprepared: BaseException | None = None
+    all_read: bool = False
+    problem: BaseException | None = None
+    over: bool = False
+    on_the_way: int = 0
+    ready: list[tuple[Part, Vectors]] = field(default_factory=list)
 
     def wait_prepared(self) -> None:
         """Wait until the slide is prepared; raises what went wrong with that."""

@@ -524,13 +524,7 @@ def _positive(value: Any) -> float | None:
 # ------------------------------------------------------------------------------------------------- what a file is
 
 _TOOLS = {
-    "gigapath": "gigapath",
-    "trident": "TRIDENT",
-    "clam": "CLAM",
-    "mussel": "Mussel",
-    "stamp": "STAMP",
-    "slide2vec": "slide2vec",
-    "slideflow": "slideflow",
+    **{"trident": "TRIDENT", "clam": "CLAM", "mussel": "Mussel", "stamp": "STAMP"},
     "published": "the published fine-tuning code (or another tool that writes no attributes)",
     "unknown": "an unknown tool",
 }
@@ -619,44 +613,33 @@ def _grid_facts(held: Contents) -> dict[str, Any]:
 def description_in_words(description: dict[str, Any]) -> list[str]:
     """A description as sentences, one a line."""
     known = {name: value for name, value in description.items() if value is not None}
-    tool = _TOOLS.get(known["tool"], known["tool"])
     version = f" {known['tool_version']}" if "tool_version" in known else ""
-    lines = [f"{known['file']}: {known['kind']} of slide {known['slide_id']}, written by {tool}{version}."]
-    size = [f"{known['tiles']:,} tiles"] if "tiles" in known else []
-    if "width" in known:
-        size.append(f"{known['width']} values each, {known['dtype']}")
-    lines.append(f"{'; '.join(size)}.")
+    tool = f"{_TOOLS.get(known['tool'], known['tool'])}{version}"
+    sizes = [f"{known['tiles']:,} tiles"] if "tiles" in known else []
+    encoders, places, cells = [], [], []
     if "dtype" in known:
-        lines.append(_of_the_encoder(known))
+        sizes += [f"{known['width']} values each, {known['dtype']}"]
+        encoders = [f"tile encoder: {known.get('encoder', 'not stated')}"]
+        if "weights_sha256" in known:
+            encoders.append(f"weights sha256 {str(known['weights_sha256'])[:12]}")
+        if "slide_encoder" in known:
+            trained = {True: "trained", False: "untrained"}.get(known.get("trained", ""), "not said whether trained")
+            name = f"{known['slide_encoder']}, {trained}"
+            encoders.append(f"slide encoder: {'none, the mean of the tiles' if name.startswith('mean,') else name}")
+        encoders.append(f"precision {known.get('precision', 'not stated')}")
     if "frame" in known:
-        lines += _of_the_places(known)
-    if "embeddings" in known:
-        lines.append(f"Embeddings: {', '.join(known['embeddings'])}.")
-    numerics = [f"numerics version {known['numerics_version']}"] if "numerics_version" in known else []
-    lines.append("; ".join([*numerics, "complete" if known.get("complete") else "no mark of completeness"]) + ".")
-    lines[-1] = lines[-1][0].upper() + lines[-1][1:]
-    return [*lines, *(f"Warning: {warning}" for warning in known["warnings"])]
-
-
-def _of_the_encoder(known: dict[str, Any]) -> str:
-    parts = [f"Tile encoder: {known.get('encoder', 'not stated')}"]
-    if "weights_sha256" in known:
-        parts.append(f"weights sha256 {str(known['weights_sha256'])[:12]}")
-    if "slide_encoder" in known:
-        trained = {True: "trained", False: "untrained"}.get(known.get("trained", ""), "not said whether trained")
-        plain = known["slide_encoder"] == "mean"
-        name = "none, the mean of the tiles" if plain else f"{known['slide_encoder']}, {trained}"
-        parts.append(f"slide encoder: {name}")
-    parts.append(f"precision {known.get('precision', 'not stated')}")
-    return "; ".join(parts) + "."
-
-
-def _of_the_places(known: dict[str, Any]) -> list[str]:
-    step = f"tiles {known['step']:g} apart" if "step" in known else "how far apart the tiles lie is not stated"
-    mpp = f"{known['mpp']:g} microns per pixel; " if "mpp" in known else ""
-    lines = [f"{mpp}coordinates in {known['unit']}, {step}."]
-    lines[0] = lines[0][0].upper() + lines[0][1:]
+        step = f"tiles {known['step']:g} apart" if "step" in known else "how far apart the tiles lie is not stated"
+        places = [f"{known['mpp']:g} microns per pixel"] if "mpp" in known else []
+        places.append(f"coordinates in {known['unit']}, {step}")
     if "columns" in known:
         (left, right), (top, bottom) = known["columns"], known["rows"]
-        lines.append(f"Columns {left} to {right}, rows {top} to {bottom}; stored in {known['order']} order.")
-    return lines
+        cells = [f"columns {left} to {right}, rows {top} to {bottom}", f"stored in {known['order']} order"]
+    vectors = [f"embeddings: {', '.join(known['embeddings'])}"] if "embeddings" in known else []
+    state = [f"numerics version {known['numerics_version']}"] if "numerics_version" in known else []
+    state.append("complete" if known.get("complete") else "no mark of completeness")
+    sentences = ["; ".join(parts) for parts in (sizes, encoders, places, cells, vectors, state) if parts]
+    return [
+        f"{known['file']}: {known['kind']} of slide {known['slide_id']}, written by {tool}.",
+        *(f"{sentence[0].upper()}{sentence[1:]}." for sentence in sentences),
+        *(f"Warning: {warning}" for warning in known["warnings"]),
+    ]

@@ -5,9 +5,7 @@ Places are what becomes of a tile's coordinates before the encoder divides by 25
 of tile embeddings.
 """
 
-import csv
 import dataclasses
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +18,7 @@ from gigapath.features.cells import flat_json
 from gigapath.features.data import CELL, FRAMES, Array, FeatureFileError, TileEmbeddings
 from gigapath.features.gigapath_file import read_slide, stage_of
 from gigapath.features.h5 import as_number, open_h5, read_attrs, read_dataset
+from gigapath.features.tables import read_table
 from gigapath.files import small_json, visible_files
 
 ORDERS = ("file", "row-major", "column-major")
@@ -154,15 +153,8 @@ def _read(path: Path) -> tuple[dict[str, Array], dict[str, Any]]:
     if path.suffix == ".h5":
         return _read_h5(path)
     if path.suffix == ".csv":
-        with path.open(newline="", encoding="utf-8") as file:
-            rows = list(csv.DictReader(file))
-        columns = [name for name in rows[0] if name.removeprefix("e").isdigit()] if rows else []
-        if not columns or "slide_id" not in rows[0]:
-            raise FeatureFileError(
-                f"{path.name}: expected the columns slide_id, e0, e1, ..., as a table of `gigapath convert` has."
-            )
-        table = {row["slide_id"]: np.array([row[name] for name in columns], dtype=np.float32) for row in rows}
-        return table, {"tool": "gigapath", **{name: value for name, value in rows[0].items() if name in _STATED}}
+        attrs, table = read_table(path)
+        return table, {"tool": "gigapath", **attrs}
     sidecar = flat_json(small_json(path.with_name(f"{path.stem}.meta.json")) or {})
     stated = {"tool": "slide2vec", **sidecar} if sidecar else {}
     if path.suffix == ".npy":
@@ -171,8 +163,8 @@ def _read(path: Path) -> tuple[dict[str, Array], dict[str, Any]]:
         return _one(path, read_tensor(path)), stated
     held = read_npz(path)
     if {"slide_ids", "vectors"} <= set(held):
-        attrs = json.loads(str(held["attrs"])) if "attrs" in held else {}
-        return dict(zip(map(str, held["slide_ids"]), held["vectors"], strict=True)), {"tool": "gigapath", **attrs}
+        attrs, table = read_table(path)
+        return table, {"tool": "gigapath", **attrs}
     if "features" in held:
         return _one(path, held["features"]), stated
     return {name: vector for name, vector in held.items() if vector.ndim == 1}, stated

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from gigapath.features.arrays import read_npz
 from gigapath.features.data import FRAMES, Array, Attrs, FeatureFileError, TileEmbeddings, parse_embedding
 from gigapath.features.gigapath_file import read_slide
 from gigapath.features.h5 import open_h5, read_attr
@@ -118,16 +119,21 @@ def export_table(
         raise ValueError(f"--to: expected a file ending in {', '.join(TABLE_FORMATS)}, got {to.name!r}.")
     name = str(parse_embedding(embedding))
     instead = "Write it to another file, or put it in place of that one with --overwrite."
-    before = None if overwrite or not to.exists() else _table_of(to)
-    if before is not None and before[0] != name:
-        raise ValueError(
-            f"{to.name}: expected the embedding that the table holds, got another: --embedding {before[0]} -> {name}. "
-            + instead
-        )
+    before = None
+    if to.exists() and not overwrite:
+        try:
+            attrs, before = read_table(to)
+        except FeatureFileError as error:
+            raise ValueError(f"{to.name}: a file that is no table of slide vectors has that name. {instead}") from error
+        if attrs["embedding"] != name:
+            raise ValueError(
+                f"{to.name}: expected the embedding that the table holds, got another: --embedding "
+                f"{attrs['embedding']} -> {name}. {instead}"
+            )
     ids, vectors, slides = _gather(folder, embedding, allow_mixed=allow_mixed)
     if before is not None:
         now = dict(zip(ids, vectors, strict=True))
-        other = [slide for slide, held in before[1].items() if slide not in now or not np.array_equal(held, now[slide])]
+        other = [slide for slide, held in before.items() if slide not in now or not np.array_equal(held, now[slide])]
         if other:
             raise ValueError(
                 f"{to.name}: it holds {slides_in_words(len(other))} ({other[0]}) that this one lacks or has changed. "
@@ -146,30 +152,32 @@ def export_table(
     return vectors.shape[0], vectors.shape[1]
 
 
-def _table_of(path: Path) -> tuple[str, dict[str, Array]]:
-    """The name of the embedding that an exported table holds, and its vectors by slide; ValueError for another file,
-    ImportError of parquet without pandas and pyarrow."""
+def read_table(path: Path) -> tuple[dict[str, Any], dict[str, Array]]:
+    """What an exported table says of its vectors (`embedding`, its name, among it), and the vectors by slide;
+    FeatureFileError for another file, ImportError of parquet without pandas and pyarrow."""
+    ids: Any
     try:
         if path.suffix == ".npz":
-            with np.load(path, allow_pickle=False) as held:
-                name, ids, vectors = json.loads(str(held["attrs"]))["embedding"], held["slide_ids"], held["vectors"]
+            held = read_npz(path)
+            attrs, ids, vectors = json.loads(str(held["attrs"])), held["slide_ids"], held["vectors"]
         elif path.suffix == ".csv":
             with path.open(newline="", encoding="utf-8") as file:
                 header, *rows = csv.reader(file)
             if header[:4] != ["slide_id", "embedding", "trained", "e0"]:
                 raise KeyError(header[0])
-            name, ids = rows[0][1], [row[0] for row in rows]
+            attrs, ids = dict(zip(header[1:3], rows[0][1:3], strict=True)), [row[0] for row in rows]
             vectors = np.array([[float(each) for each in row[3:]] for row in rows], dtype=np.float32)
         else:
             table = _pandas_for_parquet().read_parquet(path)
-            name, ids, vectors = table["embedding"].iloc[0], table["slide_id"], table.iloc[:, 3:].to_numpy(np.float32)
-        return str(name), dict(zip(map(str, ids), vectors, strict=True))
+            attrs, ids = {"embedding": table["embedding"].iloc[0]}, table["slide_id"]
+            vectors = table.iloc[:, 3:].to_numpy(np.float32)
+        return {**attrs, "embedding": str(attrs["embedding"])}, dict(zip(map(str, ids), vectors, strict=True))
     except ImportError:
         raise
     except Exception as error:  # whatever another file of that name raises
-        raise ValueError(
-            f"{path.name}: a file that is no table of slide vectors has that name. Write to another file, or over it "
-            "with --overwrite."
+        raise FeatureFileError(
+            f"{path.name}: expected a table of slide vectors (slide_id, embedding, trained, e0, ...), as `gigapath "
+            "convert` writes it, got something that is none."
         ) from error
 
 
@@ -216,9 +224,7 @@ def _refuse_mixed(slides: Mapping[str, Attrs], folder: Path, allow_mixed: bool) 
         if len(values) > 1:
             shown = ", ".join(f"{value} ({slide_id})" for value, slide_id in list(values.items())[:3])
             text = f"{folder.name}: its slides differ in {name}: {shown}."
-            if not allow_mixed:
-                raise ValueError(f"{text} Embed them alike, or pass --allow-mixed.")
-            warnings.warn(text, stacklevel=4)
+            _refuse(text, "Embed them alike", allow_mixed)
 
 
 def _refuse_outdated(slides: Mapping[str, Attrs], folder: Path, allow_mixed: bool) -> None:
@@ -236,9 +242,13 @@ def _refuse_outdated(slides: Mapping[str, Attrs], folder: Path, allow_mixed: boo
             f"{folder.name}: {len(outdated)} of its slides ({outdated[0]}) are older than their tile embeddings, which "
             "were made again with other numbers."
         )
-        if not allow_mixed:
-            raise ValueError(f"{text} Run gigapath slide-embed again, or pass --allow-mixed.")
-        warnings.warn(text, stacklevel=4)
+        _refuse(text, "Run gigapath slide-embed again", allow_mixed)
+
+
+def _refuse(text: str, remedy: str, allow_mixed: bool) -> None:
+    if not allow_mixed:
+        raise ValueError(f"{text} {remedy}, or pass --allow-mixed.")
+    warnings.warn(text, stacklevel=5)
 
 
 def _identity(features: Path) -> str | None:
