@@ -11,9 +11,9 @@ import argparse
 from at_hand import slide_at_hand
 
 from gigapath.preprocessing.data.slide_utils import find_level_for_target_mpp
-from gigapath.preprocessing.grid import plan_grid
 from gigapath.preprocessing.reading import filter_name
 from gigapath.preprocessing.slide import SlideError, open_slide
+from gigapath.preprocessing.tiling import plan_grid
 
 
 def check(path, mpp):

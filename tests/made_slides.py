@@ -9,8 +9,8 @@ import numpy.typing as npt
 import tifffile
 
 from gigapath.features import Tiles
-from gigapath.preprocessing.grid import plan_grid
 from gigapath.preprocessing.slide import Slide
+from gigapath.preprocessing.tiling import plan_grid
 
 UInt8Array = npt.NDArray[np.uint8]
 

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gigapath.preprocessing.grid import plan_grid
 from gigapath.preprocessing.slide import Mpp, SlideError
+from gigapath.preprocessing.tiling import plan_grid
 
 
 @dataclass(frozen=True)

@@ -21,11 +21,10 @@ from hypothesis import strategies as st
 from made_slides import paint_tissue, write_pyramid
 
 from gigapath.preprocessing import masks
-from gigapath.preprocessing.grid import plan_grid
 from gigapath.preprocessing.masks import Outline, fill, read_mask
 from gigapath.preprocessing.slide import Overview, Slide, open_slide
-from gigapath.preprocessing.tiling import tissue_of
-from gigapath.preprocessing.tissue import TissueMask, tile_fractions
+from gigapath.preprocessing.tiling import area_shares, plan_grid, tissue_of
+from gigapath.preprocessing.tissue import TissueMask
 
 WIDTH, HEIGHT = 2600, 1900
 
@@ -61,7 +60,7 @@ def write_geojson(path: Path, features: list[dict[str, Any]]) -> Path:
 
 
 def kept(mask: TissueMask, slide: Slide) -> set[tuple[int, int]]:
-    return {(int(i), int(j)) for j, i in np.argwhere(tile_fractions(mask, plan_grid(slide)) > 0.1)}
+    return {(int(i), int(j)) for j, i in np.argwhere(area_shares(mask.mask, mask, plan_grid(slide)) > 0.1)}
 
 
 def half(slide: Slide, columns: int) -> set[tuple[int, int]]:

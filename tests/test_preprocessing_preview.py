@@ -12,7 +12,6 @@ from made_slides import paint_tissue, write_pyramid
 from gigapath.features import Tiles, write_tiles
 from gigapath.files import OutputError
 from gigapath.preprocessing import preview
-from gigapath.preprocessing.grid import Grid
 from gigapath.preprocessing.preview import (
     CELL,
     DROPPED,
@@ -29,7 +28,8 @@ from gigapath.preprocessing.preview import (
     write_preview,
 )
 from gigapath.preprocessing.slide import Overview, open_slide
-from gigapath.preprocessing.tissue import TissueMask, find_tissue, make_mask, tile_fractions
+from gigapath.preprocessing.tiling import Grid, area_shares
+from gigapath.preprocessing.tissue import TissueMask, find_tissue, make_mask
 
 Image = npt.NDArray[np.uint8]
 WHITE = (255, 255, 255)
@@ -105,7 +105,7 @@ def test_outline_fits_the_picture_of_another_frame(tmp_path: Path) -> None:
 def test_many_tiles_are_still_told_apart(scene: tuple[Overview, TissueMask], pitch: int) -> None:
     overview, mask = scene
     grid = Grid((0, 0), (pitch, pitch), 0, (pitch, pitch), 256, (0.5, 0.5), 6400 // pitch, 3200 // pitch)
-    cells = np.argwhere(tile_fractions(mask, grid) > 0.1)[:, ::-1]
+    cells = np.argwhere(area_shares(mask.mask, mask, grid) > 0.1)[:, ::-1]
     image = draw_preview(overview, mask, made_tiles(cells, pitch=pitch))
     tissue = image[180:620, 100:700]
     mixed = tuple((np.array([200] * 3) + TILES) // 2)

@@ -9,10 +9,9 @@ import pytest
 from made_slides import paint_tissue, write_pyramid
 
 from gigapath.preprocessing import published
-from gigapath.preprocessing.grid import plan_grid
 from gigapath.preprocessing.published import luminance_threshold, published_shares, share_below
 from gigapath.preprocessing.slide import open_slide
-from gigapath.preprocessing.tiling import tissue_of
+from gigapath.preprocessing.tiling import plan_grid, tissue_of
 
 
 def plain_otsu(luminance: npt.NDArray[np.float64]) -> float:

@@ -10,9 +10,8 @@ import pytest
 from made_slides import paint_tissue, write_pyramid
 
 from gigapath.preprocessing import tiling
-from gigapath.preprocessing.grid import plan_grid
 from gigapath.preprocessing.slide import Slide, open_slide
-from gigapath.preprocessing.tiling import QC_NAMES, tile_qc
+from gigapath.preprocessing.tiling import QC_NAMES, plan_grid, tile_qc
 
 Flags = dict[str, npt.NDArray[np.float32]]
 Measure = Callable[..., Flags]

@@ -17,8 +17,7 @@ from gigapath.features import read_tiles, write_tiles
 from gigapath.preprocessing import reading
 from gigapath.preprocessing.reading import iter_tiles
 from gigapath.preprocessing.slide import Slide, SlideError, open_slide
-from gigapath.preprocessing.tiling import TileOptions, TilePlan, hilbert_index, plan_tiles, spread_evenly
-from gigapath.preprocessing.tissue import tile_fractions
+from gigapath.preprocessing.tiling import TileOptions, TilePlan, area_shares, hilbert_index, plan_tiles, spread_evenly
 
 UInt8Array = npt.NDArray[np.uint8]
 
@@ -60,7 +59,7 @@ def test_pyramids_of_one_picture_keep_the_same_cells(
     path = write_pyramid(tmp_path / "made.tif", at_scale(field, scale), mpp=scale, steps=steps)
     with open_slide(path) as slide:
         plan = plan_tiles(slide, TileOptions())
-    fractions = tile_fractions(plan.mask, plan.grid)
+    fractions = area_shares(plan.mask.mask, plan.mask, plan.grid)
     every = {(i, j): float(value) for (j, i), value in np.ndenumerate(fractions)}
     expected = fraction_by_cell(reference)
     kept = fraction_by_cell(plan)

@@ -9,17 +9,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gigapath.preprocessing.grid import Grid, plan_grid
 from gigapath.preprocessing.slide import Overview, open_slide
+from gigapath.preprocessing.tiling import Grid, area_shares, plan_grid, tile_sections
 from gigapath.preprocessing.tissue import (
     TissueMask,
-    area_shares,
     find_tissue,
     has_dark_background,
     make_mask,
     otsu_cuts,
-    tile_fractions,
-    tile_sections,
 )
 
 Image = npt.NDArray[np.uint8]
@@ -67,7 +64,7 @@ def section(colour: tuple[int, int, int] = PINK, *, depth: float = 25) -> tuple[
 def tiles_kept(mask: TissueMask, tile: int = 16) -> set[tuple[int, int]]:
     rows, columns = (side // tile for side in mask.mask.shape)
     grid = Grid((0, 0), (256, 256), 0, (256, 256), 256, (0.5, 0.5), columns, rows)
-    return {(int(i), int(j)) for j, i in np.argwhere(tile_fractions(mask, grid) > 0.1)}
+    return {(int(i), int(j)) for j, i in np.argwhere(area_shares(mask.mask, mask, grid) > 0.1)}
 
 
 @pytest.mark.parametrize("noise", [0.0, 1.0, 4.0, 10.0, 20.0])
@@ -262,7 +259,7 @@ def test_pieces_and_area() -> None:
     assert sections[2, 3] == 1
     assert sections[12, 15] == 2
     assert sections[7, 10] == 0
-    np.testing.assert_array_equal(sections > 0, tile_fractions(found, grid) > 0)
+    np.testing.assert_array_equal(sections > 0, area_shares(found.mask, found, grid) > 0)
 
 
 def test_piece_of_a_tile_is_the_one_with_most_area() -> None:
@@ -293,7 +290,7 @@ def test_tile_fractions_are_exact_areas(
             wide = [max(0, min(left + pitch[0], (x + 1) * scale[0]) - max(left, x * scale[0])) for x in range(14)]
             high = [max(0, min(top + pitch[1], (y + 1) * scale[1]) - max(top, y * scale[1])) for y in range(9)]
             expected[j, i] = np.outer(high, wide)[values].sum() / (pitch[0] * pitch[1])
-    np.testing.assert_allclose(tile_fractions(mask, grid), expected, atol=1e-6)
+    np.testing.assert_allclose(area_shares(mask.mask, mask, grid), expected, atol=1e-6)
     np.testing.assert_allclose(area_shares(3.0 * values, mask, grid), 3 * expected, atol=3e-6)
 
 
@@ -332,7 +329,7 @@ def test_real_slides(shared: Path, name: str, mpp: float | None, tiles: tuple[in
     found = find_tissue(seen)
     assert found.state == "tissue"
     assert found.pieces == 1
-    assert tiles[0] <= np.count_nonzero(tile_fractions(found, grid) > 0.1) <= tiles[1]
+    assert tiles[0] <= np.count_nonzero(area_shares(found.mask, found, grid) > 0.1) <= tiles[1]
     assert ("pen" in found.dropped) == (name in ("ink.jpeg", "CMU-1-Small-Region.svs"))
 
 

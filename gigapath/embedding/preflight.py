@@ -26,9 +26,8 @@ from gigapath.files import sha256_of
 from gigapath.machine import available_cores
 from gigapath.options import DeviceOptions, option
 from gigapath.preprocessing.fast import open_tiff
-from gigapath.preprocessing.grid import plan_grid
 from gigapath.preprocessing.slide import SAME_SCALE, Slide, SlideError
-from gigapath.preprocessing.tiling import TileOptions
+from gigapath.preprocessing.tiling import TileOptions, plan_grid
 from gigapath.progress import Progress
 from gigapath.releases import RELEASES
 

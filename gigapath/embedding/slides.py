@@ -13,9 +13,8 @@ from gigapath.cohort.manifest import SlideEntry, find_slides, take_shard
 from gigapath.cohort.record import KEPT_COLUMNS, pseudonymised, read_key, recorded_paths
 from gigapath.cohort.status import read_status, read_statuses
 from gigapath.embedding.options import RunOptions, parse_shard
-from gigapath.preprocessing.grid import plan_grid
 from gigapath.preprocessing.slide import Slide, SlideError, open_slide
-from gigapath.preprocessing.tiling import TileOptions
+from gigapath.preprocessing.tiling import TileOptions, plan_grid
 from gigapath.preprocessing.tissue import METHODS
 
 

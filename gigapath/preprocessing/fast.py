@@ -9,21 +9,26 @@ level, arrays (H, W, 3) uint8 RGB. Only pages that are tiled and as large as one
 one by its order, so that no label and no macro picture is ever decoded.
 """
 
+import contextlib
 import logging
 import math
 import os
 import threading
 import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from concurrent.futures import Future
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from gigapath.preprocessing.header import SlideError
+
+if TYPE_CHECKING:
+    from gigapath.preprocessing.slide import Slide
 
 UInt8Array = npt.NDArray[np.uint8]
 Decode = Callable[[bytes, UInt8Array | None], UInt8Array]
@@ -49,8 +54,6 @@ class TiffLevel:
 
     size: tuple[int, int]
     block: tuple[int, int]
-    columns: int
-    rows: int
     offsets: npt.NDArray[np.int64]
     lengths: npt.NDArray[np.int64]
     decode: Decode
@@ -103,33 +106,19 @@ def tiff_levels(path: Path, vendor: str, level_dimensions: Sequence[tuple[int, i
         return {}
 
 
-@dataclass(frozen=True)
-class TiffFacts:
-    """What OpenSlide leaves unsaid of a TIFF's levels, as far as it is known: the first orientation that isn't 1, the
-    channels of a pixel, the size of a picture larger than the first."""
-
-    orientation: int = 1
-    channels: int = 3
-    larger: tuple[int, int] | None = None
-
-
-def tiff_facts(path: Path, vendor: str) -> TiffFacts:
-    """What the tags of a slide's levels say; of other formats, and where tags can't be read, nothing is known."""
-    if vendor not in SERVED:
-        return TiffFacts()
+def tiff_facts(path: Path, vendor: str) -> tuple[int, int, tuple[int, int] | None]:
+    """What OpenSlide leaves unsaid of a TIFF's levels: the first orientation that isn't 1, the channels of a pixel, the
+    size of a picture larger than the first; 1, 3 and None of other formats, and where tags can't be read."""
     try:
         with open_tiff(path) as file:
-            pages = [page for page in file.pages if page.is_tiled and _is_level(page, vendor)]
+            pages = [page for page in file.pages if page.is_tiled and _is_level(page, vendor)] * (vendor in SERVED)
             turned = (int(page.tags.valueof("Orientation", 1)) for page in pages)
-            first, sizes = pages[0], [(page.imagewidth, page.imagelength) for page in pages]
+            sizes = [(page.imagewidth, page.imagelength) for page in pages]
             larger = max(sizes, key=math.prod)
-            return TiffFacts(
-                orientation=next((turn for turn in turned if turn != 1), 1),
-                channels=int(first.samplesperpixel),
-                larger=larger if math.prod(larger) > math.prod(sizes[0]) else None,
-            )
+            found = next((turn for turn in turned if turn != 1), 1), int(pages[0].samplesperpixel)
+            return *found, larger if math.prod(larger) > math.prod(sizes[0]) else None
     except Exception:  # not installed, or whatever the library stumbles over: OpenSlide has opened it
-        return TiffFacts()
+        return 1, 3, None
 
 
 def _is_level(page: Any, vendor: str) -> bool:
@@ -146,11 +135,9 @@ def _fits(page: Any, size: tuple[int, int], vendor: str) -> bool:
 
 
 def _level(page: Any, size: tuple[int, int], decode: Decode) -> TiffLevel:
-    columns, rows = -(-page.imagewidth // page.tilewidth), -(-page.imagelength // page.tilelength)
-    offsets = np.asarray(page.dataoffsets, np.int64).reshape(rows, columns)
-    lengths = np.asarray(page.databytecounts, np.int64).reshape(rows, columns)
-    lengths = np.where(offsets > 0, lengths, 0)
-    return TiffLevel(size, (page.tilewidth, page.tilelength), columns, rows, offsets, lengths, decode)
+    shape = -(-page.imagelength // page.tilelength), -(-page.imagewidth // page.tilewidth)
+    offsets, lengths = (np.asarray(of, np.int64).reshape(shape) for of in (page.dataoffsets, page.databytecounts))
+    return TiffLevel(size, (page.tilewidth, page.tilelength), offsets, np.where(offsets > 0, lengths, 0), decode)
 
 
 def _decoder(page: Any) -> Decode | None:
@@ -239,14 +226,6 @@ HELD_BYTES = 2**28  # beyond this, blocks are decoded again when they are wanted
 AHEAD_BYTES = 2**26  # of a row of blocks that the system is asked to fetch
 
 
-@dataclass(eq=False)
-class _Block:
-    """A decoded block, or one that a thread is decoding."""
-
-    done: threading.Event = field(default_factory=threading.Event)
-    pixels: UInt8Array | None = None  # stays None where it can't be decoded
-
-
 class Regions:
     """Rectangles `boxes` (N, 4) (x, y, width, height in pixels of a level) of an open file, to be read in any order and
     from any thread; the order in which they are given is the cheapest. `served` (N,) are those that lie inside the
@@ -255,24 +234,24 @@ class Regions:
     def __init__(self, file: int, level: TiffLevel, boxes: npt.NDArray[np.int64]) -> None:
         self._file, self._level = file, level
         self._lock = threading.Lock()
-        self._held: dict[tuple[int, int], _Block] = {}
+        # Decoded blocks, and those that a thread is decoding; None where one can't be decoded.
+        self._held: dict[tuple[int, int], Future[UInt8Array | None]] = {}
         self._most = max(1, HELD_BYTES // (level.block[0] * level.block[1] * 3))
         start, end = boxes[:, :2], boxes[:, :2] + boxes[:, 2:]
         inside = (start >= 0) & (end > start) & (end <= level.size)
         self.served: npt.NDArray[np.bool_] = np.logical_and.reduce(inside, axis=1)
         first, last = start // level.block, (end - 1) // level.block
         self._boxes, self._spans = boxes, np.concatenate([first, last], axis=1)  # blocks: column, row, column, row
-        absent = np.zeros((level.rows + 1, level.columns + 1), np.int64)
-        absent[1:, 1:] = (level.lengths == 0).cumsum(0).cumsum(1)
+        absent = np.pad((level.lengths == 0).cumsum(0).cumsum(1), ((1, 0), (1, 0)))
         (c0, r0), (c1, r1) = first[self.served].T, last[self.served].T + 1
         self.served[self.served] = absent[r1, c1] - absent[r0, c1] - absent[r1, c0] + absent[r0, c0] == 0
         # Rectangles per block: +1 and -1 at the corners of each span, summed along both axes.
-        steps = np.zeros((level.rows + 1, level.columns + 1), np.int32)
+        steps = np.zeros(absent.shape, np.int32)
         (c0, r0), (c1, r1) = first[self.served].T, last[self.served].T + 1
         for rows, columns, step in ((r0, c0, 1), (r1, c1, 1), (r1, c0, -1), (r0, c1, -1)):
             np.add.at(steps, (rows, columns), step)
         self._wanted = steps.cumsum(0).cumsum(1)[:-1, :-1]
-        self._fetched = np.zeros(level.rows, bool)
+        self._fetched = np.zeros(len(level.lengths), bool)
 
     def read(self, index: int, out: UInt8Array | None = None) -> UInt8Array | None:
         """Pixels (h, w, 3) of a rectangle, in `out` where given; None where they can't be had without OpenSlide."""
@@ -308,22 +287,22 @@ class Regions:
             self._wanted[key] -= 1
             last = self._wanted[key] <= 0
             held = self._held.pop(key, None) if last else self._held.get(key)
-            block = held or _Block()
+            block: Future[UInt8Array | None] = held or Future()
             if held is None and not last and len(self._held) < self._most:
                 self._held[key] = block
             ahead, self._fetched[row] = not self._fetched[row], True
         if held is not None:
-            held.done.wait()
-            return held.pixels
+            return held.result()
+        pixels = None
         try:
             if ahead:
                 self._fetch(row)
-            block.pixels = self._level.read(self._file, row, column, out if last else None)
+            pixels = self._level.read(self._file, row, column, out if last else None)
         except BlockError:
             pass
         finally:
-            block.done.set()  # an error of another kind ends the reading; nobody may wait for this block then
-        return block.pixels
+            block.set_result(pixels)  # an error of another kind ends the reading; nobody may wait for this block then
+        return pixels
 
     def _fetch(self, row: int) -> None:
         """Ask the system for a row of blocks at once, as far as they lie together."""
@@ -342,24 +321,12 @@ OPENSLIDE, FAST_EQUAL = "openslide", "fast-equal"  # what a file says that its p
 FEW_BLOCKS = 16  # a level of fewer is read before the comparison would be through
 FEW_CHECKED = 4  # blocks that must have been compared
 
-Read = Callable[[int, int, int, int, int], UInt8Array]
-
 
 class FastReader:
-    """The levels of one open slide that need no OpenSlide, whose pixels `read` (x, y, level, width, height) gives."""
+    """The levels of one open slide that need no OpenSlide."""
 
-    def __init__(
-        self,
-        path: Path,
-        vendor: str,
-        level_dimensions: tuple[tuple[int, int], ...],
-        level_downsamples: tuple[float, ...],
-        read: Read,
-        reader: str,
-    ) -> None:
-        self._reader = reader
-        self._path, self._vendor, self._read = path, vendor, read
-        self._level_dimensions, self._downsamples = level_dimensions, level_downsamples
+    def __init__(self, slide: "Slide", reader: str) -> None:
+        self._slide, self._reader = slide, reader
         self._lock = threading.Lock()
         self._file: int | None = None
         self._levels: dict[int, TiffLevel] | None = None
@@ -388,7 +355,7 @@ class FastReader:
         if found is None or self._file is None or not len(places):
             return None
         boxes = places.copy()
-        exact = places[:, :2] / self._downsamples[level]
+        exact = places[:, :2] / self._slide.level_downsamples[level]
         boxes[:, :2] = np.rint(exact)
         boxes[(boxes[:, :2] != exact).any(axis=1), 0] = -1  # between pixels: not served
         return Regions(self._file, found, boxes)
@@ -399,7 +366,10 @@ class FastReader:
             return None
         with self._lock:
             if self._levels is None:
-                self._levels = self._open()
+                self._levels, slide = {}, self._slide
+                with contextlib.suppress(ImportError, OSError):  # not installed: OpenSlide reads, the record says so
+                    if levels := tiff_levels(slide.path, slide.vendor, slide.level_dimensions):
+                        self._file, self._levels = os.open(slide.path, os.O_RDONLY), levels
             level = self._levels.get(index)
             if level is None:
                 return None
@@ -407,18 +377,9 @@ class FastReader:
                 self._equal[index] = self._equals_openslide(index, level)
             return level if self._equal[index] else None
 
-    def _open(self) -> dict[int, TiffLevel]:
-        try:
-            levels = tiff_levels(self._path, self._vendor, self._level_dimensions)
-            if levels:
-                self._file = os.open(self._path, os.O_RDONLY)
-            return levels
-        except (ImportError, OSError):  # not installed: OpenSlide reads, and the record says so
-            return {}
-
     def _equals_openslide(self, index: int, level: TiffLevel) -> bool:
         """Whether a handful of blocks are OpenSlide's to the bit."""
-        downsample = self._downsamples[index]
+        downsample = self._slide.level_downsamples[index]
         if downsample != round(downsample) or level.lengths.size < FEW_BLOCKS or self._file is None:
             return False
         compared = 0
@@ -433,7 +394,7 @@ class FastReader:
                 continue
             step = round(downsample)
             try:
-                theirs = self._read(x * step, y * step, index, width, height)
+                theirs = self._slide.read_apart(x * step, y * step, index, width, height)
             except SlideError:
                 return False
             if not np.array_equal(ours, theirs):

@@ -54,12 +54,14 @@ def read_outlines(path: Path) -> list[Outline]:
     for number, feature in enumerate(_features(document)):
         if not isinstance(feature, dict) or "type" not in feature:
             raise ValueError(f"{path.name}: expected GeoJSON features, got {type(feature).__name__} (number {number}).")
-        if _is_missing(feature):
+        facts = feature.get("properties")
+        facts = facts if isinstance(facts, dict) else {}
+        if str(facts.get("isMissing", "")).casefold() == "true":  # QuPath's mark of a core that a microarray lost
             passed_over["missing core"] += 1
             continue
         geometry = (feature.get("geometry") if feature["type"] == "Feature" else feature) or {}
         try:
-            found = [Outline(rings, _class_name(feature)) for rings in _polygons(geometry)]
+            found = [Outline(rings, _class_name(facts)) for rings in _polygons(geometry)]
             passed_over[str(geometry.get("type", "no geometry"))[:40]] += not found
         except (TypeError, ValueError, IndexError, KeyError, AttributeError, OverflowError, RecursionError) as error:
             raise ValueError(f"{path.name}: outline {number} is broken ({error}). Export it again.") from error
@@ -86,12 +88,6 @@ def _features(document: Any) -> Iterator[Any]:
             yield held
 
 
-def _is_missing(feature: dict[str, Any]) -> bool:
-    """Whether QuPath marks it as a core that the tissue microarray lost."""
-    properties = feature.get("properties")
-    return isinstance(properties, dict) and str(properties.get("isMissing", "")).casefold() == "true"
-
-
 def _unpacked(raw: bytes) -> bytes:
     """The bytes of a plain or gzipped file; one that grows far more than outlines do raises ValueError."""
     if raw[:2] != b"\x1f\x8b":
@@ -104,11 +100,8 @@ def _unpacked(raw: bytes) -> bytes:
     return unpacked
 
 
-def _class_name(feature: dict[str, Any]) -> str:
+def _class_name(properties: dict[str, Any]) -> str:
     """QuPath's classification, old and new form; else a plain `class` or `label`."""
-    properties = feature.get("properties")
-    if not isinstance(properties, dict):
-        return ""
     given = properties.get("classification", properties.get("class", properties.get("label", "")))
     if isinstance(given, dict):
         given = given.get("name") or ": ".join(given.get("names") or [])
@@ -208,12 +201,12 @@ def read_mask(
     path: Path, slide: Slide, overview: Overview, *, include: Sequence[str] = (), exclude: Sequence[str] = ()
 ) -> TissueMask:
     """Read one mask file; see `tissue_of`."""
-    suffix = _suffix(path)
-    if suffix in OUTLINES:
+    name = path.name.lower()
+    if name.endswith(OUTLINES):
         kind, mask = "outlines", _outlined(path, slide, overview, include, exclude)
-    elif suffix in IMAGES:
+    elif name.endswith(IMAGES):
         kind, mask = "image", _painted(path, slide, overview, include, exclude)
-    elif suffix in COORDINATES:
+    elif name.endswith(COORDINATES):
         if include or exclude:
             raise ValueError(f"--include, --exclude: expected a mask with classes, got coordinates ({path.name}).")
         kind, mask = "coordinates", _covered(path, overview)
@@ -226,11 +219,6 @@ def read_mask(
             "Is it this slide's? Else leave the slide out."
         )
     return make_mask(overview, mask, method=f"file:{kind}", state="tissue")
-
-
-def _suffix(path: Path) -> str:
-    name = path.name.lower()
-    return next((end for end in (*OUTLINES, *IMAGES, *COORDINATES) if name.endswith(end)), "")
 
 
 def mask_file(path: Path, slide_id: str) -> Path:
@@ -401,10 +389,11 @@ def _check_pixels(size: tuple[int, int], path: Path) -> None:
 
 def _covered(path: Path, overview: Overview) -> BoolImage:
     """The area under the tiles of TRIDENT, CLAM, Mussel (h5), hs2p, slide2vec (npz, npy) or ours."""
-    coords, (width, height) = _read_h5(path) if _suffix(path) in (".h5", ".hdf5") else _read_numpy(path)
+    coords, size = _read_h5(path) if path.name.lower().endswith((".h5", ".hdf5")) else _read_numpy(path)
+    coords, size = _checked(path, coords, size)
     mask = np.zeros(overview.image.shape[:2], bool)
     start = (coords - overview.origin_level0) / overview.scale
-    end = start + np.array([width, height]) / overview.scale
+    end = start + size / overview.scale
     first = np.maximum(np.ceil(start - 0.5), 0).astype(np.int64)
     last = np.maximum(np.ceil(end - 0.5), 0).astype(np.int64)
     for (left, top), (right, bottom) in zip(first.tolist(), last.tolist(), strict=True):
@@ -412,8 +401,8 @@ def _covered(path: Path, overview: Overview) -> BoolImage:
     return mask
 
 
-def _read_h5(path: Path) -> tuple[NDArray[np.float64], tuple[float, float]]:
-    """(N, 2) level-0 corners and the level-0 size (x, y) of each tile."""
+def _read_h5(path: Path) -> tuple[NDArray[Any], Any]:
+    """Level-0 corners and the level-0 size of the tiles, as the file has them, unchecked; None where it has no size."""
     with open_h5(path) as file:
         if "coords" not in file:
             raise ValueError(f"{path.name}: expected a dataset 'coords', got {', '.join(sorted(file)) or 'nothing'}.")
@@ -422,18 +411,15 @@ def _read_h5(path: Path) -> tuple[NDArray[np.float64], tuple[float, float]]:
     size: Any = attrs.get("patch_size_level0", attrs.get("tile_size_level0"))
     if size is None and ("mpp" in attrs or "native_mpp" in attrs):
         size = attrs.get("patch_size")  # Mussel's, in level-0 pixels
-    if size is None:
-        size = clam_step(attrs)
-    return _checked(path, coords, size)
+    return coords, clam_step(attrs) if size is None else size
 
 
-def _read_numpy(path: Path) -> tuple[NDArray[np.float64], tuple[float, float]]:
+def _read_numpy(path: Path) -> tuple[NDArray[Any], Any]:
     """hs2p's and slide2vec's: fields x and y; the size as a field, or in the JSON beside."""
-    held: Any = read_npz(path) if _suffix(path) == ".npz" else read_npy(path)
+    held: Any = read_npz(path) if path.name.lower().endswith(".npz") else read_npy(path)
     names = held if isinstance(held, dict) else held.dtype.names or ()
     if "x" not in names or "y" not in names or np.shape(held["x"]) != np.shape(held["y"]):
         raise ValueError(f"{path.name}: expected arrays x and y of one length, got {', '.join(names) or 'none'}.")
-    x, y = held["x"], held["y"]
     size = held["tile_size_lv0"] if "tile_size_lv0" in names else None
     beside = path.with_name(f"{path.name.removesuffix('.npz')}.meta.json")
     if size is None and beside.is_file():
@@ -442,7 +428,7 @@ def _read_numpy(path: Path) -> tuple[NDArray[np.float64], tuple[float, float]]:
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{beside.name}: expected JSON, got something that is not ({error}).") from error
     size = size if size is None or np.ndim(size) == 0 else np.asarray(size).ravel()[:1]
-    return _checked(path, np.stack([x, y], axis=-1), size)
+    return np.stack([held["x"], held["y"]], axis=-1), size
 
 
 def _find(value: Any, name: str) -> Any:
@@ -452,21 +438,17 @@ def _find(value: Any, name: str) -> Any:
     return value.get(name) or next((found for inner in value.values() if (found := _find(inner, name))), None)
 
 
-def _checked(path: Path, coords: NDArray[Any], size: Any) -> tuple[NDArray[np.float64], tuple[float, float]]:
-    if (
-        coords.ndim != 2
-        or coords.shape[1] != 2
-        or coords.dtype.kind not in "iuf"
-        or not np.isfinite(coords.astype(np.float64)).all()
-    ):
+def _checked(path: Path, coords: NDArray[Any], size: Any) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Corners (N, 2) and the size (x, y) of each tile; ValueError where they are none."""
+    if coords.ndim != 2 or coords.shape[1] != 2 or coords.dtype.kind not in "iuf" or not np.isfinite(coords).all():
         raise ValueError(f"{path.name}: expected finite coordinates (N, 2), got {coords.shape} of {coords.dtype}.")
     try:
-        width, height = np.broadcast_to(np.asarray(size, np.float64), (2,)).tolist()
+        sides = np.broadcast_to(np.asarray(size, np.float64), (2,))
     except (TypeError, ValueError):
-        width = height = 0.0
-    if not (width > 0 and height > 0):
+        sides = np.zeros(2)
+    if not (sides > 0).all():
         raise ValueError(
             f"{path.name}: expected coordinates with the size of their tiles (patch_size_level0, patch_size with "
             "patch_level and downsample, or tile_size_lv0), got none. Use the tool's own coordinates file."
         )
-    return coords.astype(np.float64), (width, height)
+    return coords.astype(np.float64), sides

@@ -3,9 +3,10 @@
 A slide is a suspect where its figures are out of the ordinary; nothing is changed for it, a person looks.
 """
 
+import contextlib
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -17,6 +18,7 @@ from gigapath.features import FeatureFileError, Tiles, read_tiles
 from gigapath.files import write_bytes_atomic
 from gigapath.preprocessing.slide import Overview, Slide
 from gigapath.preprocessing.tissue import BoolImage, TissueMask
+from gigapath.text import slides_in_words, tiles_in_words
 
 RGBImage = NDArray[np.uint8]
 Colour = tuple[int, int, int]
@@ -135,16 +137,12 @@ def _draw_tiles(frame: Overview, tiles: Tiles) -> tuple[RGBImage, int]:
 
 def _laid_on(picture: Overview, mask: TissueMask, area: BoolImage) -> BoolImage:
     """(h, w) of the picture: where `area`, in the frame of `mask`, lies on it, its outline smoothed."""
-    scale = [to / of for to, of in zip(picture.scale, mask.scale, strict=True)]
-    start = [
-        (to - of) / step for to, of, step in zip(picture.origin_level0, mask.origin_level0, mask.scale, strict=True)
-    ]
-    pixels = np.array(  # from the centre of a pixel of the picture to a point of the mask
-        [[scale[0], 0, start[0] + scale[0] / 2 - 0.5], [0, scale[1], start[1] + scale[1] / 2 - 0.5]]
-    )
+    scale = np.asarray(picture.scale) / mask.scale
+    start = np.subtract(picture.origin_level0, mask.origin_level0) / mask.scale
     grey = cv2.warpAffine(
         area.astype(np.uint8) * 255,
-        pixels,
+        # From the centre of a pixel of the picture to a point of the mask.
+        np.column_stack([np.diag(scale), start + scale / 2 - 0.5]),
         picture.image.shape[1::-1],
         flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP,
         borderMode=cv2.BORDER_REPLICATE,
@@ -165,7 +163,7 @@ def _mixed(pixels: RGBImage, colour: Colour, share: float) -> RGBImage:
 
 def _caption(mask: TissueMask, tiles: Tiles) -> list[str]:
     """Two lines: what there is, and how it was found."""
-    count = "no tiles" if not len(tiles) else "1 tile" if len(tiles) == 1 else f"{len(tiles):,} tiles"
+    count = tiles_in_words(len(tiles)) if len(tiles) else "no tiles"
     pieces = "1 piece" if mask.pieces == 1 else f"{mask.pieces:,} pieces"
     area = f"tissue {mask.area_mm2:,.3g} mm² in {pieces}" if mask.mask.any() else "no tissue"
     sized = f"{count} of {tiles.tile_size} px at {tiles.mpp:.4g} microns a pixel"
@@ -254,23 +252,13 @@ MANY_PIECES = 50
 LOW_FOCUS = 60.0  # cycles per millimetre, the median; sharp sections lie at 90 to 140
 
 
-@dataclass(frozen=True)
-class Entry:
-    """One slide on the sheet: its preview's file (a grey field where there is none), tiles, area of tissue, and why to
-    look at it, worst first."""
-
-    slide_id: str
-    picture: Path
-    tiles: int
-    area_mm2: float
-    suspicions: tuple[str, ...]
-
-
 def suspicions(tiles: Tiles) -> tuple[str, ...]:
     """Why a person should look at this slide, in words."""
     attrs = tiles.attrs
     found = []
-    share = _tissue_share(tiles)
+    area, bounds, mpp = (attrs.get(name) for name in ("tissue_area_mm2", "bounds", "mpp_level0"))
+    scanned = 0.0 if bounds is None or mpp is None else float(bounds[2] * mpp[0]) * float(bounds[3] * mpp[1]) / 1e6
+    share = float(area) / scanned if area is not None and scanned else None  # of what was scanned, where that is known
     if not len(tiles):
         found.append("no tissue")
     elif len(tiles) < FEW_TILES or (share is not None and share < LITTLE_TISSUE):
@@ -300,90 +288,64 @@ def _column(tiles: Tiles, name: str) -> NDArray[np.float32]:
     return np.asarray(tiles.qc[:, tiles.qc_names.index(name)])
 
 
-def _tissue_share(tiles: Tiles) -> float | None:
-    """Tissue's share of the scanned area, where the file says enough."""
-    area, bounds, mpp = (tiles.attrs.get(name) for name in ("tissue_area_mm2", "bounds", "mpp_level0"))
-    if area is None or bounds is None or mpp is None:
-        return None
-    scanned = float(bounds[2] * mpp[0]) * float(bounds[3] * mpp[1]) / 1e6
-    return float(area) / scanned if scanned else None
-
-
 def contact_sheet(out: Path, slide_ids: Sequence[str], *, failed: int = 0) -> list[Path]:
     """Write `contact_sheet.jpg` (and `contact_sheet_2.jpg`, ...) of the slides tiled in an output folder; its pages.
 
     Suspects come first, those with more suspicions before the others; then by id. Slides without a tiles file are left
-    out: they are among the `failed`, which the title counts, and the table of slides says why.
+    out: they are among the `failed`, which the title counts, and the table of slides says why. Pages of an earlier,
+    longer run go.
     """
-    entries = []
+    found = []
     for slide_id in slide_ids:
-        try:
-            tiles = read_tiles(out / "tiles" / f"{slide_id}.h5")
-        except (FileNotFoundError, FeatureFileError):
-            continue
-        area = float(tiles.attrs.get("tissue_area_mm2") or 0)
-        picture = out / "previews" / f"{slide_id}.jpg"
-        entries.append(Entry(slide_id, picture, len(tiles), area, suspicions(tiles)))
-    return write_pages(out / "contact_sheet.jpg", entries, failed)
-
-
-def write_pages(path: Path, entries: Sequence[Entry], failed: int = 0) -> list[Path]:
-    """Write the entries on as many pages as they need; pages of an earlier, longer run go."""
-    order = sorted(entries, key=lambda entry: (-len(entry.suspicions), entry.slide_id))
-    count = math.ceil(len(order) / (COLUMNS * ROWS))
-    pages = [path.with_stem(path.stem if page == 0 else f"{path.stem}_{page + 1}") for page in range(count)]
-    for page, file in enumerate(pages):
-        part = order[page * COLUMNS * ROWS : (page + 1) * COLUMNS * ROWS]
-        suspects = sum(bool(entry.suspicions) for entry in order)
-        slides = "1 slide" if len(order) == 1 else f"{len(order):,} slides"
-        others = f", {failed:,} more failed (see slides.csv)" * (failed > 0)
-        head = f"{slides}, {suspects:,} to look at first{others}" + (f"; page {page + 1} of {count}" * (count > 1))
-        write_jpeg(file, draw_page(part, head))
-    for old in path.parent.glob(f"{path.stem}_*{path.suffix}"):
-        if old not in pages and old.stem.removeprefix(f"{path.stem}_").isdigit():
+        with contextlib.suppress(FileNotFoundError, FeatureFileError):
+            read = read_tiles(out / "tiles" / f"{slide_id}.h5")
+            found.append((suspicions(read), slide_id, len(read), float(read.attrs.get("tissue_area_mm2") or 0)))
+    found.sort(key=lambda slide: (-len(slide[0]), slide[1]))
+    others = f", {failed:,} more failed (see slides.csv)" * (failed > 0)
+    head = f"{slides_in_words(len(found))}, {sum(bool(why) for why, *_ in found):,} to look at first{others}"
+    parts = [found[first : first + COLUMNS * ROWS] for first in range(0, len(found), COLUMNS * ROWS)]
+    pages = [out / f"contact_sheet{f'_{number}' * (number > 1)}.jpg" for number in range(1, len(parts) + 1)]
+    for number, (page, part) in enumerate(zip(pages, parts, strict=True), start=1):
+        cells = [_cell(out / "previews" / f"{name}.jpg", name, tiles, area, why) for why, name, tiles, area in part]
+        write_jpeg(page, _sheet(cells, head + f"; page {number} of {len(pages)}" * (len(pages) > 1)))
+    for old in out.glob("contact_sheet_*.jpg"):
+        if old not in pages and old.stem.removeprefix("contact_sheet_").isdigit():
             old.unlink()
     return pages
 
 
-def draw_page(entries: Sequence[Entry], head: str) -> NDArray[np.uint8]:
-    """One page of entries, (H, W, 3) RGB, with a title."""
-    columns = min(COLUMNS, max(2, len(entries)))
-    rows = math.ceil(len(entries) / columns)
+def _sheet(cells: Sequence[Image.Image], head: str) -> RGBImage:
+    """One page of slides, (H, W, 3) RGB, with a title."""
+    columns = min(COLUMNS, max(2, len(cells)))
+    rows = math.ceil(len(cells) / columns)
     width, height = (CELL[0] + MARGIN) * columns + MARGIN, HEAD + (CELL[1] + MARGIN) * rows
     page = Image.new("RGB", (width, height), (255, 255, 255))
-    draw = ImageDraw.Draw(page)
-    draw.text((MARGIN, 10), head, fill=INK, font=font(24))
-    for index, entry in enumerate(entries):
-        left = MARGIN + (index % columns) * (CELL[0] + MARGIN)
-        top = HEAD + (index // columns) * (CELL[1] + MARGIN)
-        picture = _thumbnail(entry.picture)
-        page.paste(
-            Image.fromarray(picture),
-            (left + (CELL[0] - picture.shape[1]) // 2, top + (CELL[1] - TEXT - picture.shape[0]) // 2),
-        )
-        text = top + CELL[1] - TEXT
-        tiles = "1 tile" if entry.tiles == 1 else f"{entry.tiles:,} tiles"
-        draw.text((left + 6, text + 2), fitted(entry.slide_id, 18, CELL[0] - 12), fill=INK, font=font(18))
-        _write(draw, (left + 6, text + 26), f"{tiles}, {entry.area_mm2:,.3g} mm²", 16)
-        words = fitted(", ".join(entry.suspicions), 16, CELL[0] - 12)
-        draw.text((left + 6, text + 48), words, fill=ALARM, font=font(16))
-        border = ALARM if entry.suspicions else (205, 205, 210)
-        draw.rectangle(
-            (left, top, left + CELL[0] - 1, top + CELL[1] - 1), outline=border, width=3 if entry.suspicions else 1
-        )
+    ImageDraw.Draw(page).text((MARGIN, 10), head, fill=INK, font=font(24))
+    for index, cell in enumerate(cells):
+        row, column = divmod(index, columns)
+        page.paste(cell, (MARGIN + column * (CELL[0] + MARGIN), HEAD + row * (CELL[1] + MARGIN)))
     return np.array(page)
 
 
-def _thumbnail(path: Path) -> NDArray[np.uint8]:
-    """A preview without its caption, fitted into a cell; a grey field where it can't be read."""
+def _cell(path: Path, slide_id: str, tiles: int, area_mm2: float, why: Sequence[str]) -> Image.Image:
+    """One slide: its preview without the caption (a grey field where it can't be read), its figures, why to look."""
     room = CELL[0] - 12, CELL[1] - TEXT - 12
     try:
         pixels = cv2.imdecode(np.frombuffer(path.read_bytes(), np.uint8), cv2.IMREAD_COLOR)
     except (OSError, cv2.error):
         pixels = None
-    if pixels is None or pixels.shape[0] <= PANEL:
-        return np.full((room[1], room[0], 3), 225, np.uint8)
-    picture = pixels[:-PANEL, :, ::-1]
-    factor = min(room[0] / picture.shape[1], room[1] / picture.shape[0])
-    size = max(1, round(picture.shape[1] * factor)), max(1, round(picture.shape[0] * factor))
-    return np.asarray(cv2.resize(picture, size, interpolation=cv2.INTER_AREA), np.uint8)
+    picture = np.full((room[1], room[0], 3), 225, np.uint8)
+    if pixels is not None and pixels.shape[0] > PANEL:
+        height, width = pixels.shape[0] - PANEL, pixels.shape[1]
+        factor = min(room[0] / width, room[1] / height)
+        size = max(1, round(width * factor)), max(1, round(height * factor))
+        picture = np.asarray(cv2.resize(pixels[:-PANEL, :, ::-1], size, interpolation=cv2.INTER_AREA), np.uint8)
+    cell = Image.new("RGB", CELL, (255, 255, 255))
+    draw, text = ImageDraw.Draw(cell), CELL[1] - TEXT
+    cell.paste(Image.fromarray(picture), ((CELL[0] - picture.shape[1]) // 2, (text - picture.shape[0]) // 2))
+    draw.text((6, text + 2), fitted(slide_id, 18, CELL[0] - 12), fill=INK, font=font(18))
+    _write(draw, (6, text + 26), f"{tiles_in_words(tiles)}, {area_mm2:,.3g} mm²", 16)
+    draw.text((6, text + 48), fitted(", ".join(why), 16, CELL[0] - 12), fill=ALARM, font=font(16))
+    border, width = (ALARM, 3) if why else ((205, 205, 210), 1)
+    draw.rectangle((0, 0, CELL[0] - 1, CELL[1] - 1), outline=border, width=width)
+    return cell

@@ -11,9 +11,9 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from gigapath.preprocessing.grid import Grid
 from gigapath.preprocessing.reading import iter_tiles
 from gigapath.preprocessing.slide import Overview, Slide
+from gigapath.preprocessing.tiling import Grid
 from gigapath.preprocessing.tissue import TissueMask, make_mask, otsu_cuts
 
 BINS = 256

@@ -4,8 +4,6 @@
 tiles of a batch, T side of a tile. The pixels depend on the tile alone: not on workers or batch size.
 """
 
-import contextlib
-import itertools
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -19,9 +17,6 @@ from gigapath.preprocessing.slide import Slide, SlideError
 from gigapath.read_ahead import read_ahead
 
 UInt8Array = npt.NDArray[np.uint8]
-
-# Batches that threads read while one is in the caller's hands; bounds memory.
-_BATCHES_AHEAD = 2
 
 
 @dataclass(slots=True)
@@ -170,39 +165,21 @@ def iter_tiles(
     if workers < 0:
         raise ValueError(f"iter_tiles: expected workers of at least 0, got {workers!r}.")
     reader = TileReader(slide, tiles, range(start, len(tiles)))
-    stop = threading.Event()
     failures: list[SlideError] = []  # the first is the cause: OpenSlide refuses every read after it
 
-    def runs() -> Iterator[tuple[int, UInt8Array, range]]:
-        """Runs of neighbours share the slide's compressed blocks, so each thread gets one run of a batch."""
-        for first in range(start, len(tiles), batch_size):
-            rows = min(batch_size, len(tiles) - first)
-            batch = np.empty((rows, tiles.tile_size, tiles.tile_size, 3), np.uint8)
-            ends = np.linspace(0, rows, min(max(1, workers), rows) + 1).astype(int).tolist()
-            yield from ((first, batch, range(a, b)) for a, b in itertools.pairwise(ends))
-
-    def fill(run: tuple[int, UInt8Array, range]) -> tuple[int, UInt8Array, range]:
-        first, batch, rows = run
+    def read(first: int) -> tuple[int, UInt8Array]:
+        batch = np.empty((min(batch_size, len(tiles) - first), tiles.tile_size, tiles.tile_size, 3), np.uint8)
         try:
-            for row in rows:
-                if not stop.is_set():
-                    reader.fill(first + row, batch[row])
+            for index, pixels in enumerate(batch, first):
+                reader.fill(index, pixels)
         except SlideError as error:
             failures.append(error)
-            stop.set()
-        return run
+        if failures:
+            raise failures[0]
+        return first, batch
 
-    here = (fill(run) for run in runs())
-    ahead = read_ahead(fill, runs(), threads=workers, ahead=_BATCHES_AHEAD * workers) if workers else here
-    with contextlib.closing(ahead) as done:
-        try:
-            for first, batch, rows in done:
-                if failures:
-                    raise failures[0]
-                if rows.stop == len(batch):
-                    yield first, batch
-        finally:
-            stop.set()
+    starts = range(start, len(tiles), batch_size)
+    yield from read_ahead(read, starts, threads=workers) if workers else map(read, starts)
 
 
 def read_into(

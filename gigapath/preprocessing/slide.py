@@ -4,6 +4,7 @@ Frames: `level0` coordinates are OpenSlide's absolute level-0 pixels, (x, y) fro
 (width, height); arrays are (H, W, 3) uint8 RGB. Label and macro images are never opened.
 """
 
+import contextlib
 import itertools
 import math
 import threading
@@ -170,22 +171,21 @@ class Slide:
         self.properties = allowed(header)
         self.objective_power = number(header, "openslide.objective-power")
         self.stated_mpp = stated_mpp(header)
-        facts = tiff_facts(path, self.vendor)
-        if facts.orientation != 1:
+        orientation, channels, larger = tiff_facts(path, self.vendor)
+        if orientation != 1:
             raise SlideError(
-                f"slide {slide_id!r}: expected a TIFF of orientation 1, got {facts.orientation}: OpenSlide turns each "
+                f"slide {slide_id!r}: expected a TIFF of orientation 1, got {orientation}: OpenSlide turns each "
                 "block by itself. Convert it to a tiled TIFF that starts at its top left (orientation 1)."
             )
-        if facts.larger is not None:
+        if larger is not None:
             raise SlideError(
                 f"slide {slide_id!r}: expected a TIFF whose first picture is the slide, got {self.dimensions[0]} x "
-                f"{self.dimensions[1]} before {facts.larger[0]} x {facts.larger[1]}: a label or an overview, which "
+                f"{self.dimensions[1]} before {larger[0]} x {larger[1]}: a label or an overview, which "
                 "OpenSlide takes for the slide. Write the slide first."
             )
-        self.one_channel = facts.channels == 1
+        self.one_channel = channels == 1
         self.bounds = scanned_area(slide_id, self.dimensions, self.properties)
-        sizes, downsamples = self.level_dimensions, self.level_downsamples
-        self.fast = FastReader(path, self.vendor, sizes, downsamples, self.read_apart, reader)
+        self.fast = FastReader(self, reader)
 
     def __enter__(self) -> "Slide":
         return self
@@ -411,10 +411,8 @@ class Slide:
     def _read_rgba(self, x: int, y: int, level: int, width: int, height: int) -> UInt8Array:
         """(height, width, 4) RGBA as OpenSlide gives it."""
         try:
-            if self._plain:
-                with self._plain_lock:
-                    return np.asarray(self._handle.read_region((x, y), level, (width, height)))
-            return np.asarray(self._handle.read_region((x, y), level, (width, height)))
+            with self._plain_lock if self._plain else contextlib.nullcontext():
+                return np.asarray(self._handle.read_region((x, y), level, (width, height)))
         except (openslide.OpenSlideError, OSError, SyntaxError) as error:  # Pillow: SyntaxError for a broken PNG
             raise SlideError(
                 f"slide {self.slide_id!r}: expected {width} x {height} readable pixels at x {x}, y {y} of level "

@@ -1,37 +1,198 @@
-"""Plan the tiles of a slide: where tissue is, on a grid of whole tiles. Reads coarse levels and no tile, but for the
-published rule, which judges each tile by its own pixels."""
+"""The grid of tiles on a slide, and the tiles that hold tissue. Reads coarse levels and no tile, but for the published
+rule, which judges each tile by its own pixels.
+
+Tile (i, j), column i and row j, has its corner at exactly anchor + (i, j) * pitch in level-0 pixels, and its cell in
+the slide encoder's grid is (i, j): pitch and anchor are whole numbers, so every tool that divides finds the same cell.
+"""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
-import numpy.typing as npt
+from numpy.typing import NDArray
 
 from gigapath.features import TILES_NUMERICS_VERSION, Tiles
 from gigapath.options import Options, option
-from gigapath.preprocessing import stain
-from gigapath.preprocessing.grid import Grid, plan_grid
 from gigapath.preprocessing.reading import filter_name
 from gigapath.preprocessing.slide import SAME_SCALE, Overview, Slide, SlideError
 from gigapath.preprocessing.tissue import (
     METHODS,
+    BoolImage,
     TissueMask,
-    area_shares,
     box_means,
+    by_bands,
+    extremes,
     find_tissue,
+    glass_pixels,
     has_dark_background,
     is_grey,
-    tile_edges,
-    tile_fractions,
-    tile_sections,
+    pen_pixels,
+    saturation,
 )
 
-IntArray = npt.NDArray[np.integer[Any]]
-BoolArray = npt.NDArray[np.bool_]
+UPSAMPLING_LIMIT = 1.3
+HALF_PIXEL = 0.5  # what a tile may lack of its side before a level counts as too coarse
+READ_PIXELS = 2**26  # no tile is made from more pixels than this
+GRID_TILES = 10**8  # a hundred times what the largest slides hold
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Where tiles can lie on a slide; pairs are (x, y), or (columns, rows).
+
+    Attributes:
+        anchor: level-0 corner of tile (0, 0).
+        pitch: whole level-0 pixels from a tile to the next.
+        level, read_size: the level that is read, and its pixels that make one tile; resampled where not tile_size.
+        tile_size: side of a tile as an encoder gets it, in pixels.
+        mpp: effective microns per pixel of a tile along x and y.
+        columns, rows: whole tiles that fit from left to right, and from top to bottom.
+        upsampled: how much coarser the slide is than the target, or 1.0 where nothing is invented.
+    """
+
+    anchor: tuple[int, int]
+    pitch: tuple[int, int]
+    level: int
+    read_size: tuple[int, int]
+    tile_size: int
+    mpp: tuple[float, float]
+    columns: int
+    rows: int
+    upsampled: float = 1.0
+
+    def corners(self, cells: NDArray[np.integer]) -> NDArray[np.int64]:
+        """Level-0 corners (N, 2) of the cells (N, 2), both (x, y)."""
+        return np.asarray(self.anchor, np.int64) + cells.astype(np.int64) * np.asarray(self.pitch, np.int64)
+
+    def tiles(self, slide_id: str, cells: NDArray[np.integer]) -> Tiles:
+        """The tiles on the cells (N, 2) of a slide's grid, of which nothing more is known yet."""
+        unknown = np.zeros(len(cells), np.float32)
+        return Tiles(
+            slide_id=slide_id,
+            coords_level0=self.corners(cells),
+            cells=cells,
+            tissue_fraction=unknown,
+            section=unknown,
+            qc=unknown[:, None][:, :0],
+            qc_names=(),
+            level=self.level,
+            read_size=self.read_size,
+            tile_size=self.tile_size,
+            tile_size_level0=self.pitch,
+            mpp=(self.mpp[0] + self.mpp[1]) / 2,
+        )
+
+
+def plan_grid(
+    slide: Slide,
+    *,
+    mpp: float = 0.5,
+    tile_size: int = 256,
+    tolerance: float = 0.02,
+    allow_upsampling: bool = False,
+) -> Grid:
+    """The grid of whole tiles (`tile_size` pixels of `mpp` microns a side) within the slide's bounds.
+
+    A level within a share of `tolerance` of `mpp` is used pixel for pixel. Else the tile is resampled from the coarsest
+    level that lacks at most half a pixel of its side. A slide coarser than that is upsampled, up to 1.3 times, or
+    beyond with `allow_upsampling`.
+
+    Raises:
+        SlideError: the slide is too coarse for `mpp`; a tile would take, or the grid would hold, absurdly many.
+    """
+    own = np.array([slide.mpp.x, slide.mpp.y])
+    downsamples = slide.level_downsamples
+    wanted = tile_size * mpp / own  # (2,) level-0 pixels of one tile, fractional
+    misfits = [float(np.abs(own * step / mpp - 1).max()) for step in downsamples]
+    level, read_size, upsampled = int(np.argmin(misfits)), np.array([tile_size, tile_size]), 1.0
+    if misfits[level] > tolerance:
+        fine = [i for i, step in enumerate(downsamples) if (tile_size - wanted / step).max() <= HALF_PIXEL]
+        if not fine:
+            upsampled = float(own.max() / mpp)
+            if upsampled > UPSAMPLING_LIMIT * (1 + 1e-9) and not allow_upsampling:
+                raise SlideError(
+                    f"slide {slide.slide_id!r}: expected at most {UPSAMPLING_LIMIT * mpp:g} microns per pixel for "
+                    f"tiles at {mpp:g}, got {slide.mpp.mean:g} (upsampled {upsampled:.2f} times). Choose a larger "
+                    "--mpp, or say --allow-upsampling."
+                )
+        level = max(fine, key=downsamples.__getitem__, default=0)
+        read_size = np.maximum(1, np.rint(wanted / downsamples[level]).astype(int))
+    if math.prod(read_size.tolist()) > READ_PIXELS:
+        raise SlideError(
+            f"slide {slide.slide_id!r}: expected a level near {mpp:g} microns per pixel, got "
+            f"{own[0] * downsamples[level]:g} as the coarsest fine enough; one tile would take "
+            f"{read_size[0]} x {read_size[1]} pixels. Choose a smaller --mpp, or give the slide a pyramid."
+        )
+    # The whole downsample that a level was made with, where its rounded sizes shift a tile by half a pixel at most.
+    step, whole = downsamples[level], round(downsamples[level])
+    nominal = whole if read_size.max() * abs(step / whole - 1) <= HALF_PIXEL else step
+    pitch = np.maximum(1, np.rint(read_size * nominal).astype(int))
+    effective = pitch * own / tile_size
+    columns, rows = (whole_tiles(slide, axis, int(pitch[axis]), int(read_size[axis]), level) for axis in (0, 1))
+    if columns * rows > GRID_TILES:
+        raise SlideError(
+            f"slide {slide.slide_id!r}: expected at most {GRID_TILES} places for tiles, got {columns} x {rows}. "
+            "Choose a larger --tile-size or --mpp, or check the slide's size."
+        )
+    return Grid(
+        anchor=slide.bounds[:2],
+        pitch=(int(pitch[0]), int(pitch[1])),
+        level=level,
+        read_size=(int(read_size[0]), int(read_size[1])),
+        tile_size=tile_size,
+        mpp=(float(effective[0]), float(effective[1])),
+        columns=columns,
+        rows=rows,
+        upsampled=upsampled,
+    )
+
+
+def whole_tiles(slide: Slide, axis: int, pitch: int, read: int, level: int) -> int:
+    """Tiles along one axis that lie inside the bounds, and whose pixels the level holds: levels are rounded down, so
+    the last tile may miss pixels there that level 0 has."""
+    start, extent, downsample = slide.bounds[axis], slide.bounds[2 + axis], slide.level_downsamples[level]
+    room = slide.level_dimensions[level][axis] + HALF_PIXEL - read - start / downsample
+    if level == 0:
+        room = slide.level_dimensions[0][axis] - read - start
+    held = math.floor(room * downsample / pitch + 1e-9) + 1 if room >= 0 else 0
+    return max(0, min(extent // pitch, held))
+
+
+def area_shares(values: NDArray[Any], frame: TissueMask | Overview, grid: Grid) -> NDArray[np.float32]:
+    """Mean (rows, columns) over each tile's area of values (h, w) in a frame, exact for tiles that cut through its
+    pixels; outside they count as 0."""
+    x, y = (
+        (grid.anchor[xy] + np.arange(count + 1) * grid.pitch[xy] - frame.origin_level0[xy]) / frame.scale[xy]
+        for xy, count in ((0, grid.columns), (1, grid.rows))
+    )
+    return box_means(values, x, y)
+
+
+def tile_sections(mask: TissueMask, grid: Grid) -> NDArray[np.int32]:
+    """The connected piece that covers most of each tile's tissue (rows, columns); 0 where there is none. A pixel of the
+    mask counts for the tile that holds its centre; of equal pieces the first in reading order wins."""
+    cells = [
+        np.floor(
+            (mask.origin_level0[xy] + (np.arange(length) + 0.5) * mask.scale[xy] - grid.anchor[xy]) / grid.pitch[xy]
+        )
+        for xy, length in ((0, mask.mask.shape[1]), (1, mask.mask.shape[0]))
+    ]
+    column, row = (cell.astype(np.int64) for cell in cells)  # of each column and row of pixels
+    sections = np.zeros((grid.rows, grid.columns), np.int32)
+    inside = (column >= 0) & (column < grid.columns)
+    for tile_row in np.unique(row[(row >= 0) & (row < grid.rows)]):
+        band = mask.sections[row == tile_row][:, inside]
+        keys = column[inside] * (mask.pieces + 1) + band  # tile and piece in one number
+        found, count = np.unique(keys[band > 0], return_counts=True)
+        tile, piece = np.divmod(found, mask.pieces + 1)
+        order = np.lexsort((-piece, count))  # the largest, and of these the first piece, is written last
+        sections[tile_row, tile[order]] = piece[order]
+    return sections
 
 
 # Flags per tile, seen at low power: numbers to look at and to filter by later; no tile is left out for them.
@@ -120,7 +281,7 @@ def plan_tiles(slide: Slide, options: TileOptions, *, workers: int = 0) -> TileP
         fractions = published_shares(slide, mask, grid, workers=workers)
         kept = fractions > options.min_tissue  # "exceeds", as published
     else:
-        fractions = tile_fractions(mask, grid)  # (rows, columns)
+        fractions = area_shares(mask.mask, mask, grid)  # (rows, columns)
         kept = fractions >= options.min_tissue
     sections = tile_sections(mask, grid)
     dropped = count_dropped(mask, grid, fractions, kept, options.min_tissue)
@@ -130,7 +291,7 @@ def plan_tiles(slide: Slide, options: TileOptions, *, workers: int = 0) -> TileP
         chosen = spread_evenly(cells, options.max_tiles, options.seed)
         dropped["max tiles"] = len(cells) - len(chosen)
         cells = cells[chosen]
-    warnings = (*_warnings(slide, grid, options, dark), *_without_tiles(mask, options, grid, len(cells)))
+    warnings = tuple(_warnings(slide, grid, options, dark, mask, len(cells)))
     at = cells[:, 1], cells[:, 0]
     tiles = dataclasses.replace(
         grid.tiles(slide.slide_id, cells),
@@ -139,8 +300,24 @@ def plan_tiles(slide: Slide, options: TileOptions, *, workers: int = 0) -> TileP
         qc=tile_qc(slide, overview, grid, cells),
         qc_names=QC_NAMES,
         attrs={
-            **_slide_facts(slide),
-            **_grid_facts(slide, grid, options),
+            "slide_size": slide.dimensions,
+            "bounds": slide.bounds,
+            "vendor": slide.vendor,
+            "scanner": slide.scanner,
+            "objective_power": slide.objective_power,
+            "mpp_level0": (slide.mpp.x, slide.mpp.y),
+            "mpp_source": slide.mpp.source,
+            "numerics_version": TILES_NUMERICS_VERSION,
+            "reader": slide.fast.used_so_far,
+            "filter": filter_name(grid.read_size, grid.tile_size),
+            "mpp_target": options.mpp,
+            "mpp_tolerance": options.mpp_tolerance,
+            "mpp_xy": grid.mpp,
+            "level_size": slide.level_dimensions[grid.level],
+            "level_downsample": slide.level_downsamples[grid.level],
+            "anchor": grid.anchor,
+            "grid_size": (grid.columns, grid.rows),
+            "upsampled": grid.upsampled,
             "tissue_method": mask.method,
             "tissue_threshold": mask.threshold,
             "tissue_state": mask.state,
@@ -181,7 +358,7 @@ def tissue_of(
 
 
 def count_dropped(
-    mask: TissueMask, grid: Grid, fractions: npt.NDArray[np.float32], kept: BoolArray, min_tissue: float
+    mask: TissueMask, grid: Grid, fractions: NDArray[np.float32], kept: BoolImage, min_tissue: float
 ) -> dict[str, int]:
     """Places of the grid that became no tile, by reason.
 
@@ -201,7 +378,7 @@ def count_dropped(
     return {reason: count for reason, count in counts.items() if count}
 
 
-def tile_qc(slide: Slide, overview: Overview, grid: Grid, cells: npt.NDArray[np.int32]) -> npt.NDArray[np.float32]:
+def tile_qc(slide: Slide, overview: Overview, grid: Grid, cells: NDArray[np.int32]) -> NDArray[np.float32]:
     """Measure every tile (`cells` (N, 2), column and row): (N, K), columns as in QC_NAMES.
 
     `focus` is the mean spatial frequency of the tile at 4 microns a pixel, in cycles per millimetre, whatever the
@@ -209,20 +386,19 @@ def tile_qc(slide: Slide, overview: Overview, grid: Grid, cells: npt.NDArray[np.
     `white`, `black` and `pen` are shares of the tile's area, `saturation` its mean in 0 to 1, from the overview.
     """
     image, mpp = overview.image, overview.mpp
-    maps: dict[str, Callable[[], npt.NDArray[Any]]] = {  # one at a time: each is as large as the overview
-        "white": lambda: stain.glass_pixels(image),
-        "black": lambda: stain.extremes(image)[0] <= BLACK_LEVEL,
-        "pen": lambda: stain.pen_pixels(image, mpp),
-        "saturation": lambda: stain.by_bands(image, stain.saturation),
+    maps: dict[str, Callable[[], NDArray[Any]]] = {  # one at a time: each is as large as the overview
+        "white": lambda: glass_pixels(image),
+        "black": lambda: extremes(image)[0] <= BLACK_LEVEL,
+        "pen": lambda: pen_pixels(image, mpp),
+        "saturation": lambda: by_bands(image, saturation),
     }
     columns, rows = cells[:, 0], cells[:, 1]
-    edges = tile_edges(overview, grid)
-    found = {name: box_means(values(), *edges)[rows, columns] for name, values in maps.items()}
+    found = {name: area_shares(values(), overview, grid)[rows, columns] for name, values in maps.items()}
     found["focus"] = _focus(slide, grid, np.unique(rows))[rows, columns]
     return np.stack([found[name] for name in QC_NAMES], axis=1).astype(np.float32)
 
 
-def _focus(slide: Slide, grid: Grid, rows: npt.NDArray[np.integer]) -> npt.NDArray[np.float32]:
+def _focus(slide: Slide, grid: Grid, rows: NDArray[np.integer]) -> NDArray[np.float32]:
     """(rows, columns) of the grid: the focus of the tiles in these rows, NaN elsewhere.
 
     The mean square frequency of an image is the power of its Laplacian over the power of its gradient.
@@ -267,7 +443,7 @@ def _focus(slide: Slide, grid: Grid, rows: npt.NDArray[np.integer]) -> npt.NDArr
     return focus
 
 
-def spread_evenly(cells: IntArray, count: int, seed: int) -> npt.NDArray[np.int64]:
+def spread_evenly(cells: NDArray[np.integer[Any]], count: int, seed: int) -> NDArray[np.int64]:
     """Indices (count,), ascending, of `count` of the cells (N, 2), spread evenly over where they lie: the cells are put
     in the order in which a Hilbert curve passes them, the order is cut into `count` equal runs, and one is drawn from
     each."""
@@ -275,11 +451,11 @@ def spread_evenly(cells: IntArray, count: int, seed: int) -> npt.NDArray[np.int6
     edges = np.arange(count + 1) * len(cells) // count
     drawn = np.random.default_rng(seed).random(count)
     picks = edges[:-1] + (drawn * np.diff(edges)).astype(np.int64)
-    chosen: npt.NDArray[np.int64] = np.sort(order[picks])
+    chosen: NDArray[np.int64] = np.sort(order[picks])
     return chosen
 
 
-def hilbert_index(cells: IntArray) -> npt.NDArray[np.int64]:
+def hilbert_index(cells: NDArray[np.integer[Any]]) -> NDArray[np.int64]:
     """Where a Hilbert curve over a square of 2^k cells a side passes each cell (N, 2); neighbours on it touch."""
     x, y = cells.T.astype(np.int64)
     index = np.zeros(len(cells), np.int64)
@@ -295,69 +471,35 @@ def hilbert_index(cells: IntArray) -> npt.NDArray[np.int64]:
     return index
 
 
-def _slide_facts(slide: Slide) -> dict[str, Any]:
-    return {
-        "slide_size": slide.dimensions,
-        "bounds": slide.bounds,
-        "vendor": slide.vendor,
-        "scanner": slide.scanner,
-        "objective_power": slide.objective_power,
-        "mpp_level0": (slide.mpp.x, slide.mpp.y),
-        "mpp_source": slide.mpp.source,
-    }
-
-
-def _grid_facts(slide: Slide, grid: Grid, options: TileOptions) -> dict[str, Any]:
-    return {
-        "numerics_version": TILES_NUMERICS_VERSION,
-        "reader": slide.fast.used_so_far,
-        "filter": filter_name(grid.read_size, grid.tile_size),
-        "mpp_target": options.mpp,
-        "mpp_tolerance": options.mpp_tolerance,
-        "mpp_xy": grid.mpp,
-        "level_size": slide.level_dimensions[grid.level],
-        "level_downsample": slide.level_downsamples[grid.level],
-        "anchor": grid.anchor,
-        "grid_size": (grid.columns, grid.rows),
-        "upsampled": grid.upsampled,
-    }
-
-
-def _warnings(slide: Slide, grid: Grid, options: TileOptions, dark: bool) -> list[str]:
-    found = []
+def _warnings(
+    slide: Slide, grid: Grid, options: TileOptions, dark: bool, mask: TissueMask, count: int
+) -> Iterator[str]:
+    """What a person should know of a slide that got so many tiles."""
     if grid.upsampled > 1:
-        found.append(
+        yield (
             f"upsampled {grid.upsampled:.2f} times: the slide has {slide.mpp.mean:g} microns per pixel, "
             f"tiles {options.mpp:g}."
         )
     if slide.misfits:
         sizes = ", ".join(f"{width} x {height}" for width, height in slide.misfits[:3])
-        found.append(
+        yield (
             f"levels from {len(slide.level_dimensions)} on ({sizes}) are not read: the first of them is not "
             f"{slide.dimensions[0]} x {slide.dimensions[1]} made smaller (padded, cropped, or another picture)."
         )
     stated = slide.stated_mpp
     if stated is not None and stated.source != slide.mpp.source and abs(slide.mpp.mean / stated.mean - 1) > SAME_SCALE:
-        found.append(
+        yield (
             f"{slide.mpp.source} says {slide.mpp.mean:g} microns per pixel, the slide itself {stated.mean:g} "
             f"({stated.source})."
         )
     if dark:
-        found.append("dark background, looks like fluorescence: the encoders know brightfield stains only.")
+        yield "dark background, looks like fluorescence: the encoders know brightfield stains only."
     if grid.columns == 0 or grid.rows == 0:
-        found.append(f"no whole tile of {grid.pitch[0]} x {grid.pitch[1]} level-0 pixels fits into the slide.")
-    return found
-
-
-def _without_tiles(mask: TissueMask, options: TileOptions, grid: Grid, count: int) -> list[str]:
-    """What to do about a slide that got no tile, where somebody sees tissue on it."""
-    if count or not grid.columns * grid.rows:
-        return []
-    if mask.pieces:
-        return [f"no tile holds {options.min_tissue:g} of tissue. Lower --min-tissue where these pieces matter."]
-    if mask.method != "otsu":
-        return []
-    return [
-        "nothing stands out from the glass as stain does. Where its preview shows tissue, faded say, use --tissue "
-        "published or none, or a mask's PATH."
-    ]
+        yield f"no whole tile of {grid.pitch[0]} x {grid.pitch[1]} level-0 pixels fits into the slide."
+    elif not count and mask.pieces:
+        yield f"no tile holds {options.min_tissue:g} of tissue. Lower --min-tissue where these pieces matter."
+    elif not count and mask.method == "otsu":
+        yield (
+            "nothing stands out from the glass as stain does. Where its preview shows tissue, faded say, use --tissue "
+            "published or none, or a mask's PATH."
+        )

@@ -5,23 +5,253 @@ Frames: overview pixels are (row, column) of `mask`; level-0 pixels are OpenSlid
 carries the step from the one to the other. Colours are 8-bit RGB. The rules are those of three methods: `otsu` and
 `none` here, `published` in `gigapath.preprocessing.published`; masks that come as files are read in
 `gigapath.preprocessing.masks`.
+
+What tells tissue from glass is colour and real darkness; brightness alone also differs from field to field of a
+stitched slide, under dust, and where fields were never scanned.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from gigapath.preprocessing import stain
-from gigapath.preprocessing.grid import Grid
 from gigapath.preprocessing.slide import Overview
-from gigapath.preprocessing.stain import GLASS_CHROMA
+
+BoolImage = NDArray[np.bool_]
+T = TypeVar("T", bound=np.generic)
 
 # Rules by which `--tissue` finds tissue; whatever else it names is a file or a folder of files.
 METHODS = ("otsu", "published", "none")
+
+BAND_PIXELS = 500_000
+
+# Grey levels of plain darkening that are put down to light, dust or stitched fields and not to tissue.
+VEIL = 10
+
+# Glass is bright and nearly without colour, or less bright and without any.
+GLASS_DARKEST, GLASS_CHROMA = 185, 14
+DIM_GLASS_DARKEST, DIM_GLASS_CHROMA = 140, 6
+GLASS_SHARE = 0.0005  # less of the image than this is no background to measure from
+PURE_WHITE = 252
+# Beside this share of pure white, what is tinted more is pale tissue, and the white is the glass.
+WHITE_SHARE, TINT = 0.1, 9
+DIM, DIM_TINT = 220, 4
+SAMPLE = 200_000  # pixels are enough for a median
+SHADING = 12  # grey levels by which glass may differ over a slide
+SCANNED_SHARE = 0.02  # of what looks like glass: less of it than this is not the glass, pure white is
+
+
+def bands(shape: tuple[int, int]) -> Iterator[slice]:
+    """Slices of rows that together cover an image (h, w), of BAND_PIXELS each."""
+    rows = max(1, BAND_PIXELS // shape[1])
+    for first in range(0, shape[0], rows):
+        yield slice(first, first + rows)
+
+
+def extremes(image: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
+    """The brightest and the darkest of the three channels of each pixel, (h, w) each."""
+    red, green, blue = (image[..., channel] for channel in range(3))
+    return np.maximum(np.maximum(red, green), blue), np.minimum(np.minimum(red, green), blue)
+
+
+def by_bands(image: NDArray[np.uint8], values: Callable[[NDArray[np.uint8]], NDArray[T]]) -> NDArray[T]:
+    """`values` (each pixel by itself, from (rows, w, 3) to (rows, w)) of an image (h, w, 3), taken in bands of rows:
+    what it needs on the way stays small."""
+    return np.concatenate([values(image[rows]) for rows in bands(image.shape[:2])] or [values(image)])
+
+
+def glass_pixels(image: NDArray[np.uint8]) -> BoolImage:
+    """(h, w): pixels as bright and as free of colour as glass."""
+
+    def is_glass(band: NDArray[np.uint8]) -> BoolImage:
+        brightest, darkest = extremes(band)
+        chroma = brightest - darkest
+        bright: BoolImage = (darkest > GLASS_DARKEST) & (chroma <= GLASS_CHROMA)
+        bright |= (darkest > DIM_GLASS_DARKEST) & (chroma <= DIM_GLASS_CHROMA)
+        return bright
+
+    return by_bands(image, is_glass)
+
+
+def glass_colour(image: NDArray[np.uint8], counted: BoolImage) -> tuple[float, float, float] | None:
+    """RGB of the glass on `counted` pixels of a blurred image: the median of the brightest and least coloured of what
+    looks like it, or None where nothing does.
+
+    Pure white is measured only where hardly anything else is to be had: fields that were never scanned are filled with
+    it. Of the rest the brightest and least coloured count, since pale tissue looks like glass by itself.
+    """
+    glass = counted & glass_pixels(image)
+    count = np.count_nonzero(glass)
+    if count <= GLASS_SHARE * np.count_nonzero(counted):
+        return None
+    white = glass & (extremes(image)[1] >= PURE_WHITE)
+    beside_white = np.asarray(cv2.dilate(white.astype(np.uint8), np.ones((5, 5), np.uint8))) > 0
+    scanned = glass & ~beside_white
+    if np.count_nonzero(scanned) <= SCANNED_SHARE * count:
+        return _median_colour(image[glass])
+    places = np.flatnonzero(scanned)
+    pixels = image.reshape(-1, 3)[places[:: max(1, len(places) // SAMPLE)]]
+    brightest, darkest = extremes(pixels)
+    top = brightest >= np.percentile(brightest, 99) - SHADING
+    chroma = brightest - darkest
+    colour = _median_colour(pixels[top & (chroma <= np.percentile(chroma[top], 2) + 4)])
+    tint = TINT if max(colour) >= DIM else DIM_TINT
+    if max(colour) - min(colour) > tint and np.count_nonzero(white) > WHITE_SHARE * count:
+        return _median_colour(image[white])  # the white is glass, the tinted is pale tissue
+    return colour
+
+
+def _median_colour(pixels: NDArray[np.uint8]) -> tuple[float, float, float]:
+    """The median of each channel of (n, 3) pixels."""
+    red, green, blue = (float(np.median(pixels[:, channel])) for channel in range(3))
+    return red, green, blue
+
+
+def stain_image(image: NDArray[np.uint8], glass: tuple[float, float, float]) -> NDArray[np.uint8]:
+    """How much each pixel differs from glass of that RGB by colour, or by darkness beyond a veil; (h, w), 0 to 255.
+
+    The image is balanced so that its glass is neutral; then the value is the spread of the three channels plus what the
+    brightest of them lacks to the glass beyond VEIL. Glass, pure white and the steps between stitched fields lie near
+    0, pale tissue at 12 to 30, dense tissue at 60 to 150, black at 230.
+    """
+    level = max(glass)
+    balance = np.asarray([level / channel for channel in glass], np.float32)
+
+    def stain(band: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        brightest, darkest = extremes(np.minimum(band * balance, np.float32(255)))
+        values = brightest - darkest + np.maximum(np.float32(level - VEIL) - brightest, 0)
+        return np.asarray(np.clip(np.rint(values), 0, 255), np.uint8)
+
+    return by_bands(image, stain)
+
+
+def blurred_where_seen(image: NDArray[np.uint8], seen: BoolImage) -> NDArray[np.uint8]:
+    """The mean over 3 x 3 pixels, of those that were seen."""
+    if seen.all():
+        return np.asarray(cv2.blur(image, (3, 3)), np.uint8)
+    sums = np.asarray(cv2.blur(np.where(seen[..., None], image, np.uint8(0)), (3, 3)))
+    share = np.asarray(cv2.blur(seen.astype(np.uint8) * np.uint8(255), (3, 3)))
+    edge = share < 255
+    sums[edge] = np.clip(sums[edge] * (np.float32(255) / np.maximum(share[edge], 28))[:, None], 0, 255)
+    return sums.astype(np.uint8, copy=False)
+
+
+# Ink on tissue stays tissue: a surgeon's ink, a pen stroke across a section, pigment. Ink on glass goes.
+FILL_LEVEL = 5  # no channel above this: the black that software fills unscanned fields with
+
+# Green to blue pens: green above red, which no haematoxylin is, and strongly coloured.
+PEN_GREEN_OVER_RED = 8
+PEN_SATURATION = 0.4
+PEN_DARKEST = 25  # of the brightest channel: black has no hue
+# Bright red pens; blood is darker or leans to orange.
+RED_LEVEL = 180
+RED_SATURATION = 0.75
+RED_SPREAD = 0.08  # of green against blue
+# The faint edge of a stroke: the same hue, near the stroke.
+SKIRT_SATURATION = 0.12
+SKIRT_UM = 40.0
+SOFT_PIXELS = 2  # pixels beside a stroke are mixtures, whatever their colour
+
+BRIDGE_UM = 300.0  # ink with tissue on both sides within this lies on tissue
+LINING = 8.0  # contact squared over area: ink this stretched out along tissue lines its margin
+LINING_UM = 200.0
+
+
+def pen_pixels(image: NDArray[np.uint8], mpp: float) -> BoolImage:
+    """Pen-coloured pixels, the faint edges of strokes (SKIRT_UM wide), and the mixed pixels beside them."""
+    cold, warm = by_bands(image, _is_cold), by_bands(image, _is_warm)
+    strokes: BoolImage = cold | warm
+    if not strokes.any():
+        return strokes
+    pen: BoolImage = _grown(cold, SKIRT_UM / mpp)
+    pen &= by_bands(image, _is_skirt)
+    return pen | _grown(strokes, SOFT_PIXELS)
+
+
+def _is_cold(image: NDArray[np.uint8]) -> BoolImage:
+    """(h, w): green to blue pen."""
+    dull = saturation(image) < PEN_SATURATION
+    cold: BoolImage = ~dull & (image[..., 1] >= image[..., 0].astype(np.int16) + PEN_GREEN_OVER_RED)
+    return cold & (extremes(image)[0] > PEN_DARKEST)
+
+
+def _is_warm(image: NDArray[np.uint8]) -> BoolImage:
+    """(h, w): bright red pen."""
+    _, green, blue = (image[..., channel].astype(np.int16) for channel in range(3))
+    bright = (image[..., 0] >= RED_LEVEL) & (saturation(image) >= RED_SATURATION)
+    warm: BoolImage = bright & (np.abs(green - blue) <= RED_SPREAD * image[..., 0])
+    return warm
+
+
+def _is_skirt(image: NDArray[np.uint8]) -> BoolImage:
+    """(h, w): of the hue of green to blue pens, however faint."""
+    faint: BoolImage = image[..., 1] >= image[..., 0].astype(np.int16) + PEN_GREEN_OVER_RED // 2
+    return faint & (saturation(image) >= SKIRT_SATURATION)
+
+
+def saturation(image: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """(h, w), 0 to 1: the spread of the channels over the brightest."""
+    brightest, darkest = extremes(image)
+    values: NDArray[np.float32] = (brightest - darkest).astype(np.float32) / np.maximum(brightest, 1)
+    return values
+
+
+def on_tissue(pen: BoolImage, tissue: BoolImage, mpp: float) -> BoolImage:
+    """The pen pixels (h, w) that lie on tissue, which was found without them: between tissue on both sides, or lining
+    its margin."""
+    if not pen.any() or not tissue.any():
+        return np.zeros_like(pen)
+    kept = pen & _closed(tissue, BRIDGE_UM / mpp)
+    beside = _grown(tissue, 1)
+    near = _grown(tissue, LINING_UM / mpp)
+    rest = pen & ~kept
+    _, labels, statistics, _ = cv2.connectedComponentsWithStats(rest.astype(np.uint8), connectivity=8)
+    areas = statistics[:, cv2.CC_STAT_AREA]
+    contacts = np.bincount(labels[beside], minlength=len(areas))
+    lining = contacts.astype(np.float64) ** 2 >= LINING * areas
+    lining[0] = False
+    kept |= near & lining[labels]
+    return kept
+
+
+def touching(marks: BoolImage, tissue: BoolImage) -> BoolImage:
+    """The connected pieces of `marks` that touch `tissue`."""
+    if not marks.any():
+        return marks
+    count, labels = cv2.connectedComponents(marks.astype(np.uint8), connectivity=8)
+    touches = np.zeros(count, bool)
+    touches[np.unique(labels[_grown(tissue, 1)])] = True
+    touches[0] = False
+    pieces: BoolImage = touches[labels]
+    return pieces
+
+
+def at_border(marks: BoolImage) -> BoolImage:
+    """The connected pieces of `marks` that reach the edge of the image."""
+    edge = np.zeros_like(marks)
+    edge[[0, -1]] = edge[:, [0, -1]] = True
+    return touching(marks, edge & marks)
+
+
+def _grown(mask: BoolImage, radius: float) -> BoolImage:
+    """The pixels within `radius` of the mask."""
+    if not mask.any():
+        return mask
+    distance = cv2.distanceTransform((~mask).astype(np.uint8), cv2.DIST_L2, 5)
+    grown: BoolImage = distance <= max(radius, 1.5)
+    return grown
+
+
+def _closed(mask: BoolImage, radius: float) -> BoolImage:
+    """The mask with every gap closed that no disc of this radius fits into; the image's border closes nothing."""
+    margin = int(np.ceil(radius)) + 1
+    wide = np.pad(mask, margin)
+    back: BoolImage = ~_grown(~_grown(wide, radius), radius)
+    return (back | wide)[margin:-margin, margin:-margin]
+
 
 # Stain, in grey levels, by which tissue must stand out from glass. Empty glass, blurred, scatters by 2 to 6; the
 # palest tissue that is still worth a tile stands out by about 15.
@@ -96,7 +326,6 @@ def _median(histogram: NDArray[np.int64]) -> int:
     return int(np.searchsorted(cumulated, cumulated[-1] / 2))
 
 
-BoolImage = NDArray[np.bool_]
 State = Literal["tissue", "blank", "full"]
 
 SPECK_UM2 = 4_000.0  # a quarter of a tile of 128 microns
@@ -168,28 +397,30 @@ def find_tissue(overview: Overview, method: str = "otsu") -> TissueMask:
     image = overview.image
     if has_dark_background(overview):
         return _bright_on_dark(overview)
-    fill = overview.opaque & (stain.extremes(image)[0] <= stain.FILL_LEVEL)
-    unscanned = stain.at_border(fill) | _missing(image)
+    fill = overview.opaque & (extremes(image)[0] <= FILL_LEVEL)
+    # Blocks that are black to the last bit, as scanners leave what they could not read; no pigment is.
+    black = (extremes(image)[0] == 0).astype(np.uint8)
+    unscanned = at_border(fill) | (cv2.morphologyEx(black, cv2.MORPH_OPEN, np.ones((5, 5), np.uint8)) > 0)
     frame = _dark_frame(image) & ~fill
     frame |= _grey_edges(image, frame | unscanned)
-    pen = stain.pen_pixels(image, overview.mpp)
+    pen = pen_pixels(image, overview.mpp)
     seen = overview.opaque & ~frame & ~unscanned
     counted = seen & ~fill & ~pen
-    blurred = stain.blurred_where_seen(image, seen)
-    glass = stain.glass_colour(blurred, counted)
+    blurred = blurred_where_seen(image, seen)
+    glass = glass_colour(blurred, counted)
     threshold, stained = EVERYTHING, np.ones_like(counted)
     if glass is not None:
-        smooth, sharp = stain.stain_image(blurred, glass), stain.stain_image(image, glass)
+        smooth, sharp = stain_image(blurred, glass), stain_image(image, glass)
         threshold = palest_tissue(smooth[counted])
         stained = (smooth >= threshold) & (sharp >= threshold)  # the smooth image alone would give tissue a rim
     found = counted & stained
     if found.any():
         pen &= stained  # without tissue the whole stroke is recorded
-    kept_pen = stain.on_tissue(pen, found, overview.mpp)
-    kept_fill = stain.touching(fill & ~unscanned, found)
+    kept_pen = on_tissue(pen, found, overview.mpp)
+    kept_fill = touching(fill & ~unscanned, found)
     found |= kept_pen | kept_fill
     dropped = {"pen": pen & ~kept_pen, "black": fill & ~kept_fill, "frame": frame}
-    whole = _without_specks(_without_holes(found, overview.mpp) & ~dropped["pen"] & overview.opaque, overview.mpp)
+    whole = _pieces_of(found, ~dropped["pen"] & overview.opaque, overview.mpp)
     dropped["speck"] = found & ~whole
     return make_mask(
         overview,
@@ -212,7 +443,7 @@ def is_grey(overview: Overview) -> bool:
 
 def has_dark_background(overview: Overview) -> bool:
     """Whether the slide looks like fluorescence: bright things on black."""
-    brightest, darkest = (values[overview.opaque] for values in stain.extremes(overview.image))
+    brightest, darkest = (values[overview.opaque] for values in extremes(overview.image))
     if not brightest.size:
         return False
     dark = np.count_nonzero(brightest <= DARK_LEVEL) / brightest.size
@@ -222,10 +453,10 @@ def has_dark_background(overview: Overview) -> bool:
 
 def _bright_on_dark(overview: Overview) -> TissueMask:
     """Tissue of a fluorescence slide: the same rule on the brightest channel, specks left out."""
-    brightest = stain.extremes(cv2.blur(overview.image, (3, 3)))[0]
+    brightest = extremes(cv2.blur(overview.image, (3, 3)))[0]
     threshold = palest_tissue(brightest[overview.opaque])
     found = overview.opaque & (brightest >= threshold)
-    whole = _without_specks(_without_holes(found, overview.mpp) & overview.opaque, overview.mpp)
+    whole = _pieces_of(found, overview.opaque, overview.mpp)
     return make_mask(
         overview,
         whole,
@@ -269,7 +500,7 @@ def _dark_frame(image: NDArray[np.uint8]) -> BoolImage:
 
     Dark rows that go on beyond the depth looked at are tissue or pigment, not a frame.
     """
-    brightest, darkest = stain.extremes(image)
+    brightest, darkest = extremes(image)
     chroma = brightest - darkest
     dark: BoolImage = (brightest < FRAME_DARKEST) & (chroma < FRAME_CHROMA)
     frame = np.zeros_like(dark)
@@ -283,36 +514,26 @@ def _dark_frame(image: NDArray[np.uint8]) -> BoolImage:
     return frame
 
 
-def _missing(image: NDArray[np.uint8]) -> BoolImage:
-    """(h, w): blocks that are black to the last bit, as scanners leave what they could not read; no pigment is."""
-    black: BoolImage = stain.extremes(image)[0] == 0
-    return np.asarray(cv2.morphologyEx(black.astype(np.uint8), cv2.MORPH_OPEN, np.ones((5, 5), np.uint8))) > 0
-
-
 def _grey_edges(image: NDArray[np.uint8], dark: BoolImage) -> BoolImage:
     """(h, w): grey pixels up to two steps from `dark`, mixed from it and from glass."""
     if not dark.any():
         return dark
-    brightest, darkest = stain.extremes(image)
+    brightest, darkest = extremes(image)
     beside = cv2.dilate(dark.astype(np.uint8), np.ones((5, 5), np.uint8)).astype(bool)
     edges: BoolImage = beside & ~dark & (brightest < 230) & (brightest - darkest < FRAME_CHROMA)
     return edges
 
 
-def _without_specks(mask: BoolImage, mpp: float) -> BoolImage:
-    """The mask without pieces smaller than SPECK_UM2 (and than 4 pixels)."""
-    labels, areas = _pieces(mask)
+def _pieces_of(found: BoolImage, within: BoolImage, mpp: float) -> BoolImage:
+    """What was found with holes smaller than HOLE_UM2 filled, as far as it lies `within`, and without pieces smaller
+    than SPECK_UM2 (and than 4 pixels)."""
+    labels, areas = _pieces(~found, connectivity=4)
+    fill = areas < HOLE_UM2 / mpp**2
+    fill[0] = False
+    labels, areas = _pieces((found | fill[labels]) & within)
     keep = areas >= max(SPECK_UM2 / mpp**2, 4)
     keep[0] = False
     return keep[labels]
-
-
-def _without_holes(mask: BoolImage, mpp: float) -> BoolImage:
-    """The mask with holes smaller than HOLE_UM2 filled."""
-    labels, areas = _pieces(~mask, connectivity=4)
-    fill = areas < HOLE_UM2 / mpp**2
-    fill[0] = False
-    return mask | fill[labels]
 
 
 def _pieces(mask: BoolImage, connectivity: int = 8) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
@@ -321,31 +542,11 @@ def _pieces(mask: BoolImage, connectivity: int = 8) -> tuple[NDArray[np.int32], 
     return np.asarray(labels, np.int32), np.asarray(statistics[:, cv2.CC_STAT_AREA], np.int32)
 
 
-def tile_fractions(mask: TissueMask, grid: Grid) -> NDArray[np.float32]:
-    """Share (rows, columns) of each tile that is tissue, 0 to 1 by area, exact for tiles that cut through mask pixels;
-    what a tile has outside the mask counts as no tissue."""
-    return area_shares(mask.mask, mask, grid)
-
-
-def area_shares(values: NDArray[Any], mask: TissueMask, grid: Grid) -> NDArray[np.float32]:
-    """Mean (rows, columns) over each tile's area of values (h, w) in the frame of `mask`; outside they count as 0."""
-    return box_means(values, *tile_edges(mask, grid))
-
-
-def tile_edges(frame: TissueMask | Overview, grid: Grid) -> tuple[NDArray[np.floating], NDArray[np.floating]]:
-    """Where the grid's columns (columns + 1,) and rows (rows + 1,) begin and end, in pixels of the frame."""
-    x, y = (
-        (grid.anchor[xy] + np.arange(count + 1) * grid.pitch[xy] - frame.origin_level0[xy]) / frame.scale[xy]
-        for xy, count in ((0, grid.columns), (1, grid.rows))
-    )
-    return x, y
-
-
 def box_means(values: NDArray[Any], x: NDArray[np.floating], y: NDArray[np.floating]) -> NDArray[np.float32]:
     """Mean over boxes that lie side by side, exact where they cut through pixels: `x` (columns + 1,) and `y` (rows +
     1,) are their edges in pixels of `values` (h, w), which count as 0 outside; (rows, columns)."""
     # The running sums are 8 times as large as a mask.
-    along = [np.diff(_integral(values[rows], x, axis=1)) for rows in stain.bands(values.shape[:2])]
+    along = [np.diff(_integral(values[rows], x, axis=1)) for rows in bands(values.shape[:2])]
     sums = np.diff(_integral(np.concatenate(along), y, axis=0), axis=0)
     means: NDArray[np.float32] = (sums / np.outer(np.diff(y), np.diff(x))).astype(np.float32)
     return means
@@ -360,25 +561,3 @@ def _integral(values: NDArray[Any], edges: NDArray[np.floating], axis: int) -> N
     low, high = np.take(cumulated, whole, axis=axis), np.take(cumulated, whole + 1, axis=axis)
     result: NDArray[np.float64] = low * (1 - part) + high * part
     return result
-
-
-def tile_sections(mask: TissueMask, grid: Grid) -> NDArray[np.int32]:
-    """The connected piece that covers most of each tile's tissue (rows, columns); 0 where there is none. A pixel of the
-    mask counts for the tile that holds its centre; of equal pieces the first in reading order wins."""
-    cells = [
-        np.floor(
-            (mask.origin_level0[xy] + (np.arange(length) + 0.5) * mask.scale[xy] - grid.anchor[xy]) / grid.pitch[xy]
-        )
-        for xy, length in ((0, mask.mask.shape[1]), (1, mask.mask.shape[0]))
-    ]
-    column, row = (cell.astype(np.int64) for cell in cells)  # of each column and row of pixels
-    sections = np.zeros((grid.rows, grid.columns), np.int32)
-    inside = (column >= 0) & (column < grid.columns)
-    for tile_row in np.unique(row[(row >= 0) & (row < grid.rows)]):
-        band = mask.sections[row == tile_row][:, inside]
-        keys = column[inside] * (mask.pieces + 1) + band  # tile and piece in one number
-        found, count = np.unique(keys[band > 0], return_counts=True)
-        tile, piece = np.divmod(found, mask.pieces + 1)
-        order = np.lexsort((-piece, count))  # the largest, and of these the first piece, is written last
-        sections[tile_row, tile[order]] = piece[order]
-    return sections

@@ -23,9 +23,9 @@ from gigapath.file_names import safe_name
 from gigapath.files import write_bytes_atomic, write_text_atomic
 from gigapath.preprocessing.data.foreground_segmentation import segment_foreground
 from gigapath.preprocessing.data.tiling import tile_array_2d
-from gigapath.preprocessing.grid import Grid
 from gigapath.preprocessing.published import cells_in_box, find_foreground, share_below
 from gigapath.preprocessing.slide import Overview, Slide, SlideError, open_slide
+from gigapath.preprocessing.tiling import Grid, whole_tiles
 from gigapath.read_ahead import read_ahead
 from gigapath.tables import csv_text
 
@@ -158,15 +158,9 @@ def process_slide(
     rows: list[list[Any]] = [[*COLUMNS, *(f"slide_{key}" for key in metadata)]]
     for corner in kept:
         name = _descriptor(corner)
-        facts = (
-            slide_id,
-            f"{slide_id}.{name}",
-            f"{slide_id}/{name}.png",
-            sample.get("label", ""),
-            *corner,
-            found[corner],
-        )
-        rows.append([*facts, *metadata.values()])
+        label, share = sample.get("label", ""), found[corner]
+        ids = slide_id, f"{slide_id}.{name}", f"{slide_id}/{name}.png"
+        rows.append([*ids, label, *corner, share, *metadata.values()])
     write_text_atomic(folder / "dataset.csv", csv_text(rows))  # last: its being there means done
     return folder
 
@@ -193,22 +187,16 @@ def _level_grid(slide: Slide, level: int, tile_size: int) -> Grid:
             f"process_slide: expected a level from 0 to {len(slide.level_dimensions) - 1} of slide "
             f"{slide.slide_id!r}, got {level!r}. Choose one of its levels."
         )
-    left, top, width, height = slide.bounds
-    step = slide.level_downsamples[level]
-    pitch = max(1, round(tile_size * step))
-    held = [
-        int((size - tile_size - start / step + 0.5) * step // pitch) + 1
-        for size, start in zip(slide.level_dimensions[level], (left, top), strict=True)
-    ]
+    pitch = max(1, round(tile_size * slide.level_downsamples[level]))
     return Grid(
-        anchor=(left, top),
+        anchor=slide.bounds[:2],
         pitch=(pitch, pitch),
         level=level,
         read_size=(tile_size, tile_size),
         tile_size=tile_size,
         mpp=(float("nan"), float("nan")),
-        columns=max(0, min(width // pitch, held[0])),
-        rows=max(0, min(height // pitch, held[1])),
+        columns=whole_tiles(slide, 0, pitch, tile_size, level),
+        rows=whole_tiles(slide, 1, pitch, tile_size, level),
     )
 
 
@@ -253,9 +241,6 @@ def _grown(box: Box | None, margin: int, size: tuple[int, int]) -> Box:
 
 def _clear(folder: Path) -> None:
     """Remove an earlier run's tables and tiles, the table that says done first: notebooks take every PNG they find."""
-    for name in ("dataset.csv", "failed_tiles.csv"):
-        (folder / name).unlink(missing_ok=True)
-    if folder.is_dir():
-        for file in folder.iterdir():
-            if TILE_NAME.fullmatch(file.name):
-                file.unlink()
+    tiles = [file for file in folder.glob("*.png") if TILE_NAME.fullmatch(file.name)]
+    for file in (folder / "dataset.csv", folder / "failed_tiles.csv", *tiles):
+        file.unlink(missing_ok=True)
