@@ -13,8 +13,11 @@ from pathlib import Path
 import pandas as pd
 from croma import RI
 
+sys.path.insert(0, str(Path(__file__).parent.parent))
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
-from made_sites import CASES, NEIGHBORS, made_sites
+from made_sites import CASES, NEIGHBORS
+
+from scripts.bench.robustness import made_sites
 
 
 def main() -> None:

@@ -6,9 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from made_sites import CASES, NEIGHBORS, made_sites
+from made_sites import CASES, NEIGHBORS
+from scipy.stats import t
 
 from gigapath.evaluation.robustness import BLOCK_ROWS, robustness_index
+from scripts.bench.robustness import RobustnessBench, made_sites, measure
 
 GOLDENS = json.loads((Path(__file__).parent / "goldens" / "robustness.json").read_text())
 
@@ -26,11 +28,32 @@ def test_index_is_that_of_croma(name: str, monkeypatch: pytest.MonkeyPatch) -> N
     assert robustness_index(vectors, labels, sites, groups, neighbors=NEIGHBORS) == found
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_interval_is_that_of_leaving_each_patient_out(name: str) -> None:
+    made = made_sites(**CASES[name])
+    found, groups = robustness_index(*made), made[3]
+    assert found is not None
+    left = []
+    for patient in np.unique(groups):
+        without = robustness_index(*(each[groups != patient] for each in made), neighbors=[found.k])
+        assert without is not None
+        left.append(without.index)
+    half = t.ppf(0.975, len(left) - 1) * math.sqrt((len(left) - 1) * np.var(left))
+    assert half > 0.01  # it depends on who is there
+    assert (found.low, found.high) == pytest.approx((max(0, found.index - half), min(1, found.index + half)), abs=1e-12)
+
+
+def test_its_interval_holds_the_mean_of_such_cohorts() -> None:
+    rows = list(measure(RobustnessBench(cohorts=60, sizes="40")))
+    assert {row["neighbors"] for row in rows} == {"5", "chosen"} and len(rows) == 8
+    assert all(row["coverage"] >= (0.88 if row["neighbors"] == "5" else 0.8) for row in rows)
+
+
 def test_index_says_what_neighbors_share() -> None:
     vectors, labels, sites, groups = made_sites(patients=40, classes=2, sites=2, of_class=0, of_site=0, seed=5)
     by_class, by_site = (np.eye(2)[codes] for codes in (labels, (sites == "site 0").astype(int)))
     pure = [robustness_index(each, labels, sites, groups) for each in (by_class, by_site, vectors)]
-    assert pure[0].index == 1 and pure[1].index == 0
+    assert pure[0].index == 1 and pure[1].index == 0 and math.isnan(pure[0].low)  # no width says that nothing is known
     assert abs(pure[2].index - pure[2].at_random) < 0.1
     assert pure[0].at_random == pure[1].at_random  # of class and site alone
 

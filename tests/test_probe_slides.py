@@ -145,12 +145,15 @@ def test_scanners_and_stains_are_scored_apart(copied: tuple[Path, Path], tmp_pat
     columns = {key: np.array([rows[number[name]][key] for name in ids]) for key in ("label", "site", "patient_id")}
     labels = (columns["label"] == "wild").astype(np.int64)
     index = robustness_index(vectors.astype(np.float64), labels, columns["site"], columns["patient_id"])
-    assert index is not None and facts["index"] == pytest.approx(index.index) and "robustness index" in printed
+    assert index is not None and "robustness index" in printed
+    assert [facts[end] for end in ("index", "low", "high")] == pytest.approx([index.index, index.low, index.high])
+    assert f"{index.index:.4f} [{index.low:.4f}, {index.high:.4f}]" in printed
     (collected,) = collect_results(tmp_path / "out")
     shown = {block["title"]: block for block in collected.blocks if "title" in block}
     assert {f"Scores by {stratum}: default" for stratum in ("site", "scanner", "stain")} <= set(shown)
     (robust,) = (block for title, block in shown.items() if title.startswith("Robustness"))
-    assert {row[0]: row[1]["value"] for row in robust["rows"]}["default"] == facts["index"]
+    (row,) = (row for row in robust["rows"] if row[0] == "default")
+    assert row[1] == {"value": facts["index"], "low": facts["low"], "high": facts["high"]}
 
 
 def test_each_site_is_left_out_once(copied: tuple[Path, Path], tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ import torch
 
 import gigapath
 from gigapath.evaluation.calibration import decisions, default_calibration
-from gigapath.evaluation.intervals import plain
+from gigapath.evaluation.intervals import Estimate, plain
 from gigapath.evaluation.labels import (
     ID_COLUMNS,
     SITE_COLUMNS,
@@ -265,8 +265,9 @@ class SlideProbe:
             lead = f"{found.leads[BASELINE][shown[0]]:+.4f}" if found.leads else ""
             rows.append([name, str(found.facts.get("width", "")), *(str(found[each]) for each in shown), lead])
             if each := found.facts.get(ROBUSTNESS):
-                values = ("not defined" if each[key] is None else f"{each[key]:.4f}" for key in ("index", "at_random"))
-                robust.append([name, next(values), str(each["k"]), next(values)])
+                value = Estimate.from_dict({**each, "value": each["index"], "undefined": 0})
+                at_random = "not defined" if each["at_random"] is None else f"{each['at_random']:.4f}"
+                robust.append([name, str(value), str(each["k"]), at_random])
         yield from table_lines(rows)
         yield from table_lines(robust) if len(robust) > 1 else ()
         yield f"intervals: {self.scores[BASELINE].headline.covers}"

@@ -253,8 +253,8 @@ def _scores_of(found: Found) -> Iterator[Block]:
     robust = {model: held for model, each in found.scores.items() if (held := each.facts.get(ROBUSTNESS))}
     if robust:
         cells = [
-            [model, *(held[key] and {"value": held[key], "low": None, "high": None} for key in ("index", "at_random"))]
-            for model, held in robust.items()
+            [model, _cell(held["index"], held.get("low"), held.get("high")), _cell(held["at_random"])]
+            for model, held in robust.items()  # results of older versions have no limits
         ]
         title = "Robustness index: the share of telling neighbors of the same class at another site"
         words = ["robustness index", "of random neighbors"]
@@ -269,6 +269,10 @@ def _scores_of(found: Found) -> Iterator[Block]:
         yield {"kind": "confusion", "title": title, "classes": classes, "counts": first.confusion}
     if found.curves:
         yield {**found.curves, "kind": "curves"}
+
+
+def _cell(value: float | None, low: float | None = None, high: float | None = None) -> dict[str, Any] | None:
+    return None if value is None else {"value": value, "low": low, "high": high}
 
 
 def _scores(title: str, columns: Mapping[str, Evaluation]) -> Block:

@@ -22,6 +22,7 @@ KINDS = {
     "pretraining": ("scripts.bench.pretraining", "PretrainingBench", "a step against a plain product; use downstream"),
     "coverage": ("scripts.bench.coverage", "CoverageBench", "how often intervals over folds hold the truth"),
     "target-coverage": ("scripts.bench.target_coverage", "TargetCoverageBench", "the same of survival and regression"),
+    "robustness": ("scripts.bench.robustness", "RobustnessBench", "the same of the robustness index"),
     "finetuning": ("scripts.bench.finetuning", "FinetuningBench", "a training step against a plain product"),
 }
 
