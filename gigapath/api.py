@@ -28,8 +28,7 @@ from gigapath.progress import Progress
 from gigapath.text import slides_in_words
 
 if TYPE_CHECKING:
-    from gigapath import finetune as finetuning
-    from gigapath.finetune.tiles import TileTuning
+    from gigapath.finetune.run import RunResult as FineTuned
     from gigapath.linear_probe.slides import SlideProbe
     from gigapath.linear_probe.tiles import TileProbe
     from gigapath.pretraining import Pretrained
@@ -197,7 +196,7 @@ def finetune(
     split: SplitOptions,
     model: ModelOptions,
     training: TrainingOptions,
-) -> "finetuning.RunResult | TileTuning":
+) -> "FineTuned":
     """Fine-tune the slide encoder on labelled slides, or a tile encoder on labelled tiles, as `gigapath finetune`.
 
     Args:
@@ -220,36 +219,18 @@ def finetune(
         ValueError, FileNotFoundError: whatever is wrong with what was given, before anything is trained.
         KeyboardInterrupt: the run was stopped; the same call goes on after the last finished epoch.
     """
-    from gigapath import finetune as room
+    from gigapath.cli.finetune import tune
 
-    if tiles is not None:
-        if features or task is not None:
-            raise ValueError("tiles: expected neither features nor task beside it. Leave them out.")
-        from gigapath.finetune.tiles import finetune_tiles
-
-        probing = ProbeOptions(allow_missing=join.allow_missing, allow_leakage=split.allow_leakage)
-        with _stoppable(quiet, "tile") as (watch, check_stop):
-            return finetune_tiles(
-                os.fspath(tiles),
-                os.fspath(out),
-                tile_encoder=tile_encoder,
-                labels=None if labels is None else os.fspath(labels),
-                model=model,
-                training=training,
-                probe=probing,
-                dry_run=dry_run,
-                watch=watch,
-                check_stop=check_stop,
-            )
-    if task is None or labels is None or not features:
-        raise ValueError("finetune: expected features, task and labels for slides, or tiles. Name them.")
     files = [os.fspath(path) for path in _paths(features)]
-    inputs = room.Inputs(
-        os.fspath(task), files, os.fspath(labels), None if splits is None else os.fspath(splits), os.fspath(pretrained)
-    )
-    settings = room.Settings(join=join, split=split, model=model, training=training, controls=controls)
-    with _stoppable(quiet) as (watch, check_stop):
-        return room.finetune(inputs, Path(out), settings, dry_run=dry_run, watch=watch, check_stop=check_stop)
+    table, source, folder = (None if path is None else os.fspath(path) for path in (labels, tiles, splits))
+    named, weights = None if task is None else os.fspath(task), os.fspath(pretrained)
+    groups = (join, split, model, training)
+    with _stoppable(quiet, "slide" if tiles is None else "tile") as (watch, check_stop):
+        return tune(
+            *(files, named, table, source, tile_encoder, os.fspath(out), folder, weights, controls, dry_run, *groups),
+            watch=watch,
+            check_stop=check_stop,
+        )
 
 
 @as_keywords(cohort=CohortOptions, sizes=SizeOptions, task=TaskOptions, training=PretrainingOptions)
@@ -281,21 +262,12 @@ def pretrain(
         ValueError, FileNotFoundError: whatever is wrong with what was given, before anything is trained.
         KeyboardInterrupt: the run was stopped; the same call goes on after the last checkpoint.
     """
-    from gigapath import pretraining
+    from gigapath.pretraining import pretrain as run
 
+    paths, weights = _paths(features), os.fspath(init)
+    groups: dict[str, Any] = {"cohort": cohort, "sizes": sizes, "task": task, "training": training}
     with _stoppable(quiet) as (watch, check_stop):
-        return pretraining.pretrain(
-            _paths(features),
-            Path(out),
-            init=os.fspath(init),
-            cohort=cohort,
-            sizes=sizes,
-            task=task,
-            training=training,
-            dry_run=dry_run,
-            watch=watch,
-            check_stop=check_stop,
-        )
+        return run(paths, Path(out), init=weights, **groups, dry_run=dry_run, watch=watch, check_stop=check_stop)
 
 
 class FeatureFolder(Mapping[str, TileEmbeddings]):
@@ -358,12 +330,13 @@ def _watch(quiet: bool, unit: str = "slide") -> AbstractContextManager[Progress]
 
 @contextmanager
 def _stoppable(quiet: bool, unit: str = "slide") -> Iterator[tuple[Progress, Callable[[], None]]]:
-    """(what shows the news, what ends the work once a signal came) of training, which its checkpoint lets go on."""
-    from gigapath.progress import StopFlag, Stopped
+    """`stoppable` for a caller in Python, whose work is stopped as by Ctrl-C."""
+    from gigapath.cli.progress import stoppable
+    from gigapath.progress import Stopped
 
     try:
-        with _watch(quiet, unit) as watch, StopFlag(watch.stopping) as stop:
-            yield watch, stop.check
+        with stoppable(unit, quiet=quiet) as both:
+            yield both
     except Stopped as stopped:
         raise KeyboardInterrupt(f"stopped by {stopped}; the same call goes on from the last checkpoint") from None
 

@@ -17,7 +17,8 @@ from gigapath import tile_architectures, tile_encoder
 from gigapath.cli.main import main
 from gigapath.evaluation.results import read_results
 from gigapath.finetune import ModelOptions, TrainingOptions
-from gigapath.finetune.tiles import ENCODER, FROZEN, TUNED, TileClassifier, finetune_tiles
+from gigapath.finetune.run import TUNED
+from gigapath.finetune.tiles import ENCODER, FROZEN, TileClassifier, finetune_tiles
 from gigapath.linear_probe.table import read_table
 from gigapath.linear_probe.tile_heads import load_tile_head
 from gigapath.options import to_dict

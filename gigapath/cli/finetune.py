@@ -1,9 +1,9 @@
 """Training on slides: pretrain, init-task, finetune, predict."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
@@ -11,6 +11,10 @@ from gigapath.cli.arguments import EXIT_FAILED_SLIDES, Checkpoint, Csv, Features
 from gigapath.finetune.options import JoinOptions, ModelOptions, SplitOptions, TrainingOptions
 from gigapath.options import BootstrapOptions, DeviceOptions
 from gigapath.pretraining.options import CohortOptions, PretrainingOptions, SizeOptions, TaskOptions
+from gigapath.progress import Progress
+
+if TYPE_CHECKING:
+    from gigapath.finetune.run import RunResult
 
 
 @verb
@@ -79,67 +83,78 @@ def finetune(
         controls: train controls too, and put all in one table
         dry_run: show the plan and write nothing
     """
-    if tiles is not None:
-        if features is not None or task is not None:
-            raise ValueError("--tiles: expected neither --features nor --task beside it. Leave them out.")
-        join, split = labels_and_features, folds
-        return _tune_on_tiles(tiles, tile_encoder, labels, out, dry_run, join, split, model, training)
-    if task is None or features is None or labels is None:
-        lacking = "task" if task is None else "features" if features is None else "labels"
-        raise ValueError(f"--{lacking}: expected --task, --features and --labels for slides, or --tiles. Name it.")
-    from gigapath.finetune.data import Inputs, Settings, check_folder, prepare
-    from gigapath.progress import StopFlag
+    from gigapath.cli.progress import stoppable
 
-    settings = Settings(join=labels_and_features, split=folds, model=model, training=training, controls=controls)
-    inputs = Inputs(task, features, labels, splits, pretrained)
-    check_folder(out)
-    cohort = prepare(inputs, settings)
-    from gigapath.cli.progress import Terminal
-    from gigapath.finetune import finetune as fine_tune  # torch, once labels and features are read
-
-    with Terminal() as watch, StopFlag(watch.stopping) as stop:
-        fine_tune(inputs, out, settings, cohort=cohort, dry_run=dry_run, watch=watch, check_stop=stop.check)
-    print("Dry run: nothing was written." if dry_run else f"Results: {out}")
+    groups = (labels_and_features, folds, model, training)
+    with stoppable("slide" if tiles is None else "tile") as (watch, check_stop):
+        result = tune(
+            *(features, task, labels, tiles, tile_encoder, out, splits, pretrained, controls, dry_run, *groups),
+            watch=watch,
+            check_stop=check_stop,
+        )
+    if dry_run:
+        print("Dry run: nothing was written.")
+    elif tiles is None:
+        print(f"Results: {out}")
+    else:
+        embed = f"gigapath embed SLIDES --tile-encoder {out}/tile_encoder --out DIR"
+        print(f"{result}\nnext: {embed}, then gigapath predict {out} DIR")
     return 0
 
 
-def _tune_on_tiles(
-    tiles: str,
-    tile_encoder: str,
+def tune(
+    features: str | Sequence[str] | None,
+    task: str | None,
     labels: str | None,
+    tiles: str | None,
+    tile_encoder: str,
     out: str,
+    splits: str | None,
+    pretrained: str,
+    controls: bool,
     dry_run: bool,
     join: JoinOptions,
     split: SplitOptions,
     model: ModelOptions,
     training: TrainingOptions,
-) -> int:
-    model.check_adapters(tile_encoder)
-    from gigapath.cli.progress import Terminal
-    from gigapath.finetune.tiles import ENCODER, finetune_tiles
-    from gigapath.linear_probe.options import ProbeOptions
-    from gigapath.progress import StopFlag
+    *,
+    watch: Progress,
+    check_stop: Callable[[], None],
+) -> "RunResult":
+    """Fine-tune a slide encoder on slides, or a tile encoder where `tiles` are given, for the verb and for Python."""
+    if tiles is not None:
+        if features or task is not None:
+            raise ValueError("--tiles: expected neither --features nor --task beside it. Leave them out.")
+        model.check_adapters(tile_encoder)
+        from gigapath.finetune.tiles import finetune_tiles
+        from gigapath.linear_probe.options import ProbeOptions
 
-    probe = ProbeOptions(allow_missing=join.allow_missing, allow_leakage=split.allow_leakage)
-    with Terminal("tile") as watch, StopFlag(watch.stopping) as stop:
-        found = finetune_tiles(
+        return finetune_tiles(
             tiles,
             out,
             tile_encoder=tile_encoder,
             labels=labels,
             model=model,
             training=training,
-            probe=probe,
+            probe=ProbeOptions(allow_missing=join.allow_missing, allow_leakage=split.allow_leakage),
             dry_run=dry_run,
             watch=watch,
-            check_stop=stop.check,
+            check_stop=check_stop,
         )
-    if dry_run:
-        print("Dry run: nothing was written.")
-        return 0
-    print(found)
-    print(f"next: gigapath embed SLIDES --tile-encoder {out}/{ENCODER} --out DIR, then gigapath predict {out} DIR")
-    return 0
+    if task is None or not features or labels is None:
+        lacking = "task" if task is None else "labels" if features else "features"
+        raise ValueError(f"--{lacking}: expected --task, --features and --labels for slides, or --tiles. Name it.")
+    from gigapath.finetune.data import Inputs, Settings, check_folder, prepare
+
+    inputs, settings = (
+        Inputs(task, features, labels, splits, pretrained),
+        Settings(join, split, model, training, controls),
+    )
+    check_folder(out)
+    cohort = prepare(inputs, settings)
+    from gigapath.finetune.run import finetune  # torch, once labels and features are read
+
+    return finetune(inputs, out, settings, cohort=cohort, dry_run=dry_run, watch=watch, check_stop=check_stop)
 
 
 @verb
@@ -281,22 +296,11 @@ def pretrain(
         init: weights to go on from: hf_hub:REPO or a file (default: new ones)
         dry_run: show the plan and write nothing
     """
-    from gigapath.cli.progress import Terminal
+    from gigapath.cli.progress import stoppable
     from gigapath.pretraining import pretrain as run
-    from gigapath.progress import StopFlag
 
-    with Terminal() as watch, StopFlag(watch.stopping) as stop:
-        result = run(
-            features,
-            out,
-            init=init,
-            cohort=cohort,
-            sizes=sizes,
-            task=task,
-            training=training,
-            dry_run=dry_run,
-            watch=watch,
-            check_stop=stop.check,
-        )
+    groups: dict[str, Any] = {"cohort": cohort, "sizes": sizes, "task": task, "training": training}
+    with stoppable() as (watch, check_stop):
+        result = run(features, out, init=init, **groups, dry_run=dry_run, watch=watch, check_stop=check_stop)
     print("Dry run: nothing was written." if result is None else f"Weights: {result.weights}")
     return 0

@@ -4,14 +4,15 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, TextIO
 
 from tqdm import tqdm
 
 from gigapath.cli.arguments import EXIT_FAILED_SLIDES, EXIT_STOPPED
 from gigapath.cohort.status import failure_kind, failure_lines, failures_by_kind
-from gigapath.progress import SILENT_SECONDS, Plan, Progress
+from gigapath.progress import SILENT_SECONDS, Plan, Progress, StopFlag
 from gigapath.text import slides_in_words, tiles_in_words
 
 if TYPE_CHECKING:  # a verb that only shows progress needs no run over slides
@@ -190,6 +191,14 @@ class Terminal(Progress):
         if result.outcome != "planned":
             print(f"see {result.out / 'slides.csv'}", file=self._out)
         return status
+
+
+@contextmanager
+def stoppable(unit: str = "slide", *, quiet: bool = False) -> Iterator[tuple[Progress, Callable[[], None]]]:
+    """(what shows the news, what raises Stopped once a signal came) of work that its checkpoint lets go on."""
+    shown = nullcontext(Progress()) if quiet else Terminal(unit)
+    with shown as watch, StopFlag(watch.stopping) as stop:
+        yield watch, stop.check
 
 
 def watched() -> bool:

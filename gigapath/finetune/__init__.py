@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from gigapath.finetune.fitted import FittedHead, evaluate_head, load_head, predict
     from gigapath.finetune.options import JoinOptions, ModelOptions, SplitOptions, TrainingOptions
     from gigapath.finetune.run import RunResult, finetune
-    from gigapath.finetune.tiles import TileTuning, finetune_tiles
+    from gigapath.finetune.tiles import finetune_tiles
 
 __all__ = [
     "FittedHead",
@@ -33,7 +33,6 @@ __all__ = [
     "Settings",
     "SplitOptions",
     "Task",
-    "TileTuning",
     "TrainingOptions",
     "evaluate_head",
     "finetune",
@@ -51,7 +50,7 @@ __getattr__, __dir__ = lazy_names(
         "fitted": ("FittedHead", "evaluate_head", "load_head", "predict"),
         "options": ("JoinOptions", "ModelOptions", "SplitOptions", "TrainingOptions"),
         "run": ("RunResult", "finetune"),
-        "tiles": ("TileTuning", "finetune_tiles"),
+        "tiles": ("finetune_tiles",),
         "gigapath.evaluation.labels": ("new_task",),
         "gigapath.evaluation.task": ("Task", "load_task"),
     },
@@ -61,8 +60,8 @@ __getattr__, __dir__ = lazy_names(
 class _CallableRoom(ModuleType):
     """This room has the name of a verb, which the front door calls."""
 
-    def __call__(self, *args: Any, **options: Any) -> "RunResult | TileTuning":
-        found: RunResult | TileTuning = gigapath.api.finetune(*args, **options)
+    def __call__(self, *args: Any, **options: Any) -> "RunResult":
+        found: RunResult = gigapath.api.finetune(*args, **options)
         return found
 
 

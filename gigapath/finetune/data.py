@@ -2,7 +2,7 @@
 tool's, read ahead by threads."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,6 +19,7 @@ from gigapath.features.data import CELL, GRID
 from gigapath.features.folders import find_feature_files, look_at_features
 from gigapath.finetune.options import JoinOptions, ModelOptions, SplitOptions, TrainingOptions
 
+MADE = ("encoder", "weights_sha256", "mpp", "numerics_version")
 MPP_TOLERANCE = 0.02
 KEPT_BYTES = 1 << 30  # bags of a cohort up to this size stay in memory after the first pass
 
@@ -51,9 +52,8 @@ class FileFacts:
     """What is known of a feature file without reading its embeddings.
 
     Attributes:
-        tiles: number of tiles.
         width: of an embedding.
-        made: what must agree between files: encoder, weights_sha256, mpp, numerics_version; None = not stated.
+        made: what must agree between files, by the names in MADE; None = not stated.
         fingerprint: equal where two files hold the same embeddings.
         states_step: the file says how far apart its tiles lie.
         scanner: of the slide, "" where the file does not say it.
@@ -74,13 +74,15 @@ def look_at(path: Path) -> FileFacts:
         FeatureFileError: not a feature file, cut off, without coordinates.
     """
     found = look_at_features(path)
-    made = {
-        "encoder": found.encoder,
-        **{name: found.attrs.get(name) for name in ("weights_sha256", "mpp", "numerics_version")},
-    }
+    made = {"encoder": found.encoder, **{name: found.attrs.get(name) for name in MADE[1:]}}
     content = f"{found.tiles} {found.width}".encode() + np.ascontiguousarray(found.ends).tobytes()
     scanner = str(found.attrs.get("scanner") or "")
     return FileFacts(found.tiles, found.width, made, hashlib.sha256(content).hexdigest(), found.states_step, scanner)
+
+
+def prints_of(facts: Sequence[FileFacts]) -> str:
+    """SHA-256 over the fingerprints of files, in their order."""
+    return hashlib.sha256("".join(fact.fingerprint for fact in facts).encode()).hexdigest()
 
 
 def with_scanners(labels: Labels, facts: Sequence[FileFacts]) -> Labels:
@@ -95,6 +97,7 @@ def look_at_all(
     join: JoinOptions,
     *,
     width: int | None = None,
+    made: Mapping[str, Any] | None = None,
     workers: int = 2,
     allow_empty: bool = False,
 ) -> list[FileFacts]:
@@ -103,6 +106,7 @@ def look_at_all(
 
     Args:
         width: the width that is expected, or None for that of the first.
+        made: what the features that trained a head were made of, or None.
     """
     with ThreadPoolExecutor(workers) as pool:
         facts = list(pool.map(look_at, paths))
@@ -115,17 +119,32 @@ def look_at_all(
                 f"{path.name}: expected embeddings of width {width}, got {fact.width}. Features of another encoder?"
             )
         if not join.allow_mixed:
-            check_made(fact.made, facts[0].made, path.name, paths[0].name)
+            _check_made(fact.made, facts[0].made, path.name, paths[0].name)
+            _check_made(fact.made, made or {}, path.name, "the features that trained the head")
     return facts
 
 
-def without_empty(joined: Joined, join: JoinOptions, *, workers: int = 2) -> tuple[Joined, list[FileFacts]]:
-    """The slides that have tiles, and what their files say; one without tissue counts as one without features.
+def join_features(
+    labels: str | Path,
+    task: Task,
+    features: str | Path | Iterable[str | Path],
+    join: JoinOptions,
+    *,
+    workers: int = 2,
+    **expected: Any,
+) -> tuple[Joined, list[FileFacts]]:
+    """Labels joined to feature files, and what these say; a slide without tissue counts as one without features.
+
+    Args:
+        expected: `width` and `made`, as for `look_at_all`.
 
     Raises:
-        ValueError: slides have no tiles and `allow_missing` is not set, or none has any.
+        ValueError: slides have no features, or no tiles, and `allow_missing` is not set, or none has any.
     """
-    facts = look_at_all(joined.files, join, workers=workers, allow_empty=True)
+    files = find_feature_files(features)
+    table = read_labels(labels, task, id_rule=join.id_rule)
+    joined = join_labels(table, files, id_rule=join.id_rule, id_regex=join.id_regex, allow_missing=join.allow_missing)
+    facts = look_at_all(joined.files, join, workers=workers, allow_empty=True, **expected)
     full = [row for row, fact in enumerate(facts) if fact.tiles]
     if len(full) == len(facts):
         return joined, facts
@@ -135,14 +154,14 @@ def without_empty(joined: Joined, join: JoinOptions, *, workers: int = 2) -> tup
             f"{joined.labels.source}: slides without tiles, so without tissue: {len(empty)} ({shown(empty)}). Leave "
             "them out of the labels, or go on without them: --allow-missing."
         )
-    files = tuple(joined.files[row] for row in full)
-    joined = replace(joined, labels=joined.labels.take(full), files=files, missing=joined.missing + empty)
+    files = [joined.files[row] for row in full]
+    joined = replace(joined, labels=joined.labels.take(full), files=tuple(files), missing=joined.missing + empty)
     return joined, [facts[row] for row in full]
 
 
-def check_made(made: dict[str, Any], other: dict[str, Any], who: str, than: str) -> None:
+def _check_made(made: Mapping[str, Any], other: Mapping[str, Any], who: str, than: str) -> None:
     """Raise FeatureFileError where two sets of features state different encoders, mpp or numerics."""
-    for key in ("encoder", "weights_sha256", "mpp", "numerics_version"):
+    for key in MADE:
         mine, theirs = made.get(key), other.get(key)
         if mine is None or theirs is None or mine == theirs:
             continue
@@ -250,12 +269,8 @@ def prepare(inputs: Inputs, settings: Settings) -> Cohort:
     """Read and check everything that can be wrong before anything is trained or written."""
     settings.model.check_adapters(inputs.pretrained)
     task = load_task(inputs.task)
-    files = find_feature_files(inputs.features)
-    labels = read_labels(inputs.labels, task, id_rule=settings.join.id_rule)
-    join = settings.join
-    joined = join_labels(labels, files, id_rule=join.id_rule, id_regex=join.id_regex, allow_missing=join.allow_missing)
-    joined, facts = without_empty(joined, join, workers=settings.training.workers)
-    training = settings.training
+    training, features = settings.training, inputs.features
+    joined, facts = join_features(inputs.labels, task, features, settings.join, workers=training.workers)
     if training.balanced and (task.multi_label or not task.of_classes):
         what = "several labels" if task.multi_label else f"the setting {task.setting}"
         raise ValueError(f"--balanced: expected a task with one class a slide, got one with {what}. Leave it out.")
@@ -268,10 +283,10 @@ def prepare(inputs: Inputs, settings: Settings) -> Cohort:
         )
     notes: list[str] = []
     if inputs.splits is None:
-        folds = draw_folds(joined.labels, settings.split.folds, seed=settings.training.seed)
+        folds = draw_folds(joined.labels, settings.split.folds, seed=training.seed)
     else:
         folds = read_splits(inputs.splits, joined.labels, missing=joined.missing, warn=notes.append)
-    if settings.training.select == "val" or settings.training.calibrate:
+    if training.select == "val" or training.calibrate:
         lacking = [fold.number for fold in folds if len(fold.val) == 0]
         if lacking:
             raise ValueError(f"--select val, --calibrate: expected validation slides, fold {lacking[0]} has none.")

@@ -8,11 +8,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from gigapath.evaluation.labels import join_labels, read_labels, task_of_columns
+from gigapath.evaluation.labels import task_of_columns
 from gigapath.evaluation.splits import Fold, draw_folds
 from gigapath.evaluation.task import Task, load_task
-from gigapath.features.folders import find_feature_files
-from gigapath.finetune.data import FileBags, without_empty
+from gigapath.finetune.data import FileBags, join_features
 from gigapath.finetune.options import JoinOptions
 
 
@@ -58,14 +57,7 @@ class BagDataset(Dataset[tuple[Tensor, Tensor, Tensor]]):
             task = task_of_columns(labels, [label] if isinstance(label, str) else list(label))
         elif not isinstance(task, Task):
             task = load_task(task)
-        joined = join_labels(
-            read_labels(labels, task, id_rule=options.id_rule),
-            find_feature_files(features),
-            id_rule=options.id_rule,
-            id_regex=options.id_regex,
-            allow_missing=options.allow_missing,
-        )
-        joined, facts = without_empty(joined, options)
+        joined, facts = join_features(labels, task, features, options)
         self._labels = joined.labels
         self._bags = FileBags(joined.files, facts, options.tile_size_level0)
         self.slide_ids, self.patients = joined.labels.slide_ids, joined.labels.patients

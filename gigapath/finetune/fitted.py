@@ -2,7 +2,6 @@
 on other slides: predictions, and its test on another cohort."""
 
 import csv
-import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -17,7 +16,7 @@ from torch import nn
 from gigapath.cohort.stage import check_same
 from gigapath.devices import AUTOCAST_TYPES, at_most_threads, computing, resolve_device
 from gigapath.evaluation.calibration import Calibration, decisions, outputs, scale_count, threshold_count
-from gigapath.evaluation.labels import Labels, bare_name, join_labels, read_labels, shown
+from gigapath.evaluation.labels import Labels, bare_name, shown
 from gigapath.evaluation.locks import TestSet, in_words
 from gigapath.evaluation.results import (
     EVALUATION,
@@ -40,7 +39,7 @@ from gigapath.evaluation.task import Task, task_from
 from gigapath.features import FeatureFileError
 from gigapath.features.folders import SUFFIXES, find_feature_files
 from gigapath.files import check_replaceable, sha256_of, small_json, write_json_atomic, write_text_atomic
-from gigapath.finetune.data import Bags, FileBags, FileFacts, check_folder, check_made, look_at_all, with_scanners
+from gigapath.finetune.data import Bags, FileBags, check_folder, join_features, look_at_all, prints_of, with_scanners
 from gigapath.finetune.heads import build_head, pack
 from gigapath.finetune.loop import load_tensors, save_tensors
 from gigapath.finetune.options import JoinOptions, ModelOptions
@@ -62,12 +61,8 @@ class FittedHead:
     """A model that can be applied to other cohorts.
 
     Attributes:
-        model: with its weights.
-        task: the classes.
-        options: of the model.
         input_dim: width of the tile embeddings.
         made: what the features are made of (encoder, mpp, numerics), as in `data.FileFacts`.
-        calibration: temperature and thresholds.
         precision: in which it was evaluated.
         sha256: of the file of its tensors; "" of a head that was never in one.
     """
@@ -81,9 +76,10 @@ class FittedHead:
     precision: str
     sha256: str = ""
 
-    def check_features(self, made: dict[str, Any], who: str) -> None:
-        """Refuse features that state another encoder, mpp or numerics than those that trained."""
-        check_made(made, self.made, who, "the features that trained the head")
+    @property
+    def expects(self) -> dict[str, Any]:
+        """What `look_at_all` holds features against: the width, encoder, mpp and numerics of those that trained."""
+        return {"width": self.input_dim, "made": self.made}
 
     def predict(
         self,
@@ -205,7 +201,7 @@ def predict(
         try:
             if path.suffix not in SUFFIXES:
                 raise FeatureFileError(f"{path.name}: expected a feature file ({', '.join(SUFFIXES)}).")
-            bags = FileBags([path], _look(head, [path], join), join.tile_size_level0)
+            bags = FileBags([path], look_at_all([path], join, **head.expects), join.tile_size_level0)
             shares_of.append(head.predict(bags, [0], place)[0])
         except (FeatureFileError, FileNotFoundError, PermissionError) as error:
             failed[path.name] = str(error)
@@ -226,15 +222,6 @@ def predict(
         numbers = {name: float(column[row]) for name, column in columns.items()}
         rows.append({"slide_id": slide_id, "predicted": what, **numbers})
     return Predicted(rows, failed)
-
-
-def _look(head: FittedHead, paths: Sequence[Path], join: JoinOptions) -> list[FileFacts]:
-    """What is known of files that the head can be applied to; FeatureFileError where it can't."""
-    facts = look_at_all(paths, join, width=head.input_dim)
-    for path, fact in zip(paths, facts, strict=True):
-        if not join.allow_mixed:
-            head.check_features(fact.made, path.name)
-    return facts
 
 
 def evaluate_head(
@@ -269,13 +256,10 @@ def evaluate_head(
             raise ValueError(f"{name}: expected at least 0, got {value}.")
     check_folder(out)
     join, head = join or JoinOptions(), load_head(checkpoint)
-    table = read_labels(labels, head.task, id_rule=join.id_rule)
-    files = find_feature_files(features)
-    joined = join_labels(table, files, id_rule=join.id_rule, id_regex=join.id_regex, allow_missing=join.allow_missing)
+    joined, facts = join_features(labels, head.task, features, join, **head.expects)
     if not allow_seen:
         _refuse_seen(Path(checkpoint), joined.labels.slide_ids)
-    facts = _look(head, joined.files, join)
-    prints = hashlib.sha256("".join(fact.fingerprint for fact in facts).encode()).hexdigest()
+    prints = prints_of(facts)
     test_set = TestSet(Path(labels), joined.labels.digest, str(facts[0].made["encoder"] or ""), prints)
     test_set.evaluations()
     given: dict[str, Any] = {"head": head.sha256, "labels": joined.labels.digest, "features": prints}
@@ -289,28 +273,16 @@ def evaluate_head(
     predictions = predictions_of(labels_of, shares, task)
     found = score_slides(labels_of, predictions, task, head.calibration, replicates=replicates, seed=seed)
     name = Path(checkpoint).name
-    details: dict[str, Any] = {
-        "options": given,
-        "checkpoint": name,
-        "missing": list(joined.missing),
-        "fitted_here": "nothing",
-    }
-    details |= groups_of(found, task)
+    details: dict[str, Any] = {"options": given, "checkpoint": name, "missing": list(joined.missing)}
+    details |= {"fitted_here": "nothing", **groups_of(found, task)}
     if lock or test_set.file.is_file():
         details["locked_test_set"] = test_set.count(head.sha256)
         found = replace(found, notes=(*found.notes, in_words(details["locked_test_set"])))
-    write_results(
-        Path(out),
-        Results(
-            EVALUATION,
-            task.described(),
-            {"frozen head": found},
-            details=details,
-            notes=(*labels_of.class_notes(task.classes), *found.notes),
-        ),
-        texts={"predictions.csv": slides_csv(labels_of, shares, task, head.calibration)},
-        pictures=pictures_of(found, task, f"{name} tested on {labels_of.source}"),
-    )
+    notes = (*labels_of.class_notes(task.classes), *found.notes)
+    results = Results(EVALUATION, task.described(), {"frozen head": found}, details=details, notes=notes)
+    texts = {"predictions.csv": slides_csv(labels_of, shares, task, head.calibration)}
+    pictures = pictures_of(found, task, f"{name} tested on {labels_of.source}")
+    write_results(Path(out), results, texts=texts, pictures=pictures)
     return found
 
 

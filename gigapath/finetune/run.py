@@ -1,11 +1,10 @@
 """A whole run: labels joined to features, folds audited, a plan, then for each fold training, evaluation, controls."""
 
-import hashlib
 import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +43,7 @@ from gigapath.evaluation.scores import FloatArray, Predictions, rank_by, scale_o
 from gigapath.evaluation.splits import Fold, keep_manifest
 from gigapath.features import FeatureFileError
 from gigapath.files import write_json_atomic
-from gigapath.finetune.data import Cohort, FileBags, Inputs, Settings, check_folder, prepare, vector_bags
+from gigapath.finetune.data import Cohort, FileBags, Inputs, Settings, check_folder, prepare, prints_of, vector_bags
 from gigapath.finetune.fitted import (
     FittedHead,
     predictions_of,
@@ -80,7 +79,7 @@ ENCODER = "slide_encoder"  # the folder of the tuned slide encoder alone, in a f
 TUNED, FROZEN = "fine-tuned", "frozen encoder"
 UNMEASURED = "intervals over folds were measured on linear probes: of fine-tuned models they are uncalibrated"
 # What may differ between a run and the one that goes on with it: it changes no number that is stored.
-_FREE = ("workers", "device", "replicates", "allow_low_memory")
+NO_CHANGE = ("workers", "device", "replicates", "allow_low_memory")
 
 
 @dataclass(frozen=True)
@@ -130,7 +129,7 @@ def finetune(
     precision = training_precision(settings.training.precision, processes.device)
     watch = watch if watch is not None and processes.rank == 0 else Progress()
     run = _Run(inputs, settings, cohort, out, processes, precision, watch, check_stop, dry_run)
-    owned = {out: run.identity()} if processes.rank == 0 and not dry_run else {}
+    owned = {out: run.identity} if processes.rank == 0 and not dry_run else {}
     with Ownership(owned), at_most_threads(available_cores()), deterministic(settings.training.deterministic):
         return run()
 
@@ -148,51 +147,56 @@ class _Run:
     dry_run: bool = False
 
     def __post_init__(self) -> None:
-        width = self.cohort.facts[0].width
-        self.width = width
+        self.task, self.labels = self.cohort.task, self.cohort.joined.labels
+        self.width = self.cohort.facts[0].width
         self.bags = FileBags(self.cohort.joined.files, self.cohort.facts, self.settings.join.tile_size_level0)
         self.cached: dict[int, Any] = {}
         self.first = self.processes.rank == 0
         self.checkpointed = False  # the plan finds that the largest slide would not fit otherwise
+        training = {key: value for key, value in to_dict(self.settings.training).items() if key not in NO_CHANGE}
+        # What the slide encoder starts from; nothing where it is random or there is none.
+        bare = self.settings.model.head == "abmil-tiles"
+        self.weights: dict[str, str] = {} if bare else start_of(self.inputs.pretrained)
+        self.identity = {
+            "task": self.task.to_dict(),
+            "labels": self.labels.digest,
+            "features": prints_of(self.cohort.facts),
+            "weights": self.weights.get("sha256", ""),
+            "model": to_dict(self.settings.model),
+            "training": training,
+            "precision": self.precision,
+            "processes": self.processes.world,
+            "tile_size_level0": self.settings.join.tile_size_level0,
+        }
 
     def __call__(self) -> RunResult:
-        cohort, settings = self.cohort, self.settings
-        split = ""
-        how: dict[str, Any] = {"splits": "files" if self.inputs.splits else "drawn", "seed": settings.training.seed}
-        if sites := {f"fold_{fold.number}": fold.site for fold in cohort.folds if fold.site}:
-            how["site_of_fold"] = sites
+        cohort, settings, training = self.cohort, self.settings, self.settings.training
         if self.first:
-            check_same_run(self.out / RUN, self.identity())
+            check_same_run(self.out / RUN, self.identity)
         for note in cohort.notes:
             self.watch.line(f"note: {note}")
         plan = self._plan()
-        if cohort.task.loss == "cox":
-            training = settings.training
+        if self.task.loss == "cox":
             slides = training.batch_size * training.gradient_accumulation * self.processes.world
             self.watch.line(f"Cox: the risk set of a slide is the slides of its step, {slides:,} at most")
         if settings.controls:
             self.watch.line("the controls take additional time")
-        plan.tell(self.watch, self.processes, allow_low_memory=settings.training.allow_low_memory)
+        plan.tell(self.watch, self.processes, allow_low_memory=training.allow_low_memory)
         if self.dry_run:
             return RunResult({}, [], self.out, {})
         self._check_files()
-        if self.first:
-            split = keep_manifest(self.out, cohort.folds, cohort.joined.labels, how)
-        split = self.processes.gather(split)[0]
-        self._record(split)
-        folds: list[dict[str, Scores]] = []
-        for fold in cohort.folds:
-            folds.append(self._fold(fold, split))
+        split = self.processes.gather(self._record() if self.first else "")[0]
+        folds = [self._fold(fold, split) for fold in cohort.folds]
         scores = folds[0] if len(folds) == 1 else self._over_folds(folds)
-        lines = [*score_lines(scores), *stratum_lines(scores)]
+        lines, notes = [*score_lines(scores), *stratum_lines(scores)], [UNMEASURED] * (len(folds) > 1)
         if self.first:
             # The fold's own results say what a single one reached at thresholds and by site.
-            main, task = next(iter(scores.values())), cohort.task
-            notes = (*cohort.notes, *([UNMEASURED] if len(folds) > 1 else []))
-            results = Results(FINE_TUNING, task.described(), scores, details=groups_of(main, task), notes=notes)
-            pictures = {} if task.of_classes else pictures_of(main, task, "all folds")
+            main = next(iter(scores.values()))
+            details, noted = groups_of(main, self.task), (*cohort.notes, *notes)
+            results = Results(FINE_TUNING, self.task.described(), scores, details=details, notes=noted)
+            pictures = {} if self.task.of_classes else pictures_of(main, self.task, "all folds")
             write_results(self.out, results, texts={"summary.csv": summary_csv(scores)}, pictures=pictures)
-        for line in [*lines, *([f"note: {UNMEASURED}"] if len(folds) > 1 else [])]:
+        for line in [*lines, *(f"note: {note}" for note in notes)]:
             self.watch.line(line)
         models = [name for name in scores if name != SITE_ALONE]
         evaluations = {name: [found[name].headline for found in folds] for name in models}
@@ -200,7 +204,7 @@ class _Run:
 
     def _over_folds(self, folds: list[dict[str, Scores]]) -> dict[str, Scores]:
         """The scores of each model over all folds: of the slides that each did not train on, pooled."""
-        labels = self.cohort.joined.labels
+        labels = self.labels
         rows = np.concatenate([fold.test for fold in self.cohort.folds])
         fold_of_row = np.concatenate([np.full(len(fold.test), fold.number) for fold in self.cohort.folds])
         predicted: dict[str, Predictions] = {}
@@ -209,7 +213,7 @@ class _Run:
             shares = np.concatenate([part.probabilities for part in parts])
             ranks = [part.ranking for part in parts if part.ranking is not None]
             ranking = np.concatenate(ranks) if ranks else None
-            tested = predictions_of(labels.take(rows), shares, self.cohort.task)
+            tested = predictions_of(labels.take(rows), shares, self.task)
             groups = tested.groups if labels.patients else np.asarray(labels.slide_ids)[rows]
             predicted[name] = replace(tested, groups=groups, folds=fold_of_row, ranking=ranking)
         return self._scores(rows, predicted, None)
@@ -218,34 +222,12 @@ class _Run:
         self, rows: npt.NDArray[np.int64], predicted: dict[str, Predictions], how: Calibration | None
     ) -> dict[str, Scores]:
         """The scores of all models on the same slides; the first, which is decided on by `how`, with its leads."""
-        labels, training, task = self.cohort.joined.labels.take(rows), self.settings.training, self.cohort.task
+        labels, training, task = self.labels.take(rows), self.settings.training, self.task
         scored = partial(score_slides, labels, task=task, replicates=training.replicates, seed=training.seed)
         name, main = next(iter(predicted.items()))
         others = {each: found for each, found in predicted.items() if each != name}
         scores = {name: scored(main, how=how, against=others)}
         return scores | {each: scored(found, how=None, sites=False) for each, found in others.items()}
-
-    def identity(self) -> dict[str, Any]:
-        """What must be the same for a run to go on."""
-        cohort, settings = self.cohort, self.settings
-        training = {key: value for key, value in to_dict(settings.training).items() if key not in _FREE}
-        prints = hashlib.sha256("".join(fact.fingerprint for fact in cohort.facts).encode()).hexdigest()
-        return {
-            "task": cohort.task.to_dict(),
-            "labels": cohort.joined.labels.digest,
-            "features": prints,
-            "weights": self._weights.get("sha256", ""),
-            "model": to_dict(settings.model),
-            "training": training,
-            "precision": self.precision,
-            "processes": self.processes.world,
-            "tile_size_level0": settings.join.tile_size_level0,
-        }
-
-    @cached_property
-    def _weights(self) -> dict[str, str]:
-        """What the slide encoder starts from; nothing where it is random or there is none."""
-        return {} if self.settings.model.head == "abmil-tiles" else start_of(self.inputs.pretrained)
 
     def _check_files(self) -> None:
         """Read every bag once before anything is written, each process its share, so that a bad file stops no run in
@@ -255,48 +237,47 @@ class _Run:
         started, wrong = time.perf_counter(), ""
         mine = range(self.processes.rank, len(self.bags.files), self.processes.world)
         try:
-            for number, _ in enumerate(
-                read_ahead(self.bags.__getitem__, mine, threads=self.settings.training.workers), start=1
-            ):
+            bags = read_ahead(self.bags.__getitem__, mine, threads=self.settings.training.workers)
+            for number, _ in enumerate(bags, start=1):
                 self.check_stop()
                 self.watch.step("feature files read", number, len(mine))
         except FeatureFileError as error:
             wrong = str(error)
-        found = [each for each in self.processes.gather(wrong) if each]
-        if found:
-            raise FeatureFileError(found[0])
+        if found := next(filter(None, self.processes.gather(wrong)), ""):
+            raise FeatureFileError(found)
         size = sum(fact.tiles * fact.width for fact in self.cohort.facts) * 4
         seconds = time.perf_counter() - started
         self.watch.line(f"files: {len(self.bags.files):,} read and checked, {size / 1e9:.2f} GB in {seconds:.1f} s")
 
-    def _record(self, split: str) -> None:
-        if self.first:
-            settings = self.settings
-            groups = ("join", "split", "model", "training")
-            options = {name: to_dict(getattr(settings, name)) for name in groups}
-            write_json_atomic(
-                self.out / RUN,
-                {
-                    "identity": self.identity(),
-                    "options": options,
-                    "split": split,
-                    "notes": self.cohort.notes,
-                    "weights": self._weights,
-                    "device": str(self.processes.device),
-                    "versions": versions(),
-                },
-            )
-        self.processes.gather(None)
+    def _record(self) -> str:
+        """Write what the run is, and return the digest of its folds."""
+        folds, seed = self.cohort.folds, self.settings.training.seed
+        how: dict[str, Any] = {"splits": "files" if self.inputs.splits else "drawn", "seed": seed}
+        if sites := {f"fold_{fold.number}": fold.site for fold in folds if fold.site}:
+            how["site_of_fold"] = sites
+        split = keep_manifest(self.out, folds, self.labels, how)
+        groups = ("join", "split", "model", "training")
+        facts = {
+            "identity": self.identity,
+            "options": {name: to_dict(getattr(self.settings, name)) for name in groups},
+            "split": split,
+            "notes": self.cohort.notes,
+            "weights": self.weights,
+            "device": str(self.processes.device),
+            "versions": versions(),
+        }
+        write_json_atomic(self.out / RUN, facts)
+        return split
 
     def _plan(self) -> Plan:
-        task, settings = self.cohort.task, self.settings
-        model: Any = self._model(self.settings.model, self.inputs.pretrained, fold=0)
+        settings = self.settings
+        model: Any = self._model(settings.model, self.inputs.pretrained, fold=0)
         plan_of = partial(
             make_plan,
             model,
             input_dim=self.width,
             tiles=[fact.tiles for fact in self.cohort.facts],
-            max_tiles=task.max_tiles,
+            max_tiles=self.task.max_tiles,
             folds=self.cohort.folds,
             options=settings.training,
             precision=self.precision,
@@ -315,31 +296,33 @@ class _Run:
         plan = plan_of()
         return replace(plan, advice=(way, *plan.advice))
 
-    def _model(self, options: ModelOptions, pretrained: str, *, fold: int) -> nn.Module:
+    def _model(self, options: ModelOptions, pretrained: str, *, fold: int) -> Any:
         torch.manual_seed(self.settings.training.seed * 1000 + fold)
-        model: nn.Module = build_head(options, self.cohort.task, pretrained=pretrained, input_dim=self.width)
+        model = build_head(options, self.task, pretrained=pretrained, input_dim=self.width)
         if self.checkpointed and hasattr(model, "slide_encoder"):
-            model.slide_encoder.set_grad_checkpointing()  # type: ignore[operator,union-attr]
+            model.slide_encoder.set_grad_checkpointing()
         if options.adapt in ("lora", "last"):
-            adapt(model.slide_encoder, options)  # type: ignore[arg-type]
+            adapt(model.slide_encoder, options)
         return model.to(self.processes.device)
 
     def _fold(self, fold: Fold, split: str) -> dict[str, Scores]:
         """Train and evaluate everything on a fold; what an earlier run finished is not done again."""
         folder = self.out / f"fold_{fold.number}"
         options, recipe = self.settings.model, self.settings.training
-        main = (FROZEN if options.adapt == "head" else TUNED) if self._weights else RANDOM
+        main = (FROZEN if options.adapt == "head" else TUNED) if self.weights else RANDOM
         fitted = {main: self._fit(main, options, self.inputs.pretrained, recipe, fold, folder, split)}
         if self.settings.controls:
-            itself = "" if self._weights else " (the model itself is trained from random weights)"
+            itself = "" if self.weights else " (the model itself is trained from random weights)"
             self.watch.line(f"fold {fold.number}: controls{itself}")
             place = folder / "controls"
-            fitted[MEAN] = self._means(fold)
+            rows = (fold.train.tolist(), fold.test.tolist())
+            train, test = (tile_means(self.bags, each, workers=recipe.workers) for each in rows)
+            fitted[MEAN] = self._linear(train, test, fold)  # convex: it takes seconds and needs no checkpoint
             self._write(fold, place / "tile_mean", {MEAN: fitted[MEAN]}, {})
             bare = replace(options, head="abmil-tiles", adapt="full")
             for_bags = abmil_options(recipe, self.processes.world)
             others = {ATTENTION: (bare, "", for_bags, "abmil_tiles")}
-            if self._weights:
+            if self.weights:
                 others[RANDOM] = (options, "", recipe, "random_weights")
             for name, (model, weights, how, where) in others.items():
                 fitted[name] = self._fit(name, model, weights, how, fold, place / where, split)
@@ -348,7 +331,7 @@ class _Run:
 
     def _site_alone(self, fold: Fold) -> dict[str, Predictions]:
         """What a predictor says that knows the site of a slide only; none without sites."""
-        labels, task = self.cohort.joined.labels, self.cohort.task
+        labels, task = self.labels, self.task
         if labels.sites is None:
             return {}
         sites, train = np.asarray(labels.sites), fold.train
@@ -364,12 +347,12 @@ class _Run:
         of several folds are to be ranked together by them."""
         if len(self.cohort.folds) == 1:
             return None
-        truth = self.cohort.joined.labels.truth[fold.train]
-        return scale_of(of_train() if self.cohort.task.of_classes else truth, truth)
+        truth = self.labels.truth[fold.train]
+        return scale_of(of_train() if self.task.of_classes else truth, truth)
 
     def _predictions(self, fold: Fold, shares: FloatArray, scale: FloatArray | None) -> Predictions:
-        task = self.cohort.task
-        found = predictions_of(self.cohort.joined.labels.take(fold.test), shares, task)
+        task = self.task
+        found = predictions_of(self.labels.take(fold.test), shares, task)
         if scale is None:
             return found
         ranking = rank_by(shares, scale, multi_label=task.multi_label, of_classes=task.of_classes)
@@ -379,40 +362,34 @@ class _Run:
         self, fold: Fold, folder: Path, fitted: dict[str, "_Fitted"], alone: dict[str, Predictions]
     ) -> dict[str, Scores]:
         """Score models on a fold's test slides, and write the first one's files with the scores of all."""
-        task, labels = self.cohort.task, self.cohort.joined.labels.take(fold.test)
+        task, labels = self.task, self.labels.take(fold.test)
         name, main = next(iter(fitted.items()))
         predicted = {each: self._predictions(fold, found.shares, found.scale) for each, found in fitted.items()}
         scores = self._scores(fold.test, predicted | alone, main.how)
         if self.first:
             what = f"fold {fold.number}, {name}"
-            unit = "" if task.setting == "regression" else " (nats)"
-            curves = _curves(main.history, f"{task.name}, {what}", unit)
-            pictures = pictures_of(scores[name], task, what)
-            if curves is not None:
-                pictures["curves.png"] = lambda: draw_curves(curves)
-            events: dict[str, list[tuple[int, float]]] = {}
-            for entry in main.history:
-                for key, value in vars(entry).items():
-                    if key != "epoch" and value is not None:
-                        events.setdefault(key, []).append((entry.epoch, value))
+            pictures, series = pictures_of(scores[name], task, what), _series(main.history)
+            curves = None
+            if series:
+                losses = {"training, while it goes on": "train_loss", "validation, after the epoch": "val_loss"}
+                shown = {line: _columns(series[key]) for line, key in losses.items() if key in series}
+                unit = "" if task.setting == "regression" else " (nats)"
+                panels = {f"mean loss of a slide{unit}": shown}
+                curves = Curves(f"Learning curve: {task.name}, {what}", "epoch", panels)
+                pictures["curves.png"] = partial(draw_curves, curves)
             details = {**main.facts, "history": [vars(entry) for entry in main.history]}
             if main.scale is not None:
                 details["scale"] = main.scale.tolist()
-            details |= groups_of(scores[name], task)
-            write_results(
-                folder,
-                Results(
-                    FOLD,
-                    task.described(),
-                    scores,
-                    curves=None if curves is None else curves.to_dict(),
-                    details=details,
-                    notes=scores[name].notes,
-                ),
-                texts={"predictions.csv": slides_csv(labels, main.shares, task, main.how)},
-                pictures=pictures,
-                events={"": events} if events else None,
+            results = Results(
+                FOLD,
+                task.described(),
+                scores,
+                curves=None if curves is None else curves.to_dict(),
+                details=details | groups_of(scores[name], task),
+                notes=scores[name].notes,
             )
+            texts = {"predictions.csv": slides_csv(labels, main.shares, task, main.how)}
+            write_results(folder, results, texts=texts, pictures=pictures, events={"": series} if series else None)
         self.processes.gather(None)
         return scores
 
@@ -427,78 +404,58 @@ class _Run:
         split: str,
     ) -> "_Fitted":
         """Train a model on a fold, and predict its test set."""
-        task, labels = self.cohort.task, self.cohort.joined.labels
-        model = self._model(options, pretrained, fold=fold.number)
-        targets = target_scale(task, labels.truth[fold.train])
-        trainer = Trainer(
-            task,
-            self.bags,
-            labels.truth,
-            recipe,
-            self.precision,
-            self.processes,
-            targets,
-            check_stop=self.check_stop,
-            watch=self.watch,
-        )
-        trained, whole = model, model
+        task, truth, processes = self.task, self.labels.truth, self.processes
+        model: Any = self._model(options, pretrained, fold=fold.number)
+        targets = target_scale(task, truth[fold.train])
+        given = (task, self.bags, truth, recipe, self.precision, processes, targets)
+        trainer = Trainer(*given, check_stop=self.check_stop, watch=self.watch)
+        trained = model
         if options.adapt == "head" and options.head == "linear":
             trained, trainer = self._on_states(model, trainer, fold, cache=bool(pretrained))
-        training = {key: value for key, value in to_dict(recipe).items() if key not in _FREE}
+        training = {key: value for key, value in to_dict(recipe).items() if key not in NO_CHANGE}
         tag = {"split": split, "fold": fold.number, "model": to_dict(options), "training": training}
         tag["random"] = pretrained == ""
-        trained.to(self.processes.device)
+        trained.to(processes.device)
         history = trainer.train(trained, fold, folder, json.loads(json.dumps(tag)))
         if options.adapt == "lora":  # what is scored is what is saved
             merge(trained)
         how = default_calibration(task)
         if recipe.calibrate:
-            how = fit_calibration(trainer.logits(trained, fold.val), labels.truth[fold.val], task)
+            how = fit_calibration(trainer.logits(trained, fold.val), truth[fold.val], task)
         if not task.of_classes:
-            how = fit_scale(task, targets, trainer.logits(trained, fold.train), labels.truth[fold.train])
+            how = fit_scale(task, targets, trainer.logits(trained, fold.train), truth[fold.train])
         shares = outputs(trainer.logits(trained, fold.test), task, how)
         scale = self._scale(fold, lambda: outputs(trainer.logits(trained, fold.train), task, how))
         if self.first:
-            if trained is not whole:
-                whole.classifier.load_state_dict(trained.classifier.state_dict())  # type: ignore[union-attr,operator]
+            if trained is not model:
+                model.classifier.load_state_dict(trained.classifier.state_dict())
             made = self.cohort.facts[0].made
-            save_head(folder, FittedHead(whole, task, options, self.width, made, how, self.precision))
+            save_head(folder, FittedHead(model, task, options, self.width, made, how, self.precision))
             if pretrained and options.adapt != "head":
-                whole.slide_encoder.save_pretrained(folder / ENCODER)  # type: ignore[union-attr,operator]
+                model.slide_encoder.save_pretrained(folder / ENCODER)
         chosen = "the last epoch" if recipe.select == "last" else "the epoch of least validation loss"
         facts = {
             "chosen": {"what": chosen, "calibration": how.fitted_on},
-            "weights": self._weights if pretrained else {},
+            "weights": self.weights if pretrained else {},
         }
         return _Fitted(shares, scale, how, history, facts)
 
-    def _on_states(self, model: nn.Module, trainer: Trainer, fold: Fold, *, cache: bool) -> tuple[nn.Module, Trainer]:
+    def _on_states(self, model: Any, trainer: Trainer, fold: Fold, *, cache: bool) -> tuple[nn.Module, Trainer]:
         """The classifier alone, on the frozen encoder's states, which are computed once for all folds."""
         held = self.cached if cache else {}
         wanted = [int(row) for rows in fold.sets().values() for row in rows]
         lacking = [row for row in wanted if row not in held]
         bags = read_ahead(self.bags.__getitem__, lacking, threads=self.settings.training.workers)
-        held.update(cache_states(model, lacking, bags, self.processes.device))  # type: ignore[arg-type]
-        width = len(next(iter(held.values())))
-        vectors = np.zeros((len(self.cohort.joined.labels), width), np.float32)
-        for row, vector in held.items():
-            vectors[row] = vector
-        task = self.cohort.task
-        alone = VectorHead(width, task.outputs, grades=task.setting == "ordinal")
-        alone.classifier.load_state_dict(model.classifier.state_dict())  # type: ignore[union-attr,operator]
+        held.update(cache_states(model, lacking, bags, self.processes.device))
+        vectors = np.zeros((len(self.labels), model.feat_dim), np.float32)
+        vectors[list(held)] = np.stack(list(held.values()))
+        alone = VectorHead(model.feat_dim, self.task.outputs, grades=self.task.setting == "ordinal")
+        alone.classifier.load_state_dict(model.classifier.state_dict())
         return alone, replace(trainer, bags=vector_bags(vectors))
-
-    def _means(self, fold: Fold) -> "_Fitted":
-        """The control of mean tile embeddings; convex, so that it takes seconds and needs no checkpoint."""
-        workers = self.settings.training.workers
-        train, test = (
-            tile_means(self.bags, [int(row) for row in rows], workers=workers) for rows in (fold.train, fold.test)
-        )
-        return self._linear(train, test, fold)
 
     def _linear(self, train: FloatArray, test: FloatArray, fold: Fold) -> "_Fitted":
         """A penalised linear model of the training slides' vectors, applied to those of the test slides."""
-        task, truth = self.cohort.task, self.cohort.joined.labels.truth[fold.train]
+        task, truth = self.task, self.labels.truth[fold.train]
         targets = target_scale(task, truth)
         grades = CumulativeLogits() if task.setting == "ordinal" else nn.Identity()
         fitted = fit_linear(train, task.outputs, lambda logits: task_loss(grades(logits), truth, task, targets))
@@ -522,12 +479,15 @@ class _Fitted:
     facts: dict[str, Any]
 
 
-def _curves(history: list[Epoch], title: str, unit: str) -> Curves | None:
-    """The learning curve; None for what was not trained by epochs."""
-    if not history:
-        return None
-    epochs = [entry.epoch for entry in history]
-    losses = {"training, while it goes on": (epochs, [entry.train_loss for entry in history])}
-    if all(entry.val_loss is not None for entry in history):
-        losses["validation, after the epoch"] = (epochs, [float(entry.val_loss or 0) for entry in history])
-    return Curves(f"Learning curve: {title}", "epoch", {f"mean loss of a slide{unit}": losses})
+def _series(history: list[Epoch]) -> dict[str, list[tuple[int, float]]]:
+    """What each epoch gave, by name; what none has is left out."""
+    found: dict[str, list[tuple[int, float]]] = {}
+    for entry in history:
+        for name, value in vars(entry).items():
+            if name != "epoch" and value is not None:
+                found.setdefault(name, []).append((entry.epoch, value))
+    return found
+
+
+def _columns(points: list[tuple[int, float]]) -> tuple[list[float], list[float]]:
+    return [x for x, _ in points], [y for _, y in points]

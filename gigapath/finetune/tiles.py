@@ -21,7 +21,6 @@ from gigapath.evaluation.calibration import probabilities
 from gigapath.evaluation.results import (
     TILE_TUNING,
     Results,
-    Scores,
     confusion_picture,
     predictions_csv,
     score,
@@ -36,6 +35,7 @@ from gigapath.finetune.heads import OneRate, adapt, merge
 from gigapath.finetune.loop import Processes, join_processes, training_precision
 from gigapath.finetune.options import ModelOptions, TrainingOptions
 from gigapath.finetune.plan import Plan, foresee, measure_cost
+from gigapath.finetune.run import NO_CHANGE, TUNED, RunResult
 from gigapath.finetune.training import Trainer
 from gigapath.linear_probe.data import label_tiles, load_data, own_labels, rows_of_table
 from gigapath.linear_probe.embed_tiles import TileSet, embed_tiles, open_tile_set
@@ -47,17 +47,16 @@ from gigapath.linear_probe.tiles import predictions_of
 from gigapath.machine import available_cores
 from gigapath.options import to_dict
 from gigapath.progress import Progress
-from gigapath.tables import data_frame, read_table
+from gigapath.tables import read_table
 from gigapath.tile_encoder import load_tile_encoder, save_tile_encoder
 from gigapath.tile_transform import TileTransform
 
-TUNED, FROZEN = "fine-tuned", "frozen probe"
+FROZEN = "frozen probe"
 ENCODER = "tile_encoder"  # the folder of the tuned encoder
 EMBEDDED = "frozen.h5"
 PROBED = {"cuda": (8, 32), "cpu": (2, 6)}  # tiles of the passes that the plan measures
 TOGETHER = 32  # tiles of a pass without gradients, and of a batch of the frozen encoder
 _MODEL = ("adapt", "lora_rank", "lora_alpha", "lora_dropout", "last_blocks")
-_NO_CHANGE = ("workers", "device", "replicates", "allow_low_memory")
 
 
 class TileClassifier(OneRate):
@@ -100,22 +99,6 @@ class TileBags:
         return Bag(pixels, np.zeros((1, 2), np.int64))
 
 
-@dataclass(frozen=True, repr=False)
-class TileTuning:
-    """What came of it: scores on the test tiles of "fine-tuned" and "frozen probe"; prints as their table."""
-
-    scores: dict[str, Scores]
-    lines: list[str]
-    out: Path
-
-    def __repr__(self) -> str:
-        return "\n".join([*self.lines, f"written to {self.out}"])
-
-    def to_frame(self) -> Any:
-        """A `pandas.DataFrame` with a row a model and score: value, interval, leads."""
-        return data_frame(summary_csv(self.scores))
-
-
 def finetune_tiles(
     tiles: Path | str,
     out: Path | str,
@@ -128,7 +111,7 @@ def finetune_tiles(
     dry_run: bool = False,
     watch: Progress | None = None,
     check_stop: Callable[[], None] = lambda: None,
-) -> TileTuning:
+) -> RunResult:
     """Tune a tile encoder on labelled tiles, or go on with the run that `out` holds.
 
     `OUT/tile_encoder` then holds the encoder, which `gigapath embed --tile-encoder` takes, and OUT the head, which
@@ -159,23 +142,30 @@ def finetune_tiles(
     if training.batch_size == 1:
         training = replace(training, batch_size=training.gradient_accumulation, gradient_accumulation=1)
     tile_set, encoder = open_tile_set(tiles), load_tile_encoder(tile_encoder, device=training.device, precision="auto")
-    given = {key: value for key, value in to_dict(training).items() if key not in _NO_CHANGE}
+    given = {key: value for key, value in to_dict(training).items() if key not in NO_CHANGE}
     chosen = {key: value for key, value in to_dict(model).items() if key in _MODEL}
     precision = training_precision(training.precision, processes.device)
     tag: dict[str, Any] = {"encoder": encoder.name, "model": chosen, "training": given, "precision": precision}
     with Ownership({} if dry_run else {out: tag}), at_most_threads(available_cores()):
-        counts, classes = _labelled(tile_set, Path(tiles).name, labels, probe)
+        if labels is None:
+            none = np.zeros((len(tile_set), 0), np.float32)
+            held = EmbeddingTable(tile_set.names, none, tile_set.splits, tile_set.labels, tile_set.groups)
+            listed = own_labels(held, Path(tiles).name)
+        else:
+            listed = rows_of_table(read_table(labels), label=probe.label, split=probe.split, group=probe.group)
+        _, _, rows_of, classes = label_tiles(tile_set.names, tile_set.splits, listed, probe, noun="tile")
+        counts = {split: len(found) for split, found in rows_of.items()}
         watch.line(f"{len(tile_set):,} tiles, {encoder.description}")
         torch.manual_seed(training.seed)
         # The frozen one may hold its weights in half precision.
         whole = load_tile_encoder(tile_encoder, device=training.device, precision="fp32").model.requires_grad_(True)
-        tuned = TileClassifier(whole, encoder.transform, encoder.embed_dim, classes)
+        tuned = TileClassifier(whole, encoder.transform, encoder.embed_dim, len(classes))
         adapt(tuned.encoder, model)
         tuned.to(processes.device)
         plan = _plan(tuned, counts, len(tile_set), training, precision, processes)
         plan.tell(watch, processes, allow_low_memory=training.allow_low_memory)
         if dry_run:
-            return TileTuning({}, [], out)
+            return RunResult({}, [], out, {})
         table = out / EMBEDDED
         embed_tiles(tile_set, encoder, table, batch_size=TOGETHER, watch=watch, check_stop=check_stop)
         data = load_data(table, labels, probe, watch=watch)
@@ -238,20 +228,8 @@ def finetune_tiles(
             },
             pictures={"confusion.png": lambda: confusion_picture(scores[TUNED], data.classes, "test tiles")},
         )
-    return TileTuning(scores, [*score_lines(scores), *(f"note: {note}" for note in notes)], out)
-
-
-def _labelled(
-    tiles: TileSet, source: str, labels: Path | str | None, probe: ProbeOptions
-) -> tuple[dict[str, int], int]:
-    """The tiles of each split, and the number of classes; ValueError as of a probe."""
-    if labels is None:
-        none = np.zeros((len(tiles), 0), np.float32)
-        listed = own_labels(EmbeddingTable(tiles.names, none, tiles.splits, tiles.labels, tiles.groups), source)
-    else:
-        listed = rows_of_table(read_table(labels), label=probe.label, split=probe.split, group=probe.group)
-    _, _, rows, classes = label_tiles(tiles.names, tiles.splits, listed, probe, noun="tile")
-    return {split: len(found) for split, found in rows.items()}, len(classes)
+    lines = [*score_lines(scores), *(f"note: {note}" for note in notes)]
+    return RunResult({name: [found.headline] for name, found in scores.items()}, lines, out, scores)
 
 
 def _plan(

@@ -189,7 +189,7 @@ def _make_maps(
     for slide_id, tiles in reader.slides():
         with reader.recording(slide_id):
             if shared.head is not None:
-                _check_made(shared.head, entries[slide_id], options)
+                _check_made(shared.head, entries[slide_id])
             place, maps = place_of(tiles), []
             for tile_map in slide_maps(shared, tiles):
                 arrays[slide_id, tile_map.name] = waiting = write_arrays(out / slide_id, tile_map, place)
@@ -346,10 +346,9 @@ def _chosen_tile(reader: _Reader, options: MapOptions) -> tuple[str, int, npt.ND
     return slide_id, row, np.asarray(tiles.features[row], np.float32)
 
 
-def _check_made(head: FittedHead, path: Path, options: MapOptions) -> None:
+def _check_made(head: FittedHead, path: Path) -> None:
     """Refuse features of another encoder, mpp or numerics than those that trained the head."""
-    facts = look_at_all([path], JoinOptions(tile_size_level0=options.tile_size_level0), width=head.input_dim)[0]
-    head.check_features(facts.made, path.name)
+    look_at_all([path], JoinOptions(), **head.expects)
 
 
 def _slide_files(options: MapOptions, entries: dict[str, Path]) -> dict[str, SlideEntry]:
