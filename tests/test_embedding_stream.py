@@ -6,7 +6,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,7 +15,7 @@ import torch
 from tiny_encoders import WIDTH, tiny_tile_encoder
 from torch import Tensor, nn
 
-from gigapath.devices import computing, device_identity, resolve_devices
+from gigapath.devices import computing, resolve_devices
 from gigapath.embedding.forward import (
     EncoderError,
     OutOfMemory,
@@ -26,10 +25,10 @@ from gigapath.embedding.forward import (
     fitting_batch_size,
     probe_devices,
 )
-from gigapath.embedding.stream import StageTimes, TileStream
+from gigapath.embedding.stream import TileStream
 from gigapath.preprocessing.reading import Take, fill_places
-from gigapath.standin import weights_file
-from gigapath.tile_encoder import TileEncoder, load_tile_encoder
+from gigapath.progress import Stopped
+from gigapath.tile_encoder import TileEncoder
 
 Pixels = npt.NDArray[np.uint8]
 COUNTS = (5, 0, 11, 1, 8)  # no slide but the last fills its batches of 4
@@ -121,35 +120,15 @@ def test_vectors_are_those_of_the_plain_path(across: bool, devices: int, threads
         assert [each.tobytes() for each in found] == [expected[n].tobytes() for n in order]
 
 
-def test_vectors_of_the_stand_in_are_those_of_the_plain_path() -> None:
-    try:
-        weights_file()
-    except ImportError:
-        pytest.skip("the stand-in's package is not installed")
-    encoder = load_tile_encoder("standin")
-    tiles = [picture(slide, count, 100) for slide, count in enumerate((3, 6))]
-    expected = [plainly(encoder, each, 4) for each in tiles]
-    with TileStream([PlainForward(encoder)] * 2, 4) as stream:
-        for each, wanted in zip(tiles, expected, strict=True):
-            blocks = dict(stream.submit(Made(each, encoder=encoder)).blocks())
-            assert np.concatenate([blocks[first] for first in sorted(blocks)]).tobytes() == wanted.tobytes()
-
-
 def test_batches_have_one_shape_and_cross_the_slides_borders() -> None:
     for across, batches in ((True, 7), (False, 8)):
         encoder, seen = tiny_tile_encoder(), []
         encoder.model.register_forward_pre_hook(lambda _, inputs, seen=seen: seen.append(inputs[0].shape[0]))
         with TileStream([PlainForward(encoder)], 4, across=across) as stream:
             collect(stream, [Made(picture(slide, count)) for slide, count in enumerate(COUNTS)])
-        assert seen == [4] * batches
-
-
-def test_a_slide_that_comes_when_all_others_are_through_is_done_too() -> None:
-    encoder = tiny_tile_encoder()
-    with TileStream([PlainForward(encoder)], 4) as stream:
-        for slide in range(3):
-            tiles = picture(slide, 5)
-            assert collect(stream, [Made(tiles)])[0].tobytes() == plainly(encoder, tiles, 4).tobytes()
+            assert seen == [4] * batches
+            late = picture(9, 5)  # a slide that comes when all others are through is done too
+            assert collect(stream, [Made(late)])[0].tobytes() == plainly(encoder, late, 4).tobytes()
 
 
 # ---------------------------------------------------------------------------------- side by side, and bounded
@@ -282,16 +261,15 @@ def test_a_slide_that_fails_harms_no_other(point: str, first: int, devices: int)
 )
 def test_a_failing_encoder_ends_everything_with_its_sentence(devices: int, error: Exception, words: str) -> None:
     encoder = tiny_tile_encoder()
-    calls: list[int] = []
-
-    def fail(*_: Any) -> None:
-        calls.append(1)
-        if len(calls) == 2:
-            raise error
-
-    encoder.model.register_forward_pre_hook(fail)
+    calls = iter([None, error])
+    encoder.model.register_forward_pre_hook(lambda *_: raised(next(calls, None)))
     with pytest.raises(EncoderError, match=words), TileStream([PlainForward(encoder)] * devices, 4) as stream:
         collect(stream, [Made(picture(slide, 9)) for slide in range(3)])
+
+
+def raised(error: Exception | None) -> None:
+    if error is not None:
+        raise error
 
 
 def test_a_vector_that_is_not_finite_fails_its_own_slide() -> None:
@@ -350,7 +328,7 @@ def test_slides_that_were_prepared_are_closed_however_it_ends() -> None:
     assert not sources[3].prepared
 
 
-def test_a_caller_that_fails_or_leaves_ends_the_threads() -> None:
+def test_a_caller_that_fails_leaves_or_is_stopped_ends_the_threads() -> None:
     encoder = tiny_tile_encoder()
     with pytest.raises(KeyError), TileStream([PlainForward(encoder)] * 2, 4) as stream:
         coming = [stream.submit(Made(picture(slide, 50))) for slide in range(3)]
@@ -360,23 +338,16 @@ def test_a_caller_that_fails_or_leaves_ends_the_threads() -> None:
         first, second = (stream.submit(Made(picture(slide, 30))) for slide in range(2))
         first.drop()
         assert sum(len(block) for _, block in second.blocks()) == 30
-
-
-def test_a_stop_is_heard_while_nothing_comes() -> None:
-    class Stop(Exception):
-        pass
-
     go, asked = threading.Event(), []
-    encoder = tiny_tile_encoder()
     encoder.model.register_forward_pre_hook(lambda *_: (go.wait(LIMIT), None)[-1])
 
-    def check() -> None:
+    def check() -> None:  # while nothing comes
         asked.append(1)
         if len(asked) > 3:
             go.set()
-            raise Stop
+            raise Stopped("SIGTERM")
 
-    with pytest.raises(Stop), TileStream([PlainForward(encoder)], 4, check=check) as stream:
+    with pytest.raises(Stopped), TileStream([PlainForward(encoder)], 4, check=check) as stream:
         collect(stream, [Made(picture(0, 50))])
 
 
@@ -458,36 +429,18 @@ def test_batches_cross_borders_only_where_a_tiles_place_changes_nothing() -> Non
     assert not probe_devices([dataclasses.replace(encoder, model=ByPlace())], 8, several=True).across
 
 
-def test_devices_that_give_other_numbers_are_refused() -> None:
-    first, second = tiny_tile_encoder(), tiny_tile_encoder()
-    assert len(probe_devices([first, second, first], 4, several=True).forwards) == 3
-    next(second.model.parameters()).mul_(1.0001)
-    with pytest.raises(ValueError, match="--devices"):
-        probe_devices([first, second], 4, several=True)
-
-
-def test_devices_are_a_list_or_a_number() -> None:
+def test_devices_are_a_list_or_a_number_and_give_the_same_numbers() -> None:
     cpu = torch.device("cpu")
     assert resolve_devices(None, "cpu") == (cpu,)
     assert resolve_devices("cpu, cpu", "auto") == (cpu, cpu) == resolve_devices("2", "cpu")
     for devices, device in (("0", "cpu"), ("", "auto"), ("cpu,cuda", "auto"), ("auto", "auto"), ("cpu,cpu", "cpu")):
         with pytest.raises(ValueError, match="--devices: expected"):
             resolve_devices(devices, device)
-    with pytest.raises(ValueError, match="--device: expected"):
-        resolve_devices("cpu,gpu", "auto")
-
-
-def test_two_models_of_gpu_are_two_devices(monkeypatch: pytest.MonkeyPatch) -> None:
-    about = {
-        "A100": SimpleNamespace(name="A100", major=8, minor=0),
-        "H100": SimpleNamespace(name="H100", major=9, minor=0),
-    }
-    named = []
-    for gpu in about.values():
-        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device, gpu=gpu: gpu)
-        named.append(device_identity(torch.device("cuda", 0)))
-    assert len(set(named)) == 2 and "A100" in named[0] and "9.0" in named[1]
-    assert device_identity(torch.device("cpu")) == "cpu"
+    first, second = tiny_tile_encoder(), tiny_tile_encoder()
+    assert len(probe_devices([first, second, first], 4, several=True).forwards) == 3
+    next(second.model.parameters()).mul_(1.0001)
+    with pytest.raises(ValueError, match="--devices"):
+        probe_devices([first, second], 4, several=True)
 
 
 def test_switches_of_the_process_are_put_back_by_the_last_thread() -> None:
@@ -502,20 +455,17 @@ def test_switches_of_the_process_are_put_back_by_the_last_thread() -> None:
     assert (flags.deterministic, flags.allow_tf32) == before
 
 
-@pytest.mark.parametrize("way", ["older switch", "newer switch", "all at once"])
-def test_float32_is_true_float32_whatever_the_process_has_set(way: str) -> None:
+@pytest.mark.parametrize(
+    "switch", ["torch.set_float32_matmul_precision('medium')", "torch.backends.fp32_precision = 'tf32'"]
+)
+def test_float32_is_true_float32_whatever_the_process_has_set(switch: str) -> None:
     """In a process of its own: torch does not forget which of its switches were used."""
-    switches = {
-        "older switch": "torch.set_float32_matmul_precision('medium')",
-        "newer switch": "torch.backends.cuda.matmul.fp32_precision = 'tf32'",
-        "all at once": "torch.backends.fp32_precision = 'tf32'",
-    }
-    if way != "older switch" and not hasattr(torch.backends.cuda.matmul, "fp32_precision"):
+    if "backends" in switch and not hasattr(torch.backends.cuda.matmul, "fp32_precision"):
         pytest.skip("this torch has the older switches alone")
     script = f"""
 import torch
 from gigapath.devices import computing
-{switches[way]}
+{switch}
 def state():
     found = []
     for ask in (torch.get_float32_matmul_precision, lambda: torch.backends.cuda.matmul.allow_tf32,
@@ -532,14 +482,3 @@ with computing("fp32", torch.device("cpu")):
 assert state() == before, (before, state())
 """
     subprocess.run([sys.executable, "-c", script], check=True)
-
-
-def test_busy_shares_count_from_a_snapshot_and_by_the_workers_of_a_stage() -> None:
-    busy = StageTimes({"read": 1, "encode": 2})
-    busy.add("read", 5.0)
-    before = busy.snapshot()
-    with busy.working("encode"):
-        time.sleep(0.05)
-    shares = busy.shares(before)
-    assert shares["read"] == 0 and 0 < shares["encode"] <= 0.5, "one of two worked"
-    assert busy.shares()["read"] > busy.shares()["encode"]

@@ -10,10 +10,16 @@ import h5py
 import numpy as np
 import pytest
 from feature_files import (
+    CELLS as FEW,
+)
+from feature_files import (
+    CLAM_COORDS,
     make_features,
     make_tiles,
+    shuffled,
     write_clam,
     write_gigapath,
+    write_h5,
     write_mussel,
     write_published,
     write_slide2vec,
@@ -23,8 +29,15 @@ from feature_files import (
 from made_slides import paint_tissue, write_pyramid
 
 from gigapath.cli.main import main
-from gigapath.features import SlideEmbeddings, TileEmbeddingsWriter, read_features, write_slide, write_tiles
-from gigapath.features.check import FileReport, check_file, check_folder, files_to_check
+from gigapath.cohort.status import Status, write_status
+from gigapath.features import (
+    SlideEmbeddings,
+    TileEmbeddingsWriter,
+    read_features,
+    write_slide,
+    write_tiles,
+)
+from gigapath.features.check import FileReport, check_file, check_folder, describe, description_in_words, files_to_check
 from gigapath.features.other_tools import FORMATS, Scale, convert
 
 # 30 tiles: two pieces of tissue, with a gap, in row-major order, neither square nor symmetric.
@@ -223,24 +236,21 @@ def test_a_fault_planted_in_another_tools_file_is_found_by_name(
     assert name in names(look(make(tmp_path)), wrong=True)
 
 
-def test_neighbours_at_the_stated_step_are_no_fault(tmp_path: Path) -> None:
-    path = change(write_published(tmp_path, FEATURES, CELLS), put("coords", COORDS.astype(np.float32)))
-    assert "neighbours" in names(look(path)) and "neighbours" not in names(look(path, tile_size_level0=512))
-
-
 def test_notes_are_no_faults(tmp_path: Path) -> None:
-    shuffled = trident(tmp_path / "t", FEATURES)
-    change(shuffled, both(put("coords", COORDS[BY_COLUMN])))
-    assert (names(look(shuffled), wrong=True), names(look(shuffled))) == (set(), {"order"})
-    assert names(look(write_published(tmp_path / "p", FEATURES, CELLS))) == {"no-encoder"}
-    assert names(look(write_clam(tmp_path / "c", FEATURES, CELLS, patches=False))) == {"no-encoder", "no-step"}
-    assert names(look(write_ours(tmp_path, "random", attrs={"trained": False}))) == {"untrained"}
-    assert names(look(write_mussel(tmp_path / "m", FEATURES, CELLS))) == {"no-encoder"}
+    by_column = change(trident(tmp_path / "t"), put("coords", COORDS[BY_COLUMN]))
     dead = FEATURES.copy()
     dead[:, :200] = 0.5
-    assert names(look(trident(tmp_path / "e", dead))) == {"dead-columns"}
-    one = with_rows([4], FEATURES[5])
-    assert names(look(trident(tmp_path / "d", one)), wrong=True) == {"duplicated-rows"}
+    for path, notes in (
+        (by_column, {"order"}),
+        (write_published(tmp_path / "p", FEATURES, CELLS), {"no-encoder"}),
+        (write_clam(tmp_path / "c", FEATURES, CELLS, patches=False), {"no-encoder", "no-step"}),
+        (write_ours(tmp_path, "random", attrs={"trained": False}), {"untrained"}),
+        (write_mussel(tmp_path / "m", FEATURES, CELLS), {"no-encoder"}),
+        (trident(tmp_path / "e", dead), {"dead-columns"}),
+    ):
+        assert (names(look(path), wrong=True), names(look(path))) == (set(), notes)
+    path = change(write_published(tmp_path / "n", FEATURES, CELLS), put("coords", COORDS.astype(np.float32)))
+    assert "neighbours" in names(look(path)) and "neighbours" not in names(look(path, tile_size_level0=512))
 
 
 @pytest.mark.parametrize("tool", FORMATS)
@@ -271,12 +281,6 @@ def folder_names(folder: Path) -> set[str]:
     (inside,) = {path.parent for path in files_to_check([folder])}
     findings = check_folder(inside, [check_file(path) for path in files_to_check([folder])])
     return {finding.name for finding in findings if finding.wrong}
-
-
-def test_a_folder_of_one_kind_passes(tmp_path: Path) -> None:
-    for number in range(3):
-        write_ours(tmp_path, f"slide-{number}", make_features(30, 1536, seed=number))
-    assert folder_names(tmp_path) == set()
 
 
 def test_maps_and_exported_tables_in_the_folder_are_no_feature_files(
@@ -342,52 +346,36 @@ def test_slides_that_were_refused_on_purpose_are_not_called_wrong(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tissue = paint_tissue(900, 700)
-    grey = np.repeat(tissue.mean(axis=2, keepdims=True).astype(np.uint8), 3, axis=2)
     (tmp_path / "slides").mkdir()
-    for name, image in (("good", tissue), ("dark", 255 - tissue), ("grey", grey)):
+    for name, image in (("good", tissue), ("dark", 255 - tissue)):
         write_pyramid(tmp_path / "slides" / f"{name}.tif", image, mpp=(0.5, 0.5))
     out = tmp_path / "out"
     assert main(["tile", str(tmp_path / "slides"), "--out", str(out), "--workers", "0"]) == 3
-    (out / "features_made").mkdir()
-    write_ours(out / "features_made", "good")
     capsys.readouterr()
     assert main(["check", "--json", str(out)]) == 0
     folders = json.loads(capsys.readouterr().out)["folders"]
     (found,) = [finding for folder in folders for finding in folder["findings"]]
     assert found["name"] == "refused" and not found["wrong"]
-    assert "dark" in found["text"] and "grey" in found["text"] and "good" not in found["text"]
-    assert main(["report", "--methods", str(out)]) == 0
-    text = " ".join(capsys.readouterr().out.split())
-    assert "they were not brightfield (dark background) (1)" in text and "they held no color (1)" in text
-
-
-def test_the_command_takes_a_whole_run_of_several_encoders_or_of_tiles_alone(tmp_path: Path, capsys) -> None:
-    write_tiles(tmp_path / "tiles" / "slide-1.h5", make_tiles("slide-1", CELLS))
-    assert main(["check", str(tmp_path)]) == 0
-    for encoder in ("a", "b"):
-        (tmp_path / f"features_{encoder}").mkdir()
-        write_ours(tmp_path / f"features_{encoder}")
-    capsys.readouterr()
-    assert main(["check", str(tmp_path)]) == 0
-    assert capsys.readouterr().out.startswith("3 files checked")
+    assert "dark" in found["text"] and "good" not in found["text"]
 
 
 def test_command_says_what_is_wrong_and_exits_with_3(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    write_ours(tmp_path, "good", make_features(30, 1536, seed=2))
-    assert main(["check", str(tmp_path)]) == 0
-    assert capsys.readouterr().out == "1 file checked: nothing wrong.\n"
-    change(write_ours(tmp_path, "bad"), put("features", with_rows([7], np.nan)))
+    write_tiles(tmp_path / "tiles" / "good.h5", make_tiles("good", CELLS))
+    write_ours(tmp_path / "one", "good", make_features(30, 1536, seed=2))
+    write_ours(tmp_path / "two", "good")
+    assert main(["check", str(tmp_path)]) == 0, "a whole run, of several encoders"
+    assert capsys.readouterr().out == "3 files checked: nothing wrong.\n"
+    change(write_ours(tmp_path / "one", "bad"), put("features", with_rows([7], np.nan)))
     assert main(["check", str(tmp_path)]) == 3
     said = capsys.readouterr().out
     assert "bad.h5:" in said and "WRONG not-finite: 1 of 30 tiles have NaN or infinity" in said
-    assert "2 files checked: 1 with something wrong" in said
-    assert main(["check", "--json", str(tmp_path)]) == 3
+    assert "4 files checked: 1 with something wrong" in said
+    assert main(["check", "--json", str(tmp_path / "one")]) == 3
     document = json.loads(capsys.readouterr().out)
     assert [file["wrong"] for file in document["files"]] == [True, False] and document["files_wrong"] == 1
-    assert main(["check", str(tmp_path / "nothing")]) == 1
     (tmp_path / "empty").mkdir()
-    assert main(["check", str(tmp_path / "empty")]) == 1
-    assert main(["check", str(tmp_path), "--slides", str(tmp_path / "nothing")]) == 1
+    for words in ([tmp_path / "nothing"], [tmp_path / "empty"], [tmp_path, "--slides", tmp_path / "nothing"]):
+        assert main(["check", *map(str, words)]) == 1
 
 
 # ------------------------------------------------------------------------------------------- against the slides
@@ -459,17 +447,129 @@ def test_tiles_read_again_agree_or_say_what_happened(embedded: tuple[Path, Path]
 def test_what_cannot_be_compared_is_a_note(embedded: tuple[Path, Path], tmp_path: Path) -> None:
     slide, path = embedded
     assert names(look_again(slide, tile_encoder="none")(path), wrong=False) == {"not-compared"}
+    (converted,) = convert(read_features(path), "trident", tmp_path / "trident")
+    assert not {"other-embeddings", "not-compared"} & names(look_again(slide, tile_encoder="tiny")(converted))
     other = tmp_path / "features_tiny" / "other.h5"
     shutil.copy(path, other)
-    change(other, set_attrs("", slide_id="other"))
-    assert names(look_again(slide)(other)) == {"not-compared"}
-    content = slide.read_bytes()
-    slide.write_bytes(content[: len(content) // 3])
+    assert names(look_again(slide)(change(other, set_attrs("", slide_id="other")))) == {"not-compared"}
+    slide.write_bytes(slide.read_bytes()[: slide.stat().st_size // 3])
     assert names(look_again(slide)(path), wrong=True) == {"slide-unreadable"}
 
 
-def test_another_tools_file_is_compared_as_read_from_level_0(embedded: tuple[Path, Path], tmp_path: Path) -> None:
-    slide, path = embedded
-    (converted,) = convert(read_features(path), "trident", tmp_path / "trident")
-    assert "other-embeddings" not in names(look_again(slide, tile_encoder="tiny")(converted))
-    assert "not-compared" not in names(look_again(slide, tile_encoder="tiny")(converted))
+# What a file is, in words and as JSON
+
+
+NARROW = make_features()
+
+
+def write_described(path: Path, **options: Any) -> Path:
+    attrs = {"encoder": "standin", "weights_sha256": "ab" * 32, "precision": "fp32"}
+    return write_gigapath(path, NARROW, attrs=attrs, **options)
+
+
+def test_describe_says_what_our_file_is(tmp_path: Path) -> None:
+    found = describe(write_described(tmp_path / "a.h5", dtype="float16"))
+    assert json.loads(json.dumps(found)) == found  # plain JSON values, attributes too
+    expected = {
+        "file": "a.h5", "kind": "tile embeddings", "tool": "gigapath", "slide_id": "slide-1", "tiles": 8, "width": 6,
+        "dtype": "float16", "encoder": "standin", "precision": "fp32", "numerics_version": 1, "mpp": 0.5,
+        "frame": "level0", "step": 512.0, "closest": 512.0, "columns": [3, 7], "rows": [1, 4], "order": "row-major",
+        "complete": True, "warnings": [],
+    }  # fmt: skip
+    assert {name: found[name] for name in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("write", "facts"),
+    [
+        (write_trident, {"tool": "trident", "step": 512.0, "encoder": "gigapath", "mpp": None, "complete": None}),
+        (write_clam, {"tool": "clam", "step": 512.0, "encoder": None}),
+        (write_stamp, {"tool": "stamp", "frame": "um", "step": 256.0, "mpp": 256 / 224, "dtype": "float16"}),
+        (write_mussel, {"tool": "mussel", "step": 509.0, "mpp": 0.5, "slide_id": "slide-1"}),
+        (
+            lambda *a: write_slide2vec(*a, order=shuffled(8)),
+            {"tool": "slide2vec", "mpp": 0.5, "encoder": "prov-gigapath"},
+        ),
+    ],
+)
+def test_describe_knows_other_tools(write: Any, facts: dict[str, Any], tmp_path: Path) -> None:
+    found = describe(write(tmp_path, NARROW))
+    assert {name: found[name] for name in facts} == facts
+    assert found["kind"] == "tile embeddings" and found["tiles"] == 8 and found["columns"] is not None
+    assert all(line.endswith(".") for line in description_in_words(found))
+
+
+def test_describe_tells_the_order_of_the_file(tmp_path: Path) -> None:
+    by_column = np.lexsort((FEW[:, 1], FEW[:, 0]))
+    for order, words in ((by_column, "column-major"), (shuffled(8), "neither by row nor by column")):
+        assert describe(write_trident(tmp_path, NARROW, FEW[order]))["order"] == words
+    path = write_trident(tmp_path, NARROW, patch_size_level0=256)  # level 0 of a 40x slide divided by 256
+    assert any("neighbours are two cells apart" in warning for warning in describe(path)["warnings"])
+
+
+def test_describe_tiles_coordinates_and_slides(tmp_path: Path) -> None:
+    write_tiles(tmp_path / "t.h5", make_tiles())
+    assert describe(tmp_path / "t.h5")["kind"] == "tiles"
+    coords = write_h5(tmp_path / "c.h5", {"coords": FEW * 512}, {"coords": CLAM_COORDS})
+    found = describe(coords)
+    assert (found["kind"], found["tool"], found["step"], found["tiles"]) == ("tile coordinates", "clam", 512.0, 8)
+    vectors = {"tile_mean": np.ones((1, 4)), "states_mean": np.ones((13, 5)), "default_mean": np.ones((1, 5))}
+    attrs = {"trained": False, "slide_encoder": "gigapath", "encoder": "standin"}
+    write_slide(tmp_path / "s.h5", SlideEmbeddings(slide_id="s", attrs=attrs, **vectors))
+    found = describe(tmp_path / "s.h5")
+    assert found["width"] == 5 and found["trained"] is False
+    assert found["embeddings"] == ["tile-mean", "default:mean", "state:0:mean to state:12:mean"]
+    text = "\n".join(description_in_words(found))
+    assert "slide encoder: gigapath, untrained" in text and "Warning: the slide encoder's weights are random" in text
+    published = write_published(tmp_path, NARROW)
+    found = describe(published)
+    assert found["step"] is None and found["columns"] is None and found["closest"] == 256
+    assert any("--tile-size-level0" in warning for warning in found["warnings"])
+    assert describe(published, tile_size_level0=256)["columns"] == [3, 7]
+
+
+def test_inspect_prints_words_or_json_and_goes_on_past_what_it_cannot_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one, two = (write_described(tmp_path / folder / "a.h5") for folder in ("one", "two"))
+    assert main(["inspect", str(one)]) == 0
+    assert capsys.readouterr().out.startswith("a.h5: tile embeddings of slide slide-1")
+    assert main(["inspect", str(one), str(two)]) == 0
+    said = capsys.readouterr().out
+    assert f"{one}: " in said and f"{two}: " in said, "several are told by their paths"
+    assert main(["inspect", str(one), str(one), "--json"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 and json.loads(lines[0])["attrs"]["tissue_method"] == "otsu"
+    (tmp_path / "text.h5").write_text("slide_id,label\n")
+    assert main(["inspect", str(tmp_path / "text.h5"), str(tmp_path / "none.h5"), str(one.parent), str(one)]) == 1
+    captured = capsys.readouterr()
+    assert "a.h5: tile embeddings" in captured.out
+    assert [name in line for name, line in zip(("text.h5", "none.h5", "one"), captured.err.splitlines(), strict=True)]
+
+
+def test_convert_writes_the_table_that_it_names(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for slide_id in ("a", "b"):
+        slide = SlideEmbeddings(slide_id=slide_id, tile_mean=np.ones((1, 4)))
+        write_slide(tmp_path / "run" / "slides_mean__standin" / f"{slide_id}.h5", slide)
+    to = tmp_path / "table.csv"
+    assert main(["convert", str(tmp_path / "run"), "--embedding", "tile-mean", "--to", str(to)]) == 0
+    assert "2 slides, 4 values each (tile-mean)" in capsys.readouterr().out
+    assert to.read_text().splitlines()[0] == "slide_id,embedding,trained,e0,e1,e2,e3"
+    assert main(["export", str(tmp_path / "run"), "--to", str(to)]) == 1, "its former name"
+    assert "tile-mean" in capsys.readouterr().err
+    table, run = to.read_bytes(), str(tmp_path / "run")
+    for more in (["--to", str(to), "--out", str(tmp_path)], ["--to", "clam"], ["--to", "t.xls"], ["--to", "CLAM"]):
+        assert main(["convert", run, "--embedding", "tile-mean", *more]) in (1, 2)
+        assert "--to" in capsys.readouterr().err
+    assert to.read_bytes() == table
+
+
+def test_export_counts_the_slides_that_it_leaves_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "run" / "slides_mean__standin"
+    for number, state in enumerate(("done", "failed", "stopped", "no_tissue")):
+        write_status(folder, Status(f"s{number}", "slides", state))
+    write_status(tmp_path / "run" / "tiles", Status("s4", "tiles", "done", tiles=3))
+    write_slide(folder / "s0.h5", SlideEmbeddings(slide_id="s0", tile_mean=np.ones((1, 4))))
+    for given in (tmp_path / "run", folder):
+        assert main(["export", str(given), "--embedding", "tile-mean", "--to", str(tmp_path / "t.csv")]) == 0
+        assert "3 slides" in capsys.readouterr().out

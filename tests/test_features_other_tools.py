@@ -11,7 +11,6 @@ import pytest
 from feature_files import (
     CELLS,
     make_features,
-    make_tiles,
     shuffled,
     write_clam,
     write_foreign,
@@ -19,16 +18,15 @@ from feature_files import (
     write_published,
     write_slide2vec,
     write_slideflow,
-    write_stamp,
     write_trident,
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gigapath.cohort.status import read_status
-from gigapath.features import FeatureFileError, TileEmbeddingsWriter, read_features, write_tiles
+from gigapath.features import FeatureFileError, read_features
 from gigapath.features.arrays import read_npz
-from gigapath.features.cells import cells_of, observed_step, row_major
+from gigapath.features.cells import cells_of
 from gigapath.features.check import check_file, describe, files_to_check
 from gigapath.features.folders import find_feature_files, look_at_features
 from gigapath.features.other_tools import convert
@@ -46,20 +44,20 @@ def foreign(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[str, Path, 
 
 def test_read_features_gives_every_tool_the_same_cells_and_order(foreign: tuple[str, Path, dict[str, Any]]) -> None:
     tool, path, stated = foreign
-    found = read_features(path, **stated)
-    assert found.source == tool
-    assert found.slide_id == "slide-1"
+    found, stored = read_features(path, **stated), read_features(path, order="file", **stated)
+    assert (found.source, found.slide_id, found.reordered, stored.reordered) == (tool, "slide-1", True, False)
     assert found.cells is not None and found.cells.dtype == np.int32
-    assert np.array_equal(found.cells - found.cells.min(axis=0), CELLS - CELLS.min(axis=0))
-    if tool != "mussel":  # its grid starts at the tissue
-        assert np.array_equal(found.cells, CELLS)
-        assert np.array_equal(found.encoder_coords(), CELLS.astype(np.int64) * 256)
+    corner = found.cells.min(axis=0) if tool == "mussel" else CELLS.min(axis=0)  # Mussel's grid starts at the tissue
+    assert np.array_equal(found.cells - corner, CELLS - CELLS.min(axis=0))
+    assert np.array_equal(found.encoder_coords(), found.cells.astype(np.int64) * 256)
     expected = FEATURES.astype(np.float16) if tool == "stamp" else FEATURES
-    assert found.features.dtype == expected.dtype
-    assert np.array_equal(found.features, expected)
-    assert found.reordered
+    assert found.features.dtype == expected.dtype and np.array_equal(found.features, expected)
+    assert np.array_equal(stored.features, expected[ORDER]) and np.array_equal(stored.cells, found.cells[ORDER])
     assert found.frame == {"stamp": "um", "published": "unstated"}.get(tool, "level0")
     assert found.encoder == {"slide2vec": "prov-gigapath", "trident": "gigapath", "stamp": "gigapath"}.get(tool)
+    if found.frame != "level0":
+        with pytest.raises(ValueError, match="level-0 pixels, got"):
+            _ = found.coords_level0
 
 
 @pytest.mark.parametrize(("last", "cell"), [(900, 4), (844, None)])
@@ -76,26 +74,6 @@ def test_mussels_tiles_at_the_far_edge_take_the_nearest_cell_of_their_own_or_are
     else:
         cells = read_features(path).cells
         assert cells is not None and cells.tolist() == [[0, 1], [1, 1], [2, 1], [3, 1], [cell, 1]]
-
-
-def test_read_features_in_the_order_of_the_file(foreign: tuple[str, Path, dict[str, Any]]) -> None:
-    _, path, stated = foreign
-    found = read_features(path, order="file", **stated)
-    assert not found.reordered
-    assert np.array_equal(found.features.astype(np.float32), FEATURES[ORDER].astype(found.features.dtype))
-    corner = CELLS.min(axis=0)
-    assert found.cells is not None
-    assert np.array_equal(found.cells - found.cells.min(axis=0), (CELLS - corner)[ORDER])
-
-
-def test_read_features_keeps_coordinates_in_their_own_unit(tmp_path: Path) -> None:
-    stamp = read_features(write_stamp(tmp_path, FEATURES))
-    assert np.array_equal(stamp.coords, CELLS * 256.0)
-    assert stamp.tile_size_level0 == 256.0
-    with pytest.raises(ValueError, match="level-0 pixels, got micrometres"):
-        _ = stamp.coords_level0
-    trident = read_features(write_trident(tmp_path, FEATURES))
-    assert np.array_equal(trident.coords_level0, CELLS.astype(np.int64) * 512)
 
 
 def test_slideflows_bags_have_centers_and_need_their_step(tmp_path: Path) -> None:
@@ -141,39 +119,27 @@ def test_unstated_step_is_an_error_that_names_the_option(write: Any, tmp_path: P
         without.encoder_coords()
 
 
-def test_stated_step_must_agree_with_the_file(tmp_path: Path) -> None:
+def test_what_does_not_fit_what_is_stated_is_refused(tmp_path: Path) -> None:
     path = write_trident(tmp_path, FEATURES)
-    assert np.array_equal(read_features(path, tile_size_level0=512).cells, CELLS)
+    assert np.array_equal(read_features(path, tile_size_level0=512, embed_dim=6).cells, CELLS)
     with pytest.raises(FeatureFileError, match="--tile-size-level0"):
         read_features(path, tile_size_level0=256)
-    ours = tmp_path / "ours.h5"
-    with TileEmbeddingsWriter(ours, make_tiles(), embed_dim=6) as writer:
-        writer.write(0, FEATURES)
-    with pytest.raises(FeatureFileError, match=r"lie 512 apart"):
-        read_features(ours, tile_size_level0=256)
-
-
-def test_overlapping_tiles_are_not_read_silently(tmp_path: Path) -> None:
-    path = write_trident(tmp_path, FEATURES, overlap=64)
-    with pytest.raises(FeatureFileError, match="--tile-size-level0"):
-        read_features(path)
-    assert np.array_equal(read_features(path, tile_size_level0=512).cells, CELLS)
-
-
-def test_two_tiles_on_one_cell_are_an_error_of_the_file(tmp_path: Path) -> None:
-    path = write_trident(tmp_path, FEATURES, patch_size_level0=1024)
-    with pytest.raises(FeatureFileError, match="--tile-size-level0"):
-        read_features(path)
-
-
-def test_trident_fractional_size_and_none_attributes(tmp_path: Path) -> None:
-    pitch = 256 * 0.5 / 0.2431
-    coords = np.rint(CELLS * pitch).astype(np.int64)
-    attrs = {"patch_size": 256, "patch_size_level0": pitch, "overlap": 0, "savetodir": "None"}
-    path = write_h5(tmp_path / "a.h5", {"features": FEATURES, "coords": coords}, {"coords": attrs})
-    found = read_features(path)
-    assert np.array_equal(found.cells, CELLS)
-    assert found.attrs["savetodir"] is None
+    with pytest.raises(FeatureFileError, match="expected embeddings of width 1536, got 6"):
+        read_features(path, embed_dim=1536)
+    for attrs in ({"overlap": 64}, {"patch_size_level0": 1024}):  # two tiles on one cell
+        with pytest.raises(FeatureFileError, match="--tile-size-level0"):
+            read_features(write_trident(tmp_path, FEATURES, **attrs))
+    with pytest.raises(FeatureFileError, match="of floats"):
+        read_features(stepped(tmp_path / "a.h5", FEATURES.reshape(2, 4, 6)))
+    with pytest.raises(FeatureFileError, match="which no slide does"):
+        read_features(stepped(tmp_path / "a.h5", coords=COORDS.astype(np.uint64) + np.uint64(2**63)))
+    with pytest.raises(FeatureFileError, match="coordinates differ"):
+        clam = write_clam(tmp_path, FEATURES)
+        write_h5(tmp_path / "patches" / "slide-1.h5", {"coords": CELLS * 512 + 1}, {"coords": {"patch_size": 512}})
+        read_features(clam)
+    for missing in (tmp_path / "none.h5", tmp_path / "none.npz", tmp_path):
+        with pytest.raises(FileNotFoundError, match="no such file"):
+            read_features(missing)
 
 
 def test_clam_step_from_every_way_it_is_written(tmp_path: Path) -> None:
@@ -189,18 +155,6 @@ def test_clam_step_from_every_way_it_is_written(tmp_path: Path) -> None:
         assert np.array_equal(read_features(path, coordinates=patches(**attrs)).cells, CELLS)
     with pytest.raises(FeatureFileError, match="--tile-size-level0"):
         read_features(path, coordinates=patches(patch_size=256, patch_level=1))
-
-
-def test_clam_fork_with_a_leading_axis(tmp_path: Path) -> None:
-    path = write_clam(tmp_path, FEATURES[None])
-    assert np.array_equal(read_features(path).features, FEATURES)
-
-
-def test_clam_coordinates_of_another_slide_are_refused(tmp_path: Path) -> None:
-    path = write_clam(tmp_path, FEATURES)
-    write_h5(tmp_path / "patches" / "slide-1.h5", {"coords": CELLS * 512 + 1}, {"coords": {"patch_size": 512}})
-    with pytest.raises(FeatureFileError, match="coordinates differ"):
-        read_features(path)
 
 
 @pytest.mark.parametrize(
@@ -236,33 +190,7 @@ def test_slide2vec_matches_tiles_by_index_or_refuses(tmp_path: Path) -> None:
         read_features(path)
 
 
-def test_slide2vec_with_overlap_needs_its_step(tmp_path: Path) -> None:
-    path = write_slide2vec(tmp_path, FEATURES, order=ORDER)
-    (tmp_path / "tiles" / "slide-1.coordinates.meta.json").write_text(json.dumps({"overlap": 0.5}))
-    with pytest.raises(FeatureFileError, match="--tile-size-level0"):
-        read_features(path)
-
-
 COORDS = CELLS.astype(np.int64) * 512
-
-
-def test_another_width_is_refused(tmp_path: Path) -> None:
-    path = write_trident(tmp_path, FEATURES)
-    assert read_features(path, embed_dim=6).embed_dim == 6
-    with pytest.raises(FeatureFileError, match="expected embeddings of width 1536, got 6"):
-        read_features(path, embed_dim=1536)
-
-
-def test_missing_file_and_folder(tmp_path: Path) -> None:
-    for path in (tmp_path / "none.h5", tmp_path / "none.npz", tmp_path):
-        with pytest.raises(FileNotFoundError, match="no such file"):
-            read_features(path)
-
-
-def test_tiles_file_is_not_taken_for_embeddings(tmp_path: Path) -> None:
-    write_tiles(tmp_path / "slide-1.h5", make_tiles())
-    with pytest.raises(FeatureFileError, match="expected a file of our stage 'features', got one of stage 'tiles'"):
-        read_features(tmp_path / "slide-1.h5")
 
 
 @settings(derandomize=True, deadline=None, max_examples=50)
@@ -300,28 +228,6 @@ def test_first_cell_of_a_grid_is_the_one_that_tools_divide_to() -> None:
         [1, 1],
         [2, 2],
     ]
-
-
-@settings(derandomize=True, deadline=None, max_examples=50)
-@given(st.lists(st.tuples(st.integers(0, 40), st.integers(0, 40)), max_size=60, unique=True))
-def test_cells_are_rounded_and_sorted_by_row(places: list[tuple[int, int]]) -> None:
-    cells = np.array(places, dtype=np.int64).reshape(-1, 2)
-    found = cells_of(cells * 256, (256.0, 256.0), who="made.h5")
-    assert np.array_equal(found, np.rint(cells * 256 / 256))
-    order = row_major(found)
-    if order is not None:
-        found = found[order]
-    assert found.tolist() == sorted(cells.tolist(), key=lambda cell: (cell[1], cell[0]))
-
-
-def test_cells_of_several_grids_are_rounded_from_the_corner() -> None:
-    coords = np.array([[0, 0], [100, 512], [612, 512], [1300, 1024]])
-    assert cells_of(coords, (512.0, 512.0), who="a.h5").tolist() == [[0, 0], [0, 1], [1, 1], [3, 2]]
-
-
-def test_observed_step_ignores_rounding_and_single_tiles() -> None:
-    assert observed_step(np.array([[5, 5]])) is None
-    assert observed_step(np.array([[0, 0], [513, 1], [1025, 0]])) == 512
 
 
 @pytest.mark.parametrize(
@@ -383,11 +289,6 @@ def test_batch_axes_and_steps_in_any_form_are_taken(axis: int, step: Any, tmp_pa
     assert np.array_equal(facts.ends, FEATURES.reshape(-1))
 
 
-def test_a_pixel_axis_that_is_no_batch_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(FeatureFileError, match="of floats"):
-        read_features(stepped(tmp_path / "a.h5", FEATURES.reshape(2, 4, 6)))
-
-
 @pytest.mark.parametrize("where", ["external link", "unused external link", "soft link", "virtual", "external storage"])
 def test_what_lies_in_another_file_is_refused_and_never_opened(where: str, tmp_path: Path) -> None:
     """The other file is a pipe: whoever opens it waits for ever."""
@@ -427,6 +328,9 @@ def test_chunks_and_ratios_beyond_what_the_shape_needs_are_refused_before_memory
     for name in ("chunk", "ratio"):
         with pytest.raises(FeatureFileError, match="in memory"):
             read_features(tmp_path / f"{name}.h5")
+    np.savez_compressed(tmp_path / "a.npz", features=np.zeros((20_000, 1024), np.float32))
+    with pytest.raises(FeatureFileError, match="in memory"):
+        read_npz(tmp_path / "a.npz")
 
 
 def test_text_that_is_no_utf8_becomes_text_that_can_be_written(tmp_path: Path) -> None:
@@ -463,25 +367,6 @@ def test_a_group_under_the_name_of_a_dataset_is_refused(name: str, tmp_path: Pat
         with pytest.raises(FeatureFileError, match="dataset"):
             read(path)
     assert [finding.name for finding in check_file(path).findings] == ["unreadable"]
-
-
-@pytest.mark.parametrize("size", [100, 60_000])
-def test_names_are_no_longer_than_names_may_be(size: int, tmp_path: Path) -> None:
-    path = stepped(tmp_path / "a.h5")
-    with h5py.File(path, "r+") as file:
-        file.attrs["encoder"] = "x" * size
-    assert read_features(path).encoder == look_at_features(path).encoder == "x" * 100
-
-
-def test_coordinates_that_no_number_of_ours_holds_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(FeatureFileError, match="which no slide does"):
-        read_features(stepped(tmp_path / "a.h5", coords=COORDS.astype(np.uint64) + np.uint64(2**63)))
-
-
-def test_npz_that_packs_better_than_embeddings_do_is_refused(tmp_path: Path) -> None:
-    np.savez_compressed(tmp_path / "a.npz", features=np.zeros((20_000, 1024), np.float32))
-    with pytest.raises(FeatureFileError, match="in memory"):
-        read_npz(tmp_path / "a.npz")
 
 
 def test_pipes_under_the_names_of_status_files_are_not_waited_for(tmp_path: Path) -> None:
@@ -560,6 +445,8 @@ def test_hidden_files_and_those_of_other_kinds_are_no_feature_files(tmp_path: Pa
     for named in (tmp_path, folder, path, [path, folder]):
         assert find_feature_files(named) == [path]
     assert [file.name for file in files_to_check([folder])] == ["slide-1.h5"]
+    (folder / "up").symlink_to(tmp_path)  # the search ends there
+    assert find_feature_files(tmp_path) == [path]
 
 
 def test_a_folder_of_several_encoders_or_of_none_is_refused(tmp_path: Path) -> None:
@@ -574,9 +461,3 @@ def test_a_folder_of_several_encoders_or_of_none_is_refused(tmp_path: Path) -> N
         find_feature_files(tmp_path / "empty")
     with pytest.raises(FileNotFoundError):
         find_feature_files(tmp_path / "nothing")
-
-
-def test_a_link_to_a_folder_above_ends_the_search_there(tmp_path: Path) -> None:
-    path = write_trident(tmp_path, FEATURES)
-    (path.parent / "up").symlink_to(tmp_path)
-    assert find_feature_files(tmp_path) == [path]
