@@ -19,7 +19,7 @@ from gigapath.features import TileEmbeddings
 from gigapath.features import read_features as read_file
 from gigapath.features.folders import find_feature_files, slide_name
 from gigapath.finetune.options import JoinOptions, ModelOptions, SplitOptions, TrainingOptions
-from gigapath.linear_probe.options import ProbeOptions, SlideProbeOptions, TileProbeOptions
+from gigapath.linear_probe import ProbeOptions, SlideProbeOptions, TileProbeOptions
 from gigapath.options import KeepOptions, as_keywords
 from gigapath.preprocessing.slide import SlideError
 from gigapath.preprocessing.tiling import TileOptions
@@ -162,7 +162,7 @@ def probe(
     Raises:
         ValueError, FileNotFoundError: one sentence; nothing was written.
     """
-    from gigapath.linear_probe.run import run_probe
+    from gigapath.linear_probe import run_probe
 
     with _watch(quiet) as watch:
         found, _ = run_probe(

@@ -22,7 +22,7 @@ from tiny_encoders import mean_colour_encoder, tiny_slide_encoder
 
 from gigapath.cli.main import main
 from gigapath.file_names import quoted_name
-from gigapath.linear_probe.table import EmbeddingTable, write_table
+from gigapath.linear_probe.embeddings import EmbeddingTable, write_table
 
 SECONDS = 30  # for what takes a fraction of one
 

@@ -26,7 +26,7 @@ def test_what_the_page_adds_applies(diff: str) -> None:
 USED = """
 
 from gigapath.cli.main import main
-from gigapath.evaluation.task import load_task
+from gigapath.evaluation.labels import load_task
 from gigapath.preprocessing.made_slide import made_slide
 from PIL import Image
 

@@ -13,7 +13,7 @@ from test_probe_slides import write_run
 from gigapath.cli.main import main
 from gigapath.evaluation.compare import compare, holm
 from gigapath.evaluation.results import read_results
-from gigapath.linear_probe.options import ProbeOptions, SlideProbeOptions
+from gigapath.linear_probe import ProbeOptions, SlideProbeOptions
 from gigapath.linear_probe.slides import probe_slides, write_slide_report
 from gigapath.report.results import collect_results
 

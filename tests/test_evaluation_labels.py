@@ -8,18 +8,19 @@ import pytest
 from made_cohort import write_csv
 
 from gigapath.evaluation.labels import (
+    Task,
     alike_classes,
     class_notes,
     join_labels,
+    load_task,
     new_task,
     patients_of,
     read_labels,
     sorted_classes,
 )
-from gigapath.evaluation.task import Task, load_task
+from gigapath.linear_probe import ProbeOptions
 from gigapath.linear_probe.data import LabelRows, class_names, rows_of_table
 from gigapath.linear_probe.data import join_labels as join_tiles
-from gigapath.linear_probe.options import ProbeOptions
 from gigapath.linear_probe.slides import load_slides
 from gigapath.tables import Table, parse_table
 

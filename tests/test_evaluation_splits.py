@@ -12,7 +12,7 @@ from gigapath.features import SlideEmbeddings
 from gigapath.features import write_slide as write_slide_embedding
 from gigapath.finetune.data import Inputs, Settings, prepare
 from gigapath.finetune.options import JoinOptions, SplitOptions, TrainingOptions
-from gigapath.linear_probe.options import ProbeOptions, SlideProbeOptions
+from gigapath.linear_probe import ProbeOptions, SlideProbeOptions
 from gigapath.linear_probe.slides import probe_slides
 from gigapath.options import LEAVE_SITE_OUT
 

@@ -7,18 +7,14 @@ import pytest
 import torch
 from made_survival import SETS, made_survival
 
-from gigapath.evaluation.survival import (
-    ProductLimit,
-    SurvivalScores,
+from gigapath.evaluation.calibration import (
     baseline_hazard,
     cox_loss,
     discrete_loss,
     discrete_survival,
-    group_curve,
     interval_edges,
-    log_rank,
-    survival_notes,
 )
+from gigapath.evaluation.scores import ProductLimit, SurvivalScores, group_curve, log_rank, survival_notes
 
 GOLDENS = Path(__file__).parent / "goldens" / "survival.npz"
 

@@ -9,9 +9,8 @@ import pytest
 from feature_files import write_clam, write_published, write_stamp, write_trident
 from made_cohort import made_bag, write_cohort, write_csv, write_slide, write_task
 
-from gigapath.evaluation.labels import join_labels, new_task, read_labels
+from gigapath.evaluation.labels import join_labels, load_task, new_task, read_labels
 from gigapath.evaluation.splits import audit, check_classes, draw_folds, keep_manifest, read_splits
-from gigapath.evaluation.task import load_task
 from gigapath.features import FeatureFileError
 from gigapath.finetune.data import FileBags, Inputs, Settings, look_at_all, prepare
 from gigapath.finetune.dataset import BagDataset
@@ -280,7 +279,7 @@ def test_features_of_another_make_are_refused(tmp_path) -> None:
 
 
 def test_options_need_no_torch() -> None:
-    code = "import sys, gigapath.finetune.options, gigapath.evaluation.task; print('torch' in sys.modules)"
+    code = "import sys, gigapath.finetune.options, gigapath.evaluation.labels; print('torch' in sys.modules)"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert out.strip() == "False"
 

@@ -10,9 +10,8 @@ from torch import nn
 from torch.utils.data import DataLoader, Subset
 
 import gigapath
-from gigapath.evaluation.labels import read_labels
+from gigapath.evaluation.labels import load_task, read_labels
 from gigapath.evaluation.splits import draw_folds
-from gigapath.evaluation.task import load_task
 
 
 def test_bags_come_with_their_labels_as_the_slide_encoder_takes_them(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from gigapath.finetune.heads import adapt as adapt_encoder
 from gigapath.finetune.heads import build_head, merge, pack
 from gigapath.finetune.loop import Processes
 from gigapath.finetune.training import Trainer
-from gigapath.linear_probe.table import read_table
+from gigapath.linear_probe.embeddings import read_table
 
 TASK = Task("made", "binary", ("no", "yes"))
 CPU = Processes(torch.device("cpu"))

@@ -17,11 +17,10 @@ from made_cohort import NARROW, write_csv, write_slide
 
 from gigapath.cli.main import main
 from gigapath.evaluation.calibration import fit_scale, outputs, target_scale
-from gigapath.evaluation.labels import new_task, read_labels
+from gigapath.evaluation.labels import Task, load_task, new_task, read_labels
 from gigapath.evaluation.results import read_results
 from gigapath.evaluation.scores import Predictions, Scorer
 from gigapath.evaluation.splits import Fold, check_classes, draw_folds
-from gigapath.evaluation.task import Task, load_task
 from gigapath.finetune import ModelOptions, TrainingOptions, load_head
 from gigapath.finetune.data import Bag, Inputs, Settings, prepare, vector_bags
 from gigapath.finetune.heads import CumulativeLogits, VectorHead, build_head

@@ -19,8 +19,8 @@ from gigapath.evaluation.results import read_results
 from gigapath.finetune import ModelOptions, TrainingOptions
 from gigapath.finetune.run import TUNED
 from gigapath.finetune.tiles import ENCODER, FROZEN, TileClassifier, finetune_tiles
-from gigapath.linear_probe.table import read_table
-from gigapath.linear_probe.tile_heads import load_tile_head
+from gigapath.linear_probe.embeddings import read_table
+from gigapath.linear_probe.heads import load_tile_head
 from gigapath.options import to_dict
 from gigapath.tile_encoder import load_tile_encoder
 from gigapath.tile_transform import TileTransform

@@ -18,8 +18,8 @@ from weights_recipe import fill
 
 from gigapath.devices import computing
 from gigapath.evaluation.calibration import decisions, fit_calibration, probabilities
+from gigapath.evaluation.labels import Task
 from gigapath.evaluation.splits import Fold
-from gigapath.evaluation.task import Task
 from gigapath.files import OutputError
 from gigapath.finetune import training
 from gigapath.finetune.data import Bag

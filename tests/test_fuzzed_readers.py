@@ -25,14 +25,13 @@ from hypothesis import strategies as st
 from made_embeddings import pt_bytes
 
 from gigapath.cohort.manifest import read_manifest
-from gigapath.evaluation.labels import read_labels
-from gigapath.evaluation.task import Task, load_task
+from gigapath.evaluation.labels import Task, load_task, read_labels
 from gigapath.features import TileEmbeddingsWriter, read_features, read_tiles
 from gigapath.features.arrays import read_npz
 from gigapath.features.check import check_file
 from gigapath.finetune.data import look_at
-from gigapath.linear_probe.archive import read_embeddings
 from gigapath.linear_probe.data import rows_of_table
+from gigapath.linear_probe.embeddings import read_embeddings
 from gigapath.preprocessing.masks import read_outlines
 from gigapath.tables import parse_table
 

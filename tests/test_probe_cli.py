@@ -18,9 +18,8 @@ from made_embeddings import made_vectors, write_csv, write_zip
 from gigapath.cli.main import main
 from gigapath.evaluation.intervals import evaluate
 from gigapath.evaluation.scores import Predictions
-from gigapath.linear_probe.options import ProbeOptions, TileProbeOptions
-from gigapath.linear_probe.run import bayes_accuracy
-from gigapath.linear_probe.table import EmbeddingTable, write_table
+from gigapath.linear_probe import ProbeOptions, TileProbeOptions, bayes_accuracy
+from gigapath.linear_probe.embeddings import EmbeddingTable, write_table
 from gigapath.linear_probe.tiles import probe_tiles
 
 REPOSITORY = Path(__file__).parent.parent

@@ -21,11 +21,18 @@ from hypothesis import strategies as st
 from made_embeddings import made_vectors, pt_bytes, write_csv, write_folder, write_zip
 
 from gigapath.files import OutputError
-from gigapath.linear_probe import archive
-from gigapath.linear_probe.archive import CACHE_SUFFIX, VectorReader, ZipFiles, read_embeddings
+from gigapath.linear_probe import ProbeOptions, embeddings
 from gigapath.linear_probe.data import ProbeData, load_data
-from gigapath.linear_probe.options import ProbeOptions
-from gigapath.linear_probe.table import EmbeddingTable, read_table, split_of_path, write_table
+from gigapath.linear_probe.embeddings import (
+    CACHE_SUFFIX,
+    EmbeddingTable,
+    VectorReader,
+    ZipFiles,
+    read_embeddings,
+    read_table,
+    split_of_path,
+    write_table,
+)
 
 COUNTS = {"train": 40, "valid": 20, "test": 30}
 
@@ -266,10 +273,10 @@ def test_damaged_cache_is_never_taken_for_whole(made: tuple[Path, Path], damage:
 
 def test_killed_while_the_cache_is_written_starts_clean(made: tuple[Path, Path]) -> None:
     code = (
-        "import os, sys\nfrom pathlib import Path\nfrom gigapath.linear_probe import archive\n"
+        "import os, sys\nfrom pathlib import Path\nfrom gigapath.linear_probe import embeddings\n"
         "from gigapath.features import h5\n"
         "h5.publish = lambda *paths: os.kill(os.getpid(), 9)\n"
-        "archive.read_embeddings(Path(sys.argv[1]))\n"
+        "embeddings.read_embeddings(Path(sys.argv[1]))\n"
     )
     killed = subprocess.run([sys.executable, "-c", code, str(made[0])], cwd=Path(__file__).parent.parent)
     assert killed.returncode == -9
@@ -285,7 +292,7 @@ def test_cache_that_can_not_be_written_is_a_warning(
     def refuse(path: Path, table: EmbeddingTable) -> None:
         raise OutputError("no space", 28)
 
-    monkeypatch.setattr(archive, "write_table", refuse)
+    monkeypatch.setattr(embeddings, "write_table", refuse)
     assert len(read_embeddings(made[0])[0]) == 90
     assert "no cache was written: no space" in caplog.text
 

@@ -16,7 +16,7 @@ from PIL import Image
 
 from gigapath.cli.main import main
 from gigapath.linear_probe.embed_tiles import colour_statistics, embed_tiles, open_tile_set
-from gigapath.linear_probe.table import read_table
+from gigapath.linear_probe.embeddings import read_table
 
 
 class MeanEncoder(SimpleNamespace):

@@ -9,7 +9,7 @@ from real_tiles import BATCH_SIZE, pcam_mini_embeddings
 
 from gigapath.cli.main import main
 from gigapath.linear_probe.embed_tiles import open_tile_set
-from gigapath.linear_probe.table import read_table
+from gigapath.linear_probe.embeddings import read_table
 from gigapath.tile_encoder import load_tile_encoder
 
 pytestmark = pytest.mark.slow

@@ -14,17 +14,16 @@ import torch
 from sklearn.metrics import roc_auc_score
 
 from gigapath.cli.main import main
+from gigapath.evaluation.labels import Task
 from gigapath.evaluation.results import read_results
-from gigapath.evaluation.robustness import robustness_index
 from gigapath.evaluation.scores import Scorer
-from gigapath.evaluation.task import Task
 from gigapath.features import SlideEmbeddings, read_slide, read_slides, write_slide
+from gigapath.linear_probe import ProbeOptions, SlideProbeOptions
 from gigapath.linear_probe import fits as fits_module
 from gigapath.linear_probe.data import rows_of_table
 from gigapath.linear_probe.fits import fit_folds
 from gigapath.linear_probe.heads import PENALTIES, LogisticRegression, choose_penalty
-from gigapath.linear_probe.options import ProbeOptions, SlideProbeOptions
-from gigapath.linear_probe.slides import held_out, probe_slides, repeated_folds
+from gigapath.linear_probe.slides import held_out, probe_slides, repeated_folds, robustness_index
 from gigapath.report.results import collect_results
 from gigapath.tables import parse_table
 
@@ -468,14 +467,14 @@ def test_a_task_of_classes_is_no_task_of_a_probe(copied: tuple[Path, Path], tmp_
 def test_ridge_regression_of_a_probe_equals_scikit_learn() -> None:
     from sklearn.linear_model import Ridge
 
-    from gigapath.linear_probe.targets import _Fit
+    from gigapath.linear_probe.fits import _TargetFit
 
     generator = np.random.default_rng(0)
     x = generator.normal(size=(60, 12))
     y = x[:, 0] + generator.normal(size=60)
     rows = np.arange(40)
     task = Task("made", "regression", ("y",), label_column="y", loss="mse")
-    fit = _Fit(task, x, y, rows)
+    fit = _TargetFit(task, x, y, rows)
     said = fit.logits(0.1).numpy()[:, 0] * fit.scale[1] + fit.scale[0]
     z = (x - x[rows].mean(axis=0)) / x[rows].std(axis=0)
     target = (y[rows] - y[rows].mean()) / y[rows].std()

@@ -10,8 +10,8 @@ from feature_files import make_tiles, write_gigapath
 
 from gigapath.cli.main import main
 from gigapath.finetune import load_head
-from gigapath.linear_probe.table import EmbeddingTable, write_table
-from gigapath.linear_probe.tile_heads import TileHead, load_tile_head, save_tile_head
+from gigapath.linear_probe.embeddings import EmbeddingTable, write_table
+from gigapath.linear_probe.heads import TileHead, load_tile_head, save_tile_head
 
 CLASSES = ("blood", "fat", "tumour")
 WIDTH, MADE = 6, {"encoder": "made", "weights_sha256": "ab" * 32}

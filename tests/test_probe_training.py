@@ -10,7 +10,7 @@ from sklearn.metrics import f1_score
 from sklearn.neighbors import NearestNeighbors as SkNeighbours
 
 from gigapath.evaluation.scores import f1_weighted
-from gigapath.linear_probe import heads
+from gigapath.linear_probe import TileProbeOptions, heads
 from gigapath.linear_probe.heads import (
     LogisticRegression,
     NearestNeighbours,
@@ -23,7 +23,6 @@ from gigapath.linear_probe.heads import (
     standardisation,
     train,
 )
-from gigapath.linear_probe.options import TileProbeOptions
 
 CPU = torch.device("cpu")
 HUNDRED = torch.arange(60), torch.arange(60, 100)

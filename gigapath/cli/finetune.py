@@ -127,7 +127,7 @@ def tune(
             raise ValueError("--tiles: expected neither --features nor --task beside it. Leave them out.")
         model.check_adapters(tile_encoder)
         from gigapath.finetune.tiles import finetune_tiles
-        from gigapath.linear_probe.options import ProbeOptions
+        from gigapath.linear_probe import ProbeOptions
 
         return finetune_tiles(
             tiles,
@@ -187,7 +187,7 @@ def predict(
             and changed labels or features are refused
         overwrite: write over other predictions, or the scores of another head, test set or options
     """
-    from gigapath.linear_probe.tile_heads import is_tile_head
+    from gigapath.linear_probe.heads import is_tile_head
 
     if is_tile_head(checkpoint):
         if labels is not None:
@@ -249,7 +249,7 @@ def _count(
     files: JoinOptions,
     model: DeviceOptions,
 ) -> int:
-    from gigapath.linear_probe.tile_heads import count_tiles
+    from gigapath.linear_probe.heads import count_tiles
 
     found = count_tiles(
         checkpoint,

@@ -7,7 +7,7 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from gigapath.cli.arguments import Csv, File, Folder, verb
-from gigapath.linear_probe.options import EmbedTilesOptions, ProbeOptions, SlideProbeOptions, TileProbeOptions
+from gigapath.linear_probe import EmbedTilesOptions, ProbeOptions, SlideProbeOptions, TileProbeOptions
 
 
 @verb
@@ -87,7 +87,7 @@ def probe(
     if demo == (embeddings is not None):
         raise ValueError("expected either EMBEDDINGS or --demo. Name a zip, folder or file of embeddings.")
     from gigapath.cli.progress import Terminal
-    from gigapath.linear_probe.run import run_probe
+    from gigapath.linear_probe import run_probe
 
     if demo:
         print("DEMO: embeddings made on the spot from a planted rule; the figures say nothing about any encoder.")
@@ -104,7 +104,7 @@ def probe(
         )
     print(found)
     if demo:
-        from gigapath.linear_probe.run import bayes_accuracy
+        from gigapath.linear_probe import bayes_accuracy
 
         print(f"DEMO: no rule can be more accurate than {bayes_accuracy():.4f} on these data.")
     from gigapath.linear_probe.tiles import TileProbe

@@ -1,5 +1,5 @@
-"""From logits to probabilities and decisions, and how far probabilities can be taken at their word: the slope. Brier's
-score and ECE are among the scores."""
+"""From a model's outputs to probabilities, risks, amounts and decisions, the losses of times and amounts, and how far
+probabilities can be taken at their word: the slope. Brier's score and ECE are among the scores."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -9,15 +9,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from gigapath.evaluation.scores import FloatArray, IntArray, Predictions
-from gigapath.evaluation.survival import (
-    baseline_hazard,
-    cox_loss,
-    discrete_loss,
-    discrete_survival,
-    interval_edges,
-)
-from gigapath.evaluation.task import Task
+from gigapath.evaluation.labels import Task
+from gigapath.evaluation.scores import BoolArray, FloatArray, IntArray, Predictions
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -250,3 +243,79 @@ def at_thresholds(predictions: Predictions, task: Task, how: Calibration) -> dic
             "specificity": float((~yes[~positive]).mean()) if not positive.all() else None,
         }
     return found
+
+
+def cox_loss(risk: "Tensor", time: "Tensor", event: "Tensor") -> "Tensor":
+    """Minus the log partial likelihood of Cox (1972), tied events by Efron (1977), summed over the events.
+
+    With D the d events at one time and R the rows under observation then, an event's share is
+    log(sum_R exp r - l / d sum_D exp r) - r, l = 0 .. d - 1.
+
+    Args:
+        risk: (N,) log hazards; all rows are one risk set.
+        time: (N,) follow-up.
+        event: (N,) 1 where the event ended it.
+    """
+    import torch
+
+    order = torch.argsort(-time, stable=True)
+    risk, event = risk[order], event[order].bool()
+    _, group, sizes = torch.unique_consecutive(time[order], return_inverse=True, return_counts=True)
+    at_risk = torch.logcumsumexp(risk, dim=0)[torch.cumsum(sizes, 0) - 1][group[event]]
+    if not event.any():
+        return risk.sum() * 0
+    failing, group = risk[event], group[event]
+    tied = torch.bincount(group, minlength=len(sizes))
+    rank = torch.arange(len(group), device=risk.device) - (torch.cumsum(tied, 0) - tied)[group]
+    highest = torch.full_like(risk[: len(sizes)], -torch.inf).scatter_reduce(0, group, failing.detach(), "amax")
+    sums = torch.zeros_like(highest).scatter_add(0, group, torch.exp(failing - highest[group]))
+    of_tied = torch.log(sums[group]) + highest[group]
+    share = torch.exp((of_tied - at_risk).clamp(max=0))
+    return (at_risk + torch.log1p(-(rank / tied[group]).to(risk.dtype) * share) - failing).sum()
+
+
+def discrete_loss(logits: "Tensor", time: "Tensor", event: "Tensor", edges: Sequence[float]) -> "Tensor":
+    """Minus the log likelihood of hazards in intervals, summed over the rows (Tutz and Schmid 2016, section 3.4).
+
+    An interval survived whole contributes log(1 - h), the one of the event log h; a row censored inside an interval
+    says nothing of it.
+
+    Args:
+        logits: (N, J) of the hazards of the intervals that end at the edges.
+        edges: J rising times; an interval holds its end.
+    """
+    import torch
+    import torch.nn.functional as F
+
+    time = time.contiguous()
+    ends = torch.as_tensor(edges, dtype=time.dtype, device=time.device)
+    place = torch.bucketize(time, ends)  # (N,), J after the last edge
+    survived = torch.arange(len(ends), device=time.device) < torch.where(
+        event.bool() | (place == len(ends)), place, torch.bucketize(time, ends, right=True)
+    ).unsqueeze(1)
+    failing = F.one_hot(place, len(ends) + 1)[:, :-1] * event.unsqueeze(1)
+    return -(F.logsigmoid(-logits) * survived + F.logsigmoid(logits) * failing).sum()
+
+
+def interval_edges(time: FloatArray, event: BoolArray, intervals: int) -> list[float]:
+    """Ends of J intervals that hold equal shares of the events, the last being the last event."""
+    ends = np.quantile(time[event], np.arange(1, intervals + 1) / intervals, method="inverted_cdf")
+    return [float(each) for each in ends]
+
+
+def discrete_survival(logits: FloatArray, edges: Sequence[float], at: Sequence[float]) -> FloatArray:
+    """Survival (N, T) at some times: the product of 1 - h up to each edge, straight lines between edges (Kvamme and
+    Borgan 2021), flat after the last."""
+    held = np.exp(-np.cumsum(np.logaddexp(0, logits), axis=1))
+    curve = np.concatenate([np.ones((len(logits), 1)), held], axis=1)
+    ends, last = np.unique([0.0, *edges][::-1], return_index=True)  # of equal edges the last
+    kept = curve[:, len(edges) - last]
+    return np.stack([np.interp(at, ends, row) for row in kept])
+
+
+def baseline_hazard(risk: FloatArray, time: FloatArray, event: BoolArray, at: Sequence[float]) -> FloatArray:
+    """Cumulative baseline hazard (T,) by Breslow (1974): events over the summed exp(risk) of the rows observed then;
+    survival is exp(-hazard x exp(risk))."""
+    order = np.argsort(time, kind="stable")
+    at_risk = np.cumsum(np.exp(risk[order])[::-1])[::-1][np.searchsorted(time[order], time[event], side="left")]
+    return np.array([(1 / at_risk[time[event] <= moment]).sum() for moment in at])

@@ -16,8 +16,7 @@ import gigapath
 from gigapath import lazy_names
 
 if TYPE_CHECKING:
-    from gigapath.evaluation.labels import new_task
-    from gigapath.evaluation.task import Task, load_task
+    from gigapath.evaluation.labels import Task, load_task, new_task
     from gigapath.finetune.data import Inputs, Settings
     from gigapath.finetune.fitted import FittedHead, evaluate_head, load_head, predict
     from gigapath.finetune.options import JoinOptions, ModelOptions, SplitOptions, TrainingOptions
@@ -51,8 +50,7 @@ __getattr__, __dir__ = lazy_names(
         "options": ("JoinOptions", "ModelOptions", "SplitOptions", "TrainingOptions"),
         "run": ("RunResult", "finetune"),
         "tiles": ("finetune_tiles",),
-        "gigapath.evaluation.labels": ("new_task",),
-        "gigapath.evaluation.task": ("Task", "load_task"),
+        "gigapath.evaluation.labels": ("Task", "load_task", "new_task"),
     },
 )
 

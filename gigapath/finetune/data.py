@@ -11,9 +11,8 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from gigapath.evaluation.labels import Joined, Labels, join_labels, read_labels, shown
+from gigapath.evaluation.labels import Joined, Labels, Task, join_labels, load_task, read_labels, shown
 from gigapath.evaluation.splits import Fold, audit, check_classes, draw_folds, read_splits
-from gigapath.evaluation.task import Task, load_task
 from gigapath.features import FeatureFileError, read_features
 from gigapath.features.data import CELL, GRID
 from gigapath.features.folders import find_feature_files, look_at_features

@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from gigapath.evaluation.labels import task_of_columns
+from gigapath.evaluation.labels import Task, load_task, task_of_columns
 from gigapath.evaluation.splits import Fold, draw_folds
-from gigapath.evaluation.task import Task, load_task
 from gigapath.finetune.data import FileBags, join_features
 from gigapath.finetune.options import JoinOptions
 

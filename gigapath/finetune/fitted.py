@@ -16,8 +16,7 @@ from torch import nn
 from gigapath.cohort.stage import check_same
 from gigapath.devices import AUTOCAST_TYPES, at_most_threads, computing, resolve_device
 from gigapath.evaluation.calibration import Calibration, decisions, outputs, scale_count, threshold_count
-from gigapath.evaluation.labels import Labels, bare_name, shown
-from gigapath.evaluation.locks import TestSet, in_words
+from gigapath.evaluation.labels import Labels, Task, bare_name, shown, task_from
 from gigapath.evaluation.results import (
     EVALUATION,
     RESULTS,
@@ -25,7 +24,9 @@ from gigapath.evaluation.results import (
     Predicted,
     Results,
     Scores,
+    TestSet,
     groups_of,
+    lock_words,
     numbers_csv,
     numbers_of,
     pictures_of,
@@ -35,7 +36,6 @@ from gigapath.evaluation.results import (
 )
 from gigapath.evaluation.scores import Predictions
 from gigapath.evaluation.splits import TABLE
-from gigapath.evaluation.task import Task, task_from
 from gigapath.features import FeatureFileError
 from gigapath.features.folders import SUFFIXES, find_feature_files
 from gigapath.files import check_replaceable, sha256_of, small_json, write_json_atomic, write_text_atomic
@@ -277,7 +277,7 @@ def evaluate_head(
     details |= {"fitted_here": "nothing", **groups_of(found, task)}
     if lock or test_set.file.is_file():
         details["locked_test_set"] = test_set.count(head.sha256)
-        found = replace(found, notes=(*found.notes, in_words(details["locked_test_set"])))
+        found = replace(found, notes=(*found.notes, lock_words(details["locked_test_set"])))
     notes = (*labels_of.class_notes(task.classes), *found.notes)
     results = Results(EVALUATION, task.described(), {"frozen head": found}, details=details, notes=notes)
     texts = {"predictions.csv": slides_csv(labels_of, shares, task, head.calibration)}

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from gigapath.classification_head import ClassificationHead
 from gigapath.devices import send
-from gigapath.evaluation.task import Task
+from gigapath.evaluation.labels import Task
 from gigapath.finetune.data import Bag
 from gigapath.finetune.options import AdapterOptions, ModelOptions
 from gigapath.slide_encoder import ARCHITECTURES, WEIGHTS_FILE, LongNetViT, is_architecture, layer_id

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from gigapath.cohort.stage import Ownership
 from gigapath.devices import at_most_threads, computing
 from gigapath.evaluation.calibration import probabilities
+from gigapath.evaluation.labels import Task
 from gigapath.evaluation.results import (
     TILE_TUNING,
     Results,
@@ -29,7 +30,6 @@ from gigapath.evaluation.results import (
     write_results,
 )
 from gigapath.evaluation.splits import Fold
-from gigapath.evaluation.task import Task
 from gigapath.finetune.data import Bag, check_folder
 from gigapath.finetune.heads import OneRate, adapt, merge
 from gigapath.finetune.loop import Processes, join_processes, training_precision
@@ -37,12 +37,11 @@ from gigapath.finetune.options import ModelOptions, TrainingOptions
 from gigapath.finetune.plan import Plan, foresee, measure_cost
 from gigapath.finetune.run import NO_CHANGE, TUNED, RunResult
 from gigapath.finetune.training import Trainer
+from gigapath.linear_probe import ProbeOptions
 from gigapath.linear_probe.data import label_tiles, load_data, own_labels, rows_of_table
 from gigapath.linear_probe.embed_tiles import TileSet, embed_tiles, open_tile_set
-from gigapath.linear_probe.heads import choose_penalty
-from gigapath.linear_probe.options import ProbeOptions
-from gigapath.linear_probe.table import TEST, TRAIN, VALIDATION, EmbeddingTable
-from gigapath.linear_probe.tile_heads import TileHead, save_tile_head
+from gigapath.linear_probe.embeddings import TEST, TRAIN, VALIDATION, EmbeddingTable
+from gigapath.linear_probe.heads import TileHead, choose_penalty, save_tile_head
 from gigapath.linear_probe.tiles import predictions_of
 from gigapath.machine import available_cores
 from gigapath.options import to_dict

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from gigapath.devices import AUTOCAST_TYPES, computing, send
 from gigapath.evaluation.calibration import target_loss
+from gigapath.evaluation.labels import Task
 from gigapath.evaluation.splits import Fold
-from gigapath.evaluation.task import Task
 from gigapath.finetune.data import Bag, Bags
 from gigapath.finetune.heads import Packed, pack, pack_on_host
 from gigapath.finetune.loop import Loop, Processes, Step, resume_training, save_training, set_rates

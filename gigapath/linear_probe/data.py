@@ -13,9 +13,8 @@ import numpy.typing as npt
 
 from gigapath.evaluation.labels import canonical_label, class_notes, first_column, shown, sorted_classes
 from gigapath.evaluation.splits import Fold, audit
-from gigapath.linear_probe.archive import read_embeddings
-from gigapath.linear_probe.options import ProbeOptions
-from gigapath.linear_probe.table import (
+from gigapath.linear_probe import ProbeOptions
+from gigapath.linear_probe.embeddings import (
     SPLIT_WORDS,
     SPLITS,
     TEST,
@@ -24,6 +23,7 @@ from gigapath.linear_probe.table import (
     EmbeddingTable,
     Float32Array,
     bare_name,
+    read_embeddings,
     split_of_word,
 )
 from gigapath.progress import Progress

@@ -22,15 +22,18 @@ from gigapath.devices import device_identity
 from gigapath.features import NUMERICS_VERSION, FeatureFileError
 from gigapath.features.gigapath_file import KeptRows
 from gigapath.features.h5 import is_complete, open_h5, read_attrs
-from gigapath.linear_probe.archive import Files, FolderFiles, ZipFiles, visible
 from gigapath.linear_probe.data import LabelRows, join_labels, read_meta, rows_of_table
-from gigapath.linear_probe.table import (
+from gigapath.linear_probe.embeddings import (
     SPLIT_WORDS,
     EmbeddingTable,
+    Files,
     Float32Array,
+    FolderFiles,
+    ZipFiles,
     bare_name,
     check_unique,
     split_of_path,
+    visible,
     worker_count,
     write_table,
 )

@@ -24,11 +24,13 @@ from gigapath.evaluation.intervals import Estimate, plain
 from gigapath.evaluation.labels import (
     ID_COLUMNS,
     SITE_COLUMNS,
+    Task,
     alike_classes,
     class_notes,
     first_column,
     id_maker,
     kinds_of,
+    load_task,
     patients_of,
     read_labels,
     strata_of,
@@ -37,6 +39,7 @@ from gigapath.evaluation.labels import (
 from gigapath.evaluation.plots import draw_intervals
 from gigapath.evaluation.results import (
     CHANCE,
+    ROBUSTNESS,
     SITE_ALONE,
     SLIDE_PROBE,
     Results,
@@ -46,13 +49,13 @@ from gigapath.evaluation.results import (
     numbers_of,
     pictures_of,
     predictions_csv,
+    robustness_index,
     score,
     stratum_lines,
     summary_csv,
     truth_columns,
     write_results,
 )
-from gigapath.evaluation.robustness import ROBUSTNESS, robustness_index
 from gigapath.evaluation.scores import (
     Predictions,
     prior_probabilities,
@@ -62,14 +65,12 @@ from gigapath.evaluation.scores import (
     site_probabilities,
 )
 from gigapath.evaluation.splits import Fold, audit, check_classes, draw_parts, site_parts
-from gigapath.evaluation.task import Task, load_task
 from gigapath.features import read_slides
+from gigapath.linear_probe import ProbeOptions, SlideProbeOptions
 from gigapath.linear_probe.data import class_names, left_over, named_column, splits_of_column
-from gigapath.linear_probe.fits import INNER_FOLDS, fit_folds
+from gigapath.linear_probe.embeddings import TEST
+from gigapath.linear_probe.fits import INNER_FOLDS, fit_folds, fit_targets
 from gigapath.linear_probe.heads import one_thread
-from gigapath.linear_probe.options import ProbeOptions, SlideProbeOptions
-from gigapath.linear_probe.table import TEST
-from gigapath.linear_probe.targets import fit_targets
 from gigapath.options import IdOptions, to_dict
 from gigapath.tables import data_frame, read_table
 from gigapath.text import table_lines

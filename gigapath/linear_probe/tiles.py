@@ -29,11 +29,22 @@ from gigapath.evaluation.results import (
     write_results,
 )
 from gigapath.evaluation.scores import Predictions, macro_curves, prior_probabilities
+from gigapath.linear_probe import ProbeOptions, TileProbeOptions
 from gigapath.linear_probe.data import ProbeData, load_data
-from gigapath.linear_probe.heads import Choice, Fit, LinearHead, Look, choose_neighbours, choose_penalty, train
-from gigapath.linear_probe.options import ProbeOptions, TileProbeOptions
-from gigapath.linear_probe.table import TEST, TRAIN, VALIDATION
-from gigapath.linear_probe.tile_heads import HEAD, TENSORS, TileHead, save_tile_head
+from gigapath.linear_probe.embeddings import TEST, TRAIN, VALIDATION
+from gigapath.linear_probe.heads import (
+    HEAD,
+    TENSORS,
+    Choice,
+    Fit,
+    LinearHead,
+    Look,
+    TileHead,
+    choose_neighbours,
+    choose_penalty,
+    save_tile_head,
+    train,
+)
 from gigapath.machine import available_cores
 from gigapath.options import to_dict
 from gigapath.progress import Progress

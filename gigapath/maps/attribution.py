@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gigapath.evaluation.task import Task
+from gigapath.evaluation.labels import Task
 from gigapath.features.data import CELL
 from gigapath.finetune.data import Bag
 from gigapath.finetune.fitted import FittedHead

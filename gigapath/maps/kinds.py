@@ -14,7 +14,7 @@ from gigapath.features import TileEmbeddings
 from gigapath.file_names import plain_name
 from gigapath.finetune.data import Bag
 from gigapath.finetune.fitted import FittedHead
-from gigapath.linear_probe.tile_heads import TileHead
+from gigapath.linear_probe.heads import TileHead
 from gigapath.maps.attribution import (
     choose_target,
     deletion_and_insertion,

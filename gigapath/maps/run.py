@@ -68,7 +68,7 @@ from gigapath.files import (
 from gigapath.finetune.data import look_at_all
 from gigapath.finetune.fitted import FittedHead, load_head
 from gigapath.finetune.options import JoinOptions
-from gigapath.linear_probe.tile_heads import load_tile_head
+from gigapath.linear_probe.heads import load_tile_head
 from gigapath.maps.attribution import check_attends, check_layers, check_target
 from gigapath.maps.drawing import (
     FloatArray,

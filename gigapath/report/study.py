@@ -10,10 +10,10 @@ from gigapath.cohort.record import hide_paths
 from gigapath.evaluation.compare import compare, holm
 from gigapath.evaluation.intervals import plain
 from gigapath.evaluation.labels import SITE_COLUMNS, first_column
-from gigapath.evaluation.locks import LOCKED
 from gigapath.evaluation.plots import draw_intervals
 from gigapath.evaluation.results import (
     CHANCE,
+    LOCKED,
     RESULTS,
     SITE_ALONE,
     SLIDE_PROBE,

@@ -15,7 +15,7 @@ import torch
 
 from gigapath.classification_head import ClassificationHead
 from gigapath.devices import resolve_device
-from gigapath.evaluation.task import Task
+from gigapath.evaluation.labels import Task
 from gigapath.features.data import CELL
 from gigapath.finetune.data import Bag, FileBags, look_at_all
 from gigapath.finetune.loop import Processes, Step, StepsTaken, training_precision

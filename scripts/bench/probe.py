@@ -20,9 +20,9 @@ import torch
 from torch.utils.data import DataLoader, RandomSampler, TensorDataset
 
 from gigapath.evaluation.scores import f1_weighted
-from gigapath.linear_probe.archive import CACHE_SUFFIX
+from gigapath.linear_probe import ProbeOptions, TileProbeOptions
 from gigapath.linear_probe.data import load_data
-from gigapath.linear_probe.options import ProbeOptions, TileProbeOptions
+from gigapath.linear_probe.embeddings import CACHE_SUFFIX
 from gigapath.linear_probe.tiles import fit_heads
 from gigapath.options import Options, option
 from scripts.bench.protocol import Work, compare

@@ -16,11 +16,11 @@ import numpy.typing as npt
 import torch
 
 from gigapath.evaluation.intervals import evaluate
+from gigapath.evaluation.labels import Task
 from gigapath.evaluation.scores import Scorer
-from gigapath.evaluation.task import Task
+from gigapath.linear_probe.fits import fit_targets
 from gigapath.linear_probe.heads import one_thread
 from gigapath.linear_probe.slides import held_out, repeated_folds
-from gigapath.linear_probe.targets import fit_targets
 from gigapath.options import Options, option
 
 WIDTH, FOLDS, REPEATS = 30, 5, 5
