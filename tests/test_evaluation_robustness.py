@@ -9,7 +9,7 @@ import pytest
 from made_sites import CASES, NEIGHBORS
 from scipy.stats import t
 
-from gigapath.linear_probe.slides import BLOCK_ROWS, robustness_index
+from gigapath.evaluation.robustness import BLOCK_ROWS, robustness_index
 from scripts.bench.robustness import RobustnessBench, made_sites, measure
 
 GOLDENS = json.loads((Path(__file__).parent / "goldens" / "robustness.json").read_text())
@@ -24,7 +24,7 @@ def test_index_is_that_of_croma(name: str, monkeypatch: pytest.MonkeyPatch) -> N
     assert found.index == pytest.approx(golden["index"], abs=1e-12)
     assert found.by_k == pytest.approx(golden["by_k"], abs=1e-12)
     assert len(labels) < BLOCK_ROWS
-    monkeypatch.setattr("gigapath.linear_probe.slides.BLOCK_ROWS", 7)  # in blocks as at once
+    monkeypatch.setattr("gigapath.evaluation.robustness.BLOCK_ROWS", 7)  # in blocks as at once
     assert robustness_index(vectors, labels, sites, groups, neighbors=NEIGHBORS) == found
 
 

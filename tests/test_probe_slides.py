@@ -16,6 +16,7 @@ from sklearn.metrics import roc_auc_score
 from gigapath.cli.main import main
 from gigapath.evaluation.labels import Task
 from gigapath.evaluation.results import read_results
+from gigapath.evaluation.robustness import robustness_index
 from gigapath.evaluation.scores import Scorer
 from gigapath.features import SlideEmbeddings, read_slide, read_slides, write_slide
 from gigapath.linear_probe import ProbeOptions, SlideProbeOptions
@@ -23,7 +24,7 @@ from gigapath.linear_probe import fits as fits_module
 from gigapath.linear_probe.data import rows_of_table
 from gigapath.linear_probe.fits import fit_folds
 from gigapath.linear_probe.heads import PENALTIES, LogisticRegression, choose_penalty
-from gigapath.linear_probe.slides import held_out, probe_slides, repeated_folds, robustness_index
+from gigapath.linear_probe.slides import held_out, probe_slides, repeated_folds
 from gigapath.report.results import collect_results
 from gigapath.tables import parse_table
 

@@ -39,7 +39,6 @@ from gigapath.evaluation.labels import (
 from gigapath.evaluation.plots import draw_intervals
 from gigapath.evaluation.results import (
     CHANCE,
-    ROBUSTNESS,
     SITE_ALONE,
     SLIDE_PROBE,
     Results,
@@ -49,13 +48,13 @@ from gigapath.evaluation.results import (
     numbers_of,
     pictures_of,
     predictions_csv,
-    robustness_index,
     score,
     stratum_lines,
     summary_csv,
     truth_columns,
     write_results,
 )
+from gigapath.evaluation.robustness import ROBUSTNESS, robustness_index
 from gigapath.evaluation.scores import (
     Predictions,
     prior_probabilities,

@@ -29,7 +29,6 @@ from gigapath.evaluation.results import (
     FINE_TUNING,
     FOLD,
     RESULTS,
-    ROBUSTNESS,
     SITE_ALONE,
     SLIDE_PROBE,
     STUDY,
@@ -39,6 +38,7 @@ from gigapath.evaluation.results import (
     read_results,
 )
 from gigapath.evaluation.results import Results as Found
+from gigapath.evaluation.robustness import ROBUSTNESS
 from gigapath.evaluation.scores import SCORE_WORDS, score_words
 from gigapath.files import read_json
 

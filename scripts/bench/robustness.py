@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from gigapath.linear_probe.slides import NEIGHBORS, robustness_index
+from gigapath.evaluation.robustness import NEIGHBORS, robustness_index
 from gigapath.options import Options, option
 
 STRENGTHS = ((0.0, 0.0), (1.5, 1.5), (3.0, 0.5), (0.5, 3.0))  # how well embeddings know class and site
