@@ -22,4 +22,4 @@ lowest)
 esac
 shift
 export OMP_NUM_THREADS=1
-exec "$PYTHON" -m pytest -n 2 --dist loadfile "$@"
+exec "$PYTHON" -m pytest -n 3 --dist loadfile "$@"

@@ -307,6 +307,10 @@ def test_slides_that_fail_or_are_empty_are_named_and_the_others_go_on(tmp_path: 
     assert said["trained"] is False and "UNTRAINED" in said["model"]
     assert said["slide"]["at_hand"] is False and "not at hand" in said["note"]
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["good"]
+    write_ours(tmp_path / "standin.h5", encoder="standin")
+    assert main(["map", str(tmp_path / "standin.h5"), *words[2:-3], str(tmp_path / "standin"), *words[-2:]]) == 0
+    said = json.loads((tmp_path / "standin" / "standin" / "pca.json").read_text())
+    assert said["trained"] is True and "not pathology" in said["model"]
 
 
 @pytest.mark.usefixtures("no_figures")

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from gigapath import standin
 from gigapath.embedding.slide_encoding import SlideEncoder
 from gigapath.features import TileEmbeddings
 from gigapath.file_names import plain_name
@@ -112,8 +113,10 @@ def slide_maps(shared: Shared, tiles: TileEmbeddings) -> Iterator[TileMap]:
 def _of_tiles(shared: Shared, tiles: TileEmbeddings) -> dict[str, Any]:
     trained = tiles.attrs.get("trained") is not False
     name = tiles.encoder or "an encoder that the file does not name"
-    untrained = "" if trained else " (UNTRAINED: random weights)"
-    return {"model": f"tile embeddings of {name}{untrained}, {tiles.embed_dim}-d", "trained": trained}
+    stated = "" if trained else " (UNTRAINED: random weights)"
+    if trained and name == "standin":
+        stated = f" (trained on {standin.TRAINED_ON})"
+    return {"model": f"tile embeddings of {name}{stated}, {tiles.embed_dim}-d", "trained": trained}
 
 
 def _pca(shared: Shared, tiles: TileEmbeddings) -> Iterator[Made]:
