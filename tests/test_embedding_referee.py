@@ -26,7 +26,7 @@ from gigapath.features.slide_vectors import DEFAULT, RECIPES, Recipe, read_slide
 from gigapath.slide_encoder import LongNetViT, create_model
 from scripts.referee_goldens import ARCH, PITCHES, made_tiles
 
-SLIDES, PITCH = 20, 509  # level-0 pixels of a tile, so that float16 moves some into the next cell
+SLIDES, PITCH = 8, 509  # level-0 pixels of a tile, so that float16 moves some into the next cell
 
 
 def made_slide(number: int) -> TileEmbeddings:

@@ -167,20 +167,13 @@ class DeviceProbe:
     ways: tuple[str, ...]
 
 
-def probe_devices(
-    encoders: Sequence[TileEncoder],
-    batch_size: int,
-    *,
-    several: bool,
-    fast: Callable[[TileEncoder], PlainForward] | None = None,
-) -> DeviceProbe:
+def probe_devices(encoders: Sequence[TileEncoder], batch_size: int, *, several: bool) -> DeviceProbe:
     """Find out what the devices can do.
 
     Args:
         encoders: one a device; the same object where workers share it.
         batch_size: B.
         several: whether there are several slides, so that batches could be filled across their borders.
-        fast: makes the quicker way of a device, as for `choose_forward`.
 
     Raises:
         EncoderError: an encoder failed.
@@ -191,7 +184,7 @@ def probe_devices(
     vectors, seconds = [], 0.0
     for encoder in distinct:
         with encoder_failures(encoder, batch_size):
-            chosen[id(encoder)] = choose_forward(encoder, batch_size, fast)
+            chosen[id(encoder)] = choose_forward(encoder, batch_size)
             batch = made_batch(encoder, batch_size)
             started = time.perf_counter()
             vectors.append(_encode(encoder, batch))

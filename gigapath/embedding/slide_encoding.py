@@ -116,14 +116,17 @@ class SlideEncoder:
         if self.model is None:
             return {"tile_mean": mean_of_rows(tiles.features)[None]}
         with self._failures(len(tiles)):
-            pooled = self._states(self.model, tiles, check, progress)
-            mean = {"tile_mean": mean_of_rows(tiles.features)[None]}  # while a GPU computes
-            found = torch.cat(list(pooled.values())).cpu().numpy()
-        ends = np.cumsum([len(value) for value in pooled.values()])
-        states = dict(zip(pooled, np.split(found, ends[:-1]), strict=True))
-        for value in states.values():
-            self._check_finite(tiles, value)
-        return {**states, **mean}
+            states, default = self._states(self.model, tiles, check, progress)
+            mean = mean_of_rows(tiles.features)[None]  # while a GPU computes
+            found = torch.cat([states, default[None]]).float().cpu().numpy()  # (depth + 2, 2, E)
+        self._check_finite(tiles, found)
+        return {
+            "states_mean": found[:-1, 0],
+            "states_class": found[:-1, 1],
+            "default_mean": found[-1:, 0],
+            "default_class": found[-1:, 1],
+            "tile_mean": mean,
+        }
 
     def embed_tiles(
         self,
@@ -190,8 +193,8 @@ class SlideEncoder:
         check: Callable[[], None],
         progress: AfterLayer,
         keep_tokens: Callable[[int, Tensor], None] = lambda state, tokens: None,
-    ) -> dict[str, Tensor]:
-        """The states by name, float32; a GPU may still be computing them."""
+    ) -> tuple[Tensor, Tensor]:
+        """`pooled_states` of a slide; a GPU may still be computing them."""
 
         def see_tokens(state: int, tokens: Tensor) -> None:
             check()
@@ -202,14 +205,7 @@ class SlideEncoder:
         features = torch.from_numpy(np.ascontiguousarray(tiles.features))
         coords = torch.from_numpy(tiles.encoder_coords())
         with torch.inference_mode(), computing(self.precision, self.device), between_steps(check):
-            states, default = pooled_states(model, send(features, self.device), coords, see_tokens)
-        pooled = {
-            "states_mean": states[:, 0],
-            "states_class": states[:, 1],
-            "default_mean": default[None, 0],
-            "default_class": default[None, 1],
-        }
-        return {name: value.float() for name, value in pooled.items()}
+            return pooled_states(model, send(features, self.device), coords, see_tokens)
 
 
 def encoder_facts(encoder: SlideEncoder | TileEncoder) -> dict[str, Any]:
