@@ -77,9 +77,9 @@ def find_slides(
     """
     entries: list[SlideEntry] = []
     paths = [Path(name) for name in inputs]
-    for path in paths:
-        if not path.exists():
-            raise FileNotFoundError(f"no such slide, folder or manifest: {path}")
+    absent = next((path for path in paths if not path.exists()), None)
+    if absent is not None:
+        raise FileNotFoundError(f"no such slide, folder or manifest: {absent}")
     named = set(_one_of_each_series(path for path in paths if path.is_file()))
     for path in paths:
         if path.is_dir():
@@ -99,7 +99,10 @@ def find_slides(
             entries += read_manifest(path)
         elif path in named:
             entries.append(_found(path))
-    entries = list(_each_once(entries))
+    once: dict[tuple[Path, str], SlideEntry] = {}
+    for entry in entries:  # a folder and a file in it, both named: what repeats an earlier one's file and id is dropped
+        once.setdefault((real_path(entry.path), entry.slide_id), entry)
+    entries = list(once.values())
     problems = id_problems(entries) if check_ids else []
     if problems:
         raise ValueError(problems[0])
@@ -141,76 +144,65 @@ def read_manifest(path: Path) -> list[SlideEntry]:
                 row[name] = table.written[name][index]
         # A patient that is written as missing is none; all else is the user's own.
         columns = {name: (table.columns if name in _IDENTITIES else table.written)[name][index] for name in kept}
-        entries.append(_entry_of(row, columns, path.parent, where=f"{path.name}: row {number}"))
+        where, folder, problem = f"{path.name}: row {number}", path.parent, ""
+        for name in ("mask", "path"):
+            if row.get(name):
+                row[name], wrong = _path_here(name, row[name], folder)
+                problem = wrong or problem
+        # What no file system takes is looked for nowhere: the name that stands for it is that of no file.
+        slide, mask = (folder / (quoted_name(cell) if problem else cell) for cell in (row["path"], row.get("mask", "")))
+        if not problem and slide.is_dir():
+            found, _ = _slides_in(slide, None)
+            if len(found) != 1:
+                raise ValueError(f"{where}: expected one slide in the folder {slide}, found {len(found)}.")
+            slide = found[0]
+        entry = SlideEntry(
+            slide_id=row.get("slide_id") or slide_id_of(PureWindowsPath(row["path"]).name if problem else slide),
+            path=slide,
+            mpp=_scale_of(row, where),
+            mask=mask if row.get("mask") else None,
+            md5=row.get("md5", "").lower(),
+            columns=columns,
+            problem=problem,
+        )
+        entries.append(_named(entry, "Give it another slide_id in the manifest."))
     return entries
 
 
-def _entry_of(row: Mapping[str, str], columns: Mapping[str, str], folder: Path, *, where: str) -> SlideEntry:
-    row = {**row, **{name: _with_slashes(row[name], folder) for name in ("path", "mask") if row.get(name)}}
-    problem = next(filter(None, (_path_problem(name, row.get(name, ""), folder) for name in ("path", "mask"))), "")
-    # What no file system takes is looked for nowhere: the name that stands for it is that of no file.
-    slide, mask = (folder / (quoted_name(cell) if problem else cell) for cell in (row["path"], row.get("mask", "")))
-    if not problem and slide.is_dir():
-        found, _ = _slides_in(slide, None)
-        if len(found) != 1:
-            raise ValueError(f"{where}: expected one slide in the folder {slide}, found {len(found)}.")
-        slide = found[0]
-    entry = SlideEntry(
-        slide_id=row.get("slide_id") or slide_id_of(PureWindowsPath(row["path"]).name if problem else slide),
-        path=slide,
-        mpp=_scale_of(row, where),
-        mask=mask if row.get("mask") else None,
-        md5=row.get("md5", "").lower(),
-        columns=columns,
-        problem=problem,
-    )
-    return _named(entry, "Give it another slide_id in the manifest.")
-
-
-def _with_slashes(cell: str, folder: Path) -> str:
-    """A path written with Windows' backslashes as this system has it, where there is such a file."""
-    if "\\" not in cell or "\0" in cell or (folder / cell).exists():
-        return cell
-    other = PureWindowsPath(cell).as_posix()
-    return other if (folder / other).exists() else cell
-
-
-def _path_problem(name: str, cell: str, folder: Path) -> str:
-    """What is wrong with a path that no file system takes, or that is another system's."""
-    too_long = len(os.fsencode(cell)) > _MAX_PATH or max(map(len, os.fsencode(cell).split(b"/"))) > _MAX_PART
-    if "\0" in cell or too_long:
-        got = "one with a zero byte" if "\0" in cell else "one that is too long"
+def _path_here(name: str, cell: str, folder: Path) -> tuple[str, str]:
+    """A path as this system has it, also where Windows' backslashes are in it, and what is wrong with one that no file
+    system takes, or that is another system's."""
+    got = ""
+    if "\0" in cell:
+        got = "one with a zero byte"
+    elif len(os.fsencode(cell)) > _MAX_PATH or max(map(len, os.fsencode(cell).split(b"/"))) > _MAX_PART:
+        got = "one that is too long"
     elif "\\" in cell and not (folder / cell).exists():
+        other = PureWindowsPath(cell).as_posix()
+        if (folder / other).exists():
+            return other, ""
         got = "one with backslashes, as Windows writes it, that leads to no file here"
-    else:
-        return ""
-    return f"{name}: expected the path of a file, got {got}. Correct its row in the manifest."
+    problem = f"{name}: expected the path of a file, got {got}. Correct its row in the manifest."
+    return cell, problem * bool(got)
 
 
 def _scale_of(row: Mapping[str, str], where: str) -> float | None:
     """The row's microns per pixel: `mpp`, or the mean of `mpp_x` and `mpp_y` where these agree."""
-    mpp, x, y = (_mpp_of(row.get(name, ""), where) for name in ("mpp", "mpp_x", "mpp_y"))
-    if mpp is not None:
-        return mpp
-    if x is None and y is None:
-        return None
+    given: dict[str, float] = {}
+    for name in ("mpp", "mpp_x", "mpp_y"):
+        if row.get(name):
+            with contextlib.suppress(ValueError):
+                given[name] = float(row[name])
+            if not 0 < given.get(name, 0) < math.inf:
+                raise ValueError(f"{where}: expected mpp in microns per pixel, got {row[name]!r}.")
+    if "mpp" in given or not given:
+        return given.get("mpp")
+    x, y = given.get("mpp_x"), given.get("mpp_y")
     if x is None or y is None or abs(x - y) > _SAME_SCALE * max(x, y):
         raise ValueError(
             f"{where}: expected mpp_x and mpp_y within {_SAME_SCALE:.0%} of each other, got {x} and {y}. Give one mpp."
         )
     return (x + y) / 2
-
-
-def _mpp_of(cell: str, where: str) -> float | None:
-    if not cell:
-        return None
-    try:
-        mpp = float(cell)
-    except ValueError:
-        mpp = math.nan
-    if not 0 < mpp < math.inf:
-        raise ValueError(f"{where}: expected mpp in microns per pixel, got {cell!r}.")
-    return mpp
 
 
 def _slides_in(folder: Path, exclude: Path | None) -> tuple[list[Path], int]:
@@ -222,7 +214,8 @@ def _slides_in(folder: Path, exclude: Path | None) -> tuple[list[Path], int]:
     excluded = real_path(exclude) if exclude is not None and exclude.exists() else None
     for top, subfolders, files in os.walk(folder, followlinks=True):
         here = real_path(Path(top))
-        written = here == excluded or _is_output(files, subfolders)
+        # What this package wrote: its previews are no slides.
+        written = here == excluded or ("slides.csv" in files and {"runs", "private"} <= set(subfolders))
         if here in seen or (written and here != top_folder):  # a link back up ends here too
             subfolders.clear()
             continue
@@ -243,11 +236,6 @@ def _slides_in(folder: Path, exclude: Path | None) -> tuple[list[Path], int]:
             if known and not part and not name.startswith("."):
                 found.append(Path(top, name))
     return sorted(_one_of_each_series(found)), pictures
-
-
-def _is_output(files: Iterable[str], subfolders: Iterable[str]) -> bool:
-    """Whether this package wrote a folder with these in it: its previews are no slides."""
-    return "slides.csv" in files and {"runs", "private"} <= set(subfolders)
 
 
 def _one_of_each_series(paths: Iterable[Path]) -> Iterator[Path]:
@@ -291,16 +279,6 @@ def series_uid(path: Path) -> str | None:
         return found.value.decode("ascii").strip("\0 ") or None
     except Exception:  # a header cut short or broken ends in a dozen types
         return None
-
-
-def _each_once(entries: Iterable[SlideEntry]) -> Iterator[SlideEntry]:
-    """Drop an entry that repeats an earlier one's file and id: a folder and a file in it, both named."""
-    seen = set()
-    for entry in entries:
-        key = (real_path(entry.path), entry.slide_id)
-        if key not in seen:
-            seen.add(key)
-            yield entry
 
 
 def id_problems(entries: Iterable[SlideEntry]) -> list[str]:
@@ -351,18 +329,18 @@ def take_shard(
 def weigh(entries: Sequence[SlideEntry], tiles: Path) -> dict[str, float]:
     """About how many tiles each slide has: as counted by `tile`, else by the size of its file in the proportion of the
     counted ones, else like the mean of the others."""
-    counted = {slide_id: status.tiles for slide_id, status in read_statuses(tiles).items() if status.finished}
+    ids = [entry.slide_id for entry in entries]
+    statuses = read_statuses(tiles)
+    counted = {name: statuses[name].tiles for name in ids if name in statuses and statuses[name].finished}
     sizes: dict[str, int] = {}
     for entry in entries:
         with contextlib.suppress(OSError):
             sizes[entry.slide_id] = entry.path.stat().st_size
-    both = [slide_id for slide_id in sizes if slide_id in counted]
-    known_bytes = sum(sizes[slide_id] for slide_id in both)
-    per_byte = sum(counted[slide_id] for slide_id in both) / known_bytes if known_bytes else 1.0
-    weights = {slide_id: size * per_byte for slide_id, size in sizes.items()}
-    weights.update({entry.slide_id: counted[entry.slide_id] for entry in entries if entry.slide_id in counted})
+    known_bytes = sum(size for name, size in sizes.items() if name in counted)
+    per_byte = sum(counted[name] for name in sizes if name in counted) / known_bytes if known_bytes else 1.0
+    weights = {name: size * per_byte for name, size in sizes.items()} | counted
     mean = sum(weights.values()) / len(weights) if weights else 1.0
-    return {entry.slide_id: float(weights.get(entry.slide_id, mean)) for entry in entries}
+    return {name: float(weights.get(name, mean)) for name in ids}
 
 
 def largest_first(entries: Sequence[SlideEntry], tiles: Path) -> list[SlideEntry]:

@@ -68,12 +68,15 @@ class RunRecord:
             "ended": None,
             "outcome": "running",
         }
+        user = str(os.getuid()) if hasattr(os, "getuid") else "unknown"
+        with contextlib.suppress(KeyError, OSError):  # a container without an entry for the user
+            user = getpass.getuser()
         owner = {
             "run_id": self.run_id,
             "command": list(self.command),
             "folder": str(Path.cwd()),
             "host": socket.gethostname(),
-            "user": _user(),
+            "user": user,
             "options": dict(self.options),
         }
         record_run(self.out, self.run_id, owner, entries if keep_paths else ())
@@ -122,13 +125,6 @@ def _cohort_digest(entries: Sequence[SlideEntry]) -> str:
 
 def _now() -> datetime:
     return datetime.now(UTC)
-
-
-def _user() -> str:
-    try:
-        return getpass.getuser()
-    except (KeyError, OSError):  # a container without an entry for the user
-        return str(os.getuid()) if hasattr(os, "getuid") else "unknown"
 
 
 PRIVATE = "private"

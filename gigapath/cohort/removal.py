@@ -5,7 +5,7 @@ import csv
 import io
 import json
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -86,14 +86,10 @@ def remove_slide(out: Path, slide_id: str, *, dry_run: bool = False) -> Removal:
         if shown and not draw_contact_sheet(out):
             _unlink(sheet)
     handled = {*files, *edits}
-    texts = _texts(out) if handled else []  # a folder that no run wrote is not searched
-    mentions = [path for path in texts if path not in handled and _names(path, slide_id)]
-    return Removal(
-        files=_relative(files, out),
-        edited=_relative(edits, out),
-        redrawn=_relative([sheet] if shown else [], out),
-        mentions=_relative(mentions, out),
-    )
+    found = _mentions(out, slide_id) if handled else ()  # a folder that no run wrote is not searched
+    mentions = [path for path in found if path not in handled]
+    names = (tuple(str(path.relative_to(out)) for path in of) for of in (files, edits, [sheet] * shown, mentions))
+    return Removal(*names)
 
 
 def _files_of(out: Path, slide_id: str) -> list[Path]:
@@ -117,20 +113,16 @@ def _edits(out: Path, slide_id: str, hide: Callable[[str], str]) -> dict[Path, s
     """file -> its content without the slide, or None where the whole file goes."""
     edits: dict[Path, str | None] = {}
     for path in (out / SLIDES_CSV, out / PRIVATE / "paths.csv"):
-        text = _read(path)
-        if text is not None:
-            rows = list(csv.reader(io.StringIO(text, newline="")))
-            kept = [rows[0], *(row for row in rows[1:] if row and row[0] != slide_id)] if rows else []
-            if len(kept) < len(rows):
-                edits[path] = csv_text(kept)
+        rows = list(csv.reader(io.StringIO(_read(path), newline="")))
+        kept = [*rows[:1], *(row for row in rows[1:] if row and row[0] != slide_id)]
+        if len(kept) < len(rows):
+            edits[path] = csv_text(kept)
     for path in sorted((out / SHARDS).glob("*.csv")):  # the next job of an array cuts the cohort anew
-        text = _read(path)
-        if text is not None and any(row[:1] == [slide_id] for row in csv.reader(io.StringIO(text, newline=""))):
+        if any(row[:1] == [slide_id] for row in csv.reader(io.StringIO(_read(path), newline=""))):
             edits[path] = None
     for path in sorted([*(out / RUNS).glob("*.json"), *(out / PRIVATE).glob("*.json")]):
-        text = _read(path)
         try:
-            content = json.loads(text or "")
+            content = json.loads(_read(path))
         except ValueError:
             continue
         cleaned = _cleaned(content, slide_id, hide)
@@ -168,31 +160,31 @@ def _hiding(out: Path, slide_id: str) -> Callable[[str], str]:
         if entry.slide_id == slide_id:
             names |= {str(path) for path in (entry.path, entry.mask) if path is not None}
             names |= {path.name for path in (entry.path, entry.mask) if path is not None}
-    form = "|".join(re.escape(name) for name in sorted(names, key=len, reverse=True))
-    pattern = re.compile(rf"(?<![\w.-])(?:{form})(?![\w-])")
+    pattern = _words(names)
     return lambda text: pattern.sub(REMOVED, text)
 
 
-def _texts(out: Path) -> list[Path]:
-    return sorted(
-        path
-        for path in out.rglob("*")
-        if path.suffix.lower() in _TEXTS and path.is_file() and path.stat().st_size < _TEXT_BYTES
-    )
+def _mentions(out: Path, slide_id: str) -> Iterator[Path]:
+    """The texts that name the slide as a whole word, also as JSON writes it."""
+    named = _words({slide_id, json.dumps(slide_id)[1:-1]})
+    for path in sorted(out.rglob("*")):
+        small = path.suffix.lower() in _TEXTS and path.is_file() and path.stat().st_size < _TEXT_BYTES
+        if small and named.search(_read(path)):
+            yield path
 
 
-def _names(path: Path, slide_id: str) -> bool:
-    """Whether a text names the slide as a whole word, also as JSON writes it."""
-    text = _read(path)
-    forms = "|".join(re.escape(form) for form in {slide_id, json.dumps(slide_id)[1:-1]})
-    return text is not None and re.search(rf"(?<![\w.-])(?:{forms})(?![\w-])", text) is not None
+def _words(names: Collection[str]) -> re.Pattern[str]:
+    """Any of these names as a whole word, the longest first."""
+    form = "|".join(re.escape(name) for name in sorted(names, key=len, reverse=True))
+    return re.compile(rf"(?<![\w.-])(?:{form})(?![\w-])")
 
 
-def _read(path: Path) -> str | None:
+def _read(path: Path) -> str:
+    """A text, or "" where it can't be read."""
     try:
         return path.read_bytes().decode("utf-8", "replace")
     except OSError:
-        return None
+        return ""
 
 
 def _unlink(path: Path) -> None:
@@ -203,7 +195,3 @@ def _unlink(path: Path) -> None:
             f"{path.parent.name}/{path.name} could not be removed: {error.strerror or error}. "
             "Ask the folder's owner, then run the same command again."
         ) from error
-
-
-def _relative(paths: Iterable[Path], out: Path) -> tuple[str, ...]:
-    return tuple(str(path.relative_to(out)) for path in paths)

@@ -198,12 +198,10 @@ class CohortRun:
             Stopped: a signal came; the slide is marked as stopped.
             OutputError, ValueError: the disk takes nothing more; the encoder failed (EncoderError).
         """
-        started = time.monotonic()
-        before = read_status(folder, entry.slide_id)
-        stopped = None
+        started, before = time.monotonic(), read_status(folder, entry.slide_id)
+        stopped, error, retryable = None, "", False
         made: dict[Path, tuple[int, ...]] = {}
         sha256: Mapping[str, str] = {}
-        error, retryable = "", False
         try:
             if entry.problem:
                 raise SlideError(entry.problem)
@@ -275,53 +273,48 @@ class CohortRun:
         return self.attempt(folder, entry, folder.name.partition("_")[0], {}, work)
 
     def _loop(self, todo: Sequence[SlideEntry], process: Process) -> str:
-        missing = [entry for entry in todo if not entry.problem and not entry.path.exists()]
-        if missing:
-            self.watch.line(f"{slides_in_words(len(missing))} failed: no such file. They are listed at the end.")
-        for entry in missing:
+        there: list[SlideEntry] = []
+        for entry in todo:
+            if entry.problem or entry.path.exists():
+                there.append(entry)
+                continue
             name = entry.path.name
             error = FileNotFoundError(f"slide {entry.slide_id!r}: expected a file, got none named {name!r}.")
             self._failed[entry.slide_id] = slide_row(entry.slide_id, [self.fail(entry, error)])
-        absent = {entry.slide_id for entry in missing}
-        there = [entry for entry in todo if entry.slide_id not in absent]
+        missing = len(todo) - len(there)
+        if missing:
+            self.watch.line(f"{slides_in_words(missing)} failed: no such file. They are listed at the end.")
         try:
-            failed, again = self._once(there, process, len(missing))
-            self._drop_rows(failed)
+            failed, again = self._once(there, process, missing)
             if again and not self._note:
                 self.watch.retrying(len(again))
-                lasting, again = self._once(again, process, len(missing) + len(failed))
-                self._drop_rows([*lasting, *again])
+                lasting, again = self._once(again, process, missing + failed, last=True)
                 failed += lasting
         except Stopped:
             return "stopped"
         return "some slides failed" if missing or failed or again else "done"
 
-    def _drop_rows(self, failed: Sequence[SlideEntry]) -> None:
-        """Remove the rows that slides which failed for good have kept: a file that can't be read to the end may have
-        been wrong before that too, so what mends it begins with its first tile. A stopped or killed slide's stay."""
-        for entry in failed:
-            for folder in self.stages:
-                with contextlib.suppress(OSError):
-                    rows_file(folder / f"{entry.slide_id}.h5").unlink(missing_ok=True)
-
     def _once(
-        self, todo: Sequence[SlideEntry], process: Process, before: int
-    ) -> tuple[list[SlideEntry], list[SlideEntry]]:
-        """Go through slides once; those that failed for good, and those whose failure may pass. More of them, with the
-        `before` that failed earlier, than allowed end the pass, and `_note` says so."""
-        next_table = 0.0
-        failed: list[SlideEntry] = []
+        self, todo: Sequence[SlideEntry], process: Process, before: int, *, last: bool = False
+    ) -> tuple[int, list[SlideEntry]]:
+        """Go through slides once; how many failed for good, and those whose failure may pass, which is not hoped for
+        the `last` time. More of them, with the `before` that failed earlier, than allowed end the pass, and `_note`
+        says so."""
+        next_table, results, failed = 0.0, process(todo), 0
         again: list[SlideEntry] = []
-        results = process(todo)
         for number, (entry, statuses) in enumerate(results, start=1):
             row = slide_row(entry.slide_id, statuses)
             self._failed.pop(entry.slide_id, None)
             if not all(status.finished for status in statuses):
                 self._failed[entry.slide_id] = row
-                (again if any(status.retryable for status in statuses) else failed).append(entry)
+                if any(status.retryable for status in statuses) and not last:
+                    again.append(entry)
+                else:
+                    failed += 1
+                    self._drop_rows(entry)
             self.watch.slide(row, number, len(todo))
             self._owner.check()
-            so_far = before + len(failed) + len(again)
+            so_far = before + failed + len(again)
             if self.max_failures is not None and so_far > self.max_failures:
                 self._note = (
                     f"{so_far} of {before + number} slides failed, more than --max-failures {self.max_failures}: ended "
@@ -334,6 +327,13 @@ class CohortRun:
                 self._table()
                 next_table = time.monotonic() + _TABLE_SHARE * (time.monotonic() - now)
         return failed, again
+
+    def _drop_rows(self, entry: SlideEntry) -> None:
+        """Remove the rows that a slide which failed for good has kept: a file that can't be read to the end may have
+        been wrong before that too, so what mends it begins with its first tile. A stopped or killed slide's stay."""
+        for folder in self.stages:
+            with contextlib.suppress(OSError):
+                rows_file(folder / f"{entry.slide_id}.h5").unlink(missing_ok=True)
 
     def _table(self) -> list[dict[str, Any]]:
         """Write slides.csv; the rows of this run's slides. One that failed where an earlier result stays is done there,

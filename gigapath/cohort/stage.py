@@ -196,7 +196,7 @@ class StageOptions:
         names: set[str] = set()
         strange = ""  # a slide that is none of this run's
         for slide_id, status in read_statuses(self.folder).items():
-            before, now = _only(status.identity), _only(self.shared)
+            before, now = ({name: of[name] for name in NUMERICS if name in of} for of in (status.identity, self.shared))
             if slide_id in self.own:
                 before, now = _without(status.identity, ignored), _without(self.own[slide_id], ignored)
             passed_over = overwrite if slide_id in self.own else self.allow_mixed or slide_id in self.cohort
@@ -243,10 +243,6 @@ def _is_whole(path: Path, identity: str) -> bool:
         return False
 
 
-def _only(identity: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: identity[name] for name in NUMERICS if name in identity}
-
-
 def _without(identity: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:
     return {name: value for name, value in identity.items() if name not in names}
 
@@ -282,7 +278,14 @@ class Ownership:
         for left in reversed(range(_TRIES)):
             try:
                 for folder, options in self._folders.items():
-                    self._marks[folder] = _mark(folder, options)
+                    self._marks[folder] = folder / f".run-{digest(options)}-{writer_name()}-{secrets.token_hex(3)}"
+                    try:
+                        folder.mkdir(parents=True, exist_ok=True)
+                        mark = open_own(self._marks[folder], os.O_WRONLY | os.O_CREAT | os.O_EXCL)
+                        with os.fdopen(mark, "w", encoding="utf-8") as file:
+                            json.dump(dict(options), file)
+                    except OSError as error:
+                        raise folder_error(folder, error) from error
                 for folder in self._folders:
                     self._check_alone(folder)
                 break
@@ -335,10 +338,15 @@ class Ownership:
                 if running is False or silent > _GONE_SECONDS:
                     path.unlink()
                 elif match[1] != digest(self._folders[folder]):
+                    # Nobody can tell from here whether a process of another machine lives; it can be heard of late.
+                    elsewhere = (
+                        f" It runs on another machine and gave its last sign of life {max(0, round(silent))} s ago; if "
+                        f"it was killed, the folder is free {_GONE_SECONDS:.0f} s after that."
+                    )
                     raise FolderTaken(
                         f"{folder.name}: a run with other options is active there"
                         f"{_other(path, self._folders[folder])}. Wait until it ends, use the same options, or use "
-                        "another --out." + ("" if running else _elsewhere(silent))
+                        f"another --out.{'' if running else elsewhere}"
                     )
 
     def _remove(self) -> None:
@@ -348,25 +356,6 @@ class Ownership:
             with contextlib.suppress(OSError):
                 folder.rmdir()  # of a run that came to nothing
         self._marks.clear()
-
-
-def _elsewhere(silent: float) -> str:
-    """Nobody can tell from here whether a process of another machine lives; its sign of life can be seen late."""
-    return (
-        f" It runs on another machine and gave its last sign of life {max(0, round(silent))} s ago; if it was killed, "
-        f"the folder is free {_GONE_SECONDS:.0f} s after that."
-    )
-
-
-def _mark(folder: Path, options: Mapping[str, Any]) -> Path:
-    path = folder / f".run-{digest(options)}-{writer_name()}-{secrets.token_hex(3)}"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with os.fdopen(open_own(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL), "w", encoding="utf-8") as file:
-            json.dump(dict(options), file)
-    except OSError as error:
-        raise folder_error(folder, error) from error
-    return path
 
 
 def _other(mark: Path, options: Mapping[str, Any]) -> str:
