@@ -89,22 +89,17 @@ def cluster() -> Iterator[Any]:
     with pytest.MonkeyPatch.context() as patch:
         for name, value in environment.items():
             patch.setenv(name, value)
-        yield from two_nodes()
+        import ray
+        from ray.cluster_utils import Cluster
 
-
-def two_nodes() -> Iterator[Any]:
-    from ray.cluster_utils import Cluster
-
-    node = {"num_cpus": 1, "object_store_memory": 80_000_000, "include_dashboard": False}
-    made = Cluster(initialize_head=True, head_node_args=node)
-    made.node_args = {name: value for name, value in node.items() if name != "include_dashboard"}
-    made.second = made.add_node(**made.node_args)
-    made.wait_for_nodes()
-    yield made
-    import ray
-
-    ray.shutdown()
-    made.shutdown()
+        node = {"num_cpus": 1, "object_store_memory": 80_000_000}
+        made = Cluster(initialize_head=True, head_node_args={**node, "include_dashboard": False})
+        made.node_args = node
+        made.second = made.add_node(**node)
+        made.wait_for_nodes()
+        yield made
+        ray.shutdown()
+        made.shutdown()
 
 
 @pytest.fixture(scope="module")

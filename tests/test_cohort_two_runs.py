@@ -16,7 +16,7 @@ from gigapath.cohort.stage import FolderTaken, Ownership, digest, holds
 from gigapath.cohort.status import read_statuses
 
 OPTIONS = (("--store", "float16"), ("--batch-size", "4"), ("--max-tiles", "3"), ("--min-tissue", "0.5"))
-_PAIRS = 6
+_PAIRS = 4
 
 
 @pytest.fixture(scope="module")

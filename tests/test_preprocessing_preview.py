@@ -132,12 +132,6 @@ def test_preview_is_whole_or_absent(
     assert [file.name for file in path.parent.iterdir()] == ["made.jpg"]
 
 
-def test_blank_slide_has_a_preview(scene: tuple[Overview, TissueMask]) -> None:
-    overview, _ = scene
-    mask = make_mask(overview, np.zeros((200, 400), bool), method="otsu", state="blank")
-    assert draw_preview(overview, mask, made_tiles(np.zeros((0, 2), int))).shape[1] == SIDE
-
-
 def test_large_level_is_not_read_for_the_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_pyramid(tmp_path / "made.tif", paint_tissue(900, 700), mpp=(0.5, 0.5), steps=(1,))
     with open_slide(path) as slide:

@@ -95,14 +95,3 @@ def test_focus_is_not_judged_where_it_can_not_be(
     assert np.isfinite(focus[2:, :3]).all()
     monkeypatch.setattr(tiling, "FOCUS_PIXELS", 1000)
     assert np.isnan(measure(picture)["focus"]).all()
-
-
-def test_only_the_tiles_asked_for_are_measured(picture: npt.NDArray[np.uint8], tmp_path: Path) -> None:
-    cells = np.array([[3, 0], [1, 2]], np.int32)
-    path = write_pyramid(tmp_path / "made.tif", picture, mpp=(0.5, 0.5), steps=(1, 4), compression="deflate")
-    with open_slide(path) as slide:
-        flags, grid, overview = tile_flags(slide), plan_grid(slide), slide.overview()
-        some = tile_qc(slide, overview, grid, cells)
-        assert tile_qc(slide, overview, grid, cells[:0]).shape == (0, len(QC_NAMES))
-    assert some.shape == (2, len(QC_NAMES))
-    np.testing.assert_allclose(some[:, 4], [flags["saturation"][0, 3], flags["saturation"][2, 1]])

@@ -15,7 +15,7 @@ from made_slides import paint_tissue, write_pyramid, write_scn
 
 from gigapath.preprocessing import header
 from gigapath.preprocessing import slide as slide_module
-from gigapath.preprocessing.header import allowed, leading_levels, stated_mpp
+from gigapath.preprocessing.header import allowed, leading_levels, scanned_area, stated_mpp
 from gigapath.preprocessing.reading import read_tile
 from gigapath.preprocessing.slide import Slide, SlideError, open_slide, slide_id_of
 from gigapath.preprocessing.tiling import TileOptions, plan_tiles
@@ -45,18 +45,6 @@ def test_slide_states_its_size_scale_and_levels(tmp_path: Path) -> None:
         assert (slide.mpp.x, slide.mpp.y, slide.mpp.source) == (0.25, 0.25, "openslide.mpp")
 
 
-def test_mpp_from_resolution_tags_in_centimetres_and_inches(tmp_path: Path) -> None:
-    image = paint_tissue(500, 400)
-    for unit, microns in (("CENTIMETER", 10_000), ("INCH", 25_400)):
-        path = tmp_path / f"{unit}.tif"
-        tifffile.imwrite(
-            path, image, photometric="rgb", tile=(240, 240), metadata=None, resolutionunit=unit,
-            resolution=(microns / 0.25, microns / 0.3),
-        )  # fmt: skip
-        with open_slide(path) as slide:
-            assert (slide.mpp.x, slide.mpp.y) == pytest.approx((0.25, 0.3), rel=1e-6)
-
-
 def test_mpp_falls_back_on_tags_where_openslide_gives_none() -> None:
     header = {"tiff.XResolution": "101600", "tiff.YResolution": "50800", "tiff.ResolutionUnit": "inch"}
     stated = stated_mpp(header)
@@ -83,23 +71,21 @@ def test_missing_mpp_names_the_ways_on(tmp_path: Path) -> None:
         (4.1, None, "0.08 to 4"),
         (0.34, 40, "objective power of 40"),
         (0.16, 40, "objective power of 40"),
+        *((mpp, objective, "") for mpp, objective in ((0.33, 40), (0.17, 40), (0.08, None), (4.0, None))),
     ],
 )
 def test_implausible_mpp_is_refused_and_overridden(
     tmp_path: Path, mpp: float, objective: float | None, words: str
 ) -> None:
     path = write_pyramid(tmp_path / "odd.svs", paint_tissue(500, 400), mpp=(mpp, mpp), aperio=True, objective=objective)
-    with open_slide(path) as slide, pytest.raises(SlideError, match=f"'odd'.*{words}.*{mpp}.*--slide-mpp"):
-        _ = slide.mpp
+    with open_slide(path) as slide:
+        if words:
+            with pytest.raises(SlideError, match=f"'odd'.*{words}.*{mpp}.*--slide-mpp"):
+                _ = slide.mpp
+        else:
+            assert slide.mpp.x == pytest.approx(mpp)
     with open_slide(path, slide_mpp=mpp) as slide:
         assert slide.mpp.source == "--slide-mpp"
-
-
-@pytest.mark.parametrize(("mpp", "objective"), [(0.33, 40), (0.17, 40), (0.08, None), (4.0, None)])
-def test_plausible_mpp_passes(tmp_path: Path, mpp: float, objective: float | None) -> None:
-    path = write_pyramid(tmp_path / "a.svs", paint_tissue(500, 400), mpp=(mpp, mpp), aperio=True, objective=objective)
-    with open_slide(path) as slide:
-        assert slide.mpp.x == pytest.approx(mpp)
 
 
 def test_x_and_y_are_averaged_only_where_they_agree(tmp_path: Path) -> None:
@@ -133,8 +119,9 @@ def test_bounds_are_where_the_slide_was_scanned(tmp_path: Path) -> None:
     assert overview.opaque.all()
 
 
-@pytest.mark.parametrize("steps", [(1,), (1, 2, 4), (1, 4, 16)])
-@pytest.mark.parametrize("mpp", [(0.25, 0.25), (0.2265, 0.2265), (0.26, 0.28)])
+@pytest.mark.parametrize(
+    ("steps", "mpp"), [((1,), (0.25, 0.25)), ((1, 2, 4), (0.2265, 0.2265)), ((1, 4, 16), (0.26, 0.28))]
+)
 def test_overview_is_the_mean_over_the_area_of_each_pixel(
     tmp_path: Path, steps: tuple[int, ...], mpp: tuple[float, float]
 ) -> None:
@@ -200,35 +187,10 @@ def test_overview_refuses_absurdly_many_pixels(tmp_path: Path, monkeypatch: pyte
         slide.overview()
 
 
-def test_bounds_outside_the_slide_are_refused_and_the_file_closed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    class Contradictory(openslide.OpenSlide):
-        closed = 0
-
-        @property
-        def properties(self) -> dict[str, str]:
-            bounds = {"x": "9000", "y": "0", "width": "100", "height": "100"}
-            return {f"openslide.bounds-{name}": value for name, value in bounds.items()}
-
-        def close(self) -> None:
-            Contradictory.closed += 1
-            super().close()
-
-    path = write_pyramid(tmp_path / "a.tif", paint_tissue(900, 600), mpp=(0.5, 0.5))
-    monkeypatch.setattr(openslide, "OpenSlide", Contradictory)
+def test_bounds_outside_the_slide_are_refused() -> None:
+    bounds = {"x": 9000, "y": 0, "width": 100, "height": 100}
     with pytest.raises(SlideError, match=r"bounds inside 900 x 600 pixels, got x 9000"):
-        open_slide(path)
-    assert Contradictory.closed == 1
-
-
-def test_overview_is_never_finer_than_the_slide(tmp_path: Path) -> None:
-    image = paint_tissue(300, 200)
-    path = write_pyramid(tmp_path / "a.tif", image, mpp=(20, 20), steps=(1,), compression="deflate")
-    with open_slide(path, slide_mpp=20) as slide:
-        overview = slide.overview()
-    assert np.array_equal(overview.image, image)
-    assert (overview.scale, overview.mpp) == ((1, 1), 20)
+        scanned_area("a", (900, 600), {f"openslide.bounds-{name}": value for name, value in bounds.items()})
 
 
 def test_plain_images_open_as_slides_of_one_level(tmp_path: Path) -> None:
@@ -378,25 +340,20 @@ def altered(level: Any, how: str) -> Any:
         "padded": framed,
         "cropped": cv2.resize(level[: part.shape[0], : part.shape[1]], (width, height)),
         "mirrored": level[:, ::-1],
-        "upside down": level[::-1],
         "a tile off": np.roll(level, 128, axis=1),
         "eight pixels off": np.roll(level, 8, axis=0),
-        "another slide": paint_tissue(width, height, seed=5)[::-1, ::-1],
         "blank": np.full_like(level, 245),
     }[how]
 
 
-@pytest.mark.parametrize("changed", [1, 2])
+@pytest.mark.parametrize(("changed", "rule"), [(1, "otsu"), (2, "published")])
 @pytest.mark.parametrize(
     ("how", "same"),
     [
         *((how, True) for how in ("blurred", "sharpened", "dim", "half a pixel off")),
-        *((how, False) for how in ("padded", "cropped", "mirrored", "upside down", "a tile off")),
-        ("eight pixels off", False),
-        *((how, False) for how in ("another slide", "blank")),
+        *((how, False) for how in ("padded", "cropped", "mirrored", "a tile off", "eight pixels off", "blank")),
     ],
 )
-@pytest.mark.parametrize("rule", ["otsu", "published"])
 def test_a_level_that_shows_another_picture_is_not_read(
     tmp_path: Path, changed: int, how: str, same: bool, rule: str
 ) -> None:
@@ -440,8 +397,7 @@ def test_a_square_slide_gives_padding_away_by_its_blocks(
     assert leading_levels([whole, size], header) == used
 
 
-@pytest.mark.parametrize("orientation", [2, 3, 6])
-@pytest.mark.parametrize("page", [0, 1])
+@pytest.mark.parametrize(("orientation", "page"), [(2, 0), (6, 1)])
 def test_a_turned_tiff_is_refused(tmp_path: Path, orientation: int, page: int) -> None:
     path = write_levels(tmp_path / "a.tif", [(650, 450)], extratags=[(274, "H", 1, 1, True)])
     open_slide(path).close()
@@ -492,17 +448,3 @@ def test_mpp_from_ome_xml_with_its_unit(unit: str, size: float) -> None:
     if unit:
         assert stated_mpp({"tiff.ImageDescription": text.replace(unit, "pixel")}) is None
     assert stated_mpp({"tiff.ImageDescription": text.replace("PhysicalSizeY=", "Y=")}) is None
-
-
-def test_ome_tiff_with_its_levels_in_subifds_gives_level_0_and_its_scale(tmp_path: Path) -> None:
-    path = tmp_path / "a.ome.tif"
-    with tifffile.TiffWriter(path, ome=True) as file:
-        how: dict[str, Any] = {"tile": (128, 128), "photometric": "rgb", "compression": "deflate"}
-        sizes = {"PhysicalSizeX": 0.5, "PhysicalSizeXUnit": "µm", "PhysicalSizeY": 0.5, "PhysicalSizeYUnit": "µm"}
-        file.write(PICTURE, subifds=1, metadata={"axes": "YXS", **sizes}, **how)
-        file.write(PICTURE[::2, ::2], subfiletype=1, **how)
-    with open_slide(path) as slide:
-        assert (slide.mpp.x, slide.mpp.y, slide.mpp.source) == (0.5, 0.5, "OME-XML")
-        plan = plan_tiles(slide, TileOptions(tile_size=64, tissue="none"))
-        x, y = plan.tiles.coords_level0[-1].tolist()
-        assert np.array_equal(read_tile(slide, plan.tiles, len(plan.tiles) - 1), PICTURE[y : y + 64, x : x + 64])

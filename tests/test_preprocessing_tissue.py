@@ -1,7 +1,5 @@
 """Tissue on an overview: what is kept, what is dropped, and the shares of the tiles."""
 
-from pathlib import Path
-
 import cv2
 import numpy as np
 import numpy.typing as npt
@@ -9,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gigapath.preprocessing.slide import Overview, open_slide
-from gigapath.preprocessing.tiling import Grid, area_shares, plan_grid, tile_sections
+from gigapath.preprocessing.slide import Overview
+from gigapath.preprocessing.tiling import Grid, area_shares, tile_sections
 from gigapath.preprocessing.tissue import (
     TissueMask,
     find_tissue,
@@ -67,7 +65,7 @@ def tiles_kept(mask: TissueMask, tile: int = 16) -> set[tuple[int, int]]:
     return {(int(i), int(j)) for j, i in np.argwhere(area_shares(mask.mask, mask, grid) > 0.1)}
 
 
-@pytest.mark.parametrize("noise", [0.0, 1.0, 4.0, 10.0, 20.0])
+@pytest.mark.parametrize("noise", [0.0, 4.0, 20.0])
 @pytest.mark.parametrize("level", [(255, 255, 255), GLASS, (222, 218, 224), (240, 238, 228)])
 def test_blank_slide_has_no_tissue_whatever_the_noise(level: tuple[int, int, int], noise: float) -> None:
     found = find_tissue(overview(field(level, noise=noise)))
@@ -144,14 +142,6 @@ def test_pen_on_glass_is_dropped_and_recorded(name: str) -> None:
     assert found.dropped["pen"][stroke > 0].mean() > 0.95
     assert (found.mask & inside).sum() > 0.97 * inside.sum()
     assert (found.mask & ~ellipse(image.shape[:2], grow=3)).sum() == 0
-
-
-def test_pen_on_a_blank_slide_is_no_tissue() -> None:
-    image = field()
-    cv2.line(image, (330, 20), (30, 235), PENS["blue"], 14)
-    found = find_tissue(overview(image))
-    assert found.state == "blank"
-    assert found.dropped["pen"].sum() > 14 * 300
 
 
 @pytest.mark.parametrize("colour", [(20, 60, 130), (30, 110, 70), (25, 25, 28), (230, 200, 60), (200, 40, 40)])
@@ -311,28 +301,3 @@ def test_dark_background_is_told_from_brightfield() -> None:
     unscanned[:260, :380] = image
     for brightfield in (image, unscanned, textured((200, 300), (60, 45, 40)), field((20, 18, 16))[:0]):
         assert not has_dark_background(overview(brightfield))
-
-
-@pytest.mark.parametrize(
-    ("name", "mpp", "tiles"),
-    [  # counted by eye on the previews, give or take the tiles that only touch tissue
-        ("CMU-1-Small-Region.svs", None, (47, 52)),
-        ("TCGA-CR-7395-no-mpp.svs", 0.25, (38, 40)),
-        ("ink.jpeg", 0.5, (39, 45)),
-        ("plain.jpeg", 0.5, (77, 81)),
-    ],
-)
-def test_real_slides(shared: Path, name: str, mpp: float | None, tiles: tuple[int, int]) -> None:
-    with open_slide(shared / "data" / "slides" / name, slide_mpp=mpp) as slide:
-        seen, grid = slide.overview(), plan_grid(slide)
-    assert not has_dark_background(seen)
-    found = find_tissue(seen)
-    assert found.state == "tissue"
-    assert found.pieces == 1
-    assert tiles[0] <= np.count_nonzero(area_shares(found.mask, found, grid) > 0.1) <= tiles[1]
-    assert ("pen" in found.dropped) == (name in ("ink.jpeg", "CMU-1-Small-Region.svs"))
-
-
-def test_real_fluorescence_is_recognised(shared: Path) -> None:
-    with open_slide(shared / "data" / "slides" / "fluorescence-dapi.ndpi") as slide:
-        assert has_dark_background(slide.overview())
