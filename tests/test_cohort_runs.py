@@ -314,16 +314,3 @@ def test_columns_that_are_added_or_mended_reach_what_is_kept(slides: Path, tmp_p
     tile(slides / "s0.tif", out)
     assert table(out)["s0"]["grade"] == "3", "without a manifest what is known stays"
     assert (out / "tiles" / "s0.h5").stat().st_mtime_ns == made, "nothing was done again"
-
-
-def test_mask_of_the_manifest_that_is_not_there_is_said_of_its_slide(slides: Path, tmp_path: Path) -> None:
-    (tmp_path / "m.csv").write_text(f"path,mask\n{slides}/s0.tif,gone.png\n{slides}/s1.tif,\n")
-    assert tile(tmp_path / "m.csv", tmp_path / "out").counts == {
-        "done": 1,
-        "no_tissue": 0,
-        "failed": 1,
-        "stopped": 0,
-        "todo": 0,
-    }
-    said = table(tmp_path / "out")["s0"]["error"]
-    assert said == "mask: expected the file that the manifest names, got none. Correct its row in the manifest."

@@ -75,13 +75,6 @@ def test_read_progress_passes_over_broken_files_and_needs_no_table(out: Path) ->
     assert (slides, tiles.counts["done"], tiles.counts["todo"]) == (10, 7, 2)
 
 
-def test_status_prints_a_line_a_stage_and_the_reasons(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["status", str(out)]) == 0
-    said = capsys.readouterr().out
-    assert "11 slides" in said and "100 tiles/s" in said and "(s5, s6)" in said
-    assert ["features_tiny", "5", "0", "3", "1", "2", "5,000"] in [line.split() for line in said.splitlines()]
-
-
 def test_slide_that_failed_in_a_stage_before_has_failed_in_its_own_encoders_stages_alone(tmp_path: Path) -> None:
     put(tmp_path / "features_tiny", "s0", "failed", error="no.")
     put(tmp_path / "features_other", "s0", tiles=4, ended=1.0)
@@ -91,9 +84,13 @@ def test_slide_that_failed_in_a_stage_before_has_failed_in_its_own_encoders_stag
     assert states["slides_mean__tiny"] == (1, 0) and states["slides_mean__other"] == (0, 1)
 
 
-def test_status_prints_json_and_refuses_other_folders(
+def test_status_prints_stages_and_reasons_and_refuses_other_folders(
     out: Path, tmp_path_factory: pytest.TempPathFactory, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    assert main(["status", str(out)]) == 0
+    said = capsys.readouterr().out
+    assert "11 slides" in said and "100 tiles/s" in said and "(s5, s6)" in said
+    assert ["features_tiny", "5", "0", "3", "1", "2", "5,000"] in [line.split() for line in said.splitlines()]
     assert main(["status", str(out), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["slides"] == 11 and found["stages"][1]["counts"]["done"] == 5

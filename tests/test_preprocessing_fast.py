@@ -21,7 +21,6 @@ from gigapath.preprocessing import fast
 from gigapath.preprocessing.fast import TiffLevel
 from gigapath.preprocessing.reading import iter_tiles, resample
 from gigapath.preprocessing.slide import Slide, SlideError, open_slide
-from gigapath.preprocessing.tiling import TileOptions, plan_tiles
 
 Image = npt.NDArray[np.uint8]
 Encode = Callable[[Image], bytes]
@@ -221,21 +220,6 @@ def test_each_block_is_decoded_once(
         reach = (tiles.coords_level0.max(0) + tiles.read_size - 1) // 112
         assert set(decoded.values()) == {1}
         assert len(decoded) == (reach[0] + 1) * (reach[1] + 1) > 60
-
-
-def test_planning_decodes_each_block_once_a_pass(tmp_path: Path, decoded: Counter[tuple[int, int, int]]) -> None:
-    path = write_pyramid(tmp_path / "a.tif", paint_tissue(2400, 1900), mpp=(0.5, 0.5), tile=112, steps=(1,))
-    with open_slide(path) as slide:
-        plan = plan_tiles(slide, TileOptions(tile_size=64))
-        assert plan.tiles.attrs["reader"] == "fast-equal"
-    with open_slide(path, reader="openslide") as slide:
-        plainly = plan_tiles(slide, TileOptions(tile_size=64))
-        assert plainly.tiles.attrs["reader"] == "openslide"
-    assert max(decoded.values()) == 2  # the overview, and the focus
-    assert np.array_equal(plan.tiles.qc, plainly.tiles.qc, equal_nan=True)
-    assert np.isfinite(plan.tiles.qc).any(axis=0).all()
-    assert np.array_equal(plan.overview.image, plainly.overview.image)
-    assert np.array_equal(plan.tiles.coords_level0, plainly.tiles.coords_level0)
 
 
 def test_blocks_are_let_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

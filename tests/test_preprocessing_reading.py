@@ -149,28 +149,6 @@ def test_reading_refuses_numbers_that_mean_nothing(slide_path: Path, arguments: 
         next(iter_tiles(slide, all_tiles(slide), **arguments))
 
 
-def naive_area(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """The mean over the area that each output pixel covers, in float64."""
-
-    def weights(n_in: int, n_out: int) -> np.ndarray:
-        step = n_in / n_out
-        share = np.zeros((n_out, n_in))
-        for i in range(n_out):
-            for j in range(n_in):
-                share[i, j] = max(0.0, min((i + 1) * step, j + 1) - max(i * step, j)) / step
-        return share
-
-    columns, rows = weights(pixels.shape[1], size[0]), weights(pixels.shape[0], size[1])
-    return np.einsum("ab,bcd,ec->aed", rows, pixels.astype(float), columns)
-
-
-@pytest.mark.parametrize("shape", [(64, 96), (50, 71), (32, 48), (33, 40)])
-def test_resample_is_the_mean_over_area(shape: tuple[int, int]) -> None:
-    pixels = np.random.default_rng(0).integers(0, 256, (*shape, 3), np.uint8)
-    out = resample(pixels, (40, 32))
-    assert np.abs(out - naive_area(pixels, (40, 32))).max() <= 0.51
-
-
 def test_resample_grows_one_axis_and_shrinks_the_other() -> None:
     ramp = np.repeat(np.arange(0, 240, 3, dtype=np.uint8)[:, None, None], 30, 1).repeat(3, 2)  # (80, 30, 3)
     out = resample(ramp, (60, 40))

@@ -35,16 +35,6 @@ def test_slide_id_is_the_name_without_its_recognised_suffix(name: str, slide_id:
     assert slide_id_of(name) == slide_id
 
 
-def test_slide_states_its_size_scale_and_levels(tmp_path: Path) -> None:
-    path = write_pyramid(tmp_path / "a.svs", paint_tissue(903, 610), mpp=(0.25, 0.25), aperio=True, objective=40)
-    with open_slide(path) as slide:
-        assert (slide.slide_id, slide.vendor) == ("a", "aperio")
-        assert (slide.dimensions, slide.bounds) == ((903, 610), (0, 0, 903, 610))
-        assert slide.level_dimensions == ((903, 610), (451, 305), (225, 152))
-        assert slide.objective_power == 40
-        assert (slide.mpp.x, slide.mpp.y, slide.mpp.source) == (0.25, 0.25, "openslide.mpp")
-
-
 def test_mpp_falls_back_on_tags_where_openslide_gives_none() -> None:
     header = {"tiff.XResolution": "101600", "tiff.YResolution": "50800", "tiff.ResolutionUnit": "inch"}
     stated = stated_mpp(header)

@@ -1,7 +1,8 @@
 """Planning tiles: the same cells from any pyramid of one picture, whole tiles only, and what is recorded of them."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import cv2
@@ -9,13 +10,24 @@ import numpy as np
 import numpy.typing as npt
 import openslide
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from made_slides import paint_tissue, write_pyramid, write_scn
 
-from gigapath.features import read_tiles, write_tiles
-from gigapath.preprocessing import reading
+from gigapath.preprocessing import reading, tiling
 from gigapath.preprocessing.reading import iter_tiles
-from gigapath.preprocessing.slide import Slide, SlideError, open_slide
-from gigapath.preprocessing.tiling import TileOptions, TilePlan, area_shares, hilbert_index, plan_tiles, spread_evenly
+from gigapath.preprocessing.slide import Mpp, Slide, SlideError, open_slide
+from gigapath.preprocessing.tiling import (
+    QC_NAMES,
+    TileOptions,
+    TilePlan,
+    area_shares,
+    hilbert_index,
+    plan_grid,
+    plan_tiles,
+    spread_evenly,
+    tile_qc,
+)
 
 UInt8Array = npt.NDArray[np.uint8]
 
@@ -215,20 +227,6 @@ def test_an_override_that_contradicts_the_slide_is_warned_of(tmp_path: Path) -> 
         assert plan_tiles(slide, TileOptions()).warnings == ()
 
 
-def test_what_is_recorded_survives_the_file(small_slide: Slide, tmp_path: Path) -> None:
-    tiles = plan_tiles(small_slide, TileOptions(max_tiles=20, seed=4)).tiles
-    write_tiles(tmp_path / "small.h5", tiles)
-    back = read_tiles(tmp_path / "small.h5")
-    for name in ("coords_level0", "cells", "tissue_fraction", "section", "qc"):
-        np.testing.assert_array_equal(getattr(back, name), getattr(tiles, name))
-    assert back.qc_names == tiles.qc_names
-    assert tiles.qc.shape == (20, len(tiles.qc_names)) and np.isfinite(tiles.qc).any()
-    assert (back.level, back.read_size, back.tile_size_level0, back.mpp) == (0, (256, 256), (256, 256), 0.5)
-    for name in ("mpp_source", "mpp_level0", "filter", "reader", "tissue_threshold", "max_tiles", "seed", "slide_size"):
-        assert back.attrs[name] == tiles.attrs[name], name
-    assert (back.attrs["max_tiles"], back.attrs["seed"], back.attrs["slide_size"]) == (20, 4, (2900, 2100))
-
-
 def test_a_plan_is_the_same_with_and_without_workers(small_slide: Slide) -> None:
     for tissue in ("otsu", "published"):
         one, two = (plan_tiles(small_slide, TileOptions(tissue=tissue), workers=workers) for workers in (0, 2))
@@ -307,3 +305,203 @@ def test_real_slides_end_as_they_should(
         assert (plan.tiles.level, plan.tiles.tile_size_level0) == (level, (pitch, pitch))
         check_every_tile(path, slide, plan)
     assert str(shared) not in repr(plan.tiles.attrs)
+
+
+@dataclass(frozen=True)
+class Header:
+    """A slide's header without pixels."""
+
+    mpp: Mpp
+    level_dimensions: tuple[tuple[int, int], ...]
+    level_downsamples: tuple[float, ...]
+    bounds: tuple[int, int, int, int]
+    slide_id: str = "made"
+
+
+def header(
+    mpp: float | tuple[float, float],
+    steps: tuple[float, ...] = (1,),
+    size: tuple[int, int] = (90_000, 70_000),
+    bounds: tuple[int, int, int, int] | None = None,
+) -> Header:
+    x, y = mpp if isinstance(mpp, tuple) else (mpp, mpp)
+    levels = tuple((int(size[0] // step), int(size[1] // step)) for step in steps)
+    return Header(Mpp(x, y, "made"), levels, tuple(float(step) for step in steps), bounds or (0, 0, *size))
+
+
+@pytest.mark.parametrize(
+    ("mpp", "steps", "level", "read", "pitch", "effective"),
+    [
+        (0.5, (1, 2, 4), 0, 256, 256, 0.5),
+        (0.499, (1, 4), 0, 256, 256, 0.499),  # 0.2 % off: its own pixels
+        (0.5029, (1,), 0, 256, 256, 0.5029),
+        (0.25, (1, 2, 4), 1, 256, 512, 0.5),
+        (0.25, (1, 4, 16), 0, 512, 512, 0.5),  # Aperio steps of 4 have no 0.5
+        (0.25, (1,), 0, 512, 512, 0.5),
+        (0.252, (1, 2, 4), 1, 256, 512, 0.504),
+        (0.252, (1, 4, 16), 0, 508, 508, 508 * 0.252 / 256),
+        (0.2265, (1, 4, 16), 0, 565, 565, 565 * 0.2265 / 256),
+        (0.2265, (1, 2, 4), 1, 283, 566, 566 * 0.2265 / 256),  # level 1 at 0.453 is too fine to pass as it is
+        (0.2431, (1, 2, 4), 1, 263, 526, 526 * 0.2431 / 256),  # level 1 at 0.4862 is finer: resampled from there
+        (0.2628, (1, 2, 4), 0, 487, 487, 487 * 0.2628 / 256),  # level 1 at 0.5256 is too coarse
+        (0.11, (1, 4, 16), 1, 291, 1164, 1164 * 0.11 / 256),  # whole pixels of the level used
+        (0.25, (1, 2.0005, 4.002), 1, 256, 512, 0.5),  # a rounded-down level counts as its whole step
+        (0.6, (1, 2), 0, 213, 213, 213 * 0.6 / 256),  # upsampled
+    ],
+)
+def test_grid_reads_the_level_that_practice_names(
+    mpp: float, steps: tuple[float, ...], level: int, read: int, pitch: int, effective: float
+) -> None:
+    grid = plan_grid(header(mpp, steps))
+    assert (grid.level, grid.read_size, grid.pitch) == (level, (read, read), (pitch, pitch))
+    assert grid.mpp == pytest.approx((effective, effective), rel=1e-12)
+
+
+def test_grid_keeps_both_scales_where_they_differ() -> None:
+    grid = plan_grid(header((0.25, 0.27), (1, 2)))
+    assert grid.level == 0
+    assert grid.read_size == grid.pitch == (512, 474)
+    assert grid.mpp == pytest.approx((0.5, 474 * 0.27 / 256))
+    finer = plan_grid(header((0.25, 0.24), (1, 2)))
+    assert (finer.level, finer.read_size, finer.pitch) == (1, (256, 267), (512, 534))
+
+
+def test_grid_upsamples_a_little_and_refuses_more() -> None:
+    assert plan_grid(header(0.65)).upsampled == pytest.approx(1.3)
+    assert plan_grid(header(0.505)).upsampled == 1.0
+    with pytest.raises(SlideError, match="--allow-upsampling"):
+        plan_grid(header(0.7))
+    assert plan_grid(header(0.7), allow_upsampling=True).read_size == (183, 183)
+
+
+def test_grid_refuses_absurdly_many_pixels_and_tiles() -> None:
+    with pytest.raises(SlideError, match=r"smaller --mpp"):
+        plan_grid(header(0.25), mpp=100)
+    with pytest.raises(SlideError, match="--tile-size"):
+        plan_grid(header(0.5, size=(5_000_000_000, 5_000_000_000)))
+
+
+def test_grid_holds_only_whole_tiles_within_bounds() -> None:
+    grid = plan_grid(header(0.5, size=(1023, 770)))
+    assert (grid.columns, grid.rows) == (3, 3)
+    inside = plan_grid(header(0.5, size=(4000, 3000), bounds=(1000, 500, 1300, 600)))
+    assert (inside.anchor, inside.columns, inside.rows) == ((1000, 500), 5, 2)
+    assert plan_grid(header(0.5, size=(200, 3000))).columns == 0
+    # level 1 is rounded down so far that its last tile would miss 8 of its pixels
+    short = Header(Mpp(0.25, 0.25, "made"), ((2048, 1024), (1016, 512)), (1.0, 2.0), (0, 0, 2048, 1024))
+    assert (plan_grid(short).columns, plan_grid(short).rows) == (3, 2)
+
+
+@settings(derandomize=True, deadline=None, max_examples=100)
+@given(
+    mpp=st.tuples(st.floats(0.08, 0.65), st.floats(0.08, 0.65)),
+    steps=st.sampled_from([(1,), (1, 2, 4), (1, 4, 16), (1, 2.0005, 4.002)]),
+    size=st.tuples(st.integers(300, 20_000), st.integers(300, 20_000)),
+    origin=st.tuples(st.integers(0, 290), st.integers(0, 290)),
+    tile_size=st.sampled_from([224, 256, 512]),
+)
+def test_grid_is_whole_inside_and_invertible(
+    mpp: tuple[float, float],
+    steps: tuple[float, ...],
+    size: tuple[int, int],
+    origin: tuple[int, int],
+    tile_size: int,
+) -> None:
+    bounds = (*origin, size[0] - origin[0], size[1] - origin[1])
+    slide = header(mpp, steps, size, bounds)
+    grid = plan_grid(slide, tile_size=tile_size)
+    own = np.array(mpp)
+    within_tolerance = np.abs(own * slide.level_downsamples[grid.level] / 0.5 - 1).max() <= 0.02
+    assert within_tolerance or np.abs(np.array(grid.mpp) / 0.5 - 1).max() <= 0.5 * 7 / tile_size
+    cells = np.stack(np.meshgrid(np.arange(grid.columns), np.arange(grid.rows)), axis=-1).reshape(-1, 2)
+    corners = grid.corners(cells)
+    assert np.array_equal((corners - origin) // grid.pitch, cells)
+    if len(cells):
+        assert corners.min(0).tolist() == list(origin)
+        assert (corners.max(0) + grid.pitch <= np.array(size)).all()
+        held = np.array(slide.level_dimensions[grid.level])
+        assert (corners.max(0) / slide.level_downsamples[grid.level] + grid.read_size <= held + 0.5).all()
+
+
+Flags = dict[str, npt.NDArray[np.float32]]
+Measure = Callable[..., Flags]
+
+
+def tile_flags(slide: Slide) -> Flags:
+    """Each flag as (rows, columns)."""
+    grid = plan_grid(slide)
+    rows, columns = np.indices((grid.rows, grid.columns))
+    cells = np.stack([columns.ravel(), rows.ravel()], axis=1).astype(np.int32)
+    values = tile_qc(slide, slide.overview(), grid, cells)
+    assert values.dtype == np.float32
+    return {name: values[:, k].reshape(grid.rows, grid.columns) for k, name in enumerate(QC_NAMES)}
+
+
+@pytest.fixture
+def measure(tmp_path: Path) -> Measure:
+    """Measures the tiles of a picture, of which a slide with two levels is made."""
+
+    def measured(image: npt.NDArray[np.uint8], mpp: float = 0.5) -> Flags:
+        path = write_pyramid(tmp_path / "made.tif", image, mpp=(mpp, mpp), steps=(1, 4), compression="deflate")
+        with open_slide(path) as slide:
+            return tile_flags(slide)
+
+    return measured
+
+
+@pytest.fixture(scope="module")
+def picture() -> npt.NDArray[np.uint8]:
+    """5 x 4 tiles of 256 pixels, all textured tissue."""
+    image = paint_tissue(5 * 256 * 2, 4 * 256 * 2, mpp=0.5)
+    return np.ascontiguousarray(image[340 : 340 + 4 * 256, 330 : 330 + 5 * 256])
+
+
+def test_shares_of_white_black_and_pen(picture: npt.NDArray[np.uint8], measure: Measure) -> None:
+    image = picture.copy()
+    image[256:512, 0:128] = (244, 243, 245)
+    image[256:512, 256:320] = (20, 20, 22)
+    image[512:768, 512:768] = (40, 70, 150)
+    image[768:, 1024:] = (120, 120, 120)
+    flags = measure(image)
+    assert flags["white"][1, 0] - measure(picture)["white"][1, 0] == pytest.approx(0.5, abs=0.1)
+    assert flags["black"][1, 1] == pytest.approx(0.25, abs=0.02)
+    assert flags["pen"][2, 2] == pytest.approx(1, abs=0.01)
+    assert flags["pen"][0].max() == 0
+    assert flags["saturation"][3, 4] == pytest.approx(0, abs=0.02)
+    assert flags["saturation"][2, 2] == pytest.approx(110 / 150, abs=0.02)
+
+
+def test_focus_falls_with_blur_and_not_with_contrast_or_level(measure: Measure) -> None:
+    rng = np.random.default_rng(0)
+    texture = cv2.GaussianBlur(rng.normal(0, 1, (1024, 1280)).astype(np.float32), (0, 0), 3)
+    image = np.clip(170 + 60 * texture / texture.std(), 0, 255).astype(np.uint8)[..., None].repeat(3, axis=-1)
+    medians = []
+    for sigma in (0, 4, 8, 16):  # pixels of 0.5 microns
+        blurred = cv2.GaussianBlur(image, (0, 0), sigma) if sigma else image
+        medians.append(float(np.median(measure(np.asarray(blurred, np.uint8))["focus"])))
+    assert medians[0] > 1.2 * medians[1] > 1.5 * medians[2]
+    assert medians[1] > 50 > medians[3] or np.isnan(medians[3])
+    pale = (170 + (image.astype(np.float32) - 170) * 0.4).astype(np.uint8)
+    assert np.median(measure(pale)["focus"]) == pytest.approx(medians[0], rel=0.05)
+    finer = np.asarray(cv2.resize(image, None, fx=2, fy=2, interpolation=cv2.INTER_CUBIC), np.uint8)
+    assert np.median(measure(finer, mpp=0.25)["focus"]) == pytest.approx(medians[0], rel=0.05)
+
+
+def test_focus_does_not_depend_on_strips(
+    picture: npt.NDArray[np.uint8], measure: Measure, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = measure(picture)["focus"]
+    monkeypatch.setattr(tiling, "STRIP_PIXELS", 10_000)
+    np.testing.assert_allclose(measure(picture)["focus"], whole, rtol=0.05)
+
+
+def test_focus_is_not_judged_where_it_can_not_be(
+    picture: npt.NDArray[np.uint8], measure: Measure, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image = picture.copy()
+    image[:512, :512] = 243
+    focus = measure(image)["focus"]
+    assert np.isnan(focus[0, 0])
+    assert np.isfinite(focus[2:, :3]).all()
+    monkeypatch.setattr(tiling, "FOCUS_PIXELS", 1000)
+    assert np.isnan(measure(picture)["focus"]).all()

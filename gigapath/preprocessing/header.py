@@ -171,17 +171,10 @@ def stated_mpp(header: Mapping[str, str]) -> Mpp | None:
     if x is not None and y is not None and microns is not None:
         return Mpp(microns / x, microns / y, "TIFF resolution tags")
     pixels = re.search(r"<(?:\w+:)?Pixels\s([^<>]*)>", header.get("tiff.ImageDescription", ""))
-    if pixels is None:
-        return None
-    sides = [_ome_microns(dict(_ATTRIBUTE.findall(pixels[1])), f"PhysicalSize{axis}") for axis in "XY"]
-    x, y = sides
-    return None if x is None or y is None else Mpp(x, y, "OME-XML")
-
-
-def _ome_microns(attributes: Mapping[str, str], name: str) -> float | None:
-    value = number(attributes, name)
-    unit = _OME_UNITS.get(html.unescape(attributes.get(f"{name}Unit", "um")))
-    return None if value is None or unit is None else value * unit
+    stated = dict(_ATTRIBUTE.findall(pixels[1])) if pixels else {}
+    x, y = (number(stated, f"PhysicalSize{axis}") for axis in "XY")
+    units = [_OME_UNITS.get(html.unescape(stated.get(f"PhysicalSize{axis}Unit", "um")), 0.0) for axis in "XY"]
+    return None if x is None or y is None or not all(units) else Mpp(x * units[0], y * units[1], "OME-XML")
 
 
 def check_scale(slide_id: str, mpp: Mpp, objective_power: float | None) -> None:

@@ -21,14 +21,6 @@ BAND_PIXELS = 8_000_000
 BATCH = 32
 
 
-def luminance_threshold(counts: NDArray[np.int64]) -> float:
-    """Otsu's threshold over pixels counted by R + G + B, (766,); see `otsu_centre`."""
-    sums = np.flatnonzero(counts)
-    if not sums.size:
-        return 0.0
-    return otsu_centre(*np.histogram(sums / 3, bins=BINS, weights=counts[sums].astype(np.float64)))
-
-
 def otsu_centre(histogram: NDArray[np.floating], edges: NDArray[np.floating]) -> float:
     """Otsu's threshold as the published code has it: the centre of the last bin of the darker class, of equally good
     ones the first; where there is but one value that one, under which nothing lies. `histogram` (n,) counts bins
@@ -81,8 +73,20 @@ def find_foreground(slide: Slide, threshold: float | None = None) -> tuple[float
         counts = np.zeros(766, np.int64)
         for _, sums in _lowest_level(slide):
             counts += np.bincount(sums.ravel(), minlength=766)
-        threshold = luminance_threshold(counts)
-    return threshold, _foreground_box(slide, sums_below(threshold))
+        seen = np.flatnonzero(counts)
+        threshold = otsu_centre(*np.histogram(seen / 3, bins=BINS, weights=counts[seen].astype(np.float64)))
+    limit = sums_below(threshold)
+    columns, rows = (np.zeros(length, bool) for length in slide.level_dimensions[-1])
+    for first, sums in _lowest_level(slide):
+        dark = sums < limit
+        columns |= dark.any(axis=0)
+        rows[first : first + len(dark)] = dark.any(axis=1)
+    if not rows.any():
+        return threshold, None
+    x, y = np.flatnonzero(columns), np.flatnonzero(rows)
+    step = slide.level_downsamples[-1]
+    left, top = math.floor(x[0] * step), math.floor(y[0] * step)
+    return threshold, (left, top, math.ceil((x[-1] + 1) * step) - left, math.ceil((y[-1] + 1) * step) - top)
 
 
 def _lowest_level(slide: Slide) -> Iterator[tuple[int, NDArray[np.uint16]]]:
@@ -93,22 +97,6 @@ def _lowest_level(slide: Slide) -> Iterator[tuple[int, NDArray[np.uint16]]]:
     for first in range(0, height, rows):
         top = round(first * slide.level_downsamples[level])
         yield first, _channel_sums(slide.read(0, top, level, width, min(rows, height - first)))
-
-
-def _foreground_box(slide: Slide, limit: int) -> tuple[int, int, int, int] | None:
-    """Level-0 (x, y, width, height) around all pixels of the lowest level with R + G + B below `limit`."""
-    columns = np.zeros(slide.level_dimensions[-1][0], bool)
-    rows = np.zeros(slide.level_dimensions[-1][1], bool)
-    for first, sums in _lowest_level(slide):
-        dark = sums < limit
-        columns |= dark.any(axis=0)
-        rows[first : first + len(dark)] = dark.any(axis=1)
-    if not rows.any():
-        return None
-    x, y = np.flatnonzero(columns), np.flatnonzero(rows)
-    step = slide.level_downsamples[-1]
-    left, top = math.floor(x[0] * step), math.floor(y[0] * step)
-    return left, top, math.ceil((x[-1] + 1) * step) - left, math.ceil((y[-1] + 1) * step) - top
 
 
 def cells_in_box(grid: Grid, box: tuple[int, int, int, int], margin: int = 0) -> NDArray[np.int64]:

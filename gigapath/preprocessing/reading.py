@@ -58,17 +58,14 @@ def fill_places(
             coming += 0 if place is None else len(place.pixels)
             return place
 
-    def fill_rows(place: Place) -> None:
-        for index, row in enumerate(place.pixels, place.first):
-            if problems:
-                return
-            fill(index, row)
-
     def work() -> None:
         try:
             while place := next_place():
                 try:
-                    fill_rows(place)
+                    for index, row in enumerate(place.pixels, place.first):
+                        if problems:
+                            break
+                        fill(index, row)
                 except BaseException as error:
                     problems.append(error)
                 place.done(problems[0] if problems else None)

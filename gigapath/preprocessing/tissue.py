@@ -162,34 +162,23 @@ LINING_UM = 200.0
 
 def pen_pixels(image: NDArray[np.uint8], mpp: float) -> BoolImage:
     """Pen-coloured pixels, the faint edges of strokes (SKIRT_UM wide), and the mixed pixels beside them."""
-    cold, warm = by_bands(image, _is_cold), by_bands(image, _is_warm)
-    strokes: BoolImage = cold | warm
+    found = by_bands(image, _pens)
+    strokes: BoolImage = (found & 3) > 0
     if not strokes.any():
         return strokes
-    pen: BoolImage = _grown(cold, SKIRT_UM / mpp)
-    pen &= by_bands(image, _is_skirt)
+    pen = _grown((found & 1) > 0, SKIRT_UM / mpp) & ((found & 4) > 0)
     return pen | _grown(strokes, SOFT_PIXELS)
 
 
-def _is_cold(image: NDArray[np.uint8]) -> BoolImage:
-    """(h, w): green to blue pen."""
-    dull = saturation(image) < PEN_SATURATION
-    cold: BoolImage = ~dull & (image[..., 1] >= image[..., 0].astype(np.int16) + PEN_GREEN_OVER_RED)
-    return cold & (extremes(image)[0] > PEN_DARKEST)
-
-
-def _is_warm(image: NDArray[np.uint8]) -> BoolImage:
-    """(h, w): bright red pen."""
-    _, green, blue = (image[..., channel].astype(np.int16) for channel in range(3))
-    bright = (image[..., 0] >= RED_LEVEL) & (saturation(image) >= RED_SATURATION)
-    warm: BoolImage = bright & (np.abs(green - blue) <= RED_SPREAD * image[..., 0])
-    return warm
-
-
-def _is_skirt(image: NDArray[np.uint8]) -> BoolImage:
-    """(h, w): of the hue of green to blue pens, however faint."""
-    faint: BoolImage = image[..., 1] >= image[..., 0].astype(np.int16) + PEN_GREEN_OVER_RED // 2
-    return faint & (saturation(image) >= SKIRT_SATURATION)
+def _pens(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """(h, w): 1 for green to blue pen, 2 for bright red pen, 4 for the hue of green to blue pens, however faint; summed
+    where several hold."""
+    red, green, blue = (image[..., channel].astype(np.int16) for channel in range(3))
+    colour, over_red = saturation(image), green - red
+    cold = (colour >= PEN_SATURATION) & (over_red >= PEN_GREEN_OVER_RED) & (extremes(image)[0] > PEN_DARKEST)
+    warm = (colour >= RED_SATURATION) & (red >= RED_LEVEL) & (np.abs(green - blue) <= RED_SPREAD * red)
+    skirt = (colour >= SKIRT_SATURATION) & (over_red >= PEN_GREEN_OVER_RED // 2)
+    return np.asarray(cold + 2 * warm + 4 * skirt, np.uint8)
 
 
 def saturation(image: NDArray[np.uint8]) -> NDArray[np.float32]:
@@ -227,13 +216,6 @@ def touching(marks: BoolImage, tissue: BoolImage) -> BoolImage:
     touches[0] = False
     pieces: BoolImage = touches[labels]
     return pieces
-
-
-def at_border(marks: BoolImage) -> BoolImage:
-    """The connected pieces of `marks` that reach the edge of the image."""
-    edge = np.zeros_like(marks)
-    edge[[0, -1]] = edge[:, [0, -1]] = True
-    return touching(marks, edge & marks)
 
 
 def _grown(mask: BoolImage, radius: float) -> BoolImage:
@@ -400,7 +382,9 @@ def find_tissue(overview: Overview, method: str = "otsu") -> TissueMask:
     fill = overview.opaque & (extremes(image)[0] <= FILL_LEVEL)
     # Blocks that are black to the last bit, as scanners leave what they could not read; no pigment is.
     black = (extremes(image)[0] == 0).astype(np.uint8)
-    unscanned = at_border(fill) | (cv2.morphologyEx(black, cv2.MORPH_OPEN, np.ones((5, 5), np.uint8)) > 0)
+    edge = np.zeros_like(fill)
+    edge[[0, -1]] = edge[:, [0, -1]] = True
+    unscanned = touching(fill, edge & fill) | (cv2.morphologyEx(black, cv2.MORPH_OPEN, np.ones((5, 5), np.uint8)) > 0)
     frame = _dark_frame(image) & ~fill
     frame |= _grey_edges(image, frame | unscanned)
     pen = pen_pixels(image, overview.mpp)

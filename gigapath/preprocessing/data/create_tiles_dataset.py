@@ -114,7 +114,16 @@ def process_slide(
         ValueError: the slide can't be opened, or an argument makes no sense.
         OSError: an output can't be written.
     """
-    path, slide_id, metadata = _checked(sample, margin, tile_size)
+    missing = [key for key in ("image", "slide_id", "metadata") if key not in sample]
+    if missing:
+        raise ValueError(f"process_slide: expected a sample with image, slide_id and metadata, got no {missing[0]}.")
+    if tile_size < 1 or margin < 0:
+        raise ValueError(
+            f"process_slide: expected a tile size of at least 1 and no negative margin, got {tile_size}, {margin}."
+        )
+    path, slide_id, metadata = Path(sample["image"]), safe_name(str(sample["slide_id"])), dict(sample["metadata"])
+    if not path.is_file():
+        raise FileNotFoundError(f"process_slide: expected a slide, got no file of the name {path.name!r}.")
     folder = Path(output_dir) / slide_id
 
     def cut(corner: tuple[int, int], read: Callable[..., NDArray[np.uint8]]) -> float | None:
@@ -133,7 +142,10 @@ def process_slide(
     with open_slide(path, slide_id=slide_id) as slide:
         grid = _level_grid(slide, level, tile_size)
         threshold, box = find_foreground(slide, foreground_threshold)
-        _clear(folder)
+        # An earlier run's tables and tiles go, the table that says done first: notebooks take every PNG they find.
+        old = [file for file in folder.glob("*.png") if TILE_NAME.fullmatch(file.name)]
+        for file in (folder / "dataset.csv", folder / "failed_tiles.csv", *old):
+            file.unlink(missing_ok=True)
         cells = np.zeros((0, 2), np.int64) if box is None else cells_in_box(grid, box, margin)
         corners = [(int(x), int(y)) for x, y in grid.corners(cells)]
         cutting = read_ahead(lambda corner: cut(corner, slide.read), corners, threads=THREADS, ahead=AHEAD)
@@ -163,21 +175,6 @@ def process_slide(
         rows.append([*ids, label, *corner, share, *metadata.values()])
     write_text_atomic(folder / "dataset.csv", csv_text(rows))  # last: its being there means done
     return folder
-
-
-def _checked(sample: Mapping[str, Any], margin: int, tile_size: int) -> tuple[Path, str, dict[str, Any]]:
-    """The slide's path, its id and its metadata."""
-    missing = [key for key in ("image", "slide_id", "metadata") if key not in sample]
-    if missing:
-        raise ValueError(f"process_slide: expected a sample with image, slide_id and metadata, got no {missing[0]}.")
-    if tile_size < 1 or margin < 0:
-        raise ValueError(
-            f"process_slide: expected a tile size of at least 1 and no negative margin, got {tile_size}, {margin}."
-        )
-    path, slide_id = Path(sample["image"]), safe_name(str(sample["slide_id"]))
-    if not path.is_file():
-        raise FileNotFoundError(f"process_slide: expected a slide, got no file of the name {path.name!r}.")
-    return path, slide_id, dict(sample["metadata"])
 
 
 def _level_grid(slide: Slide, level: int, tile_size: int) -> Grid:
@@ -237,10 +234,3 @@ def _grown(box: Box | None, margin: int, size: tuple[int, int]) -> Box:
     left, top = max(0, box[0] - margin), max(0, box[1] - margin)
     right, bottom = min(size[0], box[0] + box[2] + margin), min(size[1], box[1] + box[3] + margin)
     return left, top, right - left, bottom - top
-
-
-def _clear(folder: Path) -> None:
-    """Remove an earlier run's tables and tiles, the table that says done first: notebooks take every PNG they find."""
-    tiles = [file for file in folder.glob("*.png") if TILE_NAME.fullmatch(file.name)]
-    for file in (folder / "dataset.csv", folder / "failed_tiles.csv", *tiles):
-        file.unlink(missing_ok=True)
