@@ -4,7 +4,6 @@ import csv
 import getpass
 import json
 import socket
-from collections.abc import Iterator
 from pathlib import Path
 
 import cv2
@@ -35,7 +34,7 @@ def outputs_with(out: Path, words: str) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def run_over_canaries(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def run_over_canaries(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The output of runs over slides that carry the canary in folder, file name, header, label, mask and checkpoint."""
     tmp_path = tmp_path_factory.mktemp("canaries")
     folder = tmp_path / CANARY / f"scans of {CANARY}"
@@ -75,7 +74,7 @@ def run_over_canaries(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path
         assert main(["tile", str(manifest), "--out", str(out), *SMALL[:4]]) == 3
         assert main(["embed", manifest.name, "--out", str(out), *SMALL]) == 3
         assert main(["slide-embed", str(out)]) == 0
-        yield out
+    return out
 
 
 def test_names_and_paths_are_found_in_private_alone(run_over_canaries: Path) -> None:
@@ -103,7 +102,10 @@ def test_label_is_in_no_picture(run_over_canaries: Path) -> None:
         assert (np.abs(pixels - LABEL_COLOUR).sum(-1) < 60).mean() < 1e-4, path.name
 
 
-def test_token_is_neither_stored_nor_printed(capfd: pytest.CaptureFixture[str], run_over_canaries: Path) -> None:
+def test_token_is_neither_stored_nor_printed(
+    capfd: pytest.CaptureFixture[str], run_over_canaries: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
     assert main(["methods", str(run_over_canaries)]) == 0
     assert main(["status", str(run_over_canaries)]) == 0
     assert main(["embed", "--tile-encoder", "gigapath", "no.svs", "--out", str(run_over_canaries)]) == 1
