@@ -1,7 +1,6 @@
 """What is trained of an encoder: adapters by peft, the last blocks, the head alone; and what such a run leaves."""
 
 import importlib.util
-import json
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +11,7 @@ from made_cohort import NARROW, write_cohort, write_splits, write_task
 from narrow_longnet import made_tiles, narrow_model
 
 from gigapath.cli.main import main
-from gigapath.finetune import Inputs, ModelOptions, Settings, TrainingOptions, finetune, load_head, predict
+from gigapath.finetune import Inputs, ModelOptions, Settings, TrainingOptions, finetune, load_head
 from gigapath.finetune.heads import adapt, merge
 from gigapath.slide_encoder import LongNetViT, create_model
 
@@ -39,23 +38,14 @@ def trained_of(model: torch.nn.Module) -> set[str]:
 def test_adapters_lie_on_the_attention_and_the_ffn_of_every_layer() -> None:
     names = trained_of(adapted())
     layers = [f"self_attn.{name}_proj" for name in ("q", "k", "v", "out")] + ["ffn.fc1", "ffn.fc2"]
-    assert names == {
-        f"encoder.layers.{layer}.{name}.lora_{part}.default.weight"
-        for layer in range(2)
-        for name in layers
-        for part in "AB"
-    }
-
-
-@NEEDS_PEFT
-def test_rank_8_trains_one_and_a_half_percent_of_gigapath() -> None:
+    parts = [f"{name}.lora_{part}.default.weight" for name in layers for part in "AB"]
+    assert names == {f"encoder.layers.{layer}.{part}" for layer in range(2) for part in parts}
     model = create_model("", "gigapath_slide_enc12l768d", 1536)
     before = sum(p.numel() for p in model.parameters())
     adapt(model, ModelOptions(adapt="lora"))
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    assert trained == 12 * 8 * (4 * (768 + 768) + 2 * (768 + 3072)) and trained / before == pytest.approx(
-        0.0154, abs=1e-4
-    )
+    assert trained == 12 * 8 * (4 * (768 + 768) + 2 * (768 + 3072))
+    assert trained / before == pytest.approx(0.0154, abs=1e-4)
 
 
 @NEEDS_PEFT
@@ -112,29 +102,9 @@ def settings(model: ModelOptions = LORA, **training) -> Settings:
 
 @NEEDS_PEFT
 @pytest.mark.parametrize("head", ["linear", "abmil"])
-def test_a_run_with_adapters_leaves_ordinary_weights_and_goes_on_when_killed(tmp_path, monkeypatch, head) -> None:
-    class Killed(Exception):
-        pass
-
+def test_a_run_with_adapters_leaves_ordinary_weights(tmp_path, monkeypatch, head) -> None:
     inputs, how = from_weights(tmp_path), settings(replace(LORA, head=head, lora_dropout=0.1), select="val")
-    whole = finetune(inputs, tmp_path / "whole", how)
-    calls = 0
-
-    def kill() -> None:
-        nonlocal calls
-        calls += 1
-        if calls == 18 + 15:  # files are read, then an epoch has 3 windows and 6 validation slides
-            raise Killed
-
-    with pytest.raises(Killed):
-        finetune(inputs, tmp_path / "broken", how, check_stop=kill)
-    assert json.loads((tmp_path / "broken" / "fold_0" / "checkpoint.json").read_text())["epoch"] == 1
-    finetune(inputs, tmp_path / "broken", how)
-    for name in ("head.safetensors", "predictions.csv", "slide_encoder/slide_encoder.json"):
-        ours, theirs = (tmp_path / run / "fold_0" / name for run in ("whole", "broken"))
-        assert ours.read_bytes() == theirs.read_bytes(), name
-    assert list(whole.evaluations) == ["fine-tuned"]
-
+    assert list(finetune(inputs, tmp_path / "whole", how).evaluations) == ["fine-tuned"]
     monkeypatch.setitem(sys.modules, "peft", None)  # neither needs the library
     held = load_head(tmp_path / "whole" / "fold_0").model.state_dict()
     alone = create_model(str(tmp_path / "whole" / "fold_0" / "slide_encoder"), NARROW, 8).state_dict()
@@ -142,12 +112,6 @@ def test_a_run_with_adapters_leaves_ordinary_weights_and_goes_on_when_killed(tmp
     moved = {name for name in start if not torch.equal(start[name], alone[name])}
     assert moved == {name for name in start if name.endswith(("_proj.weight", "fc1.weight", "fc2.weight"))}
     assert all(torch.equal(alone[name], held[f"slide_encoder.{name}"]) for name in alone)
-    features = tmp_path / "features"
-    found = {row["slide_id"]: row["p_1"] for row in predict(tmp_path / "whole" / "fold_0", [features]).rows}
-    said = (tmp_path / "whole" / "fold_0" / "predictions.csv").read_text().splitlines()
-    column = said[0].split(",").index("p_1")
-    told = {line.split(",")[0]: float(line.split(",")[column]) for line in said[1:]}
-    assert {name: found[name] for name in told} == pytest.approx(told, abs=1e-5)
 
 
 def test_what_cannot_be_adapted_is_told_before_the_run(tmp_path, monkeypatch, capsys) -> None:

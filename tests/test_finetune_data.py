@@ -3,20 +3,34 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 from feature_files import write_clam, write_published, write_stamp, write_trident
 from made_cohort import made_bag, write_cohort, write_csv, write_slide, write_task
 
-from gigapath.evaluation.labels import join_labels, load_task, new_task, read_labels
-from gigapath.evaluation.splits import audit, check_classes, draw_folds, keep_manifest, read_splits
+from gigapath.evaluation.labels import Labels, join_labels, load_task, new_task, read_labels
+from gigapath.evaluation.splits import Fold, audit, check_classes, draw_folds, keep_manifest, read_splits
 from gigapath.features import FeatureFileError
 from gigapath.finetune.data import FileBags, Inputs, Settings, look_at_all, prepare
 from gigapath.finetune.dataset import BagDataset
 from gigapath.finetune.options import JoinOptions
 
 MUTATION_HEADER = ["id", "file_name", "slide_id", "case_id", "EGFR", "KRAS", "TP53", "FAT1", "LRP1B", "pat_id"]
+
+
+SURVIVAL = (
+    ("survival\ntime_column: a\nevent_column: b", "horizons, which is not there"),
+    ("survival\ntime_column: a\nevent_column: b\nhorizons: [3, 2]", "rising times above 0"),
+    ("survival\ntime_column: a\nevent_column: b\nhorizons: [3]\nloss: mse", "loss cox or discrete"),
+    ("regression\nlabel_column: [a]", "label_column to name a column"),
+    ("regression", "label_column, which is not there"),
+)
+
+
+def labels_of(folder: Path, header: list[str], rows: list, task: object = "panda", **how: str) -> Labels:
+    return read_labels(write_csv(folder / "l.csv", header, rows), load_task(task), **how)
 
 
 def mutation_rows(patients: int = 24, each: int = 3) -> list[list[object]]:
@@ -31,10 +45,138 @@ def mutation_rows(patients: int = 24, each: int = 3) -> list[list[object]]:
     return rows
 
 
-def test_packaged_tasks_are_the_published_ones() -> None:
+def test_tasks_are_the_published_ones_or_written_by_init_task(tmp_path) -> None:
     panda, mutation = load_task("panda"), load_task("mutation_5_gene")
-    assert (panda.setting, panda.classes, panda.ordinal) == ("multi_class", ("0", "1", "2", "3", "4", "5"), True)
+    assert (panda.setting, panda.classes, panda.ordinal) == ("multi_class", tuple("012345"), True)
     assert (mutation.setting, mutation.classes) == ("multi_label", ("EGFR", "FAT1", "KRAS", "LRP1B", "TP53"))
+    labels = write_csv(tmp_path / "grades.csv", ["image_id", "isup_grade"], [[f"s{n}", n % 11] for n in range(44)])
+    task, counts = new_task(labels, tmp_path / "task.yaml", ordinal=True)
+    assert task == load_task(tmp_path / "task.yaml")
+    assert task.classes == tuple(map(str, range(11))) and task.ordinal and counts["10"] == 4
+    with pytest.raises(ValueError, match="already"):
+        new_task(labels, tmp_path / "task.yaml")
+    several = write_csv(tmp_path / "genes.csv", MUTATION_HEADER, mutation_rows())
+    task, _ = new_task(several, tmp_path / "genes.yaml", columns=["TP53", "KRAS"])
+    assert (task.setting, task.classes) == ("multi_label", ("TP53", "KRAS"))
+
+
+def test_labels_of_kaggle_and_of_the_published_table_read_alike(tmp_path) -> None:
+    rows = [["s1", "karolinska", 3], ["s2", "radboud", 0]]
+    published = labels_of(tmp_path, ["slide_id", "data_provider", "label"], rows)
+    kaggle = ["image_id", "data_provider", "isup_grade", "gleason_score"]
+    read = labels_of(tmp_path, kaggle, [[*row, "3+4"] for row in rows])
+    assert read.slide_ids == published.slide_ids == ("s1", "s2") and read.truth.tolist() == [3, 0]
+    assert read.sites == ("karolinska", "radboud") and read.digest == published.digest
+
+
+def test_rows_meet_files_by_barcode_or_pattern_and_missing_slides_are_named(tmp_path) -> None:
+    rows = mutation_rows()
+    labels = labels_of(tmp_path, MUTATION_HEADER, rows, "mutation_5_gene")
+    files = [tmp_path / (str(row[1]).removesuffix(".svs") + ".h5") for row in rows]
+    for how in ({"id_rule": "tcga"}, {"id_regex": r"^(TCGA-[\w-]+?-TS1)"}):
+        joined = join_labels(labels, files, **how)
+        assert joined.files == tuple(files) and not joined.missing and not joined.unlabelled
+    assert labels.patients is not None and len(set(labels.patients)) == 24
+    with pytest.raises(ValueError, match="none of its 72 slides"):
+        join_labels(labels, files)
+    bare = [[*row[:3], "c", *row[4:9]] for row in rows]
+    assert labels_of(tmp_path, MUTATION_HEADER[:-1], bare, "mutation_5_gene", id_rule="tcga").patients is not None
+    labels = labels_of(tmp_path, ["slide_id", "label"], [["a", 0], ["b", 1]])
+    with pytest.raises(ValueError, match=r"1 of 2 slides have no features \(b\).*--allow-missing"):
+        join_labels(labels, [tmp_path / "a.h5"])
+    joined = join_labels(labels, [tmp_path / "a.h5", tmp_path / "z.h5"], allow_missing=True)
+    assert (joined.missing, joined.unlabelled, joined.labels.slide_ids) == (("b",), ("z.h5",), ("a",))
+
+
+def test_slides_without_tiles_count_as_slides_without_features(tmp_path) -> None:
+    features, labels = write_cohort(tmp_path, [0, 1] * 6)
+    write_slide(features / "slide-003.h5", *(part[:0] for part in made_bag(0, np.random.default_rng(0))))
+    inputs = Inputs(str(write_task(tmp_path / "t.yaml", classes=2)), str(features), str(labels), pretrained="")
+    with pytest.raises(ValueError, match=r"slides without tiles.*1 \(slide-003\).*--allow-missing"):
+        prepare(inputs, Settings())
+    joined = prepare(inputs, Settings(join=JoinOptions(allow_missing=True))).joined
+    assert len(joined.files) == 11 and joined.missing == ("slide-003",)
+    assert len(BagDataset(features, labels, allow_missing=True)) == 11
+
+
+def read_folds(folder: Path, labels: Labels, **sets) -> list[Fold]:
+    """The folds of split files of rows."""
+    (folder / "splits").mkdir(exist_ok=True)
+    for path in (folder / "splits").iterdir():
+        path.unlink()
+    for name, rows in sets.items():
+        write_csv(folder / "splits" / f"{name}_0.csv", ["slide_id"], [[labels.slide_ids[row]] for row in rows])
+    return read_splits(folder / "splits", labels)
+
+
+def test_patients_slides_and_twins_in_two_sets_are_found(tmp_path) -> None:
+    def leaks(folds, prints, *, drawn: bool = False, allow_leakage: bool = False) -> list[str]:
+        how = {"patients": labels.patients, "drawn": drawn, "allow_leakage": allow_leakage}
+        return audit(folds, labels.slide_ids, fingerprints=prints, **how)
+
+    labels = labels_of(tmp_path, MUTATION_HEADER, mutation_rows(), "mutation_5_gene")
+    random, prints = np.random.default_rng(1).permutation(len(labels)), list(map(str, range(len(labels))))
+    folds = read_folds(tmp_path, labels, train=random[:48], test=random[48:])
+    with pytest.raises(ValueError, match="patients in both sets"):
+        leaks(folds, prints)
+    assert "patients in both sets" in leaks(folds, prints, allow_leakage=True)[0]
+    grouped = draw_folds(labels, 4, seed=0)
+    assert leaks(grouped, prints, drawn=True) == []
+    twins = [prints[0], prints[1], prints[0], prints[0], *prints[4:]]  # rows 0 to 2 are of one patient, row 3 is not
+    with pytest.raises(ValueError, match="identical slides"):
+        leaks(grouped, twins, drawn=True)
+    assert check_classes(grouped, labels.truth, load_task("mutation_5_gene").classes) == []
+    labels = labels_of(tmp_path, ["slide_id", "label"], [[f"s{n}", n % 6] for n in range(12)])
+    with pytest.raises(ValueError, match=r"1 slides in both sets, train and test \(s11\)"):
+        leaks(read_folds(tmp_path, labels, train=[*range(8), 11], test=range(8, 12)), list("abcdefghijkl"))
+    with pytest.raises(ValueError, match=r"identical slides in both sets, train and test \(s0, s9\)"):
+        leaks(read_folds(tmp_path, labels, train=range(8), test=range(8, 12)), list("abcdefghiaxy"))
+
+
+def test_folds_are_stratified_grouped_seeded_and_kept_for_the_same_labels(tmp_path) -> None:
+    header, task = ["slide_id", "label", "patient_id"], write_task(tmp_path / "t.yaml")
+    rows = [[f"s{n}", [0, 0, 0, 1, 2][n // 2 % 5], f"p{n // 2}"] for n in range(60)]
+    labels = labels_of(tmp_path, header, rows, task)
+    folds, again, other = (draw_folds(labels, 3, seed=seed) for seed in (4, 4, 5))
+    assert sorted(np.concatenate([fold.test for fold in folds]).tolist()) == list(range(60))
+    for fold in folds:
+        counts = np.bincount(labels.truth[fold.test], minlength=3)
+        assert (np.abs(counts - [12, 4, 4]) <= 2).all(), counts
+        patients = [{labels.patients[row] for row in part} for part in fold.sets().values()]
+        assert not (patients[0] & patients[1] or patients[0] & patients[2] or patients[1] & patients[2])
+        assert len(fold.train) + len(fold.val) + len(fold.test) == 60
+    assert all(np.array_equal(a.test, b.test) for a, b in zip(folds, again, strict=True))
+    assert not all(np.array_equal(a.test, b.test) for a, b in zip(folds, other, strict=True))
+    digest = keep_manifest(tmp_path / "out", folds, labels, {"seed": 0})
+    assert keep_manifest(tmp_path / "out", folds, labels, {"seed": 0}) == digest
+    assert json.loads((tmp_path / "out" / "splits.json").read_text())["slides"] == 60
+    with pytest.raises(ValueError, match="another split"):
+        keep_manifest(tmp_path / "out", draw_folds(labels, 4, seed=0), labels, {"seed": 0})
+    rows[0][1] = 2
+    with pytest.raises(ValueError, match="have changed"):
+        keep_manifest(tmp_path / "out", folds, labels_of(tmp_path, header, rows, task), {"seed": 0})
+
+
+@pytest.mark.parametrize(
+    ("sets", "match"),
+    [
+        ({"train": [0, 1, 2]}, "no test split"),
+        ({"test": [0, 1]}, "no train_0.csv"),
+        ({"train": [0, 1, 3, 4], "test": [2, 5]}, "no training slide teaches 2"),
+        ({"train": [0, 1, 2], "test": [3, 6]}, "one class only"),
+        ({"train": [0, 1, 2], "test": []}, "rows below|none of its"),
+    ],
+)
+def test_splits_that_cannot_be_learned_or_tested_are_refused(tmp_path, sets, match) -> None:
+    task = write_task(tmp_path / "t.yaml")
+    labels = labels_of(tmp_path, ["slide_id", "label"], [[f"s{n}", n % 3] for n in range(9)], task)
+    with pytest.raises(ValueError, match=match):
+        check_classes(read_folds(tmp_path, labels, **sets), labels.truth, load_task(task).classes)
+
+
+def test_options_need_no_torch() -> None:
+    code = "import sys, gigapath.finetune.options, gigapath.finetune.data; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 @pytest.mark.parametrize(
@@ -57,6 +199,7 @@ def test_packaged_tasks_are_the_published_ones() -> None:
             "expected YAML",
         ),
         ("name: " + "x" * 2_000_000, "at most 2,000,000 bytes"),
+        *((f"name: x\nsetting: {more}", match) for more, match in SURVIVAL),
         ("name: [", r"^task.yaml: expected YAML, got something else in line 1\. Correct it, or write"),
     ],
 )
@@ -64,170 +207,6 @@ def test_task_files_that_are_off_are_refused(tmp_path, text, match) -> None:
     (tmp_path / "task.yaml").write_text(text)
     with pytest.raises(ValueError, match=match):
         load_task(tmp_path / "task.yaml")
-
-
-def test_init_task_writes_what_load_task_reads(tmp_path) -> None:
-    labels = write_csv(tmp_path / "grades.csv", ["image_id", "isup_grade"], [[f"s{n}", n % 11] for n in range(44)])
-    task, counts = new_task(labels, tmp_path / "task.yaml", ordinal=True)
-    assert task == load_task(tmp_path / "task.yaml")
-    assert task.classes == tuple(map(str, range(11))) and task.ordinal and counts["10"] == 4
-    with pytest.raises(ValueError, match="already"):
-        new_task(labels, tmp_path / "task.yaml")
-    several = write_csv(tmp_path / "genes.csv", MUTATION_HEADER, mutation_rows())
-    task, _ = new_task(several, tmp_path / "genes.yaml", columns=["TP53", "KRAS"])
-    assert (task.setting, task.classes) == ("multi_label", ("TP53", "KRAS"))
-
-
-def test_labels_of_kaggle_and_of_the_published_table_read_alike(tmp_path) -> None:
-    rows = [["s1", "karolinska", 3], ["s2", "radboud", 0]]
-    published = read_labels(
-        write_csv(tmp_path / "p.csv", ["slide_id", "data_provider", "label"], rows), load_task("panda")
-    )
-    kaggle = write_csv(
-        tmp_path / "k.csv", ["image_id", "data_provider", "isup_grade", "gleason_score"], [[*r, "3+4"] for r in rows]
-    )
-    read = read_labels(kaggle, load_task("panda"))
-    assert read.slide_ids == published.slide_ids == ("s1", "s2") and read.truth.tolist() == [3, 0]
-    assert read.sites == ("karolinska", "radboud") and read.digest == published.digest
-
-
-def test_tcga_rule_joins_every_row_to_files_named_by_file_name(tmp_path) -> None:
-    rows = mutation_rows()
-    labels = read_labels(write_csv(tmp_path / "l.csv", MUTATION_HEADER, rows), load_task("mutation_5_gene"))
-    files = [tmp_path / (str(row[1]).removesuffix(".svs") + ".h5") for row in rows]
-    joined = join_labels(labels, files, id_rule="tcga")
-    assert joined.files == tuple(files) and not joined.missing and not joined.unlabelled
-    assert labels.patients is not None and len(set(labels.patients)) == 24
-    with pytest.raises(ValueError, match="none of its 72 slides"):
-        join_labels(labels, files)
-    regex = join_labels(labels, files, id_regex=r"^(TCGA-[\w-]+?-TS1)")
-    assert regex.files == tuple(files)
-    without = read_labels(
-        write_csv(tmp_path / "n.csv", MUTATION_HEADER[:-1], [[*r[:3], "c", *r[4:9]] for r in rows]),
-        load_task("mutation_5_gene"),
-        id_rule="tcga",
-    )
-    assert without.patients is not None
-
-
-def test_missing_slides_are_counted_and_named(tmp_path) -> None:
-    labels = read_labels(write_csv(tmp_path / "l.csv", ["slide_id", "label"], [["a", 0], ["b", 1]]), load_task("panda"))
-    with pytest.raises(ValueError, match=r"1 of 2 slides have no features \(b\).*--allow-missing"):
-        join_labels(labels, [tmp_path / "a.h5"])
-    joined = join_labels(labels, [tmp_path / "a.h5", tmp_path / "z.h5"], allow_missing=True)
-    assert (joined.missing, joined.unlabelled, joined.labels.slide_ids) == (("b",), ("z.h5",), ("a",))
-
-
-def test_slides_without_tiles_count_as_slides_without_features(tmp_path) -> None:
-    features, labels = write_cohort(tmp_path, [0, 1] * 6)
-    task = write_task(tmp_path / "task.yaml", classes=2)
-    write_slide(features / "slide-003.h5", *(part[:0] for part in made_bag(0, np.random.default_rng(0))))
-    inputs = Inputs(str(task), str(features), str(labels), pretrained="")
-    with pytest.raises(ValueError, match=r"slides without tiles.*1 \(slide-003\).*--allow-missing"):
-        prepare(inputs, Settings())
-    with pytest.raises(ValueError, match="slide-003"):
-        BagDataset(features, labels)
-    joined = prepare(inputs, Settings(join=JoinOptions(allow_missing=True))).joined
-    assert len(joined.files) == 11 and joined.missing == ("slide-003",)
-    assert len(BagDataset(features, labels, allow_missing=True)) == 11
-
-
-def audit_of(folds, labels, prints, *, drawn: bool = False, allow_leakage: bool) -> list[str]:
-    return audit(
-        folds, labels.slide_ids, fingerprints=prints, patients=labels.patients, drawn=drawn, allow_leakage=allow_leakage
-    )
-
-
-def test_random_split_of_several_slides_a_patient_is_refused(tmp_path) -> None:
-    task = load_task("mutation_5_gene")
-    labels = read_labels(write_csv(tmp_path / "l.csv", MUTATION_HEADER, mutation_rows()), task)
-    random = np.random.default_rng(1).permutation(len(labels))
-    for name, part in (("train", random[:48]), ("test", random[48:])):
-        write_csv(tmp_path / "splits" / f"{name}_0.csv", ["slide_id"], [[labels.slide_ids[row]] for row in part])
-    folds = read_splits(tmp_path / "splits", labels)
-    prints = list(map(str, range(len(labels))))
-    with pytest.raises(ValueError, match="patients in both sets"):
-        audit_of(folds, labels, prints, allow_leakage=False)
-    assert "patients in both sets" in audit_of(folds, labels, prints, allow_leakage=True)[0]
-    grouped = draw_folds(labels, 4, seed=0)
-    assert audit_of(grouped, labels, prints, drawn=True, allow_leakage=False) == []
-    twins = [prints[0], prints[1], prints[0], prints[0], *prints[4:]]  # rows 0 to 2 are of one patient, row 3 is not
-    with pytest.raises(ValueError, match="identical slides"):
-        audit_of(grouped, labels, twins, drawn=True, allow_leakage=False)
-    assert check_classes(grouped, labels.truth, task.classes) == []
-
-
-def test_audit_finds_twins_and_slides_in_two_sets(tmp_path) -> None:
-    labels = read_labels(
-        write_csv(tmp_path / "l.csv", ["slide_id", "label"], [[f"s{n}", n % 6] for n in range(12)]), load_task("panda")
-    )
-    for name, part in (("train", [*range(8), 11]), ("test", range(8, 12))):
-        write_csv(tmp_path / "splits" / f"{name}_0.csv", ["slide_id"], [[f"s{n}"] for n in part])
-    with pytest.raises(ValueError, match=r"1 slides in both sets, train and test \(s11\)"):
-        audit_of(read_splits(tmp_path / "splits", labels), labels, list("abcdefghijkl"), allow_leakage=False)
-    write_csv(tmp_path / "splits" / "train_0.csv", ["slide_id"], [[f"s{n}"] for n in range(8)])
-    with pytest.raises(ValueError, match=r"identical slides in both sets, train and test \(s0, s9\)"):
-        audit_of(read_splits(tmp_path / "splits", labels), labels, list("abcdefghiaxy"), allow_leakage=False)
-
-
-def test_folds_are_stratified_grouped_and_seeded(tmp_path) -> None:
-    rows = [[f"s{n}", [0, 0, 0, 1, 2][n // 2 % 5], f"p{n // 2}"] for n in range(60)]
-    labels = read_labels(
-        write_csv(tmp_path / "l.csv", ["slide_id", "label", "patient_id"], rows),
-        load_task(write_task(tmp_path / "t.yaml")),
-    )
-    folds = draw_folds(labels, 3, seed=4)
-    tested = np.concatenate([fold.test for fold in folds])
-    assert sorted(tested.tolist()) == list(range(60))
-    for fold in folds:
-        counts = np.bincount(labels.truth[fold.test], minlength=3)
-        assert (np.abs(counts - [12, 4, 4]) <= 2).all(), counts
-        patients = [{labels.patients[row] for row in rows} for rows in fold.sets().values()]
-        assert not (patients[0] & patients[1] or patients[0] & patients[2] or patients[1] & patients[2])
-        assert len(fold.train) + len(fold.val) + len(fold.test) == 60
-    again, other = draw_folds(labels, 3, seed=4), draw_folds(labels, 3, seed=5)
-    assert all(np.array_equal(a.test, b.test) for a, b in zip(folds, again, strict=True))
-    assert not all(np.array_equal(a.test, b.test) for a, b in zip(folds, other, strict=True))
-
-
-def test_split_manifest_is_reused_only_for_the_same_labels(tmp_path) -> None:
-    def labels_of(rows):
-        path = write_csv(tmp_path / "l.csv", ["slide_id", "label"], rows)
-        return read_labels(path, load_task("panda"))
-
-    rows = [[f"s{n}", n % 6] for n in range(24)]
-    labels = labels_of(rows)
-    folds = draw_folds(labels, 3, seed=0)
-    digest = keep_manifest(tmp_path / "out", folds, labels, {"seed": 0})
-    assert keep_manifest(tmp_path / "out", folds, labels, {"seed": 0}) == digest
-    assert json.loads((tmp_path / "out" / "splits.json").read_text())["slides"] == 24
-    rows[0][1] = 5
-    with pytest.raises(ValueError, match="have changed"):
-        keep_manifest(tmp_path / "out", folds, labels_of(rows), {"seed": 0})
-    with pytest.raises(ValueError, match="another split"):
-        keep_manifest(tmp_path / "out", draw_folds(labels, 4, seed=0), labels, {"seed": 0})
-
-
-@pytest.mark.parametrize(
-    ("sets", "match"),
-    [
-        ({"train": [0, 1, 2]}, "no test split"),
-        ({"test": [0, 1]}, "no train_0.csv"),
-        ({"train": [0, 1, 3, 4], "test": [2, 5]}, "no training slide teaches 2"),
-        ({"train": [0, 1, 2], "test": [3, 6]}, "one class only"),
-        ({"train": [0, 1, 2], "test": []}, "rows below|none of its"),
-    ],
-)
-def test_splits_that_cannot_be_learned_or_tested_are_refused(tmp_path, sets, match) -> None:
-    task = load_task(write_task(tmp_path / "t.yaml"))
-    labels = read_labels(
-        write_csv(tmp_path / "l.csv", ["slide_id", "label"], [[f"s{n}", n % 3] for n in range(9)]), task
-    )
-    for name, rows in sets.items():
-        write_csv(tmp_path / "splits" / f"{name}_0.csv", ["slide_id"], [[f"s{n}"] for n in rows])
-    (tmp_path / "splits").mkdir(exist_ok=True)
-    with pytest.raises(ValueError, match=match):
-        check_classes(read_splits(tmp_path / "splits", labels), labels.truth, task.classes)
 
 
 def test_bags_of_every_tool_come_to_one_frame(tmp_path) -> None:
@@ -276,12 +255,6 @@ def test_features_of_another_make_are_refused(tmp_path) -> None:
     assert len(look_at_all(near[:2], JoinOptions())) == 2
     with pytest.raises(FeatureFileError, match=r"its mpp is 0\.25"):
         look_at_all(near, JoinOptions())
-
-
-def test_options_need_no_torch() -> None:
-    code = "import sys, gigapath.finetune.options, gigapath.evaluation.labels; print('torch' in sys.modules)"
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert out.strip() == "False"
 
 
 def test_scanners_are_those_of_the_table_then_of_the_run_then_of_the_files(tmp_path) -> None:

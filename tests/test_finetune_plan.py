@@ -14,7 +14,7 @@ from gigapath.evaluation.splits import Fold
 from gigapath.finetune import plan
 from gigapath.finetune.loop import Processes
 from gigapath.finetune.options import TrainingOptions
-from gigapath.finetune.plan import Cost, make_plan, measure_cost
+from gigapath.finetune.plan import make_plan, measure_cost
 
 CPU = torch.device("cpu")
 FEW, MANY = plan.PROBED_TILES["cpu"]
@@ -83,10 +83,24 @@ def test_what_does_not_fit_is_told_by_the_tiles_that_would(passes: list[int], mo
     assert "3,000" in made.too_large and made.memory > made.available
 
 
-def test_a_disturbed_clock_gives_no_negative_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plan, "measure_pass", lambda loss_of, model, device: (8.0, 2.0 if loss_of() == FEW else 1.0))
-    cost = measure_cost(lambda n: n, float, nn.Identity(), CPU)  # type: ignore[arg-type,return-value]
-    assert cost == Cost(8.0, 0.0, 0.0, 1.0 / MANY)
+@pytest.mark.parametrize(
+    ("slides", "more", "said"),
+    [
+        (
+            24,
+            {},
+            "5 in all. Set --gradient-accumulation 2 with --base-lr 0.032 (the same rate a step) and --epochs 20.",
+        ),
+        (24, {"gradient_accumulation": 2}, None),
+        (8, {"gradient_accumulation": 1, "batch_size": 8, "epochs": 20}, "Set a smaller --batch-size."),
+        (2, {"gradient_accumulation": 1, "epochs": 20}, "Set more --epochs."),
+    ],
+)
+def test_a_small_cohort_that_makes_few_steps_is_told(slides, more, said) -> None:
+    rows = np.arange(slides)
+    folds = [Fold(0, np.tile(rows, 2), rows, rows), Fold(1, rows, rows, rows)]
+    told = plan.few_steps(folds, TrainingOptions(**more), Processes(CPU))
+    assert (told == []) if said is None else told[0].endswith(said), told
 
 
 class Adds(torch.nn.Module):

@@ -59,37 +59,18 @@ def test_tasks_and_labels_are_read_and_folds_share_events_and_quarters(tmp_path:
         new_task(labels, tmp_path / "x.yaml", survival=("days", "dead"), regression="amount")
 
 
-@pytest.mark.parametrize(
-    ("days", "dead", "match"),
-    [
+def test_follow_up_that_is_none_is_refused(tmp_path: Path) -> None:
+    for days, dead, match in (
         ("-1", "1", r"row 3 has '-1' under days, expected a number of at least 0"),
         ("soon", "1", "row 3 has 'soon' under days"),
         ("inf", "1", "row 3 has 'inf' under days"),
         ("", "1", "row 3 has no days"),
         ("3", "2", "row 3 has '2' under dead, expected 0 or 1"),
         ("3", "", "row 3 has no dead"),
-    ],
-)
-def test_follow_up_that_is_none_is_refused(tmp_path: Path, days: str, dead: str, match: str) -> None:
-    labels = write_csv(tmp_path / "l.csv", ["slide_id", "days", "dead"], [["a", 5, 1], ["b", days, dead]])
-    with pytest.raises(ValueError, match=match):
-        read_labels(labels, COX)
-
-
-@pytest.mark.parametrize(
-    ("more", "match"),
-    [
-        ("setting: survival\ntime_column: a\nevent_column: b", "horizons, which is not there"),
-        ("setting: survival\ntime_column: a\nevent_column: b\nhorizons: [3, 2]", "rising times above 0"),
-        ("setting: survival\ntime_column: a\nevent_column: b\nhorizons: [3]\nloss: mse", "loss cox or discrete"),
-        ("setting: regression\nlabel_column: [a]", "label_column to name a column"),
-        ("setting: regression", "label_column, which is not there"),
-    ],
-)
-def test_task_files_that_are_off_are_refused(tmp_path: Path, more: str, match: str) -> None:
-    (tmp_path / "t.yaml").write_text(f"name: made\n{more}\n")
-    with pytest.raises(ValueError, match=match):
-        load_task(tmp_path / "t.yaml")
+    ):
+        labels = write_csv(tmp_path / "l.csv", ["slide_id", "days", "dead"], [["a", 5, 1], ["b", days, dead]])
+        with pytest.raises(ValueError, match=match):
+            read_labels(labels, COX)
 
 
 def test_cumulative_logits_are_differences_of_sigmoids() -> None:
@@ -108,7 +89,7 @@ def made_survival(score: np.ndarray, seed: int) -> np.ndarray:
     return np.stack([np.minimum(times, ends), times <= ends], axis=1).astype(np.float64)
 
 
-@pytest.mark.parametrize("cuts", [(1, 12), (4, 3), (12, 1)])
+@pytest.mark.parametrize("cuts", [(1, 12), (4, 3)])
 def test_cox_takes_one_update_however_a_step_is_cut(tmp_path: Path, cuts: tuple[int, int]) -> None:
     """The risk set is the step's, not the pass's; dropout is drawn alike in both passes (loss and gradient agree)."""
     random = np.random.default_rng(1)
@@ -226,9 +207,8 @@ def test_a_run_of_each_setting_leaves_scores_predictions_pictures_and_a_head(
     assert Path("tuned/fold_0", picture).read_bytes().startswith(b"\x89PNG")
     if task.setting == "survival":
         groups = fold.details["groups"]
-        assert (
-            sum(curve["at_risk"][0] for curve in groups["curves"]) == fold.scores[next(iter(fold.scores))].headline.rows
-        )
+        rows = next(iter(fold.scores.values())).headline.rows
+        assert sum(curve["at_risk"][0] for curve in groups["curves"]) == rows
         assert set(first.scores) >= ({"tile mean + linear"} if setting == "survival" else set())
     # The head as a file says what the run said.
     with Path("tuned/fold_0/predictions.csv").open() as file:
@@ -317,26 +297,6 @@ def planted(count: int, seed: int, *, arrangement: bool, width: int = 16) -> tup
     return bags, np.array(scores)
 
 
-def fitted(
-    task: Task,
-    bags: list[Bag],
-    truth: np.ndarray,
-    train: int,
-    options: TrainingOptions,
-    model: ModelOptions,
-    folder: Path,
-) -> dict[str, float]:
-    """Scores on the bags after the first `train`."""
-    rows = np.arange(len(bags))
-    torch.manual_seed(0)
-    head = build_head(model, task, pretrained="", input_dim=bags[0].features.shape[1])
-    scale = target_scale(task, truth[:train])
-    trainer = Trainer(task, bags, truth, options, "fp32", CPU, scale)
-    trainer.train(head, Fold(0, rows[:train], rows[:0], rows[train:]), folder, {})
-    how = fit_scale(task, scale, trainer.logits(head, rows[:train]), truth[:train])
-    return scored(task, truth[train:], outputs(trainer.logits(head, rows[train:]), task, how))
-
-
 def scored(task: Task, truth: np.ndarray, said: np.ndarray) -> dict[str, float]:
     return Scorer(Predictions(truth, said, task.classes, times=task.times, horizons=task.horizons)).plain()
 
@@ -386,7 +346,13 @@ def test_a_planted_arrangement_is_learned_and_means_do_not_tell_it(tmp_path: Pat
     bags, score = planted(800, 3, arrangement=True)
     vectors = np.stack([bag.features.mean(axis=0, dtype=np.float64) for bag in bags])
     truth = made_survival(score, 1) if task is COX else score + np.random.default_rng(1).normal(size=800)
-    found = fitted(task, bags, truth, 400, options, model, tmp_path)
+    rows, scale = np.arange(800), target_scale(task, truth[:400])
+    torch.manual_seed(0)
+    head = build_head(model, task, pretrained="", input_dim=bags[0].features.shape[1])
+    trainer = Trainer(task, bags, truth, options, "fp32", CPU, scale)
+    trainer.train(head, Fold(0, rows[:400], rows[:0], rows[400:]), tmp_path, {})
+    how = fit_scale(task, scale, trainer.logits(head, rows[:400]), truth[:400])
+    found = scored(task, truth[400:], outputs(trainer.logits(head, rows[400:]), task, how))
     blind = linear(task, vectors, truth, 400)
     with capsys.disabled():
         print(f"\n{task.setting}: {found}, from means {blind}")

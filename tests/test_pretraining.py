@@ -1,5 +1,6 @@
 """Masked pretraining: exact in every way that it is batched, read or broken off; it learns; its weights are used."""
 
+import contextlib
 import itertools
 import json
 import os
@@ -8,6 +9,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import h5py
@@ -17,8 +19,9 @@ import torch
 import torch.nn.functional as F
 from conftest import Lines
 from feature_files import CELLS, make_features
-from made_cohort import write_slide
+from made_cohort import write_csv, write_slide
 from plain_longnet import plain_dilated_attention
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from demo.pretrain_planted import main as demo
@@ -27,8 +30,17 @@ from gigapath.cli.main import main as gigapath
 from gigapath.features.slide_vectors import read_slide_vectors
 from gigapath.finetune.data import Bag
 from gigapath.finetune.loop import Loop, Processes
-from gigapath.pretraining import CohortOptions, PretrainingOptions, SizeOptions, TaskOptions, measures, pretrain, run
-from gigapath.pretraining.data import Slides, View, Viewer, find_slides, fit_target, open_bags, pack_views
+from gigapath.pretraining import (
+    CohortOptions,
+    Pretrained,
+    PretrainingOptions,
+    SizeOptions,
+    TaskOptions,
+    measures,
+    pretrain,
+    run,
+)
+from gigapath.pretraining.data import View, Viewer, find_slides, fit_target, open_bags, pack_views
 from gigapath.pretraining.measures import fit_covariance, kriging, spread_and_rank, without_learning
 from gigapath.pretraining.model import Batch, MaskedAutoencoder, build_autoencoder, loss_of_slides
 from gigapath.pretraining.run import steps_of, warnings_of
@@ -42,6 +54,7 @@ RECIPE = PretrainingOptions(epochs=2, batch_size=2, base_lr=2e-3, device="cpu", 
 CPU = Processes(torch.device("cpu"))
 WIDTH = 6
 SEGMENTS = ((8, 1), (21, 2), (50, 4))
+DISTRIBUTED = (20, 9, 33, 14)  # tiles of the slides of two processes
 
 
 def bags_of(*tiles: int, seed: int = 0) -> list[Bag]:
@@ -173,28 +186,18 @@ def test_packed_equals_alone_and_accumulated_equals_one_batch() -> None:
 
 
 def test_two_processes_train_as_one(tmp_path: Path) -> None:
-    found = {}
-    for world in (1, 2):
-        out = tmp_path / str(world)
-        out.mkdir()
-        words = [sys.executable, str(TESTS / "distributed_pretraining.py"), str(out), str(4 // world)]
-        if world > 1:
-            launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"]
-            words = [sys.executable, *launcher, *words[1:]]
-        done = subprocess.run(
-            words, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"}
-        )
-        assert done.returncode == 0, done.stderr[-2000:]
-        found[world] = torch.load(out / "gradients.pt", weights_only=True)
-    assert found[1].keys() == found[2].keys() and len(found[1]) > 20
-    assert all((found[1][name] - found[2][name]).abs().max() < 1e-9 for name in found[1])
-
-
-def test_the_released_size_has_the_published_entries_and_no_gradient_of_the_class_token() -> None:
-    with torch.device("meta"):
-        model = build_autoencoder("", SizeOptions(start="plain"), in_chans=1536)
-    assert len(model.slide_encoder.state_dict()) == 247
-    assert not model.slide_encoder.cls_token.requires_grad
+    bags = bags_of(*DISTRIBUTED)
+    target = fit_target("standardized", bags, np.arange(4), seed=0, workers=1)
+    views = [Viewer(TaskOptions(), 0).view(bag, str(number), 0) for number, bag in enumerate(bags)]
+    alone = gradients(narrow(), pack_views(views, target), slides=4)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    words = [*launcher, str(TESTS / "distributed_pretraining.py"), str(tmp_path)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(words, capture_output=True, text=True, timeout=300, env=env)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = torch.load(tmp_path / "gradients.pt", weights_only=True)
+    assert found.keys() == alone.keys() and len(found) > 20
+    assert all((found[name] - alone[name]).abs().max() < 1e-9 for name in found)
 
 
 @pytest.mark.parametrize("kind", ["mse", "cosine"])
@@ -216,17 +219,13 @@ def test_the_loss_is_a_mean_over_slides_of_means_over_their_hidden_tiles(kind: s
 
 def test_views_depend_on_seed_epoch_and_name_alone() -> None:
     bag = bags_of(200)[0]
-    views = {key: Viewer(TaskOptions(), seed).view(bag, name, epoch) for key, (seed, name, epoch) in enumerate(
-        [(0, "a", 3), (0, "a", 3), (1, "a", 3), (0, "b", 3), (0, "a", 4)])}  # fmt: skip
-    same = [all(np.array_equal(getattr(views[0], part), getattr(view, part)) for part in ("cells", "hidden"))
-            for view in views.values()]  # fmt: skip
+    keys = [(0, "a", 3), (0, "a", 3), (1, "a", 3), (0, "b", 3), (0, "a", 4)]
+    views = [Viewer(TaskOptions(), seed).view(bag, name, epoch) for seed, name, epoch in keys]
+    same = [np.array_equal(views[0].cells, v.cells) and np.array_equal(views[0].hidden, v.hidden) for v in views]
     assert same == [True, True, False, False, False]
-
-
-@pytest.mark.parametrize(("tiles", "ratio", "visible"), [(2, 0.75, 1), (3, 0.01, 2), (8, 0.75, 2), (400, 0.75, 100)])
-def test_one_tile_at_least_is_seen_and_one_is_hidden(tiles: int, ratio: float, visible: int) -> None:
-    view = Viewer(TaskOptions(mask_ratio=ratio), 0).view(bags_of(tiles)[0], "s", None)
-    assert int((~view.hidden).sum()) == visible and view.hidden.any()
+    for tiles, ratio, visible in ((2, 0.75, 1), (3, 0.01, 2), (8, 0.75, 2), (400, 0.75, 100)):  # one at least of each
+        view = Viewer(TaskOptions(mask_ratio=ratio), 0).view(bags_of(tiles)[0], "s", None)
+        assert int((~view.hidden).sum()) == visible and view.hidden.any()
 
 
 def test_a_view_is_a_window_that_is_mirrored_and_moved_whole_cells() -> None:
@@ -256,10 +255,9 @@ def test_a_view_is_a_window_that_is_mirrored_and_moved_whole_cells() -> None:
     (2, {"batch_size": 2, "tokens_per_step": 100}, False),
 ])  # fmt: skip
 def test_every_slide_comes_once_an_epoch(world: int, changes: dict, shard: bool) -> None:
-    from types import SimpleNamespace as Some
-
     tiles = np.random.default_rng(0).integers(2, 60, 31)
-    slides: Any = Some(train=np.arange(31), facts=[Some(tiles=int(count)) for count in tiles])
+    facts = [SimpleNamespace(tiles=int(count)) for count in tiles]
+    slides: Any = SimpleNamespace(train=np.arange(31), facts=facts)
     recipe = PretrainingOptions(**changes)
     by_epoch = []
     for epoch in (0, 1):
@@ -284,7 +282,7 @@ def test_every_slide_comes_once_an_epoch(world: int, changes: dict, shard: bool)
 # ---- measures
 
 
-def test_kriging_is_the_gaussian_process_that_it_says() -> None:
+def test_kriging_is_the_gaussian_process_that_it_says_and_rank_counts_directions() -> None:
     random = np.random.default_rng(0)
     cells, wanted = random.uniform(0, 9, (20, 2)), random.uniform(0, 9, (5, 2))
     values = random.standard_normal((20, 3))
@@ -296,6 +294,8 @@ def test_kriging_is_the_gaussian_process_that_it_says() -> None:
     mean = values.mean(axis=0)
     solved = np.linalg.solve(covariance(cells, cells) + nugget * np.eye(20), values - mean)
     assert np.allclose(kriging((sill, reach, nugget), cells, values, wanted), mean + covariance(wanted, cells) @ solved)
+    spread, rank = spread_and_rank(random.standard_normal((400, 3)) @ random.standard_normal((3, 20)) + 5)
+    assert 1.5 < rank <= 3.0 and 0.1 < spread < 0.6 and spread_and_rank(np.ones((5, 8))) == (0.0, 1.0)
 
 
 def test_predictors_without_learning_find_what_is_there_and_nothing_in_noise() -> None:
@@ -317,13 +317,6 @@ def test_predictors_without_learning_find_what_is_there_and_nothing_in_noise() -
     assert abs(found["noise"]["kriging"]) < 0.1 and found["noise"]["nearest 1"] < -0.7
 
 
-def test_rank_and_spread_of_vectors_that_differ_in_three_ways_or_in_none() -> None:
-    random = np.random.default_rng(0)
-    spread, rank = spread_and_rank(random.standard_normal((400, 3)) @ random.standard_normal((3, 20)) + 5)
-    assert 1.5 < rank <= 3.0 and 0.1 < spread < 0.6
-    assert spread_and_rank(np.ones((5, 8))) == (0.0, 1.0)
-
-
 # ---- whole runs
 
 
@@ -334,56 +327,47 @@ def features(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def finished(features: Path, tmp_path_factory) -> tuple[Path, Pretrained, Lines]:
+    """A run of two epochs: its folder, what it gave, what it told."""
+    out, watch = tmp_path_factory.mktemp("run") / "out", Lines()
+    return out, pretrain(features, out, sizes=SIZES, training=RECIPE, watch=watch), watch
+
+
 def weights_of(out: Path) -> dict[str, Tensor]:
     return torch.load(out / "slide_encoder.pth", weights_only=True)["model"]
 
 
 def assert_equal_ends(one: Path, other: Path) -> None:
     """The same weights, optimizer and losses, to the bit."""
-    from safetensors.torch import load_file
-
     ends = [load_file(next(out.glob("checkpoint-*.safetensors"))) for out in (one, other)]
     assert ends[0].keys() == ends[1].keys() and all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
-    facts = [json.loads((out / "checkpoint.json").read_text())["history"] for out in (one, other)]
-    for a, b in zip(*facts, strict=True):
-        assert {k: a[k] for k in ("train_loss", "val_loss", "r2", "rank")} == {
-            k: b[k] for k in a if k in ("train_loss", "val_loss", "r2", "rank")
-        }
+    told = [json.loads((out / "checkpoint.json").read_text())["history"] for out in (one, other)]
+    measures = [[[epoch[key] for key in ("train_loss", "val_loss", "r2", "rank")] for epoch in each] for each in told]
+    assert measures[0] == measures[1]
     assert all(torch.equal(weights_of(one)[name], weights_of(other)[name]) for name in weights_of(one))
 
 
-class Interrupted(Exception):
-    """Where a run is broken off."""
-
-
 def test_a_run_that_is_broken_off_anywhere_goes_on_to_the_same_end(features: Path, tmp_path: Path) -> None:
-    sizes = replace(SIZES, dropout=0.2)
-    given: dict[str, Any] = {"sizes": sizes, "training": RECIPE}
+    given: dict[str, Any] = {"sizes": replace(SIZES, dropout=0.2), "training": RECIPE}
     pretrain(features, tmp_path / "whole", **given)
-    calls = 0
+    calls, ends = itertools.count(1), 0
 
     def stop() -> None:
-        nonlocal calls
-        calls += 1
-        if calls % 9 == 0:
-            raise Interrupted
+        if next(calls) % 9 == 0:
+            raise KeyboardInterrupt
 
-    for _ in range(40):
-        try:
+    while ends < 40:
+        with contextlib.suppress(KeyboardInterrupt):
             pretrain(features, tmp_path / "broken", **given, check_stop=stop)
             break
-        except Interrupted:
-            continue
-    else:
-        pytest.fail("it never came to its end")
-    assert calls > 18
+        ends += 1
+    assert 1 < ends < 40
     assert_equal_ends(tmp_path / "whole", tmp_path / "broken")
 
 
-def test_what_a_run_leaves(features: Path, tmp_path: Path) -> None:
-    watch = Lines()
-    result = pretrain(features, tmp_path / "out", sizes=SIZES, training=RECIPE, watch=watch)
-    out = tmp_path / "out"
+def test_what_a_run_leaves(features: Path, finished) -> None:
+    out, result, watch = finished
     assert [epoch.epoch for epoch in result.epochs] == [0, 1, 2] and result.epochs[-1].steps == 14
     names = {path.name for path in out.iterdir()}
     assert {"slide_encoder.pth", "pretrain.json", "slides.csv", "curves.csv", "model_card.md"} <= names
@@ -392,17 +376,61 @@ def test_what_a_run_leaves(features: Path, tmp_path: Path) -> None:
     assert facts["sets"]["train"]["slides"] == 13 and facts["sets"]["val"]["slides"] == 1
     assert facts["options"]["task"]["mask_ratio"] == 0.75 and len(facts["identity"]["slides"]) == 64
     assert (out / "slides.csv").read_text().count("val") == 1
-    model = create_model(str(result.weights), ARCH, 32)
-    assert torch.equal(model.encoder.layers[1].ffn.fc2.weight, weights_of(out)["encoder.layers.1.ffn.fc2.weight"])
-    again = LongNetViT.from_pretrained(out)
-    assert again.global_pool  # the class token was not trained
-    assert torch.equal(again.state_dict()["norm.weight"], model.state_dict()["norm.weight"])
     assert any("operations" in line for line in watch.lines) and any("R2" in line for line in watch.lines)
     assert ("epoch 2: steps", 7, 7) in watch.steps
     (shown,) = collect_results(out)
     assert {"curves", "scores", "picture", "notes"} == {block["kind"] for block in shown.blocks}
     with pytest.raises(ValueError, match="task"):  # other options would mix two runs
         pretrain(features, out, sizes=SIZES, training=RECIPE, task=TaskOptions(mask_ratio=0.5))
+
+
+def test_the_weights_are_an_ordinary_checkpoint_and_pretraining_goes_on_from_them(finished) -> None:
+    out, result, _ = finished
+    kept, weights = weights_of(out), str(result.weights)
+    for model in (create_model(weights, ARCH, 32), build_autoencoder(weights, SIZES, in_chans=32).slide_encoder):
+        assert all(torch.equal(tensor, kept[name]) for name, tensor in model.state_dict().items())
+    assert LongNetViT.from_pretrained(out).global_pool  # the class token was not trained
+    with pytest.raises(ValueError, match="gigapath_slide_enc3l32d"):
+        build_autoencoder(weights, replace(SIZES, model_arch="gigapath_slide_enc3l32d"), in_chans=32)
+    with torch.device("meta"):
+        released = build_autoencoder("", SizeOptions(start="plain"), in_chans=1536).slide_encoder
+    assert len(released.state_dict()) == 247 and not released.cls_token.requires_grad
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_and_collapse_is_told(features: Path, finished, tmp_path: Path) -> None:
+    out, result, _ = finished
+    good = replace(result.epochs[-1], r2=0.5, rank=6.0, spread=0.3)
+    assert warnings_of(good, 8, 0.2) == []
+    for changes, word in ({"rank": 1.1}, "collapse"), ({"spread": 0.0001}, "collapse"), ({"r2": 0.21}, "mean"):
+        (warning,) = warnings_of(replace(good, **changes), 8, 0.2)
+        assert word in warning
+    # The same run is asked to go on, with a checkpoint that would overflow: the weights of before stay.
+    shutil.copytree(out, tmp_path / "out")
+    path = next((tmp_path / "out").glob("checkpoint-*.safetensors"))
+    save_file({k: v * (1e30 if k == "model.predict.weight" else 1) for k, v in load_file(path).items()}, path)
+    facts = json.loads((tmp_path / "out" / "checkpoint.json").read_text())
+    facts["history"] = facts["history"][:2]
+    (tmp_path / "out" / "checkpoint.json").write_text(json.dumps(facts))
+    with pytest.raises(ValueError, match="--base-lr"):
+        pretrain(features, tmp_path / "out", sizes=SIZES, training=RECIPE)
+    assert weights_of(tmp_path / "out").keys() == weights_of(out).keys()
+
+
+def test_slides_are_left_out_and_patients_stay_on_one_side(features: Path, tmp_path: Path) -> None:
+    whole = find_slides([str(features)], CohortOptions(), seed=0, workers=1)
+    for count in (0, 1):
+        write_slide(tmp_path / f"few-{count}.h5", make_features(count, whole.facts[0].width), CELLS[:count])
+    found = find_slides([str(features), str(tmp_path)], CohortOptions(), seed=0, workers=1)
+    assert found.ids == whole.ids and any("2 slides" in note and "few-0" in note for note in found.notes)
+    table = tmp_path / "patients.csv"
+    write_csv(table, ["slide_id", "patient_id"], [[f"slide-{number:03d}", f"p{number // 3}"] for number in range(14)])
+    options = CohortOptions(val_share=0.4, patients=str(table))
+    slides = find_slides([str(features)], options, seed=0, workers=1)
+    people = [{slides.patients[row] for row in rows} for rows in (slides.train, slides.val)]
+    assert people[0] and people[1] and not people[0] & people[1]
+    write_csv(table, ["slide_id", "patient_id"], [["slide-000", "p"]])
+    with pytest.raises(ValueError, match="--patients"):
+        find_slides([str(features)], options, seed=0, workers=1)
 
 
 def test_the_weights_serve_every_verb_that_takes_a_slide_encoder(features: Path, tmp_path: Path, capsys) -> None:
@@ -418,22 +446,13 @@ def test_the_weights_serve_every_verb_that_takes_a_slide_encoder(features: Path,
     capsys.readouterr()
     assert gigapath(again) == 0
     assert "R2" in capsys.readouterr().out
-    table = ["slide_id,label", *(f"slide-{number:03d},{number % 2}" for number in range(14))]
-    (tmp_path / "labels.csv").write_text("\n".join(table))
+    rows = [[f"slide-{number:03d}", number % 2] for number in range(14)]
+    labels = write_csv(tmp_path / "labels.csv", ["slide_id", "label"], rows)
     (tmp_path / "task.yaml").write_text("name: made\nsetting: binary\nlabel_dict: {0: 0, 1: 1}\n")
-    tune = ["finetune", "--task", str(tmp_path / "task.yaml"), "--features", str(features), "--labels",
-            str(tmp_path / "labels.csv"), "--pretrained", str(weights), "--model-arch", ARCH, "--feat-layer", "2",
+    tune = ["finetune", "--task", str(tmp_path / "task.yaml"), "--features", str(features), "--labels", str(labels),
+             "--pretrained", str(weights), "--model-arch", ARCH, "--feat-layer", "2",
             "--out", str(tmp_path / "tuned"), "--epochs", "1", "--folds", "3", "--device", "cpu"]  # fmt: skip
     assert gigapath(tune) == 0
-
-
-def test_continued_pretraining_begins_where_the_weights_are(features: Path, tmp_path: Path) -> None:
-    first = pretrain(features, tmp_path / "first", sizes=SIZES, training=RECIPE)
-    model = build_autoencoder(str(first.weights), SIZES, in_chans=32)
-    kept = weights_of(tmp_path / "first")
-    assert all(torch.equal(tensor, kept[name]) for name, tensor in model.slide_encoder.state_dict().items())
-    with pytest.raises(ValueError, match="gigapath_slide_enc3l32d"):
-        build_autoencoder(str(first.weights), replace(SIZES, model_arch="gigapath_slide_enc3l32d"), in_chans=32)
 
 
 @pytest.mark.parametrize("cache", ["fp32", "fp16"])
@@ -444,55 +463,6 @@ def test_one_file_of_all_tiles_gives_what_the_files_give(features: Path, tmp_pat
     for row in range(len(slides.ids)):
         expected = plain[row].features if cache == "fp32" else plain[row].features.astype(np.float16)
         assert np.array_equal(cached[row].features, expected) and np.array_equal(cached[row].coords, plain[row].coords)
-
-
-def test_slides_of_fewer_than_two_tiles_are_left_out(features: Path, tmp_path: Path) -> None:
-    whole = find_slides([str(features)], CohortOptions(), seed=0, workers=1)
-    for count in (0, 1):
-        width, cells = whole.facts[0].width, CELLS[:count]
-        write_slide(tmp_path / f"few-{count}.h5", make_features(count, width), cells)
-    found = find_slides([str(features), str(tmp_path)], CohortOptions(), seed=0, workers=1)
-    assert found.ids == whole.ids and any("2 slides" in note and "few-0" in note for note in found.notes)
-
-
-def test_patients_stay_on_one_side(features: Path, tmp_path: Path) -> None:
-    (tmp_path / "patients.csv").write_text(
-        "\n".join(["slide_id,patient_id", *(f"slide-{number:03d},p{number // 3}" for number in range(14))])
-    )
-    options = CohortOptions(val_share=0.4, patients=str(tmp_path / "patients.csv"))
-    slides: Slides = find_slides([str(features)], options, seed=0, workers=1)
-    people = [{slides.patients[row] for row in rows} for rows in (slides.train, slides.val)]
-    assert people[0] and people[1] and not people[0] & people[1]
-    (tmp_path / "patients.csv").write_text("slide_id,patient_id\nslide-000,p")
-    with pytest.raises(ValueError, match="--patients"):
-        find_slides([str(features)], options, seed=0, workers=1)
-
-
-def test_a_loss_that_is_not_finite_ends_the_run_and_the_weights_of_before_stay(features: Path, tmp_path: Path) -> None:
-    pretrain(features, tmp_path, sizes=SIZES, training=RECIPE)
-    kept = weights_of(tmp_path)
-    # The same run is asked to go on, with a checkpoint that would overflow.
-    from safetensors.torch import load_file, save_file
-
-    (tmp_path / "slide_encoder.pth").unlink()
-    path = next(tmp_path.glob("checkpoint-*.safetensors"))
-    save_file({k: v * (1e30 if k == "model.predict.weight" else 1) for k, v in load_file(path).items()}, path)
-    facts = json.loads((tmp_path / "checkpoint.json").read_text())
-    facts["history"] = facts["history"][:2]
-    (tmp_path / "checkpoint.json").write_text(json.dumps(facts))
-    with pytest.raises(ValueError, match="--base-lr"):
-        pretrain(features, tmp_path, sizes=SIZES, training=RECIPE)
-    assert weights_of(tmp_path).keys() == kept.keys()
-
-
-def test_collapse_and_a_loss_at_the_slide_mean_are_told(features: Path, tmp_path: Path) -> None:
-    good = replace(
-        pretrain(features, tmp_path / "out", sizes=SIZES, training=RECIPE).epochs[-1], r2=0.5, rank=6.0, spread=0.3
-    )
-    assert warnings_of(good, 8, 0.2) == []
-    for changes, word in ({"rank": 1.1}, "collapse"), ({"spread": 0.0001}, "collapse"), ({"r2": 0.21}, "mean"):
-        (warning,) = warnings_of(replace(good, **changes), 8, 0.2)
-        assert word in warning
 
 
 def test_the_plan_foresees_the_memory_that_a_pass_keeps(features: Path, tmp_path: Path) -> None:

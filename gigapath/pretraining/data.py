@@ -1,8 +1,9 @@
 """Slides to batches: who trains and who validates, what of a slide is seen, what is hidden, what is to be predicted."""
 
+import contextlib
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -36,17 +37,8 @@ IntArray = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Slides:
-    """The slides of a run.
-
-    Attributes:
-        ids: S names.
-        patients: (S,) who they are of; the slides themselves where nobody says.
-        files: (S,) feature files.
-        facts: (S,) what each says of itself.
-        train: rows that are trained on.
-        val: rows that are kept.
-        notes: what a person should know.
-    """
+    """The slides of a run by row (patients are the slides themselves where nobody says), the rows that are trained on
+    and those that are kept."""
 
     ids: tuple[str, ...]
     patients: tuple[str, ...]
@@ -74,12 +66,10 @@ def find_slides(features: Sequence[str], options: CohortOptions, *, seed: int, w
     files = find_feature_files(features)
     join = JoinOptions(tile_size_level0=options.tile_size_level0, allow_mixed=options.allow_mixed)
     facts = look_at_all(files, join, workers=workers, allow_empty=True)
-    small = [file.name for file, fact in zip(files, facts, strict=True) if fact.tiles < 2]
+    pairs = list(zip(files, facts, strict=True))
+    small = [file.name for file, fact in pairs if fact.tiles < 2]
     notes = [f"{len(small):,} slides of fewer than two tiles are left out ({shown(small)})"] if small else []
-    kept = sorted(
-        ((bare_name(file), file, fact) for file, fact in zip(files, facts, strict=True) if fact.tiles > 1),
-        key=lambda row: row[0],
-    )
+    kept = sorted([(bare_name(file), file, fact) for file, fact in pairs if fact.tiles > 1], key=lambda row: row[0])
     ids = tuple(row[0] for row in kept)
     twice = next((name for name, after in pairwise(ids) if name == after), None)
     if twice is not None:
@@ -126,11 +116,10 @@ def _patients(ids: tuple[str, ...], options: CohortOptions) -> tuple[str, ...]:
 
 
 class CachedBags:
-    """Bags of one file that holds the tiles of all slides one after another."""
+    """Bags of one file that holds the tiles of all slides one after another, `ends` (S,) in it."""
 
     def __init__(self, path: Path, ends: IntArray) -> None:
-        self.file = h5py.File(path, "r")
-        self.ends = ends
+        self.file, self.ends = h5py.File(path, "r"), ends
 
     def __getitem__(self, row: int) -> Bag:
         rows = slice(int(self.ends[row - 1]) if row else 0, int(self.ends[row]))
@@ -144,10 +133,11 @@ def open_bags(
     bags = FileBags(slides.files, slides.facts, options.tile_size_level0)
     if options.cache == "none":
         return bags
-    path = out / CACHE
+    path, key, there = out / CACHE, f"{slides.digest} {options.cache}", False
+    with contextlib.suppress(FileNotFoundError, FeatureFileError), open_h5(path) as file:
+        there = read_attrs(file).get("key") == key
     ends = np.cumsum([fact.tiles for fact in slides.facts])
-    key = f"{slides.digest} {options.cache}"
-    if processes.rank == 0 and not _is_cache(path, key):
+    if processes.rank == 0 and not there:
         with atomic_file(path) as temporary, h5py.File(temporary, "w") as file:
             kind = np.float16 if options.cache == "fp16" else np.float32
             features = file.create_dataset("features", (int(ends[-1]), slides.facts[0].width), kind)
@@ -162,50 +152,42 @@ def open_bags(
     return CachedBags(path, ends)
 
 
-def _is_cache(path: Path, key: str) -> bool:
-    try:
-        with open_h5(path) as file:
-            return read_attrs(file).get("key") == key
-    except (FileNotFoundError, FeatureFileError):
-        return False
-
-
 @dataclass(frozen=True)
 class Target:
-    """What is predicted of a tile: its embedding less `mean` over `deviation` (each (W,) float32), or each tile's own
-    where they are None. `centre` (W,) is the mean of the targets: what a predictor says that sees nothing."""
+    """What is predicted of a tile: its embedding, with `per_tile` standardised by its own mean and deviation, less
+    `mean` over `deviation` (each (W,) float32). `centre` (W,) is the mean of the targets: what a predictor says that
+    sees nothing."""
 
-    mean: npt.NDArray[np.float32] | None
-    deviation: npt.NDArray[np.float32] | None
+    mean: npt.NDArray[np.float32]
+    deviation: npt.NDArray[np.float32]
     centre: npt.NDArray[np.float32]
+    per_tile: bool = False
 
     def of(self, features: Array) -> npt.NDArray[np.float32]:
         """(N, W) embeddings to targets."""
-        if self.mean is not None and self.deviation is not None:
-            return np.asarray((features - self.mean) / self.deviation, np.float32)
-        return _per_tile(features)
-
-
-def _per_tile(features: Array) -> npt.NDArray[np.float32]:
-    wide = features.astype(np.float32)
-    deviation = np.maximum(wide.std(axis=1, keepdims=True), LEAST_DEVIATION)
-    return np.asarray((wide - wide.mean(axis=1, keepdims=True)) / deviation, np.float32)
+        wide = features
+        if self.per_tile:
+            wide = wide.astype(np.float32)
+            deviation = np.maximum(wide.std(axis=1, keepdims=True), LEAST_DEVIATION)
+            wide = (wide - wide.mean(axis=1, keepdims=True)) / deviation
+        return np.asarray((wide - self.mean) / self.deviation, np.float32)
 
 
 def fit_target(kind: str, bags: Bags, rows: IntArray, *, seed: int, workers: int) -> Target:
     """The target of a run; mean and deviation of each dimension over the tiles of up to 1,000 drawn training slides."""
+    zero, one = np.zeros(1, np.float32), np.ones(1, np.float32)
+    plain = Target(zero, one, zero, per_tile=kind == "per-tile")
     drawn = np.random.default_rng([seed, 5]).permutation(rows)[:STATISTICS_SLIDES]
     count, total, squares = 0, 0.0, 0.0
     for bag in read_ahead(bags.__getitem__, drawn.tolist(), threads=workers):
-        wide = (_per_tile(bag.features) if kind == "per-tile" else bag.features).astype(np.float64)
+        wide = plain.of(bag.features).astype(np.float64)
         count, total, squares = count + len(wide), total + wide.sum(axis=0), squares + np.square(wide).sum(axis=0)
     mean = np.asarray(total / count)
     deviation = np.sqrt(np.maximum(squares / count - mean**2, LEAST_DEVIATION**2))
     centre = mean.astype(np.float32)
-    none, one = np.zeros_like(centre), np.ones_like(centre)
     if kind == "standardized":
-        return Target(centre, deviation.astype(np.float32), none)
-    return Target(none, one, centre) if kind == "raw" else Target(None, None, centre)
+        return Target(centre, deviation.astype(np.float32), np.zeros_like(centre))
+    return replace(plain, centre=centre)
 
 
 @dataclass(frozen=True)
@@ -221,12 +203,7 @@ class View:
 @dataclass(frozen=True)
 class Viewer:
     """How slides are seen. What is drawn depends on the seed, the epoch and the slide's name alone: not on the order,
-    the number of threads or the number of processes.
-
-    Attributes:
-        task: ratios and ranges.
-        seed: of all draws.
-    """
+    the number of threads or the number of processes."""
 
     task: TaskOptions
     seed: int

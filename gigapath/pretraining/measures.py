@@ -156,19 +156,16 @@ def spread_and_rank(vectors: FloatArray) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class Epoch:
-    """What an epoch gave; measures are of the validation slides, None without any.
+    """What an epoch gave (counted from 0, the start); measures are of the validation slides, None without any.
 
     Attributes:
-        epoch: counted from 0, the start.
         steps: of the optimizer so far.
         train_loss: mean over the slides, while training; None at the start.
-        val_loss: mean over the validation slides.
         r2: share of the hidden tiles' variance that is predicted.
         spread: of slide vectors, over their size.
         rank: of slide vectors, effective.
         learning_rate: at the last step.
-        seconds: of training.
-        waiting: share of them spent waiting for files.
+        waiting: share of the seconds of training spent waiting for files.
     """
 
     epoch: int
@@ -194,23 +191,18 @@ class Epoch:
 def write_curves(folder: Path, history: Sequence[Epoch]) -> None:
     """Write the epochs as a table, for TensorBoard and as a picture, the last two where their packages are there."""
     rows = [asdict(entry) for entry in history]
-    write_text_atomic(
-        folder / CURVES,
-        csv_text([list(rows[0]), *(["" if v is None else f"{v:.6g}" for v in row.values()] for row in rows)]),
-    )
+    cells = [["" if value is None else f"{value:.6g}" for value in row.values()] for row in rows]
+    write_text_atomic(folder / CURVES, csv_text([list(rows[0]), *cells]))
     points = {
-        name: [(int(row["epoch"]), float(row[name])) for row in rows if row[name] is not None]
-        for name in list(rows[0])[1:]
+        name: [(row["epoch"], float(row[name])) for row in rows if row[name] is not None] for name in list(rows[0])[1:]
     }
     write_events(folder / "tensorboard", {name: found for name, found in points.items() if found})
-    panels = {
+    panels: Any = {
         title: {line: tuple(zip(*points[name], strict=True)) for line, name in lines.items() if points[name]}
         for title, lines in _PANELS.items()
     }
-    if plotting_available() and any(panels.values()):
-        shown: Any = {title: lines for title, lines in panels.items() if lines}
-        picture = draw_curves(Curves("Pretraining", "epoch", shown))
-        write_bytes_atomic(folder / "curves.png", picture)
+    if plotting_available() and (shown := {title: lines for title, lines in panels.items() if lines}):
+        write_bytes_atomic(folder / "curves.png", draw_curves(Curves("Pretraining", "epoch", shown)))
 
 
 def draw_reconstructions(

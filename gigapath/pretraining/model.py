@@ -63,12 +63,7 @@ class MaskedAutoencoder(nn.Module):
     """A slide encoder, and the decoder that teaches it."""
 
     def __init__(self, slide_encoder: LongNetViT, sizes: SizeOptions) -> None:
-        """Build the decoder with new weights.
-
-        Args:
-            slide_encoder: with new or loaded weights; its class token is frozen, as in the published pretraining.
-            sizes: of the decoder, and how new weights begin.
-        """
+        """Build the decoder with new weights; the encoder's class token is frozen, as in the published pretraining."""
         super().__init__()
         config = slide_encoder.encoder.config
         self.slide_encoder = slide_encoder
@@ -140,15 +135,10 @@ def tie_keys_to_queries(encoder: LongNetEncoder) -> None:
 
 
 def build_autoencoder(init: str, sizes: SizeOptions, *, in_chans: int) -> MaskedAutoencoder:
-    """The model at its start.
+    """The model at its start, on embeddings of width `in_chans`.
 
     Args:
-        init: weights of the slide encoder: "hf_hub:REPO", a checkpoint's file, or "" for new ones.
-        sizes: of encoder and decoder.
-        in_chans: W.
-
-    Raises:
-        ValueError, FileNotFoundError: see `gigapath.slide_encoder.create_model`.
+        init: weights of the slide encoder, as `gigapath.slide_encoder.create_model` takes them; "" for new ones.
     """
     encoder = create_model(
         init,
@@ -164,13 +154,8 @@ def build_autoencoder(init: str, sizes: SizeOptions, *, in_chans: int) -> Masked
 
 
 def loss_of_slides(predicted: Tensor, batch: Batch, kind: str) -> Tensor:
-    """The loss of each slide (S,): the mean over its hidden tiles, float32 at least.
-
-    Args:
-        predicted: (M, W).
-        batch: with the targets.
-        kind: "mse", the mean squared difference over tiles and dimensions, or "cosine", 1 - cosine.
-    """
+    """The loss of each slide (S,) by predictions (M, W), float32 at least: the mean over its hidden tiles of the
+    squared difference, over dimensions too ("mse"), or of 1 - cosine ("cosine")."""
     predicted = predicted if predicted.dtype == torch.float64 else predicted.float()
     target = batch.target.to(predicted.dtype)
     if kind == "mse":
