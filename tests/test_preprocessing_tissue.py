@@ -10,16 +10,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from made_slides import paint_tissue, write_pyramid
 
-from gigapath.preprocessing import published
-from gigapath.preprocessing.published import published_shares, share_below
+from gigapath.preprocessing import tissue
 from gigapath.preprocessing.slide import Overview, open_slide
-from gigapath.preprocessing.tiling import Grid, area_shares, plan_grid, tile_sections, tissue_of
+from gigapath.preprocessing.tiling import Grid, area_shares, plan_grid, published_shares, tile_sections, tissue_of
 from gigapath.preprocessing.tissue import (
     TissueMask,
     find_tissue,
     has_dark_background,
     make_mask,
     otsu_cuts,
+    share_below,
 )
 
 Image = npt.NDArray[np.uint8]
@@ -329,7 +329,7 @@ def plain_otsu(luminance: npt.NDArray[np.float64]) -> float:
 
 @pytest.mark.parametrize("mpp", [0.5, 0.252, 0.3])
 def test_published_keeps_what_the_plain_rule_keeps(tmp_path: Path, mpp: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(published, "BAND_PIXELS", 50_000)
+    monkeypatch.setattr(tissue, "LEVEL_PIXELS", 50_000)
     image = paint_tissue(3096, 2304, mpp=mpp)  # whole levels: no reader then shifts a band by parts of a pixel
     image[2000:2200, 100:900] = 120  # grey: darker than the threshold, whatever it is
     path = write_pyramid(tmp_path / "made.tif", image, mpp=(mpp, mpp), steps=(1, 3))

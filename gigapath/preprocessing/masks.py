@@ -23,7 +23,8 @@ from gigapath.features.other_tools import clam_step
 from gigapath.preprocessing.fast import open_tiff
 from gigapath.preprocessing.header import is_level_of
 from gigapath.preprocessing.slide import Overview, Slide
-from gigapath.preprocessing.tissue import METHODS, BoolImage, TissueMask, box_means, make_mask
+from gigapath.preprocessing.tiling import box_means
+from gigapath.preprocessing.tissue import METHODS, BoolImage, TissueMask, make_mask
 
 # Numbers in words pack to a tenth; what packs to a hundredth is none of ours.
 _MOST_PACKED = 100

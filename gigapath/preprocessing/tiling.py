@@ -18,13 +18,13 @@ from numpy.typing import NDArray
 
 from gigapath.features import TILES_NUMERICS_VERSION, Tiles
 from gigapath.options import Options, option
-from gigapath.preprocessing.reading import filter_name
+from gigapath.preprocessing.reading import filter_name, iter_tiles
 from gigapath.preprocessing.slide import SAME_SCALE, Overview, Slide, SlideError
 from gigapath.preprocessing.tissue import (
     METHODS,
     BoolImage,
     TissueMask,
-    box_means,
+    bands,
     by_bands,
     extremes,
     find_tissue,
@@ -32,7 +32,9 @@ from gigapath.preprocessing.tissue import (
     has_dark_background,
     is_grey,
     pen_pixels,
+    published_tissue,
     saturation,
+    share_below,
 )
 
 UPSAMPLING_LIMIT = 1.3
@@ -173,6 +175,27 @@ def area_shares(values: NDArray[Any], frame: TissueMask | Overview, grid: Grid) 
     return box_means(values, x, y)
 
 
+def box_means(values: NDArray[Any], x: NDArray[np.floating], y: NDArray[np.floating]) -> NDArray[np.float32]:
+    """Mean over boxes that lie side by side, exact where they cut through pixels: `x` (columns + 1,) and `y` (rows +
+    1,) are their edges in pixels of `values` (h, w), which count as 0 outside; (rows, columns)."""
+    # The running sums are 8 times as large as a mask.
+    along = [np.diff(_integral(values[rows], x, axis=1)) for rows in bands(values.shape[:2])]
+    sums = np.diff(_integral(np.concatenate(along), y, axis=0), axis=0)
+    means: NDArray[np.float32] = (sums / np.outer(np.diff(y), np.diff(x))).astype(np.float32)
+    return means
+
+
+def _integral(values: NDArray[Any], edges: NDArray[np.floating], axis: int) -> NDArray[np.float64]:
+    """Integral of a step function from its start to each edge along one axis; edges outside are clipped."""
+    cumulated = np.insert(np.cumsum(values, axis=axis, dtype=np.float64), 0, 0, axis=axis)
+    clipped = np.clip(edges, 0, values.shape[axis])
+    whole = np.minimum(clipped.astype(np.int64), values.shape[axis] - 1)
+    part = (clipped - whole).reshape((-1, 1) if axis == 0 else (1, -1))
+    low, high = np.take(cumulated, whole, axis=axis), np.take(cumulated, whole + 1, axis=axis)
+    result: NDArray[np.float64] = low * (1 - part) + high * part
+    return result
+
+
 def tile_sections(mask: TissueMask, grid: Grid) -> NDArray[np.int32]:
     """The connected piece that covers most of each tile's tissue (rows, columns); 0 where there is none. A pixel of the
     mask counts for the tile that holds its centre; of equal pieces the first in reading order wins."""
@@ -276,8 +299,6 @@ def plan_tiles(slide: Slide, options: TileOptions, *, workers: int = 0) -> TileP
         )
     mask = tissue_of(slide, overview, options.tissue, include=options.include, exclude=options.exclude)
     if options.tissue == "published":
-        from gigapath.preprocessing.published import published_shares
-
         fractions = published_shares(slide, mask, grid, workers=workers)
         kept = fractions > options.min_tissue  # "exceeds", as published
     else:
@@ -351,10 +372,36 @@ def tissue_of(
     if include or exclude:
         raise ValueError(f"--include, --exclude: expected --tissue FILE beside them, got --tissue {tissue}. Give one.")
     if tissue == "published":
-        from gigapath.preprocessing.published import published_tissue  # a rule of its own, seldom asked for
-
         return published_tissue(slide, overview)
     return find_tissue(overview, tissue)
+
+
+def cells_in_box(grid: Grid, box: tuple[int, int, int, int], margin: int = 0) -> NDArray[np.int64]:
+    """Cells (N, 2) of the tiles that meet a level-0 box (x, y, width, height) grown by a margin, row by row."""
+    left, top, width, height = box
+    cells = np.stack(np.meshgrid(np.arange(grid.columns), np.arange(grid.rows)), axis=-1).reshape(-1, 2)
+    corners = grid.corners(cells)
+    before = corners < (left + width + margin, top + height + margin)
+    after = corners + np.asarray(grid.pitch) > (left - margin, top - margin)
+    inside: NDArray[np.int64] = cells[(before & after).all(axis=1)]
+    return inside
+
+
+def published_shares(slide: Slide, mask: TissueMask, grid: Grid, *, workers: int = 0) -> NDArray[np.float32]:
+    """(rows, columns) of the grid: the share of each tile's own pixels below the threshold of `published_tissue`; a
+    tile is kept where it exceeds 0.1. Tiles that don't meet the tissue box have 0.
+
+    The tiles are read as an encoder would get them, a batch at a time: memory does not depend on the slide.
+    """
+    shares = np.zeros((grid.rows, grid.columns), np.float32)
+    if mask.box_level0 is None or mask.threshold is None:
+        return shares
+    cells = cells_in_box(grid, mask.box_level0)
+    tiles = grid.tiles(slide.slide_id, cells)
+    for first, pixels in iter_tiles(slide, tiles, batch_size=32, workers=workers):
+        rows, columns = cells[first : first + len(pixels), 1], cells[first : first + len(pixels), 0]
+        shares[rows, columns] = share_below(pixels, mask.threshold)
+    return shares
 
 
 def count_dropped(

@@ -2,14 +2,14 @@
 the palest tissue.
 
 Frames: overview pixels are (row, column) of `mask`; level-0 pixels are OpenSlide's absolute (x, y); a `TissueMask`
-carries the step from the one to the other. Colours are 8-bit RGB. The rules are those of three methods: `otsu` and
-`none` here, `published` in `gigapath.preprocessing.published`; masks that come as files are read in
-`gigapath.preprocessing.masks`.
+carries the step from the one to the other. Colours are 8-bit RGB. The rules are those of three methods: `otsu`, `none`
+and, at the end, `published`; masks that come as files are read in `gigapath.preprocessing.masks`.
 
 What tells tissue from glass is colour and real darkness; brightness alone also differs from field to field of a
 stitched slide, under dust, and where fields were never scanned.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
@@ -18,7 +18,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from gigapath.preprocessing.slide import Overview
+from gigapath.preprocessing.slide import Overview, Slide
 
 BoolImage = NDArray[np.bool_]
 T = TypeVar("T", bound=np.generic)
@@ -526,22 +526,87 @@ def _pieces(mask: BoolImage, connectivity: int = 8) -> tuple[NDArray[np.int32], 
     return np.asarray(labels, np.int32), np.asarray(statistics[:, cv2.CC_STAT_AREA], np.int32)
 
 
-def box_means(values: NDArray[Any], x: NDArray[np.floating], y: NDArray[np.floating]) -> NDArray[np.float32]:
-    """Mean over boxes that lie side by side, exact where they cut through pixels: `x` (columns + 1,) and `y` (rows +
-    1,) are their edges in pixels of `values` (h, w), which count as 0 outside; (rows, columns)."""
-    # The running sums are 8 times as large as a mask.
-    along = [np.diff(_integral(values[rows], x, axis=1)) for rows in bands(values.shape[:2])]
-    sums = np.diff(_integral(np.concatenate(along), y, axis=0), axis=0)
-    means: NDArray[np.float32] = (sums / np.outer(np.diff(y), np.diff(x))).astype(np.float32)
-    return means
+# The published rule: one luminance threshold for the whole slide, and each tile judged by its own pixels. Luminance is
+# the plain mean of R, G and B. Otsu's threshold is taken over the whole lowest level; what lies strictly below it is
+# foreground. Tiles that meet the foreground's bounding box are read, and one is kept when more than a tenth of its
+# pixels lie strictly below.
+BINS = 256
+LEVEL_PIXELS = 8_000_000  # of the lowest level, read at once
 
 
-def _integral(values: NDArray[Any], edges: NDArray[np.floating], axis: int) -> NDArray[np.float64]:
-    """Integral of a step function from its start to each edge along one axis; edges outside are clipped."""
-    cumulated = np.insert(np.cumsum(values, axis=axis, dtype=np.float64), 0, 0, axis=axis)
-    clipped = np.clip(edges, 0, values.shape[axis])
-    whole = np.minimum(clipped.astype(np.int64), values.shape[axis] - 1)
-    part = (clipped - whole).reshape((-1, 1) if axis == 0 else (1, -1))
-    low, high = np.take(cumulated, whole, axis=axis), np.take(cumulated, whole + 1, axis=axis)
-    result: NDArray[np.float64] = low * (1 - part) + high * part
-    return result
+def otsu_centre(histogram: NDArray[np.floating], edges: NDArray[np.floating]) -> float:
+    """Otsu's threshold as the published code has it: the centre of the last bin of the darker class, of equally good
+    ones the first; where there is but one value that one, under which nothing lies. `histogram` (n,) counts bins
+    between the darkest and the brightest value, `edges` (n + 1,)."""
+    filled = np.flatnonzero(histogram)
+    if len(filled) == 1:
+        return float((edges[0] + edges[-1]) / 2)
+    first = otsu_cuts(histogram)[0]
+    return float((edges[first] + edges[first + 1]) / 2)
+
+
+def share_below(tiles: NDArray[np.uint8], threshold: float) -> NDArray[np.float32]:
+    """(N,), 0 to 1: the share of each tile's pixels ((N, T, T, 3) RGB) whose luminance lies strictly below `threshold`,
+    in grey levels."""
+    dark = _channel_sums(tiles) < sums_below(threshold)
+    return np.asarray(dark.mean(axis=(1, 2), dtype=np.float64), np.float32)
+
+
+def sums_below(threshold: float) -> int:
+    """The least R + G + B whose mean is not strictly below `threshold`."""
+    return int(np.count_nonzero(np.arange(766) / 3 < threshold))
+
+
+def _channel_sums(image: NDArray[np.uint8]) -> NDArray[np.uint16]:
+    """(..., 3) to (...): R + G + B."""
+    sums = image[..., 0].astype(np.uint16)
+    sums += image[..., 1]
+    sums += image[..., 2]
+    return sums
+
+
+def published_tissue(slide: Slide, overview: Overview) -> TissueMask:
+    """Threshold and tissue box of the whole lowest level; the mask is the overview's share of it, for the picture."""
+    threshold, box = find_foreground(slide)
+    mask = (_channel_sums(overview.image) < sums_below(threshold)) & (box is not None)
+    return make_mask(
+        overview,
+        mask,
+        method="published",
+        threshold=threshold,
+        state="blank" if box is None else "tissue",
+        box_level0=box,
+    )
+
+
+def find_foreground(slide: Slide, threshold: float | None = None) -> tuple[float, tuple[int, int, int, int] | None]:
+    """Otsu's threshold (or the one given) over the whole lowest level, and the level-0 box (x, y, width, height) around
+    what lies below it, or None. The slide needs no mpp."""
+    if threshold is None:
+        counts = np.zeros(766, np.int64)
+        for _, sums in _lowest_level(slide):
+            counts += np.bincount(sums.ravel(), minlength=766)
+        seen = np.flatnonzero(counts)
+        threshold = otsu_centre(*np.histogram(seen / 3, bins=BINS, weights=counts[seen].astype(np.float64)))
+    limit = sums_below(threshold)
+    columns, rows = (np.zeros(length, bool) for length in slide.level_dimensions[-1])
+    for first, sums in _lowest_level(slide):
+        dark = sums < limit
+        columns |= dark.any(axis=0)
+        rows[first : first + len(dark)] = dark.any(axis=1)
+    if not rows.any():
+        return threshold, None
+    x, y = np.flatnonzero(columns), np.flatnonzero(rows)
+    step = slide.level_downsamples[-1]
+    left, top = math.floor(x[0] * step), math.floor(y[0] * step)
+    return threshold, (left, top, math.ceil((x[-1] + 1) * step) - left, math.ceil((y[-1] + 1) * step) - top)
+
+
+def _lowest_level(slide: Slide) -> Iterator[tuple[int, NDArray[np.uint16]]]:
+    """R + G + B of the whole lowest level in bands: (first row, (rows, w))."""
+    level = len(slide.level_dimensions) - 1
+    width, height = slide.level_dimensions[level]
+    rows = max(1, LEVEL_PIXELS // width)
+    for first in range(0, height, rows):
+        top = round(first * slide.level_downsamples[level])
+        yield first, _channel_sums(slide.read(0, top, level, width, min(rows, height - first)))

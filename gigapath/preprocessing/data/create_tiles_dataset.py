@@ -23,9 +23,9 @@ from gigapath.file_names import safe_name
 from gigapath.files import write_bytes_atomic, write_text_atomic
 from gigapath.preprocessing.data.foreground_segmentation import segment_foreground
 from gigapath.preprocessing.data.tiling import tile_array_2d
-from gigapath.preprocessing.published import cells_in_box, find_foreground, share_below
 from gigapath.preprocessing.slide import Overview, Slide, SlideError, open_slide
-from gigapath.preprocessing.tiling import Grid, whole_tiles
+from gigapath.preprocessing.tiling import Grid, cells_in_box, whole_tiles
+from gigapath.preprocessing.tissue import find_foreground, share_below
 from gigapath.read_ahead import read_ahead
 from gigapath.tables import csv_text
 

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gigapath.preprocessing.published import BINS, otsu_centre
+from gigapath.preprocessing.tissue import BINS, otsu_centre
 
 
 def segment_foreground(slide: NDArray[Any], threshold: float | None = None) -> tuple[NDArray[np.bool_], float]:
