@@ -153,5 +153,6 @@ def test_degenerate_follow_up_gets_a_sentence_and_no_number() -> None:
 
 def test_group_curve_counts_who_is_left() -> None:
     curve = group_curve("high", np.array([1.0, 2, 2, 5]), np.array([True, True, False, True]), [0, 2, 3])
-    assert (curve.at_risk, curve.events, curve.times, curve.censored) == ([4, 3, 1], 3, [1, 2, 5], [0, 1, 0])
-    assert curve.survival == pytest.approx([0.75, 0.5, 0])
+    assert (curve["at_risk"], curve["events"]) == ([4, 3, 1], 3)
+    assert (curve["times"], curve["censored"]) == ([1, 2, 5], [0, 1, 0])
+    assert curve["survival"] == pytest.approx([0.75, 0.5, 0])

@@ -6,6 +6,7 @@ import logging
 import math
 import re
 import unicodedata
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -398,7 +399,7 @@ def read_labels(path: Path | str, task: Task, *, id_rule: str = "exact") -> Labe
     name = table.source
     id_column = column_of(table, task.id_column, ID_COLUMNS, "the slide's name", "id_column")
     slide_ids = table.filled(id_column)
-    twice = _first_twice(slide_ids)
+    twice = first_twice(slide_ids)
     if twice is not None:
         raise ValueError(f"{name}: {twice} has two rows. Keep one.")
     truth: npt.NDArray[Any]
@@ -535,13 +536,9 @@ def _flags(table: Table, columns: Sequence[str]) -> IntArray:
     return truth
 
 
-def _first_twice(names: Iterable[str]) -> str | None:
-    seen: set[str] = set()
-    for name in names:
-        if name in seen:
-            return name
-        seen.add(name)
-    return None
+def first_twice(names: Iterable[str]) -> str | None:
+    """The first name that occurs twice."""
+    return next((name for name, count in Counter(names).items() if count > 1), None)
 
 
 @dataclass(frozen=True)
@@ -601,7 +598,7 @@ def join_labels(
             raise ValueError(f"two files have the id {key}: {by_id[key].name} and {file.name}. Keep one.")
         by_id[key] = file
     keys = [make(slide_id) for slide_id in labels.slide_ids]
-    twice = _first_twice(keys)
+    twice = first_twice(keys)
     if twice is not None:
         raise ValueError(f"{labels.source}: two rows have the id {twice}. Make the id rule more exact.")
     found = [row for row, key in enumerate(keys) if key in by_id]

@@ -33,7 +33,7 @@ def draw_confusion(counts: IntArray, class_names: Sequence[str], *, title: str) 
     """A confusion matrix: shade = share of the true class, number = rows; counts (C, C), row = true class."""
     classes = len(class_names)
     side = min(3.4 + 0.55 * classes, 14.0)
-    figure, axes = _figure(side + 0.8, side)
+    figure, axes = _figure(side + 0.8, side, open=False)
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     image = axes.imshow(shares, cmap="cividis", vmin=0, vmax=1)
     slanted = classes > 3 and max(map(len, class_names)) > 3
@@ -46,11 +46,7 @@ def draw_confusion(counts: IntArray, class_names: Sequence[str], *, title: str) 
         for row in range(classes):
             for column in range(classes):
                 ink = "black" if shares[row, column] > 0.55 else "white"
-                text = (
-                    f"{counts[row, column]:,}\n{shares[row, column]:.0%}"
-                    if classes <= 8
-                    else f"{counts[row, column]:,}"
-                )
+                text = f"{counts[row, column]:,}" + (f"\n{shares[row, column]:.0%}" if classes <= 8 else "")
                 axes.text(column, row, text, ha="center", va="center", color=ink, fontsize=11 if classes <= 8 else 7)
     figure.colorbar(image, ax=axes, label="share of the true class", fraction=0.046, pad=0.04)
     return _png(figure)
@@ -95,21 +91,13 @@ def draw_curves(curves: Curves) -> bytes:
     all_axes = [axes] if len(panels) == 1 else list(axes)
     for ax, (y_label, lines) in zip(all_axes, panels.items(), strict=True):
         for index, (name, (x, y)) in enumerate(lines.items()):
-            ax.plot(
-                x,
-                y,
-                label=name,
-                color=COLOURS[index % len(COLOURS)],
-                linestyle=STYLES[index % len(STYLES)],
-                linewidth=1.6,
-                marker="o" if len(x) == 1 else None,
-            )
+            look = {"color": COLOURS[index % len(COLOURS)], "linestyle": STYLES[index % len(STYLES)], "linewidth": 1.6}
+            ax.plot(x, y, label=name, marker="o" if len(x) == 1 else None, **look)
         if curves.mark is not None:
             ax.axvline(float(at(curves.mark[0])), color="0.45", linewidth=1, linestyle=":", label=curves.mark[1])
         ax.set_ylabel(y_label)
         ax.grid(color="0.9")
         ax.set_axisbelow(True)
-        ax.spines[["top", "right"]].set_visible(False)
         ax.legend(frameon=False, fontsize=9)
     places = {float(x) for lines in panels.values() for xs, _ in lines.values() for x in xs}
     if len(places) == 1:
@@ -138,7 +126,6 @@ def draw_intervals(
     axes.set_title(title)
     axes.grid(axis="x", color="0.9")
     axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
     return _png(figure)
 
 
@@ -146,7 +133,7 @@ def draw_survival(groups: Mapping[str, Any], title: str) -> bytes:
     """Kaplan-Meier curves of groups with censorings as ticks, the numbers at risk below, and the log-rank p.
 
     Args:
-        groups: JSON values of `survival.risk_groups`.
+        groups: of `scores.risk_groups`.
     """
     figure, axes = _figure(7.0, 4.8)
     for index, curve in enumerate(groups["curves"]):
@@ -168,7 +155,6 @@ def draw_survival(groups: Mapping[str, Any], title: str) -> bytes:
     axes.set_title(title)
     p = groups["p"]
     axes.legend(frameon=False, title=None if p is None or np.isnan(p) else f"log-rank p = {p:.2g}")
-    axes.spines[["top", "right"]].set_visible(False)
     return _png(figure)
 
 
@@ -182,7 +168,6 @@ def draw_scatter(truth: npt.NDArray[np.floating], said: npt.NDArray[np.floating]
     axes.set_ylabel(f"{name}, predicted")
     axes.set_title(title)
     axes.legend(frameon=False)
-    axes.spines[["top", "right"]].set_visible(False)
     return _png(figure)
 
 
@@ -209,14 +194,17 @@ def write_events(folder: Path, curves: Mapping[str, Sequence[tuple[int, float]]]
     return True
 
 
-def _figure(width: float, height: float, rows: int = 1) -> tuple[Any, Any]:
-    """A figure with its axes, without pyplot's process-wide state; inches."""
+def _figure(width: float, height: float, rows: int = 1, *, open: bool = True) -> tuple[Any, Any]:
+    """A figure with its axes, `open` above and to the right, without pyplot's process-wide state; inches."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError("matplotlib: not installed. Pictures need it: pip install 'gigapath[train]'.") from error
     figure = Figure(figsize=(width, height), layout="constrained")
-    return figure, figure.subplots(rows, 1, sharex=True)
+    axes = figure.subplots(rows, 1, sharex=True, squeeze=False)[:, 0]
+    for each in axes if open else ():
+        each.spines[["top", "right"]].set_visible(False)
+    return figure, axes if rows > 1 else axes[0]
 
 
 def _png(figure: Any) -> bytes:

@@ -694,36 +694,19 @@ def survival_notes(time: FloatArray, event: BoolArray, horizons: Sequence[float]
     return notes
 
 
-@dataclass(frozen=True)
-class GroupCurve:
-    """The Kaplan-Meier curve of a group.
-
-    Attributes:
-        name: of the group.
-        times: (U,) at which the curve steps or a row is censored.
-        survival: (U,) from then on.
-        censored: (U,) rows censored then.
-        marks: times at which rows under observation are counted.
-        at_risk: their numbers.
-        events: in all.
-    """
-
-    name: str
-    times: list[float]
-    survival: list[float]
-    censored: list[int]
-    marks: list[float]
-    at_risk: list[int]
-    events: int
-
-
-def group_curve(name: str, time: FloatArray, event: BoolArray, marks: Sequence[float]) -> GroupCurve:
-    """The Kaplan-Meier curve of some rows."""
+def group_curve(name: str, time: FloatArray, event: BoolArray, marks: Sequence[float]) -> dict[str, Any]:
+    """The Kaplan-Meier curve of some rows: `times` (U,) at which it steps or a row is censored, `survival` (U,) from
+    then on, `censored` (U,) rows then, rows `at_risk` at the `marks`, and `events` in all."""
     limit, ones = ProductLimit(time, event), np.ones((1, len(time)))
-    counted = [int((time >= mark).sum()) for mark in marks]
-    censored = limit.counts(ones)[2][0].astype(int).tolist()
-    curve = limit.survival(ones)[0].tolist()
-    return GroupCurve(name, limit.times.tolist(), curve, censored, list(marks), counted, int(event.sum()))
+    return {
+        "name": name,
+        "times": limit.times.tolist(),
+        "survival": limit.survival(ones)[0].tolist(),
+        "censored": limit.counts(ones)[2][0].astype(int).tolist(),
+        "marks": list(marks),
+        "at_risk": [int((time >= mark).sum()) for mark in marks],
+        "events": int(event.sum()),
+    }
 
 
 def risk_groups(truth: FloatArray, risk: FloatArray) -> dict[str, Any]:

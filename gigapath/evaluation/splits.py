@@ -256,9 +256,7 @@ def check_classes(folds: Sequence[Fold], truth_of_row: npt.NDArray[Any], classes
         truth_of_row: (N,) class index, or (N, C) of 0 and 1; float64 (N, 2) of times and events, (N,) of amounts.
         classes: their names.
     """
-    if truth_of_row.dtype.kind == "f":
-        return _check_events(folds, truth_of_row[:, 1] if truth_of_row.ndim == 2 else np.ones(len(truth_of_row)))
-    multi_label = truth_of_row.ndim == 2
+    of_events, multi_label = truth_of_row.dtype.kind == "f", truth_of_row.ndim == 2
     notes = []
     for fold in folds:
         for name, rows in fold.sets().items():
@@ -267,6 +265,12 @@ def check_classes(folds: Sequence[Fold], truth_of_row: npt.NDArray[Any], classes
                 continue
             if len(rows) == 0:
                 raise ValueError(f"{fold}: its {name} set is empty. Add slides, or take fewer folds.")
+            if of_events:
+                if multi_label and not truth[:, 1].any():
+                    if name == "train":
+                        raise ValueError(f"{fold}: no training slide has an event. Add slides, or take other folds.")
+                    notes.append(f"{fold}: no {name} slide has an event")
+                continue
             counts = truth.sum(axis=0) if multi_label else np.bincount(truth, minlength=len(classes))
             lacking = [classes[i] for i in np.flatnonzero(counts == 0).tolist()]
             if multi_label and name == "train":
@@ -284,20 +288,6 @@ def check_classes(folds: Sequence[Fold], truth_of_row: npt.NDArray[Any], classes
                 )
             if name == "test" and lacking:
                 notes.append(f"{fold}: no test slide of {', '.join(lacking)}")
-    return notes
-
-
-def _check_events(folds: Sequence[Fold], events: npt.NDArray[np.float64]) -> list[str]:
-    notes = []
-    for fold in folds:
-        for name, rows in fold.sets().items():
-            if len(rows) == 0 and name != "val":
-                raise ValueError(f"{fold}: its {name} set is empty. Add slides, or take fewer folds.")
-            if events[rows].any() or len(rows) == 0:
-                continue
-            if name == "train":
-                raise ValueError(f"{fold}: no training slide has an event. Add slides, or take other folds.")
-            notes.append(f"{fold}: no {name} slide has an event")
     return notes
 
 

@@ -127,20 +127,36 @@ def _images(files: Files, where: str) -> TileSet:
     else:
         folders = [PurePosixPath(members[index]).parent.name for index in images]
         labels = ["" if folder.lower() in SPLIT_WORDS else folder for folder in folders]
-    order = sorted(range(len(images)), key=lambda row: (splits[row], names[row]))
 
     def read(rows: Sequence[int]) -> list[Pixels]:
-        indices = [images[order[row]] for row in rows]
-        return [_decode(files.read(index), members[index]) for index in indices]
+        return [_decode(files.read(images[row]), members[images[row]]) for row in rows]
+
+    return _ordered(names, splits, labels if any(labels) else None, groups, group_column, read, files.identity())
+
+
+def _ordered(
+    names: Sequence[str],
+    splits: Sequence[str],
+    labels: Sequence[str] | None,
+    groups: Sequence[str] | None,
+    group_column: str | None,
+    read: Callable[[Sequence[int]], list[Pixels]],
+    identity: str,
+) -> TileSet:
+    """Tiles as they were found, in order of split and name."""
+    order = sorted(range(len(names)), key=lambda row: (splits[row], names[row]))
+
+    def ordered(values: Sequence[str]) -> tuple[str, ...]:
+        return tuple(values[row] for row in order)
 
     return TileSet(
-        names=tuple(names[row] for row in order),
-        splits=tuple(splits[row] for row in order),
-        labels=tuple(labels[row] for row in order) if any(labels) else None,
-        groups=None if groups is None else tuple(groups[row] for row in order),
-        group_column=group_column,
-        read=read,
-        identity=files.identity(),
+        ordered(names),
+        ordered(splits),
+        None if labels is None else ordered(labels),
+        None if groups is None else ordered(groups),
+        group_column,
+        lambda rows: read([order[row] for row in rows]),
+        identity,
     )
 
 
@@ -198,12 +214,11 @@ def _pcam(paths: list[Path]) -> TileSet:
         labels += [str(int(value)) for value in truth]
         groups += _pcam_slides(path, count)
         where += [(path, row) for row in range(count)]
-    order = sorted(range(len(names)), key=lambda row: (splits[row], names[row]))
 
     def read(rows: Sequence[int]) -> list[Pixels]:
         wanted: dict[Path, list[int]] = {}
         for row in rows:
-            path, index = where[order[row]]
+            path, index = where[row]
             wanted.setdefault(path, []).append(index)
         found: dict[tuple[Path, int], Pixels] = {}
         for path, indices in wanted.items():
@@ -211,17 +226,11 @@ def _pcam(paths: list[Path]) -> TileSet:
             with open_h5(path) as file:
                 block = np.asarray(file["x"][start:end])
             found.update({(path, index): block[index - start] for index in indices})
-        return [found[where[order[row]]] for row in rows]
+        return [found[where[row]] for row in rows]
 
-    return TileSet(
-        names=tuple(names[row] for row in order),
-        splits=tuple(splits[row] for row in order),
-        labels=tuple(labels[row] for row in order),
-        groups=tuple(groups[row] for row in order) if all(groups) else None,
-        group_column="wsi" if all(groups) else None,
-        read=read,
-        identity=" ".join(f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in paths),
-    )
+    identity = " ".join(f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in paths)
+    known = all(groups)
+    return _ordered(names, splits, labels, groups if known else None, "wsi" if known else None, read, identity)
 
 
 def _pcam_slides(path: Path, count: int) -> list[str]:

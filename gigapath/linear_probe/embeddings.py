@@ -28,21 +28,19 @@ import numpy.typing as npt
 import torch
 from safetensors import safe_open
 
+from gigapath.evaluation.labels import first_twice
 from gigapath.features.h5 import H5Writer, is_complete, open_h5, read_attrs, write_attrs
 from gigapath.files import OutputError, real_path
+from gigapath.machine import available_cores
 from gigapath.progress import Progress
 from gigapath.read_ahead import read_ahead
 
 TRAIN, VALIDATION, TEST = "train", "val", "test"
 SPLITS = (TRAIN, VALIDATION, TEST)
 SPLIT_WORDS = {
-    "train": TRAIN,
-    "training": TRAIN,
-    "val": VALIDATION,
-    "valid": VALIDATION,
-    "validation": VALIDATION,
-    "test": TEST,
-    "testing": TEST,
+    **dict.fromkeys(("train", "training"), TRAIN),
+    **dict.fromkeys(("val", "valid", "validation"), VALIDATION),
+    **dict.fromkeys(("test", "testing"), TEST),
 }
 STAGE = "embedding table"
 CHECKED_ROWS = 4096  # rows that share one checksum
@@ -142,12 +140,7 @@ def read_table(path: Path | str) -> EmbeddingTable:
         ValueError: another kind of file, a damaged one, NaN, names that repeat.
     """
     path = Path(path)
-    readers: dict[str, Callable[[Path], dict[str, Any]]] = {
-        ".h5": _read_h5,
-        ".hdf5": _read_h5,
-        ".npz": _read_npz,
-        ".safetensors": _read_safetensors,
-    }
+    readers = {".h5": _read_h5, ".hdf5": _read_h5, ".npz": _read_npz, ".safetensors": _read_safetensors}
     reader = readers.get(path.suffix.lower())
     if reader is None:
         raise ValueError(f"{path.name}: expected a .zip, a folder, .h5, .npz or .safetensors, got {path.suffix!r}.")
@@ -193,9 +186,7 @@ def _table_from(entries: dict[str, Any], source: str) -> EmbeddingTable:
 
 def check_unique(names: Sequence[str], source: str) -> None:
     """Raise ValueError that names the first name which occurs twice."""
-    if len(set(names)) < len(names):
-        seen: set[str] = set()
-        twice = next(name for name in names if name in seen or seen.add(name))  # type: ignore[func-returns-value]
+    if (twice := first_twice(names)) is not None:
         raise ValueError(f"{source}: two embeddings are named {twice}. Give each tile one name.")
 
 
@@ -276,8 +267,8 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
 
 
 def worker_count() -> int:
-    """Threads for reading: the processors that this process may use, at most 8."""
-    return min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    """Threads for reading."""
+    return min(8, available_cores())
 
 
 def _as_bytes(values: Sequence[str]) -> npt.NDArray[np.bytes_]:
@@ -427,10 +418,9 @@ def read_embeddings(
         ValueError: a damaged container, a file that holds code, NaN, vectors of different widths.
     """
     path = Path(path)
-    if path.is_dir():
-        files: Files = FolderFiles(path, _is_vector)
-    elif path.suffix.lower() == ".zip":
-        files = ZipFiles(path, _is_vector)
+    if path.is_dir() or path.suffix.lower() == ".zip":
+        kind = FolderFiles if path.is_dir() else ZipFiles
+        files = kind(path, lambda name: name.endswith(".pt") and visible(name))
     else:
         table = read_table(path)
         order = sorted(range(len(table)), key=lambda row: (table.splits[row], table.names[row]))
@@ -595,10 +585,6 @@ def _load(content: bytes, name: str) -> torch.Tensor:
     if tensor.numel() == 0 or tensor.numel() != max(tensor.shape, default=0):
         raise ValueError(f"{name}: expected one vector, got shape {tuple(tensor.shape)}.")
     return tensor.detach()
-
-
-def _is_vector(name: str) -> bool:
-    return name.endswith(".pt") and visible(name)
 
 
 def _reason(error: BaseException) -> str:

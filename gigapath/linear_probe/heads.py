@@ -106,7 +106,6 @@ def train(
     recipe: TileProbeOptions,
     *,
     seed: int,
-    on_look: Callable[[Look], None] = lambda look: None,
 ) -> Fit:
     """Run the recipe once.
 
@@ -117,7 +116,6 @@ def train(
         features: (N, D) float32 on the device.
         labels: (N,) int64 class index, on the device.
         train_rows: rows of `features` to draw from, int64 on the device.
-        on_look: called after each look.
 
     Raises:
         ValueError: the loss is no longer finite.
@@ -151,7 +149,6 @@ def train(
             head = LinearHead(weight.clone(), bias.clone())
             f1 = f1_weighted(val_truth, head.logits(features, val_rows).argmax(axis=1), classes)
             looks.append(Look(step + 1, loss, f1))
-            on_look(looks[-1])
             last_look = step + 1
             if best is None or f1 > best[0]:
                 best = (f1, step + 1, head)
@@ -229,12 +226,9 @@ class LogisticRegression:
         labels: torch.Tensor,
         rows: torch.Tensor,
         classes: int,
-        *,
-        standardise: bool = True,
     ) -> None:
         self._features, self._labels, self._rows, self._classes = features, labels, rows, classes
-        ones = torch.ones(features.shape[1], dtype=torch.float64, device=features.device)
-        self._mean, self._scale = standardisation(features, rows) if standardise else (torch.zeros_like(ones), ones)
+        self._mean, self._scale = standardisation(features, rows)
         self._start = np.zeros(classes * (features.shape[1] + 1))
 
     def fit(self, penalty: float) -> LinearHead:

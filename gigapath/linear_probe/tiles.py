@@ -2,7 +2,7 @@
 
 import platform
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -195,14 +195,12 @@ def probe_tiles(
     tile_options: TileProbeOptions = TileProbeOptions(),  # noqa: B008 - frozen
     *,
     watch: Progress | None = None,
-    on_look: Callable[[int, Look], None] = lambda seed, look: None,
 ) -> TileProbe:
     """Read, fit, choose on validation, and score once on test.
 
     Args:
         labels: CSV, or None where the embeddings carry their labels.
         watch: receives the news of the reading.
-        on_look: called with the seed and each look at the validation set.
 
     Raises:
         FileNotFoundError, ValueError: one sentence on what is wrong; nothing was written.
@@ -213,7 +211,7 @@ def probe_tiles(
     data = load_data(embeddings, labels, options, pcam_meta=meta, cache=cache, watch=watch)
     read = time.perf_counter()
     with at_most_threads(available_cores()), computing("fp32", device):
-        heads, choice = fit_heads(data, options, tile_options, device, on_look)
+        heads, choice = fit_heads(data, options, tile_options, device)
     fitted = time.perf_counter()
     notes = list(data.warnings)
     if tile_options.seeds > 1 and tile_options.solver != "sgd":
@@ -249,12 +247,8 @@ def fit_heads(
     options: ProbeOptions,
     tile_options: TileProbeOptions,
     device: torch.device,
-    on_look: Callable[[int, Look], None] = lambda seed, look: None,
 ) -> tuple[tuple[SeedResult, ...], Choice | None]:
     """Fit the chosen solver, once per seed where it draws; the test rows are only predicted, once per head.
-
-    Args:
-        on_look: called with the seed and each look at the validation set.
 
     Returns:
         a result a seed, and what was chosen on validation where the solver tries several.
@@ -276,7 +270,7 @@ def fit_heads(
     if tile_options.solver == "sgd":
         results = []
         for seed in range(options.seed, options.seed + tile_options.seeds):
-            fit = train(*training, tile_options, seed=seed, on_look=partial(on_look, seed))
+            fit = train(*training, tile_options, seed=seed)
             results.append(fitted(fit.head, seed, "the step with the best weighted F1 on validation", fit))
         return tuple(results), None
     if tile_options.solver == "lbfgs":
