@@ -63,7 +63,7 @@ def test_folders_say_split_and_class(folder: Path, tmp_path: Path) -> None:
     tiles = open_tile_set(folder)
     assert len(tiles) == 30 and tiles.names[0] == "test/normal/0" and tiles.splits[:10] == ("test",) * 10
     assert tiles.labels is not None and tiles.labels[3:7] == ("normal", "normal", "tumour", "tumour")
-    embed_tiles(tiles, MeanEncoder(), tmp_path / "out.h5", batch_size=8)  # type: ignore[arg-type]
+    embed_tiles(tiles, MeanEncoder(), tmp_path / "out.h5", batch_size=8)
     table = read_table(tmp_path / "out.h5")
     assert table.names == tiles.names and table.labels == tiles.labels
     assert set(table.splits) == {"train", "val", "test"}
@@ -94,16 +94,15 @@ def test_csv_in_a_zip_goes_before_folders(tmp_path: Path) -> None:
     assert np.array_equal(tiles.read([5])[0], picture(3))
 
 
-def write_pcam(folder: Path, *, meta: bool = True) -> None:
+def write_pcam(folder: Path) -> None:
     for split, count in (("train", 6), ("valid", 4), ("test", 4)):
         stem = f"camelyonpatch_level_2_split_{split}"
         with h5py.File(folder / f"{stem}_x.h5", "w") as file:
             file["x"] = np.stack([picture(count * 100 + row) for row in range(count)])
         with h5py.File(folder / f"{stem}_y.h5", "w") as file:
             file["y"] = (np.arange(count) % 2).astype(np.uint8).reshape(count, 1, 1, 1)
-        if meta:
-            lines = [f"{row},{row % 2},camelyon16_{split}_{row // 2}" for row in range(count)]
-            (folder / f"{stem}_meta.csv").write_text("index,tumor_patch,wsi\n" + "\n".join(lines) + "\n")
+        lines = [f"{row},{row % 2},camelyon16_{split}_{row // 2}" for row in range(count)]
+        (folder / f"{stem}_meta.csv").write_text("index,tumor_patch,wsi\n" + "\n".join(lines) + "\n")
 
 
 @pytest.mark.parametrize("below", [".", "pcam"])
@@ -117,18 +116,16 @@ def test_pcams_own_files_say_split_label_and_slide(tmp_path: Path, below: str) -
     assert np.array_equal(np.stack(tiles.read([4, 9, 0])), np.stack([picture(600), picture(605), picture(400)]))
     alone = open_tile_set(tmp_path / below / "camelyonpatch_level_2_split_test_x.h5")
     assert len(alone) == 4 and alone.splits == ("test",) * 4
-
-
-def test_pcam_without_meta_files_has_no_groups(tmp_path: Path) -> None:
-    write_pcam(tmp_path, meta=False)
+    for meta in (tmp_path / below).glob("*_meta.csv"):
+        meta.unlink()
     assert open_tile_set(tmp_path).groups is None
 
 
 def test_encoder_sees_full_batches_only_and_neighbours_change_nothing(folder: Path, tmp_path: Path) -> None:
     encoder = MeanEncoder()
-    embed_tiles(open_tile_set(folder), encoder, tmp_path / "a.h5", batch_size=8)  # type: ignore[arg-type]
+    embed_tiles(open_tile_set(folder), encoder, tmp_path / "a.h5", batch_size=8)
     assert set(encoder.batches) == {(8, 16, 16, 3)} and len(encoder.batches) == 4
-    embed_tiles(open_tile_set(folder), MeanEncoder(), tmp_path / "b.h5", batch_size=30)  # type: ignore[arg-type]
+    embed_tiles(open_tile_set(folder), MeanEncoder(), tmp_path / "b.h5", batch_size=30)
     assert np.array_equal(read_table(tmp_path / "a.h5").features, read_table(tmp_path / "b.h5").features)
 
 
@@ -137,7 +134,7 @@ def test_run_in_pieces_gives_the_bytes_of_a_run_in_one(
 ) -> None:
     monkeypatch.setattr("gigapath.linear_probe.embed_tiles.FLUSH_EVERY", 2)
     tiles = open_tile_set(folder)
-    embed_tiles(tiles, MeanEncoder(), tmp_path / "whole.h5", batch_size=4)  # type: ignore[arg-type]
+    embed_tiles(tiles, MeanEncoder(), tmp_path / "whole.h5", batch_size=4)
 
     stops = iter([None, None, None, KeyboardInterrupt()])
 
@@ -147,10 +144,10 @@ def test_run_in_pieces_gives_the_bytes_of_a_run_in_one(
 
     out = tmp_path / "pieces.h5"
     with pytest.raises(KeyboardInterrupt):
-        embed_tiles(tiles, MeanEncoder(), out, batch_size=4, check_stop=stop)  # type: ignore[arg-type]
+        embed_tiles(tiles, MeanEncoder(), out, batch_size=4, check_stop=stop)
     assert not out.exists() and (tmp_path / "pieces.h5.rows.partial").is_file()
     encoder = MeanEncoder()
-    assert embed_tiles(tiles, encoder, out, batch_size=4) == 12  # type: ignore[arg-type]
+    assert embed_tiles(tiles, encoder, out, batch_size=4) == 12
     assert len(encoder.batches) == 5
     assert out.read_bytes() == (tmp_path / "whole.h5").read_bytes()
     assert not (tmp_path / "pieces.h5.rows.partial").exists()
@@ -169,7 +166,7 @@ def test_progress_of_another_run_is_not_continued(folder: Path, tmp_path: Path, 
 
     out = tmp_path / "out.h5"
     with pytest.raises(KeyboardInterrupt):
-        embed_tiles(open_tile_set(folder), MeanEncoder(), out, batch_size=4, check_stop=stop_after(3))  # type: ignore[arg-type]
+        embed_tiles(open_tile_set(folder), MeanEncoder(), out, batch_size=4, check_stop=stop_after(3))
     encoder, batch_size = MeanEncoder(), 4
     if change == "encoder":
         encoder.weights_sha256 = "1" * 64
@@ -180,19 +177,19 @@ def test_progress_of_another_run_is_not_continued(folder: Path, tmp_path: Path, 
     else:
         rows = out.with_name("out.h5.rows.partial")
         rows.write_bytes(rows.read_bytes()[:-3])
-    assert embed_tiles(open_tile_set(folder), encoder, out, batch_size=batch_size) == 0  # type: ignore[arg-type]
-    whole = embed_tiles(open_tile_set(folder), encoder, tmp_path / "w.h5", batch_size=batch_size)  # type: ignore[arg-type]
+    assert embed_tiles(open_tile_set(folder), encoder, out, batch_size=batch_size) == 0
+    whole = embed_tiles(open_tile_set(folder), encoder, tmp_path / "w.h5", batch_size=batch_size)
     assert whole == 0
     assert np.array_equal(read_table(out).features, read_table(tmp_path / "w.h5").features)
 
 
 def test_table_that_is_finished_is_kept_and_one_of_other_options_refused(folder: Path, tmp_path: Path) -> None:
     out, tiles = tmp_path / "out.h5", open_tile_set(folder)
-    embed_tiles(tiles, MeanEncoder(), out, batch_size=4)  # type: ignore[arg-type]
+    embed_tiles(tiles, MeanEncoder(), out, batch_size=4)
     before, encoder = out.stat().st_mtime_ns, MeanEncoder()
-    assert embed_tiles(tiles, encoder, out, batch_size=4) == 30  # type: ignore[arg-type]
+    assert embed_tiles(tiles, encoder, out, batch_size=4) == 30
     with pytest.raises(ValueError, match=r"--batch-size 4 -> 5.*--overwrite"):
-        embed_tiles(tiles, encoder, out, batch_size=5)  # type: ignore[arg-type]
+        embed_tiles(tiles, encoder, out, batch_size=5)
     assert encoder.batches == [] and out.stat().st_mtime_ns == before
 
     def stop() -> None:
@@ -200,9 +197,9 @@ def test_table_that_is_finished_is_kept_and_one_of_other_options_refused(folder:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        embed_tiles(tiles, encoder, out, batch_size=5, overwrite=True, check_stop=stop)  # type: ignore[arg-type]
-    assert embed_tiles(tiles, MeanEncoder(), out, batch_size=4) == 30  # type: ignore[arg-type]
-    assert embed_tiles(tiles, MeanEncoder(), out, batch_size=5, overwrite=True) == 5  # type: ignore[arg-type]
+        embed_tiles(tiles, encoder, out, batch_size=5, overwrite=True, check_stop=stop)
+    assert embed_tiles(tiles, MeanEncoder(), out, batch_size=4) == 30
+    assert embed_tiles(tiles, MeanEncoder(), out, batch_size=5, overwrite=True) == 5
     assert read_table(out).attrs["batch_size"] == 5
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.h5", "tiles"]
 
@@ -233,7 +230,7 @@ def test_colour_statistics_are_means_and_deviations() -> None:
 def test_bad_tile_set_is_one_sentence(folder: Path, tmp_path: Path, name: str, content: bytes, message: str) -> None:
     (folder / name).write_bytes(content)
     with pytest.raises(ValueError, match=message):
-        embed_tiles(open_tile_set(folder), MeanEncoder(), tmp_path / "out.h5", batch_size=4)  # type: ignore[arg-type]
+        embed_tiles(open_tile_set(folder), MeanEncoder(), tmp_path / "out.h5", batch_size=4)
     assert not (tmp_path / "out.h5").exists()
 
 

@@ -21,12 +21,10 @@ from gigapath.evaluation.scores import Scorer
 from gigapath.features import SlideEmbeddings, read_slide, read_slides, write_slide
 from gigapath.linear_probe import ProbeOptions, SlideProbeOptions
 from gigapath.linear_probe import fits as fits_module
-from gigapath.linear_probe.data import rows_of_table
 from gigapath.linear_probe.fits import fit_folds
 from gigapath.linear_probe.heads import PENALTIES, LogisticRegression, choose_penalty
-from gigapath.linear_probe.slides import held_out, probe_slides, repeated_folds
+from gigapath.linear_probe.slides import SlideProbe, held_out, probe_slides, repeated_folds
 from gigapath.report.results import collect_results
-from gigapath.tables import parse_table
 
 PATIENTS = 40
 QUICK = SlideProbeOptions(embedding="default", folds=3, repeats=2)
@@ -85,14 +83,25 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return write_run(tmp_path_factory.mktemp("run"))
 
 
+@pytest.fixture(scope="module")
+def probed(made: tuple[Path, Path]) -> SlideProbe:
+    return probe_slides(*made, ProbeOptions(positive="mutant", replicates=50), QUICK)
+
+
+@pytest.fixture
+def relabelled(made: tuple[Path, Path], tmp_path: Path) -> tuple[Path, Path]:
+    """The run with labels that may be changed."""
+    return made[0], Path(shutil.copy(made[1], tmp_path / "labels.csv"))
+
+
 @pytest.fixture
 def copied(made: tuple[Path, Path], tmp_path: Path) -> tuple[Path, Path]:
     """The run once more, to be changed; copied, since writing each file to the disk takes its time."""
     return shutil.copytree(made[0], tmp_path / "copy"), tmp_path / "copy" / made[1].name
 
 
-def test_slide_encoder_is_compared_with_the_mean_of_the_tiles(made: tuple[Path, Path]) -> None:
-    found = probe_slides(*made, ProbeOptions(positive="mutant"), QUICK)
+def test_slide_encoder_is_compared_with_the_mean_of_the_tiles(probed: SlideProbe) -> None:
+    found = probed
     assert list(found.scores) == ["tile-mean", "default", "chance", "site alone"]
     default, baseline = found.scores["default"], found.scores["tile-mean"]
     assert default["auroc"].value > 0.85 > baseline["auroc"].value
@@ -103,23 +112,15 @@ def test_slide_encoder_is_compared_with_the_mean_of_the_tiles(made: tuple[Path, 
     assert found.scores["chance"]["auroc"].value == 0.5
     assert 0.5 < found.scores["site alone"]["auroc"].value < 0.85
     assert found.data.classes == ("wild", "mutant")
-
-
-def test_scores_are_over_patients_with_slides_beside(made: tuple[Path, Path]) -> None:
-    score = probe_slides(*made, ProbeOptions(replicates=50), QUICK).scores["default"]
-    patients, slides = score.by_unit["patients"], score.by_unit["slides"]
-    assert score.headline is patients
+    patients, slides = default.by_unit["patients"], default.by_unit["slides"]
+    assert default.headline is patients
     # 2 repeats of each patient and of each slide; the units that are drawn are patients both times.
     assert (patients.rows, patients.units) == (2 * PATIENTS, PATIENTS)
     assert (slides.rows, slides.units) == (4 * PATIENTS, PATIENTS)
-    assert "40 patients (20 mutant, 20 wild)" in patients.covers and "2/3 of so many" in patients.covers
-
-
-def test_sites_are_scored_one_by_one(made: tuple[Path, Path]) -> None:
-    score = probe_slides(*made, ProbeOptions(replicates=50), QUICK).scores["default"]
-    assert list(score.by_site) == ["A", "B"]
-    assert sum(evaluation.rows for evaluation in score.by_site.values()) >= 2 * PATIENTS
-    assert all(evaluation["auroc"].value > 0.7 for evaluation in score.by_site.values())
+    assert "40 patients (20 wild, 20 mutant)" in patients.covers and "2/3 of so many" in patients.covers
+    assert list(default.by_site) == ["A", "B"]
+    assert sum(evaluation.rows for evaluation in default.by_site.values()) >= 2 * PATIENTS
+    assert all(evaluation["auroc"].value > 0.7 for evaluation in default.by_site.values())
 
 
 def test_scanners_and_stains_are_scored_apart(copied: tuple[Path, Path], tmp_path: Path, capsys) -> None:
@@ -156,8 +157,8 @@ def test_scanners_and_stains_are_scored_apart(copied: tuple[Path, Path], tmp_pat
     assert row[1] == {"value": facts["index"], "low": facts["low"], "high": facts["high"]}
 
 
-def test_each_site_is_left_out_once(copied: tuple[Path, Path], tmp_path: Path) -> None:
-    folder, table = copied
+def test_each_site_is_left_out_once(relabelled: tuple[Path, Path], tmp_path: Path) -> None:
+    folder, table = relabelled
     with table.open() as file:
         rows = [{**row, "site": "ABC"[int(row["patient_id"][1:]) // 14]} for row in csv.DictReader(file)]
     write_rows(table, rows)
@@ -173,8 +174,8 @@ def test_each_site_is_left_out_once(copied: tuple[Path, Path], tmp_path: Path) -
     assert tested == {("0", "A"), ("1", "B"), ("2", "C")}
 
 
-def test_every_slide_is_tested_once_a_repeat_and_patients_stay_together(made: tuple[Path, Path]) -> None:
-    found = probe_slides(*made, ProbeOptions(replicates=0), QUICK)
+def test_every_slide_is_tested_once_a_repeat_and_patients_stay_together(probed: SlideProbe) -> None:
+    found = probed
     folds = np.asarray(found.scores["default"].predictions.folds)
     assert np.array_equal(folds, np.asarray(found.scores["tile-mean"].predictions.folds))
     for repeat in (range(3), range(3, 6)):
@@ -273,10 +274,8 @@ def test_command_line_prints_one_table_and_writes_it(
     assert main([*arguments, "--out", str(tmp_path / "a")]) == 0
     printed = capsys.readouterr().out
     for words in (
-        "80 slides of 40 groups (patient_id): 40 mutant, 40 wild",
-        "tile-mean",
-        "state:1:class",
-        "AUROC against tile-mean",
+        *("80 slides of 40 groups (patient_id): 40 mutant, 40 wild", "tile-mean"),
+        *("state:1:class", "AUROC against tile-mean"),
     ):
         assert words in printed
     assert {entry.name for entry in (tmp_path / "a").iterdir()} == {
@@ -295,19 +294,25 @@ def test_command_line_prints_one_table_and_writes_it(
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes(), name
 
 
-def test_patients_with_slides_of_several_labels_are_scored_by_slide(copied: tuple[Path, Path]) -> None:
+def test_patients_of_several_labels_are_scored_by_slide_and_an_untrained_encoder_is_noted(
+    copied: tuple[Path, Path],
+) -> None:
     folder, table = copied
+    for file in (folder / "slides_gigapath__standin").glob("*.h5"):
+        with h5py.File(file, "r+") as opened:
+            opened.attrs["trained"] = False
     rows = list(csv.DictReader(table.open()))
     rows[0]["label"] = "mutant"
     write_rows(table, rows)
     found = probe_slides(folder, table, ProbeOptions(replicates=20), QUICK)
     assert list(found.scores["default"].by_unit) == ["slides"]
-    assert any("slides of several labels" in note for note in found.notes)
+    for words in ("slides of several labels", "untrained slide encoder"):
+        assert any(words in note for note in found.notes)
     json.dumps(found.results.to_dict(), allow_nan=False)
 
 
-def test_tcga_ids_join_by_rule(copied: tuple[Path, Path]) -> None:
-    folder, table = copied
+def test_tcga_ids_join_by_rule(relabelled: tuple[Path, Path]) -> None:
+    folder, table = relabelled
     rows = list(csv.DictReader(table.open()))
     write_rows(table, [{**row, "slide_id": row["slide_id"] + ".01Z-00-DX1.ABC.svs"} for row in rows])
     with pytest.raises(ValueError, match="--id-rule"):
@@ -358,9 +363,9 @@ Change = Callable[[list[dict[str, str]]], list[dict[str, str]]]
     ],
 )
 def test_labels_that_make_no_sense_are_one_sentence(
-    copied: tuple[Path, Path], change: Change, options: dict[str, str], message: str
+    relabelled: tuple[Path, Path], change: Change, options: dict[str, str], message: str
 ) -> None:
-    folder, table = copied
+    folder, table = relabelled
     write_rows(table, change(list(csv.DictReader(table.open()))))
     with pytest.raises(ValueError, match=message):
         probe_slides(folder, table, ProbeOptions(**options), QUICK)
@@ -376,15 +381,6 @@ def test_one_slide_under_two_names_is_refused(copied: tuple[Path, Path]) -> None
     assert probe_slides(folder, table, ProbeOptions(allow_leakage=True, replicates=0), QUICK).scores
 
 
-def test_untrained_slide_encoder_is_noted(copied: tuple[Path, Path]) -> None:
-    folder, table = copied
-    for file in (folder / "slides_gigapath__standin").glob("*.h5"):
-        with h5py.File(file, "r+") as opened:
-            opened.attrs["trained"] = False
-    found = probe_slides(folder, table, ProbeOptions(replicates=0), QUICK)
-    assert any("untrained slide encoder" in note for note in found.notes)
-
-
 def test_a_run_without_the_name_of_an_embedding_says_how_to_probe_its_slides(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -394,11 +390,6 @@ def test_a_run_without_the_name_of_an_embedding_says_how_to_probe_its_slides(
     words = ["probe", str(tmp_path / "run"), "--labels", str(tmp_path / "labels.csv"), "--out", str(tmp_path / "out")]
     assert main(words) == 1
     assert "--embedding tile-mean" in capsys.readouterr().err
-
-
-def test_labels_between_semicolons_say_so() -> None:
-    with pytest.raises(ValueError, match="between semicolons: save it with commas"):
-        rows_of_table(parse_table(b"slide_id;label\na;0\n", "labels.csv"), label="label", split=None, group=None)
 
 
 def write_targets(table: Path) -> Path:
@@ -457,8 +448,8 @@ def test_a_task_of_times_or_amounts_is_probed(tmp_path: Path, how: list[str], na
     assert "uncalibrated" in json.loads((tmp_path / "compared" / "differences.json").read_text())["covers"]
 
 
-def test_a_task_of_classes_is_no_task_of_a_probe(copied: tuple[Path, Path], tmp_path: Path) -> None:
-    folder, table = copied
+def test_a_task_of_classes_is_no_task_of_a_probe(relabelled: tuple[Path, Path], tmp_path: Path) -> None:
+    folder, table = relabelled
     assert main(["init-task", str(table), "--to", str(tmp_path / "task.yaml")]) == 0
     options = dataclasses.replace(QUICK, task=str(tmp_path / "task.yaml"))
     with pytest.raises(ValueError, match="--task: expected a task of survival or regression"):
