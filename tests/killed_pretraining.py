@@ -9,11 +9,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from demo.pretrain_planted import RECIPE, SIZES
-from gigapath.pretraining import CohortOptions, measures, pretrain, run
+from gigapath.pretraining import CohortOptions, pretrain, run
 
 folder, steps = Path(sys.argv[1]), [int(word) for word in sys.argv[2:]]
 before = run._Run._before
-measures.plotting_available = run.plotting_available = lambda: False  # drawing takes longer than steps
+run.plotting_available = lambda: False  # drawing takes longer than steps
 
 
 def dying(self: run._Run, number: int) -> None:

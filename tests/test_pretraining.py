@@ -36,7 +36,6 @@ from gigapath.pretraining import (
     PretrainingOptions,
     SizeOptions,
     TaskOptions,
-    measures,
     pretrain,
     run,
 )
@@ -366,6 +365,27 @@ def test_a_run_that_is_broken_off_anywhere_goes_on_to_the_same_end(features: Pat
     assert_equal_ends(tmp_path / "whole", tmp_path / "broken")
 
 
+def test_a_deterministic_run_is_one_from_its_plan_to_its_end(features: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    given: dict[str, Any] = {"sizes": SIZES, "training": replace(RECIPE, epochs=1, deterministic=True)}
+    seen: list[bool] = []
+    pretrain(
+        features,
+        tmp_path / "out",
+        **given,
+        check_stop=lambda: seen.append(torch.are_deterministic_algorithms_enabled()),
+    )
+    assert seen and all(seen) and not torch.are_deterministic_algorithms_enabled()
+
+    def refuse(*_: object) -> None:
+        raise ValueError("--deterministic: expected training to repeat itself.")
+
+    monkeypatch.setattr(run, "check_deterministic", refuse)
+    with pytest.raises(ValueError, match="--deterministic"):
+        pretrain(features, tmp_path / "other", **given)
+    assert not (tmp_path / "other").exists()
+
+
 def test_what_a_run_leaves(features: Path, finished) -> None:
     out, result, watch = finished
     assert [epoch.epoch for epoch in result.epochs] == [0, 1, 2] and result.epochs[-1].steps == 14
@@ -499,8 +519,7 @@ def test_900_steps_come_near_kriging_also_when_killed(tmp_path: Path, seed: int,
             if seed == 0 and text.startswith("epoch 14/"):
                 shutil.copytree(tmp_path / "whole", tmp_path / "killed")
 
-    for module in (measures, run):  # drawing takes longer than steps
-        monkeypatch.setattr(module, "plotting_available", lambda: False)
+    monkeypatch.setattr(run, "plotting_available", lambda: False)  # drawing takes longer than steps
     write_slides(tmp_path / "features", planted_slides(400))
     given = {"cohort": CohortOptions(val_share=0.1), "sizes": demo_sizes,
              "training": replace(demo_recipe, epochs=20, seed=seed, save_steps=20)}  # fmt: skip

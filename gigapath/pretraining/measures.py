@@ -15,7 +15,7 @@ import torch
 from scipy.optimize import curve_fit
 from scipy.spatial import cKDTree
 
-from gigapath.evaluation.plots import Curves, draw_curves, plotting_available, write_events
+from gigapath.evaluation.plots import Curves, draw_curves, write_events
 from gigapath.files import write_bytes_atomic, write_text_atomic
 from gigapath.pretraining.data import Target, View, pack_views
 from gigapath.pretraining.model import MaskedAutoencoder
@@ -188,8 +188,8 @@ class Epoch:
         return f"epoch {self.epoch}/{epochs}: loss {self.train_loss:.4f}{r2}, {waiting}"
 
 
-def write_curves(folder: Path, history: Sequence[Epoch]) -> None:
-    """Write the epochs as a table, for TensorBoard and as a picture, the last two where their packages are there."""
+def write_curves(folder: Path, history: Sequence[Epoch], *, draw: bool) -> None:
+    """Write the epochs as a table, for TensorBoard where that is there, and as a picture if `draw`."""
     rows = [asdict(entry) for entry in history]
     cells = [["" if value is None else f"{value:.6g}" for value in row.values()] for row in rows]
     write_text_atomic(folder / CURVES, csv_text([list(rows[0]), *cells]))
@@ -201,7 +201,7 @@ def write_curves(folder: Path, history: Sequence[Epoch]) -> None:
         title: {line: tuple(zip(*points[name], strict=True)) for line, name in lines.items() if points[name]}
         for title, lines in _PANELS.items()
     }
-    if plotting_available() and (shown := {title: lines for title, lines in panels.items() if lines}):
+    if draw and (shown := {title: lines for title, lines in panels.items() if lines}):
         write_bytes_atomic(folder / "curves.png", draw_curves(Curves("Pretraining", "epoch", shown)))
 
 

@@ -78,6 +78,7 @@ class PretrainingOptions(DeviceOptions):
     precision: str = option(
         "auto", "auto = bf16 on CUDA where it exists, else fp16 with scaling; fp32 on a CPU", choices=PRECISIONS
     )
+    deterministic: bool = option(False, "the same bits of each repeated run on a GPU, or an error; slower")
     seed: int = option(0, "seed of all that is drawn", at_least=0)
     save_steps: int = option(200, "steps between checkpoints within an epoch", at_least=1)
     allow_low_memory: bool = option(False, "go on where the plan says that the largest pass won't fit")

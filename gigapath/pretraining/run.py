@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from gigapath.cohort.record import versions
 from gigapath.cohort.stage import Ownership
-from gigapath.devices import at_most_threads, computing
+from gigapath.devices import at_most_threads, computing, deterministic
 from gigapath.evaluation.plots import plotting_available
 from gigapath.files import read_json, write_bytes_atomic, write_json_atomic, write_text_atomic
 from gigapath.finetune.data import KEPT_BYTES, check_folder
@@ -32,7 +33,7 @@ from gigapath.finetune.loop import (
     start_of,
     training_precision,
 )
-from gigapath.finetune.plan import Plan, foresee, made_bag, measure_cost
+from gigapath.finetune.plan import PROBED_TILES, Plan, check_deterministic, foresee, made_bag, measure_cost
 from gigapath.machine import available_cores
 from gigapath.options import to_dict
 from gigapath.pretraining.data import Slides, Target, View, Viewer, find_slides, fit_target, open_bags, pack_views
@@ -59,11 +60,12 @@ IntArray = npt.NDArray[np.int64]
 RUN, CARD = "pretrain.json", "model_card.md"
 MEASURED = 200  # validation slides that are measured after each epoch
 COMPARED = 50  # slides on which predictors without learning are measured, and as many that they are fitted on
+REDRAW_SECONDS = 60.0  # between pictures of epochs: an epoch of a small cohort takes less than its pictures
 LEAST_RANK, LEAST_SPREAD = 1.5, 0.005  # of slide vectors; below it they are all alike
 GAIN = 0.02  # of R2 over the slide mean's; with less nothing of the arrangement is learned yet
 PLATEAU_STEPS = 300  # that the loss may stay at the slide mean from a new start
 # What may differ between a run and the one that goes on with it: it changes no number that is stored.
-_FREE = ("workers", "device", "allow_low_memory", "save_steps")
+_FREE = ("workers", "device", "deterministic", "allow_low_memory", "save_steps")
 
 
 @dataclass(frozen=True)
@@ -127,7 +129,7 @@ def pretrain(
     first = processes.rank == 0
     watch = watch if watch is not None and first else Progress()
     run = _Run(slides, init, cohort, sizes, task, training, out, processes, precision, watch, check_stop)
-    with at_most_threads(available_cores()):
+    with at_most_threads(available_cores()), deterministic(training.deterministic):
         run.prepare()
         if dry_run:
             return None
@@ -194,6 +196,7 @@ class _Run:
     def prepare(self) -> None:
         """Build the model, and tell the plan; ValueError where the run can't be."""
         self.first = self.processes.rank == 0
+        self.drawn = float("-inf")  # when pictures were
         if self.first:
             check_same_run(self.out / RUN, self.identity)
         for note in self.slides.notes:
@@ -298,6 +301,8 @@ class _Run:
             view = self.viewer.view(made_bag(tiles, width), "made", None)
             return self._loss_of(model, pack_views([view], Target(nothing, one, nothing)))
 
+        if training.deterministic:
+            check_deterministic(partial(made, PROBED_TILES["cpu"][1]), model, self.processes.device)
         return foresee(
             model,
             measure_cost(made, lambda n: 3 * model.operations(n, ratio), model, self.processes.device),
@@ -452,14 +457,18 @@ class _Run:
         return entry
 
     def _publish(self) -> None:
-        """Write the weights, the curves and the pictures of the last epoch."""
+        """Write the weights and the curves of the last epoch, and now and then, and at the end, its pictures."""
         if not self.first:
             return
         if self.history[-1].epoch:
             self.model.slide_encoder.save_pretrained(self.out)
-        write_curves(self.out, self.history)
+        due = time.monotonic() >= self.drawn + REDRAW_SECONDS or len(self.history) > self.training.epochs
+        draw = due and plotting_available()
+        write_curves(self.out, self.history, draw=draw)
         rows = self.val[:3]
-        if rows and plotting_available():
+        if draw:
+            self.drawn = time.monotonic()
+        if draw and rows:
             views = [self._whole_view(row) for row in rows]
             picture = draw_reconstructions(self.model, views, self.target, [self.slides.ids[row] for row in rows])
             write_bytes_atomic(self.out / "reconstructions.png", picture)
