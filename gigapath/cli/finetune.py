@@ -97,7 +97,9 @@ def finetune(
     elif tiles is None:
         print(f"Results: {out}")
     else:
-        embed = f"gigapath embed SLIDES --tile-encoder {out}/tile_encoder --out DIR"
+        from gigapath.finetune.tiles import ENCODER
+
+        embed = f"gigapath embed SLIDES --tile-encoder {out}/{ENCODER} --out DIR"
         print(f"{result}\nnext: {embed}, then gigapath predict {out} DIR")
     return 0
 
@@ -146,10 +148,8 @@ def tune(
         raise ValueError(f"--{lacking}: expected --task, --features and --labels for slides, or --tiles. Name it.")
     from gigapath.finetune.data import Inputs, Settings, check_folder, prepare
 
-    inputs, settings = (
-        Inputs(task, features, labels, splits, pretrained),
-        Settings(join, split, model, training, controls),
-    )
+    inputs = Inputs(task, features, labels, splits, pretrained)
+    settings = Settings(join, split, model, training, controls)
     check_folder(out)
     cohort = prepare(inputs, settings)
     from gigapath.finetune.run import finetune  # torch, once labels and features are read

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from gigapath.evaluation.labels import Joined, Labels, Task, join_labels, load_task, read_labels, shown
+from gigapath.evaluation.labels import Joined, Task, join_labels, load_task, read_labels, shown
 from gigapath.evaluation.splits import Fold, audit, check_classes, draw_folds, read_splits
 from gigapath.features import FeatureFileError, read_features
 from gigapath.features.data import CELL, GRID
@@ -84,13 +84,6 @@ def prints_of(facts: Sequence[FileFacts]) -> str:
     return hashlib.sha256("".join(fact.fingerprint for fact in facts).encode()).hexdigest()
 
 
-def with_scanners(labels: Labels, facts: Sequence[FileFacts]) -> Labels:
-    """Labels with the scanners that the slides' files say, where neither the table nor the run says them."""
-    if "scanner" in labels.strata or not any(fact.scanner for fact in facts):
-        return labels
-    return replace(labels, strata={**labels.strata, "scanner": tuple(fact.scanner for fact in facts)})
-
-
 def look_at_all(
     paths: Sequence[Path],
     join: JoinOptions,
@@ -133,6 +126,7 @@ def join_features(
     **expected: Any,
 ) -> tuple[Joined, list[FileFacts]]:
     """Labels joined to feature files, and what these say; a slide without tissue counts as one without features.
+    Scanners are those that the files say, where neither the table nor the run says them.
 
     Args:
         expected: `width` and `made`, as for `look_at_all`.
@@ -145,17 +139,19 @@ def join_features(
     joined = join_labels(table, files, id_rule=join.id_rule, id_regex=join.id_regex, allow_missing=join.allow_missing)
     facts = look_at_all(joined.files, join, workers=workers, allow_empty=True, **expected)
     full = [row for row, fact in enumerate(facts) if fact.tiles]
-    if len(full) == len(facts):
-        return joined, facts
-    empty = tuple(joined.labels.slide_ids[row] for row, fact in enumerate(facts) if not fact.tiles)
-    if not join.allow_missing or not full:
-        raise ValueError(
-            f"{joined.labels.source}: slides without tiles, so without tissue: {len(empty)} ({shown(empty)}). Leave "
-            "them out of the labels, or go on without them: --allow-missing."
-        )
-    files = [joined.files[row] for row in full]
-    joined = replace(joined, labels=joined.labels.take(full), files=tuple(files), missing=joined.missing + empty)
-    return joined, [facts[row] for row in full]
+    if len(full) < len(facts):
+        empty = tuple(joined.labels.slide_ids[row] for row, fact in enumerate(facts) if not fact.tiles)
+        if not join.allow_missing or not full:
+            raise ValueError(
+                f"{joined.labels.source}: slides without tiles, so without tissue: {len(empty)} ({shown(empty)}). "
+                "Leave them out of the labels, or go on without them: --allow-missing."
+            )
+        facts, kept = [facts[row] for row in full], tuple(joined.files[row] for row in full)
+        joined = replace(joined, labels=joined.labels.take(full), files=kept, missing=joined.missing + empty)
+    strata = joined.labels.strata
+    if "scanner" not in strata and any(fact.scanner for fact in facts):
+        strata = {**strata, "scanner": tuple(fact.scanner for fact in facts)}
+    return replace(joined, labels=replace(joined.labels, strata=strata)), facts
 
 
 def _check_made(made: Mapping[str, Any], other: Mapping[str, Any], who: str, than: str) -> None:
@@ -298,7 +294,6 @@ def prepare(inputs: Inputs, settings: Settings) -> Cohort:
         for fold in folds
     ]
     facts = [facts[row] for row in used]
-    joined = replace(joined, labels=with_scanners(joined.labels, facts))
     notes += audit(
         folds,
         joined.labels.slide_ids,

@@ -39,7 +39,7 @@ from gigapath.evaluation.splits import TABLE
 from gigapath.features import FeatureFileError
 from gigapath.features.folders import SUFFIXES, find_feature_files
 from gigapath.files import check_replaceable, sha256_of, small_json, write_json_atomic, write_text_atomic
-from gigapath.finetune.data import Bags, FileBags, check_folder, join_features, look_at_all, prints_of, with_scanners
+from gigapath.finetune.data import Bags, FileBags, check_folder, join_features, look_at_all, prints_of
 from gigapath.finetune.heads import build_head, pack
 from gigapath.finetune.loop import load_tensors, save_tensors
 from gigapath.finetune.options import JoinOptions, ModelOptions
@@ -81,27 +81,13 @@ class FittedHead:
         """What `look_at_all` holds features against: the width, encoder, mpp and numerics of those that trained."""
         return {"width": self.input_dim, "made": self.made}
 
-    def predict(
-        self,
-        bags: Bags,
-        rows: Sequence[int],
-        device: torch.device,
-        *,
-        workers: int = 2,
-        check_stop: Callable[[], None] = lambda: None,
-    ) -> npt.NDArray[np.float64]:
+    def predict(self, bags: Bags, rows: Sequence[int], device: torch.device) -> npt.NDArray[np.float64]:
         """`calibration.outputs` of the rows, such as probabilities (len(rows), C), slide by slide, all tiles in the
-        file's order.
-
-        Args:
-            device: where the head runs; it stays there.
-            check_stop: called before each slide; raises to end.
-        """
+        file's order; the head stays on the device."""
         self.model.to(device).eval()
         found = []
         with torch.no_grad(), at_most_threads(available_cores()):
-            for bag in read_ahead(bags.__getitem__, rows, threads=workers):
-                check_stop()
+            for bag in read_ahead(bags.__getitem__, rows, threads=2):
                 with computing(self.precision, device):
                     logits = self.model.forward_packed(*pack([bag], device))  # type: ignore[operator]
                 found.append(logits[0].double().cpu().numpy())
@@ -269,7 +255,7 @@ def evaluate_head(
         check_same(out, before.get("options") or {}, given)
     bags = FileBags(joined.files, facts, join.tile_size_level0)
     shares = head.predict(bags, range(len(joined.files)), resolve_device(device))
-    labels_of, task = with_scanners(joined.labels, facts), head.task
+    labels_of, task = joined.labels, head.task
     predictions = predictions_of(labels_of, shares, task)
     found = score_slides(labels_of, predictions, task, head.calibration, replicates=replicates, seed=seed)
     name = Path(checkpoint).name

@@ -21,7 +21,7 @@ from gigapath.classification_head import ClassificationHead
 from gigapath.devices import send
 from gigapath.evaluation.labels import Task
 from gigapath.finetune.data import Bag
-from gigapath.finetune.options import AdapterOptions, ModelOptions
+from gigapath.finetune.options import ModelOptions
 from gigapath.slide_encoder import ARCHITECTURES, WEIGHTS_FILE, LongNetViT, is_architecture, layer_id
 from gigapath.weights import find_weights, load_state_dict
 
@@ -189,7 +189,7 @@ def build_head(options: ModelOptions, task: Task, *, pretrained: str, input_dim:
     return model
 
 
-def adapt(encoder: nn.Module, options: AdapterOptions) -> None:
+def adapt(encoder: nn.Module, options: ModelOptions) -> None:
     """Leave to training what the options say, in place.
 
     Adapters lie on every linear layer and every plain convolution but the embedding of patches; of the slide encoder on

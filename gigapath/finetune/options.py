@@ -46,8 +46,8 @@ class SplitOptions(Options):
 
 
 @dataclass(frozen=True)
-class AdapterOptions(Options):
-    """What is trained of a pretrained encoder, beside its head."""
+class ModelOptions(Options):
+    """The slide encoder, how much of it is trained, and what stands on it."""
 
     adapt: str = option(
         "full",
@@ -59,22 +59,6 @@ class AdapterOptions(Options):
     lora_alpha: float = option(16.0, "the adapters' product is scaled by this over the rank", above=0)
     lora_dropout: float = option(0.0, "dropout in front of the adapters", at_least=0, at_most=0.9)
     last_blocks: int = option(2, "blocks that --adapt last trains, with the norm behind them", at_least=1)
-
-    def check_adapters(self, pretrained: str) -> None:
-        """Refuse to adapt an encoder of random weights, and adapters without their library, before work begins."""
-        if self.adapt == "lora" and importlib.util.find_spec("peft") is None:
-            raise ImportError("--adapt lora: peft is not installed. Install it: pip install 'gigapath[lora]'.")
-        if self.adapt in ("lora", "last") and not pretrained:
-            raise ValueError(
-                f"--adapt {self.adapt}: expected weights to adapt, got random ones. Give --pretrained, or train all: "
-                "--adapt full."
-            )
-
-
-@dataclass(frozen=True)
-class ModelOptions(AdapterOptions):
-    """The slide encoder and what stands on it."""
-
     model_arch: str = option("gigapath_slide_enc12l768d", "architecture of the slide encoder", metavar="NAME")
     head: str = option(
         "linear",
@@ -99,6 +83,16 @@ class ModelOptions(AdapterOptions):
             object.__setattr__(self, "freeze", False)
         if self.head == "abmil-tiles" and self.adapt not in ("head", "full"):
             raise ValueError(f"--adapt {self.adapt}: expected a head on the slide encoder, got --head abmil-tiles.")
+
+    def check_adapters(self, pretrained: str) -> None:
+        """Refuse to adapt an encoder of random weights, and adapters without their library, before work begins."""
+        if self.adapt == "lora" and importlib.util.find_spec("peft") is None:
+            raise ImportError("--adapt lora: peft is not installed. Install it: pip install 'gigapath[lora]'.")
+        if self.adapt in ("lora", "last") and not pretrained:
+            raise ValueError(
+                f"--adapt {self.adapt}: expected weights to adapt, got random ones. Give --pretrained, or train all: "
+                "--adapt full."
+            )
 
 
 @dataclass(frozen=True)
