@@ -385,33 +385,27 @@ def test_record_tells_options_encoders_and_how_busy_the_stages_were(slides: Path
 def test_batch_that_the_memory_does_not_hold_is_halved_and_recorded(
     slides: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def load(*_: Any, **__: Any) -> Any:
-        encoder = tiny_tile_encoder()
+    def check(_: Any, inputs: Any) -> None:
+        if len(inputs[0]) > 10:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
 
-        def check(_: Any, inputs: Any) -> None:
-            if len(inputs[0]) > 10:
-                raise torch.cuda.OutOfMemoryError("CUDA out of memory")
-
-        encoder.model.register_forward_pre_hook(check)
-        return encoder
-
-    embed(slides / "a.tif", tmp_path / "small", batch_size=8)
-    monkeypatch.setattr("gigapath.embedding.run.load_tile_encoder", load)
+    slide, out = slides / "a.tif", tmp_path / "out"
+    embed(slide, tmp_path / "small", batch_size=8)
+    encoder = tiny_tile_encoder()
+    encoder.model.register_forward_pre_hook(check)
+    monkeypatch.setattr("gigapath.embedding.run.load_tile_encoder", lambda *_, **__: encoder)
     monkeypatch.setattr("gigapath.embedding.forward._OUT_OF_MEMORY", ("cpu",))
-    notes = Notes()
-    result = embed(slides / "a.tif", tmp_path / "out", batch_size=None, watch=notes)
-    assert "batches of 8" in "\n".join(notes.plans[0].lines)
-    record = json.loads((tmp_path / "out/runs" / f"{result.run_id}.json").read_text())
+    result = embed(slide, out, batch_size=None)
+    record = json.loads((out / "runs" / f"{result.run_id}.json").read_text())
     assert record["facts"]["tile_encoder"]["batch_size"] == 8
-    status = json.loads((tmp_path / "out/features_tiny/a.json").read_text())
-    assert status["identity"]["batch_size"] == 8
-    assert read_features(tmp_path / "out/features_tiny/a.h5").attrs["batch_shape"] == (8, TILE, TILE, 3)
-    assert arrays_of(tmp_path / "out/features_tiny/a.h5") == arrays_of(tmp_path / "small/features_tiny/a.h5")
+    assert json.loads((out / "features_tiny/a.json").read_text())["identity"]["batch_size"] == 8
+    assert read_features(out / "features_tiny/a.h5").attrs["batch_shape"] == (8, TILE, TILE, 3)
+    assert arrays_of(out / "features_tiny/a.h5") == arrays_of(tmp_path / "small/features_tiny/a.h5")
     with pytest.raises(EncoderError, match="too little memory for batches of 16 tiles"):
-        embed(slides / "a.tif", tmp_path / "asked", batch_size=16)
-    before = touched(tmp_path / "out")
-    embed(slides / "a.tif", tmp_path / "out", batch_size=None)
-    assert touched(tmp_path / "out") == before, "the next run comes to the same size, and has nothing to do"
+        embed(slide, tmp_path / "asked", batch_size=16)
+    before = touched(out)
+    embed(slide, out, batch_size=None)
+    assert touched(out) == before, "the next run comes to the same size, and has nothing to do"
 
 
 def test_batch_sizes_agree_within_1e_5(slides: Path, tmp_path: Path) -> None:

@@ -79,20 +79,15 @@ def test_half_precision_computes_as_the_model_does_and_sums_in_float32(dtype: to
 
 
 def test_slide_encoder_gets_cells_times_256_whatever_the_slide_is_scanned_at() -> None:
-    encoder, seen = tiny_slide_encoder(), []
+    encoder, seen, tiles = tiny_slide_encoder(), [], some_embeddings()
     assert encoder.model is not None
     original = encoder.model.coords_to_pos
     encoder.model.coords_to_pos = lambda coords, size: (seen.append(coords), original(coords, size))[1]  # type: ignore[method-assign]
-    arrays = encoder.embed(some_embeddings())
-    assert seen[0].tolist() == [(some_embeddings().cells * 256).tolist()]  # type: ignore[operator]
-    assert {name: value.shape for name, value in arrays.items()} == {
-        "states_mean": (3, 32),
-        "states_class": (3, 32),
-        "default_mean": (1, 32),
-        "default_class": (1, 32),
-        "tile_mean": (1, WIDTH),
-    }
-    np.testing.assert_allclose(arrays["tile_mean"][0], some_embeddings().features.mean(0), atol=1e-6)
+    arrays = encoder.embed(tiles)
+    assert seen[0].tolist() == [(tiles.cells * 256).tolist()]  # type: ignore[operator]
+    shapes = {"states_mean": (3, 32), "states_class": (3, 32), "default_mean": (1, 32), "default_class": (1, 32)}
+    assert {name: value.shape for name, value in arrays.items()} == {**shapes, "tile_mean": (1, WIDTH)}
+    np.testing.assert_allclose(arrays["tile_mean"][0], tiles.features.mean(0), atol=1e-6)
 
 
 def test_slide_embeddings_that_overflow_half_precision_are_refused() -> None:

@@ -155,34 +155,27 @@ def test_the_next_slide_is_planned_and_read_while_one_is_encoded() -> None:
     assert read[1].is_set() and planned.is_set()
 
 
-def test_what_waits_for_the_encoder_is_bounded() -> None:
-    go, firsts = threading.Event(), []
-    encoder = tiny_tile_encoder()
-    encoder.model.register_forward_pre_hook(lambda *_: (go.wait(LIMIT), None)[-1])
-    tiles = picture(0, 200)
-    with TileStream([PlainForward(encoder)], 4, depth=2) as stream:
-        vectors = stream.submit(Made(tiles, fail=lambda point, first: firsts.append(first)))
-        vectors.wait_prepared()
-        # One batch in the encoder, two that wait, and one being filled.
-        wait_until(lambda: len(firsts) >= 4 * 4)
-        time.sleep(0.2)  # for more, if nothing held it
-        assert max(firsts) == 4 * 4 - 1
-        go.set()
-        assert sum(len(block) for _, block in vectors.blocks()) == 200
-
-
 @pytest.mark.parametrize(("threads", "buffers"), [(1, 4), (3, 6)])
-def test_buffers_are_few_and_taken_again(threads: int, buffers: int) -> None:
+def test_what_waits_for_the_encoder_is_bounded_and_buffers_are_taken_again(threads: int, buffers: int) -> None:
     class Seeing(PlainForward):
         def start(self, pixels: Tensor) -> Callable[[], npt.NDArray[np.float32]]:
             seen.append(pixels)  # kept, so that no other lies where it lay
             return super().start(pixels)
 
-    seen: list[Tensor] = []
-    with TileStream([Seeing(tiny_tile_encoder())], 4, readers=threads) as stream:
-        collect(stream, [Made(picture(slide, 101), threads) for slide in range(3)])
-    assert len(seen) >= 76  # more where a slow reader left a batch to go unfilled
-    assert len({pixels.data_ptr() for pixels in seen}) <= buffers
+    go, read, seen = threading.Event(), [], []
+    encoder = tiny_tile_encoder()
+    encoder.model.register_forward_pre_hook(lambda *_: (go.wait(LIMIT), None)[-1])
+    with TileStream([Seeing(encoder)], 4, depth=2, readers=threads) as stream:
+        made = Made(picture(0, 200), threads, fail=lambda point, index: read.append(index))
+        vectors = stream.submit(made)
+        vectors.wait_prepared()
+        # One batch in the encoder, two that wait, and one being filled; more where several threads read.
+        wait_until(lambda: len(read) >= 4 * 4)
+        time.sleep(0.2)  # for more, if nothing held it
+        assert max(read) < 4 * buffers
+        go.set()
+        assert sum(len(block) for _, block in vectors.blocks()) == 200
+    assert len(seen) >= 50 and len({pixels.data_ptr() for pixels in seen}) <= buffers
 
 
 def test_what_waits_for_the_caller_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:

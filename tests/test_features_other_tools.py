@@ -214,20 +214,16 @@ def test_cells_of_a_grid_are_its_columns_wherever_it_starts(
 
 def test_first_cell_of_a_grid_is_the_one_that_tools_divide_to() -> None:
     coords = np.array([[400, 700], [912, 1212]])
-    assert cells_of(coords, (512.0, 512.0), who="a.h5").tolist() == (coords // 512).tolist()
-    assert cells_of(coords * 0.2526, (129.33, 129.33), who="a.h5").tolist() == (coords // 512).tolist()
-    rounded = np.rint(np.arange(5) * 506.6)[2:, None].repeat(2, axis=1)
-    assert cells_of(rounded, (506.6, 506.6), who="a.h5")[:, 0].tolist() == [2, 3, 4]
-    cut = np.floor(np.arange(5) * 506.6)[1:, None].repeat(2, axis=1)
-    assert cells_of(cut, (506.6, 506.6), who="a.h5")[:, 0].tolist() == [1, 2, 3, 4]
-    millimetres = (np.arange(5) * 0.1013)[2:, None].repeat(2, axis=1)
-    assert cells_of(millimetres, (0.1013, 0.1013), who="a.h5")[:, 0].tolist() == [2, 3, 4]
-    microns = np.float32(128.0) * np.arange(3) - np.float32(4e-6)  # as STAMP stores them
-    assert cells_of(np.stack([microns, microns], axis=1), (128.0, 128.0), who="a.h5").tolist() == [
-        [0, 0],
-        [1, 1],
-        [2, 2],
-    ]
+    for scale, step in ((1, 512.0), (0.2526, 129.33)):
+        assert cells_of(coords * scale, (step, step), who="a.h5").tolist() == (coords // 512).tolist()
+    five = np.arange(5)
+    for line, step, columns in (
+        (np.rint(five * 506.6)[2:], 506.6, [2, 3, 4]),
+        (np.floor(five * 506.6)[1:], 506.6, [1, 2, 3, 4]),  # corners that were cut
+        ((five * 0.1013)[2:], 0.1013, [2, 3, 4]),  # millimetres
+        (np.float32(128.0) * five[:3] - np.float32(4e-6), 128.0, [0, 1, 2]),  # as STAMP stores them
+    ):
+        assert cells_of(np.stack([line, line], axis=1), (step, step), who="a.h5")[:, 0].tolist() == columns
 
 
 @pytest.mark.parametrize(
