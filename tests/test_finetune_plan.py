@@ -73,16 +73,6 @@ def test_the_plan_adds_up_passes_and_operations(passes: list[int]) -> None:
     assert halved.seconds == pytest.approx((START * (7 * (3 + 1 / 3) + 1 / 3) + PER_OPERATION * total) / 2)
 
 
-def test_what_does_not_fit_is_told_by_the_tiles_that_would(passes: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plan, "free_bytes", lambda device: int(WEIGHTS + 3000 * PER_TILE) + 8 * plan.ADAM_BYTES)
-    folds = [Fold(0, np.array([0, 1]), np.array([], int), np.array([], int))]
-    made = make_plan(
-        nn.Linear(3, 2), input_dim=3, tiles=[400, 9000], max_tiles=9000, folds=folds,
-        options=TrainingOptions(batch_size=1), precision="fp32", processes=Processes(CPU),
-    )  # fmt: skip
-    assert "3,000" in made.too_large and made.memory > made.available
-
-
 @pytest.mark.parametrize(
     ("slides", "more", "said"),
     [

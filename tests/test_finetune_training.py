@@ -192,24 +192,6 @@ def test_checkpointed_activations_train_to_the_same_bits_and_keep_less(tmp_path,
     assert kept["again"] < kept["kept"] / 2
 
 
-def test_packed_and_accumulated_training_end_at_the_same_weights(tmp_path) -> None:
-    """Five steps in float64, the last window smaller than the others."""
-    bags, truth = bags_of(36)
-    recipes = {"packed": (8, 1), "one by one": (1, 8), "pairs": (2, 4)}
-    ends = {}
-    for name, (size, accumulation) in recipes.items():
-        model = narrow(torch.float64)
-        options = {"batch_size": size, "gradient_accumulation": accumulation, "epochs": 1, "warmup_epochs": 0.0}
-        trainer = trainer_of(bags, truth, dtype=torch.float64, base_lr=0.05, **options)
-        trainer.train(model, fold_of(36), tmp_path / name, {})
-        ends[name] = model.state_dict()
-    start = narrow(torch.float64).state_dict()
-    assert max((ends["packed"][key] - start[key]).abs().max() for key in start) > 1e-3
-    for name in ("one by one", "pairs"):
-        for key, tensor in ends["packed"].items():
-            assert (tensor - ends[name][key]).abs().max() <= 1e-9, (name, key)
-
-
 @pytest.mark.parametrize("select", ["last", "val"])
 def test_a_killed_run_goes_on_bit_for_bit(tmp_path, select) -> None:
     class Killed(Exception):

@@ -380,7 +380,7 @@ def test_a_deterministic_run_is_one_from_its_plan_to_its_end(features: Path, tmp
     def refuse(*_: object) -> None:
         raise ValueError("--deterministic: expected training to repeat itself.")
 
-    monkeypatch.setattr(run, "check_deterministic", refuse)
+    monkeypatch.setattr("gigapath.finetune.plan.check_deterministic", refuse)
     with pytest.raises(ValueError, match="--deterministic"):
         pretrain(features, tmp_path / "other", **given)
     assert not (tmp_path / "other").exists()

@@ -137,30 +137,22 @@ def make_plan(
     processes: Processes,
     cached: bool = False,
 ) -> Plan:
-    """Measure passes over a few made tiles, and draw the line through them.
-
-    Args:
-        max_tiles: at most this many are taken in training.
-
-    Raises:
-        ValueError: `deterministic`, and two equal passes differ.
-    """
+    """The plan of a run on slides of so many tiles, at most `max_tiles` of which are taken in training, by passes over
+    a few made tiles."""
     counts = np.asarray(tiles)
     capped = np.minimum(counts, max_tiles)
     made = partial(_loss_of_made, model, input_dim, precision, processes.device)
-    if options.deterministic:
-        check_deterministic(partial(made, PROBED_TILES["cpu"][1]), model, processes.device)
-    ways = 1 if cached else 3  # a backward pass takes twice a forward pass
-    cost = measure_cost(made, lambda n: ways * operations(model, n), model, processes.device)
+    ways, exact = 1 if cached else 3, options.deterministic  # a backward pass takes twice a forward pass
+    cost = measure_cost(made, lambda n: ways * operations(model, n), model, processes.device, deterministic=exact)
     work = {int(count): operations(model, int(count)) for count in np.unique(np.concatenate([counts, capped]))}
     total = passes = 0.0  # operations, and passes forwards and backwards; one forwards alone is a part of it
     if cached:
         total, passes = sum(work[int(n)] for n in counts), len(counts)
     for fold in folds if not cached else ():
-        total += options.epochs * sum(3 * work[int(n)] for n in capped[fold.train])
-        total += options.epochs * sum(work[int(n)] for n in counts[fold.val]) + sum(
-            work[int(n)] for n in counts[fold.test]
+        train, val, test = (
+            sum(work[int(n)] for n in each) for each in (capped[fold.train], counts[fold.val], counts[fold.test])
         )
+        total += options.epochs * (3 * train + val) + test
         passes += options.epochs * (-(-len(fold.train) // options.batch_size) + len(fold.val) / 3) + len(fold.test) / 3
     room = free_bytes(processes.device) - weights_bytes(model) - cost.kept
     fits = max(0, int(room / max(cost.kept_per_tile * options.batch_size, 1.0)))
@@ -221,6 +213,8 @@ def measure_cost(
     model: nn.Module,
     device: torch.device,
     probed: Mapping[str, tuple[int, int]] = PROBED_TILES,
+    *,
+    deterministic: bool = False,
 ) -> Cost:
     """The line through two passes in training, after one that warms up; no state is changed.
 
@@ -228,7 +222,12 @@ def measure_cost(
         loss_of: makes the loss, of shape (), of so many tiles by the model.
         operations: of a pass over so many tiles.
         probed: tiles of the two by the kind of device.
+
+    Raises:
+        ValueError: `deterministic`, and two equal passes differ.
     """
+    if deterministic:
+        check_deterministic(partial(loss_of, PROBED_TILES["cpu"][1]), model, device)
     few, many = probed.get(device.type, probed["cpu"])
     measure_pass(partial(loss_of, few), model, device)
     (kept, seconds), (kept_more, longer) = (measure_pass(partial(loss_of, n), model, device) for n in (few, many))

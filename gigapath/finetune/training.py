@@ -39,17 +39,8 @@ Batch = tuple[Sequence[Bag] | Packed, IntArray]  # slides, and their rows
 
 @dataclass(frozen=True)
 class Epoch:
-    """What one pass over the training slides gave.
-
-    Attributes:
-        epoch: counted from 1.
-        train_loss: mean over the slides, while training.
-        val_loss: mean over the validation slides, None without any.
-        learning_rate: of the head, at the last step.
-        seconds: of training, without validation.
-        waiting: share of them spent waiting for files.
-        slides_per_second: in training, over all processes.
-    """
+    """What one pass over the training slides gave (counted from 1): mean losses over the slides, while training and of
+    validation (None without any), the head's last rate, seconds of training with the share spent waiting for files."""
 
     epoch: int
     train_loss: float
@@ -273,14 +264,8 @@ class Trainer:
 
 
 def task_loss(logits: Tensor, truth: npt.NDArray[Any], task: Task, scale: tuple[float, ...] = ()) -> Tensor:
-    """The loss of a task summed over slides: cross-entropy, of several labels the mean binary one of the labels, or
-    `calibration.target_loss`; by Cox they are one risk set.
-
-    Args:
-        logits: (B, outputs) of the slides.
-        truth: (B,), (B, C), or of survival (B, 2), on the CPU.
-        scale: of `calibration.target_scale`.
-    """
+    """The loss of a task summed over slides with outputs (B, outputs): cross-entropy (truth (B,)), of several labels
+    the mean binary one of the labels (truth (B, C)), or `calibration.target_loss`; by Cox they are one risk set."""
     if not task.of_classes:
         return target_loss(logits, truth, task, scale)
     target = send(torch.as_tensor(truth), logits.device)

@@ -33,7 +33,7 @@ from gigapath.finetune.loop import (
     start_of,
     training_precision,
 )
-from gigapath.finetune.plan import PROBED_TILES, Plan, check_deterministic, foresee, made_bag, measure_cost
+from gigapath.finetune.plan import Plan, foresee, made_bag, measure_cost
 from gigapath.machine import available_cores
 from gigapath.options import to_dict
 from gigapath.pretraining.data import Slides, Target, View, Viewer, find_slides, fit_target, open_bags, pack_views
@@ -301,11 +301,15 @@ class _Run:
             view = self.viewer.view(made_bag(tiles, width), "made", None)
             return self._loss_of(model, pack_views([view], Target(nothing, one, nothing)))
 
-        if training.deterministic:
-            check_deterministic(partial(made, PROBED_TILES["cpu"][1]), model, self.processes.device)
         return foresee(
             model,
-            measure_cost(made, lambda n: 3 * model.operations(n, ratio), model, self.processes.device),
+            measure_cost(
+                made,
+                lambda n: 3 * model.operations(n, ratio),
+                model,
+                self.processes.device,
+                deterministic=training.deterministic,
+            ),
             self.processes,
             [
                 f"slides: {len(slides.train):,} to train on, {len(slides.val):,} to validate on, of "
