@@ -140,7 +140,7 @@ _NOT_A_PATH = ("hf_hub:", "hf-hub:", "http://", "https://")
 def without_paths(text: str, entry: SlideEntry) -> str:
     """A message about a slide with its id in place of its file name, folders and mask."""
     for path in filter(None, (entry.path, entry.mask)):
-        forms = (real_path(path), path.absolute(), path)
+        forms = (real_path(path), path.absolute(), path) if os.sep in text else ()  # else no path can be in it
         for form in forms:
             text = text.replace(str(form), entry.slide_id)
         for folder in (form.parent for form in forms):
