@@ -87,23 +87,10 @@ def write_status(folder: Path, status: Status) -> None:
 
 
 def read_status(folder: Path, slide_id: str) -> Status | None:
-    """The status of a slide, or None where there is none that can be read: then the slide is to do."""
-    return _status_in(f"{folder}/{slide_id}.json", slide_id)
-
-
-def read_statuses(folder: Path) -> dict[str, Status]:
-    """slide_id -> status of everything in a stage's folder."""
-    with contextlib.suppress(OSError):
-        ids = sorted(name[:-5] for name in os.listdir(folder) if name.endswith(".json"))  # noqa: PTH208
-        return {name: status for name in ids if (status := read_status(folder, name)) is not None}
-    return {}
-
-
-def _status_in(path: str, slide_id: str) -> Status | None:
-    """The status that a file holds, where it has the types that are written: whoever else writes there must not end a
-    run. By system calls: for thousands of small files `Path.read_text` takes longer than everything else together."""
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe is not waited for
+    """The status of a slide, or None where none can be read, or it has other types than are written: then the slide is
+    to do, and whoever else writes there ends no run."""
+    try:  # by system calls: for thousands of small files `Path.read_text` takes longer than everything else together
+        descriptor = os.open(f"{folder}/{slide_id}.json", os.O_RDONLY | os.O_NONBLOCK)  # a pipe is not waited for
         with os.fdopen(descriptor, "rb", buffering=0) as file:
             values = json.loads(file.read(_MOST_BYTES))
         status = Status(**{name: value for name, value in values.items() if name in Status.__dataclass_fields__})
@@ -120,6 +107,14 @@ def _status_in(path: str, slide_id: str) -> Status | None:
         and all(isinstance(value, dict) for value in (status.identity, status.facts, status.columns, status.sha256))
     )
     return status if good else None
+
+
+def read_statuses(folder: Path) -> dict[str, Status]:
+    """slide_id -> status of everything in a stage's folder."""
+    with contextlib.suppress(OSError):
+        ids = sorted(name[:-5] for name in os.listdir(folder) if name.endswith(".json"))  # noqa: PTH208
+        return {name: status for name in ids if (status := read_status(folder, name)) is not None}
+    return {}
 
 
 def derive(write: Callable[[], object], source: Callable[[], object]) -> None:

@@ -111,25 +111,19 @@ SCANNERS = {
 }
 
 
-def number(header: Mapping[str, str], name: str) -> float | None:
-    """A header entry as a positive finite number, or None."""
+def number(header: Mapping[str, str], name: str, *, above: float = 0.0) -> float | None:
+    """A header entry as a finite number above 0 (or another bound), or None."""
     try:
         value = float(header[name])
     except (KeyError, ValueError):
         return None
-    return value if math.isfinite(value) and value > 0 else None
+    return value if above < value < math.inf else None
 
 
 def allowed(header: Mapping[str, str]) -> dict[str, str | float]:
     """The entries that may reach outputs."""
-    kept: dict[str, str | float] = {}
-    for name in _NUMBERS:
-        try:
-            value = float(header[name])
-        except (KeyError, ValueError):
-            continue
-        if math.isfinite(value):
-            kept[name] = value
+    numbers = {name: number(header, name, above=-math.inf) for name in _NUMBERS}
+    kept: dict[str, str | float] = {name: value for name, value in numbers.items() if value is not None}
     for name, form in SCANNERS.items():
         model = header.get(name, "").strip()
         if re.fullmatch(form, model):
