@@ -109,7 +109,7 @@ class Evaluation:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values; NaN becomes None."""
-        values: dict[str, Any] = plain(self)
+        values = {field.name: plain(getattr(self, field.name)) for field in fields(self)}
         values |= {"scores": values.pop("estimates"), "intervals": values.pop("covers")}
         return {name: value for name, value in values.items() if name not in ("by_fold", "uncalibrated") or value}
 
@@ -504,6 +504,8 @@ def _notes(predictions: Predictions, estimates: Mapping[str, Estimate]) -> tuple
 
 def plain(value: Any) -> Any:
     """JSON values of numbers, texts, lists, mappings and dataclasses of them; JSON has no NaN, which becomes None."""
+    if isinstance(value, Evaluation):
+        return value.to_dict()
     if is_dataclass(value):
         return {field.name: plain(getattr(value, field.name)) for field in fields(value)}
     if isinstance(value, Mapping):

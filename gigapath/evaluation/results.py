@@ -103,33 +103,26 @@ class Scores:
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
         values = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "predictions"}
-        for name in ("by_unit", "by_site"):
-            values[name] = {each: found.to_dict() for each, found in values[name].items()}
-        values["by_stratum"] = {
-            name: {each: found.to_dict() for each, found in of.items()} for name, of in self.by_stratum.items()
-        }
         return {"unit": self.unit, **plain(values)}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Scores":
         """The inverse of `to_dict`, but for the predictions; KeyError, TypeError or AttributeError where it is none."""
-        slope = values["calibration_slope"]
+
+        def evaluations(of: Mapping[str, Any]) -> dict[str, Evaluation]:
+            return {name: Evaluation.from_dict(found) for name, found in of.items()}
+
+        slope, leads = values["calibration_slope"], values["leads"].items()
         return cls(
-            {unit: Evaluation.from_dict(found) for unit, found in values["by_unit"].items()},
-            {site: Evaluation.from_dict(found) for site, found in values["by_site"].items()},
-            {
-                other: {name: Estimate.from_dict(lead) for name, lead in found.items()}
-                for other, found in values["leads"].items()
-            },
+            evaluations(values["by_unit"]),
+            evaluations(values["by_site"]),
+            {other: {name: Estimate.from_dict(lead) for name, lead in found.items()} for other, found in leads},
             math.nan if slope is None else float(slope),
             values["at_threshold"],
             values["confusion"],
             values["facts"],
             tuple(values["notes"]),
-            by_stratum={
-                name: {each: Evaluation.from_dict(found) for each, found in of.items()}
-                for name, of in values.get("by_stratum", {}).items()
-            },
+            by_stratum={name: evaluations(of) for name, of in values.get("by_stratum", {}).items()},
         )
 
 

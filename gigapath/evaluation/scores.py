@@ -151,14 +151,10 @@ class Predictions:
 
     def rows(self, chosen: npt.NDArray[np.generic]) -> "Predictions":
         """The same for some rows, given by a mask or by indices."""
-        return replace(
-            self,
-            truth=np.asarray(self.truth)[chosen],
-            probabilities=np.asarray(self.probabilities)[chosen],
-            groups=None if self.groups is None else np.asarray(self.groups)[chosen],
-            folds=None if self.folds is None else np.asarray(self.folds)[chosen],
-            ranking=None if self.ranking is None else self.ranking[chosen],
-        )
+        columns: dict[str, Any] = {
+            name: getattr(self, name) for name in ("truth", "probabilities", "groups", "folds", "ranking")
+        }
+        return replace(self, **{name: np.asarray(each)[chosen] for name, each in columns.items() if each is not None})
 
     @property
     def repeats(self) -> IntArray:
@@ -260,16 +256,14 @@ class _ClassScores:
         occurs = (true + predicted) > 0
         precision_macro = _mean_where(np.nan_to_num(precision), occurs)
         recall_macro = _mean_where(np.nan_to_num(recall), occurs)
-        curves = np.stack([curve(weights) for curve in self.curves], axis=1)  # (R, curves, 2)
-        auroc, auprc = (_mean_where(curves[:, :, k], ~np.isnan(curves[:, :, k])) for k in (0, 1))
+        means, each = _areas(self.curves, weights)
         columns = [
             _divide(hits.sum(axis=1), total),
             _mean_where(recall, true > 0),
             _divide((np.nan_to_num(f1) * true).sum(axis=1), total),
             precision_macro,
             recall_macro,
-            auroc,
-            auprc,
+            *means,
             _divide(weights @ self.brier, total),
             _divide(np.abs(weights @ self.gap).sum(axis=1), total),
         ]
@@ -278,7 +272,7 @@ class _ClassScores:
             expected = _divide(np.einsum("ri,ij,rj->r", true, self.squared_steps, predicted), total)
             columns.append(1 - _divide(weights @ self.squared_step, expected))
         if len(self.curves) > 1:
-            columns += [*curves[:, :, 0].T, *curves[:, :, 1].T]
+            columns += each
         return np.stack(columns, axis=1)
 
 
@@ -300,12 +294,9 @@ class _MultiLabelScores:
 
     def __call__(self, weights: FloatArray) -> FloatArray:
         total = weights.sum(axis=1)
-        curves = np.stack([curve(weights) for curve in self.curves], axis=1)  # (R, C, 2)
-        micro = self.micro(weights)
-        auroc, auprc = (_mean_where(curves[:, :, k], ~np.isnan(curves[:, :, k])) for k in (0, 1))
-        columns = [_divide(weights @ self.correct, total), auroc, auprc, micro[:, 0], micro[:, 1]]
-        columns += [_divide(weights @ self.brier, total), *curves[:, :, 0].T, *curves[:, :, 1].T]
-        return np.stack(columns, axis=1)
+        means, each = _areas(self.curves, weights)
+        columns = [_divide(weights @ self.correct, total), *means, *self.micro(weights).T]
+        return np.stack([*columns, _divide(weights @ self.brier, total), *each], axis=1)
 
 
 class _AmountScores:
@@ -396,6 +387,12 @@ class _Curve:
         return np.stack(
             [_divide(wins, positive_total * negative_total), _divide(average_precision, positive_total)], axis=1
         )
+
+
+def _areas(curves: Sequence[_Curve], weights: FloatArray) -> tuple[list[FloatArray], list[FloatArray]]:
+    """Mean AUROC and mean average precision (R,) of the curves that are defined, and all AUROC, then all precisions."""
+    both = [np.stack(each, axis=1) for each in zip(*(curve(weights).T for curve in curves), strict=True)]
+    return [_mean_where(each, ~np.isnan(each)) for each in both], [area for each in both for area in each.T]
 
 
 def _members(codes: npt.NDArray[np.integer]) -> list[npt.NDArray[np.intp]]:

@@ -135,6 +135,15 @@ def draw_parts(truth: IntArray, groups: Sequence[Hashable], parts: int, *, seed:
     return part_of_group[group_of_row]
 
 
+def part_folds(part: IntArray, parts: int, sites: Sequence[str] = (), *, first: int = 0) -> list[Fold]:
+    """A fold without validation for each part (N,), which tests it, numbered from `first`."""
+    nobody = np.zeros(0, np.int64)
+    return [
+        Fold(first + number, np.flatnonzero(part != number), nobody, np.flatnonzero(part == number), site)
+        for number, site in enumerate(sites or [""] * parts)
+    ]
+
+
 def site_parts(groups: Sequence[Hashable], sites: Sequence[str] | None) -> tuple[IntArray, list[str]]:
     """The part (N,) of each row where each site is a part, and the sites in that order.
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from gigapath.evaluation.calibration import fit_scale, outputs, target_loss, target_scale
-from gigapath.evaluation.labels import Task
+from gigapath.evaluation.labels import Task, kinds_of
 from gigapath.evaluation.splits import draw_parts
 from gigapath.linear_probe.heads import PATIENCE, PENALTIES, cross_entropy
 
@@ -219,7 +219,6 @@ def fit_targets(
     task: Task,
     vectors: FloatArray,
     truth: FloatArray,
-    kinds: IntArray,
     groups: npt.NDArray[np.str_],
     trains: Sequence[IntArray],
     seed: int,
@@ -230,14 +229,13 @@ def fit_targets(
     Args:
         vectors: (S, D) embeddings.
         truth: (S, 2) time and event, or (S,) amounts.
-        kinds: (S,) of which inner folds get even shares.
         groups: (S,) patients; none is on both sides of an inner fold.
         trains: rows of the training slides of each fold.
 
     Returns:
         `calibration.outputs` of all slides by each fit, and the penalties.
     """
-    found, penalties = [], []
+    found, penalties, kinds = [], [], kinds_of(truth)
     for train in trains:
         part = draw_parts(kinds[train], groups[train].tolist(), INNER_FOLDS, seed=seed)
         inner = [(train[part != number], train[part == number]) for number in range(INNER_FOLDS)]

@@ -63,7 +63,7 @@ from gigapath.evaluation.scores import (
     score_words,
     site_probabilities,
 )
-from gigapath.evaluation.splits import Fold, audit, check_classes, draw_parts, site_parts
+from gigapath.evaluation.splits import Fold, audit, check_classes, draw_parts, part_folds, site_parts
 from gigapath.features import read_slides
 from gigapath.linear_probe import ProbeOptions, SlideProbeOptions
 from gigapath.linear_probe.data import class_names, left_over, named_column, splits_of_column
@@ -109,11 +109,6 @@ class SlideData:
     facts: dict[str, Any] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
     task: Task | None = None
-
-    @property
-    def kinds(self) -> IntArray:
-        """`kinds_of` the labels."""
-        return kinds_of(self.labels)
 
 
 def load_slides(
@@ -354,7 +349,7 @@ def probe_slides(
     with one_thread(torch.device("cpu")):
         for name, vectors in data.vectors.items():
             if task is not None:
-                said, chosen = fit_targets(task, vectors, data.labels, data.kinds, data.groups, trains, options.seed)
+                said, chosen = fit_targets(task, vectors, data.labels, data.groups, trains, options.seed)
             else:
                 shares, penalties = fit_folds(vectors, data.labels, data.groups, trains, options.seed)
                 said, chosen = list(shares), penalties.tolist()
@@ -364,7 +359,7 @@ def probe_slides(
                 facts[name]["scales"] = [scale.tolist() for scale in scales]
         if task is not None and places is not None:
             flags = (places[:, None] == np.unique(places)).astype(np.float64)
-            said, _ = fit_targets(task, flags, data.labels, data.kinds, data.groups, trains, options.seed)
+            said, _ = fit_targets(task, flags, data.labels, data.groups, trains, options.seed)
             found[SITE_ALONE] = held(said)[0]
     if task is None:
         found[CHANCE] = held([prior_probabilities(data.labels[train], len(data.ids), classes) for train in trains])[0]
@@ -421,21 +416,17 @@ def held_out(
 def _folds(data: SlideData, options: ProbeOptions, slide_options: SlideProbeOptions) -> list[Fold]:
     """The training and test slides of every fit, the folds of one repeat after the other; those of the first repeat
     test the slides that `finetune` tests with the same seed."""
-    nobody = np.zeros(0, np.int64)
     if data.test is not None:
-        return [Fold(0, np.flatnonzero(~data.test), nobody, np.flatnonzero(data.test))]
+        return part_folds(~data.test * 1, 1)
     parts = slide_options.folds
     if isinstance(parts, str):
         sites = None if data.sites is None else data.sites.tolist()
         part, names = site_parts(data.groups.tolist(), sites)
-        return [
-            Fold(number, np.flatnonzero(part != number), nobody, np.flatnonzero(part == number), site)
-            for number, site in enumerate(names)
-        ]
+        return part_folds(part, len(names), names)
     if data.task is None:
         too_few = f"fewer than {parts} folds. Take fewer folds"
         _refuse_rare_classes(data.labels, data.groups, parts, data.classes, too_few)
-    return repeated_folds(data.kinds, data.groups, parts, slide_options.repeats, seed=options.seed)
+    return repeated_folds(kinds_of(data.labels), data.groups, parts, slide_options.repeats, seed=options.seed)
 
 
 def repeated_folds(labels: IntArray, groups: TextArray, parts: int, repeats: int, *, seed: int) -> list[Fold]:
@@ -443,9 +434,7 @@ def repeated_folds(labels: IntArray, groups: TextArray, parts: int, repeats: int
     found: list[Fold] = []
     for repeat in range(repeats):
         part = draw_parts(labels, groups.tolist(), parts, seed=seed + repeat)
-        for number in range(parts):
-            rows = np.flatnonzero(part != number), np.zeros(0, np.int64), np.flatnonzero(part == number)
-            found.append(Fold(len(found), *rows))
+        found += part_folds(part, parts, first=len(found))
     return found
 
 

@@ -84,7 +84,7 @@ def cohort_of(cell: Cell, number: int, *, seed: int) -> dict[str, list[float]]:
     groups = np.arange(len(truth)).astype(str)
     folds = repeated_folds(kinds[known], groups[known], FOLDS, REPEATS, seed=number)
     with one_thread(torch.device("cpu")):
-        said, _ = fit_targets(task, features, truth, kinds, groups, [fold.train for fold in folds], number)
+        said, _ = fit_targets(task, features, truth, groups, [fold.train for fold in folds], number)
     predictions, _ = held_out(folds, truth, groups, task.classes, said, task=task)
     found = evaluate(predictions).estimates
     new = [
