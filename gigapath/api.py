@@ -221,13 +221,20 @@ def finetune(
     """
     from gigapath.cli.finetune import tune
 
-    files = [os.fspath(path) for path in _paths(features)]
     table, source, folder = (None if path is None else os.fspath(path) for path in (labels, tiles, splits))
-    named, weights = None if task is None else os.fspath(task), os.fspath(pretrained)
-    groups = (join, split, model, training)
     with _stoppable(quiet, "slide" if tiles is None else "tile") as (watch, check_stop):
         return tune(
-            *(files, named, table, source, tile_encoder, os.fspath(out), folder, weights, controls, dry_run, *groups),
+            os.fspath(out),
+            task=None if task is None else os.fspath(task),
+            features=[os.fspath(path) for path in _paths(features)],
+            labels=table,
+            splits=folder,
+            pretrained=os.fspath(pretrained),
+            tiles=source,
+            tile_encoder=tile_encoder,
+            options=(join, split, model, training),
+            controls=controls,
+            dry_run=dry_run,
             watch=watch,
             check_stop=check_stop,
         )

@@ -85,10 +85,19 @@ def finetune(
     """
     from gigapath.cli.progress import stoppable
 
-    groups = (labels_and_features, folds, model, training)
     with stoppable("slide" if tiles is None else "tile") as (watch, check_stop):
         result = tune(
-            *(features, task, labels, tiles, tile_encoder, out, splits, pretrained, controls, dry_run, *groups),
+            out,
+            task=task,
+            features=features,
+            labels=labels,
+            splits=splits,
+            pretrained=pretrained,
+            tiles=tiles,
+            tile_encoder=tile_encoder,
+            options=(labels_and_features, folds, model, training),
+            controls=controls,
+            dry_run=dry_run,
             watch=watch,
             check_stop=check_stop,
         )
@@ -105,25 +114,23 @@ def finetune(
 
 
 def tune(
-    features: str | Sequence[str] | None,
-    task: str | None,
-    labels: str | None,
-    tiles: str | None,
-    tile_encoder: str,
     out: str,
+    *,
+    task: str | None,
+    features: str | Sequence[str] | None,
+    labels: str | None,
     splits: str | None,
     pretrained: str,
+    tiles: str | None,
+    tile_encoder: str,
+    options: tuple[JoinOptions, SplitOptions, ModelOptions, TrainingOptions],
     controls: bool,
     dry_run: bool,
-    join: JoinOptions,
-    split: SplitOptions,
-    model: ModelOptions,
-    training: TrainingOptions,
-    *,
     watch: Progress,
     check_stop: Callable[[], None],
 ) -> "RunResult":
     """Fine-tune a slide encoder on slides, or a tile encoder where `tiles` are given, for the verb and for Python."""
+    join, split, model, training = options
     if tiles is not None:
         if features or task is not None:
             raise ValueError("--tiles: expected neither --features nor --task beside it. Leave them out.")
