@@ -225,6 +225,9 @@ def test_vectors_are_read_from_every_tools_files(files: Path, tmp_path: Path) ->
     (tmp_path / "t.csv").write_text(
         "slide_id,embedding,trained,e0,e1\na,default:mean,True,1,2\nb,default:mean,True,3,4\n"
     )
+    (tmp_path / "bare.csv").write_text("slide_id,e0,e1\na,1,2\nb,3,4.5\n")
+    bare = read_slide_vectors(tmp_path / "bare.csv")
+    assert {name: held.tolist() for name, held in bare.vectors.items()} == {"a": [1.0, 2.0], "b": [3.0, 4.5]}
     table = read_slide_vectors(tmp_path / "t.csv")
     assert table.vectors["b"].tolist() == [3, 4] and table.stated["embedding"] == "default:mean"
     np.save(tmp_path / "tiles.npy", np.ones((3, 5)))

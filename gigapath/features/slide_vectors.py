@@ -154,7 +154,7 @@ def _read(path: Path) -> tuple[dict[str, Array], dict[str, Any]]:
         return _read_h5(path)
     if path.suffix == ".csv":
         attrs, table = read_table(path)
-        return table, {"tool": "gigapath", **attrs}
+        return table, {"tool": "gigapath", **{name: value for name, value in attrs.items() if name in _STATED}}
     sidecar = flat_json(small_json(path.with_name(f"{path.stem}.meta.json")) or {})
     stated = {"tool": "slide2vec", **sidecar} if sidecar else {}
     if path.suffix == ".npy":

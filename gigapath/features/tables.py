@@ -125,10 +125,10 @@ def export_table(
             attrs, before = read_table(to)
         except FeatureFileError as error:
             raise ValueError(f"{to.name}: a file that is no table of slide vectors has that name. {instead}") from error
-        if attrs["embedding"] != name:
+        if attrs.get("embedding") != name:
             raise ValueError(
                 f"{to.name}: expected the embedding that the table holds, got another: --embedding "
-                f"{attrs['embedding']} -> {name}. {instead}"
+                f"{attrs.get('embedding', 'unknown')} -> {name}. {instead}"
             )
     ids, vectors, slides = _gather(folder, embedding, allow_mixed=allow_mixed)
     if before is not None:
@@ -153,31 +153,31 @@ def export_table(
 
 
 def read_table(path: Path) -> tuple[dict[str, Any], dict[str, Array]]:
-    """What an exported table says of its vectors (`embedding`, its name, among it), and the vectors by slide;
+    """What a table says of its vectors (an exported one their name, `embedding`), and the vectors by slide;
     FeatureFileError for another file, ImportError of parquet without pandas and pyarrow."""
     ids: Any
     try:
         if path.suffix == ".npz":
             held = read_npz(path)
-            attrs, ids, vectors = json.loads(str(held["attrs"])), held["slide_ids"], held["vectors"]
-        elif path.suffix == ".csv":
+            attrs, ids, vectors = json.loads(str(held.get("attrs", "{}"))), held["slide_ids"], held["vectors"]
+        elif path.suffix == ".csv":  # of another tool or hand too, if it has slide_id, e0, e1, ...
             with path.open(newline="", encoding="utf-8") as file:
-                header, *rows = csv.reader(file)
-            if header[:4] != ["slide_id", "embedding", "trained", "e0"]:
-                raise KeyError(header[0])
-            attrs, ids = dict(zip(header[1:3], rows[0][1:3], strict=True)), [row[0] for row in rows]
-            vectors = np.array([[float(each) for each in row[3:]] for row in rows], dtype=np.float32)
+                rows = list(csv.DictReader(file))
+            entries = [name for name in rows[0] if name.removeprefix("e").isdigit()]
+            attrs = {name: rows[0][name] for name in rows[0] if name not in {"slide_id", *entries}}
+            ids = [row["slide_id"] for row in rows]
+            vectors = np.array([[row[name] for name in entries or ["e0"]] for row in rows], dtype=np.float32)
         else:
             table = _pandas_for_parquet().read_parquet(path)
             attrs, ids = {"embedding": table["embedding"].iloc[0]}, table["slide_id"]
             vectors = table.iloc[:, 3:].to_numpy(np.float32)
-        return {**attrs, "embedding": str(attrs["embedding"])}, dict(zip(map(str, ids), vectors, strict=True))
+        return attrs, dict(zip(map(str, ids), vectors, strict=True))
     except ImportError:
         raise
     except Exception as error:  # whatever another file of that name raises
         raise FeatureFileError(
-            f"{path.name}: expected a table of slide vectors (slide_id, embedding, trained, e0, ...), as `gigapath "
-            "convert` writes it, got something that is none."
+            f"{path.name}: expected a table of slide vectors (slide_id, e0, e1, ...), as `gigapath convert` writes it, "
+            "got something that is none."
         ) from error
 
 
