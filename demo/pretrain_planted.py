@@ -1,8 +1,9 @@
 """Pretraining on made slides in a minute: python demo/pretrain_planted.py [OUT]
 
-Each slide has a few tissue kinds in patches (Voronoi cells), a smooth gradient, stripes, something of its own and
-noise. A small slide encoder learns to predict hidden tiles from those around them; beside it stand the mean of the
-visible tiles, the nearest ones and kriging, which learn nothing. Look at OUT/run/reconstructions.png and curves.png.
+Each slide has a few tissue kinds in patches (Voronoi cells), two smooth waves, strata (every row of tiles has something
+of its own) and noise. A small slide encoder learns to predict hidden tiles from those around them; beside it stand the
+mean of the visible tiles, the nearest ones and kriging, which learn nothing. Look at OUT/run/reconstructions.png and
+curves.png.
 """
 
 import sys
@@ -22,8 +23,8 @@ RECIPE = PretrainingOptions(epochs=8, batch_size=8, base_lr=5e-3, device="cpu")
 
 @dataclass(frozen=True)
 class PlantedSlide:
-    """A made slide: features (N, 32) float32, cells (N, 2); the share of each kind of tile; whether its stripes lie
-    down, which is to be told from the arrangement alone."""
+    """A made slide: features (N, 32) float32, cells (N, 2); the share of each kind of tile; whether its strata stand
+    upright, which is to be told from the arrangement alone."""
 
     features: np.ndarray
     cells: np.ndarray
@@ -31,12 +32,11 @@ class PlantedSlide:
     turned: bool
 
 
-def planted_slides(count: int, *, seed: int = 0, striped: float = 0.2, turned: bool = False) -> list[PlantedSlide]:
-    """Slides of about 120 tiles; kinds look the same in all. Stripes are `striped` strong; with `turned` those of every
-    second slide lie down."""
+def planted_slides(count: int, *, seed: int = 0, turned: bool = False) -> list[PlantedSlide]:
+    """Slides of about 120 tiles; kinds look the same in all. With `turned` the strata of every second slide are columns
+    in place of rows."""
     world = np.random.default_rng(7)
-    kinds = world.standard_normal((KINDS, WIDTH))
-    gradient, stripes = world.standard_normal((2, WIDTH)), world.standard_normal(WIDTH)
+    kinds, waves, strata = (world.standard_normal((n, WIDTH)) for n in (KINDS, 2, 2))
     random = np.random.default_rng([seed, 1])
     slides = []
     for number in range(count):
@@ -46,13 +46,13 @@ def planted_slides(count: int, *, seed: int = 0, striped: float = 0.2, turned: b
         cells = cells[np.hypot(*(cells - middle).T) < side * random.uniform(0.5, 0.56)]
         seeds, kind = random.uniform(0, side, (6, 2)), random.integers(0, KINDS, 6)
         nearest = np.linalg.norm(cells[:, None] - seeds, axis=-1).argmin(axis=1)
-        waves = np.sin(cells @ random.uniform(-0.6, 0.6, (2, 2)) + random.uniform(0, 6, 2))
-        lies = turned and number % 2 == 1
-        sides = np.where((cells[:, int(lies)] + random.integers(0, 2)) % 2, striped, -striped)
-        features = 2.0 * kinds[kind[nearest]] + waves @ gradient + sides[:, None] * stripes
-        features += 0.3 * random.standard_normal(WIDTH) + 0.8 * random.standard_normal((len(cells), WIDTH))
+        heights = np.sin(cells @ random.uniform(-0.5, 0.5, (2, 2)) + random.uniform(0, 6, 2))
+        upright = turned and number % 2 == 1
+        layers = random.standard_normal((side, 2))[cells[:, 0 if upright else 1]]
+        features = 1.5 * (kinds[kind[nearest]] + heights @ waves) + 1.4 * layers @ strata
+        features += 0.4 * random.standard_normal((len(cells), WIDTH))
         shares = np.bincount(kind[nearest], minlength=KINDS) / len(cells)
-        slides.append(PlantedSlide(features.astype(np.float32), cells + random.integers(0, 40, 2), shares, lies))
+        slides.append(PlantedSlide(features.astype(np.float32), cells + random.integers(0, 40, 2), shares, upright))
     return slides
 
 

@@ -508,7 +508,7 @@ def test_300_steps_predict_hidden_tiles_of_slides_that_were_never_seen(tmp_path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1])
-def test_900_steps_come_near_kriging_also_when_killed(tmp_path: Path, seed: int, monkeypatch) -> None:
+def test_900_steps_learn_more_than_neighbors_tell_also_when_killed(tmp_path: Path, seed: int, monkeypatch) -> None:
     """Two seeds; of the first a copy, taken on the way, dies five times more and ends the same, to the bit."""
     from demo.pretrain_planted import RECIPE as demo_recipe
     from demo.pretrain_planted import SIZES as demo_sizes
@@ -526,8 +526,8 @@ def test_900_steps_come_near_kriging_also_when_killed(tmp_path: Path, seed: int,
     result = pretrain(tmp_path / "features", tmp_path / "whole", **given, watch=Copying())
     last, beside = result.epochs[-1], result.without_learning
     assert last.steps == 900 and last.r2 is not None
-    assert last.r2 >= 0.50 and last.r2 >= beside["slide mean"] + 0.35
-    assert last.r2 > beside["nearest 4"] and last.r2 >= 0.95 * beside["kriging"]
+    assert last.r2 >= 0.50 and last.r2 >= beside["slide mean"] + 0.42
+    assert last.r2 >= beside["nearest 4"] + 0.10 and last.r2 >= 0.85 * beside["kriging"]
     assert last.rank is not None and last.rank > 1.5
     if seed == 0:
         words = [sys.executable, str(TESTS / "killed_pretraining.py"), str(tmp_path), "637", "661", "690", "752", "899"]

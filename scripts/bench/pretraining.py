@@ -52,7 +52,7 @@ def measure(options: PretrainingBench) -> Iterator[dict[str, Any]]:
         A row of the step: `precision`, `tiles_per_second`, `share` of a product's rate with `share_least` and
         `share_most`, `kept` bytes a tile for the way back, and what `roofline.limits` says.
         Then a row a label and kind of slide vectors: `auroc` with `low` and `high` (95 %, bootstrap over test slides).
-        The labels are the share of one kind of tile (composition) and the direction of stripes (arrangement).
+        The labels are the share of one kind of tile (composition) and the direction of strata (arrangement).
     """
     device = resolve_device(options.device)
     precision = training_precision("auto", device)
@@ -105,7 +105,7 @@ def _downstream(options: PretrainingBench) -> Iterator[dict[str, Any]]:
     from gigapath.pretraining import pretrain
 
     count, half = options.slides, options.slides // 2
-    slides = planted_slides(count, seed=options.seed + 1, striped=0.8, turned=True)
+    slides = planted_slides(count, seed=options.seed + 1, turned=True)
     width = slides[0].features.shape[1]
     shares = np.array([slide.kinds[0] for slide in slides])
     labels = {"composition": shares > np.median(shares), "arrangement": np.array([slide.turned for slide in slides])}
