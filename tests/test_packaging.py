@@ -167,6 +167,7 @@ def test_verbs_and_modules_load_without_the_extras() -> None:
     modules = [
         ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
         for path in sorted((ROOT / "gigapath").rglob("*.py"))
+        if path.stem != "triton_norm"  # asked for where a GPU is, and done without where Triton is not whole
     ]
     code = f"""
 import importlib, sys
