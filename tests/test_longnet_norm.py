@@ -113,6 +113,8 @@ def test_full_precision_gradients_and_replaced_norms_are_pytorchs(interpreted: l
         assert torch.equal(normalize(nn.LayerNorm(16), x), nn.LayerNorm(16)(x))
         assert torch.equal(normalize(Mine(16), x.half()), x.half() + 1)
         assert normalize(nn.LayerNorm(16).half(), x[:0].half()).shape == (0, 16)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):  # which leaves float64 alone
+        assert normalize(nn.LayerNorm(16).double(), x.double()).dtype != torch.bfloat16
     model = create_model("", "gigapath_slide_enc2l64d", 32).eval()
     with torch.autocast("cpu", torch.bfloat16):
         model(torch.randn(1, 5, 32), torch.zeros(1, 5, 2))[0].sum().backward()

@@ -33,7 +33,7 @@ def draw_confusion(counts: IntArray, class_names: Sequence[str], *, title: str) 
     """A confusion matrix: shade = share of the true class, number = rows; counts (C, C), row = true class."""
     classes = len(class_names)
     side = min(3.4 + 0.55 * classes, 14.0)
-    figure, axes = _figure(side + 0.8, side, open=False)
+    figure, axes = _figure(side + 0.8, side, framed=True)
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     image = axes.imshow(shares, cmap="cividis", vmin=0, vmax=1)
     slanted = classes > 3 and max(map(len, class_names)) > 3
@@ -194,15 +194,15 @@ def write_events(folder: Path, curves: Mapping[str, Sequence[tuple[int, float]]]
     return True
 
 
-def _figure(width: float, height: float, rows: int = 1, *, open: bool = True) -> tuple[Any, Any]:
-    """A figure with its axes, `open` above and to the right, without pyplot's process-wide state; inches."""
+def _figure(width: float, height: float, rows: int = 1, *, framed: bool = False) -> tuple[Any, Any]:
+    """A figure with its axes, open above and to the right unless `framed`, without pyplot's process-wide state; inches."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError("matplotlib: not installed. Pictures need it: pip install 'gigapath[train]'.") from error
     figure = Figure(figsize=(width, height), layout="constrained")
     axes = figure.subplots(rows, 1, sharex=True, squeeze=False)[:, 0]
-    for each in axes if open else ():
+    for each in () if framed else axes:
         each.spines[["top", "right"]].set_visible(False)
     return figure, axes if rows > 1 else axes[0]
 

@@ -117,9 +117,10 @@ class SelfAttention(nn.Module):
     def project(self, query: Tensor, key: Tensor | None = None, value: Tensor | None = None) -> list[Tensor]:
         """[q, k, v], each (T, H, E)."""
         same = (key is None or key is query) and (value is None or value is query)
-        if same and _autocast_takes(query) and all(map(_is_bare, (self.q_proj, self.k_proj, self.v_proj))):
+        bare = all(map(_is_bare, (self.q_proj, self.k_proj, self.v_proj)))
+        if same and bare and not torch.is_grad_enabled():
             # Autocast would convert it for each of the three; in training they are three for the gradients' sums.
-            query = key = value = query.to(torch.get_autocast_dtype(query.device.type))
+            query = key = value = query.to(product_dtype(query))
         given = (
             (self.q_proj, query),
             (self.k_proj, query if key is None else key),
@@ -406,12 +407,6 @@ def count_operations(config: LongNetConfig, lengths: Lengths) -> dict[str, int]:
     attention = dilated.count_operations(lengths, config.branches, config.num_heads, config.head_dim)
     products = (4 + 2 * config.ffn_ratio) * config.embed_dim**2
     return {"linear": config.depth * 2 * sum(lengths) * products, "attention": config.depth * attention}
-
-
-def _autocast_takes(x: Tensor) -> bool:
-    """Whether products in inference convert x to half precision."""
-    device = x.device.type
-    return x.dtype == torch.float32 and torch.is_autocast_enabled(device) and not torch.is_grad_enabled()
 
 
 def _is_bare(part: nn.Module) -> bool:

@@ -36,9 +36,10 @@ def normalize(norm: Any, x: Tensor, *, gelu: bool = False) -> Tensor:
 
 
 def product_dtype(like: Tensor) -> torch.dtype:
-    """In which type products of `like` are computed."""
+    """In which type products of `like` are computed; autocast leaves float64 alone."""
     device = like.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else like.dtype
+    takes = torch.is_autocast_enabled(device) and like.dtype != torch.float64
+    return torch.get_autocast_dtype(device) if takes else like.dtype
 
 
 def choose_one_pass(norm: Any, like: Tensor, dtype: torch.dtype, *, gelu: bool) -> Callable[..., Tensor] | None:
