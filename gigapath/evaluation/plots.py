@@ -195,7 +195,7 @@ def write_events(folder: Path, curves: Mapping[str, Sequence[tuple[int, float]]]
 
 
 def _figure(width: float, height: float, rows: int = 1, *, framed: bool = False) -> tuple[Any, Any]:
-    """A figure with its axes, open above and to the right unless `framed`, without pyplot's process-wide state; inches."""
+    """A figure (inches) with its axes, open above and right unless `framed`, without pyplot's process-wide state."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
