@@ -131,6 +131,8 @@ def test_what_is_no_run_over_folds_is_said(made: dict[str, Path], tmp_path: Path
     with pytest.raises(ValueError, match=r"'scales'.*Run it again, with folds"):
         compare([split])
     shutil.rmtree(split)
+    with pytest.raises(ValueError, match="one twice"):
+        compare([made["one"], made["one"]])
     for words, message in (
         (["--models", "nothing"], "The runs hold tile-mean, default"),
         (["--score", "x"], "--score"),

@@ -17,6 +17,8 @@ from made_cohort import NARROW, write_csv, write_slide
 
 from gigapath.cli.main import main
 from gigapath.evaluation.calibration import fit_scale, outputs, target_scale
+from gigapath.evaluation.compare import compare
+from gigapath.evaluation.intervals import evaluate
 from gigapath.evaluation.labels import Task, load_task, new_task, read_labels
 from gigapath.evaluation.results import read_results
 from gigapath.evaluation.scores import Predictions, Scorer
@@ -57,6 +59,31 @@ def test_tasks_and_labels_are_read_and_folds_share_events_and_quarters(tmp_path:
         check_classes([Fold(0, np.arange(40), np.arange(0), np.arange(40, 60))], no_event.truth, ("risk",))
     with pytest.raises(ValueError, match="expected one of them"):
         new_task(labels, tmp_path / "x.yaml", survival=("days", "dead"), regression="amount")
+
+
+def test_amounts_that_do_not_differ_are_no_task_and_said(tmp_path: Path) -> None:
+    labels = write_csv(tmp_path / "l.csv", ["slide_id", "amount"], [[f"s{n}", 5] for n in range(4)])
+    with pytest.raises(ValueError, match="expected amounts that differ under amount, all are 5"):
+        new_task(labels, tmp_path / "r.yaml", regression="amount")
+    assert (
+        "the same amount" in evaluate(Predictions(np.full(4, 5.0), np.ones((4, 1)), ("amount",)), replicates=0).notes[0]
+    )
+
+
+def test_the_order_of_grades_in_words_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    labels = write_csv(
+        tmp_path / "l.csv", ["slide_id", "word", "number"], [["a", "low", 1], ["b", "mid", 10], ["c", "high", 2]]
+    )
+    new_task(labels, tmp_path / "n.yaml", columns=["number"], ordinal=True)
+    assert "alphabet" not in caplog.text
+    new_task(labels, tmp_path / "w.yaml", columns=["word"], ordinal=True)
+    assert "order of the alphabet, high < low < mid" in caplog.text
+
+
+def test_a_key_that_stands_twice_in_a_task_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "t.yaml").write_text("name: a\nsetting: binary\nlabel_dict: {a: 0, b: 1, a: 1}\n")
+    with pytest.raises(ValueError, match="without the key a twice"):
+        load_task(tmp_path / "t.yaml")
 
 
 def test_follow_up_that_is_none_is_refused(tmp_path: Path) -> None:
@@ -201,6 +228,14 @@ def test_a_run_of_each_setting_leaves_scores_predictions_pictures_and_a_head(
     scores = next(iter(first.scores.values()))
     named = {"regression": "r2", "ordinal": "kappa_quadratic"}.get(setting, "harrell_c")
     assert named in scores.headline.estimates and scores.unit == "patients" and "site alone" in first.scores
+    if setting == "discrete":  # of the run over its folds as of each fold
+        late = load_task(task_file).horizons[-1] * 1000
+        task_file.write_text(task_file.read_text().replace("loss:", f"- {late}\nloss:"))
+        assert main(["finetune", "--task", "task.yaml", *files, "--out", "late", *small, *more]) == 0
+        later = read_results(Path("late/results.json"))
+        assert any("not before the end of the last follow-up" in note for note in later.notes)
+        with pytest.raises(ValueError, match="the horizons differ"):
+            compare(["tuned", "late"])
     fold, head = read_results(Path("tuned/fold_0/results.json")), load_head("tuned/fold_0")
     assert head.task == task
     picture = {"regression": "scatter.png", "ordinal": "confusion.png"}.get(setting, "survival.png")

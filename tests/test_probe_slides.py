@@ -448,12 +448,71 @@ def test_a_task_of_times_or_amounts_is_probed(tmp_path: Path, how: list[str], na
     assert "uncalibrated" in json.loads((tmp_path / "compared" / "differences.json").read_text())["covers"]
 
 
-def test_a_task_of_classes_is_no_task_of_a_probe(relabelled: tuple[Path, Path], tmp_path: Path) -> None:
+def test_a_task_of_classes_says_what_the_labels_mean(relabelled: tuple[Path, Path], tmp_path: Path) -> None:
     folder, table = relabelled
-    assert main(["init-task", str(table), "--to", str(tmp_path / "task.yaml")]) == 0
-    options = dataclasses.replace(QUICK, task=str(tmp_path / "task.yaml"))
-    with pytest.raises(ValueError, match="--task: expected a task of survival or regression"):
-        probe_slides(folder, table, ProbeOptions(), options)
+    with table.open() as file:
+        rows = [
+            {**row, "grade": str(int(row["slide_id"][1:3]) % 3), "label2": "01"[number % 2]}
+            for number, row in enumerate(csv.DictReader(file))
+        ]
+    write_rows(table, rows)
+    for name, *words in (("label",), ("grade", "--ordinal", "--label", "grade"), ("two", "--label", "label2", "grade")):
+        assert main(["init-task", str(table), *words, "--to", str(tmp_path / f"{name}.yaml")]) == (name == "two")
+    by_task = dataclasses.replace(QUICK, task=str(tmp_path / "label.yaml"))
+    one, other = (probe_slides(folder, table, ProbeOptions(replicates=50), each) for each in (QUICK, by_task))
+    assert one.scores["default"].to_dict() == other.scores["default"].to_dict()
+    graded = probe_slides(folder, table, ProbeOptions(), dataclasses.replace(QUICK, task=str(tmp_path / "grade.yaml")))
+    kappa = graded.scores["default"]["kappa_quadratic"]
+    assert kappa.low < kappa.value < kappa.high and "quadratic-weighted kappa" in str(graded)
+
+
+def test_a_probe_fitted_on_all_slides_is_tested_on_another_cohort(made: tuple[Path, Path], tmp_path: Path) -> None:
+    """As with both in one table and a column of the split; where it is locked each test is counted."""
+    folder, table = made
+    with table.open() as file:
+        rows = list(csv.DictReader(file))
+    for name in ("train", "test"):
+        write_rows(tmp_path / f"{name}.csv", [row for row in rows if row["set"] == name])
+    there = str(tmp_path / "test.csv")
+    how = ProbeOptions(replicates=50, allow_missing=True)
+    outside = SlideProbeOptions(embedding="default", test_embeddings=str(folder), test_labels=there, lock=True)
+    found = probe_slides(folder, tmp_path / "train.csv", how, outside)
+    split = probe_slides(folder, table, ProbeOptions(replicates=50, split="set"), QUICK)
+    for name in ("default", "tile-mean", "chance"):
+        assert found.scores[name].by_unit == split.scores[name].by_unit
+    assert found.scores["default"].by_site == split.scores["default"].by_site
+    assert any("first evaluation" in note for note in found.scores["default"].notes)
+    again = probe_slides(folder, tmp_path / "train.csv", how, dataclasses.replace(outside, lock=None))
+    assert any("evaluation 2 on it, of 1 head" in note for note in again.notes)
+    write_rows(tmp_path / "test.csv", [row for row in rows if row["set"] == "test"][1:])
+    with pytest.raises(ValueError, match="are not those that were locked"):
+        probe_slides(folder, tmp_path / "train.csv", how, outside)
+    (tmp_path / "test.csv.lock").unlink()
+    write_rows(tmp_path / "test.csv", rows)
+    with pytest.raises(ValueError, match="60 slides are in both"):
+        probe_slides(folder, tmp_path / "train.csv", how, outside)
+
+
+@pytest.mark.parametrize("amounts", [False, True])
+def test_a_new_site_tells_nothing(relabelled: tuple[Path, Path], tmp_path: Path, amounts: bool) -> None:
+    """Other shares of the classes at each site, so that the share among the others would rank them the wrong way."""
+    folder, table = relabelled
+    with table.open() as file:
+        rows = [{**row, "site": "ABC"[int(row["slide_id"][1:3]) % 7 % 3]} for row in csv.DictReader(file)]
+    generator, options = np.random.default_rng(0), dataclasses.replace(QUICK, folds="leave-site-out")
+    for row in rows:
+        row["amount"] = f"{'ABC'.index(row['site']) + generator.normal():.4f}"
+        if row["site"] == "A" and int(row["slide_id"][1:3]) > 15:
+            row["label"] = "mutant"
+    write_rows(table, rows)
+    if amounts:
+        assert main(["init-task", str(table), "--regression", "amount", "--to", str(tmp_path / "task.yaml")]) == 0
+        options = dataclasses.replace(options, task=str(tmp_path / "task.yaml"))
+    alone = probe_slides(folder, table, ProbeOptions(), options).scores["site alone"]
+    if amounts:
+        assert np.isnan(alone["spearman"].value) or abs(alone["spearman"].value) < 1e-6
+    else:
+        assert alone["auroc"].value == 0.5
 
 
 def test_ridge_regression_of_a_probe_equals_scikit_learn() -> None:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 from made_cohort import write_cohort, write_task
@@ -13,6 +14,8 @@ from made_cohort import write_cohort, write_task
 from gigapath.cli import study as module
 from gigapath.cli.main import main
 from gigapath.evaluation.compare import compare
+from gigapath.evaluation.labels import Task
+from gigapath.evaluation.labels import write_task as write_task_file
 from gigapath.report.results import collect_results
 from gigapath.report.study import ITEMS
 
@@ -82,6 +85,7 @@ def test_study_leaves_everything_in_one_folder(made: Path) -> None:
     alone = json.loads((out / "models" / "attention" / "results.json").read_text())["scores"]["from random weights"]
     assert results["scores"]["attention"]["by_unit"] == alone["by_unit"]
     assert list(results["scores"]["attention"]["by_site"]) == [*"ABC"]
+    assert results["scores"]["site alone"]["by_unit"]["patients"]["scores"]["auroc"]["value"] == 0.5  # of new sites
     found = compare([out / "models" / name for name in ("mean", "attention")])
     lead = found.differences["attention: from random weights"]["auroc"]
     (row,) = results["comparisons"]
@@ -148,6 +152,13 @@ def test_a_study_that_was_stopped_goes_on_and_gives_the_same(
         ),
         ({"models": {"mean": {"probe": {"embedding": "tile-mean", "seed": 2}}}}, "seed is the same for all models"),
         ({"outside": {"elsewhere": {"labels": "there/labels.csv"}}}, "expected labels and features"),
+        (
+            {"models": {"mean": {"probe": {"embedding": "tile-mean"}}}, "compare": []},
+            "outside, elsewhere: expected labels and features (to test what is fine-tuned) or embeddings",
+        ),
+        ({"compare": [["mean", "mean"]]}, "compare: expected two models, got mean twice"),
+        ({"primary": "harrell_c"}, "primary: unknown key 'harrell_c'; known: accuracy"),
+        ({"splits": True}, "splits: expected a number of folds, leave-site-out or a folder, got True"),
         ({"outside": {"elsewhere": {"labels": "nowhere.csv", "features": "x"}}}, "nowhere.csv does not exist"),
         ([], "expected keys and values"),
     ],
@@ -167,3 +178,63 @@ def test_dry_run_shows_commands_that_parse(made: Path, tmp_path: Path, capsys: p
     said = capsys.readouterr().out
     assert "models/mean: gigapath probe" in said and "--folds leave-site-out" in said
     assert not (tmp_path / "out").exists()
+
+
+def test_a_model_that_stands_twice_is_refused(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """YAML alone would keep the last of the two without a word."""
+    file = made / "twice.yaml"
+    model = "  mean: {probe: {embedding: tile-mean}}\n"
+    file.write_text(f"labels: here/labels.csv\nembeddings: vectors\nmodels:\n{model}{model}")
+    assert main(["study", str(file), "--out", str(tmp_path / "out")]) == 1
+    assert "expected YAML without the key mean twice" in capsys.readouterr().err
+
+
+def test_a_study_of_survival_tests_its_probe_outside(made: Path, tmp_path: Path) -> None:
+    for number, place in enumerate(("here", "there")):
+        assert (
+            main(
+                [
+                    "slide-embed",
+                    str(made / place / "features"),
+                    "--slide-encoder",
+                    "mean",
+                    "--out",
+                    str(tmp_path / place),
+                ]
+            )
+            == 0
+        )
+        with (made / place / "labels.csv").open() as file:
+            rows = list(csv.DictReader(file))
+        random = np.random.default_rng(number)
+        followed = {row["patient_id"]: f"{random.exponential(10 + 20 * int(row['label'])):.2f}" for row in rows}
+        for index, row in enumerate(rows):
+            row |= {"days": followed[row["patient_id"]], "dead": str(int(index // 2 % 3 > 0))}
+        with (tmp_path / f"{place}.csv").open("w", newline="") as file:
+            writer = csv.DictWriter(file, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+    task = Task(
+        "made", "survival", ("risk",), time_column="days", event_column="dead", horizons=(5.0, 12.0), loss="cox"
+    )
+    write_task_file(tmp_path / "task.yaml", task)
+    study = {
+        "labels": "here.csv",
+        "embeddings": "here",
+        "task": "task.yaml",
+        "splits": 3,
+        "replicates": 20,
+        "models": {"mean": {"probe": {"embedding": "tile-mean", "repeats": 1}}},
+        "primary": "auroc_at_12",
+        "outside": {"elsewhere": {"labels": "there.csv", "embeddings": "there"}},
+        "lock": True,
+    }
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(study))
+    assert main(["study", str(tmp_path / "study.yaml"), "--out", str(tmp_path / "out")]) == 0
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    (tested,) = results["outside"].values()
+    assert list(results["outside"]) == ["mean on elsewhere, all"]
+    assert tested["by_unit"]["patients"]["scores"]["auroc_at_12"]["value"] > 0
+    assert any("first evaluation" in note for note in results["notes"]) and (tmp_path / "there.csv.lock").is_file()
+    assert main(["study", str(tmp_path / "study.yaml"), "--out", str(tmp_path / "out")]) == 0
+    assert len((tmp_path / "there.csv.lock").read_text().splitlines()) == 2  # what is done is not tested again

@@ -29,19 +29,20 @@ KEYS: dict[str, Any] = {
     "labels": "",  # CSV of the cohort
     "embeddings": "",  # folder of slide embeddings, for probes
     "features": "",  # folder of tile embeddings, for fine-tuning
-    "task": "",  # name or YAML file, for fine-tuning
+    "task": "",  # name or YAML file, for fine-tuning; probes take it too, unless they name a label
     "splits": 5,  # folds, leave-site-out, or a folder of split files for fine-tuning
     "seed": 0,
     "replicates": 2000,
     "models": {},  # name -> probe or finetune -> options of that verb
     "primary": "auroc",  # the score that decides
     "compare": [],  # pairs of models
-    "outside": {},  # name -> labels, features of a test set for fine-tuned heads
+    "outside": {},  # name -> labels, and features (for fine-tuned heads) or embeddings (for probes) of a test set
     "lock": False,  # lock those test sets
 }
 _NEEDS = {"probe": ("embeddings",), "finetune": ("features", "task")}
 # What the study says for all its models, so that none says it for itself.
-_SHARED = {"labels", "features", "task", "folds", "splits", "seed", "replicates", "out", "config", "dry_run"}
+_SHARED = {"labels", "features", "task", "folds", "splits", "seed", "replicates", "out", "config", "dry_run", "lock"}
+_SHARED |= {"test_labels", "test_embeddings"}
 
 Study = dict[str, Any]
 
@@ -106,10 +107,9 @@ def _parts(planned: Study, at: Callable[[str], str]) -> dict[str, list[str]]:
         ((what, options),) = model.items()
         splits = ["--folds", str(planned["splits"])]
         if what == "probe":
-            words = [what, at(planned["embeddings"])]
+            words = _probe(planned, options, at)
         else:
-            task = planned["task"] if "." not in planned["task"] else at(planned["task"])
-            words = [what, "--task", task, "--features", at(planned["features"])]
+            words = [what, *_task(planned, at), "--features", at(planned["features"])]
             if isinstance(planned["splits"], str) and planned["splits"] != LEAVE_SITE_OUT:
                 splits = ["--splits", at(planned["splits"])]
         shared = ["--labels", at(planned["labels"]), *_words({key: planned[key] for key in ("seed", "replicates")})]
@@ -117,12 +117,33 @@ def _parts(planned: Study, at: Callable[[str], str]) -> dict[str, list[str]]:
     return found
 
 
+def _task(planned: Study, at: Callable[[str], str]) -> list[str]:
+    return ["--task", planned["task"] if "." not in planned["task"] else at(planned["task"])]
+
+
+def _own(planned: Study, options: Mapping[str, Any]) -> bool:
+    """Whether a probe says itself what its classes are, instead of the study's task."""
+    return not planned["task"] or not {"label", "positive"}.isdisjoint(options)
+
+
+def _probe(planned: Study, options: Mapping[str, Any], at: Callable[[str], str]) -> list[str]:
+    return ["probe", at(planned["embeddings"]), *([] if _own(planned, options) else _task(planned, at))]
+
+
 def _tests(planned: Study, at: Callable[[str], str], out: Path) -> dict[str, list[str]]:
-    """Likewise of the tests of every fold's head on every outside test set."""
+    """Likewise of the tests on every outside test set: of every fold's head, and of a probe fitted on all slides."""
     found = {}
     for place, test in planned["outside"].items():
-        for name in (name for name, model in planned["models"].items() if "finetune" in model):
-            for fold in sorted((out / "models" / name).glob("fold_*/")):
+        for name, model in planned["models"].items():
+            options = model.get("probe", {})
+            if options and "embeddings" in test:
+                at_last = {"test-embeddings": at(test["embeddings"]), "test-labels": at(test["labels"])}
+                shared = {key: planned[key] for key in ("seed", "replicates", "lock")}
+                found[f"outside/{place}/{name}/all"] = [
+                    *_probe(planned, options, at), "--labels", at(planned["labels"]),
+                    *_words({**at_last, **shared, **options}),
+                ]  # fmt: skip
+            for fold in [] if options or "features" not in test else sorted((out / "models" / name).glob("fold_*/")):
                 words = ["predict", str(fold), at(test["features"]), "--labels", at(test["labels"])]
                 found[f"outside/{place}/{name}/{fold.name}"] = [
                     *words, *_words({key: planned[key] for key in ("seed", "replicates", "lock")})
@@ -156,16 +177,20 @@ def read_study(path: Path) -> Study:
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path}: expected a YAML file of a study, found none.")
+    from gigapath.evaluation.labels import KeysOnce, load_task
+
     who = path.name
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = KeysOnce(path.read_text(encoding="utf-8")).get_single_data()
     except (yaml.YAMLError, ValueError) as error:  # of bytes and dates that are none, too
-        raise ValueError(f"{who}: expected YAML, got something else.") from error
+        twice = f" without {error.problem}" if isinstance(error, yaml.constructor.ConstructorError) else ""
+        raise ValueError(f"{who}: expected YAML{twice}, got something else.") from error
     planned = {**KEYS, **_known(content, who, KEYS)}
     for key, value in planned.items():
         kinds = (int, str) if key == "splits" else (type(KEYS[key]),)
         if type(value) not in kinds or (type(value) is int and value < 0):
-            raise ValueError(f"{who}, {key}: expected {_KINDS[kinds[-1]]}, got {value!r}.")
+            expected = _KINDS["splits" if key == "splits" else kinds[-1]]
+            raise ValueError(f"{who}, {key}: expected {expected}, got {value!r}.")
     for key in ("labels", "models"):
         if not planned[key]:
             raise ValueError(f"{who}: expected the key {key}, which is not there.")
@@ -185,28 +210,47 @@ def read_study(path: Path) -> Study:
     for pair in planned["compare"]:
         if not isinstance(pair, list) or len(pair) != 2:
             raise ValueError(f"{who}, compare: expected pairs such as [this, that], got {pair!r}.")
-        _known(dict.fromkeys(map(str, pair)), f"{who}, compare", planned["models"])
+        if len(_known(dict.fromkeys(map(str, pair)), f"{who}, compare", planned["models"])) < 2:
+            raise ValueError(f"{who}, compare: expected two models, got {pair[0]} twice.")
     for name, test in planned["outside"].items():
-        if len(_known(test, f"{who}, outside, {name}", ("labels", "features"))) != 2:
-            raise ValueError(f"{who}, outside, {name}: expected labels and features.")
+        _known(test, f"{who}, outside, {name}", ("labels", "features", "embeddings"))
     at = _paths_of(path)
     for place in (planned, *planned["outside"].values()):
         for name in (str(place[key]) for key in ("labels", "embeddings", "features") if place.get(key)):
             if not Path(at(name)).exists():
                 raise FileNotFoundError(f"{who}: {name} does not exist. Paths are relative to the study file's folder.")
     from gigapath.cli.main import app, in_one_line
-    from gigapath.evaluation.scores import SCORE_WORDS
+    from gigapath.evaluation.results import score_names
 
-    _known({planned["primary"]: None}, f"{who}, primary", SCORE_WORDS)
+    probes = [model["probe"] for model in planned["models"].values() if "probe" in model]
+    tasks = [load_task(_task(planned, at)[1])] if planned["task"] else []
+    names = [score_names(task) for task in [*tasks, *(None for options in probes if _own(planned, options))]]
+    _known({planned["primary"]: None}, f"{who}, primary", [name for each in names for name in each])
     for part, words in _parts(planned, at).items():
         try:
             app.parse_args([*words, "--out", "OUT"], print_error=False, exit_on_error=False)
         except (CycloptsError, ValueError) as error:
             raise ValueError(f"{who}, {part.replace('/', ', ')}: {in_one_line(error)}") from None
+    for name, test in planned["outside"].items():
+        tested = ("features", "finetune"), ("embeddings", "probe")
+        if "labels" not in test or not any(
+            key in test and any(what in model for model in planned["models"].values()) for key, what in tested
+        ):
+            raise ValueError(
+                f"{who}, outside, {name}: expected labels and features (to test what is fine-tuned) or embeddings (to "
+                "test probes)."
+            )
     return planned
 
 
-_KINDS = {str: "text", int: "a whole number from 0", bool: "true or false", dict: "names with values", list: "a list"}
+_KINDS: dict[Any, str] = {
+    "splits": "a number of folds, leave-site-out or a folder",
+    str: "text",
+    int: "a whole number from 0",
+    bool: "true or false",
+    dict: "names with values",
+    list: "a list",
+}
 
 
 def _known(content: Any, who: str, keys: Collection[str] = ()) -> Mapping[str, Any]:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from gigapath.evaluation.intervals import Estimate, degrees_of_freedom, evaluate, paired_difference, plain, power
-from gigapath.evaluation.labels import shown
+from gigapath.evaluation.labels import first_twice, shown
 from gigapath.evaluation.plots import draw_intervals, plotting_available
 from gigapath.evaluation.results import FINE_TUNING, RESULTS, SLIDE_PROBE, TERMS, Results, read_results
 from gigapath.evaluation.scores import FloatArray, Predictions, average_by_group, rank_by, score_words
@@ -107,6 +107,8 @@ def compare(
     Raises:
         FileNotFoundError, ValueError: one sentence on what is missing, or on the first thing in which runs differ.
     """
+    if twice := first_twice(str(Path(run).resolve()) for run in runs):
+        raise ValueError(f"compare: expected several runs, got {Path(twice).name} twice.")
     read = [_read(Path(run)) for run in runs]
     if len({run.name for run in read}) < len(read):
         read = [replace(run, name=str(path)) for run, path in zip(read, runs, strict=True)]
@@ -267,6 +269,9 @@ def _check_alike(one: _Run, other: _Run) -> None:
         raise ValueError(
             f"{both}: the classes differ ({', '.join(ours)}; {', '.join(theirs)}). Compare runs of one task."
         )
+    mine_at, its_at = (run.results.task.get("horizons", []) for run in (one, other))
+    if mine_at != its_at:
+        raise ValueError(f"{both}: the horizons differ ({mine_at}; {its_at}). Compare runs of one task.")
     for number, (mine, its) in enumerate(zip(one.folds, other.folds, strict=False)):
         apart = sorted(mine.keys() ^ its.keys())
         changed = [

@@ -296,7 +296,8 @@ class _Units:
             return []
         words = ", ".join(score_words(name) for name in lacking)
         return [
-            f"intervals not estimable for {words}: fewer than two {unit}, in all or of a class, or the same without any"
+            f"intervals not estimable for {words}: fewer than two {unit}, in all or of a class, or, without one of "
+            "them, the same or not defined"
         ]
 
 

@@ -134,9 +134,10 @@ def load_task(name: str | Path) -> Task:
     except (yaml.YAMLError, ValueError, TypeError, OverflowError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         where = "" if mark is None else f" in line {mark.line + 1}"
+        without = f" without {error.problem}" if isinstance(error, yaml.constructor.ConstructorError) else ""
         raise ValueError(
-            f"{path.name}: expected YAML, got something else{where}. Correct it, or write it anew: gigapath init-task "
-            "LABELS."
+            f"{path.name}: expected YAML{without}, got something else{where}. Correct it, or write it anew: "
+            "gigapath init-task LABELS."
         ) from error
     return task_from(content, path.name)
 
@@ -230,8 +231,18 @@ def _classes(label_dict: Any, setting: str, who: str) -> tuple[str, ...]:
     return tuple(by_index[index] for index in range(len(by_index)))
 
 
-class _KeysAsWritten(yaml.SafeLoader):
-    """YAML's safe loader, but keys stay the text that stands there: of the labels no, on, 01 and null it would make
+class KeysOnce(yaml.SafeLoader):
+    """YAML's safe loader, but a key that stands twice in a mapping, of which it would take the last, is refused."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        twice = first_twice(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
+        if twice is not None:
+            raise yaml.constructor.ConstructorError(None, None, f"the key {twice} twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+class _KeysAsWritten(KeysOnce):
+    """As that, but keys stay the text that stands there: of the labels no, on, 01 and null it would make
     truth values, numbers and nothing. Merged mappings, by which a small file grows without end, are refused."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> Any:
@@ -531,7 +542,8 @@ def _flags(table: Table, columns: Sequence[str]) -> IntArray:
     for place, column in enumerate(columns):
         for number, cell in enumerate(table.filled(column)):
             if cell.lower() not in _YES | _NO:
-                raise ValueError(f"{table.source}: row {number + 2} has {cell!r} under {column}, expected 0 or 1.")
+                got = f"row {number + 2} has {cell!r} under {column}"
+                raise ValueError(f"{table.source}: {got}, expected 0 or 1 (no or yes, false or true).")
             truth[number, place] = cell.lower() in _YES
     return truth
 
@@ -678,13 +690,21 @@ def new_task(
         events_in_all = int(truth[:, 1].sum())
         counts = {"event": events_in_all, "censored": len(read) - events_in_all}
     elif task.setting == "regression":
+        if np.ptp(truth) == 0:
+            raise ValueError(f"{read.source}: expected amounts that differ under {regression}, all are {truth[0]:g}.")
         counts = {regression or "": len(read)}
     elif task.multi_label:
         counts = dict(zip(task.classes, truth.sum(axis=0).tolist(), strict=True))
     else:
         counts = {label: int((truth == index).sum()) for index, label in enumerate(task.classes)}
     write_task(path, task)
-    for note in read.class_notes(task.classes):
+    notes = read.class_notes(task.classes)
+    if ordinal and not all(map(_NUMBER.fullmatch, task.classes)):
+        notes.append(
+            f"grades in words are taken in the order of the alphabet, {' < '.join(task.classes)}: correct it in "
+            f"label_dict of {path.name} where it is another"
+        )
+    for note in notes:
         log.warning("note: %s", note)
     return task, counts
 

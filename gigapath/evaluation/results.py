@@ -27,6 +27,7 @@ from gigapath.evaluation.plots import draw_confusion, draw_scatter, draw_surviva
 from gigapath.evaluation.scores import (
     FloatArray,
     Predictions,
+    Scorer,
     average_by_group,
     confusion_matrix,
     risk_groups,
@@ -193,6 +194,23 @@ def score(
         predictions,
         {name: apart(np.asarray(column)) for name, column in (strata or {}).items()},
     )
+
+
+def score_names(task: Task | None) -> tuple[str, ...]:
+    """The scores of models of a task; None = of classes that nothing names yet."""
+    task = task or Task("", "binary", ("no", "yes"))
+    width = len(task.classes) + len(task.times)
+    truths = {"survival": np.zeros((1, 2)), "regression": np.zeros(1), "multi_label": np.zeros((1, width), np.int64)}
+    return Scorer(
+        Predictions(
+            truths.get(task.setting, np.zeros(1, np.int64)),
+            np.zeros((1, width)),
+            task.classes,
+            ordinal=task.ordinal,
+            times=task.times,
+            horizons=task.horizons,
+        )
+    ).names
 
 
 @dataclass(frozen=True)
@@ -481,8 +499,8 @@ class TestSet:
         for what, before, now in (("labels", held, self.digest), ("features", known.get(self.encoder), self.features)):
             if before not in (None, now):
                 raise ValueError(
-                    f"{self.labels.name}: its {what} are not those that were locked ({self.file.name}). Restore them, "
-                    "or name the new test set otherwise."
+                    f"{self.labels.name}: its {what} are not those that were locked ({self.file.name}), or the task is "
+                    "another. Restore them, or name the new test set otherwise."
                 )
         return tested
 

@@ -140,7 +140,8 @@ class Predictions:
     def notes(self) -> list[str]:
         """Sentences on what the truth leaves undefined; of classes `intervals.evaluate` says it."""
         if not self.times:
-            return []
+            flat = not self.of_classes and np.ptp(np.asarray(self.truth)) == 0
+            return ["all rows have the same amount: R2 and correlations are not defined"] if flat else []
         time, event = np.asarray(self.truth).T
         return survival_notes(time, event == 1, self.horizons)
 
@@ -688,6 +689,8 @@ def survival_notes(time: FloatArray, event: BoolArray, horizons: Sequence[float]
             )
         if not (event & (time <= horizon)).any():
             notes.append(f"no row has an event by the horizon {horizon:g}: AUROC there is not defined")
+    if not (event & (time < max(horizons))).any():
+        notes.append(f"no row has an event before the last horizon {max(horizons):g}: Uno's C is not defined")
     return notes
 
 

@@ -188,7 +188,9 @@ class _Run:
         split = self.processes.gather(self._record() if self.first else "")[0]
         folds = [self._fold(fold, split) for fold in cohort.folds]
         scores = folds[0] if len(folds) == 1 else self._over_folds(folds)
-        lines, notes = [*score_lines(scores), *stratum_lines(scores)], [UNMEASURED] * (len(folds) > 1)
+        lines, notes = [*score_lines(scores), *stratum_lines(scores)], list[str]()
+        if len(folds) > 1:
+            notes += [*next(iter(scores.values())).notes, UNMEASURED]
         if self.first:
             # The fold's own results say what a single one reached at thresholds and by site.
             main = next(iter(scores.values()))
@@ -334,7 +336,8 @@ class _Run:
         labels, task = self.labels, self.task
         if labels.sites is None:
             return {}
-        sites, train = np.asarray(labels.sites), fold.train
+        train = fold.train
+        sites = np.full(len(labels), "") if fold.site else np.asarray(labels.sites)  # a new site tells nothing
         if not task.of_classes:
             flags = (sites[:, None] == np.unique(sites[train])).astype(np.float64)
             said = self._linear(flags[train], flags[fold.test], fold)

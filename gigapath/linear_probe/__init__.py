@@ -86,7 +86,7 @@ class SlideProbeOptions(IdOptions):
         metavar="NAMES",
     )
     task: str | None = option(
-        None, "task file of survival or regression (gigapath init-task), instead of --label", metavar="YAML"
+        None, "task file (gigapath init-task) of classes, survival or regression, instead of --label", metavar="YAML"
     )
     folds: int | Literal["leave-site-out"] = option(
         5,
@@ -96,6 +96,18 @@ class SlideProbeOptions(IdOptions):
         at_least=2,
     )
     repeats: int = option(5, "how often the folds are drawn anew", at_least=1)
+    test_embeddings: str | None = option(
+        None, "slide embeddings of another cohort: one fit on all slides is tested on it, without folds", metavar="DIR"
+    )
+    test_labels: str | None = option(None, "that cohort's labels, as --labels", metavar="CSV")
+    lock: bool | None = option(None, "lock that cohort as a test set, as gigapath predict --lock")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if (self.test_labels is None) != (self.test_embeddings is None):
+            raise ValueError("--test-labels: expected --test-embeddings beside it, and the other way round.")
+        if self.lock and self.test_labels is None:
+            raise ValueError("--lock: expected --test-labels CSV beside it, the test set. Name it.")
 
 
 @dataclass(frozen=True)

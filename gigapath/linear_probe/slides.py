@@ -1,5 +1,5 @@
-"""Slide-level probes: logistic regression on slide embeddings (of a task Cox with ridge, or ridge regression), with
-the plain mean of the tiles always beside.
+"""Slide-level probes: logistic regression on slide embeddings (of times Cox with ridge, of amounts ridge regression),
+with the plain mean of the tiles always beside.
 
 Every embedding sees the same folds, and what is compared is compared on the same patients. The penalty is chosen
 inside the training folds, so that no test slide has a say in anything.
@@ -7,6 +7,7 @@ inside the training folds, so that no test slide has a say in anything.
 Legend: S slides, D width, C classes, K folds, R repeats.
 """
 
+import hashlib
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -33,6 +34,7 @@ from gigapath.evaluation.labels import (
     load_task,
     patients_of,
     read_labels,
+    shown,
     strata_of,
     strata_of_run,
 )
@@ -43,7 +45,9 @@ from gigapath.evaluation.results import (
     SLIDE_PROBE,
     Results,
     Scores,
+    TestSet,
     groups_of,
+    lock_words,
     numbers_csv,
     numbers_of,
     pictures_of,
@@ -92,7 +96,7 @@ class SlideData:
         groups: (S,) patients; slides themselves where no column says them.
         group_column: what the groups are called, or None where slides stand for themselves.
         sites: (S,) or None.
-        test: (S,) bool, the slides of the given test split; None for folds.
+        test: (S,) bool, the slides of the given test split or of the outside test set; None for folds.
         strata: "scanner", "stain" -> (S,) what each slide has, "" = not known; those that are known.
         task: of times or amounts; None for classes.
     """
@@ -109,6 +113,7 @@ class SlideData:
     facts: dict[str, Any] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
     task: Task | None = None
+    ordinal: bool = False
 
 
 def load_slides(
@@ -123,7 +128,7 @@ def load_slides(
 
     Args:
         labels: CSV with `slide_id` (or `input`, `file`, `name`), the label's column, and the patient's.
-        task: of times or amounts, instead of classes.
+        task: what the labels mean; None = the classes of `options.label`.
 
     Raises:
         FileNotFoundError, ValueError: one sentence on what is wrong.
@@ -161,6 +166,8 @@ def load_slides(
         truth, classes = read_labels(labels, task, id_rule=ids_meet.id_rule).truth[rows], task.classes
         events = int(truth[:, 1].sum()) if task.setting == "survival" else len(truth)
         counts = {"with an event": events, "censored": len(truth) - events} if truth.ndim == 2 else {classes[0]: events}
+        if task.of_classes:
+            counts = dict(zip(classes, np.bincount(truth, minlength=len(classes)).tolist(), strict=True))
     else:
         written_labels = [all_labels[row] for row in rows]
         index_of_label, classes = class_names(written_labels, options.positive)
@@ -182,7 +189,7 @@ def load_slides(
             raise ValueError(f"{listed.source}: the column {options.split} leaves no slide to {lacking_set}.")
         notes.append("slides of train and val train together: the penalty is chosen by folds inside them")
     site_column = first_column(listed, SITE_COLUMNS)
-    if task is None:
+    if task is None or task.of_classes:
         notes += class_notes(classes, truth, groups.tolist(), "slide" if patients is None else "patient")
     return SlideData(
         ids=slide_ids,
@@ -206,7 +213,38 @@ def load_slides(
             "embeddings_without_label": len(unlabelled),
         },
         warnings=tuple(notes),
-        task=task,
+        task=None if task is not None and task.of_classes else task,
+        ordinal=task is not None and task.ordinal,
+    )
+
+
+def with_outside(here: SlideData, there: SlideData) -> SlideData:
+    """Slides to train on, and those of another cohort to test on.
+
+    Raises:
+        ValueError: a slide is in both.
+    """
+    if both := sorted({*here.ids} & {*there.ids}):
+        raise ValueError(f"--test-labels: {len(both):,} slides are in both cohorts ({shown(both)}). Keep them in one.")
+    vectors = {}
+    for name, found in here.vectors.items():
+        if found.shape[1] != (width := there.vectors[name].shape[1]):
+            raise ValueError(f"--test-embeddings: expected {name} of width {found.shape[1]}, got {width}.")
+        vectors[name] = np.concatenate([found, there.vectors[name]])
+    one_kind = here.group_column is not None and there.group_column is not None
+    of_here = np.array([""] * len(here.ids)) if here.sites is None else here.sites
+    return replace(
+        there,
+        ids=here.ids + there.ids,
+        vectors=vectors,
+        labels=np.concatenate([here.labels, there.labels]),
+        groups=np.concatenate([here.groups, there.groups]),
+        group_column=here.group_column if one_kind else None,
+        sites=None if there.sites is None else np.concatenate([of_here, there.sites]),
+        test=np.repeat([False, True], [len(here.ids), len(there.ids)]),
+        strata={name: ("",) * len(here.ids) + cells for name, cells in there.strata.items()},
+        facts={**here.facts, "outside": there.facts},
+        warnings=tuple(dict.fromkeys(here.warnings + there.warnings)),
     )
 
 
@@ -245,7 +283,9 @@ class SlideProbe:
     @property
     def shown(self) -> tuple[str, ...]:
         """The scores of the printed table; the first is drawn."""
-        return SHOWN if self.data.task is None else tuple(self.scores[BASELINE].headline.estimates)[:4]
+        if self.data.task is not None:
+            return tuple(self.scores[BASELINE].headline.estimates)[:4]
+        return (*SHOWN[:3], "kappa_quadratic") if self.data.ordinal else SHOWN
 
     def _lines(self) -> Iterator[str]:
         data = self.data
@@ -253,6 +293,8 @@ class SlideProbe:
         counts = ", ".join(f"{count:,} {name}" for name, count in data.facts["slides_of_class"].items())
         positive = f" (positive: {data.classes[1]})" if len(data.classes) == 2 else ""
         yield f"{data.facts['slides']:,} slides{groups}: {counts}{positive}"
+        if outside := data.facts.get("outside"):
+            yield f"tested on {outside['slides']:,} slides of {outside['labels']}"
         shown, words = self.shown, [score_words(name) for name in self.shown]
         rows = [["embedding", "width", *words, f"{words[0]} against {BASELINE}"]]
         robust = [["robustness index", "value", "neighbors", "of random neighbors"]]
@@ -315,9 +357,24 @@ def probe_slides(
     names = [name.strip() for name in (slide_options.embedding or "").split(",") if name.strip()]
     wanted = [BASELINE, *(name for name in names if name != BASELINE)]
     task = None if slide_options.task is None else load_task(slide_options.task)
-    if task is not None and task.of_classes:
-        raise ValueError(f"--task: expected a task of survival or regression, got {task.setting}. Name its --label.")
+    if task is not None and task.multi_label:
+        raise ValueError("--task: expected a task with one label a slide, got several. Name one of them: --label.")
+    if task is not None and options.positive is not None:
+        raise ValueError("--positive: expected no --task beside it, whose second class is the positive one.")
     data = load_slides(folder, Path(labels), wanted, options, slide_options, task)
+    locked: TestSet | None = None
+    if slide_options.test_labels is not None:
+        if options.split is not None:
+            raise ValueError("--test-labels: expected no --split beside it. Leave one out.")
+        meant = task or Task("", "multi_class", data.classes, label_column=options.label)
+        place, given = Path(slide_options.test_embeddings or ""), Path(slide_options.test_labels)
+        there = load_slides(place, given, wanted, options, slide_options, meant)
+        digest = read_labels(given, meant, id_rule=slide_options.id_rule).digest
+        prints = hashlib.sha256(repr(there.ids).encode() + b"".join(each.tobytes() for each in there.vectors.values()))
+        locked = TestSet(given, digest, f"slide embeddings {', '.join(wanted)}", prints.hexdigest())
+        locked.evaluations()
+        data = with_outside(data, there)
+    task = data.task
     notes = list(data.warnings)
     drawn = _folds(data, options, slide_options)
     notes += audit(
@@ -341,11 +398,13 @@ def probe_slides(
             data.classes,
             f"fewer than the {INNER_FOLDS} folds by which the penalty is chosen among the training slides. Add slides",
         )
-    held = partial(held_out, drawn, data.labels, data.groups, data.classes, task=task)
+    held = partial(held_out, drawn, data.labels, data.groups, data.classes, task=task, ordinal=data.ordinal)
     found: dict[str, Predictions] = {}
     facts: dict[str, dict[str, Any]] = {}
     trains = [fold.train for fold in drawn]
     places = data.sites
+    if places is not None and drawn[0].site:  # a new site tells nothing
+        places = np.full_like(places, "")
     with one_thread(torch.device("cpu")):
         for name, vectors in data.vectors.items():
             if task is not None:
@@ -363,17 +422,22 @@ def probe_slides(
             found[SITE_ALONE] = held(said)[0]
     if task is None:
         found[CHANCE] = held([prior_probabilities(data.labels[train], len(data.ids), classes) for train in trains])[0]
-    if task is None and places is not None:
+    if task is None and places is not None and data.sites is not None:
         alone = [site_probabilities(data.labels[train], places[train], places, classes) for train in trains]
         found[SITE_ALONE] = held(alone)[0]
-        for name, vectors in data.vectors.items():
-            if (robustness := robustness_index(vectors, data.labels, places, data.groups)) is not None:
+        for name, vectors in data.vectors.items() if locked is None else ():
+            if (robustness := robustness_index(vectors, data.labels, data.sites, data.groups)) is not None:
                 facts[name][ROBUSTNESS] = plain(robustness)
     strata = {name: [cells[row] for row in rows.tolist()] for name, cells in data.strata.items()}
     how: dict[str, Any] = {"patients": patients, "sites": sites, "strata": strata}
     how |= {"replicates": options.replicates, "seed": options.seed}
     rivals = {name: {BASELINE: found[BASELINE]} for name in facts if name != BASELINE}
     scores = {name: score(each, against=rivals.get(name), facts=facts.get(name), **how) for name, each in found.items()}
+    if locked is not None and (slide_options.lock or locked.file.is_file()):
+        head = hashlib.sha256(b"".join(found[name].probabilities.tobytes() for name in facts)).hexdigest()
+        data = replace(data, facts={**data.facts, "locked_test_set": (counted := locked.count(head))})
+        for name in facts:
+            scores[name] = replace(scores[name], notes=(*scores[name].notes, lock_words(counted)))
     notes += scores[BASELINE].notes
     return SlideProbe(data, scores, rows, {**to_dict(options), **to_dict(slide_options)}, tuple(notes))
 
@@ -386,6 +450,7 @@ def held_out(
     shares: Sequence[FloatArray] | FloatArray,
     *,
     task: Task | None = None,
+    ordinal: bool = False,
 ) -> tuple[Predictions, list[FloatArray]]:
     """What fits say of the slides that they did not train on, fold after fold, and each fit's own scale, on which rows
     of several are ranked.
@@ -406,6 +471,7 @@ def held_out(
         class_names,
         groups=groups[rows],
         folds=folds if len(drawn) > 1 else None,
+        ordinal=ordinal,
         ranking=np.concatenate(ranked),
         times=task.times if task else (),
         horizons=task.horizons if task else (),

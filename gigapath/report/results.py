@@ -39,7 +39,7 @@ from gigapath.evaluation.results import (
 )
 from gigapath.evaluation.results import Results as Found
 from gigapath.evaluation.robustness import ROBUSTNESS
-from gigapath.evaluation.scores import SCORE_WORDS, score_words
+from gigapath.evaluation.scores import score_words
 from gigapath.files import read_json
 
 Block = dict[str, Any]
@@ -140,7 +140,7 @@ def _study(found: Found) -> Iterator[Block]:
     """What a study has besides its models' scores: comparisons, outside tests, the checklist."""
     compared = found.details["comparisons"]
     if compared:
-        primary = SCORE_WORDS.get(found.details["study"]["primary"], "score")
+        primary = score_words(found.details["study"]["primary"])
         ends = {"p": "p", "p_holm": "p by Holm", "power": "power for 0.1"}
         rows = [
             [

@@ -25,7 +25,7 @@ from gigapath.evaluation.results import (
     summary_csv,
     write_results,
 )
-from gigapath.evaluation.scores import SCORE_WORDS, score_words
+from gigapath.evaluation.scores import score_words
 from gigapath.tables import csv_text, read_table
 from gigapath.text import table_lines
 
@@ -63,7 +63,7 @@ def write_study(folder: Path, about: Mapping[str, Any], labels: Path) -> list[st
             controls.setdefault(other if other in (CHANCE, SITE_ALONE) else f"{name}: {other}", found.scores[other])
     tests = {
         f"{path.parent.name} on {path.parent.parent.name}, {path.name}": _main(read_results(path / RESULTS))
-        for path in sorted(folder.glob("outside/*/*/fold_*/"))
+        for path in sorted(each for kind in ("fold_*/", "all/") for each in folder.glob(f"outside/*/*/{kind}"))
     }
     notes = [note for found in parts.values() for note in found.notes]
     notes += [f"{name}: {note}" for name, each in tests.items() for note in each.notes if note.startswith(LOCKED)]
@@ -94,13 +94,13 @@ def write_study(folder: Path, about: Mapping[str, Any], labels: Path) -> list[st
         },
         pictures={
             "study.png": lambda: draw_intervals(
-                intervals, x_label=f"{SCORE_WORDS[primary]} with 95 % interval", title=title
+                intervals, x_label=f"{score_words(primary)} with 95 % interval", title=title
             )
         },
     )
     lines = table_lines(
         [
-            ["", "over", SCORE_WORDS[primary]],
+            ["", "over", score_words(primary)],
             *([name, each.unit, str(each[primary])] for name, each in everything.items()),
         ]
     )
@@ -182,7 +182,7 @@ def _filled(
         for name, found in parts.items()
     ]
     return {
-        "4": f"{SCORE_WORDS[primary]} decides; models: {', '.join(models)}; compared: {compared or 'none'}",
+        "4": f"{score_words(primary)} decides; models: {', '.join(models)}; compared: {compared or 'none'}",
         "5a": f"{slides} in {labels.name}; whom they represent is for the authors to say",
         "6a": f"{len(sites):,} sites ({', '.join(site or 'not known' for site in sites)})" if sites else "",
         "7": "slides enter as embeddings; gigapath report --methods on their run says how these were made",
@@ -196,7 +196,8 @@ def _filled(
         f"stand in models/; seed {about['seed']}",
         "12d": "scores by site, and what the site alone reaches" if several else "",
         "12e": f"{measures}; {first.headline.covers}",
-        "12g": "each fold's frozen model on slides that did not train it",
+        "12g": "each fold's frozen model on slides that did not train it"
+        + ("; outside, probes fitted on all slides" if any(name.endswith(", all") for name in tests) else ""),
         "13": f"class shares {shares(first)}; folds have even shares of each" if isinstance(splits, int) else "",
         "15": _OUTPUTS.get(setting, "a probability of each class; thresholds, where fitted, stand with each head"),
         "16": "; ".join(f"{name}: {each.headline.units:,} {each.unit}, {shares(each)}" for name, each in tests.items()),
