@@ -68,7 +68,9 @@ def parse_table(content: bytes, source: str, *, separator: str = ",") -> Table:
         reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator)
         rows = [(number, row) for number, row in enumerate(reader, start=1)]
     except (UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"{source}: expected a CSV in UTF-8, got something else ({error}).") from error
+        raise ValueError(
+            f"{source}: expected a CSV in UTF-8, got something else ({error}). Save it as CSV UTF-8."
+        ) from error
     if not rows:
         raise ValueError(f"{source}: expected a CSV with a header, got an empty file.")
     header = [composed(name.strip()) for name in rows[0][1]]

@@ -438,3 +438,10 @@ def test_mpp_from_ome_xml_with_its_unit(unit: str, size: float) -> None:
     if unit:
         assert stated_mpp({"tiff.ImageDescription": text.replace(unit, "pixel")}) is None
     assert stated_mpp({"tiff.ImageDescription": text.replace("PhysicalSizeY=", "Y=")}) is None
+
+
+def test_what_openslide_cannot_decode_says_so_in_its_words(tmp_path: Path) -> None:
+    path = tmp_path / "real.tif"
+    tifffile.imwrite(path, paint_tissue(700, 600).astype(np.float32) / 255, tile=(256, 256), photometric="rgb")
+    with open_slide(path, slide_mpp=0.5) as slide, pytest.raises(SlideError, match="32-bit"):
+        plan_tiles(slide, TileOptions())

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import openslide
 import pytest
+import tifffile
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from made_slides import paint_tissue, write_pyramid, write_scn
@@ -215,6 +216,15 @@ def test_no_tissue_and_no_room_are_plans_without_tiles(tmp_path: Path) -> None:
         plan = plan_tiles(slide, TileOptions())
     assert len(plan.tiles) == 0
     assert len(plan.warnings) == 1 and "no whole tile of 256 x 256" in plan.warnings[0]
+
+
+@pytest.mark.parametrize(("rule", "alpha", "said"), [("published", 255, "otsu or none"), ("none", 0, "transparent")])
+def test_a_slide_without_tissue_says_why_by_every_rule(tmp_path: Path, rule: str, alpha: int, said: str) -> None:
+    rgba = np.full((600, 700, 4), (244, 244, 244, alpha), np.uint8)
+    tifffile.imwrite(tmp_path / "slide.tif", rgba, tile=(256, 256), photometric="rgb", extrasamples=["unassalpha"])
+    with open_slide(tmp_path / "slide.tif", slide_mpp=0.5) as slide:
+        plan = plan_tiles(slide, TileOptions(tissue=rule))
+    assert len(plan.tiles) == 0 and len(plan.warnings) == 1 and said in plan.warnings[0]
 
 
 def test_an_override_that_contradicts_the_slide_is_warned_of(tmp_path: Path) -> None:

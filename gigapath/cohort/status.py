@@ -200,11 +200,17 @@ def failures_by_kind(errors: Mapping[str, str]) -> dict[str, tuple[str, ...]]:
     kinds: dict[str, list[str]] = {}
     for slide_id in sorted(errors):
         kinds.setdefault(failure_kind(errors[slide_id], slide_id), []).append(slide_id)
-    found = {
-        without_name(errors[slides[0]].removeprefix(f"slide {slides[0]!r}: "), slides[0], "..."): tuple(slides)
-        for slides in kinds.values()
-    }
+    found: dict[str, tuple[str, ...]] = {}
+    for slides in kinds.values():
+        sentence = _of_any_slide(errors[slides[0]], slides[0])
+        found[sentence] = (*found.get(sentence, ()), *slides)
     return dict(sorted(found.items(), key=lambda item: (-len(item[1]), item[0])))
+
+
+def _of_any_slide(error: str, slide_id: str) -> str:
+    """A slide's error without its name, where that begins it or is in quotes: a slide may be called "grey" or "8"."""
+    text = error.removeprefix(f"slide {slide_id!r}: ")
+    return re.sub(rf"(^|'){re.escape(slide_id)}(?![^\W_])", r"\1...", text) if slide_id in text else text
 
 
 def failure_kind(error: str, slide_id: str) -> str:

@@ -413,7 +413,8 @@ class Slide:
         except (openslide.OpenSlideError, OSError, SyntaxError) as error:  # Pillow: SyntaxError for a broken PNG
             raise SlideError(
                 f"slide {self.slide_id!r}: expected {width} x {height} readable pixels at x {x}, y {y} of level "
-                f"{level}, got an error from the decoder. The file is damaged or cut short: copy it again."
+                f"{level}, got an error from the decoder ({' '.join(str(error).split())[:160].rstrip('.')}). Where the "
+                "file is damaged or cut short, copy it again; else convert it (vips tiffsave --tile --pyramid)."
             ) from error
 
 

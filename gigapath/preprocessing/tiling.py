@@ -545,8 +545,11 @@ def _warnings(
         yield f"no whole tile of {grid.pitch[0]} x {grid.pitch[1]} level-0 pixels fits into the slide."
     elif not count and mask.pieces:
         yield f"no tile holds {options.min_tissue:g} of tissue. Lower --min-tissue where these pieces matter."
-    elif not count and mask.method == "otsu":
+    elif not count and mask.method in ("otsu", "published"):
+        others = " or ".join(name for name in METHODS if name != mask.method)
         yield (
             "nothing stands out from the glass as stain does. Where its preview shows tissue, faded say, use --tissue "
-            "published or none, or a mask's PATH."
+            f"{others}, or a mask's PATH."
         )
+    elif not count and mask.method == "none":
+        yield "all of it is transparent: nothing was scanned."
