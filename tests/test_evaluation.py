@@ -209,6 +209,16 @@ def test_an_interval_of_zero_width_is_none() -> None:
     assert not evaluate(right, replicates=0).notes
 
 
+def test_an_interval_holds_its_score() -> None:
+    """Of confidences that are right to the row, which every draw of the rows makes worse."""
+    sure = np.repeat([0.55, 0.65, 0.75, 0.85, 0.95], 40)
+    truth = np.arange(200) % 2
+    right = np.concatenate([np.arange(40) // 2 < round(20 * each) for each in sure[::40]])
+    of_one = np.where(right == (truth == 1), sure, 1 - sure)
+    found = evaluate(Predictions(truth, np.stack([1 - of_one, of_one], axis=1), ("a", "b")), replicates=200)
+    assert found["ece"].low <= found["ece"].value < 1e-9 < found["ece"].high
+
+
 @pytest.mark.parametrize("classes", [2, 4])
 def test_macro_curves_are_scikit_learns_of_one_hot_truth(classes: int) -> None:
     generator = np.random.default_rng(3)

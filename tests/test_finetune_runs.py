@@ -84,7 +84,7 @@ def test_run_leaves_what_it_promises(fitted) -> None:
     assert named <= set(slides["scores"])
     alone = results["scores"]["site alone"]["by_unit"]["patients"]
     assert set(test["by_site"]) == {"a", "b"} and alone["rows"] == patients["rows"] == 3
-    assert "bootstrap over groups" in slides["intervals"]
+    assert "bootstrap over patients" in slides["intervals"]
     assert np.sum(test["confusion"]) == 6 and results["chosen"]["calibration"] == "val"
     assert len(results["history"]) == 3 and "research use only" in results["terms"]
     assert {row["model"] for row in rows_of(out / "summary.csv")} == set(results["scores"])

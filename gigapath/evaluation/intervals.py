@@ -145,7 +145,7 @@ def evaluate(
     if predictions.folds is None or replicates == 0:
         drawn = _replicate_scores([scorer], predictions, replicates, seed)[0]
         estimates = _estimates(scorer.names, values, drawn)
-        covers = _covers(predictions, replicates, seed)
+        covers = _covers(predictions, replicates, seed, unit)
         notes = _notes(predictions, estimates if replicates else {})
     else:
         units = _Units(predictions)
@@ -461,6 +461,8 @@ def _estimates(names: tuple[str, ...], values: dict[str, float], drawn: FloatArr
         low, high = np.quantile(defined, [tail, 1 - tail]) if len(defined) else (np.nan, np.nan)
         if high - low < ROUNDING:
             low = high = np.nan
+        # Of a score that rows drawn twice make worse, such as the calibration error, all replicates may lie beside it.
+        low, high = np.fmin(low, values[name] + 0 * low), np.fmax(high, values[name] + 0 * high)
         estimates[name] = Estimate(values[name], float(low), float(high), len(drawn) - len(defined))
     return estimates
 
@@ -476,10 +478,9 @@ def _prevalence(predictions: Predictions) -> dict[str, float]:
     return dict(zip(predictions.class_names, shares.tolist(), strict=True))
 
 
-def _covers(predictions: Predictions, replicates: int, seed: int) -> str:
+def _covers(predictions: Predictions, replicates: int, seed: int, unit: str) -> str:
     if replicates == 0:
         return "none"
-    unit = "rows" if predictions.groups is None else "groups"
     stratified = "" if predictions.multi_label or not predictions.of_classes else ", stratified by class"
     return (
         f"{LEVEL:.0%} percentile bootstrap over {unit}{stratified}, {replicates} replicates, seed {seed}: "
@@ -499,7 +500,8 @@ def _notes(predictions: Predictions, estimates: Mapping[str, Estimate]) -> tuple
             notes.append(f"class {name} has every row: its AUROC is not defined and left out of means")
     flat = [name for name, each in estimates.items() if not math.isnan(each.value) and math.isnan(each.low)]
     if flat:
-        notes.append(f"no interval for {', '.join(flat)}: every replicate that defines it gives the same value")
+        words = ", ".join(map(score_words, flat))
+        notes.append(f"no interval for {words}: every replicate that defines it gives the same value")
     return tuple(notes)
 
 

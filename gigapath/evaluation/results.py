@@ -152,7 +152,7 @@ def score(
     drawn = "patients" if patients else "slides" if unit == "slides" else None  # what the groups, or else the rows, are
 
     def over(some: Predictions) -> Evaluation:
-        return evaluate(some, replicates=replicates, seed=seed, unit=drawn if some.folds is not None else None)
+        return evaluate(some, replicates=replicates, seed=seed, unit=drawn)
 
     by_unit = {unit: over(predictions)}
     notes = list(by_unit[unit].notes)

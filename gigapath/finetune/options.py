@@ -85,13 +85,7 @@ class ModelOptions(Options):
             raise ValueError(f"--adapt {self.adapt}: expected a head on the slide encoder, got --head abmil-tiles.")
 
     def check_adapters(self, pretrained: str) -> None:
-        """Refuse to adapt an encoder of random weights, adapters without their library, and options of another way to
-        adapt, before work begins."""
-        of = {"lora_rank": "lora", "lora_alpha": "lora", "lora_dropout": "lora", "last_blocks": "last"}
-        for name, way in of.items():
-            if self.adapt != way and getattr(self, name) != getattr(type(self), name):
-                flag = "--" + name.replace("_", "-")
-                raise ValueError(f"{flag}: expected --adapt {way} beside it, got --adapt {self.adapt}. Leave one out.")
+        """Refuse to adapt an encoder of random weights, and adapters without their library, before work begins."""
         if self.adapt == "lora" and importlib.util.find_spec("peft") is None:
             raise ImportError("--adapt lora: peft is not installed. Install it: pip install 'gigapath[lora]'.")
         if self.adapt in ("lora", "last") and not pretrained:
