@@ -273,17 +273,15 @@ class CohortRun:
         return self.attempt(folder, entry, folder.name.partition("_")[0], {}, work)
 
     def _loop(self, todo: Sequence[SlideEntry], process: Process) -> str:
-        there: list[SlideEntry] = []
-        for entry in todo:
-            if entry.problem or entry.path.exists():
-                there.append(entry)
-                continue
+        gone = [entry for entry in todo if not entry.problem and not entry.path.exists()]
+        missing, names = len(gone), {entry.slide_id for entry in gone}
+        if missing:
+            self.watch.line(f"{slides_in_words(missing)} failed: no such file. They are listed at the end.")
+        for entry in gone:
             name = entry.path.name
             error = FileNotFoundError(f"slide {entry.slide_id!r}: expected a file, got none named {name!r}.")
             self._failed[entry.slide_id] = slide_row(entry.slide_id, [self.fail(entry, error)])
-        missing = len(todo) - len(there)
-        if missing:
-            self.watch.line(f"{slides_in_words(missing)} failed: no such file. They are listed at the end.")
+        there = [entry for entry in todo if entry.slide_id not in names]
         try:
             failed, again = self._once(there, process, missing)
             if again and not self._note:
