@@ -182,7 +182,8 @@ def test_a_dry_run_shows_the_plan_and_writes_nothing(tmp_path, tiles, capsys) ->
 
 def test_wrong_words_are_one_sentence(tmp_path, tiles, capsys) -> None:
     for words, said in (
-        (["--tiles", str(tiles), "--task", "panda"], "--tiles: expected neither"),
+        (["--tiles", str(tiles), "--task", "panda"], "--tiles: expected no --task"),
+        (["--tiles", str(tiles), "--folds", "3"], "--tiles: expected no --folds"),
         (["--tiles", str(tiles), "--tile-encoder", "standin", "--adapt", "head"], "--adapt head"),
         (["--task", "panda"], "--features: expected"),
     ):

@@ -132,8 +132,10 @@ def tune(
     """Fine-tune a slide encoder on slides, or a tile encoder where `tiles` are given, for the verb and for Python."""
     join, split, model, training = options
     if tiles is not None:
-        if features or task is not None:
-            raise ValueError("--tiles: expected neither --features nor --task beside it. Leave them out.")
+        of_slides = {"features": features, "task": task, "splits": splits, "controls": controls}
+        of_slides |= {"folds": split.folds != SplitOptions.folds, "head": model.head != ModelOptions.head}
+        if given := [name for name, value in of_slides.items() if value]:
+            raise ValueError(f"--tiles: expected no --{given[0]} beside it, which is for slides. Leave it out.")
         model.check_adapters(tile_encoder)
         from gigapath.finetune.tiles import finetune_tiles
         from gigapath.linear_probe import ProbeOptions
