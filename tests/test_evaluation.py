@@ -14,6 +14,7 @@ from sklearn import metrics as sk
 from gigapath.evaluation import intervals as intervals_module
 from gigapath.evaluation.calibration import calibration_slope
 from gigapath.evaluation.intervals import (
+    Estimate,
     auroc_limits,
     bootstrap_weights,
     degrees_of_freedom,
@@ -207,6 +208,13 @@ def test_an_interval_of_zero_width_is_none() -> None:
         assert any("no interval for accuracy" in note for note in found.notes)
         assert found.to_dict()["scores"]["accuracy"]["low"] is None
     assert not evaluate(right, replicates=0).notes
+
+
+def test_a_small_error_is_no_zero() -> None:
+    assert [str(Estimate(each, each / 2, 2 * each, 0)) for each in (2e-9, 0.25)] == [
+        "2e-09 [1e-09, 4e-09]",
+        "0.2500 [0.1250, 0.5000]",
+    ]
 
 
 def test_an_interval_holds_its_score() -> None:

@@ -91,6 +91,7 @@ def test_study_leaves_everything_in_one_folder(made: Path) -> None:
     (row,) = results["comparisons"]
     assert (row["value"], row["low"]) == (lead.value, lead.low) and row["p_holm"] == row["p"]
     assert list(results["outside"]) == [f"attention on elsewhere, fold_{fold}" for fold in range(3)]
+    assert any("mean is not tested on elsewhere" in note for note in results["notes"])
     with (out / "study.csv").open() as file:
         assert {row["model"] for row in csv.DictReader(file)} == {*results["scores"], *results["outside"]}
     checklist = (out / "tripod.md").read_text()

@@ -64,7 +64,7 @@ class Estimate:
         return f"{self.value:{spec}}{interval}"
 
     def __str__(self) -> str:
-        return f"{self:.4f}"
+        return f"{self:.4g}" if 0 < abs(self.value) < 5e-5 else f"{self:.4f}"  # errors of small amounts are no zeros
 
     def to_dict(self) -> Any:
         """Plain JSON values; NaN becomes None, and p is left out where there is none."""

@@ -67,6 +67,10 @@ def write_study(folder: Path, about: Mapping[str, Any], labels: Path) -> list[st
     }
     notes = [note for found in parts.values() for note in found.notes]
     notes += [f"{name}: {note}" for name, each in tests.items() for note in each.notes if note.startswith(LOCKED)]
+    for place, test in about["outside"].items():
+        for name, model in about["models"].items():
+            if (needed := "embeddings" if "probe" in model else "features") not in test:
+                notes.append(f"{name} is not tested on {place}, for which the study names no {needed}")
     compared = _compared(folder, about["compare"], primary, notes.append)
     everything = {**models, **controls, **tests}
     checklist = tripod_lines(_filled(about, parts, models, tests, labels))
