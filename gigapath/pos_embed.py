@@ -101,11 +101,12 @@ class LazyPosEmbed:
         return self.shape.numel()
 
     def __getitem__(self, index: Any) -> Tensor:
-        batch, rows, columns = (*index, slice(None), slice(None))[:3] if isinstance(index, tuple) else (index, ..., ...)
-        if rows is ...:
-            rows = slice(None)
-        if columns is ...:
-            columns = slice(None)
+        given = list(index) if isinstance(index, tuple) else [index]
+        at = next((i for i, part in enumerate(given) if part is ...), len(given))
+        given[at : at + 1] = [slice(None)] * (4 - len(given[:at]) - len(given[at + 1 :]) - 1)
+        if len(given) != 3 or any(part is None or getattr(part, "dtype", None) == torch.bool for part in given):
+            raise IndexError("pos_embed: expected an index of at most three dimensions by numbers or slices.")
+        batch, rows, columns = given
         if isinstance(rows, Tensor):
             found = self.rows(rows)
         elif isinstance(rows, slice):

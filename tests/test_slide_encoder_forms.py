@@ -307,6 +307,13 @@ def test_a_slide_encoder_takes_a_table_of_positions_in_place_of_ours(how) -> Non
 def test_the_table_of_positions_looks_like_a_tensor() -> None:
     table = narrow_model().pos_embed
     assert (table.ndim, table.dim(), table.numel(), table.requires_grad) == (3, 3, 1_000_001 * 32, False)
+    table = narrow_model(slide_ngrids=7).pos_embed
+    whole = table[:, :, :].clone()
+    assert torch.equal(table[..., :3], whole[..., :3]) and torch.equal(table[..., 4:9, :], whole[..., 4:9, :])
+    assert torch.equal(table[0, ..., 2], whole[0, ..., 2]) and torch.equal(table[...], whole)
+    for refused in (None, (slice(None), torch.ones(50, dtype=torch.bool)), (0, 0, 0, 0)):
+        with pytest.raises(IndexError, match="pos_embed"):
+            table[refused]
 
 
 def test_further_columns_of_coordinates_count_nothing() -> None:
