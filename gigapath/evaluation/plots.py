@@ -49,7 +49,7 @@ def draw_confusion(counts: IntArray, class_names: Sequence[str], *, title: str) 
                 text = f"{counts[row, column]:,}" + (f"\n{shares[row, column]:.0%}" if classes <= 8 else "")
                 axes.text(column, row, text, ha="center", va="center", color=ink, fontsize=11 if classes <= 8 else 7)
     figure.colorbar(image, ax=axes, label="share of the true class", fraction=0.046, pad=0.04)
-    return _png(figure)
+    return png(figure)
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ def draw_curves(curves: Curves) -> bytes:
         all_axes[-1].xaxis.get_major_locator().set_params(integer=True)  # no epoch 2.5
     all_axes[-1].set_xlabel(f"log10 of the {curves.x}" if curves.log else curves.x)
     all_axes[0].set_title(curves.title)
-    return _png(figure)
+    return png(figure)
 
 
 def draw_intervals(
@@ -126,7 +126,7 @@ def draw_intervals(
     axes.set_title(title)
     axes.grid(axis="x", color="0.9")
     axes.set_axisbelow(True)
-    return _png(figure)
+    return png(figure)
 
 
 def draw_survival(groups: Mapping[str, Any], title: str) -> bytes:
@@ -155,7 +155,7 @@ def draw_survival(groups: Mapping[str, Any], title: str) -> bytes:
     axes.set_title(title)
     p = groups["p"]
     axes.legend(frameon=False, title=None if p is None or np.isnan(p) else f"log-rank p = {p:.2g}")
-    return _png(figure)
+    return png(figure)
 
 
 def draw_scatter(truth: npt.NDArray[np.floating], said: npt.NDArray[np.floating], *, name: str, title: str) -> bytes:
@@ -168,7 +168,7 @@ def draw_scatter(truth: npt.NDArray[np.floating], said: npt.NDArray[np.floating]
     axes.set_ylabel(f"{name}, predicted")
     axes.set_title(title)
     axes.legend(frameon=False)
-    return _png(figure)
+    return png(figure)
 
 
 def write_events(folder: Path, curves: Mapping[str, Sequence[tuple[int, float]]]) -> bool:
@@ -207,7 +207,8 @@ def _figure(width: float, height: float, rows: int = 1, *, framed: bool = False)
     return figure, axes if rows > 1 else axes[0]
 
 
-def _png(figure: Any) -> bytes:
+def png(figure: Any) -> bytes:
+    """A figure as PNG."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=130, bbox_inches="tight", metadata={"Software": None})
     return buffer.getvalue()

@@ -4,7 +4,6 @@ import contextlib
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from gigapath.evaluation.labels import ID_COLUMNS, bare_name, column_of, id_maker, patients_of, shown
+from gigapath.evaluation.labels import ID_COLUMNS, bare_name, column_of, first_twice, id_maker, patients_of, shown
 from gigapath.features import FeatureFileError
 from gigapath.features.data import CELL, GRID
 from gigapath.features.folders import find_feature_files
@@ -32,13 +31,13 @@ STATISTICS_SLIDES = 1000  # whose tiles give the mean and the deviation of each 
 LEAST_DEVIATION = 1e-6  # of a dimension that never varies
 
 Array = npt.NDArray[Any]
+FloatArray = npt.NDArray[np.float32]
 IntArray = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
 class Slides:
-    """The slides of a run by row (patients are the slides themselves where nobody says), the rows that are trained on
-    and those that are kept."""
+    """The slides of a run by row, the rows that are trained on and those that are kept for validation."""
 
     ids: tuple[str, ...]
     patients: tuple[str, ...]
@@ -55,6 +54,21 @@ class Slides:
         text = repr((list(rows), self.train.tolist(), self.val.tolist()))
         return hashlib.sha256(text.encode()).hexdigest()
 
+    def table(self) -> list[list[str]]:
+        """Which slide is in which set."""
+        sets = (("train", self.train), ("val", self.val))
+        rows = [(row, name) for name, rows in sets for row in rows]
+        told = [[self.ids[row], self.patients[row], name, str(self.facts[row].tiles)] for row, name in rows]
+        return [["slide_id", "patient_id", "set", "tiles"], *told]
+
+    def counts(self) -> dict[str, dict[str, int]]:
+        """Slides, patients and tiles of each set."""
+        sums = {}
+        for name, rows in (("train", self.train), ("val", self.val)):
+            tiles, patients = sum(self.facts[row].tiles for row in rows), {self.patients[row] for row in rows}
+            sums[name] = {"slides": len(rows), "patients": len(patients), "tiles": tiles}
+        return sums
+
 
 def find_slides(features: Sequence[str], options: CohortOptions, *, seed: int, workers: int) -> Slides:
     """Find the feature files, look at each, and keep a share of the patients for validation.
@@ -65,26 +79,24 @@ def find_slides(features: Sequence[str], options: CohortOptions, *, seed: int, w
     """
     files = find_feature_files(features)
     join = JoinOptions(tile_size_level0=options.tile_size_level0, allow_mixed=options.allow_mixed)
-    facts = look_at_all(files, join, workers=workers, allow_empty=True)
-    pairs = list(zip(files, facts, strict=True))
+    pairs = list(zip(files, look_at_all(files, join, workers=workers, allow_empty=True), strict=True))
     small = [file.name for file, fact in pairs if fact.tiles < 2]
     notes = [f"{len(small):,} slides of fewer than two tiles are left out ({shown(small)})"] if small else []
     kept = sorted([(bare_name(file), file, fact) for file, fact in pairs if fact.tiles > 1], key=lambda row: row[0])
     ids = tuple(row[0] for row in kept)
-    twice = next((name for name, after in pairwise(ids) if name == after), None)
+    twice = first_twice(ids)
     if twice is not None:
         raise ValueError(f"two feature files are of the slide {twice}. Name one of them.")
-    patients = _patients(ids, options)
     # Two files of one slide under two names would let the model see what it is tested on.
     prints: dict[str, str] = {}
     for name, _, fact in kept:
         other = prints.setdefault(fact.fingerprint, name)
         if other != name:
             notes.append(f"{name} holds the same tiles as {other}")
+    patients = _patients(ids, options)
     people = sorted(set(patients))
-    order = np.random.default_rng([seed, 4]).permutation(len(people))
     count = 0 if options.val_share == 0 else max(1, round(options.val_share * len(people)))
-    held = {people[place] for place in order[:count]}
+    held = {people[place] for place in np.random.default_rng([seed, 4]).permutation(len(people))[:count]}
     is_val = np.array([patient in held for patient in patients])
     if is_val.all():
         raise ValueError(f"--val-share: expected patients to train on beside {count}, got {len(people)} in all.")
@@ -95,11 +107,10 @@ def find_slides(features: Sequence[str], options: CohortOptions, *, seed: int, w
 def _patients(ids: tuple[str, ...], options: CohortOptions) -> tuple[str, ...]:
     """The patient of each slide, by the table, by the TCGA barcode, or the slide itself."""
     make = id_maker(options.id_rule, options.id_regex)
+    if options.patients is None and options.id_rule == "tcga" and options.id_regex is None:
+        return tuple("-".join(name.split("-")[:3]) for name in ids)  # the patient's part of a barcode
     if options.patients is None:
-        if options.id_regex is not None:
-            return tuple(make(name) for name in ids)
-        # Of a TCGA barcode the first three parts are the patient.
-        return tuple("-".join(name.split("-")[:3]) for name in ids) if options.id_rule == "tcga" else ids
+        return tuple(map(make, ids)) if options.id_regex is not None else ids
     table = read_table(Path(options.patients))
     names = table.filled(column_of(table, None, ID_COLUMNS, "slides", "slide_id"))
     _, found = patients_of(table, None, names, options.id_rule)
@@ -108,9 +119,9 @@ def _patients(ids: tuple[str, ...], options: CohortOptions) -> tuple[str, ...]:
     known = dict(zip(map(make, names), found, strict=True))
     lacking = [name for name in ids if make(name) not in known]
     if lacking:
+        who = f"{len(lacking):,} ({shown(lacking)})"
         raise ValueError(
-            f"--patients: expected a patient for each slide, got none for {len(lacking):,} ({shown(lacking)}). "
-            "See --id-rule and --id-regex."
+            f"--patients: expected a patient for each slide, got none for {who}. See --id-rule, --id-regex."
         )
     return tuple(known[make(name)] for name in ids)
 
@@ -142,11 +153,10 @@ def open_bags(
             kind = np.float16 if options.cache == "fp16" else np.float32
             features = file.create_dataset("features", (int(ends[-1]), slides.facts[0].width), kind)
             coords = file.create_dataset("coords", (int(ends[-1]), 2), np.int32)
-            rows = range(len(slides.ids))
-            for row, bag in zip(rows, read_ahead(bags._read, rows, threads=workers), strict=True):
+            for end, bag in zip(ends, read_ahead(bags._read, range(len(ends)), threads=workers), strict=True):
                 check()
-                features[ends[row] - len(bag) : ends[row]] = bag.features.astype(kind)  # HDF5 may round otherwise
-                coords[ends[row] - len(bag) : ends[row]] = bag.coords
+                features[end - len(bag) : end] = bag.features.astype(kind)  # HDF5 may round otherwise
+                coords[end - len(bag) : end] = bag.coords
             file.attrs["key"] = key
     processes.gather(None)
     return CachedBags(path, ends)
@@ -155,22 +165,21 @@ def open_bags(
 @dataclass(frozen=True)
 class Target:
     """What is predicted of a tile: its embedding, with `per_tile` standardised by its own mean and deviation, less
-    `mean` over `deviation` (each (W,) float32). `centre` (W,) is the mean of the targets: what a predictor says that
-    sees nothing."""
+    `mean` over `deviation` (each (W,)). `centre` (W,) is the mean of the targets: what a predictor says that sees
+    nothing."""
 
-    mean: npt.NDArray[np.float32]
-    deviation: npt.NDArray[np.float32]
-    centre: npt.NDArray[np.float32]
+    mean: FloatArray
+    deviation: FloatArray
+    centre: FloatArray
     per_tile: bool = False
 
-    def of(self, features: Array) -> npt.NDArray[np.float32]:
+    def of(self, features: Array) -> FloatArray:
         """(N, W) embeddings to targets."""
-        wide = features
         if self.per_tile:
-            wide = wide.astype(np.float32)
-            deviation = np.maximum(wide.std(axis=1, keepdims=True), LEAST_DEVIATION)
-            wide = (wide - wide.mean(axis=1, keepdims=True)) / deviation
-        return np.asarray((wide - self.mean) / self.deviation, np.float32)
+            features = features.astype(np.float32)
+            deviation = np.maximum(features.std(axis=1, keepdims=True), LEAST_DEVIATION)
+            features = (features - features.mean(axis=1, keepdims=True)) / deviation
+        return np.asarray((features - self.mean) / self.deviation, np.float32)
 
 
 def fit_target(kind: str, bags: Bags, rows: IntArray, *, seed: int, workers: int) -> Target:
@@ -224,41 +233,33 @@ class Viewer:
 
     def _window(self, cells: IntArray, random: np.random.Generator) -> tuple[IntArray, IntArray]:
         """Rows of the tiles in a drawn window, and their cells after mirror and shift; all rows where it holds one."""
-        task = self.task
         low, high = cells.min(axis=0), cells.max(axis=0)
-        side = np.ceil(task.crop * (high - low + 1)).astype(np.int64)
+        side = np.ceil(self.task.crop * (high - low + 1)).astype(np.int64)
         corner = low + random.integers(0, high - low + 1 - side, endpoint=True)
         rows = np.flatnonzero(((cells >= corner) & (cells < corner + side)).all(axis=1))
         rows = rows if len(rows) > 1 else np.arange(len(cells))
         seen = cells[rows]
         low, high = seen.min(axis=0), seen.max(axis=0)
-        if random.random() < task.mirror:
+        if random.random() < self.task.mirror:
             seen = np.stack([low[0] + high[0] - seen[:, 0], seen[:, 1]], axis=1)
-        last = GRID - 1 - (high - low)
-        place = random.integers(
-            np.maximum(low - task.shift + 1, 0), np.minimum(low + task.shift - 1, last), endpoint=True
-        )
-        return rows, seen - low + place
+        far = self.task.shift - 1
+        first, last = np.maximum(low - far, 0), np.minimum(low + far, GRID - 1 - (high - low))
+        return rows, seen - low + random.integers(first, last, endpoint=True)
 
 
 def pack_views(views: Sequence[View], target: Target) -> Batch:
     """Views one after another, as the model takes them."""
     lengths = tuple(len(view.hidden) for view in views)
-    starts = np.cumsum((0, *lengths))[:-1] + np.arange(1, len(views) + 1)  # the tokens before are class tokens too
-    places = [start + np.arange(n) for start, n in zip(starts, lengths, strict=True)]
-    seen = [
-        np.concatenate([[start - 1], place[~view.hidden]])
-        for start, place, view in zip(starts, places, views, strict=True)
-    ]
-    hidden = [place[view.hidden] for place, view in zip(places, views, strict=True)]
+    hidden = np.concatenate([view.hidden for view in views])
+    # The decoder's tokens: of each slide the class token, which is seen, and its tiles.
+    hidden_tokens = np.concatenate([part for view in views for part in ([False], view.hidden)])
     coords = np.concatenate([view.cells for view in views]) * CELL
-    shown_rows = np.concatenate([~view.hidden for view in views])
     return Batch(
         visible=torch.from_numpy(np.concatenate([view.features[~view.hidden] for view in views])),
-        visible_coords=torch.from_numpy(coords[shown_rows]),
+        visible_coords=torch.from_numpy(coords[~hidden]),
         coords=torch.from_numpy(coords),
-        seen=torch.from_numpy(np.concatenate(seen)),
-        hidden=torch.from_numpy(np.concatenate(hidden)),
+        seen=torch.from_numpy(np.flatnonzero(~hidden_tokens)),
+        hidden=torch.from_numpy(np.flatnonzero(hidden_tokens)),
         target=torch.from_numpy(np.concatenate([target.of(view.features[view.hidden]) for view in views])),
         lengths=lengths,
         hidden_lengths=tuple(int(view.hidden.sum()) for view in views),

@@ -1,7 +1,6 @@
 """How well hidden tiles are predicted, beside what needs no learning (the slide's mean, neighbors, kriging), and how it
 is shown: curves, pictures of predicted tiles, the draft of a model card."""
 
-import io
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -15,8 +14,9 @@ import torch
 from scipy.optimize import curve_fit
 from scipy.spatial import cKDTree
 
-from gigapath.evaluation.plots import Curves, draw_curves, write_events
+from gigapath.evaluation.plots import Curves, draw_curves, png, write_events
 from gigapath.files import write_bytes_atomic, write_text_atomic
+from gigapath.maps.embeddings import fit_components
 from gigapath.pretraining.data import Target, View, pack_views
 from gigapath.pretraining.model import MaskedAutoencoder
 from gigapath.tables import csv_text
@@ -40,30 +40,21 @@ FloatArray = npt.NDArray[np.float64]
 Predictor = Callable[[FloatArray, FloatArray, FloatArray], FloatArray]  # cells, targets, wanted cells -> predictions
 
 
-@dataclass
-class Explained:
-    """The share of the hidden tiles' variance about the training mean that predictions explain, summed over slides."""
+def squares(target: FloatArray, predicted: FloatArray, centre: npt.NDArray[np.float32]) -> FloatArray:
+    """(2,) of targets (M, W): the sum of squared errors, and that of squares about the training mean."""
+    return np.array([np.square(target - predicted).sum(), np.square(target - centre).sum()])
 
-    left: float = 0.0
-    whole: float = 0.0
 
-    def add(self, target: FloatArray, predicted: FloatArray, centre: npt.NDArray[np.float32]) -> None:
-        """Count (M, W) targets and predictions of one slide."""
-        self.left += float(np.square(target - predicted).sum())
-        self.whole += float(np.square(target - centre).sum())
-
-    @property
-    def r2(self) -> float:
-        """1 - (sum of squared errors) / (sum of squares about the training mean)."""
-        return 1 - self.left / self.whole if self.whole else math.nan
+def explained(sums: FloatArray) -> float:
+    """R2, the share of the variance about the training mean that predictions explain, by `squares` over slides."""
+    return float(1 - sums[0] / sums[1]) if sums[1] else math.nan
 
 
 def fit_covariance(views: Sequence[View], target: Target) -> tuple[float, float, float]:
     """(sill, range in cells, nugget) of an isotropic exponential covariance within slides, all dimensions together.
 
-    The products of deviations from the slide's mean are averaged by whole cells of distance, and
-    sill * exp(-distance / range) - offset is fitted to them: taking the mean away lowers all of them alike. The nugget
-    is what the variance exceeds the sum by.
+    Products of deviations from the slide's mean are averaged by whole cells of distance, and sill * exp(-distance /
+    range) - offset is fitted to them: taking the mean away lowers all alike. The nugget is the rest of the variance.
     """
     sums, counts = np.zeros(FURTHEST + 1), np.zeros(FURTHEST + 1)
     for view in views:
@@ -83,14 +74,11 @@ def fit_covariance(views: Sequence[View], target: Target) -> tuple[float, float,
     variance = max(float(covariance[0]), 1e-12)
     if len(found) < 4:
         return 0.0, 1.0, variance
+    start, bounds = (variance / 2, 3.0, 0.0), ((0, 0.1, 0), (2 * variance, 100, variance))
+    weigh: dict[str, Any] = {"p0": start, "sigma": 1 / np.sqrt(counts[found]), "bounds": bounds}
     try:
         (sill, reach, offset), _ = curve_fit(
-            lambda d, sill, reach, offset: sill * np.exp(-d / reach) - offset,
-            found,
-            covariance[found],
-            p0=(variance / 2, 3.0, 0.0),
-            sigma=1 / np.sqrt(counts[found]),
-            bounds=((0, 0.1, 0), (2 * variance, 100, variance)),
+            lambda d, sill, reach, offset: sill * np.exp(-d / reach) - offset, found, covariance[found], **weigh
         )
     except RuntimeError:  # no fit: what is near tells nothing
         return 0.0, 1.0, variance
@@ -126,24 +114,21 @@ def without_learning(views: Sequence[View], target: Target, fitted_on: Sequence[
         **{f"nearest {count}": partial(nearest, count) for count in NEIGHBORS},
         KRIGING: partial(kriging, fit_covariance(fitted_on, target)),
     }
-    scores = {name: Explained() for name in predictors}
+    sums = dict.fromkeys(predictors, np.zeros(2))
     for view in views:
         values, cells = target.of(view.features).astype(np.float64), view.cells.astype(np.float64)
         hidden = np.flatnonzero(view.hidden)
         for name, predict in predictors.items():
             for rows in np.split(hidden, range(AT_ONCE, len(hidden), AT_ONCE)):
                 said = predict(cells[~view.hidden], values[~view.hidden], cells[rows])
-                scores[name].add(values[rows], said, target.centre)
-    return {name: score.r2 for name, score in scores.items()}
+                sums[name] = sums[name] + squares(values[rows], said, target.centre)
+    return {name: explained(of) for name, of in sums.items()}
 
 
 def spread_and_rank(vectors: FloatArray) -> tuple[float, float]:
-    """How different slide vectors (S, D) are.
-
-    Returns:
-        the root mean square of their deviations from the mean vector over that of the vectors, and the effective rank
-        of the deviations: exp of the entropy of their squared singular values' shares (Roy and Vetterli 2007).
-    """
+    """How different slide vectors (S, D) are: the root mean square of their deviations from the mean vector over that
+    of the vectors, and their effective rank: exp of the entropy of their squared singular values' shares (Roy and
+    Vetterli 2007)."""
     deviations = vectors - vectors.mean(axis=0)
     size = float(np.sqrt(np.square(vectors).mean()))
     spread = float(np.sqrt(np.square(deviations).mean())) / size if size else 0.0
@@ -156,17 +141,9 @@ def spread_and_rank(vectors: FloatArray) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class Epoch:
-    """What an epoch gave (counted from 0, the start); measures are of the validation slides, None without any.
-
-    Attributes:
-        steps: of the optimizer so far.
-        train_loss: mean over the slides, while training; None at the start.
-        r2: share of the hidden tiles' variance that is predicted.
-        spread: of slide vectors, over their size.
-        rank: of slide vectors, effective.
-        learning_rate: at the last step.
-        waiting: share of the seconds of training spent waiting for files.
-    """
+    """What an epoch gave (counted from 0, the start): steps of the optimizer so far, the mean loss in training, of the
+    validation slides (None without any) loss, R2 of hidden tiles, spread and effective rank of slide vectors, then the
+    last learning rate, seconds of training, and the share of them spent waiting for files."""
 
     epoch: int
     steps: int
@@ -193,16 +170,17 @@ def write_curves(folder: Path, history: Sequence[Epoch], *, draw: bool) -> None:
     rows = [asdict(entry) for entry in history]
     cells = [["" if value is None else f"{value:.6g}" for value in row.values()] for row in rows]
     write_text_atomic(folder / CURVES, csv_text([list(rows[0]), *cells]))
-    points = {
-        name: [(row["epoch"], float(row[name])) for row in rows if row[name] is not None] for name in list(rows[0])[1:]
-    }
-    write_events(folder / "tensorboard", {name: found for name, found in points.items() if found})
-    panels: Any = {
-        title: {line: tuple(zip(*points[name], strict=True)) for line, name in lines.items() if points[name]}
-        for title, lines in _PANELS.items()
-    }
-    if draw and (shown := {title: lines for title, lines in panels.items() if lines}):
-        write_bytes_atomic(folder / "curves.png", draw_curves(Curves("Pretraining", "epoch", shown)))
+    names = list(rows[0])[1:]
+    found = {name: [(row["epoch"], float(row[name])) for row in rows if row[name] is not None] for name in names}
+    points = {name: pairs for name, pairs in found.items() if pairs}
+    write_events(folder / "tensorboard", points)
+    panels: dict[str, Any] = {}
+    for title, lines in _PANELS.items():
+        for line, name in lines.items():
+            if name in points:
+                panels.setdefault(title, {})[line] = tuple(zip(*points[name], strict=True))
+    if draw and panels:
+        write_bytes_atomic(folder / "curves.png", draw_curves(Curves("Pretraining", "epoch", panels)))
 
 
 def draw_reconstructions(
@@ -210,95 +188,63 @@ def draw_reconstructions(
 ) -> bytes:
     """PNG: a row a slide of its tiles as they are, as the model sees them, as it predicts them, and the error.
 
-    Colors are the first three principal components of the tiles shown, as red, green and blue.
+    Colors are the first three principal components of the tiles shown.
     """
     from matplotlib.figure import Figure
 
     model.eval()
-    truths, filled = [], []
+    device, truths, filled = next(model.parameters()).device, [], []
     for view in views:
-        batch = pack_views([view], target).to(next(model.parameters()).device)
-        with torch.no_grad():
-            predicted = model(batch).float().cpu().numpy()
         truths.append(target.of(view.features))
         filled.append(truths[-1].copy())
-        filled[-1][view.hidden] = predicted
+        with torch.no_grad():
+            filled[-1][view.hidden] = model(pack_views([view], target).to(device)).float().cpu().numpy()
     every = np.concatenate(truths)
-    mean = every.mean(axis=0)
-    axes_of_color = np.linalg.svd(every[:: 1 + len(every) // 5000] - mean, full_matrices=False)[2][:3]
-    low, high = np.percentile((every - mean) @ axes_of_color.T, (1, 99), axis=0)
-
-    def colors(values: Any) -> Any:
-        shown = np.zeros((len(values), 3))
-        shown[:, : len(axes_of_color)] = ((values - mean) @ axes_of_color.T - low) / np.maximum(high - low, 1e-12)
-        return np.clip(shown, 0, 1)
-
+    colors = fit_components(every[:: 1 + len(every) // 5000]).colors
     figure = Figure(figsize=(12, 3.2 * len(views)), layout="constrained")
-    for row, (view, truth, said, name) in enumerate(zip(views, truths, filled, names, strict=True)):
+    all_axes = figure.subplots(len(views), 4, squeeze=False)
+    for row, (view, truth, said) in enumerate(zip(views, truths, filled, strict=True)):
         seen = colors(truth)
         seen[view.hidden] = _UNSEEN
         error = np.square(truth - said).mean(axis=1)
         panels = {"tiles": colors(truth), "seen": seen, "predicted": colors(said), "squared error": error}
-        corner = view.cells.min(axis=0)
-        columns, rows = (view.cells - corner).T
-        shape = rows.max() + 1, columns.max() + 1
-        for column, (title, values) in enumerate(panels.items()):
-            axes = figure.add_subplot(len(views), len(panels), row * len(panels) + column + 1)
-            image = np.full((*shape, *values.shape[1:]), 1.0 if values.ndim == 2 else np.nan)
-            image[rows, columns] = values
+        x, y = (view.cells - view.cells.min(axis=0)).T
+        for axes, (title, values) in zip(all_axes[row], panels.items(), strict=True):
+            image = np.full((y.max() + 1, x.max() + 1, *values.shape[1:]), 1.0 if values.ndim == 2 else np.nan)
+            image[y, x] = values
             drawn = axes.imshow(image, interpolation="nearest", cmap="viridis")
-            if values.ndim == 1:
-                figure.colorbar(drawn, ax=axes, fraction=0.046)
-            axes.set_title(f"{name}: {title}" if column == 0 else title, fontsize=10)
+            axes.set_title(f"{names[row]}: {title}" if title == "tiles" else title, fontsize=10)
             axes.set_axis_off()
-    out = io.BytesIO()
-    figure.savefig(out, format="png", dpi=110)
-    return out.getvalue()
-
-
-_CARD = """# Model card (draft)
-
-A LongNet slide encoder ({sizes[model_arch]}), pretrained by predicting hidden tiles, from {start}. The
-method follows what is public of Prov-GigaPath's pretraining; it is no reproduction of it. For research only.
-
-## Data
-
-{sets}
-- tile embeddings: {made}
-- TODO: where the slides come from, stains, scanners, consent and licence
-
-## Training
-
-- {last.epoch} epochs, {last.steps:,} steps, learning rate {training[base_lr]:g}, seed {training[seed]}
-- mask ratio {task[mask_ratio]:g}, target {task[target]}, loss {task[loss]}, crop {task[crop]:g}, mirror \
-{task[mirror]:g}, shift below {task[shift]} cells
-
-## Measured on the validation slides
-
-| predictor of hidden tiles | R2 |
-|---|---|
-{measured}
-
-{warnings}- A high R2 says that tiles can be told from their neighbors. It does not say that slide embeddings serve a
-  task better: compare with the mean of the tiles and with random weights on your task.
-"""
+        figure.colorbar(drawn, ax=axes, fraction=0.046)
+    return png(figure)
 
 
 def model_card(facts: Mapping[str, Any], history: Sequence[Epoch], warnings: Sequence[str]) -> str:
     """The draft of a model card, from what `pretrain.json` holds; what only people know is left to fill in."""
-    first, last, init = history[0], history[-1], facts["init"]
-    scores = {"at the start": first.r2, f"after epoch {last.epoch}": last.r2, **facts["r2_without_learning"]}
+    last, init, options = history[-1], facts["init"], facts["options"]
+    scores = {"at the start": history[0].r2, f"after epoch {last.epoch}": last.r2, **facts["r2_without_learning"]}
     made = [f"{name} {value}" for name, value in facts["embeddings"].items() if value is not None]
-    sets = [
-        f"- {name}: {part['slides']:,} slides of {part['patients']:,} patients, {part['tiles']:,} tiles"
-        for name, part in facts["sets"].items()
+    counts = "{slides:,} slides of {patients:,} patients, {tiles:,} tiles"
+    sets = [f"- {name}: {counts.format(**part)}" for name, part in facts["sets"].items()]
+    start = f"the weights {init['name']} (SHA-256 {init['sha256']})" if init else "new weights"
+    recipe = {"learning rate": options["training"]["base_lr"], "seed": options["training"]["seed"], **options["task"]}
+    lines = [
+        "# Model card (draft)\n",
+        f"A LongNet slide encoder ({options['sizes']['model_arch']}), pretrained by predicting hidden tiles, from",
+        f"{start}. The method follows what is public of Prov-GigaPath's pretraining; it is no",
+        "reproduction of it. For research only.",
+        "\n## Data\n",
+        *sets,
+        f"- tile embeddings: {', '.join(made) or 'not stated'}",
+        "- TODO: where the slides come from, stains, scanners, consent and licence",
+        "\n## Training\n",
+        f"- {last.epoch} epochs, {last.steps:,} steps",
+        *(f"- {name.replace('_', ' ')}: {value}" for name, value in recipe.items()),
+        "\n## Measured on the validation slides\n",
+        "| predictor of hidden tiles | R2 |\n|---|---|",
+        *(f"| {name} | {value:.3f} |" for name, value in scores.items() if value is not None),
+        *("", *(f"- warning: {warning}" for warning in warnings)),
+        "- A high R2 says that tiles can be told from their neighbors. It does not say that slide embeddings serve a",
+        "  task better: compare with the mean of the tiles and with random weights on your task.",
     ]
-    return _CARD.format(
-        **facts["options"],
-        start=f"the weights {init['name']} (SHA-256 {init['sha256']})" if init else "new weights",
-        sets="\n".join(sets),
-        made=", ".join(made) or "not stated",
-        last=last,
-        measured="\n".join(f"| {name} | {value:.3f} |" for name, value in scores.items() if value is not None),
-        warnings="".join(f"- warning: {warning}\n" for warning in warnings),
-    )
+    return "\n".join(lines) + "\n"

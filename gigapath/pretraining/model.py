@@ -6,7 +6,6 @@ batch one after another, V of them visible, M hidden, S slides, W width of a til
 and decoder.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,21 +18,15 @@ from gigapath.pos_embed import LazyPosEmbed
 from gigapath.pretraining.options import SizeOptions
 from gigapath.slide_encoder import LongNetViT, create_model
 
+# Of a batch; coordinates stay on the CPU: they are checked first, and a GPU would have to be waited for.
+_SENT = ("visible", "seen", "hidden", "target")
+
 
 @dataclass(frozen=True)
 class Batch:
-    """Slides packed one after another, tensors on the CPU or a device.
-
-    Attributes:
-        visible: (V, W) embeddings of the visible tiles.
-        visible_coords: (V, 2), (x, y) in pixels of the position grid.
-        coords: (T, 2) of all tiles.
-        seen: (V + S,) where the encoder's tokens, class tokens included, stand among the decoder's T + S.
-        hidden: (M,) where the hidden tiles stand among the decoder's tokens.
-        target: (M, W) what is to be predicted of them.
-        lengths: tiles of each slide.
-        hidden_lengths: hidden tiles of each slide.
-    """
+    """Slides packed one after another: embeddings (V, W) of the visible tiles; (x, y) in pixels of the position grid of
+    those (V, 2) and of all (T, 2); where the encoder's tokens, class tokens included (V + S,), and hidden tiles (M,)
+    stand among the decoder's T + S; what is to be predicted (M, W); tiles of each slide, and how many are hidden."""
 
     visible: Tensor
     visible_coords: Tensor
@@ -45,18 +38,14 @@ class Batch:
     hidden_lengths: tuple[int, ...]
 
     def to(self, device: torch.device) -> "Batch":
-        """The batch on a device, copied without waiting where it is pinned. Coordinates stay: they are checked first,
-        and a GPU would have to be waited for."""
-        sent = self._each(lambda tensor: tensor.to(device, non_blocking=True))
-        return replace(sent, coords=self.coords, visible_coords=self.visible_coords)
+        """The batch on a device, copied without waiting where it is pinned."""
+        sent: dict[str, Any] = {name: getattr(self, name).to(device, non_blocking=True) for name in _SENT}
+        return replace(self, **sent)
 
     def pinned(self) -> "Batch":
         """The batch in memory that a GPU can copy from by itself."""
-        return self._each(Tensor.pin_memory)
-
-    def _each(self, change: Callable[[Tensor], Tensor]) -> "Batch":
-        held: dict[str, Any] = {k: change(v) if isinstance(v, Tensor) else v for k, v in vars(self).items()}
-        return Batch(**held)
+        held: dict[str, Any] = {name: getattr(self, name).pin_memory() for name in _SENT}
+        return replace(self, **held)
 
 
 class MaskedAutoencoder(nn.Module):
@@ -65,23 +54,15 @@ class MaskedAutoencoder(nn.Module):
     def __init__(self, slide_encoder: LongNetViT, sizes: SizeOptions) -> None:
         """Build the decoder with new weights; the encoder's class token is frozen, as in the published pretraining."""
         super().__init__()
-        config = slide_encoder.encoder.config
+        config, width = slide_encoder.encoder.config, sizes.decoder_dim
         self.slide_encoder = slide_encoder
         slide_encoder.cls_token.requires_grad_(False)
-        self.to_decoder = nn.Linear(config.embed_dim, sizes.decoder_dim)
-        self.mask_token = nn.Parameter(torch.empty(sizes.decoder_dim))
-        self.decoder = LongNetEncoder(
-            replace(
-                config,
-                embed_dim=sizes.decoder_dim,
-                depth=sizes.decoder_depth,
-                dropout=sizes.dropout,
-                drop_path_rate=0.0,
-            )
-        )
-        self.positions = LazyPosEmbed(sizes.decoder_dim, slide_encoder.slide_ngrids)
+        self.to_decoder = nn.Linear(config.embed_dim, width)
+        self.mask_token = nn.Parameter(torch.empty(width))
+        self.decoder = LongNetEncoder(replace(config, embed_dim=width, depth=sizes.decoder_depth, drop_path_rate=0.0))
+        self.positions = LazyPosEmbed(width, slide_encoder.slide_ngrids)
         self.position_scale = 2.0 if sizes.start == "tied" else 1.0
-        self.predict = nn.Linear(sizes.decoder_dim, slide_encoder.in_chans)
+        self.predict = nn.Linear(width, slide_encoder.in_chans)
         self.decoder.checkpoint_activations = sizes.checkpoint_activations != "none"
         slide_encoder.encoder.checkpoint_activations = sizes.checkpoint_activations == "all"
         nn.init.normal_(self.mask_token, std=0.02)
@@ -95,8 +76,7 @@ class MaskedAutoencoder(nn.Module):
     def forward(self, batch: Batch) -> Tensor:
         """Predictions (M, W) of the hidden tiles."""
         encoder = self.slide_encoder
-        visible = tuple(n - hidden for n, hidden in zip(batch.lengths, batch.hidden_lengths, strict=True))
-        lengths = tuple(count + 1 for count in visible)
+        lengths = tuple(n - hidden + 1 for n, hidden in zip(batch.lengths, batch.hidden_lengths, strict=True))
         tokens = encoder.embed_tokens(batch.visible[None], batch.visible_coords[None], lengths)
         encoded = encoder.norm(encoder.encoder(token_embeddings=tokens, lengths=lengths)["encoder_out"])
         latent = self.to_decoder(encoded)[0]
@@ -120,9 +100,11 @@ class MaskedAutoencoder(nn.Module):
         sides = ((encoder.encoder.config, visible), (self.decoder.config, tiles))
         return float(sum(sum(count_operations(config, (n + 1,)).values()) for config, n in sides) + 2 * products)
 
-    def no_weight_decay(self) -> set[str]:
-        """Names of the parameters that weight decay leaves alone: all of one dimension, and tokens."""
-        return {name for name, parameter in self.named_parameters() if parameter.ndim == 1 or "token" in name}
+    def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
+        """Those that are trained, for AdamW: decay leaves alone what has one dimension, and tokens."""
+        trained = [(p.ndim > 1 and "token" not in name, p) for name, p in self.named_parameters() if p.requires_grad]
+        decays = {True: weight_decay, False: 0.0}
+        return [{"params": [p for is_of, p in trained if is_of is key], "weight_decay": decays[key]} for key in decays]
 
 
 def tie_keys_to_queries(encoder: LongNetEncoder) -> None:
@@ -135,19 +117,11 @@ def tie_keys_to_queries(encoder: LongNetEncoder) -> None:
 
 
 def build_autoencoder(init: str, sizes: SizeOptions, *, in_chans: int) -> MaskedAutoencoder:
-    """The model at its start, on embeddings of width `in_chans`.
-
-    Args:
-        init: weights of the slide encoder, as `gigapath.slide_encoder.create_model` takes them; "" for new ones.
-    """
-    encoder = create_model(
-        init,
-        sizes.model_arch,
-        in_chans,
-        dropout=sizes.dropout,
-        drop_path_rate=sizes.drop_path_rate,
-        global_pool=True,  # the class token is not trained
-    )
+    """The model at its start, on embeddings of width `in_chans`: the slide encoder from the weights `init`, as
+    `gigapath.slide_encoder.create_model` takes them, or from new ones ("")."""
+    drops: dict[str, Any] = {"dropout": sizes.dropout, "drop_path_rate": sizes.drop_path_rate}
+    # The class token is not trained: what stands for a slide is the mean of its tiles' tokens.
+    encoder = create_model(init, sizes.model_arch, in_chans, global_pool=True, **drops)
     if not init and sizes.start == "tied":
         tie_keys_to_queries(encoder.encoder)
     return MaskedAutoencoder(encoder, sizes)

@@ -18,10 +18,9 @@ from gigapath.cohort.record import versions
 from gigapath.cohort.stage import Ownership
 from gigapath.devices import at_most_threads, computing, deterministic
 from gigapath.evaluation.plots import plotting_available
-from gigapath.files import read_json, write_bytes_atomic, write_json_atomic, write_text_atomic
-from gigapath.finetune.data import KEPT_BYTES, check_folder
+from gigapath.files import write_bytes_atomic, write_json_atomic, write_text_atomic
+from gigapath.finetune.data import KEPT_BYTES, Bag, FileBags, check_folder
 from gigapath.finetune.loop import (
-    MEND,
     Loop,
     Processes,
     Step,
@@ -40,10 +39,11 @@ from gigapath.pretraining.data import Slides, Target, View, Viewer, find_slides,
 from gigapath.pretraining.measures import (
     MEAN,
     Epoch,
-    Explained,
     draw_reconstructions,
+    explained,
     model_card,
     spread_and_rank,
+    squares,
     without_learning,
     write_curves,
 )
@@ -59,6 +59,7 @@ IntArray = npt.NDArray[np.int64]
 
 RUN, CARD = "pretrain.json", "model_card.md"
 MEASURED = 200  # validation slides that are measured after each epoch
+PROCESS_BYTES = 130_000_000  # that a run on a CPU adds to its process whatever its size: libraries, threads
 COMPARED = 50  # slides on which predictors without learning are measured, and as many that they are fitted on
 REDRAW_SECONDS = 60.0  # between pictures of epochs: an epoch of a small cohort takes less than its pictures
 LEAST_RANK, LEAST_SPREAD = 1.5, 0.005  # of slide vectors; below it they are all alike
@@ -98,19 +99,8 @@ def pretrain(
 ) -> Pretrained | None:
     """Pretrain a slide encoder by predicting hidden tiles, or go on with the run that `out` holds.
 
-    It follows what is public of the published pretraining and is no reproduction of it.
-
-    Args:
-        features: files of tile embeddings, ours or another tool's, or folders of them.
-        out: the output folder.
-        init: weights to go on from: "hf_hub:REPO", a checkpoint's file, or "" for new ones.
-        cohort: which slides; who validates.
-        sizes: of encoder and decoder.
-        task: what is hidden and predicted.
-        training: the recipe.
-        dry_run: show the plan alone, and write nothing.
-        watch: receives the news.
-        check_stop: called between steps; raises to end the run, which can go on later.
+    The arguments are those of `gigapath.pretrain`, with options in groups. `watch` receives the news; `check_stop` is
+    called between steps, and raises to end the run, which can go on later.
 
     Raises:
         ValueError, FileNotFoundError: whatever is wrong with what was given, in one sentence, before anything is
@@ -125,15 +115,13 @@ def pretrain(
     given = [features] if isinstance(features, str | Path) else features
     slides = find_slides([str(path) for path in given], cohort, seed=training.seed, workers=training.workers)
     processes = join_processes(training.device)
-    precision = training_precision(training.precision, processes.device)
-    first = processes.rank == 0
-    watch = watch if watch is not None and first else Progress()
-    run = _Run(slides, init, cohort, sizes, task, training, out, processes, precision, watch, check_stop)
+    watch = watch if watch is not None and processes.rank == 0 else Progress()
+    run = _Run(slides, init, cohort, sizes, task, training, out, processes, watch, check_stop)
     with at_most_threads(available_cores()), deterministic(training.deterministic):
         run.prepare()
         if dry_run:
             return None
-        with Ownership({out: run.identity} if first else {}):
+        with Ownership({out: run.identity} if run.first else {}):
             return run()
 
 
@@ -143,24 +131,20 @@ def steps_of(
     """The steps of an epoch (counted from 0; each has an order of its own), with what this process passes in each;
     every slide of training comes once. With `shard` each process keeps to its own slides in every epoch."""
     train, size, world = slides.train, training.batch_size, processes.world
+    window = size * training.gradient_accumulation
     if shard:
         own = np.random.default_rng([training.seed, 3]).permutation(train)
-        orders = [
-            np.random.default_rng([training.seed, 1, epoch, rank]).permutation(own[rank::world])
-            for rank in range(world)
-        ]
-        window = size * training.gradient_accumulation
+        seeds = ([training.seed, 1, epoch, rank] for rank in range(world))
+        orders = [np.random.default_rng(seed).permutation(own[rank::world]) for rank, seed in enumerate(seeds)]
         cuts = range(0, max(map(len, orders)), window)
         steps = [[_chunks(order[cut : cut + window], size) for order in orders] for cut in cuts]
     else:
         order = np.random.default_rng([training.seed, 1, epoch]).permutation(train)
-        if training.tokens_per_step is None:
-            window = size * training.gradient_accumulation * world
-            parts = np.split(order, range(window, len(order), window))
-        else:
+        ends = np.arange(window * world, len(order), window * world)
+        if training.tokens_per_step is not None:
             tiles = np.cumsum([slides.facts[row].tiles for row in order])
-            parts = np.split(order, np.flatnonzero(np.diff((tiles - 1) // training.tokens_per_step)) + 1)
-        steps = [[_chunks(part, size)[rank::world] for rank in range(world)] for part in parts]
+            ends = np.flatnonzero(np.diff((tiles - 1) // training.tokens_per_step)) + 1
+        steps = [[_chunks(part, size)[rank::world] for rank in range(world)] for part in np.split(order, ends)]
     found, behind = [], 0
     for shares in steps:
         count = sum(len(chunk) for share in shares for chunk in share)
@@ -186,46 +170,45 @@ class _Run:
     training: PretrainingOptions
     out: Path
     processes: Processes
-    precision: str
     watch: Progress
     check_stop: Callable[[], None]
     history: list[Epoch] = field(default_factory=list)
     done: int = 0
     loss: float = 0.0
+    drawn: float = float("-inf")  # when pictures were
 
     def prepare(self) -> None:
         """Build the model, and tell the plan; ValueError where the run can't be."""
-        self.first = self.processes.rank == 0
-        self.drawn = float("-inf")  # when pictures were
+        self.first, self.device = self.processes.rank == 0, self.processes.device
+        self.precision = training_precision(self.training.precision, self.device)
+        self.start, self.viewer = start_of(self.init), Viewer(self.task, self.training.seed)
         if self.first:
             check_same_run(self.out / RUN, self.identity)
         for note in self.slides.notes:
             self.watch.line(f"note: {note}")
         torch.manual_seed(self.training.seed)
-        self.model = build_autoencoder(self.init, self.sizes, in_chans=self.slides.facts[0].width)
-        self.model.to(self.processes.device)
-        self.viewer = Viewer(self.task, self.training.seed)
+        self.model = build_autoencoder(self.init, self.sizes, in_chans=self.slides.facts[0].width).to(self.device)
         self._plan().tell(self.watch, self.processes, allow_low_memory=self.training.allow_low_memory)
 
     def __call__(self) -> Pretrained:
         """Train, or go on."""
-        training, workers = self.training, self.training.workers
-        self.bags = open_bags(self.slides, self.cohort, self.out, self.processes, workers, self.check_stop)
-        self.target = fit_target(self.task.target, self.bags, self.slides.train, seed=training.seed, workers=workers)
-        val = np.random.default_rng([training.seed, 7]).permutation(self.slides.val)
-        self.val: list[int] = val[:MEASURED].tolist()
+        slides, seed, workers = self.slides, self.training.seed, self.training.workers
+        self.bags = open_bags(slides, self.cohort, self.out, self.processes, workers, self.check_stop)
+        self.target = fit_target(self.task.target, self.bags, slides.train, seed=seed, workers=workers)
+        self.val: list[int] = np.random.default_rng([seed, 7]).permutation(slides.val)[:MEASURED].tolist()
         baselines = self.processes.gather(self._without_learning() if self.first else {})[0]
         for name, value in baselines.items():
             self.watch.line(f"R2 without learning, {name}: {value:.3f}")
+        facts = self._facts(baselines)
         if self.first:
-            self._record(baselines)
+            write_text_atomic(self.out / "slides.csv", csv_text(slides.table()))
+            write_json_atomic(self.out / RUN, facts)
         self._train()
         warnings = warnings_of(self.history[-1], len(self.val), baselines.get(MEAN, 0.0))
         for warning in warnings:
             self.watch.line(f"warning: {warning}")
         if self.first:
-            card = model_card(read_json(self.out / RUN, keys=(), mend=MEND), self.history, warnings)
-            write_text_atomic(self.out / CARD, card)
+            write_text_atomic(self.out / CARD, model_card(facts, self.history, warnings))
         return Pretrained(self.out, self.history, baselines, warnings)
 
     @cached_property
@@ -233,7 +216,7 @@ class _Run:
         """What must be the same for a run to go on."""
         return {
             "slides": self.slides.digest,
-            "weights": self._weights.get("sha256", ""),
+            "weights": self.start.get("sha256", ""),
             "cohort": {name: getattr(self.cohort, name) for name in ("shard", "tile_size_level0", "cache")},
             "sizes": to_dict(self.sizes),
             "task": to_dict(self.task),
@@ -242,108 +225,87 @@ class _Run:
             "processes": self.processes.world,
         }
 
-    @cached_property
-    def _weights(self) -> dict[str, str]:
-        return start_of(self.init)
-
-    def _record(self, baselines: Mapping[str, float]) -> None:
-        """Write what the run is, and which slides it has."""
-        slides, sets = self.slides, {"train": self.slides.train, "val": self.slides.val}
-        groups = {"cohort": self.cohort, "sizes": self.sizes, "task": self.task, "training": self.training}
-        counts = {
-            name: {
-                "slides": len(rows),
-                "patients": len({slides.patients[row] for row in rows}),
-                "tiles": sum(slides.facts[row].tiles for row in rows),
-            }
-            for name, rows in sets.items()
-        }
-        table: list[list[Any]] = [["slide_id", "patient_id", "set", "tiles"]]
-        for name, rows in sets.items():
-            table += [[slides.ids[row], slides.patients[row], name, slides.facts[row].tiles] for row in rows]
-        write_text_atomic(self.out / "slides.csv", csv_text(table))
-        facts = {
+    def _facts(self, baselines: Mapping[str, float]) -> dict[str, Any]:
+        """What the run is, for JSON."""
+        return {
             "identity": self.identity,
-            "options": {name: to_dict(group) for name, group in groups.items()},
-            "init": self._weights,
-            "embeddings": slides.facts[0].made,
-            "sets": counts,
+            "options": {name: to_dict(getattr(self, name)) for name in ("cohort", "sizes", "task", "training")},
+            "init": self.start,
+            "embeddings": self.slides.facts[0].made,
+            "sets": self.slides.counts(),
             "r2_without_learning": dict(baselines),
-            "notes": list(slides.notes),
-            "device": str(self.processes.device),
+            "notes": list(self.slides.notes),
+            "device": str(self.device),
             "versions": versions(),
         }
-        write_json_atomic(self.out / RUN, facts)
 
     def _plan(self) -> Plan:
         slides, training, model, ratio = self.slides, self.training, self.model, self.task.mask_ratio
         counts, width = np.array([fact.tiles for fact in slides.facts]), slides.facts[0].width
-        train = counts[slides.train]
-        # Where the device has a memory of its own, what is read lies beside it.
-        tile, on_cpu = 4 * width, self.processes.device.type == "cpu"
-        largest = int(np.sort(train)[::-1][: training.batch_size].sum())
-        kept = min(KEPT_BYTES, int(train.sum()) * tile) if self.cohort.cache == "none" else 0
-        seen = np.maximum(2, np.rint(train * self.task.crop**2)).astype(int)
-        epoch = sum(3 * model.operations(int(n), ratio) for n in seen)
-        size = int(train.sum()) * (tile // 2 if self.cohort.cache == "fp16" else tile)
+        train, tile, device = counts[slides.train], 4 * width, self.device
+        epoch = sum(3 * model.operations(max(2, round(n * self.task.crop**2)), ratio) for n in train.tolist())
+        size = int(train.sum()) * tile
         in_epoch = len(steps_of(slides, training, self.processes, 0, shard=self.cohort.shard))
-        advice, steps = [], in_epoch * training.epochs
-        if steps < 2 * PLATEAU_STEPS and not self.init:
+        advice, largest = [], self._largest_pass()
+        if in_epoch * training.epochs < 2 * PLATEAU_STEPS and not self.init:
             advice.append(
-                f"note: {steps:,} steps in all; from new weights the loss stays at the slide mean for about "
-                f"{PLATEAU_STEPS}. Set more --epochs or a smaller --batch-size."
+                f"note: {in_epoch * training.epochs:,} steps in all; from new weights the loss stays at the slide mean "
+                f"for about {PLATEAU_STEPS}. Set more --epochs or a smaller --batch-size."
             )
         further = {"none": ["--checkpoint-activations decoder"], "decoder": ["--checkpoint-activations all"]}
-        ways = further.get(self.sizes.checkpoint_activations, [])
-        nothing, one = np.zeros(width, np.float32), np.ones(width, np.float32)
+        smaller = ["a smaller --batch-size"] if training.batch_size > 1 else []
+        plain = Target(np.zeros(width, np.float32), np.ones(width, np.float32), np.zeros(width, np.float32))
 
         def made(tiles: int) -> Tensor:
-            view = self.viewer.view(made_bag(tiles, width), "made", None)
-            return self._loss_of(model, pack_views([view], Target(nothing, one, nothing)))
+            return self._loss_of(model, pack_views([self.viewer.view(made_bag(tiles, width), "made", None)], plain))
 
+        def work(tiles: int) -> float:
+            return 3 * model.operations(tiles, ratio)
+
+        cost = measure_cost(made, work, model, device, deterministic=training.deterministic)
+        # Where the device has no memory of its own, what is read lies there too: batches ahead, in hand, being made.
+        kept = min(KEPT_BYTES, size) if self.cohort.cache == "none" else 0
+        beside = PROCESS_BYTES + largest * (training.workers + 2) * tile + kept
+        to_read = in_bytes(size // 2 if self.cohort.cache == "fp16" else size)
+        about = [
+            f"slides: {len(train):,} to train on, {len(slides.val):,} to validate on, of {len(set(slides.patients)):,} "
+            "patients",
+            f"tiles: {counts.sum():,} (median {int(np.median(counts)):,} a slide, largest {counts.max():,})",
+            f"an epoch: {epoch:.2g} operations, {to_read} to read, {in_epoch:,} steps",
+        ]
         return foresee(
             model,
-            measure_cost(
-                made,
-                lambda n: 3 * model.operations(n, ratio),
-                model,
-                self.processes.device,
-                deterministic=training.deterministic,
-            ),
+            cost,
             self.processes,
-            [
-                f"slides: {len(slides.train):,} to train on, {len(slides.val):,} to validate on, of "
-                f"{len(set(slides.patients)):,} patients",
-                f"tiles: {counts.sum():,} (median {int(np.median(counts)):,} a slide, largest {counts.max():,})",
-                f"an epoch: {epoch:.2g} operations, {in_bytes(size)} to read, {in_epoch:,} steps",
-            ],
+            about,
             tiles=largest,
             passes=training.epochs * -(-len(train) // training.batch_size),
             operations=training.epochs * epoch,
-            ways=ways + ["a smaller --batch-size"] * (training.batch_size > 1),
-            # Batches that are read ahead, in hand, and being made.
-            beside=largest * (training.workers + 2) * tile + kept if on_cpu else 0,
+            ways=[*further.get(self.sizes.checkpoint_activations, []), *smaller],
+            beside=beside if device.type == "cpu" else 0,
             advice=advice,
             largest="pass",
         )
 
+    def _largest_pass(self) -> int:
+        """Tiles of the largest pass: what the largest slides show of themselves, whose windows are drawn for ever."""
+        slides, size, epochs = self.slides, self.training.batch_size, range(self.training.epochs)
+        rows = sorted(slides.train.tolist(), key=lambda row: -slides.facts[row].tiles)[: 4 * size]
+        bags, shown = FileBags(slides.files, slides.facts, self.cohort.tile_size_level0), []
+        for row in rows:
+            bare = Bag(np.empty((slides.facts[row].tiles, 0), np.float32), bags._read(row).coords)
+            shown.append(max(len(self.viewer.view(bare, slides.ids[row], epoch).cells) for epoch in epochs))
+        return sum(sorted(shown)[-size:])
+
     def _train(self) -> None:
         """All epochs that are left; the model ends as it is after the last."""
-        options, bare = self.training, self.model.no_weight_decay()
-        decayed: dict[bool, list[nn.Parameter]] = {True: [], False: []}
-        for name, parameter in self.model.named_parameters():
-            if parameter.requires_grad:
-                decayed[name not in bare].append(parameter)
-        groups: list[dict[str, Any]] = [
-            {"params": decayed[True], "weight_decay": options.weight_decay},
-            {"params": decayed[False], "weight_decay": 0.0},
-        ]
+        options, rank = self.training, self.processes.rank
+        groups = self.model.parameter_groups(options.weight_decay)
         self.optimizer = torch.optim.AdamW(groups, lr=options.base_lr, betas=(0.9, options.beta2))
         self.loop = Loop(self.processes, self.precision, options.workers, self.check_stop)
         self.scaler = self.loop.scaler()
         self.tag = hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()
         given = (self.out, self.model, self.optimizer, self.scaler)
-        rank = self.processes.rank
         self.history, _, self.done, self.loss = resume_training(*given, tag=self.tag, epoch_of=Epoch, rank=rank)
         if self.history:
             self.watch.line(f"goes on after epoch {len(self.history) - 1} and {self.done} steps of the next")
@@ -393,11 +355,11 @@ class _Run:
         epoch = len(self.history) - 1
         views = [self.viewer.view(self.bags[int(row)], self.slides.ids[row], epoch) for row in rows]
         batch = pack_views(views, self.target)
-        return batch.pinned() if self.processes.device.type == "cuda" else batch
+        return batch.pinned() if self.device.type == "cuda" else batch
 
     def _loss_of(self, model: nn.Module, batch: Batch) -> Tensor:
-        there = batch.to(self.processes.device)
-        with computing(self.precision, self.processes.device):
+        there = batch.to(self.device)
+        with computing(self.precision, self.device):
             predicted = model(there)
         return loss_of_slides(predicted, there, self.task.loss).sum()
 
@@ -435,8 +397,8 @@ class _Run:
     def _measured(self, entry: Epoch) -> Epoch:
         """The epoch with its measures on the validation slides, each process taking its share; it is told."""
         if self.val:
-            processes, device, model = self.processes, self.processes.device, self.model.eval()
-            explained, losses, vectors = Explained(), [], []
+            processes, device, model = self.processes, self.device, self.model.eval()
+            sums, losses, vectors = np.zeros(2), [], []
             mine = self.val[processes.rank :: processes.world]
             with torch.no_grad():
                 for view in read_ahead(self._whole_view, mine, threads=self.training.workers):
@@ -451,12 +413,12 @@ class _Run:
                     said, truth = predicted.double().cpu().numpy(), batch.target.double().cpu().numpy()
                     if self.task.loss == "cosine":  # which leaves their length open: the best one for the slide
                         said = said * (said * truth).sum() / max(float(np.square(said).sum()), 1e-12)
-                    explained.add(truth, said, self.target.centre)
-            parts = processes.gather((explained.left, explained.whole, losses, vectors))
-            whole = Explained(sum(part[0] for part in parts), sum(part[1] for part in parts))
-            every = [loss for part in parts for loss in part[2]]
-            spread, rank = spread_and_rank(np.stack([vector for part in parts for vector in part[3]]))
-            entry = replace(entry, val_loss=sum(every) / len(every), r2=whole.r2, spread=spread, rank=rank)
+                    sums = sums + squares(truth, said, self.target.centre)
+            parts = processes.gather((sums, losses, vectors))
+            loss = sum(loss for part in parts for loss in part[1]) / len(self.val)
+            spread, rank = spread_and_rank(np.stack([vector for part in parts for vector in part[2]]))
+            r2 = explained(sum(part[0] for part in parts))
+            entry = replace(entry, val_loss=loss, r2=r2, spread=spread, rank=rank)
         self.watch.line(entry.describe(self.training.epochs))
         return entry
 
@@ -469,13 +431,12 @@ class _Run:
         due = time.monotonic() >= self.drawn + REDRAW_SECONDS or len(self.history) > self.training.epochs
         draw = due and plotting_available()
         write_curves(self.out, self.history, draw=draw)
-        rows = self.val[:3]
         if draw:
             self.drawn = time.monotonic()
-        if draw and rows:
-            views = [self._whole_view(row) for row in rows]
-            picture = draw_reconstructions(self.model, views, self.target, [self.slides.ids[row] for row in rows])
-            write_bytes_atomic(self.out / "reconstructions.png", picture)
+            if rows := self.val[:3]:
+                views, names = [self._whole_view(row) for row in rows], [self.slides.ids[row] for row in rows]
+                picture = draw_reconstructions(self.model, views, self.target, names)
+                write_bytes_atomic(self.out / "reconstructions.png", picture)
 
 
 def warnings_of(last: Epoch, measured: int, slide_mean: float) -> list[str]:
