@@ -35,18 +35,9 @@ from gigapath.finetune.loop import (
 from gigapath.finetune.plan import Plan, foresee, made_bag, measure_cost
 from gigapath.machine import available_cores
 from gigapath.options import to_dict
+from gigapath.pretraining import measures
 from gigapath.pretraining.data import Slides, Target, View, Viewer, find_slides, fit_target, open_bags, pack_views
-from gigapath.pretraining.measures import (
-    MEAN,
-    Epoch,
-    draw_reconstructions,
-    explained,
-    model_card,
-    spread_and_rank,
-    squares,
-    without_learning,
-    write_curves,
-)
+from gigapath.pretraining.measures import Epoch
 from gigapath.pretraining.model import Batch, build_autoencoder, loss_of_slides
 from gigapath.pretraining.options import CohortOptions, PretrainingOptions, SizeOptions, TaskOptions
 from gigapath.progress import Progress, Stopped
@@ -204,11 +195,11 @@ class _Run:
             write_text_atomic(self.out / "slides.csv", csv_text(slides.table()))
             write_json_atomic(self.out / RUN, facts)
         self._train()
-        warnings = warnings_of(self.history[-1], len(self.val), baselines.get(MEAN, 0.0))
+        warnings = warnings_of(self.history[-1], len(self.val), baselines.get(measures.MEAN, 0.0))
         for warning in warnings:
             self.watch.line(f"warning: {warning}")
         if self.first:
-            write_text_atomic(self.out / CARD, model_card(facts, self.history, warnings))
+            write_text_atomic(self.out / CARD, measures.model_card(facts, self.history, warnings))
         return Pretrained(self.out, self.history, baselines, warnings)
 
     @cached_property
@@ -242,7 +233,7 @@ class _Run:
     def _plan(self) -> Plan:
         slides, training, model, ratio = self.slides, self.training, self.model, self.task.mask_ratio
         counts, width = np.array([fact.tiles for fact in slides.facts]), slides.facts[0].width
-        train, tile, device = counts[slides.train], 4 * width, self.device
+        train, tile, device, patients = counts[slides.train], 4 * width, self.device, len(set(slides.patients))
         epoch = sum(3 * model.operations(max(2, round(n * self.task.crop**2)), ratio) for n in train.tolist())
         size = int(train.sum()) * tile
         in_epoch = len(steps_of(slides, training, self.processes, 0, shard=self.cohort.shard))
@@ -259,17 +250,14 @@ class _Run:
         def made(tiles: int) -> Tensor:
             return self._loss_of(model, pack_views([self.viewer.view(made_bag(tiles, width), "made", None)], plain))
 
-        def work(tiles: int) -> float:
-            return 3 * model.operations(tiles, ratio)
-
-        cost = measure_cost(made, work, model, device, deterministic=training.deterministic)
+        exact = training.deterministic
+        cost = measure_cost(made, lambda n: 3 * model.operations(n, ratio), model, device, deterministic=exact)
         # Where the device has no memory of its own, what is read lies there too: batches ahead, in hand, being made.
         kept = min(KEPT_BYTES, size) if self.cohort.cache == "none" else 0
         beside = PROCESS_BYTES + largest * (training.workers + 2) * tile + kept
         to_read = in_bytes(size // 2 if self.cohort.cache == "fp16" else size)
         about = [
-            f"slides: {len(train):,} to train on, {len(slides.val):,} to validate on, of {len(set(slides.patients)):,} "
-            "patients",
+            f"slides: {len(train):,} to train on, {len(slides.val):,} to validate on, of {patients:,} patients",
             f"tiles: {counts.sum():,} (median {int(np.median(counts)):,} a slide, largest {counts.max():,})",
             f"an epoch: {epoch:.2g} operations, {to_read} to read, {in_epoch:,} steps",
         ]
@@ -392,7 +380,7 @@ class _Run:
             return {}
         some = np.random.default_rng([self.training.seed, 8]).permutation(self.slides.train)[:COMPARED].tolist()
         views = [self._whole_view(row) for row in self.val[:COMPARED]]
-        return without_learning(views, self.target, [self._whole_view(row) for row in some])
+        return measures.without_learning(views, self.target, [self._whole_view(row) for row in some])
 
     def _measured(self, entry: Epoch) -> Epoch:
         """The epoch with its measures on the validation slides, each process taking its share; it is told."""
@@ -413,11 +401,11 @@ class _Run:
                     said, truth = predicted.double().cpu().numpy(), batch.target.double().cpu().numpy()
                     if self.task.loss == "cosine":  # which leaves their length open: the best one for the slide
                         said = said * (said * truth).sum() / max(float(np.square(said).sum()), 1e-12)
-                    sums = sums + squares(truth, said, self.target.centre)
+                    sums = sums + measures.squares(truth, said, self.target.centre)
             parts = processes.gather((sums, losses, vectors))
             loss = sum(loss for part in parts for loss in part[1]) / len(self.val)
-            spread, rank = spread_and_rank(np.stack([vector for part in parts for vector in part[2]]))
-            r2 = explained(sum(part[0] for part in parts))
+            spread, rank = measures.spread_and_rank(np.stack([vector for part in parts for vector in part[2]]))
+            r2 = measures.explained(sum(part[0] for part in parts))
             entry = replace(entry, val_loss=loss, r2=r2, spread=spread, rank=rank)
         self.watch.line(entry.describe(self.training.epochs))
         return entry
@@ -430,12 +418,12 @@ class _Run:
             self.model.slide_encoder.save_pretrained(self.out)
         due = time.monotonic() >= self.drawn + REDRAW_SECONDS or len(self.history) > self.training.epochs
         draw = due and plotting_available()
-        write_curves(self.out, self.history, draw=draw)
+        measures.write_curves(self.out, self.history, draw=draw)
         if draw:
             self.drawn = time.monotonic()
             if rows := self.val[:3]:
                 views, names = [self._whole_view(row) for row in rows], [self.slides.ids[row] for row in rows]
-                picture = draw_reconstructions(self.model, views, self.target, names)
+                picture = measures.draw_reconstructions(self.model, views, self.target, names)
                 write_bytes_atomic(self.out / "reconstructions.png", picture)
 
 
