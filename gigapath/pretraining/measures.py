@@ -16,7 +16,6 @@ from scipy.spatial import cKDTree
 
 from gigapath.evaluation.plots import Curves, draw_curves, png, write_events
 from gigapath.files import write_bytes_atomic, write_text_atomic
-from gigapath.maps.embeddings import fit_components
 from gigapath.pretraining.data import Target, View, pack_views
 from gigapath.pretraining.model import MaskedAutoencoder
 from gigapath.tables import csv_text
@@ -200,7 +199,15 @@ def draw_reconstructions(
         with torch.no_grad():
             filled[-1][view.hidden] = model(pack_views([view], target).to(device)).float().cpu().numpy()
     every = np.concatenate(truths)
-    colors = fit_components(every[:: 1 + len(every) // 5000]).colors
+    mean = every.mean(axis=0)
+    axes_of_color = np.linalg.svd(every[:: 1 + len(every) // 5000] - mean, full_matrices=False)[2][:3]
+    low, high = np.percentile((every - mean) @ axes_of_color.T, (1, 99), axis=0)
+
+    def colors(values: Any) -> Any:
+        shown = np.zeros((len(values), 3))
+        shown[:, : len(axes_of_color)] = ((values - mean) @ axes_of_color.T - low) / np.maximum(high - low, 1e-12)
+        return np.clip(shown, 0, 1)
+
     figure = Figure(figsize=(12, 3.2 * len(views)), layout="constrained")
     all_axes = figure.subplots(len(views), 4, squeeze=False)
     for row, (view, truth, said) in enumerate(zip(views, truths, filled, strict=True)):
