@@ -104,6 +104,8 @@ def test_stores_and_arrays_that_are_not_read_are_refused_by_the_name_of_their_to
     for folder, tool in ((store, "LazySlide"), (store.parent, "LazySlide"), (tmp_path / "b", "HistoSSLscaling")):
         with pytest.raises(ValueError, match=tool):
             find_feature_files(folder)
+        with pytest.raises(FileNotFoundError, match=tool):
+            files_to_check([folder])
     with pytest.raises(FeatureFileError, match=r"features\.npy.*HistoSSLscaling"):
         read_features(array)
 

@@ -19,6 +19,7 @@ from gigapath.features.cells import all_facts, cells_of, nearest_cells, observed
 from gigapath.features.data import CELL, FRAMES, GRID, STEP_OPTION, Array, Contents, FeatureFileError
 from gigapath.features.folders import SUFFIXES, list_feature_files
 from gigapath.features.h5 import DAMAGED, REMAKE_DAMAGED, as_number, as_pair, check_undamaged, is_damaged
+from gigapath.features.other_tools import refused_inside
 from gigapath.features.reading import read_contents
 from gigapath.features.tables import SAME_THROUGHOUT
 from gigapath.files import PARTIAL_SUFFIX
@@ -112,7 +113,10 @@ def files_to_check(paths: Sequence[str | Path]) -> list[Path]:
             raise FileNotFoundError(f"{path}: no such file or folder.")
         inside = list_feature_files(path) if path.is_dir() else [path]
         if not inside:
-            raise FileNotFoundError(f"{path}: expected a folder with feature files ({', '.join(SUFFIXES)}), none.")
+            known = refused_inside(path) or "none."
+            raise FileNotFoundError(
+                f"{path}: expected a folder with feature files ({', '.join(SUFFIXES)}), found {known}"
+            )
         found.update(dict.fromkeys(inside))
     return list(found)
 
