@@ -276,14 +276,14 @@ class _Run:
         )
 
     def _largest_pass(self) -> int:
-        """Tiles of the largest pass: what the largest slides show of themselves, whose windows are drawn for ever."""
+        """Tiles of the largest pass: what the largest slides will show of themselves, since the seed draws windows."""
         slides, size, epochs = self.slides, self.training.batch_size, range(self.training.epochs)
-        rows = sorted(slides.train.tolist(), key=lambda row: -slides.facts[row].tiles)[: 4 * size]
+        rows = sorted(slides.train.tolist(), key=lambda row: -slides.facts[row].tiles)[:size]
         bags, shown = FileBags(slides.files, slides.facts, self.cohort.tile_size_level0), []
         for row in rows:
             bare = Bag(np.empty((slides.facts[row].tiles, 0), np.float32), bags._read(row).coords)
             shown.append(max(len(self.viewer.view(bare, slides.ids[row], epoch).cells) for epoch in epochs))
-        return sum(sorted(shown)[-size:])
+        return sum(shown)
 
     def _train(self) -> None:
         """All epochs that are left; the model ends as it is after the last."""
