@@ -35,6 +35,8 @@ def name_problem(slide_id: str) -> str | None:
         return "a name without slashes"
     if any(_is_control(character) for character in slide_id):
         return "a name without control characters such as line ends, and without marks that turn text around"
+    if slide_id.startswith((".", "~$")) or slide_id.endswith(".tmp"):  # `files.is_hidden` would leave its files out
+        return "a name that hides no file: one that does not begin with . or ~$ nor end in .tmp"
     if slide_id[0] in FORMULA_MARKS:
         return f"a name that does not begin with {' '.join(FORMULA_MARKS)}, which spreadsheets take for a formula"
     try:
@@ -51,8 +53,10 @@ def quoted_name(name: str) -> str:
     cut, and ends in a digest of the whole.
     """
     start, stop = len(name) - len(name.lstrip()), len(name.rstrip())
-    if name in (".", "..") or name[:1] in FORMULA_MARKS:
+    if name.startswith((".", "~$")) or name[:1] in FORMULA_MARKS:
         start = max(start, 1)
+    if name.endswith(".tmp"):
+        stop = min(stop, len(name) - 1)
     quoted = "".join(
         _escape(character) if not start <= index < stop or character in "/\\" or _breaks_lines(character) else character
         for index, character in enumerate(name)

@@ -6,6 +6,8 @@ once for manifests, labels, splits and results.
 
 import csv
 import io
+import itertools
+import math
 import re
 import unicodedata
 from collections import Counter
@@ -15,7 +17,11 @@ from pathlib import Path
 from typing import Any
 
 # How pandas, R, spreadsheets and databases write that a value is not there.
-MISSING_VALUES = frozenset({"", "NA", "N/A", "n/a", "#N/A", "<NA>", "NaN", "nan", "None", "null", "NULL"})
+MISSING_VALUES = frozenset(
+    {"", "NA", "N/A", "n/a", "<NA>", "NaN", "nan", "NAN", "-NaN", "-nan", "NaT", "None", "null", "NULL", "Null"}
+    # What spreadsheets show for a formula that failed.
+    | {"#N/A", "#NA", "#VALUE!", "#REF!", "#DIV/0!", "#NUM!", "#NAME?", "#NULL!"}
+)
 _MOST_NAMES = 8  # of columns in a message
 _FORMULA = re.compile(r"[=+\-@\t\r]")
 _NUMBER = re.compile(r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?|[+-]?(?:inf|nan)")
@@ -65,8 +71,13 @@ def parse_table(content: bytes, source: str, *, separator: str = ",") -> Table:
     rows, a row of another length, or a column that stands in it twice."""
     try:
         text = content.decode("utf-8-sig")
+        if "\0" in text.partition("\n")[0]:  # UTF-16 without its mark; in a row it spoils that row alone
+            raise csv.Error("its header holds zero bytes")
         reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator)
         rows = [(number, row) for number, row in enumerate(reader, start=1)]
+        rows = list(
+            itertools.dropwhile(lambda each: not "".join(each[1]).strip(), rows)
+        )  # blank lines above the header
     except (UnicodeDecodeError, csv.Error) as error:
         raise ValueError(
             f"{source}: expected a CSV in UTF-8, got something else ({error}). Save it as CSV UTF-8."
@@ -80,7 +91,10 @@ def parse_table(content: bytes, source: str, *, separator: str = ",") -> Table:
     body = [(number, row) for number, row in rows[1:] if "".join(row).strip()]
     for number, row in body:
         if len(row) != len(header):
-            raise ValueError(f"{source}: expected {len(header)} values in row {number}, got {len(row)}.")
+            raise ValueError(
+                f"{source}: expected {len(header)} values in row {number}, as in the header, got {len(row)}. Correct "
+                "the row: a cell that holds commas stands between two quotes."
+            )
     if not body:
         raise ValueError(f"{source}: expected rows below the header, got none.")
     written = {
@@ -92,6 +106,11 @@ def parse_table(content: bytes, source: str, *, separator: str = ",") -> Table:
         for name, cells in written.items()
     }
     return Table(source, columns, written, tuple(number for number, _ in body))
+
+
+def plain_number(cell: str) -> float:
+    """The number that a cell holds, NaN where it is none: Python would also take 0_5, which only resembles one."""
+    return float(cell) if cell.isascii() and _NUMBER.fullmatch(cell) else math.nan
 
 
 def composed(text: str) -> str:
@@ -107,9 +126,11 @@ def some_names(header: Sequence[str]) -> str:
 
 def separator_hint(header: Sequence[str]) -> str:
     """What to do about a table whose columns came as one, as spreadsheets in many countries write it; else ""."""
-    for mark, marks in ((";", "semicolons"), ("\t", "tabs")):
+    for mark, marks in ((";", "semicolons"), ("\t", "tabs"), ("|", "bars")):
         if len(header) == 1 and mark in header[0]:
             return f" Its columns stand between {marks}: save it with commas."
+    if len(header) == 1 and "," in header[0]:
+        return " Its columns stand between commas: name the file .csv."
     return ""
 
 

@@ -1,6 +1,7 @@
 """Runs over cohorts: what is done is kept and skipped, what changes is redone by its stage alone, one bad slide is
 recorded and the others go on, numbers depend on neither workers nor neighbours."""
 
+import csv
 import hashlib
 import json
 import os
@@ -16,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import table
+from feature_files import make_features, write_gigapath
 from made_slides import paint_tissue, write_pyramid
 from tiny_encoders import WIDTH, tiny_slide_encoder, tiny_tile_encoder
 
@@ -710,6 +712,16 @@ def test_another_tools_embeddings_of_a_released_width_ask_for_the_slide_encoder(
         assert hint in said
 
 
+def test_slide_embed_fails_files_that_are_none_alone(tmp_path: Path) -> None:
+    folder = tmp_path / "features_tiny"
+    write_gigapath(folder / "good.h5", make_features())
+    (folder / "gone.h5").symlink_to(tmp_path / "nowhere.h5")
+    os.mkfifo(folder / "pipe.h5")  # opening it would wait for ever
+    assert main(["slide-embed", str(folder), "--slide-encoder", "mean", "--out", str(tmp_path / "out")]) == 3
+    status = {row["slide_id"]: row["status"] for row in csv.DictReader((tmp_path / "out/slides.csv").open())}
+    assert status == {"good": "done", "gone": "failed", "pipe": "failed"}
+
+
 def test_slide_embed_writes_the_table_that_export_writes(
     slides: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -832,3 +844,10 @@ def test_file_that_another_run_makes_meanwhile_gets_no_wrong_checksum(
     embed(slides / "a.tif", tmp_path)
     assert recorded_sha256(tmp_path / "features_tiny/a.h5") is None
     assert recorded_sha256(tmp_path / "tiles/a.h5") is not None
+
+
+def test_a_mask_that_is_a_pipe_fails_its_slide_and_is_not_waited_for(tmp_path: Path) -> None:
+    write_pyramid(tmp_path / "s.tif", paint_tissue(700, 600), mpp=(0.5, 0.5))
+    os.mkfifo(tmp_path / "p.geojson")
+    result = run_tile([tmp_path / "s.tif"], tmp_path / "out", tiling=TileOptions(tissue=str(tmp_path / "p.geojson")))
+    assert "--tissue" in result.failed["s"]

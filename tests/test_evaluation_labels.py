@@ -1,5 +1,6 @@
 """One reader of labels: missing values, numbers, Unicode, columns and ids mean the same in every command."""
 
+import math
 import unicodedata
 from pathlib import Path
 
@@ -19,13 +20,13 @@ from gigapath.evaluation.labels import (
     sorted_classes,
 )
 from gigapath.linear_probe import ProbeOptions
-from gigapath.linear_probe.data import LabelRows, class_names, rows_of_table
+from gigapath.linear_probe.data import LabelRows, class_names, named_column, rows_of_table
 from gigapath.linear_probe.data import join_labels as join_tiles
 from gigapath.linear_probe.slides import load_slides
-from gigapath.tables import Table, parse_table
+from gigapath.tables import Table, parse_table, plain_number
 
 TASK = Task("made", "binary", ("0", "1"))
-MISSING = ["", "  ", "NA", "N/A", "n/a", "NaN", "nan", "None", "null", "NULL", "#N/A", "<NA>"]
+MISSING = ["", "  ", "NA", "N/A", "n/a", "NaN", "nan", "None", "null", "NULL", "#N/A", "<NA>", "NaT", "-nan", "#REF!"]
 
 
 def tile_rows(path: Path, group: str | None = None) -> LabelRows:
@@ -134,6 +135,34 @@ def test_a_column_that_stands_twice_is_refused(tmp_path: Path) -> None:
             read()
     # Columns without a name, as spreadsheets leave behind, are no column that is asked for.
     assert parse_table(b"slide_id,label,,\na,1,,\n", "l.csv").columns["label"] == ["1"]
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ("slide_id,label\na,1\n".encode("utf-16-le"), "zero bytes.*CSV UTF-8"),
+        (b"slide_id,label\na,1,\n", "2 values in row 2.* got 3. Correct the row"),
+        (b"slide_id|label\na|1\n", "between bars"),
+    ],
+)
+def test_a_table_of_another_form_is_refused_with_the_remedy(tmp_path: Path, content: bytes, reason: str) -> None:
+    table = tmp_path / "labels.csv"
+    table.write_bytes(content)
+    with pytest.raises(ValueError, match=reason):
+        read_labels(table, TASK)
+
+
+def test_blank_lines_above_the_header_are_passed_over_and_names_of_columns_cut() -> None:
+    assert parse_table(b"\n\n,\nslide_id,label\na,1\n", "l.csv").numbers == (5,)
+    table = parse_table(b"x" * 100_000 + b",y\n1,2\n", "l.csv")
+    with pytest.raises(ValueError) as told:
+        named_column(table, "label", (), "--label")
+    assert len(str(told.value)) < 300
+
+
+@pytest.mark.parametrize(("cell", "number"), [("0.25", 0.25), ("-1e3", -1000), ("0_5", math.nan), ("\uff10", math.nan)])
+def test_a_number_is_what_all_programs_read_as_one(cell: str, number: float) -> None:
+    assert plain_number(cell) == pytest.approx(number, nan_ok=True)
 
 
 def test_names_that_print_alike_meet(tmp_path: Path) -> None:

@@ -447,7 +447,7 @@ def test_tiles_read_again_agree_or_say_what_happened(embedded: tuple[Path, Path]
 def test_what_cannot_be_compared_is_a_note(embedded: tuple[Path, Path], tmp_path: Path) -> None:
     slide, path = embedded
     assert names(look_again(slide, tile_encoder="none")(path), wrong=False) == {"not-compared"}
-    (converted,) = convert(read_features(path), "trident", tmp_path / "trident")
+    (converted,) = convert(read_features(path), "trident", tmp_path / "trident")[0]
     assert not {"other-embeddings", "not-compared"} & names(look_again(slide, tile_encoder="tiny")(converted))
     other = tmp_path / "features_tiny" / "other.h5"
     shutil.copy(path, other)

@@ -73,7 +73,7 @@ def test_files_of_other_content_are_written_over_only_when_told_to(
 
 
 def test_a_recorded_checksum_goes_with_the_file_that_it_was_of(tmp_path: Path) -> None:
-    (path,) = convert(read_features(write_ours(tmp_path)), "trident", tmp_path / "out")
+    (path,) = convert(read_features(write_ours(tmp_path)), "trident", tmp_path / "out")[0]
     recorded = {"sha256": {path.name: sha256_of(path)}}
     path.with_suffix(".json").write_text(json.dumps({"slide_id": path.stem, "status": "done", **recorded}))
     ours = write_gigapath(tmp_path / "b" / path.name, FEATURES[::-1], make_tiles(), attrs={"mpp_level0": (0.25, 0.25)})
@@ -93,14 +93,14 @@ KEPT = (
 def test_every_tools_file_becomes_ours_and_goes_back(tool: str, shuffle: bool, tmp_path: Path) -> None:
     order = ORDER if shuffle else np.arange(len(CELLS))
     found = read_back(write_foreign(tool, tmp_path, FEATURES, order), tool)
-    (ours,) = convert(found, "gigapath", tmp_path / "ours", scale=SCALE)
+    (ours,) = convert(found, "gigapath", tmp_path / "ours", scale=SCALE)[0]
     middle = read_features(ours)
     assert middle.source == "gigapath" and middle.attrs["converted_from"] == tool
     assert np.array_equal(middle.cells, CELLS) and np.array_equal(middle.features, found.features)
     scale = {"stamp": 4, "published": 2}.get(tool, 1)  # 256 um at 0.25 mpp; a level of 0.5 mpp
     assert np.array_equal(middle.coords_level0, np.rint(found.coords * scale))
     assert middle.encoder is None or describe(ours)["warnings"] == []
-    back = read_back(convert(middle, tool, tmp_path / "back", scale=SCALE)[0], tool)
+    back = read_back(convert(middle, tool, tmp_path / "back", scale=SCALE)[0][0], tool)
     assert back.source == tool and back.encoder == found.encoder
     assert np.array_equal(back.features, found.features) and back.features.dtype == found.features.dtype
     assert np.array_equal(back.coords, found.coords) and np.array_equal(back.cells, CELLS)
@@ -112,13 +112,13 @@ def test_every_tools_file_becomes_ours_and_goes_back(tool: str, shuffle: bool, t
 def test_clam_gets_its_three_files_and_the_published_ones_cells(tmp_path: Path) -> None:
     torch = pytest.importorskip("torch")
     found = read_features(write_ours(tmp_path))
-    features, tensor, patches = convert(found, "clam", tmp_path / "out")
+    features, tensor, patches = convert(found, "clam", tmp_path / "out")[0]
     assert [path.parent.name for path in (features, tensor, patches)] == ["h5_files", "pt_files", "patches"]
     assert torch.equal(torch.load(tensor, weights_only=True), torch.from_numpy(FEATURES))
     with h5py.File(patches, "r") as file:
         attrs = dict(file["coords"].attrs)
     assert (attrs["patch_size"], attrs["patch_level"], list(attrs["downsample"])) == (512, 0, [1.0, 1.0])
-    (path,) = convert(found, "published", tmp_path / "out" / "published")
+    (path,) = convert(found, "published", tmp_path / "out" / "published")[0]
     with h5py.File(path, "r") as file:
         assets = {name: file[name][:] for name in file}
     assert set(assets) == {"features", "coords"} and assets["coords"].dtype == np.float32
@@ -126,7 +126,7 @@ def test_clam_gets_its_three_files_and_the_published_ones_cells(tmp_path: Path) 
 
 
 def test_stamp_counts_micrometres(tmp_path: Path) -> None:
-    (path,) = convert(read_features(write_ours(tmp_path)), "stamp", tmp_path / "out")
+    (path,) = convert(read_features(write_ours(tmp_path)), "stamp", tmp_path / "out")[0]
     with h5py.File(path, "r") as file:
         assert file.attrs["unit"] == "um" and file.attrs["tile_size_um"] == 128.0 and file.attrs["tile_size_px"] == 256
         assert file["feats"].dtype == np.float16
@@ -154,7 +154,7 @@ HS2P_KEYS = {
 
 
 def test_slide2vec_gets_the_tiling_that_hs2p_asks_for(tmp_path: Path) -> None:
-    embeddings, places, *_ = convert(read_features(write_ours(tmp_path)), "slide2vec", tmp_path / "out")
+    embeddings, places, *_ = convert(read_features(write_ours(tmp_path)), "slide2vec", tmp_path / "out")[0]
     meta = json.loads(places.with_name("slide-1.coordinates.meta.json").read_text())
     assert {group: set(values) for group, values in meta.items()} == {
         group: set(keys.split()) for group, keys in HS2P_KEYS.items()
@@ -180,7 +180,7 @@ def test_hs2p_loads_what_we_write(count: int, tmp_path: Path) -> None:
     """hs2p brings an OpenCV and wandb of its own: it stands in its own environment, whose Python HS2P_PYTHON names."""
     tiles = make_tiles(cells=CELLS[:count])
     path = write_gigapath(tmp_path / "slide-1.h5", FEATURES[:count], tiles, attrs={"mpp_level0": (0.25, 0.25)})
-    _, places, *_ = convert(read_features(path), "slide2vec", tmp_path / "out")
+    _, places, *_ = convert(read_features(path), "slide2vec", tmp_path / "out")[0]
     code = """
 import sys
 from hs2p import load_tiling_result
@@ -264,7 +264,7 @@ def test_a_step_that_division_by_whole_pixels_would_misplace_is_refused(tmp_path
         with pytest.raises(ValueError, match="some would change their cell"):
             convert(found, tool, tmp_path / "out")
     for tool in ("slide2vec", "published", "gigapath"):
-        written = convert(found, tool, tmp_path / "out", scale=Scale(slide_mpp=0.2431))
+        written = convert(found, tool, tmp_path / "out", scale=Scale(slide_mpp=0.2431))[0]
         assert np.array_equal(read_back(written[0], tool).cells, cells)
 
 
@@ -277,7 +277,7 @@ def test_empty_slides_convert(tool: str, tmp_path: Path) -> None:
         path = tmp_path / "e.h5"
         with TileEmbeddingsWriter(path, make_tiles(cells=nothing), embed_dim=6, attrs={"mpp_level0": (0.25, 0.25)}):
             pass
-    written = convert(read_features(path), tool, tmp_path / "out")
+    written = convert(read_features(path), tool, tmp_path / "out")[0]
     assert read_back(written[0], tool).features.shape == (0, 6)
 
 
@@ -286,6 +286,11 @@ def test_command_converts_folders_and_names_what_failed(tmp_path: Path, capsys: 
     write_ours(tmp_path, slide_id="slide-2")
     assert main(["convert", str(folder), "--to", "trident", "--out", out]) == 0
     assert "2 of 2 files converted." in capsys.readouterr().out
+    write_ours(tmp_path, slide_id="slide-3")
+    assert main(["convert", str(folder), "--to", "trident", "--out", out]) == 0
+    assert "1 of 3 files converted, 2 were there already." in capsys.readouterr().out
+    (folder / "slide-3.h5").unlink()
+    (tmp_path / "out" / "features_gigapath" / "slide-3.h5").unlink()
     made = tmp_path / "out" / "features_gigapath"
     assert sorted(path.name for path in made.iterdir()) == ["slide-1.h5", "slide-2.h5"]
     (folder / "text.h5").write_text("no")

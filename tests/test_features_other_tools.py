@@ -86,7 +86,7 @@ def test_slideflows_bags_have_centers_and_need_their_step(tmp_path: Path) -> Non
     assert np.array_equal(found.cells, CELLS) and np.array_equal(found.features, FEATURES)
     with pytest.raises(ValueError, match="tile centers"):
         _ = found.coords_level0
-    (ours,) = convert(found, "gigapath", tmp_path / "ours")
+    (ours,) = convert(found, "gigapath", tmp_path / "ours")[0]
     assert np.array_equal(read_features(ours).coords_level0, CELLS.astype(np.int64) * 512)
     assert describe(path, tile_size_level0=512)["tool"] == "slideflow"
     index = path.with_name("slide-1.index.npz").rename(tmp_path / "slide-1.index.npz")

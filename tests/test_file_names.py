@@ -18,6 +18,7 @@ from gigapath.cohort.manifest import find_slides
 from gigapath.cohort.record import recorded_paths
 from gigapath.cohort.status import read_status
 from gigapath.file_names import MAX_NAME_BYTES, name_problem, quoted_name
+from gigapath.files import is_hidden
 
 # The file's name -> the slide's id and some words of its reason.
 BAD = {
@@ -153,6 +154,12 @@ def test_shards_pseudonyms_and_plan_know_slides_with_bad_names(
     assert plan["unreadable"].keys() == expected() and plan["id_problems"] == []
     assert main(["plan", str(slides)]) == 3
     assert r"line\nend" in (said := capsys.readouterr().out) and said.replace("\n", "").isprintable()
+
+
+@pytest.mark.parametrize("name", [".a", "._a", "~$a", "a.tmp", ".tmp"])
+def test_an_id_under_which_files_would_be_hidden_is_none(name: str) -> None:
+    assert is_hidden(f"{name}.h5") and "hides no file" in str(name_problem(name))
+    assert not is_hidden(f"{quoted_name(name)}.h5")
 
 
 @settings(derandomize=True, deadline=None, max_examples=300)

@@ -405,6 +405,14 @@ def test_a_tiff_that_begins_with_its_overview_is_refused(tmp_path: Path) -> None
         open_slide(tmp_path / "a.tif")
 
 
+def test_a_tiff_whose_largest_level_stands_last_is_read(tmp_path: Path) -> None:
+    with tifffile.TiffWriter(tmp_path / "a.tif") as file:
+        for kind, picture in ((0, PICTURE[::2, ::2]), (1, PICTURE)):
+            file.write(picture, tile=(128, 128), photometric="rgb", metadata=None, subfiletype=kind)
+    with open_slide(tmp_path / "a.tif") as slide:
+        assert slide.dimensions == PICTURE.shape[1::-1]
+
+
 @pytest.mark.parametrize("form", ["channels", "one channel", "white is zero", "png", "rgb", "pale"])
 def test_grey_slides_are_refused(tmp_path: Path, form: str) -> None:
     grey = PICTURE[..., 1]
@@ -438,6 +446,19 @@ def test_mpp_from_ome_xml_with_its_unit(unit: str, size: float) -> None:
     if unit:
         assert stated_mpp({"tiff.ImageDescription": text.replace(unit, "pixel")}) is None
     assert stated_mpp({"tiff.ImageDescription": text.replace("PhysicalSizeY=", "Y=")}) is None
+
+
+def test_tags_that_contradict_ome_xml_are_refused_and_overridden(tmp_path: Path) -> None:
+    path, quarter = tmp_path / "a.ome.tif", {"axes": "YXS", "PhysicalSizeX": 0.25, "PhysicalSizeY": 0.25}
+    how: dict[str, Any] = {"tile": (128, 128), "photometric": "rgb", "ome": True, "metadata": quarter}
+    tifffile.imwrite(path, PICTURE, resolution=(20_000, 20_000), resolutionunit="CENTIMETER", **how)
+    with open_slide(path) as slide, pytest.raises(SlideError, match=r"0\.5 .*0\.25 .*--slide-mpp"):
+        slide.mpp  # noqa: B018
+    with open_slide(path, slide_mpp=0.25) as slide:
+        assert slide.mpp.mean == 0.25
+    tifffile.imwrite(path, PICTURE, resolution=(40_000, 40_000), resolutionunit="CENTIMETER", **how)
+    with open_slide(path) as slide:
+        assert slide.mpp.mean == 0.25
 
 
 def test_what_openslide_cannot_decode_says_so_in_its_words(tmp_path: Path) -> None:

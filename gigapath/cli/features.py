@@ -225,20 +225,22 @@ def convert(
         raise FileNotFoundError(f"--coordinates: expected a folder, got {files.coordinates!r}.")
     scale = Scale(files.slide_mpp, files.coords_mpp)
     paths = find_feature_files(results)
-    failed, done = 0, set[str]()
+    failed, kept, done = 0, 0, set[str]()
     for path in paths:
         try:
             found = read_features(path, tile_size_level0=files.tile_size_level0, coordinates=files.coordinates)
             if found.slide_id in done:
                 raise ValueError(f"{path}: a second file of slide {found.slide_id!r}. Convert it into another folder.")
-            written = convert_file(found, to, out, scale=scale, overwrite=overwrite)
+            written, there = convert_file(found, to, out, scale=scale, overwrite=overwrite)
         except (ValueError, FileNotFoundError) as error:
             print(f"gigapath convert: {error}", file=sys.stderr)
             failed += 1
             continue
         done.add(found.slide_id)
-        print(f"{path.name}: {len(found):,} tiles, {found.source} to {to}: {written[0]}")
-    print(f"{len(paths) - failed} of {len(paths)} files converted.")
+        kept += there
+        print(f"{path.name}: {len(found):,} tiles, {found.source} to {to}: {written[0]}{', there already' * there}")
+    already = f", {kept} were there already" if kept else ""
+    print(f"{len(paths) - failed - kept} of {len(paths)} files converted{already}.")
     return EXIT_FAILED_SLIDES if failed else 0
 
 

@@ -17,7 +17,7 @@ from gigapath.cohort.status import read_statuses
 from gigapath.file_names import name_problem, one_line, quoted_name
 from gigapath.files import discard, open_temporary, output_error, real_path
 from gigapath.preprocessing.slide import SLIDE_SUFFIXES, slide_id_of
-from gigapath.tables import csv_text, read_table, separator_hint, some_names
+from gigapath.tables import csv_text, plain_number, read_table, separator_hint, some_names
 
 logger = logging.getLogger(__name__)
 
@@ -99,6 +99,8 @@ def find_slides(
             entries += read_manifest(path)
         elif path in named:
             entries.append(_found(path))
+        elif not path.is_file():
+            raise ValueError(f"{path}: expected a slide, a folder or a manifest, got a pipe or a device.")
     once: dict[tuple[Path, str], SlideEntry] = {}
     for entry in entries:  # a folder and a file in it, both named: what repeats an earlier one's file and id is dropped
         once.setdefault((real_path(entry.path), entry.slide_id), entry)
@@ -191,10 +193,12 @@ def _scale_of(row: Mapping[str, str], where: str) -> float | None:
     given: dict[str, float] = {}
     for name in ("mpp", "mpp_x", "mpp_y"):
         if row.get(name):
-            with contextlib.suppress(ValueError):
-                given[name] = float(row[name])
-            if not 0 < given.get(name, 0) < math.inf:
-                raise ValueError(f"{where}: expected mpp in microns per pixel, got {row[name]!r}.")
+            given[name] = plain_number(row[name])
+            if not 0 < given[name] < math.inf:
+                raise ValueError(
+                    f"{where}: expected {name} in microns per pixel, got {row[name][:40]!r}. Write it as a number such "
+                    "as 0.5."
+                )
     if "mpp" in given or not given:
         return given.get("mpp")
     x, y = given.get("mpp_x"), given.get("mpp_y")

@@ -176,6 +176,12 @@ def _first_described(entries: Sequence[SlideEntry]) -> tuple[Path, FeatureFacts]
 
 
 def _features_name(entry: SlideEntry) -> str:
-    """Names a slide's tile embeddings: as the run that made them does, else by the file's content."""
+    """Names a slide's tile embeddings: as the run that made them does, else by the file's content; "" where the run
+    will record that they can't be read."""
     status = read_status(entry.path.parent, entry.slide_id)
-    return status.digest if status is not None and status.digest else f"sha256:{sha256_of(entry.path)}"
+    if status is not None and status.digest:
+        return status.digest
+    try:
+        return f"sha256:{sha256_of(entry.path)}" if entry.path.is_file() else ""  # opening a pipe would wait
+    except OSError:
+        return ""

@@ -17,7 +17,7 @@ import numpy.typing as npt
 import yaml
 
 from gigapath.files import write_text_atomic
-from gigapath.tables import Table, read_table, separator_hint
+from gigapath.tables import Table, plain_number, read_table, separator_hint, some_names
 
 SETTINGS = ("multi_class", "binary", "multi_label", "ordinal", "survival", "regression")
 LOSSES = {"survival": ("cox", "discrete"), "regression": ("mse", "huber")}  # of each setting first the usual one
@@ -433,7 +433,7 @@ def read_labels(path: Path | str, task: Task, *, id_rule: str = "exact") -> Labe
         truth = _class_of_rows(table.filled(label_column), task, name)
     if task.patient_column is not None and task.patient_column not in table.columns:
         raise ValueError(
-            f"{name}: expected a column {task.patient_column}, got {', '.join(table.header[:12])}. Correct the task."
+            f"{name}: expected a column {task.patient_column}, got {some_names(table.header)}. Correct the task."
         )
     _, patients = patients_of(table, task.patient_column, slide_ids, id_rule)
     stated = task.site_column if task.site_column in table.columns else None
@@ -495,7 +495,7 @@ def first_column(table: Table, usual: Sequence[str]) -> str | None:
 
 def column_of(table: Table, stated: str | None, usual: Sequence[str], what: str, key: str) -> str:
     """The column that the task states, or the first usual one."""
-    got = ", ".join(table.header[:12])
+    got = some_names(table.header)
     if stated is not None and stated not in table.columns:
         raise ValueError(f"{table.source}: {what}: expected a column {stated}, got {got}. Correct {key} of the task.")
     found = stated or first_column(table, usual)
@@ -524,10 +524,7 @@ def _numbers(table: Table, column: str, *, at_least: float = -math.inf) -> npt.N
     """A column of finite numbers."""
     values = np.empty(len(table))
     for number, cell in enumerate(table.filled(column)):
-        try:
-            values[number] = float(cell)
-        except ValueError:
-            values[number] = math.nan
+        values[number] = plain_number(cell)
         if not at_least <= values[number] < math.inf or values[number] == -math.inf:
             least = "" if at_least == -math.inf else f" of at least {at_least:g}"
             raise ValueError(f"{table.source}: row {number + 2} has {cell!r} under {column}, expected a number{least}.")
@@ -729,7 +726,7 @@ def task_of_columns(
     chosen = list(columns) or [column_of(table, None, LABEL_COLUMNS, "the label", "label_column")]
     absent = [column for column in chosen if column not in table.columns]
     if absent:
-        raise ValueError(f"{source}: expected columns {', '.join(chosen)}, got {', '.join(table.header[:12])}.")
+        raise ValueError(f"{source}: expected columns {', '.join(chosen)}, got {some_names(table.header)}.")
     title = name or Path(labels).stem
     if len(chosen) > 1:
         return Task(title, "multi_label", tuple(chosen), id_column=id_column)

@@ -53,10 +53,10 @@ def read_tensor(path: Path | str) -> Array:
         raise FeatureFileError(
             f"{path.name}: expected a .pt file of one tensor, could not be read ({reason})."
         ) from error
-    if not isinstance(held, torch.Tensor) or not held.is_floating_point():
-        what = f"one of {held.dtype}" if isinstance(held, torch.Tensor) else type(held).__name__
+    if not isinstance(held, torch.Tensor) or not held.is_floating_point() or held.layout != torch.strided:
+        what = f"one of {held.dtype}, {held.layout}" if isinstance(held, torch.Tensor) else type(held).__name__
         raise FeatureFileError(f"{path.name}: expected a .pt file of one tensor of floats, got {what}.")
-    return np.asarray((held.float() if held.dtype == torch.bfloat16 else held).numpy())
+    return np.asarray((held.float() if held.dtype == torch.bfloat16 else held).detach().numpy())
 
 
 def _check_size(content: IO[bytes], size: int) -> None:

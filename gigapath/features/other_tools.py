@@ -158,9 +158,12 @@ def _beside(given: Path | None, usual: list[Path]) -> Path | None:
 
 def convert(
     found: TileEmbeddings, to: str, folder: Path | str, *, scale: Scale | None = None, overwrite: bool = False
-) -> list[Path]:
+) -> tuple[list[Path], bool]:
     """Write the tile embeddings of one slide (read with cells) as another tool's files (`to`, a key of FORMATS), each
-    whole or not at all, into the tool's own folders below `folder`; the files written, the embeddings first.
+    whole or not at all, into the tool's own folders below `folder`.
+
+    Returns:
+        its files, the embeddings first, and whether all of them were there already, equal to the last byte.
 
     Raises:
         ValueError: an unknown format, or one that needs what neither the file nor `scale` says; it names the option. A
@@ -187,7 +190,7 @@ def convert(
             target.parent.mkdir(parents=True, exist_ok=True)
             withdraw_sha256(target)
             publish(path, target)
-    return targets
+    return targets, not new
 
 
 def coords_at_level0(found: TileEmbeddings, scale: Scale) -> tuple[Array, Step]:

@@ -27,7 +27,7 @@ from gigapath.linear_probe.embeddings import (
     split_of_word,
 )
 from gigapath.progress import Progress
-from gigapath.tables import Table, read_table, separator_hint
+from gigapath.tables import Table, read_table, separator_hint, some_names
 
 NAME_COLUMNS = ("input", "file", "name")
 GROUP_COLUMNS = ("group", "patient_id", "patient", "slide_id", "slide", "wsi")
@@ -86,7 +86,7 @@ def named_column(table: Table, stated: str | None, usual: Sequence[str], option:
     column = first_column(table, usual if stated is None else (stated,))
     if column is None:
         raise ValueError(
-            f"{table.source}: expected a column {stated or ' or '.join(usual)}, got {', '.join(table.header[:12])}. "
+            f"{table.source}: expected a column {stated or ' or '.join(usual)}, got {some_names(table.header)}. "
             f"See {option}." + separator_hint(table.header)
         )
     return column

@@ -157,6 +157,10 @@ class Mpp:
 
 def stated_mpp(header: Mapping[str, str]) -> Mpp | None:
     """What the file says of its scale: OpenSlide's figures, the TIFF tags per centimetre or inch, or OME-XML's."""
+    return _of_tags(header) or ome_mpp(header)
+
+
+def _of_tags(header: Mapping[str, str]) -> Mpp | None:
     x, y = number(header, "openslide.mpp-x"), number(header, "openslide.mpp-y")
     if x is not None and y is not None:
         return Mpp(x, y, "openslide.mpp")
@@ -164,6 +168,11 @@ def stated_mpp(header: Mapping[str, str]) -> Mpp | None:
     microns = {"centimeter": 10_000, "inch": 25_400}.get(header.get("tiff.ResolutionUnit", ""))
     if x is not None and y is not None and microns is not None:
         return Mpp(microns / x, microns / y, "TIFF resolution tags")
+    return None
+
+
+def ome_mpp(header: Mapping[str, str]) -> Mpp | None:
+    """What the OME-XML of a TIFF says, which its tags may contradict."""
     pixels = re.search(r"<(?:\w+:)?Pixels\s([^<>]*)>", header.get("tiff.ImageDescription", ""))
     stated = dict(_ATTRIBUTE.findall(pixels[1])) if pixels else {}
     x, y = (number(stated, f"PhysicalSize{axis}") for axis in "XY")

@@ -50,11 +50,16 @@ def read_outlines(path: Path) -> list[Outline]:
     try:
         document = json.loads(_unpacked(path.read_bytes()))
     except (ValueError, EOFError, gzip.BadGzipFile, zlib.error, RecursionError) as error:
-        raise ValueError(f"{path.name}: expected GeoJSON, got something that does not parse ({error}).") from error
+        raise ValueError(
+            f"{path.name}: expected GeoJSON, got something that does not parse ({error}). Export it again."
+        ) from error
     outlines, passed_over = [], Counter[str]()
     for number, feature in enumerate(_features(document)):
         if not isinstance(feature, dict) or "type" not in feature:
-            raise ValueError(f"{path.name}: expected GeoJSON features, got {type(feature).__name__} (number {number}).")
+            raise ValueError(
+                f"{path.name}: expected GeoJSON features, got {type(feature).__name__} (number {number}). Export it "
+                "again."
+            )
         facts = feature.get("properties")
         facts = facts if isinstance(facts, dict) else {}
         if str(facts.get("isMissing", "")).casefold() == "true":  # QuPath's mark of a core that a microarray lost

@@ -27,6 +27,7 @@ from gigapath.preprocessing.header import (
     check_scale,
     leading_levels,
     number,
+    ome_mpp,
     open_handle,
     scanned_area,
     stated_mpp,
@@ -169,14 +170,14 @@ class Slide:
         self._compared = 0  # levels up to this one show what level 0 does
         self.properties = allowed(header)
         self.objective_power = number(header, "openslide.objective-power")
-        self.stated_mpp = stated_mpp(header)
+        self.stated_mpp, self._ome_mpp = stated_mpp(header), ome_mpp(header)
         orientation, channels, larger = tiff_facts(path, self.vendor)
         if orientation != 1:
             raise SlideError(
                 f"slide {slide_id!r}: expected a TIFF of orientation 1, got {orientation}: OpenSlide turns each "
                 "block by itself. Convert it to a tiled TIFF that starts at its top left (orientation 1)."
             )
-        if larger is not None:
+        if larger not in (None, self.dimensions):  # else OpenSlide took the largest for level 0, wherever it stands
             raise SlideError(
                 f"slide {slide_id!r}: expected a TIFF whose first picture is the slide, got {self.dimensions[0]} x "
                 f"{self.dimensions[1]} before {larger[0]} x {larger[1]}: a label or an overview, which "
@@ -210,7 +211,13 @@ class Slide:
         if self._override is not None:
             return self._override
         if self.stated_mpp is not None:
-            mpp = self.stated_mpp
+            mpp, ome = self.stated_mpp, self._ome_mpp
+            if ome is not None and abs(ome.mean / mpp.mean - 1) > SAME_SCALE:
+                raise SlideError(
+                    f"slide {self.slide_id!r}: expected one figure of microns per pixel, got {mpp.mean:.4g} from "
+                    f"{mpp.source} and {ome.mean:.4g} from {ome.source}. State the right one with --slide-mpp, or in a "
+                    "manifest's column `mpp`."
+                )
             check_scale(self.slide_id, mpp, self.objective_power)
         elif self._mpp_from_objective and self.objective_power is not None:
             mpp = Mpp(10 / self.objective_power, 10 / self.objective_power, "objective power")
