@@ -155,8 +155,8 @@ def test_arrays_are_not_believed_about_their_size(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "slide_id",
     [
-        "", " ", "a ", " a", ".", "..", "../x", "/abs", "a/b", "a\\b", "..\\x", "a\0b", "a\nb", "a\rb", "\x1b[2J",
-        "\x7f", "x" * 181, "é" * 91, "\ud800", "-x", "=1+1", "a\x85b", "a\u202eb",
+        "", " ", "a ", " a", ".", "..", "...", "../x", "/abs", "a/b", "a\\b", "..\\x", "a\0b", "a\nb", "a\rb",
+        "\x1b[2J", "\x7f", "x" * 181, "é" * 91, "\ud800", "-x", "=1+1", "a\x85b", "a\u202eb",
     ],
 )  # fmt: skip
 def test_names_that_could_leave_the_folder_or_break_a_table_are_refused(slide_id: str) -> None:
@@ -165,7 +165,7 @@ def test_names_that_could_leave_the_folder_or_break_a_table_are_refused(slide_id
     assert len(str(error.value)) < 500
 
 
-@pytest.mark.parametrize("slide_id", ["a", "TCGA-3C-AALI-01Z-00-DX1.F6E9", "a b", "ü-切片", "...", "%s", "a'b,c;d"])
+@pytest.mark.parametrize("slide_id", ["a", "TCGA-3C-AALI-01Z-00-DX1.F6E9", "a b", "ü-切片", "%s", "a'b,c;d"])
 def test_names_as_they_occur_stay_as_they_are(slide_id: str, tmp_path: Path) -> None:
     assert safe_name(slide_id) == slide_id
     write_status(tmp_path, Status(slide_id=slide_id, stage="tiles", status="done"))
