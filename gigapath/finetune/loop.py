@@ -33,6 +33,7 @@ from gigapath.weights import find_weights
 CHECKPOINT = "checkpoint.json"
 MEND = "Choose another --out, or empty this one to begin anew."
 _KEYS = ("epoch", "tensors", "tag", "history", "scaler")
+_LEAVE_SECONDS = 1.0
 
 IntArray = npt.NDArray[np.int64]
 Batch = TypeVar("Batch")
@@ -109,9 +110,17 @@ def join_processes(device: str) -> Processes:
             "several processes: accelerate is not installed. Install it: pip install 'gigapath[train]'."
         ) from error
     state = PartialState(cpu=device == "cpu")
-    # Left to the interpreter's end, the connections' threads can outlive what they use, and abort the process.
-    atexit.register(dist.destroy_process_group)
+    atexit.register(_leave)
     return Processes(state.device, state.process_index, state.num_processes)
+
+
+def _leave() -> None:
+    """Leave the group: left to the interpreter's end, the connections' threads can outlive what they use, and abort the
+    process."""
+    # Leaving waits for these threads with the interpreter's lock held, which they want to let go of the last tensors:
+    # one that had not yet done so would be waited for for ever.
+    time.sleep(_LEAVE_SECONDS)
+    dist.destroy_process_group()
 
 
 def training_precision(precision: str, device: torch.device) -> str:
