@@ -103,7 +103,7 @@ class LazyPosEmbed:
     def __getitem__(self, index: Any) -> Tensor:
         given = list(index) if isinstance(index, tuple) else [index]
         at = next((i for i, part in enumerate(given) if part is ...), len(given))
-        given[at : at + 1] = [slice(None)] * (4 - len(given[:at]) - len(given[at + 1 :]) - 1)
+        given[at : at + 1] = [slice(None)] * (3 - at - len(given[at + 1 :]))  # as many as the ellipsis stands for
         if len(given) != 3 or any(part is None or getattr(part, "dtype", None) == torch.bool for part in given):
             raise IndexError("pos_embed: expected an index of at most three dimensions by numbers or slices.")
         batch, rows, columns = given

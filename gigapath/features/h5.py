@@ -211,8 +211,6 @@ def _value(held: h5py.h5a.AttrID) -> Any:
 
 def plain_value(value: Any) -> Any:
     """A value read from an h5 attribute as plain Python."""
-    if isinstance(value, h5py.Empty):
-        return None
     if isinstance(value, str | bytes):
         value = _text(value)
     if isinstance(value, np.ndarray):

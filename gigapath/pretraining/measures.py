@@ -140,9 +140,18 @@ def spread_and_rank(vectors: FloatArray) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class Epoch:
-    """What an epoch gave (counted from 0, the start): steps of the optimizer so far, the mean loss in training, of the
-    validation slides (None without any) loss, R2 of hidden tiles, spread and effective rank of slide vectors, then the
-    last learning rate, seconds of training, and the share of them spent waiting for files."""
+    """What an epoch gave (counted from 0, the start); measures are of the validation slides, None without any.
+
+    Attributes:
+        steps: of the optimizer so far.
+        train_loss: mean over the slides, while training; None at the start.
+        r2: share of the hidden tiles' variance that is predicted.
+        spread: of slide vectors, over their size.
+        rank: of slide vectors, effective.
+        learning_rate: at the last step.
+        seconds: of training.
+        waiting: share of these seconds spent waiting for files.
+    """
 
     epoch: int
     steps: int

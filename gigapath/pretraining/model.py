@@ -24,9 +24,18 @@ _SENT = ("visible", "seen", "hidden", "target")
 
 @dataclass(frozen=True)
 class Batch:
-    """Slides packed one after another: embeddings (V, W) of the visible tiles; (x, y) in pixels of the position grid of
-    those (V, 2) and of all (T, 2); where the encoder's tokens, class tokens included (V + S,), and hidden tiles (M,)
-    stand among the decoder's T + S; what is to be predicted (M, W); tiles of each slide, and how many are hidden."""
+    """Slides packed one after another; tensors on the CPU, or but for coordinates on a device.
+
+    Attributes:
+        visible: (V, W) embeddings of the visible tiles.
+        visible_coords: (V, 2), (x, y) in pixels of the position grid.
+        coords: (T, 2) of all tiles.
+        seen: (V + S,) where the encoder's tokens, class tokens included, stand among the decoder's T + S.
+        hidden: (M,) where the hidden tiles stand among the decoder's tokens.
+        target: (M, W) what is to be predicted of them.
+        lengths: tiles of each slide.
+        hidden_lengths: hidden tiles of each slide.
+    """
 
     visible: Tensor
     visible_coords: Tensor
